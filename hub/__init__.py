@@ -1,0 +1,1 @@
+"""Moves models: convert, export, publish, verify."""

@@ -1,0 +1,1 @@
+"""Uses models: encode, search, evaluate, plot."""

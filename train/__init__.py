@@ -1,0 +1,1 @@
+"""Makes models: recipes, their stages and the training loop."""
