@@ -1,0 +1,245 @@
+"""What a recipe may say: one model per kind of stage, one sentence per field, and nothing unknown is accepted."""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+INSTALLED_DOCS = "installed-docs"
+_HUB_WITH_CONFIG = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Arguments(BaseModel):
+    """Base of everything a recipe says: unknown fields are errors, and values are not silently converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class DataSource(Arguments):
+    """Where rows come from. In YAML a plain string stands for ``path``, and ``owner/name:config`` names a Hub configuration.
+
+    >>> DataSource.model_validate("sentence-transformers/all-nli:pair-class").config
+    'pair-class'
+    """
+
+    path: str = Field(min_length=1, description="Local file or folder, id of a data set on the Hub, or installed-docs.")
+    config: str | None = Field(None, description="Configuration of a Hub data set.")
+    split: str | None = Field(None, description="Split to read; unset means train for training and validation for evaluation.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
+    columns: dict[str, str] | None = Field(None, description="Columns to rename: name found in the data to name wanted.")
+    limit: Positive | None = Field(None, description="Read at most this many rows, from the start.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _HUB_WITH_CONFIG.fullmatch(value)
+        return {"path": match[1], "config": match[2]} if match else {"path": value}
+
+
+DataSources = Annotated[
+    list[DataSource], Field(min_length=1), BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+]
+
+
+class NewModel(BaseModel):
+    """New weights: a preset of ``MiniBertConfig`` and the fields that differ from it."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    preset: str = Field(description="Name of a MiniBertConfig preset; other keys replace its fields.")
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> "NewModel":
+        self.config()
+        return self
+
+    def config(self, **changes: Any) -> Any:
+        """The ``MiniBertConfig`` this stands for, with ``changes`` applied where the recipe itself says nothing.
+
+        Raises:
+            ValueError: for an unknown preset or field, a wrong type, or fields that contradict each other.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
+        from minibert.configuration_minibert import MiniBertConfig
+
+        try:
+            return MiniBertConfig.preset(self.preset, **{**changes, **(self.model_extra or {})})
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
+
+
+class Stage(Arguments):
+    """What every stage says: its kind, its name, and what it starts from."""
+
+    name: str = Field("", pattern=r"^[\w-]*$", description="Name of the stage in folders and overrides; unset means its kind.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {**value, "name": value.get("name") or value.get("kind", "")} if isinstance(value, dict) else value
+
+
+def _model_form(value: Any) -> str:
+    if value is None:
+        return "none"
+    return "new" if isinstance(value, dict | NewModel) else "text"
+
+
+class ModelStage(Stage):
+    """A stage that works on a model."""
+
+    model: Annotated[
+        Annotated[str, Tag("text")] | Annotated[NewModel, Tag("new")] | Annotated[None, Tag("none")], Discriminator(_model_form)
+    ] = Field(
+        None,
+        description="Unset continues with the previous stage's model; a string is an earlier stage's name, a folder or "
+        "a Hub id; {preset: name, ...} starts from new weights.",
+    )
+    tokenizer: str | None = Field(
+        None, description="Folder or Hub id; unset means the model's own, and for new weights the latest tokenizer stage's."
+    )
+
+
+class LoopArguments(Arguments):
+    """How a training loop runs; shared by every stage that has one."""
+
+    batch_size: Positive = Field(32, description="Rows per step and process.")
+    eval_batch_size: Positive = Field(64, description="Rows per evaluation step and process.")
+    gradient_accumulation_steps: Positive = Field(1, description="Batches summed into one optimizer step.")
+    epochs: float = Field(1, gt=0, description="Passes over the training data; fractions are allowed.")
+    max_steps: Positive | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs say.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; biases and norms are never decayed.")
+    adam_betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False, description="Decay rates of AdamW's two averages.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Term that keeps AdamW's division finite.")
+    warmup_ratio: Share = Field(0.0, description="Share of the steps over which the learning rate rises from zero.")
+    warmup_steps: NotNegative | None = Field(None, description="Number of warm-up steps; use it or warmup_ratio, not both.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Course of the learning rate after warm-up."
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them alone.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Arithmetic of forward and backward passes.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    log_steps: Positive = Field(50, description="Optimizer steps between two lines of log.jsonl.")
+    eval_steps: Positive | None = Field(None, description="Steps between evaluations; unset means once per epoch.")
+    save_steps: Positive | None = Field(None, description="Steps between checkpoints; unset means once per epoch.")
+    save_total_limit: Positive = Field(2, description="Checkpoints kept on disk, the best one aside.")
+    seed: int | None = Field(None, ge=0, description="Seed of this stage; unset means the recipe's.")
+    num_workers: NotNegative = Field(0, description="Processes that prepare batches beside the training process.")
+    trackers: list[str] = Field([], description="Trackers of Accelerate to report to, such as tensorboard.")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "LoopArguments":
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise ValueError("warmup_steps and warmup_ratio are both given; keep one of them.")
+        return self
+
+
+class TokenizerStage(Stage):
+    """Train a tokenizer on the texts of some data."""
+
+    kind: Literal["tokenizer"]
+    data: DataSources = Field(description="Data whose texts are read.")
+    text_columns: list[str] | None = Field(None, description="Columns to read; unset means every column of strings.")
+    method: Literal["wordpiece", "word_level"] = Field("wordpiece", description="Subwords (BERT) or whole words as tokens.")
+    vocab_size: Annotated[int, Field(ge=6)] = Field(30000, description="Largest vocabulary, special tokens included.")
+    lowercase: bool = Field(True, description="Lower-case texts and strip accents.")
+    min_frequency: Positive | None = Field(None, description="Rarer pieces are left out; unset means 2, and 1 for whole words.")
+    max_length: Positive = Field(512, description="Longest sequence, in tokens, that the tokenizer announces.")
+
+
+class ClassifyStage(ModelStage, LoopArguments):
+    """Fine-tune a classifier of single texts or of pairs."""
+
+    kind: Literal["classify"]
+    data: DataSources = Field(description="Training data.")
+    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
+    text_columns: list[str] | None = Field(
+        None, min_length=1, max_length=2, description="One column, or two for pairs; unset means detected."
+    )
+    label_column: str = Field("label", description="Column of the class: a number, a string or a ClassLabel.")
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
+    labels: list[str] | None = Field(None, min_length=2, description="Names of the classes in order; unset: from the data.")
+    metric_for_best: str = Field("accuracy", description="Metric that picks the checkpoint kept as the result.")
+
+
+class EmbedStage(ModelStage, LoopArguments):
+    """Train sentence embeddings on pairs (or triplets) with in-batch negatives, by sentence-transformers' trainer."""
+
+    kind: Literal["embed"]
+    data: DataSources = Field(description="Training pairs.")
+    eval_data: DataSources | None = Field(None, description="Pairs to measure retrieval on; unset means none.")
+    anchor_column: str | None = Field(None, description="Column of queries; unset means the first column of strings.")
+    positive_column: str | None = Field(None, description="Column of passages; unset means the second column of strings.")
+    negative_column: str | None = Field(None, description="Column of hard negatives; unset means none are used.")
+    loss: Literal["mnrl", "cached_mnrl"] = Field(
+        "mnrl", description="Multiple negatives ranking, plain or cached (large batches in little memory)."
+    )
+    mini_batch_size: Positive = Field(32, description="Rows computed at once by cached_mnrl.")
+    scale: float = Field(20.0, gt=0, description="Cosine similarities are multiplied by this (inverse temperature).")
+    gather_across_devices: bool = Field(False, description="Use the other processes' passages as negatives too.")
+    batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
+        "no_duplicates", description="no_duplicates keeps equal texts out of one batch, where they would be false negatives."
+    )
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
+    pooling: Literal["cls", "mean"] | None = Field(None, description="Vector that stands for a text; unset: the model's.")
+    normalize: bool = Field(True, description="Scale vectors to length 1.")
+    metric_for_best: str | None = Field(
+        "mrr@10", description="Retrieval metric that picks the checkpoint kept as the result; null keeps the last."
+    )
+
+
+class EvaluateStage(ModelStage):
+    """Measure a model: retrieval, similarity or classification, according to the columns of each data set."""
+
+    kind: Literal["evaluate"]
+    data: DataSources = Field(description="Data sets to measure on.")
+    baselines: bool = Field(True, description="Measure BM25 and an untrained model beside it, for retrieval.")
+    limit: Positive | None = Field(None, description="Measure on at most this many rows of each data set.")
+    batch_size: Positive = Field(64, description="Texts encoded at once.")
+
+
+AnyStage = Annotated[TokenizerStage | ClassifyStage | EmbedStage | EvaluateStage, Field(discriminator="kind")]
+
+
+class Recipe(Arguments):
+    """A named list of stages, run in order."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="Name of the recipe, and of its folder under runs/.")
+    seed: int = Field(42, ge=0, description="Seed of every stage that names none.")
+    output_dir: str | None = Field(None, min_length=1, description="Folder of the run; unset means runs/<name>.")
+    stages: list[AnyStage] = Field(min_length=1, description="Stages in the order they run.")
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> "Recipe":
+        problems = list(_misfits(self.stages))
+        if problems:
+            raise ValueError(" ".join(problems))
+        return self
+
+
+def _misfits(stages: list[Any]) -> Iterator[str]:
+    names: set[str] = set()
+    has_tokenizer = has_model = False
+    for number, stage in enumerate(stages, start=1):
+        where = f"Stage {number} ({stage.name})"
+        if stage.name in names:
+            yield f"{where} has the name of an earlier stage; give it its own with name:."
+        names.add(stage.name)
+        if isinstance(stage, TokenizerStage):
+            has_tokenizer = True
+            continue
+        if stage.model is None and not has_model:
+            yield f"{where} has no model to start from; give model: {{preset: search-8x768}}, a folder or a Hub id."
+        if isinstance(stage.model, NewModel) and not has_tokenizer and stage.tokenizer is None:
+            yield f"{where} starts from new weights without a tokenizer; add a tokenizer stage before it or give tokenizer:."
+        has_model = has_model or not isinstance(stage, EvaluateStage)

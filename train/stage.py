@@ -1,0 +1,72 @@
+"""What a stage starts from: its context, the tokenizer and the model that its arguments name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minibert.train.arguments import ModelStage, NewModel
+
+
+@dataclass
+class StageContext:
+    """What the runner resolved for one stage.
+
+    Attributes:
+        output_dir: folder that the stage fills with a complete model, metrics.json, log.jsonl and checkpoints/.
+        seed: the stage's own seed, or the recipe's.
+        model: folder or Hub id of the starting weights; ``None`` when the stage starts from new weights.
+        tokenizer: folder or Hub id of the tokenizer.
+    """
+
+    output_dir: Path
+    seed: int
+    model: str | None = None
+    tokenizer: str | None = None
+
+
+def load_tokenizer(context: StageContext, max_length: int | None = None) -> Any:
+    """Load the tokenizer of a stage.
+
+    Args:
+        max_length: longest sequence in tokens; ``None`` keeps the tokenizer's own.
+
+    Raises:
+        OSError: when the folder or Hub id holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    # trust_remote_code is always given: left out, a checkpoint that carries code asks a question on the terminal.
+    tokenizer = AutoTokenizer.from_pretrained(context.tokenizer, trust_remote_code=False)
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokenizer: Any, **changes: Any) -> Any:
+    """Load, or build from new weights, the model of a stage.
+
+    Args:
+        auto_class: ``AutoModel`` or one of its relatives, such as ``AutoModelForSequenceClassification``.
+        changes: configuration fields that the stage decides, such as ``num_labels``.
+
+    New weights are drawn under the stage's seed, and their vocabulary is the tokenizer's unless the recipe gives
+    ``vocab_size``.
+
+    Raises:
+        OSError: when the folder or Hub id holds no model.
+        ValueError: when the tokenizer has more entries than the model's vocabulary.
+    """
+    from transformers import set_seed
+
+    set_seed(context.seed)
+    if isinstance(args.model, NewModel):
+        config = args.model.config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **changes)
+        model = auto_class.from_config(config)
+    else:
+        model = auto_class.from_pretrained(context.model, trust_remote_code=False, **changes)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} entries but the model's vocabulary only vocab_size={model.config.vocab_size}; "
+            "leave vocab_size out of the recipe or use the tokenizer that the model was trained with."
+        )
+    return model
