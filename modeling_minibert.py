@@ -1,0 +1,814 @@
+"""The MiniBERT encoder and its heads: all of the architecture, read from top to bottom.
+
+This file travels with every checkpoint, next to ``configuration_minibert.py``, and works without the minibert package.
+
+Letters in shape comments: B batch, L length (padded), T real tokens of the whole batch, C hidden width, H heads,
+D head width, V vocabulary. A tensor of shape (…, C) is either (B, L, C), padded, or (T, C), packed: every block below
+works on both, and only attention needs to know which tokens belong together.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_minibert import MiniBertConfig
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: norms, softmax and the residual stream lose too much in half precision."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
+    """The dtype of ``linear``'s weights, so that a bfloat16 matrix multiplies bfloat16 inputs."""
+    return tensor.to(linear.weight.dtype) if linear.weight.is_floating_point() else tensor
+
+
+# --------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Sequences of the packed batch that share one attention call.
+
+    ``rows`` is None when all have the same length and lie one after another: then they are a view, without a copy.
+    """
+
+    start: int  # first row of the packed (T, C) matrix
+    count: int  # sequences in the group
+    length: int  # tokens of the longest
+    rows: Tensor | None = None  # (count * length,) packed row of every slot; padding slots repeat a real row
+    mask: Tensor | None = None  # (count, 1, 1, length) True at real tokens
+    real: Tensor | None = None  # (tokens,) slots that hold a real token
+
+
+class Packing:
+    """Which rows of a flattened (B * L) batch are real tokens, and how to attend among them.
+
+    Args:
+        indices: (T,) rows of the flattened batch, sequence after sequence; None when every row is real and in place.
+        lengths: number of tokens of every sequence, in packed order, as Python numbers; None when ``cu_seqlens`` rules.
+        cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for variable-length kernels.
+        max_length: tokens of the longest sequence.
+    """
+
+    def __init__(self, indices: Tensor | None, lengths: Sequence[int] | None, cu_seqlens: Tensor | None, max_length: int):
+        self.indices, self.cu_seqlens, self.max_length = indices, cu_seqlens, max_length
+        self.groups = [] if lengths is None else _equal_length_groups(lengths)
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
+        """Pack the True positions of a (B, L) mask; None means that all are real."""
+        if device.type != "cpu":
+            if attention_mask is None:
+                attention_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+            seqlens = attention_mask.sum(dim=1, dtype=torch.int32)
+            indices = attention_mask.flatten().nonzero().squeeze(1)  # the only synchronisation of the forward pass
+            return cls(indices, None, F.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0)), length)
+        if attention_mask is None or bool(attention_mask.all()):
+            return cls(None, [length] * batch, None, length)
+        seqlens = attention_mask.sum(dim=1)
+        # On a CPU sequences of equal length share one attention call, so they are packed in order of length.
+        order = torch.argsort(seqlens, stable=True)
+        slots = attention_mask[order].flatten().nonzero().squeeze(1)
+        indices = order[slots // length] * length + slots % length
+        return cls(indices, seqlens[order].tolist(), None, length)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int) -> "Packing":
+        """Packed ecosystem input: one row that holds the sequences between the bounds ``cu_seqlens``."""
+        if cu_seqlens.device.type != "cpu":
+            return cls(None, None, cu_seqlens, max_length)
+        lengths, order = torch.sort(cu_seqlens.diff(), stable=True)
+        bounds = cu_seqlens.tolist()
+        indices = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order.tolist()])
+        return cls(indices, lengths.tolist(), None, max_length)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """(B, L, …) -> (T, …)."""
+        flat = tensor.flatten(0, 1)
+        return flat if self.indices is None else flat[self.indices]
+
+    def unpack(self, tensor: Tensor, batch: int, length: int) -> Tensor:
+        """(T, C) -> (B, L, C); padding rows are zero."""
+        if self.indices is not None:
+            tensor = tensor.new_zeros(batch * length, tensor.shape[-1]).index_copy(0, self.indices, tensor)
+        return tensor.view(batch, length, -1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+        """Attention of every sequence with itself: three (T, H, D) -> (T, H, D)."""
+        if self.cu_seqlens is None:
+            outputs = [self._attend_group(group, query, key, value, dropout, scaling) for group in self.groups]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if varlen_attn is not None and half and dropout == 0.0:
+            bounds, longest = self.cu_seqlens, self.max_length
+            return varlen_attn(query.contiguous(), key.contiguous(), value.contiguous(), bounds, bounds, longest, longest)
+        return self._attend_padded(query, key, value, dropout, scaling)
+
+    def _attend_group(self, group: AttentionGroup, query, key, value, dropout: float, scaling: float) -> Tensor:
+        stop = group.start + group.count * group.length
+        query, key, value = (
+            x[group.start : stop].view(group.count, group.length, *x.shape[1:]).transpose(1, 2)  # (n, H, length, D)
+            for x in (query, key, value)
+        )
+        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+        return context.transpose(1, 2).flatten(0, 1)  # (n * length, H, D)
+
+    def _attend_padded(self, query, key, value, dropout: float, scaling: float) -> Tensor:
+        """For devices whose variable-length kernel lacks this dtype or dropout: pad inside attention only."""
+        seqlens = self.cu_seqlens.diff()
+        slots = torch.arange(self.max_length, device=query.device)
+        mask = slots < seqlens[:, None]  # (n, longest)
+        rows = (self.cu_seqlens[:-1, None] + slots).clamp_(max=query.shape[0] - 1)
+        query, key, value = (x[rows].transpose(1, 2) for x in (query, key, value))  # (n, H, longest, D)
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask[:, None, None], dropout_p=dropout, scale=scaling
+        )
+        return context.transpose(1, 2)[mask]
+
+
+def _equal_length_groups(lengths: Sequence[int]) -> list[AttentionGroup]:
+    groups, start, i = [], 0, 0
+    while i < len(lengths):
+        count = 1
+        while i + count < len(lengths) and lengths[i + count] == lengths[i]:
+            count += 1
+        if lengths[i]:
+            groups.append(AttentionGroup(start, count, lengths[i]))
+        start, i = start + count * lengths[i], i + count
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------------- positions
+
+
+def sinusoidal_table(length: int, width: int, device: torch.device | None = None) -> Tensor:
+    """(length, width) sines and cosines of Vaswani et al. 2017, section 3.5, interleaved."""
+    frequencies = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
+    angles = torch.arange(length, device=device)[:, None] * frequencies  # (length, ceil(width / 2))
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of Su et al. 2021, each (…, 1, D) for positions of shape (…)."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim
+    angles = position_ids[..., None].float() * theta**-exponents  # (…, D / 2)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + D / 2) of (…, H, D) by its position's angle, in float32."""
+    first, second = states.float().chunk(2, dim=-1)
+    turned = states.float() * cos + torch.cat([-second, first], dim=-1) * sin
+    return turned.to(states.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- blocks
+
+
+class MiniBertNorm(nn.LayerNorm):
+    """Layer norm computed in float32 whatever the dtype of its parameters."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.layer_norm(wide(hidden_states), self.normalized_shape, wide(self.weight), wide(self.bias), self.eps)
+
+
+class MiniBertEmbeddings(nn.Module):
+    """Words, positions and segments, summed in float32."""
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        if config.position_embedding_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        if config.type_vocab_size > 0:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.norm = MiniBertNorm(width, eps=config.layer_norm_eps) if config.norm_position == "post" else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.position_embedding_type = config.position_embedding_type
+        self.max_positions = config.max_position_embeddings
+        self.scale = math.sqrt(width) if config.scale_embeddings else None
+
+    def forward(
+        self, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """Ids of shape (…), or ``inputs_embeds`` (…, C) in place of the word vectors -> (…, C)."""
+        states = wide(self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
+        if self.scale is not None:
+            states = states * self.scale
+        if hasattr(self, "token_type_embeddings"):
+            if token_type_ids is None:
+                states = states + self.token_type_embeddings.weight[0]
+            else:
+                states = states + self.token_type_embeddings(token_type_ids)
+        if self.position_embedding_type == "learned":
+            states = states + self.position_embeddings(position_ids)
+        elif self.position_embedding_type == "sinusoidal":
+            # Refilled at every call: a stored table would lose its digits when the model is cast to half precision.
+            table = sinusoidal_table(self.max_positions, states.shape[-1], states.device)
+            states = states + F.embedding(position_ids, table)
+        return self.dropout(self.norm(states))
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention spelled out: three (B, H, L, D) -> (B, L, H, D) and the weights (B, H, L, L)."""
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(wide(scores), dim=-1).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MiniBertAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_probs_dropout_prob
+        self.is_causal = False  # read by transformers' attention functions
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packing: Packing | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        inputs = narrow(hidden_states, self.query)
+        query, key, value = (linear(inputs).view(shape) for linear in (self.query, self.key, self.value))  # (…, H, D)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        dropout = self.dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        if packing is not None and implementation == "sdpa":
+            context, weights = packing.attend(query, key, value, dropout, self.scaling), None
+        else:
+            if packing is not None:  # a variable-length kernel of transformers: one row that holds all sequences
+                query, key, value = query[None], key[None], value[None]
+                bounds, longest = packing.cu_seqlens, packing.max_length
+                kwargs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D)
+            context, weights = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+        context = context.reshape(hidden_states.shape)
+        return self.output(narrow(context, self.output)), weights
+
+
+class MiniBertMLP(nn.Module):
+    """Two projections around an activation, optionally gated."""
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size) if config.gated_mlp else None
+        self.act = ACT2FN[config.hidden_act]
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        inputs = narrow(hidden_states, self.up)
+        if self.gate is None:
+            inner = self.act(self.up(inputs))
+        else:
+            inner = self.act(self.gate(inputs)) * self.up(inputs)
+        return self.down(inner)
+
+
+class MiniBertLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each around a residual sum, with the norm after the sum or before the block."""
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__()
+        self.norm_first = config.norm_position == "pre"
+        self.attention = MiniBertAttention(config)
+        self.attention_norm = MiniBertNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MiniBertMLP(config)
+        self.mlp_norm = MiniBertNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        if self.norm_first:
+            update, _ = self.attention(self.attention_norm(hidden_states), attention_mask, **kwargs)
+            hidden_states = hidden_states + self.dropout(update)
+            return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        update, _ = self.attention(hidden_states, attention_mask, **kwargs)
+        hidden_states = self.attention_norm(hidden_states + self.dropout(update))
+        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+
+class MiniBertPooler(nn.Module):
+    """One vector per text, (B, L, C) -> (B, C): the first or the mean real token, then BERT's dense layer and tanh."""
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__()
+        self.pooling = config.pooling
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is None or attention_mask.dim() != 2:
+            pooled = hidden_states[:, 0] if self.pooling == "cls" else hidden_states.mean(dim=1)
+        elif self.pooling == "cls":
+            first = attention_mask.long().argmax(dim=1)  # not always 0: padding may be on the left
+            pooled = hidden_states[torch.arange(len(first), device=first.device), first]
+        else:
+            mask = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # (B, L, 1)
+            pooled = (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
+        return wide(torch.tanh(self.dense(narrow(pooled, self.dense))))
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+class MiniBertPreTrainedModel(PreTrainedModel):
+    """What every MiniBERT class shares with transformers: loading, initialisation, capabilities."""
+
+    config_class = MiniBertConfig
+    base_model_prefix = "minibert"
+    # Saved folders carry the code files (and, from the configuration, the map of all classes), so that they load
+    # with trust_remote_code=True where the package is not installed.
+    _auto_class = "AutoModel"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiniBertEmbeddings", "MiniBertLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": MiniBertLayer, "attentions": MiniBertAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # Linear, Embedding and LayerNorm
+        if isinstance(module, MiniBertLMHead):
+            init.zeros_(module.bias)
+
+
+class MiniBertModel(MiniBertPreTrainedModel):
+    """The encoder: token ids in, one contextual vector per token out, and one pooled vector per text."""
+
+    def __init__(self, config: MiniBertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = MiniBertEmbeddings(config)
+        self.layers = nn.ModuleList([MiniBertLayer(config) for _ in range(config.num_hidden_layers)])
+        norm_last = config.norm_position == "pre"
+        self.final_norm = MiniBertNorm(config.hidden_size, eps=config.layer_norm_eps) if norm_last else nn.Identity()
+        self.pooler = MiniBertPooler(config) if add_pooling_layer else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Encode a batch.
+
+        Args:
+            input_ids: (B, L) token ids, or None when ``inputs_embeds`` (B, L, C) takes their place.
+            attention_mask: (B, L), 1 for real tokens and 0 for padding, default all real; or a ready (B, 1, L, L) mask.
+            token_type_ids: (B, L) segments, default 0.
+            position_ids: (B, L) or (1, L), default 0 … L - 1.
+            cu_seq_lens_q, max_length_q: bounds and longest length of the sequences packed into a single row (B = 1), as
+                transformers' flattening collator gives them.
+
+        Returns:
+            ``last_hidden_state`` (B, L, C), float32 also for half-precision weights, and ``pooler_output`` (B, C).
+            Rows of padding tokens have no meaning.
+
+        Raises:
+            ValueError: both or neither of ids and embeddings; a sequence longer than the positions; an id that is not in
+                the vocabulary (checked on the CPU only, where the check is free of synchronisation).
+        """
+        self._check_inputs(input_ids, position_ids, inputs_embeds)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        batch, length = inputs.shape[:2]
+        if position_ids is None:
+            position_ids = torch.arange(length, device=inputs.device).unsqueeze(0)
+        packing = None
+        if self._can_pack(inputs, attention_mask, kwargs):
+            if cu_seq_lens_q is not None:
+                packing = Packing.from_cu_seqlens(cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max()))
+            else:
+                real = None if attention_mask is None else attention_mask.bool()
+                packing = Packing.from_mask(real, batch, length, inputs.device)
+            input_ids, token_type_ids, inputs_embeds, position_ids = (
+                None if x is None else packing.pack(x.expand(batch, *x.shape[1:]))
+                for x in (input_ids, token_type_ids, inputs_embeds, position_ids)
+            )
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (…, C)
+        mask = self._padded_mask(hidden_states, attention_mask, cu_seq_lens_q) if packing is None else None
+        rotary = None
+        if self.config.position_embedding_type == "rotary":
+            head_dim = self.config.hidden_size // self.config.num_attention_heads
+            rotary = rotary_angles(position_ids, head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, packing=packing, rotary=rotary, **kwargs)
+        hidden_states = self.final_norm(hidden_states)
+        if packing is not None:
+            hidden_states = packing.unpack(hidden_states, batch, length)
+        pooled = self.pooler(hidden_states, attention_mask) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _can_pack(self, inputs: Tensor, attention_mask: Tensor | None, kwargs: dict) -> bool:
+        """Whether only real tokens are computed: not where every padded position must exist or shapes must be static."""
+        records = any(
+            kwargs.get(name, getattr(self.config, name, False)) for name in ("output_attentions", "output_hidden_states")
+        )
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or inputs.device.type == "meta"
+        implementation = self.config._attn_implementation
+        kernel = implementation == "sdpa" or ("flash" in implementation and inputs.device.type != "cpu")
+        ready_mask = attention_mask is not None and attention_mask.dim() != 2
+        return self.config.unpad_inputs and kernel and not (records or tracing or ready_mask)
+
+    def _padded_mask(self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None):
+        """The attention mask of the padded computation, in the form the chosen implementation wants."""
+        only_same_document = None
+        if cu_seqlens is not None:
+            positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            document = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
+
+            def only_same_document(batch, head, query, key):
+                return document[query] == document[key]
+
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            and_mask_function=only_same_document,
+        )
+
+    def _check_inputs(self, input_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        limit, table = self.config.max_position_embeddings, self.config.position_embedding_type != "rotary"
+        if table and position_ids is None and inputs.shape[1] > limit:
+            raise ValueError(
+                f"The input has {inputs.shape[1]} tokens but this model has max_position_embeddings={limit}; "
+                f"tokenize with truncation=True, max_length={limit}, or train a model with more positions."
+            )
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = (int(x) for x in torch.aminmax(input_ids))
+            size = self.embeddings.word_embeddings.num_embeddings
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"Token id {low if low < 0 else high} is not in the model's vocabulary of {size} entries; "
+                    "use the tokenizer this model was trained with, or call resize_token_embeddings."
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------- heads
+
+
+class MiniBertLMHead(nn.Module):
+    """Hidden states (…, C) -> word logits (…, V)."""
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.norm = MiniBertNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.norm(self.act(self.dense(narrow(hidden_states, self.dense))))
+        return wide(self.decoder(narrow(hidden_states, self.decoder)))
+
+
+class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
+    """What the two classes with a word-prediction head share."""
+
+    _tied_weights_keys = {
+        "lm_head.decoder.weight": "minibert.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head.decoder = new_embeddings
+        self.lm_head.bias = new_embeddings.bias
+
+    def predict_words(self, hidden_states: Tensor, labels: Tensor | None, **kwargs) -> tuple[Tensor | None, Tensor]:
+        """Loss and logits. While training only the labelled positions are computed: logits are (labelled, V)."""
+        if labels is not None and self.training:
+            labelled = labels.flatten() != -100
+            hidden_states, labels = hidden_states.flatten(0, 1)[labelled], labels.flatten()[labelled]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return loss, logits
+
+
+class MiniBertForMaskedLM(MiniBertMaskedLMBase):
+    """Predict masked words (Devlin et al. 2018, arXiv:1810.04805)."""
+
+    _auto_class = "AutoModelForMaskedLM"
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__(config)
+        self.minibert = MiniBertModel(config, add_pooling_layer=False)
+        self.lm_head = MiniBertLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """``labels`` (B, L): the word at each masked position, -100 elsewhere. Logits are (B, L, V), or (labelled, V)
+        while training, where the other positions are not computed."""
+        outputs = self.minibert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        loss, logits = self.predict_words(outputs.last_hidden_state, labels, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@dataclass
+class MiniBertForPreTrainingOutput(ModelOutput):
+    """Loss and logits of the two pretraining tasks."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class MiniBertForPreTraining(MiniBertMaskedLMBase):
+    """Predict masked words, and whether the second segment follows the first (Devlin et al. 2018)."""
+
+    _auto_class = "AutoModelForPreTraining"
+    accepts_loss_kwargs = False  # the loss is a mean already: Trainer must divide it by the accumulation steps
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__(config)
+        self.loss_type = "ForMaskedLM"  # transformers derives it from the class name, which names no loss here
+        self.minibert = MiniBertModel(config)
+        self.lm_head = MiniBertLMHead(config)
+        self.next_sentence = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        **kwargs,
+    ) -> MiniBertForPreTrainingOutput:
+        """``labels`` as in :class:`MiniBertForMaskedLM`; ``next_sentence_label`` (B,): 0 follows, 1 does not. The loss is
+        the sum of the given tasks' means."""
+        outputs = self.minibert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        loss, logits = self.predict_words(outputs.last_hidden_state, labels)
+        follows = wide(self.next_sentence(narrow(outputs.pooler_output, self.next_sentence)))  # (B, 2)
+        if next_sentence_label is not None:
+            next_loss = F.cross_entropy(follows, next_sentence_label.view(-1))
+            loss = next_loss if loss is None else loss + next_loss
+        return MiniBertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=follows,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MiniBertClassifierBase(MiniBertPreTrainedModel):
+    """What the heads share that put dropout and one linear layer on the encoder."""
+
+    def __init__(self, config: MiniBertConfig, outputs: int, add_pooling_layer: bool):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.minibert = MiniBertModel(config, add_pooling_layer=add_pooling_layer)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, outputs)
+        self.post_init()
+
+    def classify(self, states: Tensor) -> Tensor:
+        return wide(self.classifier(narrow(self.dropout(states), self.classifier)))
+
+
+class MiniBertForSequenceClassification(MiniBertClassifierBase):
+    """Classify a text or a pair: one label, several labels, or a number, as ``config.problem_type`` says."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__(config, config.num_labels, add_pooling_layer=True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """``labels`` (B,) classes or numbers, or (B, num_labels) for several labels. Logits are (B, num_labels)."""
+        outputs = self.minibert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classify(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MiniBertForTokenClassification(MiniBertClassifierBase):
+    """Label every token, for example with named entities."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__(config, config.num_labels, add_pooling_layer=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """``labels`` (B, L), -100 where no label counts. Logits are (B, L, num_labels)."""
+        outputs = self.minibert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classify(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
+    """Find the answer to a question as a span of the context."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__(config)
+        self.minibert = MiniBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """``start_positions`` and ``end_positions`` (B,): first and last token of the answer. Logits are (B, L) each."""
+        outputs = self.minibert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = wide(self.qa_outputs(narrow(outputs.last_hidden_state, self.qa_outputs)))  # (B, L, 2)
+        start_logits, end_logits = (x.contiguous() for x in logits.unbind(dim=-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MiniBertForMultipleChoice(MiniBertClassifierBase):
+    """Choose among several continuations: each is encoded with the question, and the highest score wins."""
+
+    _auto_class = "AutoModelForMultipleChoice"
+    accepts_loss_kwargs = False  # the loss is a mean already: Trainer must divide it by the accumulation steps
+
+    def __init__(self, config: MiniBertConfig):
+        super().__init__(config, 1, add_pooling_layer=True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> MultipleChoiceModelOutput:
+        """Inputs are (B, choices, L); ``labels`` (B,) is the right choice. Logits are (B, choices)."""
+        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        flat = (
+            None if x is None else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+        outputs = self.minibert(*flat, return_dict=True, **kwargs)
+        logits = self.classify(outputs.pooler_output).view(-1, choices)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "MiniBertForMaskedLM",
+    "MiniBertForMultipleChoice",
+    "MiniBertForPreTraining",
+    "MiniBertForQuestionAnswering",
+    "MiniBertForSequenceClassification",
+    "MiniBertForTokenClassification",
+    "MiniBertModel",
+    "MiniBertPreTrainedModel",
+]
