@@ -1,0 +1,183 @@
+"""Read the rows a recipe names: a local file or folder, a data set on the Hub, or the documentation installed here."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from minibert.train.arguments import INSTALLED_DOCS, DataSource
+
+# Suffix of a file to the builder of ``datasets`` that reads it, and its options. Texts such as "NA" or "null" stay texts.
+_CSV = {"keep_default_na": False, "na_values": [""]}
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", {**_CSV, "sep": "\t"}),
+    ".txt": ("text", {}),
+}
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def load(sources: Sequence[DataSource], *, split: str = "train") -> Dataset:
+    """Read ``sources`` and put their rows one after the other, keeping the columns they share.
+
+    Args:
+        split: the split of every source that names none itself; a single file is taken whole.
+
+    Raises:
+        FileNotFoundError: for a path that is neither here nor a data set on the Hub.
+        ValueError: for a file that is empty, not UTF-8 or malformed, an unknown split or column, or sources that share no
+            column.
+    """
+    parts = [_load_one(source, split) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    if not shared:
+        found = "; ".join(f"{source.path}: {', '.join(part.column_names)}" for source, part in zip(sources, parts, strict=True))
+        raise ValueError(f"The data sets share no column, so they cannot be joined ({found}); rename columns with columns:.")
+    return concatenate_datasets(_same_types([part.select_columns(shared) for part in parts]))
+
+
+def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource]) -> None:
+    """Refuse data that lacks a column a stage needs, or has empty (null) values in it.
+
+    Raises:
+        ValueError: naming the missing columns and the columns found, or the first row without a value.
+    """
+    where = " + ".join(source.path for source in sources)
+    if missing := [name for name in wanted if name not in dataset.column_names]:
+        raise ValueError(
+            f"{where} has no column {', '.join(map(repr, missing))}; it has {', '.join(dataset.column_names)}. "
+            "Name the columns in the recipe, or rename them with columns: {found: wanted}."
+        )
+    for name in wanted:
+        if dataset.data.column(name).null_count:
+            row = next(row for row, value in enumerate(dataset[name]) if value is None)
+            raise ValueError(f"{where} has no value in column {name!r} of row {row + 1}; fill it or remove the row.")
+
+
+def text_columns(dataset: Dataset) -> list[str]:
+    """Names of the columns that hold strings, in the order of the data."""
+    return [
+        name
+        for name, feature in dataset.features.items()
+        if isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    ]
+
+
+def _load_one(source: DataSource, split: str) -> Dataset:
+    if source.path == INSTALLED_DOCS:
+        from minibert.train.docstrings import load_pairs
+
+        dataset = load_pairs(source.split or split)
+    elif Path(source.path).expanduser().exists():
+        dataset = _load_local(Path(source.path).expanduser(), source.split, split)
+    else:
+        dataset = _load_hub(source, split)
+    if not len(dataset):
+        raise ValueError(f"{source.path} has no rows; give a file or split that holds data.")
+    if source.columns:
+        check_columns(dataset, list(source.columns), [source])
+        dataset = dataset.rename_columns(source.columns)
+    return dataset if source.limit is None else dataset.select(range(min(source.limit, len(dataset))))
+
+
+def _load_local(path: Path, split: str | None, default_split: str) -> Dataset:
+    if path.is_file():
+        files = [path]
+    else:
+        groups = _group_by_split(path)
+        wanted = _SPLITS.get(split or default_split, split or default_split)
+        if wanted not in groups:
+            raise ValueError(
+                f"{path} has no split {wanted!r}; it has {', '.join(sorted(groups))}. Choose one with split:, or name a file."
+            )
+        files = groups[wanted]
+    if unknown := sorted({file.suffix for file in files} - _BUILDERS.keys()):
+        raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(_BUILDERS)}.")
+    if len({_BUILDERS[file.suffix][0] for file in files}) > 1:
+        raise ValueError(f"{path} mixes files of several kinds; name one file, or one folder per kind.")
+    if empty := [file for file in files if not file.stat().st_size]:
+        raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
+    builder, options = _BUILDERS[files[0].suffix]
+    try:
+        return load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
+    except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(_why_unreadable(files, error)) from error
+
+
+def _group_by_split(folder: Path) -> dict[str, list[Path]]:
+    """Files of ``folder`` by split, read from names such as train.parquet, train-00000-of-00002.parquet or test/pos/1.txt.
+
+    A folder in which no name is that of a usual split is all ``train``.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix in _BUILDERS and not file.name.startswith("."))
+    if not files:
+        raise ValueError(f"{folder} holds no data file; files of these kinds are read: {', '.join(_BUILDERS)}.")
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        *folders, _ = file.relative_to(folder).parts
+        names = [*folders, re.sub(r"-\d+-of-\d+$", "", file.stem)]
+        usual = next((_SPLITS[name] for name in names if name in _SPLITS), None)
+        groups.setdefault(usual or names[0], []).append(file)
+    return groups if groups.keys() & set(_SPLITS.values()) else {"train": files}
+
+
+def _why_unreadable(files: list[Path], error: BaseException) -> str:
+    for file in files:
+        if _BUILDERS[file.suffix][0] != "parquet" and (line := first_line_not_utf8(file)):
+            return f"{file} is not UTF-8: line {line} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
+    names = str(files[0]) if len(files) == 1 else f"One of {len(files)} files beside {files[0]}"
+    cause = " ".join(str(error.__cause__ or error).split())
+    if "corresponds to no data" in cause:
+        return f"{names} has no rows; give a file that holds data."
+    return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {cause}"
+
+
+def first_line_not_utf8(file: Path) -> int | None:
+    """Number (from 1) of the first line of ``file`` that is not UTF-8, or ``None``. Memory does not grow with the file."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return None
+
+
+def _load_hub(source: DataSource, split: str) -> Dataset:
+    if source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1 or Path(source.path).suffix in _BUILDERS:
+        raise FileNotFoundError(f"There is no file or folder {source.path} (looked from {Path.cwd()}).")
+    try:
+        return load_dataset(source.path, source.config, split=source.split or split, revision=source.revision)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source.path} is neither a file or folder (looked from {Path.cwd()}) nor a data set that the Hub gave us: {error}"
+        ) from error
+
+
+def _same_types(parts: list[Dataset]) -> list[Dataset]:
+    """Give columns that differ only in kind of number or string one type; a ClassLabel survives when all agree on it."""
+    features = parts[0].features.copy()
+    for name, feature in features.items():
+        if any(part.features[name] != feature for part in parts) and isinstance(feature, ClassLabel):
+            features[name] = Value("int64")
+    try:
+        return [part.cast(features) if part.features != features else part for part in parts]
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"The data sets cannot be joined: a column has a different type in one of them ({error}).") from error
