@@ -23,28 +23,33 @@ if TYPE_CHECKING:
     )
     from .tokenization_minibert import train_word_level, train_wordpiece
 
-_HOME = {
+__all__ = [
+    "MiniBertConfig",
+    "MiniBertForMaskedLM",
+    "MiniBertForMultipleChoice",
+    "MiniBertForPreTraining",
+    "MiniBertForQuestionAnswering",
+    "MiniBertForSequenceClassification",
+    "MiniBertForTokenClassification",
+    "MiniBertModel",
+    "MiniBertPreTrainedModel",
+    "train_word_level",
+    "train_wordpiece",
+]
+# Where a name lives; the classes not named here are in the modeling file.
+_MODULES = {
     "MiniBertConfig": "configuration_minibert",
-    "MiniBertForMaskedLM": "modeling_minibert",
-    "MiniBertForMultipleChoice": "modeling_minibert",
-    "MiniBertForPreTraining": "modeling_minibert",
-    "MiniBertForQuestionAnswering": "modeling_minibert",
-    "MiniBertForSequenceClassification": "modeling_minibert",
-    "MiniBertForTokenClassification": "modeling_minibert",
-    "MiniBertModel": "modeling_minibert",
-    "MiniBertPreTrainedModel": "modeling_minibert",
     "train_word_level": "tokenization_minibert",
     "train_wordpiece": "tokenization_minibert",
 }
-__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'modeling_minibert')}")
+    globals()[name] = getattr(module, name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ works on both, and only attention needs to know which tokens belong together.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -52,21 +53,6 @@ def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- packing
 
 
-@dataclass(frozen=True)
-class AttentionGroup:
-    """Sequences of the packed batch that share one attention call.
-
-    ``rows`` is None when all have the same length and lie one after another: then they are a view, without a copy.
-    """
-
-    start: int  # first row of the packed (T, C) matrix
-    count: int  # sequences in the group
-    length: int  # tokens of the longest
-    rows: Tensor | None = None  # (count * length,) packed row of every slot; padding slots repeat a real row
-    mask: Tensor | None = None  # (count, 1, 1, length) True at real tokens
-    real: Tensor | None = None  # (tokens,) slots that hold a real token
-
-
 class Packing:
     """Which rows of a flattened (B * L) batch are real tokens, and how to attend among them.
 
@@ -79,7 +65,8 @@ class Packing:
 
     def __init__(self, indices: Tensor | None, lengths: Sequence[int] | None, cu_seqlens: Tensor | None, max_length: int):
         self.indices, self.cu_seqlens, self.max_length = indices, cu_seqlens, max_length
-        self.groups = [] if lengths is None else _equal_length_groups(lengths)
+        # (sequences, length) of every run of equal lengths: a run shares one attention call
+        self.runs = [(len(list(run)), length) for length, run in groupby(lengths or []) if length]
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
@@ -123,22 +110,22 @@ class Packing:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         """Attention of every sequence with itself: three (T, H, D) -> (T, H, D)."""
         if self.cu_seqlens is None:
-            outputs = [self._attend_group(group, query, key, value, dropout, scaling) for group in self.groups]
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            return self._attend_runs(query, key, value, dropout, scaling)
         half = query.dtype in (torch.bfloat16, torch.float16)
         if varlen_attn is not None and half and dropout == 0.0:
             bounds, longest = self.cu_seqlens, self.max_length
             return varlen_attn(query.contiguous(), key.contiguous(), value.contiguous(), bounds, bounds, longest, longest)
         return self._attend_padded(query, key, value, dropout, scaling)
 
-    def _attend_group(self, group: AttentionGroup, query, key, value, dropout: float, scaling: float) -> Tensor:
-        stop = group.start + group.count * group.length
-        query, key, value = (
-            x[group.start : stop].view(group.count, group.length, *x.shape[1:]).transpose(1, 2)  # (n, H, length, D)
-            for x in (query, key, value)
-        )
-        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
-        return context.transpose(1, 2).flatten(0, 1)  # (n * length, H, D)
+    def _attend_runs(self, query, key, value, dropout: float, scaling: float) -> Tensor:
+        # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
+        sizes = [count * length for count, length in self.runs]
+        outputs = []
+        for (count, length), *parts in zip(self.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
+            q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)  # (count, H, length, D)
+            context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+            outputs.append(context.transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
+        return torch.cat(outputs) if outputs else query
 
     def _attend_padded(self, query, key, value, dropout: float, scaling: float) -> Tensor:
         """For devices whose variable-length kernel lacks this dtype or dropout: pad inside attention only."""
@@ -151,18 +138,6 @@ class Packing:
             query, key, value, attn_mask=mask[:, None, None], dropout_p=dropout, scale=scaling
         )
         return context.transpose(1, 2)[mask]
-
-
-def _equal_length_groups(lengths: Sequence[int]) -> list[AttentionGroup]:
-    groups, start, i = [], 0, 0
-    while i < len(lengths):
-        count = 1
-        while i + count < len(lengths) and lengths[i + count] == lengths[i]:
-            count += 1
-        if lengths[i]:
-            groups.append(AttentionGroup(start, count, lengths[i]))
-        start, i = start + count * lengths[i], i + count
-    return groups
 
 
 # ------------------------------------------------------------------------------------------------------- positions
@@ -288,9 +263,7 @@ class MiniBertAttention(nn.Module):
                 kwargs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D)
-            context, weights = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
+            context, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         context = context.reshape(hidden_states.shape)
         return self.output(narrow(context, self.output)), weights
 
@@ -586,9 +559,7 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         loss, logits = self.predict_words(outputs.last_hidden_state, labels, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
 @dataclass
