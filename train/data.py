@@ -53,8 +53,8 @@ def load(sources: Sequence[DataSource], *, split: str = "train") -> Dataset:
     return concatenate_datasets(_same_types([part.select_columns(shared) for part in parts]))
 
 
-def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource]) -> None:
-    """Refuse data that lacks a column a stage needs, or has empty (null) values in it.
+def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:
+    """Refuse data that lacks a column a stage needs or, where they must be ``filled``, has empty (null) values in it.
 
     Raises:
         ValueError: naming the missing columns and the columns found, or the first row without a value.
@@ -66,7 +66,7 @@ def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[Dat
             "Name the columns in the recipe, or rename them with columns: {found: wanted}."
         )
     for name in wanted:
-        if dataset.data.column(name).null_count:
+        if filled and dataset.data.column(name).null_count:
             row = next(row for row, value in enumerate(dataset[name]) if value is None)
             raise ValueError(f"{where} has no value in column {name!r} of row {row + 1}; fill it or remove the row.")
 
@@ -92,7 +92,7 @@ def _load_one(source: DataSource, split: str) -> Dataset:
     if not len(dataset):
         raise ValueError(f"{source.path} has no rows; give a file or split that holds data.")
     if source.columns:
-        check_columns(dataset, list(source.columns), [source])
+        check_columns(dataset, list(source.columns), [source], filled=False)
         dataset = dataset.rename_columns(source.columns)
     return dataset if source.limit is None else dataset.select(range(min(source.limit, len(dataset))))
 
@@ -115,6 +115,8 @@ def _load_local(path: Path, split: str | None, default_split: str) -> Dataset:
     if empty := [file for file in files if not file.stat().st_size]:
         raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
     builder, options = _BUILDERS[files[0].suffix]
+    if builder == "json" and (problem := _not_utf8(files)):  # the JSON reader lets such bytes through; they fail much later
+        raise ValueError(problem)
     try:
         return load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
     except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
@@ -138,10 +140,16 @@ def _group_by_split(folder: Path) -> dict[str, list[Path]]:
     return groups if groups.keys() & set(_SPLITS.values()) else {"train": files}
 
 
-def _why_unreadable(files: list[Path], error: BaseException) -> str:
+def _not_utf8(files: list[Path]) -> str | None:
     for file in files:
-        if _BUILDERS[file.suffix][0] != "parquet" and (line := first_line_not_utf8(file)):
+        if file.suffix != ".parquet" and (line := first_line_not_utf8(file)):
             return f"{file} is not UTF-8: line {line} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
+    return None
+
+
+def _why_unreadable(files: list[Path], error: BaseException) -> str:
+    if problem := _not_utf8(files):
+        return problem
     names = str(files[0]) if len(files) == 1 else f"One of {len(files)} files beside {files[0]}"
     cause = " ".join(str(error.__cause__ or error).split())
     if "corresponds to no data" in cause:

@@ -1,0 +1,355 @@
+"""Recipes: read one, check all of it, and run its stages, skipping what is finished and resuming what is not."""
+
+import difflib
+import importlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from minibert.train.arguments import (
+    ClassifyStage,
+    DataSource,
+    EmbedStage,
+    EvaluateStage,
+    ModelStage,
+    NewModel,
+    Recipe,
+    TokenizerStage,
+)
+from minibert.train.stage import StageContext
+
+__all__ = ["Recipe", "StageContext", "load_recipe", "read_metrics", "run_recipe"]
+
+logger = logging.getLogger(__name__)
+
+# Kind of stage: its arguments, the module and function that run it, and whether one process does all of it.
+_KINDS: dict[str, tuple[type[BaseModel], str, str, bool]] = {
+    "tokenizer": (TokenizerStage, "minibert.train.recipe", "train_tokenizer", True),
+    "classify": (ClassifyStage, "minibert.train.finetune", "classify", False),
+    "embed": (EmbedStage, "minibert.train.embed", "embed", False),
+    "evaluate": (EvaluateStage, "minibert.train.recipe", "evaluate_model", True),
+}
+# Fields that change how a stage runs but not what comes out: they may differ when a run is resumed.
+_FREE_FIELDS = {"eval_batch_size", "log_steps", "num_workers", "save_steps", "save_total_limit", "trackers"}
+# How long processes wait for the one that trains a tokenizer or evaluates; the libraries' ten minutes are too short.
+_PATIENCE = timedelta(hours=12)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-4 as a number (YAML 1.1, which PyYAML follows, takes it for a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply overrides and check all of it.
+
+    Args:
+        path: a YAML file, or the name of a recipe that comes with the package, such as ``"tinybert"``.
+        overrides: ``"stage.field=value"`` or ``"field=value"``; values are YAML, and ``stage.field.0.key`` reaches deeper.
+
+    Raises:
+        FileNotFoundError: when there is no such recipe.
+        ValueError: listing every problem found, each in the words of the recipe.
+    """
+    raw = _read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a recipe: it must hold a mapping with name and stages.")
+    problems = [problem for override in overrides if (problem := _override(raw, override))]
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        # One mistake can fail several branches of a type; the user needs each sentence once.
+        problems += dict.fromkeys(_in_words(problem, raw) for problem in error.errors())
+    if len(problems) == 1:
+        raise ValueError(f"{path}: {problems[0]}")
+    if problems:
+        raise ValueError(f"{path} has {len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return recipe
+
+
+def _read_yaml(path: str | Path) -> Any:
+    file = Path(path)
+    if not file.is_file():
+        bundled = {recipe.name.removesuffix(".yaml"): recipe for recipe in resources.files("minibert.recipes").iterdir()}
+        bundled = {name: recipe for name, recipe in bundled.items() if recipe.name.endswith(".yaml")}
+        if str(path).removesuffix(".yaml") not in bundled:
+            raise FileNotFoundError(
+                f"There is no recipe {path}; give a YAML file or one of the bundled recipes: {', '.join(sorted(bundled))}."
+            )
+        text = bundled[str(path).removesuffix(".yaml")].read_bytes()
+    else:
+        text = file.read_bytes()
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _override(raw: dict[str, Any], override: str) -> str | None:
+    """Apply one override to ``raw`` in place; return what is wrong with it, if anything."""
+    target, equals, text = override.partition("=")
+    if not equals or not target:
+        return f"override {override!r} is not of the form stage.field=value."
+    keys = target.split(".")
+    place: Any = raw
+    if len(keys) > 1:
+        stages = [stage for stage in raw.get("stages") or [] if isinstance(stage, dict)]
+        names = [str(stage.get("name") or stage.get("kind")) for stage in stages]
+        if keys[0] not in names:
+            return f"override {override!r} names no stage of this recipe; its stages are {', '.join(names)}."
+        place = stages[names.index(keys.pop(0))]
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return f"the value of override {override!r} is not YAML; quote it."
+    for key in keys[:-1]:
+        if isinstance(place, dict):
+            place = place.setdefault(key, {})
+        elif isinstance(place, list) and key.isdigit() and int(key) < len(place):
+            place = place[int(key)]
+        else:
+            return f"override {override!r} reaches into {key!r}, which holds no fields."
+    if isinstance(place, dict):
+        place[keys[-1]] = value
+    elif isinstance(place, list) and keys[-1].isdigit() and int(keys[-1]) < len(place):
+        place[int(keys[-1])] = value
+    else:
+        return f"override {override!r} sets a field of something that holds no fields."
+    return None
+
+
+def _in_words(problem: Any, raw: dict[str, Any]) -> str:
+    """One pydantic problem as a sentence that names the stage and field as the recipe does."""
+    location, model, prefix = list(problem["loc"]), Recipe, ""
+    if location[:1] == ["stages"] and len(location) > 1:
+        index = location[1]
+        stage = raw["stages"][index]
+        label = (stage.get("name") or stage.get("kind")) if isinstance(stage, dict) else None
+        prefix = f"stage {index + 1}" + (f" ({label})" if label else "") + ": "
+        model = _KINDS[location[2]][0] if len(location) > 2 else None  # the third entry is the tag of the union
+        location = location[3:]
+    # Tags of the two forms of ``model`` are ours, not the user's.
+    location = [key for at, key in enumerate(location) if not (at and location[at - 1] == "model" and key in ("text", "new"))]
+    field = ".".join(str(key) for key in location)
+    value = problem["input"]
+    match problem["type"]:
+        case "union_tag_invalid" | "union_tag_not_found":
+            kind = value.get("kind") if isinstance(value, dict) else value
+            return f"{prefix}kind={kind!r} is unknown; use one of {', '.join(_KINDS)}."
+        case "extra_forbidden":
+            known = DataSource if {"data", "eval_data"} & set(location) else model
+            names = list(known.model_fields) if known else []
+            close = difflib.get_close_matches(str(location[-1]), names, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(names)}."
+            return f"{prefix}there is no field {field}; {advice}"
+        case "missing":
+            return f"{prefix}the field {field} is missing."
+        case "model_type" | "model_attributes_type":
+            what = "a path, or a mapping with path" if location else "a mapping with kind"
+            return f"{prefix}{field}{'=' if field else ''}{value!r} is refused: it should be {what}."
+        case "value_error":
+            return f"{prefix}{field + ': ' if field else ''}{problem['ctx']['error']}"
+        case _:
+            shown = value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+            return f"{prefix}{field}={shown!r} is refused: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: bool = True, force: bool = False) -> Path:
+    """Run the stages of ``recipe`` in order. Under torchrun every process calls this.
+
+    Args:
+        output_dir: folder of the run; the default is the recipe's own, else ``runs/<name>``.
+        resume: continue an interrupted stage at its last checkpoint; ``False`` starts that stage over.
+        force: run stages whose arguments changed since an earlier run, and those after them, again.
+
+    Returns:
+        The folder of the run, with ``recipe.yaml`` and one folder per stage.
+
+    Raises:
+        ValueError: when the folder holds something else, or a run with other arguments and not ``force``.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(timeout=_PATIENCE)
+    run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name)
+    if state.is_main_process:
+        _open_run(run_dir, recipe, force)
+    state.wait_for_everyone()
+    model = tokenizer = None
+    folders: dict[str, str] = {}
+    for number, stage in enumerate(recipe.stages, start=1):
+        folder = _stage_folder(run_dir, number, stage.name)
+        if isinstance(stage, TokenizerStage):
+            tokenizer = str(folder)
+            context = StageContext(folder, recipe.seed)
+        else:
+            context = _resolve(stage, folder, recipe.seed, model, tokenizer, folders)
+        if state.is_main_process:
+            done = "finished earlier, skipped" if (folder / "stage.json").exists() else str(folder)
+            logger.info("Stage %d of %d, %s: %s", number, len(recipe.stages), stage.name, done)
+        if not (folder / "stage.json").exists():
+            _run_stage(stage, context, state, resume=resume)
+        folders[stage.name] = str(folder)
+        if not isinstance(stage, TokenizerStage | EvaluateStage):
+            model = str(folder)
+    return run_dir
+
+
+def _resolve(
+    stage: ModelStage, folder: Path, seed: int, model: str | None, tokenizer: str | None, folders: dict[str, str]
+) -> StageContext:
+    named = getattr(stage, "seed", None)
+    seed = seed if named is None else named
+    start = folders.get(stage.model, stage.model) if isinstance(stage.model, str) else model
+    if isinstance(stage.model, NewModel):
+        start = None
+    own = folders.get(stage.tokenizer, stage.tokenizer) if stage.tokenizer else None
+    return StageContext(folder, seed, model=start, tokenizer=own or (tokenizer if start is None else start))
+
+
+def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -> None:
+    _, module, function, alone = _KINDS[stage.kind]
+    state.wait_for_everyone()  # nobody starts before everybody saw that the stage is not finished
+    if state.is_main_process:
+        if not resume:
+            shutil.rmtree(context.output_dir, ignore_errors=True)
+        context.output_dir.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    if state.is_main_process or not alone:
+        metrics = getattr(importlib.import_module(module), function)(stage, context)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _write(context.output_dir / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False))
+        # Written last: a folder with this file is a finished stage.
+        _write(context.output_dir / "stage.json", json.dumps(_dump(stage), indent=2, ensure_ascii=False))
+    state.wait_for_everyone()
+
+
+def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
+    """Create the folder of a run, or check that what is there is this run and clear away what ``force`` gives up."""
+    record = run_dir / "recipe.yaml"
+    if record.exists():
+        old = yaml.load(record.read_text(encoding="utf-8"), Loader=_Loader)
+        if old["name"] != recipe.name:
+            raise ValueError(f"{run_dir} holds a run of the recipe {old['name']!r}; choose another --output-dir.")
+        changes = list(_changes(old, recipe, run_dir))
+        if changes and not force:
+            raise ValueError(
+                f"{run_dir} holds a run with other arguments: {'; '.join(text for _, text in changes)}. Choose another "
+                f"--output-dir, or run stage {changes[0][0]} and those after it again with --force (replaces their folders)."
+            )
+        for number, stage in enumerate(old["stages"], start=1):
+            if changes and number >= changes[0][0]:
+                shutil.rmtree(_stage_folder(run_dir, number, stage["name"]), ignore_errors=True)
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    whole = {"name": recipe.name, "seed": recipe.seed, "stages": [_dump(stage) for stage in recipe.stages]}
+    _write(record, yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+
+
+def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
+    """Number of the stage and a description, for every change to a stage that was already started."""
+    for number, before in enumerate(old["stages"], start=1):
+        if not _stage_folder(run_dir, number, before["name"]).exists():
+            continue
+        where = f"stage {number} ({before['name']})"
+        if number > len(recipe.stages):
+            yield number, f"{where} is no longer there"
+            continue
+        stage = recipe.stages[number - 1]
+        after = _dump(stage)
+        if (before["kind"], before["name"]) != (after["kind"], after["name"]):
+            yield number, f"{where} is now {after['name']} (kind {after['kind']})"
+            continue
+        if "seed" in after:
+            before = {**before, "seed": old["seed"] if before.get("seed") is None else before["seed"]}
+            after = {**after, "seed": recipe.seed if after["seed"] is None else after["seed"]}
+        for name in sorted((before.keys() | after.keys()) - _FREE_FIELDS):
+            # A field that this version added was at its default in the older run.
+            default = type(stage).model_fields[name].default if name in after else None
+            if before.get(name, default) != after.get(name):
+                yield number, f"{where} {name} was {before.get(name, default)!r} and is {after.get(name)!r}"
+
+
+def _dump(stage: BaseModel) -> dict[str, Any]:
+    values = stage.model_dump(mode="json")
+    return {"kind": values.pop("kind"), "name": values.pop("name"), **values}
+
+
+def _stage_folder(run_dir: Path, number: int, name: str) -> Path:
+    return run_dir / f"{number}-{name}"
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step: a crash or a full disk leaves the old one."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
+    """The figures of every finished stage of a run, by the stage's name."""
+    record = yaml.load((Path(run_dir) / "recipe.yaml").read_text(encoding="utf-8"), Loader=_Loader)
+    figures = {}
+    for number, stage in enumerate(record["stages"], start=1):
+        folder = _stage_folder(Path(run_dir), number, stage["name"])
+        if (folder / "stage.json").exists():
+            figures[stage["name"]] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return figures
+
+
+def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, Any]:
+    """The ``tokenizer`` stage: train on every text of the data and save. Returns the sizes reached."""
+    from minibert.tokenization_minibert import train_word_level, train_wordpiece
+    from minibert.train.data import check_columns, load, text_columns
+
+    dataset = load(args.data)
+    columns = args.text_columns or text_columns(dataset)
+    check_columns(dataset, columns, args.data, filled=False)
+    if not columns:
+        raise ValueError(f"The data has no column of strings; it has {', '.join(dataset.column_names)}.")
+    rows = dataset.select_columns(columns)
+    texts = (text for batch in rows.iter(1000) for column in columns for text in batch[column] if text)
+    train = train_wordpiece if args.method == "wordpiece" else train_word_level
+    options = {} if args.min_frequency is None else {"min_frequency": args.min_frequency}
+    tokenizer = train(
+        texts,
+        vocab_size=args.vocab_size,
+        lowercase=args.lowercase,
+        model_max_length=args.max_length,
+        show_progress=True,
+        **options,
+    )
+    tokenizer.save_pretrained(context.output_dir)
+    return {"rows": len(dataset), "vocab_size": len(tokenizer)}
+
+
+def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]:
+    """The ``evaluate`` stage: figures of the model on each data set, by the data set's path."""
+    from minibert.inference.evaluate import evaluate
+    from minibert.train.data import load
+
+    figures = {}
+    for source in args.data:
+        data = load([source], split="validation")
+        name = source.path if source.split is None else f"{source.path} {source.split}"
+        figures[name] = evaluate(context.model, data, limit=args.limit, baselines=args.baselines, batch_size=args.batch_size)
+    return figures
