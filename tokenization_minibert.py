@@ -1,0 +1,205 @@
+"""Train a WordPiece or a word-level tokenizer from texts; the result is an ordinary ``PreTrainedTokenizerFast``.
+
+It follows BERT in everything a user can see: the normaliser, the split into words and punctuation, ``##`` before a piece that
+continues a word, ``[CLS] first [SEP] second [SEP]`` with segments 0 and 1. It saves as ``tokenizer.json`` and reloads through
+``AutoTokenizer`` without any code of ours. The same texts in the same order always give the same vocabulary.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CONTINUING = "##"
+
+# Longer words are [UNK] in BERT's WordPiece, so learning from them would be lost.
+_LONGEST_WORD = 100
+# Counting keeps at most this many different words in memory (about 300 MB); beyond it the rarest are forgotten.
+_MOST_WORDS = 2_000_000
+_MOST_CHUNKS = 200_000
+# The rarest characters that together make up less than this share of the text are left to [UNK], as SentencePiece does
+# (Kudo and Richardson 2018, arXiv:1808.06226): one stray page in another script must not eat the vocabulary.
+_IGNORED_CHARACTERS = 1e-4
+# The library's trainer counts pairs in 32 bits; larger corpora are scaled down to this many words.
+_MOST_TRAINED_WORDS = 100_000_000
+
+
+def train_wordpiece(
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 30000,
+    lowercase: bool = True,
+    min_frequency: int = 2,
+    model_max_length: int = 512,
+    show_progress: bool = False,
+) -> PreTrainedTokenizerFast:
+    """Train a subword tokenizer as BERT's (Devlin et al. 2018, arXiv:1810.04805).
+
+    Args:
+        texts: The corpus; read once, one text at a time, so it may be a generator over more text than memory holds.
+        vocab_size: Entries wanted, special tokens included. A text too small to fill them gives fewer, with a warning.
+        lowercase: Fold case and strip accents, in training and in use.
+        min_frequency: Pieces must occur this often to be merged into a longer one.
+        model_max_length: Longest sequence in tokens when truncating.
+        show_progress: Show a progress bar over the texts.
+
+    Raises:
+        ValueError: when ``texts`` holds no word or something other than strings, or when ``vocab_size`` has no room for the
+            text's characters.
+    """
+    words = _count_words(texts, lowercase=lowercase, show_progress=show_progress)
+    alphabet = _alphabet(words)
+    words = {word: count for word, count in words.items() if alphabet.issuperset(word)}
+    # The library numbers the "##c" pieces in the order of a hash map, and breaks ties between merges by these numbers: two
+    # runs would give two vocabularies. Pieces handed over as special tokens are numbered in the order given here instead.
+    continuing = sorted({CONTINUING + character for word in words for character in word[1:]})
+    pieces = [*SPECIAL_TOKENS, *sorted(alphabet), *continuing]
+    if vocab_size < len(pieces):
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: the {len(alphabet)} characters of the text and the {len(SPECIAL_TOKENS)} "
+            f"special tokens need {len(pieces)} entries before any longer piece; use a larger one."
+        )
+    scratch = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    scratch.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=pieces,
+        limit_alphabet=0,  # all of it is in `pieces`
+        continuing_subword_prefix=CONTINUING,
+        show_progress=False,
+    )
+    scratch.train_from_iterator(_repeated(words), trainer)
+    vocabulary = scratch.get_vocab()
+    model = models.WordPiece(
+        vocabulary, unk_token="[UNK]", continuing_subword_prefix=CONTINUING, max_input_chars_per_word=_LONGEST_WORD
+    )
+    return _finished(model, len(vocabulary), vocab_size, lowercase=lowercase, model_max_length=model_max_length)
+
+
+def train_word_level(
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 30000,
+    lowercase: bool = True,
+    min_frequency: int = 1,
+    model_max_length: int = 512,
+    show_progress: bool = False,
+) -> PreTrainedTokenizerFast:
+    """Make a tokenizer whose tokens are the most frequent whole words; every other word is ``[UNK]``.
+
+    Args:
+        texts: The corpus; read once, one text at a time, so it may be a generator over more text than memory holds.
+        vocab_size: Entries wanted, special tokens included. A text with fewer words gives fewer, with a warning.
+        lowercase: Fold case and strip accents, in training and in use.
+        min_frequency: Words must occur this often.
+        model_max_length: Longest sequence in tokens when truncating.
+        show_progress: Show a progress bar over the texts.
+
+    Raises:
+        ValueError: when ``texts`` holds no word or something other than strings, or when ``vocab_size`` has no room for words.
+    """
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} entries are special tokens; "
+            f"use at least {len(SPECIAL_TOKENS) + 1}."
+        )
+    words = _count_words(texts, lowercase=lowercase, show_progress=show_progress)
+    frequent = sorted((word for word, count in words.items() if count >= min_frequency), key=lambda word: (-words[word], word))
+    tokens = [*SPECIAL_TOKENS, *frequent][:vocab_size]
+    model = models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]")
+    return _finished(model, len(tokens), vocab_size, lowercase=lowercase, model_max_length=model_max_length)
+
+
+def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) -> dict[str, int]:
+    if isinstance(texts, str):
+        raise ValueError("A tokenizer is trained on several texts, but one string was given; put it into a list.")
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    chunks: Counter[str] = Counter()  # split at spaces only: the exact split then runs once per different chunk
+
+    def settle() -> None:
+        for chunk, count in chunks.items():
+            for word, _ in splitter.pre_tokenize_str(chunk):
+                if len(word) <= _LONGEST_WORD:
+                    words[word] += count
+        chunks.clear()
+        floor = 1
+        while len(words) > _MOST_WORDS:
+            for word in [word for word, count in words.items() if count <= floor]:
+                del words[word]
+            floor *= 2
+
+    number = 0
+    for number, text in enumerate(tqdm(texts, desc="Counting words", unit=" texts", disable=not show_progress), start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"Text {number} of the tokenizer's corpus is {text!r}; every text must be a string.")
+        chunks.update(normalizer.normalize_str(text).split())
+        if len(chunks) > _MOST_CHUNKS:
+            settle()
+    settle()
+    if not words:
+        raise ValueError(f"There is nothing to train a tokenizer on: {number} texts were given and none holds a word.")
+    return words
+
+
+def _alphabet(words: dict[str, int]) -> set[str]:
+    """The characters to represent, without the rarest ``_IGNORED_CHARACTERS`` share of the text.
+
+    >>> sorted(_alphabet({"ab": 10_000, "c": 1}))
+    ['a', 'b']
+    """
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    allowance = _IGNORED_CHARACTERS * counts.total()
+    for character in sorted(counts, key=lambda character: (counts[character], character)):
+        allowance -= counts[character]
+        if allowance < 0:
+            break
+        del counts[character]
+    return set(counts)
+
+
+def _repeated(words: dict[str, int]) -> Iterator[str]:
+    """Texts in which every word occurs as often as counted: the library's trainers read texts, not counts."""
+    scale = -(-sum(words.values()) // _MOST_TRAINED_WORDS)
+    for word, count in words.items():
+        left = -(-count // scale)
+        while left > 0:
+            yield " ".join([word] * min(left, 1000))
+            left -= 1000
+
+
+def _finished(
+    model: models.Model, size: int, vocab_size: int, *, lowercase: bool, model_max_length: int
+) -> PreTrainedTokenizerFast:
+    if size < vocab_size:
+        warnings.warn(
+            f"The text supports a vocabulary of {size} entries, not the {vocab_size} asked for; the tokenizer has {size}.",
+            stacklevel=3,
+        )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUING)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=model_max_length,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
