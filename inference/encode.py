@@ -1,0 +1,137 @@
+"""Open a trained model for use: check its folder, then hand it to sentence-transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import CONFIG_MAPPING
+
+# Everything a model folder is read for; weights in other formats are never downloaded.
+_WANTED_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.safetensors"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+
+
+def load(
+    model: str | Path, *, device: str | None = None, trust_remote_code: bool = False, dtype: str | torch.dtype | None = None
+) -> SentenceTransformer:
+    """Open ``model`` as a sentence-transformers model.
+
+    A folder that no sentence-transformers module list describes gets its configuration's ``pooling`` (mean where it names
+    none), and vectors of length 1.
+
+    Args:
+        model: a model folder, or the id (owner/name) of a model on the Hub.
+        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
+        trust_remote_code: run Python code that comes with the model. Models of this package and of transformers need none.
+        dtype: numbers to compute with; the default is what the model's configuration says.
+
+    Raises:
+        FileNotFoundError: for a model that is not here and not on the Hub, or a folder without weights or tokenizer.
+        ValueError: for damaged or pickled weights, weights that do not fit the configuration, or code that is not trusted.
+    """
+    folder = find_model(model, trust_remote_code=trust_remote_code)
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    model_kwargs = kwargs if dtype is None else {**kwargs, "dtype": dtype}
+    try:
+        if (folder / "modules.json").exists():
+            return SentenceTransformer(
+                str(folder), device=device, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs
+            )
+        encoder = Transformer(str(folder), model_kwargs=model_kwargs, processor_kwargs=kwargs, config_kwargs=kwargs)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights in {folder} do not have the shapes its config.json describes; save or download the model again."
+        ) from error
+    pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode=getattr(encoder.config, "pooling", "mean"))
+    return SentenceTransformer(modules=[encoder, pooling, Normalize()], device=device, similarity_fn_name="cosine")
+
+
+def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """The folder of ``model``, downloaded if need be, after a check that it can be opened.
+
+    Raises: as :func:`load` does.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _download(str(model))
+    encoder = _encoder_folder(folder)
+    config = _read_json(encoder / "config.json")
+    _check_weights(encoder)
+    if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
+        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the model's tokenizer into it.")
+    # Code that comes with a model is not used where the class is known here; our own checkpoints carry such code.
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+        raise ValueError(
+            f"{folder} brings Python code of its own, which opening it would run; read that code, and if you trust it, "
+            "pass trust_remote_code=True (--trust-remote-code)."
+        )
+    return folder
+
+
+def _download(model: str) -> Path:
+    here = f"There is no model folder {model} (looked from {Path.cwd()})"
+    if Path(model).exists():
+        raise NotADirectoryError(f"{model} is a file; give the folder of a model, or the id (owner/name) of one on the Hub.")
+    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"{here}; give a folder, or the id (owner/name) of a model on the Hub.")
+    try:
+        return Path(snapshot_download(model, allow_patterns=_WANTED_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{here}, and the Hub did not give us one of that name: {reason}") from error
+
+
+def _encoder_folder(folder: Path) -> Path:
+    """Where the transformer lies: ``folder`` itself, or the folder of the first module of a sentence-transformers model."""
+    if (folder / "modules.json").exists():
+        modules = _read_json(folder / "modules.json")
+        if not isinstance(modules, list) or not modules or "path" not in modules[0]:
+            raise ValueError(f"{folder / 'modules.json'} does not list a model's modules; save or download the model again.")
+        return folder / modules[0]["path"]
+    if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
+        raise FileNotFoundError(f"{folder} is not a model folder, but holds some; give one of {', '.join(stages)} in it.")
+    return folder
+
+
+def _read_json(file: Path) -> Any:
+    if not file.exists():
+        raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors weights, or with a file of them cut short or otherwise damaged."""
+    index, single = (folder / "model.safetensors.index.json", folder / "model.safetensors")
+    if single.exists():
+        files = [single]
+    elif index.exists():
+        files = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
+    else:
+        files = []
+    if not files:
+        if pickles := sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)):
+            raise ValueError(
+                f"{folder} holds its weights only as a pickle ({', '.join(pickles)}), which can run code when it is opened; "
+                "MiniBERT reads safetensors only, so save the model with safetensors first."
+            )
+        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors); was the training that writes it finished?")
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{folder} lacks {file.name}, a part of its weights; copy or download the model again.")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error

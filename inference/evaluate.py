@@ -1,0 +1,288 @@
+"""Measure a model on labelled data: retrieval, similarity or classification, according to the columns.
+
+The arithmetic is that of sentence-transformers' evaluators, bm25s and scikit-learn.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import bm25s
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
+from sentence_transformers.util import get_device_name
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from minibert.inference.encode import find_model, load
+
+RETRIEVAL_COLUMNS = (("query", "answer"), ("question", "answer"), ("query", "passage"), ("anchor", "positive"))
+SIMILARITY_COLUMNS = ("sentence1", "sentence2", "score")
+TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
+LABEL_COLUMN = "label"
+UNTRAINED_SEED = 0
+# Scores of one query-by-passage block stay under 128 MB.
+_BLOCK = 2**25
+
+
+def evaluate(
+    model: str | Path | SentenceTransformer,
+    data: Dataset,
+    *,
+    limit: int | None = None,
+    baselines: bool = True,
+    batch_size: int = 64,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Figures of ``model`` on ``data``.
+
+    - **classification**: a text column (or pair of them), a column ``label``, and a model with a sequence-classification head;
+    - **similarity**: ``sentence1``, ``sentence2`` and ``score``: Spearman's rank correlation of cosine and score;
+    - **retrieval**: ``query`` and ``answer`` (or question, anchor; passage, positive): each query against the distinct answers
+      of ``data``, where all answers it is paired with are relevant.
+
+    Args:
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
+        limit: measure on the first so many queries (or rows). The passages searched are always those of all rows.
+        baselines: beside an embedding model, measure BM25 (retrieval only) and the same model with random weights.
+        batch_size: texts computed at once.
+
+    Returns:
+        ``kind``, the counts of what was measured, and ``systems``: for each of ``model``, ``bm25`` and ``untrained`` its
+        figures by name, all between 0 and 1 (Spearman: -1 and 1).
+
+    Raises:
+        ValueError: for columns that fit none of the three, rows without a value, or labels the model does not know.
+    """
+    if not len(data):
+        raise ValueError("There are no rows to evaluate on.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves nothing to evaluate; give at least 1.")
+    columns = set(data.column_names)
+    if not isinstance(model, SentenceTransformer):
+        folder = find_model(model, trust_remote_code=trust_remote_code)
+        architectures = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).architectures or [""]
+        if architectures[0].endswith("ForSequenceClassification"):
+            if LABEL_COLUMN not in columns:
+                raise ValueError(f"{model} is a classifier, and the data has no column 'label'; {_found(data)}.")
+            classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return classification(
+                classifier.to(device or get_device_name()), tokenizer, _first(data, limit), batch_size=batch_size
+            )
+    pair = next((pair for pair in RETRIEVAL_COLUMNS if columns.issuperset(pair)), None)
+    if not pair and not columns.issuperset(SIMILARITY_COLUMNS):
+        raise ValueError(
+            f"{_found(data)}, which is none of: query and answer (retrieval), sentence1, sentence2 and score (similarity), "
+            "or texts and label with a model that has a classification head."
+        )
+    encoder = (
+        model if isinstance(model, SentenceTransformer) else load(folder, device=device, trust_remote_code=trust_remote_code)
+    )
+    options: dict[str, Any] = {"baselines": baselines, "batch_size": batch_size, "show_progress": show_progress}
+    if pair:
+        queries, answers = (_texts(data, name) for name in pair)
+        return retrieval(encoder, queries, answers, limit=limit, **options)
+    return similarity(encoder, _first(data, limit), **options)
+
+
+def retrieval(
+    model: SentenceTransformer,
+    queries: Sequence[str],
+    answers: Sequence[str],
+    *,
+    limit: int | None = None,
+    baselines: bool = True,
+    batch_size: int = 64,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Recall@1, @10 and @100, MRR@10 and nDCG@10 of finding ``answers[i]`` with ``queries[i]`` among all distinct answers.
+
+    Recall is the share of a query's relevant passages that were found, as usual in information retrieval. Texts that repeat
+    count once. See :func:`evaluate` for the arguments and the result.
+    """
+    passages = {answer: str(number) for number, answer in enumerate(dict.fromkeys(answers))}
+    relevant: dict[str, set[str]] = {}
+    for query, answer in zip(queries, answers, strict=True):
+        relevant.setdefault(query, set()).add(passages[answer])
+    asked = list(relevant)[:limit]
+    evaluator = InformationRetrievalEvaluator(
+        queries={query: query for query in asked},
+        corpus={number: passage for passage, number in passages.items()},
+        relevant_docs=relevant,
+        corpus_chunk_size=max(1_000, _BLOCK // len(asked)),
+        precision_recall_at_k=[1, 10, 100],
+        batch_size=batch_size,
+        show_progress_bar=show_progress,
+        write_csv=False,
+    )
+    systems = {"model": _retrieval_figures(evaluator(model), f"{model.similarity_fn_name}_")}
+    if baselines:
+        hits = _bm25_hits(asked, list(passages), top_k=100)
+        of_bm25 = evaluator.compute_metrics(list(hits))
+        flat = {name.replace("@k", f"@{k}"): value for name, by_k in of_bm25.items() for k, value in by_k.items()}
+        systems["bm25"] = _retrieval_figures(flat)
+        if blank := untrained(model):
+            systems["untrained"] = _retrieval_figures(evaluator(blank), f"{model.similarity_fn_name}_")
+    return {"kind": "retrieval", "queries": len(asked), "passages": len(passages), "systems": systems}
+
+
+def similarity(
+    model: SentenceTransformer, data: Dataset, *, baselines: bool = True, batch_size: int = 64, show_progress: bool = False
+) -> dict[str, Any]:
+    """Spearman's rank correlation between the cosine of ``sentence1`` and ``sentence2`` and their ``score``.
+
+    See :func:`evaluate` for the arguments and the result.
+    """
+    first, second = (_texts(data, name) for name in SIMILARITY_COLUMNS[:2])
+    scores = list(data["score"])
+    rows = enumerate(scores, start=1)
+    row = next((row for row, score in rows if not isinstance(score, int | float) or not math.isfinite(score)), None)
+    if row is not None:
+        raise ValueError(f"Row {row} has the score {scores[row - 1]!r}; a score must be a number.")
+    if len(set(scores)) < 2:
+        raise ValueError("Every row has the same score, so there is no order to compare with; give rows of different scores.")
+    evaluator = EmbeddingSimilarityEvaluator(
+        first,
+        second,
+        scores,
+        main_similarity="cosine",
+        similarity_fn_names=["cosine"],
+        batch_size=batch_size,
+        show_progress_bar=show_progress,
+        write_csv=False,
+    )
+    measured = {"model": model, "untrained": untrained(model) if baselines else None}
+    # Equal cosines everywhere have no order, and no defined correlation: that is a correlation of none.
+    systems = {
+        name: {"spearman": 0.0 if math.isnan(value := float(evaluator(system)["spearman_cosine"])) else value}
+        for name, system in measured.items()
+        if system is not None
+    }
+    return {"kind": "similarity", "pairs": len(scores), "systems": systems}
+
+
+def classification(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
+) -> dict[str, Any]:
+    """Accuracy and macro-averaged F1 of the most likely class. See :func:`evaluate` for the arguments and the result."""
+    names = next((names for names in TEXT_COLUMNS if set(names) <= set(data.column_names)), None)
+    if names is None:
+        wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
+        raise ValueError(f"{_found(data)}, and no text to classify; it needs one of {wanted}.")
+    texts = [_texts(data, name) for name in names]
+    labels = _labels(data, model)
+    # Batches of similar length waste least on padding.
+    order = sorted(range(len(labels)), key=lambda row: -sum(len(column[row]) for column in texts))
+    predicted = [0] * len(labels)
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer(
+            *([column[row] for row in rows] for column in texts),
+            padding=True,
+            truncation=True,
+            max_length=_max_length(model, tokenizer),
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            classes = model(**batch.to(model.device)).logits.argmax(-1).tolist()
+        for row, class_ in zip(rows, classes, strict=True):
+            predicted[row] = class_
+    figures = {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+    }
+    return {"kind": "classification", "rows": len(labels), "systems": {"model": figures}}
+
+
+def untrained(model: SentenceTransformer) -> SentenceTransformer | None:
+    """``model`` with weights as they are before any training, from a fixed seed; ``None`` if it has no transformer."""
+    trained = model.transformers_model
+    if trained is None:
+        return None
+    blank = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(UNTRAINED_SEED)
+        fresh = type(trained)(copy.deepcopy(trained.config))
+        for module in list(blank.children())[1:]:
+            for layer in module.modules():
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+    blank.transformers_model.load_state_dict(fresh.state_dict())
+    return blank.eval()
+
+
+def figures_table(result: dict[str, Any]) -> str:
+    """The figures of :func:`evaluate` as lines of text, one system per row."""
+    counts = ", ".join(f"{value:,} {name}" for name, value in result.items() if isinstance(value, int))
+    names = list(result["systems"]["model"])
+    lines = [f"{result['kind']}: {counts}", "".join([f"{'':12}", *(f"{name:>12}" for name in names)])]
+    for system, figures in result["systems"].items():
+        lines.append("".join([f"{system:12}", *(f"{figures[name]:12.4f}" for name in names)]))
+    return "\n".join(lines)
+
+
+def _retrieval_figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    return {name: float(metrics[prefix + name]) for name in ("recall@1", "recall@10", "recall@100", "mrr@10", "ndcg@10")}
+
+
+def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterator[list[dict[str, Any]]]:
+    """BM25's best passages for each query (bm25s' defaults: Lucene's formula, English stop words, no stemming)."""
+    index = bm25s.BM25()
+    words = bm25s.tokenize(passages, show_progress=False)
+    if not any(words.ids):  # nothing but stop words: the index cannot be built, and nothing would be found
+        yield from ([] for _ in queries)
+        return
+    index.index(words, show_progress=False)
+    asked = bm25s.tokenize(queries, return_ids=False, show_progress=False)
+    numbers, scores = index.retrieve(asked, k=min(top_k, len(passages)), show_progress=False)
+    for row_numbers, row_scores in zip(numbers.tolist(), scores.tolist(), strict=True):
+        # A score of zero means that no word is shared: such a passage was not found.
+        yield [
+            {"corpus_id": str(number), "score": score}
+            for number, score in zip(row_numbers, row_scores, strict=True)
+            if score > 0
+        ]
+
+
+def _labels(data: Dataset, model: PreTrainedModel) -> list[int]:
+    """Class numbers of the column ``label``, which holds numbers or the names of the model's classes."""
+    known = {str(name): number for name, number in (model.config.label2id or {}).items()}
+    labels = []
+    for row, label in enumerate(data[LABEL_COLUMN], start=1):
+        number = known.get(label, -1) if isinstance(label, str) else label
+        if not isinstance(number, int) or not 0 <= number < model.config.num_labels:
+            raise ValueError(
+                f"Row {row} has the label {label!r}; the model knows 0 to {model.config.num_labels - 1} ({', '.join(known)})."
+            )
+        labels.append(int(number))
+    return labels
+
+
+def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+
+
+def _texts(data: Dataset, name: str) -> list[str]:
+    texts = list(data[name])
+    row = next((row for row, text in enumerate(texts, start=1) if not isinstance(text, str)), None)
+    if row is not None:
+        raise ValueError(
+            f"Row {row} has {texts[row - 1]!r} in column {name!r}, where a text belongs; fill it or remove the row."
+        )
+    return texts
+
+
+def _first(data: Dataset, limit: int | None) -> Dataset:
+    return data if limit is None else data.select(range(min(limit, len(data))))
+
+
+def _found(data: Dataset) -> str:
+    return f"The data has the columns {', '.join(data.column_names)}"
