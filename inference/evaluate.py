@@ -11,7 +11,7 @@ from typing import Any
 
 import bm25s
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
 from sentence_transformers.util import get_device_name
@@ -64,18 +64,11 @@ def evaluate(
         raise ValueError("There are no rows to evaluate on.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves nothing to evaluate; give at least 1.")
-    columns = set(data.column_names)
     if not isinstance(model, SentenceTransformer):
-        folder = find_model(model, trust_remote_code=trust_remote_code)
-        architectures = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).architectures or [""]
-        if architectures[0].endswith("ForSequenceClassification"):
-            if LABEL_COLUMN not in columns:
-                raise ValueError(f"{model} is a classifier, and the data has no column 'label'; {_found(data)}.")
-            classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            return classification(
-                classifier.to(device or get_device_name()), tokenizer, _first(data, limit), batch_size=batch_size
-            )
+        classifier = _open_classifier(model, device, trust_remote_code)
+        if classifier:
+            return classification(*classifier, _first(data, limit), batch_size=batch_size)
+    columns = set(data.column_names)
     pair = next((pair for pair in RETRIEVAL_COLUMNS if columns.issuperset(pair)), None)
     if not pair and not columns.issuperset(SIMILARITY_COLUMNS):
         raise ValueError(
@@ -83,13 +76,12 @@ def evaluate(
             "or texts and label with a model that has a classification head."
         )
     encoder = (
-        model if isinstance(model, SentenceTransformer) else load(folder, device=device, trust_remote_code=trust_remote_code)
+        model if isinstance(model, SentenceTransformer) else load(model, device=device, trust_remote_code=trust_remote_code)
     )
-    options: dict[str, Any] = {"baselines": baselines, "batch_size": batch_size, "show_progress": show_progress}
+    how: dict[str, Any] = {"baselines": baselines, "batch_size": batch_size, "show_progress": show_progress}
     if pair:
-        queries, answers = (_texts(data, name) for name in pair)
-        return retrieval(encoder, queries, answers, limit=limit, **options)
-    return similarity(encoder, _first(data, limit), **options)
+        return retrieval(encoder, *(_texts(data, name) for name in pair), limit=limit, **how)
+    return similarity(encoder, _first(data, limit), **how)
 
 
 def retrieval(
@@ -172,6 +164,8 @@ def classification(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
 ) -> dict[str, Any]:
     """Accuracy and macro-averaged F1 of the most likely class. See :func:`evaluate` for the arguments and the result."""
+    if LABEL_COLUMN not in data.column_names:
+        raise ValueError(f"{_found(data)}, and no column {LABEL_COLUMN!r}, which a classifier is measured against.")
     names = next((names for names in TEXT_COLUMNS if set(names) <= set(data.column_names)), None)
     if names is None:
         wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
@@ -204,18 +198,16 @@ def classification(
 
 def untrained(model: SentenceTransformer) -> SentenceTransformer | None:
     """``model`` with weights as they are before any training, from a fixed seed; ``None`` if it has no transformer."""
-    trained = model.transformers_model
-    if trained is None:
+    if model.transformers_model is None:
         return None
     blank = copy.deepcopy(model)
+    encoder: Any = blank.transformers_model
     with torch.random.fork_rng():
         torch.manual_seed(UNTRAINED_SEED)
-        fresh = type(trained)(copy.deepcopy(trained.config))
-        for module in list(blank.children())[1:]:
-            for layer in module.modules():
-                if hasattr(layer, "reset_parameters"):
-                    layer.reset_parameters()
-    blank.transformers_model.load_state_dict(fresh.state_dict())
+        encoder.load_state_dict(type(encoder)(copy.deepcopy(encoder.config)).state_dict())
+        for layer in (layer for module in list(blank.children())[1:] for layer in module.modules()):
+            if callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
     return blank.eval()
 
 
@@ -227,6 +219,19 @@ def figures_table(result: dict[str, Any]) -> str:
     for system, figures in result["systems"].items():
         lines.append("".join([f"{system:12}", *(f"{figures[name]:12.4f}" for name in names)]))
     return "\n".join(lines)
+
+
+def _open_classifier(
+    model: str | Path, device: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    """The model and its tokenizer, or ``None`` when it has no sequence-classification head."""
+    folder = find_model(model, trust_remote_code=trust_remote_code)
+    kwargs = {"trust_remote_code": trust_remote_code}
+    architectures = AutoConfig.from_pretrained(folder, **kwargs).architectures or [""]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        return None
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, **kwargs)
+    return classifier.to(device or get_device_name()), AutoTokenizer.from_pretrained(folder, **kwargs)
 
 
 def _retrieval_figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -255,14 +260,16 @@ def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterat
 def _labels(data: Dataset, model: PreTrainedModel) -> list[int]:
     """Class numbers of the column ``label``, which holds numbers or the names of the model's classes."""
     known = {str(name): number for name, number in (model.config.label2id or {}).items()}
+    feature, values = data.features[LABEL_COLUMN], list(data[LABEL_COLUMN])
+    if isinstance(feature, ClassLabel) and set(feature.names) <= known.keys():
+        # The data may number the same names in another order than the model.
+        values = [feature.names[value] if isinstance(value, int) and value >= 0 else value for value in values]
     labels = []
-    for row, label in enumerate(data[LABEL_COLUMN], start=1):
-        number = known.get(label, -1) if isinstance(label, str) else label
-        if not isinstance(number, int) or not 0 <= number < model.config.num_labels:
-            raise ValueError(
-                f"Row {row} has the label {label!r}; the model knows 0 to {model.config.num_labels - 1} ({', '.join(known)})."
-            )
-        labels.append(int(number))
+    for row, label in enumerate(values, start=1):
+        number = known.get(label) if isinstance(label, str) else label
+        if not isinstance(number, int) or number not in range(len(known)):
+            raise ValueError(f"Row {row} has the label {label!r}; the model knows 0 to {len(known) - 1} ({', '.join(known)}).")
+        labels.append(number)
     return labels
 
 
