@@ -19,6 +19,9 @@ app = typer.Typer(
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object on standard output.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, if it is not one of ours.")
+]
 
 
 def main() -> None:
@@ -42,11 +45,16 @@ def plain_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             raise
-        typer.echo(f"\nInterrupted. {interrupted}".rstrip(), err=True)
+        typer.echo(f"\n{stop or 'Interrupted.'} {interrupted}".rstrip(), err=True)
         raise typer.Exit(130) from None
+    except FloatingPointError as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
     # The classes are looked up only when something was raised: naming them at import time would slow every --help.
     except _user_errors() as error:
         if debug:
@@ -104,3 +112,120 @@ def train(
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float | int))
                 typer.echo(f"{stage}: {shown or 'done'}")
             typer.echo(f"The run is in {run_dir}.")
+
+
+def _read_data(data: str, split: str | None, default_split: str) -> Any:
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    from minibert.train.arguments import DataSource
+    from minibert.train.data import load
+
+    # Opening files and weights takes moments here; the bars worth seeing are those of the encoder.
+    disable_progress_bars()
+    disable_progress_bar()
+    return load([DataSource.model_validate(data).model_copy(update={"split": split})], split=default_split)
+
+
+@app.command(epilog='Example:  minibert search runs/quickstart/2-embed --passages notes.txt "how do I sort a list" --top-k 3')
+def search(
+    model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],
+    passages: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Text file (one passage per line), CSV, TSV, JSON (lines), Parquet, or Hub data set."
+        ),
+    ],
+    queries: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[QUERY]...", help="What to look for; without any, queries are read line by line."),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the passages; needed when the file has several of texts.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Passages shown for each query.")] = 5,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the passages that answer a query, best first."""
+    with plain_errors(debug):
+        from minibert.inference.search import Searcher, check_queries, read_passages
+
+        check_queries(queries or [])
+        texts = read_passages(_read_data(passages, None, "train"), column)
+        searcher = Searcher(model, texts, trust_remote_code=trust_remote_code, show_progress=sys.stderr.isatty())
+        if queries:
+            answers = [_answer(query, hits) for query, hits in zip(queries, searcher.search(queries, top_k), strict=True)]
+            if as_json:
+                print_json(answers)
+            else:
+                typer.echo("\n\n".join(_answer_lines(answer) for answer in answers))
+        for query in () if queries else _typed_queries():
+            answer = _answer(query, searcher.search([query], top_k)[0])
+            typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _answer_lines(answer) + "\n")
+
+
+def _answer(query: str, hits: list[Any]) -> dict[str, Any]:
+    return {"query": query, "hits": [hit._asdict() for hit in hits]}
+
+
+def _answer_lines(answer: dict[str, Any]) -> str:
+    from textwrap import shorten
+
+    hits = enumerate(answer["hits"], start=1)
+    return "\n".join(
+        [
+            answer["query"],
+            *(f"{rank:4d}  {hit['score']:.4f}  {shorten(hit['passage'], 300, placeholder=' …')}" for rank, hit in hits),
+        ]
+    )
+
+
+def _typed_queries() -> Iterator[str]:
+    """Queries from standard input, one per line, until its end or an empty line."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("Query (empty to leave): ", nl=False, err=True)
+        if not (query := sys.stdin.readline().strip()):
+            return
+        yield query
+
+
+@app.command(epilog="Example:  minibert evaluate runs/tinybert/3-embed questions.parquet --limit 1500 --json")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],
+    data: Annotated[
+        str, typer.Argument(help="File, folder with a file per split, or Hub data set (owner/name or owner/name:config).")
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="Split to measure on; the default is validation. A single file is taken whole.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first so many queries or rows.")] = None,
+    baselines: Annotated[bool, typer.Option(help="Measure BM25 and the untrained model beside an embedding model.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts computed at once.")] = 64,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model on labelled data: what is measured follows from the columns.
+
+    query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a classifier: classification.
+    """
+    with plain_errors(debug):
+        from minibert.inference.evaluate import evaluate as measure
+        from minibert.inference.evaluate import figures_table
+
+        result = measure(
+            model,
+            _read_data(data, split, "validation"),
+            limit=limit,
+            baselines=baselines,
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+            show_progress=sys.stderr.isatty(),
+        )
+        if as_json:
+            print_json({"model": model, "data": data, **result})
+        else:
+            typer.echo(figures_table(result))
