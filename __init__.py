@@ -1,13 +1,13 @@
 """MiniBERT: a compact BERT-like text encoder for the Hugging Face ecosystem.
 
-Public names load on first use, and the ``Auto*`` classes learn about MiniBERT when transformers loads them: importing this
-package costs nothing until a model is needed, which keeps ``minibert --help`` instant.
+Importing it registers the models with transformers' ``Auto*`` classes. In the ``minibert`` command that, and every public
+name, waits until it is needed, so that ``minibert --help`` answers at once.
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
-
-import wrapt
 
 if TYPE_CHECKING:
     from .configuration_minibert import MiniBertConfig
@@ -56,19 +56,28 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-@wrapt.when_imported("transformers.models.auto.configuration_auto")
-def _register_config(module: Any) -> None:
-    from .configuration_minibert import MiniBertConfig
+def register() -> None:
+    """Teach transformers' ``Auto*`` classes MiniBERT, so that its checkpoints load without ``trust_remote_code``.
 
-    module.AutoConfig.register("minibert", MiniBertConfig, exist_ok=True)
+    Importing the package does this, except in the ``minibert`` command itself, which must print its help without waiting
+    for torch; there ``minibert.train`` and ``minibert.inference`` do it when a command needs them.
+    """
+    import transformers
 
-
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _register_models(module: Any) -> None:
     from . import modeling_minibert
     from .configuration_minibert import AUTO_MAP, MiniBertConfig
 
+    transformers.AutoConfig.register("minibert", MiniBertConfig, exist_ok=True)
     for auto_class, path in AUTO_MAP.items():
         if auto_class != "AutoConfig":
             model_class = getattr(modeling_minibert, path.split(".")[1])
-            getattr(module, auto_class).register(MiniBertConfig, model_class, exist_ok=True)
+            getattr(transformers, auto_class).register(MiniBertConfig, model_class, exist_ok=True)
+
+
+def _is_own_command() -> bool:
+    as_module = "-m" in sys.orig_argv[:-1] and sys.orig_argv[sys.orig_argv.index("-m") + 1] == __name__
+    return as_module or os.path.splitext(os.path.basename(sys.argv[0]))[0] == __name__
+
+
+if not _is_own_command():
+    register()

@@ -168,7 +168,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- blocks
 
 
-class MiniBertNorm(nn.LayerNorm):
+class MiniBertLayerNorm(nn.LayerNorm):
     """Layer norm computed in float32 whatever the dtype of its parameters."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class MiniBertEmbeddings(nn.Module):
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         if config.type_vocab_size > 0:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
-        self.norm = MiniBertNorm(width, eps=config.layer_norm_eps) if config.norm_position == "post" else nn.Identity()
+        self.norm = MiniBertLayerNorm(width, eps=config.layer_norm_eps) if config.norm_position == "post" else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.position_embedding_type = config.position_embedding_type
         self.max_positions = config.max_position_embeddings
@@ -294,9 +294,9 @@ class MiniBertLayer(GradientCheckpointingLayer):
         super().__init__()
         self.norm_first = config.norm_position == "pre"
         self.attention = MiniBertAttention(config)
-        self.attention_norm = MiniBertNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MiniBertMLP(config)
-        self.mlp_norm = MiniBertNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
@@ -322,7 +322,7 @@ class MiniBertPooler(nn.Module):
             pooled = hidden_states[:, 0] if self.pooling == "cls" else hidden_states.mean(dim=1)
         elif self.pooling == "cls":
             first = attention_mask.long().argmax(dim=1)  # not always 0: padding may be on the left
-            pooled = hidden_states[torch.arange(len(first), device=first.device), first]
+            pooled = hidden_states[torch.arange(first.shape[0], device=first.device), first]
         else:
             mask = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # (B, L, 1)
             pooled = (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
@@ -363,7 +363,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
         self.embeddings = MiniBertEmbeddings(config)
         self.layers = nn.ModuleList([MiniBertLayer(config) for _ in range(config.num_hidden_layers)])
         norm_last = config.norm_position == "pre"
-        self.final_norm = MiniBertNorm(config.hidden_size, eps=config.layer_norm_eps) if norm_last else nn.Identity()
+        self.final_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps) if norm_last else nn.Identity()
         self.pooler = MiniBertPooler(config) if add_pooling_layer else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -495,7 +495,7 @@ class MiniBertLMHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.act = ACT2FN[config.hidden_act]
-        self.norm = MiniBertNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -721,11 +721,14 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
         end_positions: Tensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        """``start_positions`` and ``end_positions`` (B,): first and last token of the answer. Logits are (B, L) each."""
+        """``start_positions`` and ``end_positions`` (B,): first and last token of the answer. Logits are (B, L) each, and
+        so low at padding that it is never an answer: the loss does not depend on how far a batch was padded."""
         outputs = self.minibert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         logits = wide(self.qa_outputs(narrow(outputs.last_hidden_state, self.qa_outputs)))  # (B, L, 2)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
         start_logits, end_logits = (x.contiguous() for x in logits.unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:

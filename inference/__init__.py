@@ -1,1 +1,5 @@
 """Uses models: encode, search, evaluate, plot."""
+
+import minibert
+
+minibert.register()
