@@ -193,7 +193,7 @@ class EmbedStage(ModelStage, LoopArguments):
     max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Vector that stands for a text; unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")
-    metric_for_best: str | None = Field(
+    metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100"] | None = Field(
         "mrr@10", description="Retrieval metric that picks the checkpoint kept as the result; null keeps the last."
     )
 

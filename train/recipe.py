@@ -184,6 +184,9 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
     """
     from accelerate import PartialState
 
+    import minibert
+
+    minibert.register()
     state = PartialState(timeout=_PATIENCE)
     run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name)
     if state.is_main_process:

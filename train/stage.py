@@ -70,3 +70,25 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
             "leave vocab_size out of the recipe or use the tokenizer that the model was trained with."
         )
     return model
+
+
+def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
+    """Longest sequence, in tokens, that a stage gives its model.
+
+    Args:
+        wanted: the recipe's ``max_length``; ``None`` means as long as the tokenizer announces and the model takes.
+
+    Raises:
+        ValueError: when ``wanted`` exceeds the model's positions.
+    """
+    # Rotary positions have no table that could be too short.
+    rotary = getattr(config, "position_embedding_type", None) == "rotary"
+    positions = getattr(config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if positions and wanted > positions and not rotary:
+        raise ValueError(
+            f"max_length={wanted} exceeds the model's max_position_embeddings={positions}; shorten max_length, or give the "
+            "model more positions."
+        )
+    return wanted

@@ -1,0 +1,322 @@
+"""The ``embed`` stage: sentence embeddings from pairs, trained by sentence-transformers' own trainer.
+
+What is added here is what a recipe promises: checkpoints that are checked before they are used, the best weights kept apart,
+``log.jsonl``, a clean stop on Ctrl-C, and a result that appears only when it is whole.
+"""
+
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors.torch import load_model as load_weights, save_model as save_weights
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import AutoModel, ProgressCallback, TrainerCallback
+
+from minibert.train import checkpoint
+from minibert.train.arguments import DataSource, EmbedStage
+from minibert.train.data import check_columns, load, text_columns
+from minibert.train.loop import Log, StopRequest
+from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+
+logger = logging.getLogger(__name__)
+
+
+def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
+    """Train embeddings as ``args`` say and leave a sentence-transformers folder in ``context.output_dir``.
+
+    The loss is the multiple negatives ranking loss (Henderson et al. 2017, arXiv:1705.00652), or its cached form (Gao et al.
+    2021, arXiv:2101.06983).
+
+    Returns:
+        Retrieval figures on ``eval_data`` (if any), the number of rows and steps, the mean loss and the training seconds.
+
+    Raises:
+        ValueError: for data without the columns needed, fewer than two rows, or a length above the model's positions.
+        FloatingPointError: when the loss is not a finite number.
+        KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved.
+    """
+    pairs = training_pairs(args)
+    evaluator = _evaluator(args)
+    model = _starting_model(args, context)
+    callback = _Callback(args, context, model)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=_trainer_arguments(args, context, measured=evaluator is not None),
+        train_dataset=pairs,
+        loss=_loss(args, model),
+        evaluator=evaluator,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(SentenceTransformerModelCardCallback)  # hub writes the card, from facts measured in the run
+    trainer.add_callback(_Progress())
+    callback.accelerator = trainer.accelerator
+    with callback.stop.listening():
+        result = trainer.train(resume_from_checkpoint=_newest_checkpoint(context.output_dir / "checkpoints"))
+    if callback.interrupted:
+        where = f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, after saving a checkpoint."
+        raise KeyboardInterrupt(where) if callback.interrupted == signal.SIGINT else SystemExit(128 + callback.interrupted)
+    metrics = {
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        **callback.load_best(),
+        "train_loss": result.training_loss,
+        "train_rows": len(pairs),
+        "train_seconds": callback.seconds,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    if PartialState().is_main_process:
+        _save_result(model, context.output_dir)
+    return metrics
+
+
+def training_pairs(args: EmbedStage) -> Dataset:
+    """The training data with just its columns of queries, passages and (if named) negatives, in that order."""
+    dataset = load(args.data)
+    columns = _pair_columns(args, dataset, args.data)
+    if args.negative_column:
+        check_columns(dataset, [args.negative_column], args.data)
+        columns.append(args.negative_column)
+    if len(dataset) < 2:
+        raise ValueError("Training pairs are each other's negatives, so at least two rows are needed; the data has one.")
+    return dataset.select_columns(columns)
+
+
+def _pair_columns(args: EmbedStage, dataset: Dataset, sources: list[DataSource]) -> list[str]:
+    named = [args.anchor_column, args.positive_column]
+    free = iter(name for name in text_columns(dataset) if name not in {*named, args.negative_column})
+    columns = [name or next(free, None) for name in named]
+    if None in columns:
+        raise ValueError(
+            f"{' + '.join(source.path for source in sources)} needs two columns of strings, queries and passages; "
+            f"it has {', '.join(dataset.column_names)}. Name them with anchor_column: and positive_column:."
+        )
+    check_columns(dataset, columns, sources)
+    return columns
+
+
+def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransformer:
+    """The encoder of the stage's model under pooling (and normalisation), as sentence-transformers modules."""
+    tokenizer = load_tokenizer(context)
+    encoder = load_model(AutoModel, args, context, tokenizer)
+    tokenizer.model_max_length = sequence_length(args.max_length, encoder.config, tokenizer)
+    pooling = args.pooling or getattr(encoder.config, "pooling", "mean")
+    if hasattr(encoder.config, "pooling"):
+        encoder.config.pooling = pooling
+    # sentence-transformers opens folders, so each process hands it one of its own.
+    start = context.output_dir / f".start-{PartialState().process_index}"
+    encoder.save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    trusting = {"trust_remote_code": False}
+    try:
+        transformer = Transformer(str(start), model_kwargs=trusting, processor_kwargs=trusting, config_kwargs=trusting)
+    finally:
+        shutil.rmtree(start)
+    if args.gradient_checkpointing:
+        transformer.auto_model.gradient_checkpointing_enable({"use_reentrant": False})
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
+    return SentenceTransformer(modules=modules + [Normalize()] * args.normalize, similarity_fn_name="cosine")
+
+
+def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
+    options: dict[str, Any] = {"scale": args.scale, "gather_across_devices": args.gather_across_devices}
+    if args.loss == "cached_mnrl":
+        return CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, **options)
+    return MultipleNegativesRankingLoss(model, **options)
+
+
+def _trainer_arguments(args: EmbedStage, context: StageContext, *, measured: bool) -> SentenceTransformerTrainingArguments:
+    evaluation = ("steps" if args.eval_steps else "epoch") if measured else "no"
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(context.output_dir / "checkpoints"),
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps or -1,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_betas[0],
+        adam_beta2=args.adam_betas[1],
+        adam_epsilon=args.adam_epsilon,
+        warmup_steps=args.warmup_steps or args.warmup_ratio,  # a fraction is a share of all steps
+        lr_scheduler_type="constant_with_warmup" if args.schedule == "constant" else args.schedule,
+        max_grad_norm=args.max_grad_norm,
+        bf16=args.precision == "bf16",
+        fp16=args.precision == "fp16",
+        torch_compile=args.compile,
+        batch_sampler=args.batch_sampler,
+        logging_steps=args.log_steps,
+        logging_nan_inf_filter=False,  # the default hides a loss that is not a number
+        eval_strategy=evaluation,
+        eval_steps=args.eval_steps,
+        save_strategy="steps" if args.save_steps else "epoch",
+        save_steps=args.save_steps or 500,
+        save_total_limit=args.save_total_limit,
+        seed=context.seed,
+        data_seed=context.seed,
+        dataloader_num_workers=args.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=args.trackers or "none",
+        disable_tqdm=False,
+    )
+
+
+class _Retrieval(BaseEvaluator):
+    """Retrieval on held-out pairs: the figures of ``minibert evaluate``."""
+
+    def __init__(self, pairs: Dataset, columns: list[str], batch_size: int):
+        super().__init__()
+        self.queries, self.answers = (list(pairs[name]) for name in columns)
+        self.batch_size = batch_size
+
+    def __call__(self, model: SentenceTransformer, *_: Any, **__: Any) -> dict[str, float]:
+        from minibert.inference.evaluate import retrieval
+
+        found = retrieval(model, self.queries, self.answers, baselines=False, batch_size=self.batch_size)
+        return found["systems"]["model"]
+
+
+def _evaluator(args: EmbedStage) -> _Retrieval | None:
+    if args.eval_data is None:
+        return None
+    pairs = load(args.eval_data, split="validation")
+    return _Retrieval(pairs, _pair_columns(args, pairs, args.eval_data), args.eval_batch_size)
+
+
+class _Progress(ProgressCallback):
+    """The usual progress bar, which leaves standard output to the figures that are asked for."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+
+
+class _Callback(TrainerCallback):
+    """Log lines, the best weights so far, sealed checkpoints, and the stop after the step in which Ctrl-C came."""
+
+    def __init__(self, args: EmbedStage, context: StageContext, model: SentenceTransformer):
+        self.metric, self.output_dir, self.model = args.metric_for_best, context.output_dir, model
+        self.best_folder = context.output_dir / "checkpoints" / "best"
+        self.state = PartialState()
+        self.stop, self.interrupted = StopRequest(), 0
+        self.evaluation: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None
+        self.accelerator: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = self.output_dir / "log.jsonl"
+        self.log = Log(self.accelerator, path, state.global_step)
+        # Seconds count over all the runs that led here.
+        earlier = [json.loads(line).get("seconds", 0.0) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.start = time.perf_counter() - max(earlier, default=0.0)
+        # Figures of a step that is still to come belong to a checkpoint that was lost, and will come again.
+        if state.global_step and self.best_folder.exists() and checkpoint.damage(self.best_folder) is None:
+            best = json.loads((self.best_folder / "best.json").read_text(encoding="utf-8"))
+            self.best = best if best["step"] <= state.global_step else None
+        lines = [line for line in state.log_history if any(key.startswith("eval_recall") for key in line)]
+        self.evaluation = _retrieval_figures(lines[-1]) if lines else {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        rate, grad_norm = logs["learning_rate"], float(logs.get("grad_norm", 0.0))
+        if not (math.isfinite(logs["loss"]) and (math.isfinite(grad_norm) or args.fp16)):  # fp16 skips such a step by itself
+            raise FloatingPointError(
+                f"The loss is {logs['loss']} and the norm of its gradient {grad_norm} near step {state.global_step} of "
+                f"{state.max_steps}, learning rate {rate:.3g}. Lower learning_rate or use precision: fp32; checkpoints of "
+                "earlier steps are untouched."
+            )
+        line = {"step": state.global_step, "epoch": round(state.epoch, 4), "loss": logs["loss"], "learning_rate": rate}
+        self.log.write({**line, "grad_norm": grad_norm, "seconds": self._elapsed()})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
+        self.evaluation = _retrieval_figures(metrics or {})
+        self.log.write({"step": state.global_step, "epoch": round(state.epoch, 4), **self.evaluation})
+        name = f"eval_{self.metric}"
+        if self.metric is None or (self.best and self.evaluation[name] <= self.best["figures"][name]):
+            return
+        self.best = {"step": state.global_step, "figures": self.evaluation}
+        if self.state.is_main_process:
+
+            def fill(folder: Path) -> None:
+                save_weights(self.model, str(folder / "model.safetensors"))
+                (folder / "best.json").write_text(json.dumps(self.best), encoding="utf-8")
+
+            checkpoint.write_folder(self.best_folder, fill)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.state.wait_for_everyone()  # every process has written its part
+        if self.state.is_main_process:
+            checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            return
+        number = self.stop.number
+        if self.state.num_processes > 1:  # they must stop at the same step, and asking at every step would cost time
+            if state.global_step % args.logging_steps:
+                return
+            number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+        if number:
+            self.interrupted = number
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:  # nobody waits for an evaluation after Ctrl-C
+            control.should_evaluate = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = self._elapsed()
+
+    def _elapsed(self) -> float:
+        return round(time.perf_counter() - self.start, 3)
+
+    def load_best(self) -> dict[str, float]:
+        """Put the best weights, if any were kept, into the model, and return the figures of the weights it now has."""
+        if self.best is None:
+            return self.evaluation
+        self.state.wait_for_everyone()
+        load_weights(self.model, self.best_folder / "model.safetensors")
+        return {**self.best["figures"], "best_step": self.best["step"]}
+
+
+def _retrieval_figures(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith(("eval_recall", "eval_mrr", "eval_ndcg"))}
+
+
+def _newest_checkpoint(root: Path) -> str | None:
+    """The newest checkpoint that is whole; damaged ones that are newer are named in a warning and deleted."""
+    state = PartialState()
+    found = sorted(root.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+    good = next((folder for folder in found if checkpoint.damage(folder) is None), None)
+    state.wait_for_everyone()  # everybody has looked before anything goes
+    if state.is_main_process:
+        for folder in found[: found.index(good) if good else None]:
+            logger.warning("%s It is not used.", checkpoint.damage(folder))
+            shutil.rmtree(folder)
+        if good:
+            logger.warning("Resuming from %s.", good)
+    state.wait_for_everyone()
+    return str(good) if good else None
+
+
+def _save_result(model: SentenceTransformer, output_dir: Path) -> None:
+    whole = output_dir / "checkpoints" / "final"
+    checkpoint.write_folder(whole, lambda folder: model.save_pretrained(str(folder), create_model_card=False))
+    checkpoint.move_files(whole, output_dir)
