@@ -1,0 +1,456 @@
+"""The training loop: what it computes, what it keeps, and that nothing which stops it changes the result."""
+
+import doctest
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from minibert import MiniBertConfig, MiniBertForSequenceClassification
+from minibert.train import checkpoint, loop
+from minibert.train.arguments import LoopArguments
+
+ROWS = 29  # does not divide by anything used below: the last step of an epoch is always uneven
+
+
+class Rows:
+    """Rows of random tokens; the label says whether the first token is in the upper half."""
+
+    def __init__(self, count=ROWS):
+        generator = np.random.default_rng(0)
+        self.ids = [generator.integers(5, 40, size=generator.integers(3, 9)) for _ in range(count)]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, row):
+        return self.ids[row]
+
+
+def collate(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": (ids[:, 0] > 22).long()}
+
+
+def slow_collate(rows):
+    time.sleep(0.01)
+    return collate(rows)
+
+
+def tiny_model(dropout=0.1):
+    torch.manual_seed(0)
+    config = MiniBertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=2,
+    )
+    return MiniBertForSequenceClassification(config)
+
+
+def arguments(**changes):
+    base = {
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "epochs": 3,
+        "learning_rate": 1e-2,
+        "log_steps": 3,
+        "save_steps": 2,
+    }
+    return LoopArguments(**{**base, **changes})
+
+
+def fit(folder, model=None, rows=None, make=collate, **changes):
+    keys = ("evaluate", "metric_for_best", "greater_is_better")
+    options = {key: changes.pop(key) for key in keys if key in changes}
+    return loop.fit(
+        model or tiny_model(),
+        train_dataset=rows or Rows(),
+        collate=make,
+        arguments=arguments(**changes),
+        output_dir=folder,
+        seed=7,
+        **options,
+    )
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------- pure functions
+
+
+def test_examples_in_docstrings():
+    result = doctest.testmod(loop)
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_learning_rate_rises_to_its_peak_and_never_leaves_the_range(schedule):
+    rates = [loop.learning_rate(step, peak=2.0, warmup=5, total=20, schedule=schedule) for step in range(25)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert all(0 <= rate <= 2 for rate in rates)
+    assert rates[-1] == (2 if schedule == "constant" else 0)
+
+
+def test_norms_and_biases_do_not_decay():
+    model = tiny_model()
+    decayed, plain = loop.parameter_groups(model, 0.5)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.5, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
+    assert not any("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2, 5])
+def test_every_row_once_per_epoch_and_disjoint_over_processes(processes, accumulation):
+    """Whatever the split, the processes together see each row once, and agree on the number of micro-batches."""
+    steps = [
+        loop.Steps(
+            range(ROWS),
+            lambda rows: {"labels": torch.tensor(rows)},
+            batch_size=3,
+            accumulation=accumulation,
+            seed=1,
+            process=process,
+            processes=processes,
+        )
+        for process in range(processes)
+    ]
+    orders = []
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * steps[0].per_epoch, (epoch + 1) * steps[0].per_epoch):
+            items = [one[step] for one in steps]
+            assert len({len(item.batches) for item in items}) == 1
+            assert all(sum(item.terms) <= 3 * accumulation for item in items)
+            for item in items:
+                seen += [
+                    row
+                    for batch, terms in zip(item.batches, item.terms, strict=True)
+                    if terms
+                    for row in batch["labels"].tolist()
+                ]
+        assert sorted(seen) == list(range(ROWS))
+        orders.append(seen)
+    assert orders[0] != orders[1]
+
+
+# ----------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_learns_and_leaves_a_complete_folder(tmp_path):
+    model = tiny_model(dropout=0.0)
+    metrics = fit(tmp_path, model, epochs=30, save_steps=None)
+    lines = log_lines(tmp_path)
+    assert lines[0]["loss"] > 0.6 and lines[-1]["loss"] < 0.2
+    assert lines[-1]["step"] == metrics["steps"] == 120 and lines[-1]["epoch"] == 30
+    assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"}
+    real = sum(len(row) for row in Rows().ids)
+    assert metrics["train_tokens"] == 30 * real
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # save_total_limit
+    reloaded = MiniBertForSequenceClassification.from_pretrained(tmp_path)
+    batch = collate(Rows().ids[:3])
+    torch.testing.assert_close(reloaded.eval()(**batch).logits, model.eval()(**batch).logits, rtol=0, atol=0)
+    assert {"config.json", "model.safetensors", "modeling_minibert.py", "configuration_minibert.py"} <= set(
+        os.listdir(tmp_path)
+    )
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    fit(tmp_path / "parts", tiny_model(0.0), batch_size=4, gradient_accumulation_steps=2)
+    fit(tmp_path / "whole", tiny_model(0.0), batch_size=8, gradient_accumulation_steps=1)
+    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=1e-5)
+
+
+def test_workers_make_the_same_batches(tmp_path):
+    """Also where making a batch is random: the noise belongs to the step, not to the worker."""
+
+    def noisy(rows):
+        random.shuffle(rows)
+        batch = collate(rows)
+        noise = torch.rand(batch["input_ids"].shape) + torch.from_numpy(np.random.rand(*batch["input_ids"].shape))
+        batch["input_ids"][noise < 0.3] = 39
+        return batch
+
+    items = []
+    for workers in (0, 2):
+        steps = loop.Steps(Rows(), noisy, batch_size=4, accumulation=2, seed=1, process=0, processes=1)
+        items.append(list(DataLoader(steps, batch_size=None, sampler=range(2, 9), num_workers=workers)))
+    for left, right in zip(*items, strict=True):
+        assert left.terms == right.terms and left.tokens == right.tokens
+        for one, other in zip(left.batches, right.batches, strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_keeps_the_best_model(tmp_path):
+    scores, kept = iter([0.1, 0.9, 0.4]), []
+
+    def evaluate(model):
+        assert not model.training and not torch.is_grad_enabled()
+        kept.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"accuracy": next(scores)}
+
+    metrics = fit(tmp_path, evaluate=evaluate, metric_for_best="accuracy", eval_steps=None)
+    assert metrics["eval_accuracy"] == 0.9 and metrics["best_step"] == 8
+    saved = weights(tmp_path)
+    assert all(torch.equal(saved[name], kept[1][name]) for name in saved)
+    assert [line["eval_accuracy"] for line in log_lines(tmp_path) if "eval_accuracy" in line] == [0.1, 0.9, 0.4]
+
+
+def test_lower_is_better_on_request(tmp_path):
+    scores = iter([3.0, 1.0, 2.0])
+    metrics = fit(tmp_path, evaluate=lambda _: {"loss": next(scores)}, metric_for_best="loss", greater_is_better=False)
+    assert metrics["eval_loss"] == 1.0
+
+
+def test_bfloat16_checkpointing_and_float32_in_a_row(tmp_path):
+    """Stages of one process may differ in precision, and weights stay float32."""
+    for name, changes in {"a": {"precision": "bf16"}, "b": {}, "c": {"gradient_checkpointing": True}}.items():
+        fit(tmp_path / name, tiny_model(0.0), **changes)
+        assert {value.dtype for value in weights(tmp_path / name).values()} == {torch.float32}
+    torch.testing.assert_close(weights(tmp_path / "b"), weights(tmp_path / "c"), rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- interruptions and refusals
+
+
+class Crash(Exception):
+    pass
+
+
+def crashing_after(batches):
+    remaining = iter(range(batches))
+
+    def make(rows):
+        if next(remaining, None) is None:
+            raise Crash
+        return collate(rows)
+
+    return make
+
+
+@pytest.mark.parametrize("batches", [3, 9, 20])
+def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, batches):
+    fit(tmp_path / "whole")
+    with pytest.raises(Crash):
+        fit(tmp_path / "parts", make=crashing_after(batches))
+    fit(tmp_path / "parts")
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    left, right = ([(line["step"], line["loss"]) for line in log_lines(tmp_path / name)] for name in ("parts", "whole"))
+    assert left == right
+
+
+def test_a_finished_run_does_nothing_when_run_again(tmp_path):
+    best = {"evaluate": lambda _: {"accuracy": 0.5}, "metric_for_best": "accuracy"}
+    first = fit(tmp_path, **best)
+    before = weights(tmp_path)
+    again = fit(tmp_path, make=crashing_after(0), **best)
+    assert again["eval_accuracy"] == first["eval_accuracy"] == 0.5 and again["train_seconds"] == first["train_seconds"]
+    assert_same(weights(tmp_path), before)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "word"),
+    [
+        (lambda folder: flip_a_bit(folder / "model.safetensors"), "model.safetensors does not have"),
+        (lambda folder: flip_a_bit(folder / "optimizer.safetensors"), "optimizer.safetensors does not have"),
+        (lambda folder: (folder / "state.json").write_text("{"), "state.json does not have"),
+        (lambda folder: (folder / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+        (lambda folder: os.truncate(folder / "manifest.json", 40), "cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, harm, word):
+    fit(tmp_path / "whole")
+    with pytest.raises(Crash):
+        fit(tmp_path / "parts", make=crashing_after(17))
+    newest = sorted((tmp_path / "parts/checkpoints").iterdir())[-1]
+    assert newest.name == "step-00000008"
+    harm(newest)
+    caplog.clear()
+    fit(tmp_path / "parts")
+    assert f"Checkpoint {newest} is damaged" in caplog.text and word in caplog.text
+    assert "Resuming at step 6" in caplog.text
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_leftovers_of_a_kill_while_writing_are_no_checkpoints(tmp_path):
+    with pytest.raises(Crash):
+        fit(tmp_path, make=crashing_after(9))
+    folder = tmp_path / "checkpoints/step-00000004"
+    shutil.copytree(folder, tmp_path / "checkpoints/step-00000006.tmp-123")
+    assert checkpoint.newest_good(tmp_path / "checkpoints") == (folder, [])
+    fit(tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
+    fit(tmp_path / "whole")
+    with pytest.raises(Crash):
+        fit(tmp_path / "parts", make=crashing_after(9))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the optimizer's file is larger
+    try:
+        with pytest.raises(OSError, match=r"step-00000006 could not be written \(.*\); what was saved before is untouched"):
+            fit(tmp_path / "parts")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in sorted((tmp_path / "parts/checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
+    fit(tmp_path / "parts")
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_and_rows(tmp_path):
+    class Poisoned(Rows):
+        def __getitem__(self, row):
+            return np.array([4, 4, 4]) if row == 11 else self.ids[row]
+
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[4] = float("nan")
+    bad = next(step for step in range(4) if 11 in loop.rows_of_step(step, rows=ROWS, rows_per_step=8, seed=7))
+    with pytest.raises(FloatingPointError, match=rf"step {bad + 1} of 12, learning rate 0\.0\d*, rows .*\b11\b") as caught:
+        fit(tmp_path, model, rows=Poisoned(), save_steps=1, log_steps=100)
+    assert str(loop.rows_of_step(bad, rows=ROWS, rows_per_step=8, seed=7)[0]) in str(caught.value)
+    folder, problems = checkpoint.newest_good(tmp_path / "checkpoints")
+    assert not problems and (folder is None if bad == 0 else folder.name == f"step-{bad:08d}")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_control_c_saves_and_says_how_to_resume(tmp_path):
+    fit(tmp_path / "whole")
+    calls = iter(range(100))
+
+    def interrupt(rows):
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return collate(rows)
+
+    with pytest.raises(KeyboardInterrupt, match="Stopped at step 3 of 12. Run the same command again to resume from step 3"):
+        fit(tmp_path / "parts", make=interrupt, save_steps=1000)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    fit(tmp_path / "parts", save_steps=1000)
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    with pytest.raises(Crash):
+        fit(tmp_path, make=crashing_after(9))
+    with pytest.raises(ValueError, match=r"different run; changed: learning_rate \(was 0.01, now 0.001\)"):
+        fit(tmp_path, learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"changed: .*rows \(was 29, now 20\)"):
+        fit(tmp_path, rows=Rows(20))
+    fit(tmp_path, log_steps=1)  # does not change the weights
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="no rows to train on"):
+        loop.fit(tiny_model(), train_dataset=[], collate=collate, arguments=arguments(), output_dir=tmp_path, seed=0)
+    with pytest.raises(ValueError, match="trackers: nonsense is not installed or unknown"):
+        fit(tmp_path, trackers=["nonsense"])
+    with pytest.raises(ValueError, match="'f1' to pick the best model by; use accuracy"):
+        fit(tmp_path, evaluate=lambda _: {"accuracy": 1.0}, metric_for_best="f1")
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match="fp16 needs a GPU"):
+            fit(tmp_path, precision="fp16")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be made"):
+        fit(tmp_path / "file" / "run")
+
+
+# ----------------------------------------------------------------------------------------------------- several processes
+
+
+def start(processes, folder, **changes):
+    """Fork ``processes`` of :func:`fit`, set up as torchrun does, without its seconds of start-up."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def target(rank):
+        torch.set_num_threads(1)
+        if processes > 1:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            os.environ.update({key: str(value) for key, value in names.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+        loop.AcceleratorState._reset_state(reset_partial_state=True)
+        fit(folder, **changes)
+
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=target, args=(rank,)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    return started
+
+
+def finish(started):
+    for process in started:
+        process.join(60)
+    return [process.exitcode for process in started]
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+    fit(tmp_path / "one", tiny_model(0.0), batch_size=4)
+    assert finish(start(2, tmp_path / "two", model=tiny_model(0.0), batch_size=2)) == [0, 0]
+    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
+    one, two = ([line["loss"] for line in log_lines(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-6)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_the_result_is_bit_identical(tmp_path, processes):
+    """With dropout and accumulation. SIGKILL leaves no time to clean up, and may hit while a checkpoint is written."""
+    run = {"make": slow_collate, "save_steps": 1, "epochs": 2, "batch_size": 2}
+    started = time.monotonic()
+    assert finish(start(processes, tmp_path / "whole", **run)) == [0] * processes
+    whole_run = time.monotonic() - started
+    generator, reached = random.Random(processes), []
+    for _ in range(3):
+        children = start(processes, tmp_path / "parts", **run)
+        time.sleep(generator.uniform(0.25, 0.6) * whole_run)
+        for child in children:
+            child.kill()
+        finish(children)
+        folder, problems = checkpoint.newest_good(tmp_path / "parts/checkpoints")
+        assert not problems
+        reached.append(folder.name if folder else "")
+    assert reached == sorted(reached) and reached[-1], reached
+    assert finish(start(processes, tmp_path / "parts", **run)) == [0] * processes
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert not list((tmp_path / "parts/checkpoints").glob("*.tmp*"))

@@ -1,0 +1,234 @@
+"""Fine-tuning stages: a head on top of an encoder, trained with the loop. Here: ``classify``, of texts or pairs of texts."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
+from datasets import ClassLabel, Dataset, Value
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from minibert.train import data
+from minibert.train.arguments import ClassifyStage
+from minibert.train.loop import fit, processes
+from minibert.train.stage import StageContext, load_model, load_tokenizer
+
+TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
+_METRICS = ("accuracy", "macro_f1", "loss")
+_TOKENIZED_AT_ONCE = 4096
+
+
+def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
+    """Fine-tune a classifier of texts or pairs; ``context.output_dir`` ends as a complete model folder.
+
+    Returns:
+        The figures of ``metrics.json``; with ``eval_data`` also eval_accuracy, eval_macro_f1 and eval_loss of the best model.
+
+    Raises:
+        ValueError: missing columns, a label that is no class (with its row), an unknown metric, no positions for a text.
+    """
+    if args.metric_for_best not in _METRICS:
+        raise ValueError(f"metric_for_best={args.metric_for_best!r} is unknown; use one of {', '.join(_METRICS)}.")
+    train = data.load(args.data, split="train")
+    columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
+    labels, names = read_labels(train, args.label_column, args.labels)
+    held_out = data.load(args.eval_data, split="validation") if args.eval_data else None
+
+    tokenizer = load_tokenizer(context)
+    naming = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    model = load_model(AutoModelForSequenceClassification, args, context, tokenizer, num_labels=len(names), **naming)
+    tokenizer.model_max_length = max_length = _longest(args.max_length, tokenizer, model.config)
+
+    rows = TokenRows.from_texts(train, columns, labels, tokenizer, max_length)
+    evaluate = None
+    if held_out is not None and args.eval_data:
+        find_text_columns(held_out, columns, args.label_column, args.eval_data)
+        expected, _ = read_labels(held_out, args.label_column, names)
+        evaluate = evaluator(TokenRows.from_texts(held_out, columns, expected, tokenizer, max_length), args.eval_batch_size)
+    if processes().is_main_process:
+        tokenizer.save_pretrained(context.output_dir)
+    return fit(
+        model,
+        train_dataset=rows,
+        collate=rows.collate,
+        arguments=args,
+        output_dir=context.output_dir,
+        seed=context.seed,
+        evaluate=evaluate,
+        metric_for_best=args.metric_for_best if evaluate else None,
+        greater_is_better=args.metric_for_best != "loss",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- the data
+
+
+def find_text_columns(
+    rows: Dataset, wanted: Sequence[str] | None, label_column: str, sources: Sequence[Any]
+) -> tuple[str, ...]:
+    """The columns to read, given or detected, checked to hold text beside a column of labels.
+
+    Raises:
+        ValueError: listing the columns found.
+    """
+    columns = tuple(wanted or next((pair for pair in TEXT_COLUMNS if set(pair) <= set(rows.column_names)), ()))
+    if not columns:
+        raise ValueError(
+            f"{sources[0].path} has none of the usual columns of text ({'; '.join(' + '.join(pair) for pair in TEXT_COLUMNS)}); "
+            f"it has {', '.join(rows.column_names)}. Name one or two with text_columns."
+        )
+    data.check_columns(rows, [*columns, label_column], sources)
+    if not_text := sorted(set(columns) - set(data.text_columns(rows))):
+        raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text; choose others.")
+    return columns
+
+
+def read_labels(rows: Dataset, column: str, names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Class numbers of all rows, and the classes' names: given, the ClassLabel's, the strings found (sorted), or 0 … n-1.
+
+    Raises:
+        ValueError: a label that is not a class, with its row counted from 1.
+    """
+    feature, values = rows.features[column], rows[column][:]
+    found = list(feature.names) if isinstance(feature, ClassLabel) else None
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        names = list(names or sorted(set(values)))
+        numbers = {name: number for number, name in enumerate(names)}
+        _refuse_first(values, [value in numbers for value in values], column, f"it should be one of {', '.join(names)}")
+        labels = np.array([numbers[value] for value in values], dtype=np.int64)
+    else:
+        array = np.asarray(values)
+        if array.dtype == object or array.ndim != 1 or array.dtype.kind not in "iufb":
+            raise ValueError(f"Column {column!r} holds {feature}, not classes; a label is a number from 0 up, or a string.")
+        _refuse_first(values, np.isfinite(array) & (array == np.floor(array)), column, "a label must be a whole number")
+        labels = array.astype(np.int64)
+        known = names or found
+        count = len(known) if known else max(2, int(labels.max()) + 1)
+        names = list(known or map(str, range(count)))
+        advice = f"classes are numbered 0 to {count - 1}"
+        _refuse_first(values, (labels >= 0) & (labels < count), column, f"{advice}; correct it or remove the row")
+        if found and names != found and set(names) == set(found):  # the same classes, numbered in another order
+            labels = np.array([names.index(name) for name in found])[labels]
+    if len(names) < 2:
+        raise ValueError(f"Column {column!r} holds the single class {names[0]!r}; a classifier needs at least two.")
+    return labels, list(names)
+
+
+def _refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
+    good = np.asarray(good, dtype=bool)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise ValueError(f"Row {row + 1} has {column}={values[row]!r}; {advice}.")
+
+
+def _longest(wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
+    positions = config.max_position_embeddings
+    if wanted and wanted > positions:
+        raise ValueError(f"max_length={wanted} is above the model's max_position_embeddings={positions}; lower it.")
+    return wanted or min(positions, tokenizer.model_max_length)
+
+
+class TokenRows:
+    """Tokenized rows, end to end in one array, so that making a batch is a few numpy calls.
+
+    Attributes:
+        ids: (tokens of all rows,) int32; ``types`` the same for segments, or None where the model has none.
+        starts: (rows + 1,) where each row begins.
+        labels: (rows,) or (rows, values).
+    """
+
+    def __init__(self, ids: np.ndarray, types: np.ndarray | None, starts: np.ndarray, labels: np.ndarray, pad_token_id: int):
+        self.ids, self.types, self.starts, self.labels, self.pad_token_id = ids, types, starts, labels, pad_token_id
+
+    @classmethod
+    def from_texts(cls, rows: Dataset, columns, labels: np.ndarray, tokenizer: Any, max_length: int) -> "TokenRows":
+        """Tokenize ``columns`` (one, or two for pairs), cutting the longer text first where a row exceeds ``max_length``."""
+        ids, types = [], []
+        lengths: list[int] = []
+        quiet = not processes().is_main_process
+        starts = tqdm(range(0, len(rows), _TOKENIZED_AT_ONCE), desc="tokenize", disable=quiet, leave=False)
+        for start in starts:
+            some = rows[start : start + _TOKENIZED_AT_ONCE]
+            encoded = tokenizer(
+                *(list(some[column]) for column in columns),
+                truncation=True,
+                max_length=max_length,
+                return_attention_mask=False,
+            )
+            lengths += map(len, encoded["input_ids"])
+            ids.append(np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32))
+            if "token_type_ids" in encoded:
+                types.append(np.fromiter(chain.from_iterable(encoded["token_type_ids"]), dtype=np.int8))
+        ends = np.cumsum([0, *lengths], dtype=np.int64)
+        return cls(np.concatenate(ids), np.concatenate(types) if types else None, ends, labels, tokenizer.pad_token_id)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitems__(self, rows: Sequence[int]) -> np.ndarray:
+        return np.asarray(rows)  # rows stay here; collate fetches all of a batch at once
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any token or label does."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.ids, self.starts, self.labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Inputs of the model for ``rows``, padded to the longest of them: (rows, longest) each, and labels."""
+        starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        taken = (starts[:, None] + np.arange(lengths.max()))[mask]
+        batch = {"input_ids": np.full(mask.shape, self.pad_token_id, dtype=np.int64), "attention_mask": mask.astype(np.int64)}
+        batch["input_ids"][mask] = self.ids[taken]
+        if self.types is not None:
+            batch["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
+            batch["token_type_ids"][mask] = self.types[taken]
+        batch["labels"] = self.labels[rows]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- the evaluation
+
+
+def evaluator(rows: TokenRows, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
+    """A function that measures a classifier on ``rows``: each process computes its share, all return the same figures."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        state = processes()
+        # Batches of like lengths waste no time on padding; the longest come first, so that memory runs out at once or never.
+        order = np.argsort(-rows.lengths, kind="stable")
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        mine = batches[state.process_index :: state.num_processes]
+        logits = []
+        for batch in tqdm(mine, desc="evaluate", leave=False, disable=not state.is_main_process):
+            inputs = send_to_device(rows.collate(batch), state.device)
+            inputs.pop("labels")
+            logits.append(model(**inputs).logits.float().cpu())
+        gathered = gather_object([(np.concatenate(mine), torch.cat(logits).numpy())] if mine else [])
+        numbers = np.concatenate([part[0] for part in gathered])
+        return classification_figures(torch.from_numpy(np.concatenate([part[1] for part in gathered])), rows.labels[numbers])
+
+    return evaluate
+
+
+def classification_figures(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro-F1 over the classes that occur, and cross entropy of ``logits`` (rows, classes)."""
+    predicted = logits.argmax(-1).numpy()
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "loss": float(nn.functional.cross_entropy(logits, torch.from_numpy(labels))),
+    }

@@ -1,0 +1,673 @@
+"""The training loop of every stage that computes its loss in the model: pretrain, classify, tag, answer, distill.
+
+A run is a pure function of its arguments, seed and data. Which rows make step 137, in which order, and the random numbers
+that mask or drop there, follow from (seed, step, process) alone, so a checkpoint holds no sampler and no generator:
+weights, optimizer state and the number of steps done are enough to continue bit for bit, in the middle of an epoch too.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list, send_to_device
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from minibert.train import checkpoint
+from minibert.train.arguments import LoopArguments
+
+logger = logging.getLogger(__name__)
+
+# Changing these between two runs does not change the weights, so a resumed run may.
+_FREE = {"log_steps", "save_steps", "save_total_limit", "eval_batch_size", "num_workers", "trackers"}
+
+
+# ------------------------------------------------------------------------------------------------------- pure functions
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str = "linear") -> float:
+    """Linear warm-up to ``peak`` over ``warmup`` steps, then ``schedule``: linear or cosine to zero, or constant.
+
+    >>> [learning_rate(s, peak=1.0, warmup=2, total=6) for s in (0, 1, 2, 4, 6)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    >>> [round(learning_rate(s, peak=1.0, warmup=0, total=4, schedule="cosine"), 3) for s in range(5)]
+    [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "constant": 1.0}[schedule]
+
+
+def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.ndarray:
+    """The rows of one optimizer step, over all processes: every epoch is a fresh permutation, cut into steps.
+
+    >>> sorted(np.concatenate([rows_of_step(s, rows=5, rows_per_step=2, seed=0) for s in range(3)]).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    epoch, place = divmod(step, math.ceil(rows / rows_per_step))
+    order = _permutation(rows, seed, epoch)
+    return order[place * rows_per_step : (place + 1) * rows_per_step]
+
+
+def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[list[np.ndarray]]:
+    """Cut the rows of a step into micro-batches: ``result[a][p]`` is process p's part of the a-th one.
+
+    Only the last step of an epoch is uneven. There parts may be empty, but never for all processes at once.
+
+    >>> [[part.tolist() for part in parts] for parts in split_rows(np.arange(3), accumulation=2, processes=2)]
+    [[[0], [1]], [[2], []]]
+    """
+    parts = np.array_split(rows, accumulation * processes)
+    groups = [parts[start : start + processes] for start in range(0, len(parts), processes)]
+    return [group for group in groups if len(group[0])]
+
+
+def count_labels(batch: dict[str, Any]) -> int:
+    """How many terms a model averages in its loss over ``batch``: labels that are not -100, or rows where labels have
+    another name."""
+    labels = batch.get("labels")
+    return len(next(iter(batch.values()))) if labels is None else int((labels != -100).sum())
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, numpy and torch with a mixture of ``numbers``."""
+    state = np.random.SeedSequence(numbers).generate_state(1)[0].item()
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+_last_permutation: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    key = (rows, seed, epoch)
+    if key not in _last_permutation:
+        _last_permutation.clear()
+        _last_permutation[key] = np.random.default_rng([seed, epoch]).permutation(rows)
+    return _last_permutation[key]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (biases, norm scales) do not, as in BERT."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+class StepBatch(NamedTuple):
+    """What one process computes in one optimizer step."""
+
+    batches: list[dict[str, Tensor]]
+    terms: list[int]  # of the loss, per micro-batch
+    tokens: int  # real ones
+
+
+class Steps(Dataset):
+    """Item ``step`` is this process's :class:`StepBatch` of that optimizer step; any worker can make it, in any order."""
+
+    def __init__(self, rows, collate, *, batch_size: int, accumulation: int, seed: int, process: int, processes: int):
+        self.rows, self.collate, self.seed = rows, collate, seed
+        self.accumulation, self.process, self.processes = accumulation, process, processes
+        self.rows_per_step = batch_size * accumulation * processes
+        self.per_epoch = math.ceil(len(rows) / self.rows_per_step)
+
+    def row_ids(self, step: int) -> np.ndarray:
+        return rows_of_step(step, rows=len(self.rows), rows_per_step=self.rows_per_step, seed=self.seed)
+
+    def __getitem__(self, step: int) -> StepBatch:
+        seed_everything(self.seed, step, self.process, 0)
+        batches, terms, tokens = [], [], 0
+        rows = self.row_ids(step)
+        for parts in split_rows(rows, accumulation=self.accumulation, processes=self.processes):
+            mine = parts[self.process]
+            batch = self.collate(self._fetch(mine if len(mine) else rows[:1]))
+            batches.append(batch)
+            # A process without rows still takes part, as the others wait for its gradients; they count nothing.
+            terms.append(count_labels(batch) if len(mine) else 0)
+            tokens += _count_tokens(batch) if len(mine) else 0
+        return StepBatch(batches, terms, tokens)
+
+    def _fetch(self, ids: np.ndarray) -> Any:
+        if hasattr(self.rows, "__getitems__"):
+            return self.rows.__getitems__(ids.tolist())
+        return [self.rows[row] for row in ids.tolist()]
+
+
+def _count_tokens(batch: dict[str, Tensor]) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
+
+
+# ------------------------------------------------------------------------------------------------------ running figures
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    logged_step: int = 0
+    logged_seconds: float = 0.0
+    loss_sum: float = 0.0
+    tokens: int = 0  # since the last line of the log
+    all_tokens: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last one
+
+
+class Meter:
+    """Sums that stay on the device between two lines of the log, and notice a loss or gradient that is not finite."""
+
+    def __init__(self, accelerator: Accelerator, progress: Progress):
+        self.accelerator, self.progress = accelerator, progress
+        self.loss_sum = torch.tensor(progress.loss_sum, device=accelerator.device)
+        self.grad_norm = torch.zeros((), device=accelerator.device)
+        self.first_bad = torch.tensor(-1, device=accelerator.device)
+        self.start = time.perf_counter() - progress.seconds
+        self.first_seconds = progress.seconds
+        self.busy = self.paused = 0.0
+
+    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
+        self.loss_sum += loss
+        self.grad_norm = grad_norm
+        # With float16, gradients overflow now and then: the scaler skips that step and lowers its scale.
+        watched = loss if self.accelerator.scaler else loss + grad_norm
+        bad = torch.isfinite(watched).logical_not_().logical_and_(self.first_bad < 0)
+        self.first_bad = torch.where(bad, self.progress.step, self.first_bad)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.all_tokens += tokens * self.accelerator.num_processes
+
+    def read(self) -> tuple[float, int]:
+        """Mean loss since the last line, and the step that went wrong (or -1): the only wait for the device."""
+        figures = torch.stack([self.loss_sum.double(), self.first_bad.double()])
+        if self.accelerator.num_processes > 1:
+            figures = self.accelerator.gather(figures[None])
+            return figures[:, 0].mean().item(), int(figures[:, 1].max())
+        loss, bad = figures.tolist()
+        return loss, int(bad)
+
+    def seconds(self) -> float:
+        """Seconds of training, over all the runs that led here; evaluation does not count."""
+        return time.perf_counter() - self.start - self.paused
+
+    def share_outside(self) -> float:
+        """Share of this run's training time spent outside forward, backward and step: waiting for data, logging, saving."""
+        return max(0.0, 1 - self.busy / max(1e-9, self.seconds() - self.first_seconds)) if self.busy else 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+    def line(self, loss_sum: float, rate: float, per_epoch: int) -> dict[str, float]:
+        """One line of the log, after which the sums start anew."""
+        progress, now = self.progress, self.seconds()
+        line = {
+            "step": progress.step,
+            "epoch": round(progress.step / per_epoch, 4),
+            "loss": loss_sum / max(1, progress.step - progress.logged_step),
+            "learning_rate": rate,
+            "grad_norm": float(self.grad_norm),
+            "tokens_per_second": round(
+                progress.tokens * self.accelerator.num_processes / max(1e-9, now - progress.logged_seconds), 1
+            ),
+            "seconds": round(now, 3),
+        }
+        progress.logged_step, progress.logged_seconds, progress.tokens = progress.step, now, 0
+        self.loss_sum.zero_()
+        return line
+
+
+class Log:
+    """``log.jsonl``: one JSON object per line. A resumed run drops the lines after its checkpoint and goes on."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, step: int):
+        self.accelerator, self.path = accelerator, path
+        if accelerator.is_main_process:
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of the log; the last one of a killed process may be torn, and is left out."""
+    if not path.exists():
+        return []
+    return [
+        line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if line.endswith("}\n")
+    ]
+
+
+class StopRequest:
+    """Set by Ctrl-C (or a scheduler's SIGTERM), which ask the loop to stop after its step; the second one interrupts."""
+
+    def __init__(self) -> None:
+        self.number, self.asked = 0, 0.0
+
+    def handle(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.asked = number, now
+            logger.warning("Stopping after this step and saving a checkpoint; interrupt again to stop at once.")
+        elif now - self.asked > 1:  # torchrun repeats to its children at once what the terminal has already sent them
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # Python sets handlers nowhere else
+            yield
+            return
+        previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def fit(
+    model: nn.Module,
+    *,
+    train_dataset: Any,
+    collate: Callable[[Any], dict[str, Tensor]],
+    arguments: LoopArguments,
+    output_dir: Path,
+    seed: int,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    metric_for_best: str | None = None,
+    greater_is_better: bool = True,
+) -> dict[str, Any]:
+    """Train ``model``, and leave it in ``output_dir`` with ``metrics.json``, ``log.jsonl`` and ``checkpoints/``.
+
+    Run again after any interruption, it continues from the newest checkpoint that is whole. Under torchrun every process
+    calls it; ``batch_size`` rows go to each, and only the main process writes.
+
+    Args:
+        model: a transformers model whose output has a ``loss``; trained in place, on Accelerate's device.
+        train_dataset: has a length and rows by number; a ``__getitems__`` is given many numbers at once.
+        collate: makes the keyword arguments of ``model`` from rows; its random numbers come from the seeded generators
+            of Python, numpy and torch. ``attention_mask``, if any, counts tokens, and ``labels`` the terms of the loss.
+        evaluate: figures of the model (in evaluation mode, without gradients); called in every process.
+        metric_for_best: the figure of ``evaluate`` that picks the weights kept in the end; None keeps the last ones.
+
+    Returns:
+        The figures of ``metrics.json``.
+
+    Raises:
+        ValueError: nothing to train on, arguments that cannot be met here, or checkpoints of a different run.
+        FloatingPointError: the loss or gradient is not finite; says where. Nothing good is overwritten.
+        OSError: a checkpoint cannot be written; earlier ones are untouched.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; says how to resume.
+    """
+    if not len(train_dataset):
+        raise ValueError("There are no rows to train on; check the data and its limit.")
+    run = _Run(model, train_dataset, collate, arguments, output_dir, seed, metric_for_best, greater_is_better)
+    run.resume()
+    run.train(evaluate)
+    return run.finish()
+
+
+class _Run:
+    """The objects of one call of :func:`fit`."""
+
+    def __init__(self, model, rows, collate, arguments, output_dir, seed, metric_for_best, greater_is_better):
+        self.arguments, self.seed, self.output_dir = arguments, seed, Path(output_dir)
+        self.metric_for_best, self.sign = metric_for_best, 1 if greater_is_better else -1
+        self.root = self.output_dir / "checkpoints"
+        self.accelerator = accelerator = _accelerator(arguments, self.output_dir)
+        self.steps = Steps(
+            rows,
+            collate,
+            batch_size=arguments.batch_size,
+            accumulation=arguments.gradient_accumulation_steps,
+            seed=seed,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        self.total = arguments.max_steps or max(1, round(arguments.epochs * self.steps.per_epoch))
+        self.warmup = arguments.warmup_steps or int(arguments.warmup_ratio * self.total)
+        self.identity = {
+            **{key: value for key, value in arguments.model_dump(mode="json").items() if key not in _FREE},
+            "seed": seed,
+            "rows": len(rows),
+            "data": getattr(rows, "fingerprint", None),
+            "rows_per_step": self.steps.rows_per_step,
+        }
+        if arguments.gradient_checkpointing:
+            # transformers renamed it; older versions know only the second name.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        if arguments.compile:
+            model.compile(dynamic=True)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model.to(accelerator.device), arguments.weight_decay),
+            lr=arguments.learning_rate,
+            betas=arguments.adam_betas,
+            eps=arguments.adam_epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),  # one pass over the weights instead of a dozen
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.progress = Progress()
+        self.best: dict[str, Any] | None = None
+        self.saved_step: int | None = None
+
+    def train(self, evaluate: Callable[[nn.Module], dict[str, float]] | None) -> None:
+        arguments, progress, accelerator = self.arguments, self.progress, self.accelerator
+        loader = DataLoader(
+            self.steps,
+            batch_size=None,
+            sampler=range(progress.step, self.total),
+            num_workers=arguments.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.meter, self.log = Meter(accelerator, progress), Log(accelerator, self.output_dir / "log.jsonl", progress.step)
+        self.model.train()
+        with self._stoppable() as stop, self._progress_bar() as bar:
+            for batch in loader:
+                rate = self.rate(progress.step)
+                started = time.perf_counter()
+                loss, grad_norm = self.optimizer_step(batch, rate)
+                self.meter.busy += time.perf_counter() - started
+                self.meter.add(loss, grad_norm, batch.tokens)
+                bar.update()
+                if logging_now := self._due(arguments.log_steps):
+                    self.log.write(line := self.meter.line(self.checked_loss(), rate, self.steps.per_epoch))
+                    bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+                if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
+                    self.evaluate(evaluate)
+                # Several processes agree on stopping only where they meet anyway.
+                stopping = self._agreed(stop.number) if logging_now or accelerator.num_processes == 1 else 0
+                if stopping or self._due(arguments.save_steps or self.steps.per_epoch):
+                    self.save()
+                if stopping and progress.step < self.total:
+                    raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
+
+    def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor]:
+        """Forward and backward over the micro-batches, clip, step. Returns the loss and the norm before clipping."""
+        accelerator, processes = self.accelerator, self.accelerator.num_processes
+        seed_everything(self.seed, self.progress.step, accelerator.process_index, 1)
+        all_terms = torch.tensor(float(sum(batch.terms)), device=accelerator.device)
+        if processes > 1:
+            all_terms = accelerator.reduce(all_terms)
+        total = torch.zeros((), device=accelerator.device)
+        for number, (inputs, terms) in enumerate(zip(batch.batches, batch.terms, strict=True), start=1):
+            with contextlib.nullcontext() if number == len(batch.batches) else accelerator.no_sync(self.model):
+                loss = self.model(**send_to_device(inputs, accelerator.device, non_blocking=True)).loss
+                # The step's loss is the mean over all its terms; processes average their gradients, hence the factor.
+                loss = loss * (terms * processes / all_terms)
+                accelerator.backward(loss)
+            total += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, grad_norm.detach()
+
+    def rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            peak=self.arguments.learning_rate,
+            warmup=self.warmup,
+            total=self.total,
+            schedule=self.arguments.schedule,
+        )
+
+    def checked_loss(self) -> float:
+        """Sum of the losses since the last line of the log; called before anything is written."""
+        loss_sum, bad = self.meter.read()
+        if bad >= 0:
+            rows = self.steps.row_ids(bad).tolist()
+            shown = ", ".join(map(str, rows[:64])) + (", …" if len(rows) > 64 else "")
+            raise FloatingPointError(
+                f"The loss or its gradient is not finite at step {bad + 1} of {self.total}, learning rate {self.rate(bad):.3g}, "
+                f"rows {shown}. Nothing was saved since; look at these rows, lower learning_rate, or use precision: fp32. "
+                f"{self._how_to_resume()}"
+            )
+        return loss_sum
+
+    def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
+        self.checked_loss()
+        self.model.eval()
+        with self.meter.pause(), torch.no_grad():
+            figures = evaluate(self.accelerator.unwrap_model(self.model))
+        self.model.train()
+        progress = self.progress
+        progress.evaluation = figures
+        epoch = round(progress.step / self.steps.per_epoch, 4)
+        self.log.write({"step": progress.step, "epoch": epoch, **{f"eval_{key}": value for key, value in figures.items()}})
+        if self.metric_for_best is None:
+            return
+        if self.metric_for_best not in figures:
+            raise ValueError(
+                f"There is no figure {self.metric_for_best!r} to pick the best model by; use {', '.join(figures)}."
+            )
+        if (
+            self.best is None
+            or self.sign * figures[self.metric_for_best] > self.sign * self.best["figures"][self.metric_for_best]
+        ):
+            self.best = {"identity": self.identity, "step": progress.step, "figures": figures}
+            self._write(self.root / f"best-{progress.step:08d}", self.best, with_optimizer=False)
+
+    def save(self) -> None:
+        self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.meter.seconds()
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        folder = checkpoint.step_folder(self.root, self.progress.step)
+        self._write(
+            folder, {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler}, with_optimizer=True
+        )
+        if self.accelerator.is_main_process:
+            checkpoint.rotate(self.root, self.arguments.save_total_limit, newest=folder)
+        self.saved_step = self.progress.step
+
+    def _write(self, folder: Path, state: dict[str, Any], with_optimizer: bool) -> None:
+        """A checkpoint: ``model.safetensors``, ``state.json``, and the optimizer's tensors, numbered by parameter."""
+        if not self.accelerator.is_main_process:
+            return
+
+        def fill(temporary: Path) -> None:
+            save_model(self.accelerator.unwrap_model(self.model), str(temporary / "model.safetensors"))
+            if with_optimizer:
+                state_of = self.optimizer.state_dict()["state"]
+                tensors = {f"{number}.{key}": value for number, entry in state_of.items() for key, value in entry.items()}
+                save_file(tensors, temporary / "optimizer.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+        checkpoint.write_folder(folder, fill)
+        if folder.name.startswith("best-"):
+            for other in self.root.glob("best-????????"):
+                if other != folder:
+                    shutil.rmtree(other)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint that is whole, naming the damaged ones; begin anew if there is none."""
+        if self.accelerator.is_main_process and self.root.exists():
+            checkpoint.clear_leftovers(self.root)
+        (folder, problems), (best, best_problems) = self._agreed_on_folders()
+        if self.accelerator.is_main_process:
+            for problem in (*problems, *best_problems):
+                logger.warning("%s It is not used.", problem)
+        if best:
+            self.best = self._state(best)
+        if not folder:
+            return
+        state = self._state(folder)
+        load_model(self.accelerator.unwrap_model(self.model), folder / "model.safetensors")
+        optimizer_state = self.optimizer.state_dict()
+        optimizer_state["state"] = {}
+        for key, tensor in load_file(folder / "optimizer.safetensors").items():
+            number, _, name = key.partition(".")
+            optimizer_state["state"].setdefault(int(number), {})[name] = tensor
+        self.optimizer.load_state_dict(optimizer_state)
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.saved_step = self.progress.step
+        if self.accelerator.is_main_process:
+            logger.warning("Resuming at step %d of %d from %s.", self.progress.step, self.total, folder)
+
+    def _agreed_on_folders(self) -> Any:
+        """Every process resumes from what the main one found: one of them might see a file that another does not."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            found = [(checkpoint.newest_good(self.root), checkpoint.newest_good(self.root, kind="best"))]
+        return broadcast_object_list(found)[0]
+
+    def _state(self, folder: Path) -> dict[str, Any]:
+        """``state.json`` of a checkpoint.
+
+        Raises:
+            ValueError: it belongs to a run with other arguments or data; says which.
+        """
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        theirs = state["identity"]
+        changed = [
+            f"{key} (was {theirs.get(key)!r}, now {value!r})"
+            for key, value in self.identity.items()
+            if theirs.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.root} holds checkpoints of a different run; changed: {', '.join(changed)}. "
+                "Undo the change to resume, or delete that folder or choose another output directory to start anew."
+            )
+        return state
+
+    def finish(self) -> dict[str, Any]:
+        """Put the best model, or the last one, into the output directory as a complete folder; write ``metrics.json``."""
+        progress, accelerator = self.progress, self.accelerator
+        bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        bare.eval()
+        figures = progress.evaluation
+        if self.best:
+            folder = self.root / f"best-{self.best['step']:08d}"
+            load_model(bare, folder / "model.safetensors")
+            figures = self.best["figures"]
+        metrics = {
+            "steps": progress.step,
+            "epochs": round(progress.step / self.steps.per_epoch, 4),
+            "best_step": self.best["step"] if self.best else None,
+            **{f"eval_{key}": value for key, value in figures.items()},
+            "train_seconds": round(progress.seconds, 3),
+            "train_tokens": progress.all_tokens,
+            "tokens_per_second": round(progress.all_tokens / max(1e-9, progress.seconds), 1),
+            "share_outside_step": round(self.meter.share_outside(), 4),
+            "parameters": sum(parameter.numel() for parameter in bare.parameters()),
+        }
+        if accelerator.is_main_process:
+
+            def fill(temporary: Path) -> None:
+                bare.save_pretrained(temporary)
+                (temporary / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+            whole = self.root / "final"
+            checkpoint.write_folder(whole, fill)
+            checkpoint.move_files(whole, self.output_dir)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.wait_for_everyone()
+        return metrics
+
+    # -- small helpers of the loop
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.total
+
+    def _agreed(self, number: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[StopRequest]:
+        stop = StopRequest()
+        with stop.listening():
+            try:
+                yield stop
+            except KeyboardInterrupt:
+                where = f"Stopped at step {self.progress.step} of {self.total}."
+                raise KeyboardInterrupt(f"{where} {self._how_to_resume()}") from None
+
+    def _how_to_resume(self) -> str:
+        if self.saved_step is None:
+            return "There is no checkpoint yet; the same command starts from the beginning."
+        return f"Run the same command again to resume from step {self.saved_step} ({self.root})."
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.total,
+            initial=self.progress.step,
+            desc=self.output_dir.name,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file is not flooded
+        )
+
+
+def processes() -> PartialState:
+    """Which process this is, and of how many. Without ``cpu``, Accelerate would take torchrun's processes on a machine
+    without accelerator for unrelated ones."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
+    available = {tracker.name for tracker in get_available_trackers()}
+    if unknown := sorted(set(arguments.trackers) - available):
+        raise ValueError(
+            f"trackers: {', '.join(unknown)} is not installed or unknown; here there is {', '.join(sorted(available)) or 'none'}."
+        )
+    # One Accelerator per stage, and the next stage may want another precision: forget the settings, keep the processes.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    if arguments.precision == "fp16" and processes().device.type == "cpu":
+        raise ValueError("precision: fp16 needs a GPU; use bf16 or fp32 on this machine.")
+    accelerator = Accelerator(
+        cpu=processes().device.type == "cpu",
+        mixed_precision={"fp32": "no"}.get(arguments.precision, arguments.precision),
+        log_with=arguments.trackers or None,
+        project_dir=str(output_dir),
+        # Buffers never change here, so sending them at every step would be waste.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"The folder {output_dir} cannot be made: {error.strerror}. Choose another output directory.") from error
+    if arguments.trackers:
+        accelerator.init_trackers(output_dir.name, config={"seed": arguments.seed or 0})
+    return accelerator
