@@ -259,7 +259,7 @@ def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterat
 
 def _labels(data: Dataset, model: PreTrainedModel) -> list[int]:
     """Class numbers of the column ``label``, which holds numbers or the names of the model's classes."""
-    known = {str(name): number for name, number in (model.config.label2id or {}).items()}
+    known = {str(name): number for number, name in sorted((model.config.id2label or {}).items())}
     feature, values = data.features[LABEL_COLUMN], list(data[LABEL_COLUMN])
     if isinstance(feature, ClassLabel) and set(feature.names) <= known.keys():
         # The data may number the same names in another order than the model.

@@ -1,0 +1,277 @@
+"""Figures of a model: retrieval beside its baselines, similarity, classification, and the command that prints them."""
+
+import json
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from scipy.stats import spearmanr
+from typer.testing import CliRunner
+
+from minibert import MiniBertConfig, MiniBertForSequenceClassification, MiniBertModel, train_word_level
+from minibert.cli import app
+from minibert.inference import evaluate as module
+from minibert.inference.encode import load
+from minibert.inference.evaluate import evaluate, figures_table, retrieval, untrained
+
+ANSWERS = [
+    "the cat sleeps on the sofa",
+    "a list is sorted in place",
+    "paris is the capital of france",
+    "networks learn by gradient descent",
+]
+QUERIES = ["the cat sleeps on", "a list is sorted", "the capital of france", "networks learn by"]
+PAIRS = {"query": [*QUERIES, QUERIES[0]], "answer": [*ANSWERS, ANSWERS[2]]}
+FIGURES = ["recall@1", "recall@10", "recall@100", "mrr@10", "ndcg@10"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_word_level(ANSWERS, vocab_size=25)
+
+
+def _config(tokenizer, **fields):
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 16}
+    return MiniBertConfig(**shape, num_hidden_layers=1, **fields)
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer, tmp_path_factory):
+    """An encoder whose vectors are nearly the means of its word vectors, so texts that share words are close."""
+    folder = tmp_path_factory.mktemp("models") / "encoder"
+    torch.manual_seed(0)
+    model = MiniBertModel(_config(tokenizer))
+    model.embeddings.word_embeddings.weight.data.normal_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "classifier"
+    torch.manual_seed(0)
+    config = _config(tokenizer, num_labels=3)
+    config.id2label = {0: "yes", 1: "perhaps", 2: "no"}
+    config.label2id = {"yes": 0, "perhaps": 1, "no": 2}
+    MiniBertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Ranker:
+    """Stands in for a model: the similarity of query i and passage j is the number given for them."""
+
+    similarity_fn_name = "cosine"
+
+    def __init__(self, scores, queries, passages):
+        self.scores, self.queries, self.passages = torch.tensor(scores), queries, passages
+        self.model_card_data = self
+
+    def encode_query(self, texts, **_):
+        return torch.tensor([self.queries.index(text) for text in texts])
+
+    def encode_document(self, texts, **_):
+        return torch.tensor([self.passages.index(text) for text in texts])
+
+    def similarity(self, queries, passages):
+        return self.scores[queries][:, passages]
+
+    def set_evaluation_metrics(self, *_, **__):
+        pass
+
+
+# --- retrieval ------------------------------------------------------------------------------------------------------------
+
+
+def test_retrieval_figures_by_hand():
+    # "q" belongs to "a" and "c"; "r" to "b". Passages are ranked a b c for q, and c a b for r.
+    ranker = Ranker([[3.0, 2.0, 1.0], [2.0, 1.0, 3.0]], ["q", "r"], ["a", "b", "c"])
+    result = retrieval(ranker, ["q", "r", "q", "q"], ["a", "b", "c", "a"], baselines=False)
+    assert (result["queries"], result["passages"]) == (2, 3)
+    ndcg_q = (1 + 1 / 2) / (1 + 1 / torch.log2(torch.tensor(3.0)).item())
+    figures = {
+        "recall@1": (1 / 2 + 0) / 2,
+        "recall@10": 1.0,
+        "recall@100": 1.0,
+        "mrr@10": (1 + 1 / 3) / 2,
+        "ndcg@10": (ndcg_q + 1 / 2) / 2,
+    }
+    assert result["systems"] == {"model": pytest.approx(figures)}
+
+
+def test_limit_asks_fewer_queries_of_all_passages():
+    ranker = Ranker([[1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [3.0, 1.0, 2.0]], ["q", "r", "s"], ["a", "b", "c"])
+    result = retrieval(ranker, ["q", "r", "s"], ["a", "b", "c"], limit=1, baselines=False)
+    assert (result["queries"], result["passages"]) == (1, 3)
+    assert result["systems"]["model"]["mrr@10"] == pytest.approx(1 / 3)
+
+
+def test_blocks_of_passages_do_not_change_the_figures(encoder, monkeypatch):
+    passages = [*ANSWERS, *(f"passage {number}" for number in range(1_200))]
+    data = Dataset.from_dict({"query": [f"{text} ?" for text in passages], "answer": passages})
+    whole = evaluate(encoder, data, limit=20, baselines=False)
+    monkeypatch.setattr(module, "_BLOCK", 1)  # blocks of 1,000 passages, the smallest
+    assert evaluate(encoder, data, limit=20, baselines=False) == whole
+
+
+def test_baselines_stand_beside_the_model(encoder):
+    result = evaluate(encoder, Dataset.from_dict(PAIRS))
+    assert result["kind"] == "retrieval"
+    assert (result["queries"], result["passages"]) == (4, 4)
+    assert list(result["systems"]) == ["model", "bm25", "untrained"]
+    assert all(list(figures) == FIGURES for figures in result["systems"].values())
+    # Words decide here: the first query has two answers, of which one shares no word with it.
+    assert result["systems"]["bm25"]["recall@1"] == pytest.approx((1 / 2 + 3) / 4)
+    assert result["systems"]["bm25"]["recall@100"] == pytest.approx((1 / 2 + 3) / 4)
+    assert result["systems"]["model"]["mrr@10"] == 1.0
+    assert result["systems"]["untrained"] != result["systems"]["model"]
+    assert list(evaluate(encoder, Dataset.from_dict(PAIRS), baselines=False)["systems"]) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("queries", "answers"),
+    [(["the of", "a"], ["the", "of and"]), (["the of", "cat"], ["the cat", "of and"]), (["", "zebra"], ["cat", "dog"])],
+)
+def test_bm25_finds_nothing_where_no_word_is_shared(encoder, queries, answers):
+    figures = evaluate(encoder, Dataset.from_dict({"query": queries, "answer": answers}))["systems"]["bm25"]
+    assert set(figures.values()) == {0.0}
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("anchor", "positive"), ("query", "passage")])
+def test_usual_names_of_pairs_are_known(encoder, names):
+    data = Dataset.from_dict(dict(zip(names, PAIRS.values(), strict=True)))
+    assert evaluate(encoder, data, baselines=False)["systems"]["model"]["mrr@10"] == 1.0
+
+
+def test_untrained_model_is_the_same_every_time_and_leaves_the_model_alone(encoder):
+    model = load(encoder)
+    before = model.encode(ANSWERS)
+    state = torch.random.get_rng_state()
+    first, second = (untrained(model).encode(ANSWERS) for _ in range(2))
+    assert (first == second).all()
+    assert abs(first - before).max() > 0.01
+    assert (model.encode(ANSWERS) == before).all()
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- similarity -----------------------------------------------------------------------------------------------------------
+
+
+def test_similarity_is_the_rank_correlation_of_the_cosines(encoder):
+    scores = [0.1, 0.9, 0.4, 0.3]
+    data = Dataset.from_dict({"sentence1": QUERIES, "sentence2": ANSWERS[1:] + ANSWERS[:1], "score": scores})
+    result = evaluate(encoder, data)
+    assert (result["kind"], result["pairs"]) == ("similarity", 4)
+    for system, model in (("model", load(encoder)), ("untrained", untrained(load(encoder)))):
+        cosines = model.similarity_pairwise(model.encode(data["sentence1"]), model.encode(data["sentence2"]))
+        assert result["systems"][system]["spearman"] == pytest.approx(spearmanr(cosines, scores).statistic)
+
+
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_equal_cosines_correlate_with_nothing(encoder):
+    data = Dataset.from_dict({"sentence1": ["a", "a"], "sentence2": ["list", "list"], "score": [0, 1]})
+    assert evaluate(encoder, data, baselines=False)["systems"] == {"model": {"spearman": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [([0.5, 0.5], "same score"), (["high", "low"], "Row 1 has the score 'high'"), ([1.0, None], "Row 2 has the score None")],
+)
+def test_scores_without_an_order_are_refused(encoder, scores, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(encoder, Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["a", "b"], "score": scores}))
+
+
+# --- classification -------------------------------------------------------------------------------------------------------
+
+
+def _predictions(classifier, tokenizer, *columns):
+    model = MiniBertForSequenceClassification.from_pretrained(classifier).eval()
+    return [model(**tokenizer(*row, return_tensors="pt")).logits.argmax().item() for row in zip(*columns, strict=True)]
+
+
+@pytest.mark.parametrize("names", [("text",), ("premise", "hypothesis")])
+def test_classification_counts_right_answers(classifier, tokenizer, names):
+    columns = (QUERIES, ANSWERS)[: len(names)]
+    labels = _predictions(classifier, tokenizer, *columns)
+    data = Dataset.from_dict({**dict(zip(names, columns, strict=True)), "label": labels})
+    result = evaluate(classifier, data, batch_size=3)
+    assert (result["kind"], result["rows"]) == ("classification", 4)
+    assert result["systems"] == {"model": {"accuracy": 1.0, "macro_f1": 1.0}}
+    labels[0] = (labels[0] + 1) % 3
+    wrong = data.remove_columns("label").add_column("label", labels)
+    figures = evaluate(classifier, wrong)["systems"]["model"]
+    assert figures["accuracy"] == 0.75
+    assert figures["macro_f1"] < 1.0
+    assert evaluate(classifier, wrong, limit=1)["systems"]["model"]["accuracy"] == 0.0
+
+
+def test_labels_by_name_mean_the_models_classes(classifier, tokenizer):
+    names = [("yes", "perhaps", "no")[label] for label in _predictions(classifier, tokenizer, ANSWERS)]
+    data = Dataset.from_dict({"text": ANSWERS, "label": names})
+    assert evaluate(classifier, data)["systems"]["model"]["accuracy"] == 1.0
+    # The same names under other numbers, as another data set may have them.
+    numbered = data.cast(Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes", "perhaps"])}))
+    assert evaluate(classifier, numbered)["systems"]["model"]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("label", [3, -1, "maybe", None])
+def test_label_that_is_no_class_of_the_model_is_refused(classifier, label):
+    labels = ["yes", label] if isinstance(label, str) else [0, label]
+    with pytest.raises(ValueError, match=r"Row 2 has the label .*; the model knows 0 to 2 \(yes, perhaps, no\)"):
+        evaluate(classifier, Dataset.from_dict({"text": ["a", "b"], "label": labels}))
+    with pytest.raises(ValueError, match=r"Row 1 has the label 0\.5"):
+        evaluate(classifier, Dataset.from_dict({"text": ["a", "b"], "label": [0.5, 1.0]}))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_no_known_kind_are_listed(encoder, classifier):
+    with pytest.raises(ValueError, match="columns text, label, which is none of"):
+        evaluate(encoder, Dataset.from_dict({"text": ["a"], "label": [0]}))
+    with pytest.raises(ValueError, match="columns query, answer, and no column 'label'"):
+        evaluate(classifier, Dataset.from_dict(PAIRS))
+    with pytest.raises(ValueError, match="columns body, label, and no text to classify"):
+        evaluate(classifier, Dataset.from_dict({"body": ["a"], "label": [0]}))
+
+
+def test_rows_without_text_are_refused(encoder):
+    with pytest.raises(ValueError, match="Row 2 has None in column 'answer'"):
+        evaluate(encoder, Dataset.from_dict({"query": ["a", "b"], "answer": ["a", None]}))
+    with pytest.raises(ValueError, match="no rows"):
+        evaluate(encoder, Dataset.from_dict({"query": [], "answer": []}))
+    with pytest.raises(ValueError, match="limit=0"):
+        evaluate(encoder, Dataset.from_dict(PAIRS), limit=0)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_prints_a_table_or_json(encoder, tmp_path):
+    Dataset.from_dict(PAIRS).to_parquet(tmp_path / "validation.parquet")
+    Dataset.from_dict({"query": ["cat"], "answer": ["list"]}).to_parquet(tmp_path / "train.parquet")
+    expected = evaluate(encoder, Dataset.from_dict(PAIRS))
+    table = CliRunner().invoke(app, ["evaluate", str(encoder), str(tmp_path)])
+    assert table.exit_code == 0, table.output
+    assert table.stdout.strip() == figures_table(expected).strip()
+    assert f"{expected['systems']['bm25']['mrr@10']:.4f}" in table.stdout.splitlines()[3]
+    as_json = CliRunner().invoke(app, ["evaluate", str(encoder), str(tmp_path), "--json"])
+    assert json.loads(as_json.stdout) == {"model": str(encoder), "data": str(tmp_path), **expected}
+    other = ["evaluate", str(encoder), str(tmp_path), "--split", "train", "--no-baselines", "--json"]
+    answer = json.loads(CliRunner().invoke(app, other).stdout)
+    assert (answer["passages"], list(answer["systems"])) == (1, ["model"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [("title,body\na,b\n", "columns title, body"), ("", "is empty"), ("query,answer\n", "has no rows")],
+)
+def test_bad_data_is_one_sentence_and_status_2(encoder, tmp_path, rows, message):
+    file = tmp_path / "data.csv"
+    file.write_text(rows)
+    result = CliRunner().invoke(app, ["evaluate", str(encoder), str(file)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,272 @@
+"""Opening models for use, reading passages, and searching them from Python and from the command line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert.cli import app
+from minibert.inference import search
+from minibert.inference.encode import load
+from minibert.inference.search import Searcher, read_passages
+
+PASSAGES = [
+    "the cat sleeps on the sofa",
+    "a list is sorted in place",
+    "paris is the capital of france",
+    "networks learn by gradient descent",
+]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A model without layers: its vectors are means of random word vectors, so texts that share words are close."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = train_word_level(PASSAGES, vocab_size=25)
+    torch.manual_seed(0)
+    config = MiniBertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=2, num_hidden_layers=0, initializer_range=1.0
+    )
+    MiniBertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.fixture
+def run(saved):
+    """Run ``minibert search`` with the tiny model."""
+    return lambda *args, **kwargs: CliRunner().invoke(app, ["search", str(saved), *map(str, args)], **kwargs)
+
+
+@pytest.fixture
+def passages_file(tmp_path):
+    file = tmp_path / "passages.txt"
+    file.write_text("\n\n".join(PASSAGES), encoding="utf-8")
+    return file
+
+
+# --- opening a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_plain_folder_gets_the_pooling_of_its_config(folder, pooling):
+    config = MiniBertConfig.from_pretrained(folder)
+    config.pooling = pooling
+    config.save_pretrained(folder)
+    model = load(folder)
+    inputs = model.tokenizer(PASSAGES[0], return_tensors="pt")
+    hidden = MiniBertModel.from_pretrained(folder)(**inputs).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(hidden[0] if pooling == "cls" else hidden.mean(0), dim=0)
+    torch.testing.assert_close(torch.tensor(model.encode(PASSAGES[0])), expected)
+
+
+def test_sentence_transformers_folder_opens_as_it_was_saved(folder, tmp_path):
+    model = load(folder)
+    model.save_pretrained(str(tmp_path / "st"))
+    torch.testing.assert_close(load(tmp_path / "st").encode(PASSAGES), model.encode(PASSAGES))
+
+
+def test_dtype_is_passed_on(folder):
+    assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def _remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _empty_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def _pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _shard(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+
+
+def _change_config(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def _stages(folder):
+    (folder / "2-embed").mkdir()
+    (folder / "config.json").rename(folder / "2-embed" / "config.json")
+
+
+def _half_json(folder):
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove("model.safetensors"), r"holds no weights \(model.safetensors\)"),
+        (_remove("config.json"), "is not a model folder: it holds no config.json"),
+        (_remove("tokenizer.json"), "holds no tokenizer"),
+        (_truncate, "model.safetensors is damaged"),
+        (_empty_weights, "model.safetensors is damaged"),
+        (_pickle, "only as a pickle .pytorch_model.bin."),
+        (_shard, "lacks model-00001-of-00002.safetensors"),
+        (_half_json, "config.json is damaged"),
+        (_change_config(model_type="other", auto_map={"AutoModel": "code.Model"}), "pass trust_remote_code=True"),
+        (_change_config(hidden_size=16), "do not have the shapes its config.json describes"),
+        (_stages, "give one of 2-embed in it"),
+    ],
+)
+def test_folder_that_cannot_be_opened_is_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises((ValueError, OSError), match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("model", ["nowhere", "./nowhere", "a/b/c", "owner/not-on-the-hub"])
+def test_missing_model_is_refused(model):
+    with pytest.raises(FileNotFoundError, match="There is no model folder"):
+        load(model)
+
+
+# --- reading passages -----------------------------------------------------------------------------------------------------
+
+
+def test_passages_come_from_the_only_column_of_texts_or_a_usual_one():
+    assert read_passages(Dataset.from_dict({"id": [1, 2, 3], "body": ["a", None, " "]})) == ["a"]
+    assert read_passages(Dataset.from_dict({"title": ["t"], "answer": ["a"]})) == ["a"]
+    assert read_passages(Dataset.from_dict({"title": ["t"], "answer": ["a"]}), "title") == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "column", "message"),
+    [
+        ({"title": ["t"], "body": ["b"]}, None, "title, body; name one with --column"),
+        ({"id": [1]}, None, "No column holds texts; the columns are id"),
+        ({"id": [1], "body": ["b"]}, "text", "no column of texts named 'text'.*are body .all columns: id, body."),
+        ({"id": [1], "body": ["b"]}, "id", "no column of texts named 'id'"),
+        ({"text": ["", " "]}, None, "Every passage in column 'text' is blank"),
+    ],
+)
+def test_unclear_passages_are_refused(rows, column, message):
+    with pytest.raises(ValueError, match=message):
+        read_passages(Dataset.from_dict(rows), column)
+
+
+# --- searching ------------------------------------------------------------------------------------------------------------
+
+
+def test_search_ranks_as_the_full_similarity_matrix_does(saved, monkeypatch):
+    monkeypatch.setattr(search, "_CHUNK", 3)  # the passages do not fit one chunk
+    searcher = Searcher(saved, PASSAGES)
+    queries = ["capital of france", "gradient descent"]
+    model = load(saved)
+    similarities = model.similarity(model.encode(queries), model.encode(PASSAGES))
+    found = searcher.search(queries, top_k=len(PASSAGES))
+    for hits, row in zip(found, similarities, strict=True):
+        assert [hit.number for hit in hits] == row.argsort(descending=True).tolist()
+        assert [hit.score for hit in hits] == pytest.approx(row.sort(descending=True).values.tolist(), abs=1e-6)
+        assert [hit.passage for hit in hits] == [PASSAGES[hit.number] for hit in hits]
+    assert [hits[0].number for hits in found] == [2, 3]
+
+
+def test_more_hits_than_passages_are_all_of_them(saved):
+    assert len(Searcher(saved, PASSAGES).search(["cat"], top_k=99)[0]) == len(PASSAGES)
+
+
+def test_bad_search_is_refused(saved):
+    with pytest.raises(ValueError, match="no passages"):
+        Searcher(saved, [])
+    searcher = Searcher(saved, PASSAGES)
+    with pytest.raises(ValueError, match="Query 2 is empty"):
+        searcher.search(["cat", " "])
+    with pytest.raises(ValueError, match="top_k=0"):
+        searcher.search(["cat"], top_k=0)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
+def test_every_kind_of_file_is_searched(run, tmp_path, suffix):
+    file = tmp_path / f"passages.{suffix}"
+    data = Dataset.from_dict({"number": range(len(PASSAGES)), "body": PASSAGES})
+    if suffix == "txt":
+        file.write_text("\n".join(PASSAGES))
+    elif suffix in ("csv", "tsv"):
+        data.to_csv(file, sep="," if suffix == "csv" else "\t")
+    elif suffix == "parquet":
+        data.to_parquet(file)
+    else:
+        data.to_json(file, lines=suffix == "jsonl")
+    result = run("--passages", file, "--json", "--top-k", 1, "capital of france", "gradient descent")
+    assert result.exit_code == 0, result.output
+    answers = json.loads(result.stdout)
+    assert [answer["query"] for answer in answers] == ["capital of france", "gradient descent"]
+    assert [[hit["passage"] for hit in answer["hits"]] for answer in answers] == [[PASSAGES[2]], [PASSAGES[3]]]
+
+
+def test_hits_are_printed_best_first(run, passages_file):
+    result = run("--passages", passages_file, "the cat", "--top-k", "2")
+    query, first, second = result.stdout.strip().splitlines()
+    assert query == "the cat"
+    assert first.endswith(PASSAGES[0])
+    assert float(first.split()[1]) >= float(second.split()[1])
+
+
+def test_queries_are_read_from_standard_input_until_an_empty_line(run, passages_file):
+    result = run("--passages", passages_file, "--json", "--top-k", "1", input="the cat\ngradient descent\n\nparis\n")
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["hits"][0]["number"] for answer in answers] == [0, 3]
+    assert run("--passages", passages_file, input="").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "query", "message"),
+    [
+        (None, "cat", "There is no file or folder"),
+        (b"", "cat", "is empty"),
+        (b"\n\n", "cat", "is blank"),
+        (b"fine\nna\xefve\n", "cat", "is not UTF-8: line 2"),
+        (b"fine\n", "  ", "Query 1 is empty"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(run, tmp_path, content, query, message):
+    file = tmp_path / "in.txt"
+    if content is not None:
+        file.write_bytes(content)
+    result = run("--passages", file, query)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_column_that_is_not_there_lists_those_that_are(run, tmp_path):
+    file = tmp_path / "in.csv"
+    file.write_text("title,body\na,b\n")
+    result = run("--passages", file, "--column", "text", "cat")
+    assert result.exit_code == 2
+    assert "title, body" in result.stderr
+
+
+def test_model_that_is_not_there_is_status_2(passages_file):
+    result = CliRunner().invoke(app, ["search", "no/where/at/all", "--passages", str(passages_file), "cat"])
+    assert result.exit_code == 2
+    assert "There is no model folder no/where/at/all" in result.stderr
