@@ -1,0 +1,347 @@
+"""Question-and-passage pairs from the documentation of the Python packages that are installed here: the quickstart's corpus.
+
+Sources are parsed, never imported, so building the corpus runs no foreign code. A docstring's summary becomes the query, the
+rest of it the answer. Whole modules are held out for validation, and a text seen in one pair appears in no other.
+"""
+
+import ast
+import functools
+import gc
+import hashlib
+import importlib.machinery
+import itertools
+import os
+import random
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The standard library always comes first; then these, where installed, best written documentation first.
+PACKAGES = (
+    *(
+        "numpy",
+        "pandas",
+        "scipy",
+        "sklearn",
+        "torch",
+        "networkx",
+        "datasets",
+        "sentence_transformers",
+        "transformers",
+    ),
+    *(
+        "tokenizers",
+        "huggingface_hub",
+        "accelerate",
+        "safetensors",
+        "sympy",
+        "mpmath",
+        "pyarrow",
+        "matplotlib",
+        "statsmodels",
+    ),
+    *(
+        "requests",
+        "aiohttp",
+        "flask",
+        "django",
+        "sqlalchemy",
+        "jinja2",
+        "pydantic",
+        "click",
+        "typer",
+        "rich",
+        "tqdm",
+        "joblib",
+    ),
+    *(
+        "fsspec",
+        "psutil",
+        "yaml",
+        "dateutil",
+        "anyio",
+        "pygments",
+        "dill",
+        "filelock",
+        "packaging",
+        "hypothesis",
+        "pytest",
+    ),
+    *("_pytest", "narwhals", "setuptools", "pip"),
+)
+SKIPPED_FOLDERS = {
+    "__pycache__",
+    "site-packages",
+    "test",
+    "tests",
+    "testing",
+    "_test",
+    "_tests",
+    "_vendor",
+    "idlelib",
+    "lib2to3",
+}
+# A third of all source text, mostly near-copies of one another or internals nobody asks about; reading them takes ten seconds.
+SKIPPED_PATHS = {
+    ("transformers", "models"),
+    ("torch", "_inductor"),
+    ("torch", "_dynamo"),
+    ("pygments", "lexers"),
+}
+HELD_OUT_PERCENT = 8
+MAX_PAIRS = 40_000
+MAX_ANSWER_CHARACTERS = 1_000
+SEED = 42
+
+
+class Document(NamedTuple):
+    """One docstring, taken apart: where it was, its summary sentence, and the text after that."""
+
+    module: str
+    name: str
+    title: str
+    body: str
+
+
+def load_pairs(split: Literal["train", "validation"] = "train") -> "Dataset":
+    """Pairs of one split, shuffled in a fixed order.
+
+    Args:
+        split: ``"train"``, or ``"validation"`` for the modules that training never sees.
+
+    Returns:
+        A data set with the string columns ``query`` (summary), ``answer`` (name and description) and ``module``.
+
+    Raises:
+        ValueError: for another split, or when the installed packages hold no documentation.
+    """
+    from datasets import Dataset
+
+    documents = _split(split)
+    return Dataset.from_dict(
+        {
+            "query": [document.title for document in documents],
+            "answer": [f"{document.name}: {document.body}" for document in documents],
+            "module": [document.module for document in documents],
+        }
+    )
+
+
+def load_passages() -> "Dataset":
+    """Every document of both splits as a passage to search: ``text`` (name, summary and description) and ``name``."""
+    from datasets import Dataset
+
+    documents = [*_split("train"), *_split("validation")]
+    return Dataset.from_dict(
+        {
+            "text": [f"{document.name}: {document.title} {document.body}" for document in documents],
+            "name": [document.name for document in documents],
+        }
+    )
+
+
+def _split(split: str) -> list[Document]:
+    if split not in ("train", "validation"):
+        raise ValueError(f"The installed documentation has no split {split!r}; use train or validation.")
+    documents = [document for document in collect(find_roots()) if is_held_out(document.module) == (split == "validation")]
+    if not documents:
+        raise ValueError(
+            f"The packages installed in this environment hold no documentation for the split {split}; "
+            "install some with their sources (numpy, scipy, transformers) or name a data set in the recipe."
+        )
+    random.Random(SEED).shuffle(documents)
+    return documents
+
+
+def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ...]:
+    """Import name and folder of the standard library (name ``""``) and of each installed package, without importing any."""
+    roots = [("", Path(sysconfig.get_path("stdlib")))]
+    for package in packages:
+        spec = importlib.machinery.PathFinder.find_spec(package)
+        for folder in spec.submodule_search_locations or () if spec else ():
+            roots.append((package, Path(folder)))
+    return tuple(roots)
+
+
+@functools.lru_cache(maxsize=1)  # the stages of one recipe run share a reading
+def collect(roots: tuple[tuple[str, Path], ...], max_documents: int = MAX_PAIRS) -> tuple[Document, ...]:
+    """Documents under the given roots in a fixed order, without repetition, at most ``max_documents`` of them."""
+    files = [(package, root, path) for package, root in roots for path in source_files(root)]
+    progress = tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5)
+    documents: list[Document] = []
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees hold no cycles; looking for some takes a quarter of the time
+    try:
+        for package, root, path in progress:
+            documents += read_documents(path, module_name(package, root, path))
+    finally:
+        if collecting:
+            gc.enable()
+    return tuple(itertools.islice(without_repetition(documents), max_documents))
+
+
+def source_files(root: Path) -> list[Path]:
+    """Python files below a folder, sorted, leaving out tests and vendored packages."""
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name for name in subfolders if name not in SKIPPED_FOLDERS and (Path(folder).name, name) not in SKIPPED_PATHS
+        ]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
+
+
+def module_name(package: str, root: Path, path: Path) -> str:
+    """Dotted import name of a source file.
+
+    >>> module_name("numpy", Path("/lib/numpy"), Path("/lib/numpy/linalg/__init__.py"))
+    'numpy.linalg'
+    """
+    parts = [package, *path.relative_to(root).with_suffix("").parts]
+    return ".".join(part for part in parts if part and part != "__init__")
+
+
+def is_held_out(module: str) -> bool:
+    """Whether a module belongs to validation: a property of its name alone, the same on every machine."""
+    return int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
+
+
+def read_documents(path: Path, module: str) -> Iterator[Document]:
+    """Documented objects of one source file whose docstring has a summary and something after it."""
+    source = path.read_bytes()
+    if b'"""' not in source and b"'''" not in source:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):  # templates and files for another Python
+            return
+    for name, docstring in docstrings(tree, module):
+        title, body = title_and_body(docstring)
+        if title and body:
+            yield Document(module, name, title, body)
+
+
+def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
+    """Qualified names and docstrings of a module, its classes and functions, and objects documented by a call.
+
+    >>> list(docstrings(ast.parse("class A:\\n  def b(self):\\n    'Does b.'"), "m"))
+    [('m.A.b', 'Does b.')]
+    """
+    pending: list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]] = [(module, tree)]
+    while pending:
+        name, node = pending.pop()
+        if text := ast.get_docstring(node):
+            yield name, text
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                pending.append((f"{name}.{child.name}", child))
+            elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
+                yield from _documented_by_call(child.value)
+
+
+def _documented_by_call(call: ast.Call) -> Iterator[tuple[str, str]]:
+    # numpy and torch document compiled functions so: add_newdoc("numpy", "zeros", """..."""), add_docstr(torch.abs, """...""")
+    if "doc" not in ast.unparse(call.func) or len(call.args) < 2:
+        return
+    *target, text = call.args
+    if isinstance(text, ast.Tuple) and len(text.elts) == 2:  # add_newdoc("numpy", "ndarray", ("copy", """..."""))
+        target.append(text.elts[0])
+        text = text.elts[1]
+    literals = [part.value for part in ast.walk(text) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    name = ".".join(ast.unparse(part).strip("'") for part in target)
+    if literals and _DOTTED.fullmatch(name):
+        yield name, max(literals, key=len).strip()
+
+
+_DOTTED = re.compile(r"[\w.]+")
+_CODE_FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
+_DOCTEST = re.compile(r"^[ \t]*>>>.*(?:\n[ \t]*\S.*)*", re.MULTILINE)  # up to the next empty line: the output goes too
+_DIRECTIVE = re.compile(r"^[ \t]*(?:\.\.|!!!) .*(?:\n[ \t]+\S.*)*", re.MULTILINE)
+_UNDERLINE = re.compile(r"^[ \t]*([-=~^*+#])\1{2,}[ \t]*$", re.MULTILINE)
+_EXAMPLES = re.compile(
+    r"^[ \t]*(examples?|usage|references|see also|notes?)[ \t]*:{0,2}[ \t]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
+_FIELD = re.compile(
+    r"^[ \t]*:(?:param|arg|type|keyword|raises?|var|ivar|returns?|rtype)\b[ \t]*([^:\n]*):",
+    re.MULTILINE,
+)
+_MARKUP = re.compile(r"`+|\*{2,}|\[\[|\]\]|\\+|\|")
+_TEMPLATE = re.compile(r"[{%]\(?\w*\)?[s}]")  # placeholders of docstrings that are filled at run time
+_SIGNATURE = re.compile(r"^[\w.]+\s*\(.*?\)(?:\s*->\s*[^\n]*)?\n", re.DOTALL)
+_SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)[.!?](?=\s+[A-Z`\"'(]|$)")
+
+
+def plain_text(text: str) -> str:
+    """Prose of a docstring: examples, code, directives and markup removed, white space collapsed.
+
+    >>> plain_text("Uses :func:`~os.walk` on ``top``.\\n\\n>>> 1 + 1\\n2\\n\\nReturns\\n-------\\nA list.")
+    'Uses os.walk on top. Returns A list.'
+    """
+    for pattern in (
+        _CODE_FENCE,
+        _DOCTEST,
+        _DIRECTIVE,
+        _UNDERLINE,
+        _EXAMPLES,
+        _TEMPLATE,
+    ):
+        text = pattern.sub("", text)
+    text = _FIELD.sub(r"\1:", _ROLE.sub(r"\1", text))
+    return " ".join(_MARKUP.sub("", text).split())
+
+
+def title_and_body(docstring: str) -> tuple[str, str]:
+    """Summary sentence and the rest of a docstring, both as plain text; two empty strings where either says too little.
+
+    >>> title_and_body("Return the larger of two numbers. Ties go to the first one, as they do in every sorting function.")
+    ('Return the larger of two numbers.', 'Ties go to the first one, as they do in every sorting function.')
+    """
+    docstring = _SIGNATURE.sub("", docstring, count=1).strip()
+    head, _, rest = docstring.partition("\n\n")
+    head = plain_text(head)
+    end = _SENTENCE_END.search(head)
+    title, tail = (head[: end.end()], head[end.end() :]) if end else (head, "")
+    body = " ".join([*tail.split(), *plain_text(rest).split()])
+    body = body[:MAX_ANSWER_CHARACTERS].rsplit(" ", 1)[0] if len(body) > MAX_ANSWER_CHARACTERS else body
+    readable = 3 <= len(title.split()) <= 40 and len(body.split()) >= 8 and _is_prose(title) and _is_prose(body)
+    return (title, body) if readable else ("", "")
+
+
+def _is_prose(text: str) -> bool:
+    return sum(character.isascii() and (character.isalpha() or character == " ") for character in text) > 0.75 * len(text)
+
+
+def without_repetition(documents: Iterable[Document], shingle: int = 6) -> Iterator[Document]:
+    """Leave out documents whose title or name was seen, or whose body mostly was, and titles that name too many things.
+
+    A body counts as seen when half of its runs of ``shingle`` words occurred in the bodies before it: documentation is often
+    copied from class to class, and such a copy must not stand on the other side of the split.
+    """
+    documents = list(documents)
+    keys = [_words(document.title) for document in documents]
+    uses = Counter(keys)
+    seen: set[object] = set()
+    for document, key in zip(documents, keys, strict=True):
+        words = _words(document.body)
+        runs = {hash(words[start : start + shingle]) for start in range(max(1, len(words) - shingle + 1))}
+        if uses[key] <= 4 and key not in seen and document.name not in seen and len(runs & seen) < 0.5 * len(runs):
+            seen |= {key, document.name}
+            yield document
+        seen |= runs
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[a-z]+", text.lower()))
