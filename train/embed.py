@@ -130,7 +130,9 @@ def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransfor
     if args.gradient_checkpointing:
         transformer.auto_model.gradient_checkpointing_enable({"use_reentrant": False})
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
-    return SentenceTransformer(modules=modules + [Normalize()] * args.normalize, similarity_fn_name="cosine")
+    model = SentenceTransformer(modules=modules + [Normalize()] * args.normalize, similarity_fn_name="cosine")
+    model.model_card_data.generate_widget_examples = False
+    return model
 
 
 def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:

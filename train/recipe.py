@@ -324,13 +324,15 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
     from minibert.tokenization_minibert import train_word_level, train_wordpiece
     from minibert.train.data import check_columns, load, text_columns
 
-    dataset = load(args.data)
-    columns = args.text_columns or text_columns(dataset)
-    check_columns(dataset, columns, args.data, filled=False)
-    if not columns:
-        raise ValueError(f"The data has no column of strings; it has {', '.join(dataset.column_names)}.")
-    rows = dataset.select_columns(columns)
-    texts = (text for batch in rows.iter(1000) for column in columns for text in batch[column] if text)
+    parts = []
+    for source in args.data:  # one by one: they need not share a column
+        dataset = load([source])
+        columns = args.text_columns or text_columns(dataset)
+        check_columns(dataset, columns, [source], filled=False)
+        if not columns:
+            raise ValueError(f"{source.path} has no column of strings; it has {', '.join(dataset.column_names)}.")
+        parts.append(dataset.select_columns(columns))
+    texts = (text for part in parts for batch in part.iter(1000) for column in batch.values() for text in column if text)
     train = train_wordpiece if args.method == "wordpiece" else train_word_level
     options = {} if args.min_frequency is None else {"min_frequency": args.min_frequency}
     tokenizer = train(
@@ -342,7 +344,7 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
         **options,
     )
     tokenizer.save_pretrained(context.output_dir)
-    return {"rows": len(dataset), "vocab_size": len(tokenizer)}
+    return {"rows": sum(len(part) for part in parts), "vocab_size": len(tokenizer)}
 
 
 def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]:

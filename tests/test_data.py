@@ -1,0 +1,121 @@
+"""Data by path: what is read, and one clear sentence for what cannot be."""
+
+import datasets
+import pytest
+
+from minibert.train.arguments import DataSource
+from minibert.train.data import check_columns, first_line_not_utf8, load, text_columns
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def source(value, **fields):
+    made = DataSource.model_validate(str(value) if not isinstance(value, dict) else value)
+    return made.model_copy(update=fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "text,label\nNA,1\nnull,0\n"),
+        ("a.tsv", "text\tlabel\nNA\t1\nnull\t0\n"),
+        ("a.jsonl", '{"text": "NA", "label": 1}\n{"text": "null", "label": 0}\n'),
+        ("a.json", '[{"text": "NA", "label": 1}, {"text": "null", "label": 0}]'),
+    ],
+)
+def test_every_kind_of_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    rows = load([source(tmp_path / name)], split="validation")  # a single file is taken whole
+    assert rows["text"][:] == ["NA", "null"]
+    assert rows["label"][:] == [1, 0]
+    assert text_columns(rows) == ["text"]
+
+
+def test_lines_of_text_and_parquet(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
+    assert load([source(tmp_path / "a.txt")])["text"][:] == ["one", "two"]
+    datasets.Dataset.from_dict({"x": [1, 2, 3]}).to_parquet(tmp_path / "a.parquet")
+    assert load([source(tmp_path / "a.parquet", limit=2)])["x"][:] == [1, 2]
+
+
+def test_splits_of_a_folder(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "test" / "pos").mkdir(parents=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "dev", "unsupervised"):
+        (folder / f"{name}.csv").write_text(f"text\n{name}\n", encoding="utf-8")
+    (folder / "test" / "pos" / "1.csv").write_text("text\ntest\n", encoding="utf-8")
+    (folder / "README.md").write_text("not data", encoding="utf-8")
+    assert load([source(folder)])["text"][:] == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert load([source(folder)], split="validation")["text"][:] == ["dev"]
+    assert load([source(folder, split="test")])["text"][:] == ["test"]
+    assert load([source(folder, split="unsupervised")])["text"][:] == ["unsupervised"]
+    with pytest.raises(ValueError, match="no split 'other'; it has test, train, unsupervised, validation"):
+        load([source(folder, split="other")])
+
+
+def test_sources_are_joined_on_what_they_share(tmp_path):
+    (tmp_path / "a.csv").write_text("query,answer,extra\nq1,a1,x\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("answer,question\na2,q2\n", encoding="utf-8")
+    (tmp_path / "c.csv").write_text("other\nx\n", encoding="utf-8")
+    rows = load([source(tmp_path / "a.csv"), source(tmp_path / "b.csv", columns={"question": "query"})])
+    assert rows.column_names == ["query", "answer"]
+    assert rows["query"][:] == ["q1", "q2"]
+    with pytest.raises(ValueError, match="share no column"):
+        load([source(tmp_path / "a.csv"), source(tmp_path / "c.csv")])
+
+
+def test_string_forms():
+    assert source("owner/name:part").config == "part"
+    assert source("owner/name").config is None
+    assert source("C:/data/a.csv").path == "C:/data/a.csv"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b"text,label\n", "has no rows"),
+        ("a.txt", b"fine\n\xff\xfe\n", "not UTF-8: line 2"),
+        ("a.csv", b"text\nfine\nna\xefve\n", "not UTF-8: line 3"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8: line 2"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "cannot be read as jsonl"),
+        ("a.parquet", b"PAR0", "cannot be read as parquet"),
+        ("a.docx", b"word", r"\.docx is none of \.parquet"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load([source(tmp_path / name)])
+    assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["missing.csv", "./missing", "a/b/c", "/nowhere/at/all"])
+def test_missing_paths_fail_without_asking_the_hub(path):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+        load([source(path)])
+
+
+def test_a_name_that_the_hub_does_not_give_us():
+    with pytest.raises(FileNotFoundError, match="neither a file or folder .* nor a data set"):
+        load([source("nobody/nothing")])
+
+
+def test_wrong_columns_list_those_found(tmp_path):
+    (tmp_path / "a.csv").write_text("query,answer\nq,\n", encoding="utf-8")
+    where = [source(tmp_path / "a.csv")]
+    rows = load(where)
+    with pytest.raises(ValueError, match="no column 'premise', 'label'; it has query, answer"):
+        check_columns(rows, ["premise", "label"], where)
+    with pytest.raises(ValueError, match="no value in column 'answer' of row 1"):
+        check_columns(rows, ["answer"], where)
+    with pytest.raises(ValueError, match="no column 'question'"):
+        load([source(tmp_path / "a.csv", columns={"question": "query"})])
+
+
+def test_first_line_not_utf8(tmp_path):
+    (tmp_path / "good").write_text("é\n", encoding="utf-8")
+    assert first_line_not_utf8(tmp_path / "good") is None

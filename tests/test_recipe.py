@@ -1,0 +1,195 @@
+"""Recipes: every problem is reported in the user's words; finished stages are skipped, changed ones refused."""
+
+import json
+
+import pytest
+import yaml
+
+from minibert.train import recipe as recipe_module
+from minibert.train.arguments import ClassifyStage, EmbedStage, TokenizerStage
+from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+
+TOKENIZER = {"kind": "tokenizer", "data": "texts.csv"}
+CLASSIFY = {"kind": "classify", "data": "pairs.csv", "model": {"preset": "nano-1x3"}}
+EMBED = {"kind": "embed", "data": ["pairs.csv", {"path": "owner/set", "split": "test"}]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*stages, **fields):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({"name": "toy", "stages": list(stages), **fields}), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Run stages that only write a file; returns the list of what ran, with the resolved contexts."""
+    ran = []
+
+    def stage(args, context):
+        ran.append((args.name, context))
+        (context.output_dir / "model.safetensors").write_text("weights")
+        return {"loss": float(len(ran))}
+
+    monkeypatch.setattr(recipe_module, "fake_stage", stage, raising=False)
+    kinds = {kind: (entry[0], "minibert.train.recipe", "fake_stage", entry[3]) for kind, entry in recipe_module._KINDS.items()}
+    monkeypatch.setattr(recipe_module, "_KINDS", kinds)
+    return ran
+
+
+def test_a_good_recipe_and_its_overrides(write):
+    path = write(TOKENIZER, CLASSIFY, {**EMBED, "name": "search"})
+    recipe = load_recipe(
+        path, ["classify.learning_rate=2e-4", "search.data.1.split=dev", "seed=7", "classify.model.hidden_size=6"]
+    )
+    tokenizer, classify, search = recipe.stages
+    assert (type(tokenizer), type(classify), type(search)) == (TokenizerStage, ClassifyStage, EmbedStage)
+    assert classify.learning_rate == 2e-4
+    assert search.data[1].split == "dev"
+    assert recipe.seed == 7
+    assert classify.model.config(vocab_size=50).hidden_size == 6
+    assert (tokenizer.name, search.name) == ("tokenizer", "search")
+
+
+def test_bundled_recipes_load():
+    tinybert = load_recipe("tinybert")
+    assert [stage.kind for stage in tinybert.stages] == ["tokenizer", "classify", "embed"]
+    config = tinybert.stages[1].model.config()
+    assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (8, 768, 350)
+    assert (tinybert.stages[1].epochs, tinybert.stages[2].epochs) == (3, 1)
+
+
+def test_unknown_recipe_lists_the_bundled_ones():
+    with pytest.raises(FileNotFoundError, match="bundled recipes: .*tinybert"):
+        load_recipe("no-such-recipe")
+
+
+def test_all_problems_are_reported_together(write):
+    stages = [
+        {"kind": "tokenizr", "data": "f.csv"},
+        {"kind": "classify", "data": [{"pth": "x"}], "model": {"preset": "nano"}, "epochs": 0, "learning_rte": 1},
+        {**EMBED, "learning_rate": "fast"},
+    ]
+    with pytest.raises(ValueError) as error:
+        load_recipe(write(*stages, sed=1), ["classify.nothing", "absent.batch_size=3"])
+    message = str(error.value)
+    for part in (
+        "10 problems",
+        "override 'classify.nothing' is not of the form",
+        "override 'absent.batch_size=3' names no stage",
+        "stage 1 (tokenizr): kind='tokenizr' is unknown; use one of tokenizer, classify",
+        "stage 2 (classify): model: There is no preset 'nano'; use one of search-8x768",
+        "stage 2 (classify): epochs=0 is refused: input should be greater than 0",
+        "stage 2 (classify): there is no field learning_rte; did you mean learning_rate?",
+        "stage 2 (classify): there is no field data.0.pth; did you mean path?",
+        "stage 2 (classify): the field data.0.path is missing",
+        "stage 3 (embed): learning_rate='fast' is refused: input should be a valid number",
+        "there is no field sed; did you mean seed?",
+    ):
+        assert part in message
+
+
+def test_a_single_problem_is_one_line(write):
+    with pytest.raises(ValueError) as error:
+        load_recipe(write(TOKENIZER, {**CLASSIFY, "model": {"preset": "nano-1x3", "num_attention_heads": 2}}))
+    assert "\n" not in str(error.value)
+    assert "choose a width that is a multiple of the number of heads" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([TOKENIZER, EMBED], "stage 2 .embed. has no model to start from"),
+        ([CLASSIFY], "starts from new weights without a tokenizer"),
+        ([TOKENIZER, TOKENIZER], "stage 2 .tokenizer. has the name of an earlier stage"),
+        ([TOKENIZER, {**CLASSIFY, "warmup_steps": 5, "warmup_ratio": 0.1}], "warmup_steps and warmup_ratio are both given"),
+        ([TOKENIZER, {**CLASSIFY, "model": {"preset": "nano-1x3", "hiden_size": 4}}], "no field 'hiden_size'"),
+        ([TOKENIZER, {**CLASSIFY, "model": {"preset": "nano-1x3", "hidden_size": "4"}}], "hidden_size.*expected int"),
+    ],
+)
+def test_stages_that_do_not_fit(write, stages, message):
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        load_recipe(write(*stages))
+
+
+@pytest.mark.parametrize("text", ["", "- a", "name: [", "just words"])
+def test_not_a_recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="not (a recipe|YAML)"):
+        load_recipe(path)
+
+
+def test_stages_run_in_order_and_hand_on_their_models(write, calls, tmp_path):
+    recipe = load_recipe(write(TOKENIZER, CLASSIFY, {**EMBED, "seed": 5}, {**EMBED, "name": "again", "model": "classify"}))
+    run_dir = run_recipe(recipe, output_dir=tmp_path / "run")
+    contexts = dict(calls)
+    assert [name for name, _ in calls] == ["tokenizer", "classify", "embed", "again"]
+    assert contexts["classify"].model is None
+    assert contexts["classify"].tokenizer == str(run_dir / "1-tokenizer")
+    assert contexts["embed"].model == contexts["embed"].tokenizer == contexts["again"].model == str(run_dir / "2-classify")
+    assert (contexts["classify"].seed, contexts["embed"].seed) == (42, 5)
+    assert read_metrics(run_dir)["embed"] == {"loss": 3.0}
+    assert json.loads((run_dir / "3-embed" / "stage.json").read_text())["seed"] == 5
+
+
+def test_finished_stages_are_skipped_and_an_interrupted_one_runs(write, calls, tmp_path):
+    recipe = load_recipe(write(TOKENIZER, CLASSIFY, EMBED))
+    run_dir = run_recipe(recipe, output_dir=tmp_path / "run")
+    (run_dir / "3-embed" / "stage.json").unlink()
+    calls.clear()
+    run_recipe(recipe, output_dir=run_dir)
+    assert [name for name, _ in calls] == ["embed"]
+
+
+def test_a_changed_recipe_is_refused_unless_forced(write, calls, tmp_path):
+    run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY, EMBED)), output_dir=tmp_path / "run")
+    calls.clear()
+    changed = load_recipe(write(TOKENIZER, CLASSIFY, EMBED), ["classify.learning_rate=3e-4", "seed=1"])
+    with pytest.raises(ValueError, match=r"stage 2 \(classify\) learning_rate was 0.0001 and is 0.0003; stage 2 .* seed was 42"):
+        run_recipe(changed, output_dir=run_dir)
+    assert not calls
+    assert (run_dir / "2-classify" / "stage.json").exists()
+    run_recipe(changed, output_dir=run_dir, force=True)
+    assert [name for name, _ in calls] == ["classify", "embed"]
+
+
+def test_fields_that_do_not_change_the_result_may_change(write, calls, tmp_path):
+    run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY)), output_dir=tmp_path / "run")
+    calls.clear()
+    run_recipe(load_recipe(write(TOKENIZER, CLASSIFY, EMBED), ["classify.num_workers=2"]), output_dir=run_dir)
+    assert [name for name, _ in calls] == ["embed"]  # a stage added at the end is no change of what was run
+
+
+def test_other_folders_are_left_alone(write, calls, tmp_path):
+    recipe = load_recipe(write(TOKENIZER, CLASSIFY))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not a run of a recipe; choose another --output-dir"):
+        run_recipe(recipe, output_dir=tmp_path / "full", force=True)
+    run_recipe(recipe, output_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run of the recipe 'toy'; choose another --output-dir"):
+        run_recipe(load_recipe(write(TOKENIZER, CLASSIFY, name="other")), output_dir=tmp_path / "run", force=True)
+    assert (tmp_path / "full" / "thesis.tex").exists()
+
+
+def test_the_tokenizer_stage_reads_every_text(write, tmp_path):
+    (tmp_path / "one.csv").write_text("text,label\nred apples,0\ngreen pears,1\n", encoding="utf-8")
+    (tmp_path / "two.jsonl").write_text('{"query": "blue plums"}\n', encoding="utf-8")
+    stage = {
+        "kind": "tokenizer",
+        "data": [str(tmp_path / "one.csv"), str(tmp_path / "two.jsonl")],
+        "method": "word_level",
+        "vocab_size": 11,
+        "max_length": 9,
+    }
+    run_dir = run_recipe(load_recipe(write(stage)), output_dir=tmp_path / "run")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "1-tokenizer", trust_remote_code=False)
+    assert {"red", "apples", "green", "pears", "blue", "plums"} <= set(tokenizer.get_vocab())
+    assert tokenizer.model_max_length == 9
+    assert read_metrics(run_dir)["tokenizer"] == {"rows": 3, "vocab_size": 11}
