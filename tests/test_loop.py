@@ -300,7 +300,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
     fit(tmp_path / "whole")
     with pytest.raises(Crash):
         fit(tmp_path / "parts", make=crashing_after(17))
-    newest = sorted((tmp_path / "parts/checkpoints").iterdir())[-1]
+    newest = max((tmp_path / "parts/checkpoints").iterdir())
     assert newest.name == "step-00000008"
     harm(newest)
     caplog.clear()

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Value
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from minibert.train import data
 from minibert.train.arguments import ClassifyStage
@@ -41,8 +41,11 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     held_out = data.load(args.eval_data, split="validation") if args.eval_data else None
 
     tokenizer = load_tokenizer(context)
-    naming = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    model = load_model(AutoModelForSequenceClassification, args, context, tokenizer, num_labels=len(names), **naming)
+    changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    if context.model is not None:
+        start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
+        changes["ignore_mismatched_sizes"] = start.num_labels != len(names)  # only then does a new head replace the old one
+    model = load_model(AutoModelForSequenceClassification, args, context, tokenizer, **changes)
     tokenizer.model_max_length = max_length = _longest(args.max_length, tokenizer, model.config)
 
     rows = TokenRows.from_texts(train, columns, labels, tokenizer, max_length)
@@ -79,8 +82,9 @@ def find_text_columns(
     """
     columns = tuple(wanted or next((pair for pair in TEXT_COLUMNS if set(pair) <= set(rows.column_names)), ()))
     if not columns:
+        usual = "; ".join(" + ".join(pair) for pair in TEXT_COLUMNS)
         raise ValueError(
-            f"{sources[0].path} has none of the usual columns of text ({'; '.join(' + '.join(pair) for pair in TEXT_COLUMNS)}); "
+            f"{sources[0].path} has none of the usual columns of text ({usual}); "
             f"it has {', '.join(rows.column_names)}. Name one or two with text_columns."
         )
     data.check_columns(rows, [*columns, label_column], sources)
