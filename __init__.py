@@ -10,8 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_minibert import MiniBertConfig
-    from .modeling_minibert import (
+    from minibert.configuration_minibert import MiniBertConfig
+    from minibert.modeling_minibert import (
         MiniBertForMaskedLM,
         MiniBertForMultipleChoice,
         MiniBertForPreTraining,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         MiniBertModel,
         MiniBertPreTrainedModel,
     )
-    from .tokenization_minibert import train_word_level, train_wordpiece
+    from minibert.tokenization_minibert import train_word_level, train_wordpiece
 
 __all__ = [
     "MiniBertConfig",
@@ -64,8 +64,8 @@ def register() -> None:
     """
     import transformers
 
-    from . import modeling_minibert
-    from .configuration_minibert import AUTO_MAP, MiniBertConfig
+    from minibert import modeling_minibert
+    from minibert.configuration_minibert import AUTO_MAP, MiniBertConfig
 
     transformers.AutoConfig.register("minibert", MiniBertConfig, exist_ok=True)
     for auto_class, path in AUTO_MAP.items():
