@@ -85,6 +85,25 @@ def _root(
     pass
 
 
+def _report_progress() -> None:
+    """Show on standard error which stage runs, and keep the libraries to errors and the bars that take long."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("minibert")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _in_a_line(metrics: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float | int))
+
+
 @app.command(epilog="Example:  minibert train recipes/tinybert.yaml embed.batch_size=128 --output-dir runs/larger-batch")
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a bundled recipe such as tinybert.")],
@@ -103,14 +122,19 @@ def train(
     with plain_errors(debug, f"To resume: minibert {' '.join(sys.argv[1:])}"):
         from minibert.train.recipe import load_recipe, read_metrics, run_recipe
 
+        _report_progress()
         run_dir = run_recipe(load_recipe(recipe, overrides or []), output_dir=output_dir, force=force)
         figures = read_metrics(run_dir)
         if as_json:
             print_json({"output_dir": str(run_dir), "stages": figures})
         else:
             for stage, metrics in figures.items():
-                shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float | int))
-                typer.echo(f"{stage}: {shown or 'done'}")
+                typer.echo(f"{stage}: {_in_a_line(metrics)}")
+                for name, result in metrics.items():
+                    if isinstance(result, dict) and "systems" in result:
+                        from minibert.inference.evaluate import figures_table
+
+                        typer.echo(f"{name}\n{figures_table(result)}")
             typer.echo(f"The run is in {run_dir}.")
 
 
@@ -229,3 +253,89 @@ def evaluate(
             print_json({"model": model, "data": data, **result})
         else:
             typer.echo(figures_table(result))
+
+
+_EXAMPLE_QUESTIONS = (
+    "read a table from a comma separated file",
+    "compute the inverse of a matrix",
+    "run a function in several processes at the same time",
+)
+
+
+@app.command(epilog='Example:  minibert quickstart --query "how do I sort an array"')
+def quickstart(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[STAGE.FIELD=VALUE]...", help="Fields of the recipe to change.")
+    ] = None,
+    queries: Annotated[
+        list[str] | None, typer.Option("--query", help="Your question; several are allowed. Without any, you are asked.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; the default is runs/quickstart.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run changed stages, and those after them, again.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a search model on the documentation installed here, measure it, reload it elsewhere and ask it questions.
+
+    Some minutes on two CPU cores, nothing to download. It is the bundled recipe named quickstart: finished stages are
+    skipped, so that asking again takes no training.
+    """
+    with plain_errors(debug, f"To resume: minibert {' '.join(sys.argv[1:])}"):
+        from minibert.inference.evaluate import figures_table
+        from minibert.inference.search import Searcher, check_queries
+        from minibert.train.docstrings import load_passages
+        from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+
+        check_queries(queries or [])
+        _report_progress()
+        run_dir = run_recipe(load_recipe("quickstart", overrides or []), output_dir=output_dir, force=force)
+        folder = run_dir / "2-embed"
+        typer.echo("\nHeld-out modules, each summary against all descriptions:")
+        for figures in read_metrics(run_dir)["evaluate"].values():
+            typer.echo(figures_table(figures))
+
+        questions = [*_EXAMPLE_QUESTIONS, *(queries or [])]
+        passages = load_passages()["text"]
+        typer.echo(f"\nReading {len(passages):,} passages to search ...", err=True)
+        searcher = Searcher(folder, passages, show_progress=True)
+        difference = _difference_elsewhere(folder, questions, searcher.model.encode(questions))
+        typer.echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
+        for question, hits in zip(questions, searcher.search(questions, top_k=3), strict=True):
+            typer.echo(f"\n{_answer_lines(_answer(question, hits))}")
+        typer.echo(f"\nThe model is in {folder}. Search your own text: minibert search {folder} --passages FILE")
+        if difference > 1e-5:
+            typer.echo("Error: the reloaded model gives other vectors, so the saved folder is not to be trusted.", err=True)
+            raise typer.Exit(1)
+        for query in _typed_queries() if not queries and sys.stdin.isatty() else ():
+            typer.echo(_answer_lines(_answer(query, searcher.search([query], top_k=3)[0])) + "\n")
+
+
+# What somebody without this package runs.
+_PLAIN_ENCODE = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+vectors = SentenceTransformer(sys.argv[1], trust_remote_code=True).encode(json.load(sys.stdin))
+if "minibert" in sys.modules:
+    sys.exit("the package was imported, so this proves nothing")
+json.dump(vectors.tolist(), sys.stdout)
+"""
+
+
+def _difference_elsewhere(folder: Path, texts: list[str], vectors: Any) -> float:
+    """Largest difference between ``vectors`` and those of a new process that opens ``folder`` without this package."""
+    import os
+    import subprocess
+    import tempfile
+
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as cache:  # the code is taken from the folder, not from an earlier copy of it
+        done = subprocess.run(
+            [sys.executable, "-c", _PLAIN_ENCODE, str(folder.resolve())],
+            input=json.dumps(texts),
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_MODULES_CACHE": cache},
+        )
+    if done.returncode:
+        raise OSError(f"{folder} cannot be opened by sentence-transformers without this package; its error stands above.")
+    return float(np.abs(np.array(json.loads(done.stdout)) - vectors).max())

@@ -159,6 +159,7 @@ def _trainer_arguments(args: EmbedStage, context: StageContext, *, measured: boo
         warmup_steps=args.warmup_steps or args.warmup_ratio,  # a fraction is a share of all steps
         lr_scheduler_type="constant_with_warmup" if args.schedule == "constant" else args.schedule,
         max_grad_norm=args.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),  # said outright, because bf16 is refused without a GPU otherwise
         bf16=args.precision == "bf16",
         fp16=args.precision == "fp16",
         torch_compile=args.compile,

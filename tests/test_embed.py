@@ -1,0 +1,191 @@
+"""The embed stage: it learns, it resumes bit for bit, and what it leaves is a model the ecosystem opens."""
+
+import itertools
+import json
+import logging
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from minibert import train_word_level
+from minibert.train import embed as embed_module
+from minibert.train.arguments import EmbedStage
+from minibert.train.embed import embed
+from minibert.train.stage import StageContext
+
+COLOURS = ("red", "green", "blue", "white", "black", "grey")
+FRUITS = ("apple", "pear", "plum", "fig", "lime", "kiwi")
+PAIRS = [(f"{colour} {fruit}", f"{fruit} that is {colour}") for colour, fruit in itertools.product(COLOURS, FRUITS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embed")
+    rows = [f"{query},{answer},plain stone" for query, answer in PAIRS]
+    (folder / "pairs.csv").write_text("\n".join(["query,answer,stone", *rows]), encoding="utf-8")
+    train_word_level([text for pair in PAIRS for text in pair] + ["plain stone"], vocab_size=21).save_pretrained(
+        folder / "tokenizer"
+    )
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Run the stage; returns its metrics. The same ``name`` is the same output folder."""
+
+    def run(name="run", **fields):
+        stage = {
+            "kind": "embed",
+            "data": str(folder / "pairs.csv"),
+            "model": {"preset": "search-8x768", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+            | {"intermediate_size": 16, "max_position_embeddings": 12},
+            "batch_size": 8,
+            "learning_rate": 1e-2,
+            "epochs": 2,
+            "log_steps": 1,
+            "save_steps": 2,
+            **fields,
+        }
+        context = StageContext(tmp_path / name, seed=3, tokenizer=str(folder / "tokenizer"))
+        context.output_dir.mkdir(exist_ok=True)
+        return embed(EmbedStage.model_validate(stage), context)
+
+    return run
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_leaves_a_model(run, folder, tmp_path):
+    metrics = run(epochs=8, eval_data=str(folder / "pairs.csv"), max_length=9)
+    assert metrics["steps"] == 40
+    assert metrics["eval_mrr@10"] > 0.5  # by chance it is 0.08
+    lines = [line for line in log_of(tmp_path / "run") if "loss" in line]
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    model = SentenceTransformer(str(tmp_path / "run"))
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
+    assert model.max_seq_length == 9
+    vectors = model.encode(["red apple", "blue plum"], convert_to_tensor=True)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
+    assert not list((tmp_path / "run").glob(".*"))
+
+    # In a process that cannot import the package the folder brings its own code.
+    script = (
+        "import sys; sys.modules['minibert'] = None\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        f"model = SentenceTransformer({str(tmp_path / 'run')!r}, trust_remote_code=True)\n"
+        "print(model.encode(['red apple', 'blue plum']).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), vectors.cpu(), atol=1e-6, rtol=0)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch):
+    fields = {"eval_data": str(folder / "pairs.csv"), "gradient_accumulation_steps": 2, "epochs": 4}
+    whole = run("whole", **fields)
+    original = embed_module._Callback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 4:  # in the middle of the second epoch
+            self.stop.number = signal.SIGINT
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(embed_module._Callback, "on_step_end", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="Stopped at step 4 of 12, after saving a checkpoint"):
+        run("broken", **fields)
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    monkeypatch.undo()
+    resumed = run("broken", **fields)
+    torch.testing.assert_close(weights(tmp_path / "broken"), weights(tmp_path / "whole"), atol=0, rtol=0)
+    timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / "broken")]
+    assert timeless == [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / "whole")]
+    assert {k: v for k, v in resumed.items() if k not in ("train_seconds", "train_loss")} == {
+        k: v for k, v in whole.items() if k not in ("train_seconds", "train_loss")
+    }
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, tmp_path, caplog):
+    run("whole")
+    run("broken")
+    newest = tmp_path / "broken" / "checkpoints" / "checkpoint-10"
+    data = bytearray((newest / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / "optimizer.pt").write_bytes(data)
+    with caplog.at_level(logging.WARNING, logger="minibert"):
+        run("broken")
+    assert f"{newest} is damaged: optimizer.pt" in caplog.text
+    assert "Resuming from" in caplog.text
+    assert "checkpoint-8" in caplog.text
+    torch.testing.assert_close(weights(tmp_path / "broken"), weights(tmp_path / "whole"), atol=0, rtol=0)
+
+
+def test_the_best_weights_are_kept(run, folder, tmp_path, monkeypatch):
+    figures = iter([0.2, 0.9, 0.3, 0.1])
+
+    def call(self, model, *args, **kwargs):
+        return {name: next(figures) if name == "mrr@10" else 0.0 for name in ("recall@1", "mrr@10")}
+
+    monkeypatch.setattr(embed_module._Retrieval, "__call__", call)
+    metrics = run(epochs=4, eval_data=str(folder / "pairs.csv"), save_steps=5, save_total_limit=4)
+    assert (metrics["eval_mrr@10"], metrics["best_step"]) == (0.9, 10)
+    kept = weights(tmp_path / "run" / "checkpoints" / "checkpoint-10")
+    torch.testing.assert_close(weights(tmp_path / "run"), kept, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loss": "cached_mnrl", "mini_batch_size": 4},
+        {"negative_column": "stone"},
+        {"anchor_column": "answer", "positive_column": "query"},
+        {"gradient_checkpointing": True, "batch_sampler": "batch_sampler"},
+        {"precision": "bf16", "schedule": "constant", "warmup_steps": 1, "pooling": "cls", "normalize": False},
+    ],
+)
+def test_options(run, tmp_path, fields):
+    metrics = run(max_steps=2, **fields)
+    assert metrics["steps"] == 2
+    model = SentenceTransformer(str(tmp_path / "run"))
+    assert model[1].pooling_mode == fields.get("pooling", "mean")
+    assert len(model) == (2 if fields.get("normalize") is False else 3)
+
+
+def test_cached_and_plain_losses_agree(run, tmp_path):
+    still = {"max_steps": 2, "model": {"preset": "nano-1x3", "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}}
+    plain = run("plain", **still)
+    cached = run("cached", **still, loss="cached_mnrl", mini_batch_size=3)
+    assert plain["train_loss"] == pytest.approx(cached["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "message"),
+    [
+        ("query,label\na,1\nb,2\n", {}, "needs two columns of strings, queries and passages; it has query, label"),
+        ("query,answer\na,b\n", {}, "at least two rows"),
+        ("query,answer\na,b\nc,d\n", {"negative_column": "hard"}, "no column 'hard'; it has query, answer"),
+        ("query,answer\na,b\nc,d\n", {"anchor_column": "question"}, "no column 'question'; it has query, answer"),
+        ("query,answer\na,b\nc,\n", {}, "no value in column 'answer' of row 2"),
+        ("query,answer\na,b\nc,d\n", {"max_length": 13}, "max_length=13 exceeds the model's max_position_embeddings=12"),
+    ],
+)
+def test_refusals(run, tmp_path, text, fields, message):
+    (tmp_path / "wrong.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        run(data=str(tmp_path / "wrong.csv"), **fields)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(run, tmp_path):
+    with pytest.raises(FloatingPointError, match="learning rate 1e\\+3.*Lower learning_rate"):
+        run(learning_rate=1e30, max_grad_norm=0, schedule="constant")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
