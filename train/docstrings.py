@@ -111,6 +111,11 @@ class Document(NamedTuple):
     title: str
     body: str
 
+    @property
+    def is_public(self) -> bool:
+        """Whether no part of the name below the module starts with an underscore (compiled packages have private modules)."""
+        return not any(part.startswith("_") for part in self.name.removeprefix(self.module).split("."))
+
 
 def load_pairs(split: Literal["train", "validation"] = "train") -> "Dataset":
     """Pairs of one split, shuffled in a fixed order.
@@ -137,10 +142,10 @@ def load_pairs(split: Literal["train", "validation"] = "train") -> "Dataset":
 
 
 def load_passages() -> "Dataset":
-    """Every document of both splits as a passage to search: ``text`` (name, summary and description) and ``name``."""
+    """Documents of public objects, of both splits, to search: ``text`` (name, summary, description) and ``name``."""
     from datasets import Dataset
 
-    documents = [*_split("train"), *_split("validation")]
+    documents = [document for document in [*_split("train"), *_split("validation")] if document.is_public]
     return Dataset.from_dict(
         {
             "text": [f"{document.name}: {document.title} {document.body}" for document in documents],
