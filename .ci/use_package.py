@@ -20,7 +20,7 @@ for name in minibert.__all__:
     getattr(minibert, name)
 assert list(files("minibert.recipes").glob("*.yaml")), "the recipes are missing from the wheel"
 
-tokenizer = minibert.train_wordpiece(["the wheel works where it was made", "and where it was not"] * 9, vocab_size=60)
+tokenizer = minibert.train_wordpiece(["the wheel works where it was made", "and where it was not"] * 9, vocab_size=50)
 config = minibert.MiniBertConfig.preset("simple-4x256", vocab_size=len(tokenizer), num_hidden_layers=1)
 model = minibert.MiniBertModel(config).eval()
 inputs = tokenizer(["the wheel", "where it was made"], padding=True, return_tensors="pt")
