@@ -1,6 +1,7 @@
 """The ``minibert`` command. Thin: every command imports what it needs when it runs, so that ``--help`` stays instant."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ def plain_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
     except KeyboardInterrupt as stop:
         if debug:
             raise
-        typer.echo(f"\n{stop or 'Interrupted.'} {interrupted}".rstrip(), err=True)
+        typer.echo(f"\n{str(stop) or 'Interrupted.'} {interrupted}".rstrip(), err=True)
         raise typer.Exit(130) from None
     except FloatingPointError as error:
         if debug:
@@ -124,6 +125,8 @@ def train(
 
         _report_progress()
         run_dir = run_recipe(load_recipe(recipe, overrides or []), output_dir=output_dir, force=force)
+        if os.environ.get("RANK", "0") != "0":
+            return  # of torchrun's processes one speaks
         figures = read_metrics(run_dir)
         if as_json:
             print_json({"output_dir": str(run_dir), "stages": figures})
@@ -191,7 +194,7 @@ def search(
 
 
 def _answer(query: str, hits: list[Any]) -> dict[str, Any]:
-    return {"query": query, "hits": [hit._asdict() for hit in hits]}
+    return {"query": query, "hits": [{"score": hit.score, "passage": hit.passage} for hit in hits]}
 
 
 def _answer_lines(answer: dict[str, Any]) -> str:
@@ -322,7 +325,6 @@ json.dump(vectors.tolist(), sys.stdout)
 
 def _difference_elsewhere(folder: Path, texts: list[str], vectors: Any) -> float:
     """Largest difference between ``vectors`` and those of a new process that opens ``folder`` without this package."""
-    import os
     import subprocess
     import tempfile
 

@@ -91,18 +91,19 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [4, 6])  # inside an epoch, and at the end of one
+def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, step):
     fields = {"eval_data": str(folder / "pairs.csv"), "gradient_accumulation_steps": 2, "epochs": 4}
     whole = run("whole", **fields)
     original = embed_module._Callback.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == 4:  # in the middle of the second epoch
+        if state.global_step == step:
             self.stop.number = signal.SIGINT
         original(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(embed_module._Callback, "on_step_end", interrupt)
-    with pytest.raises(KeyboardInterrupt, match="Stopped at step 4 of 12, after saving a checkpoint"):
+    with pytest.raises(KeyboardInterrupt, match=f"Stopped at step {step} of 12, after saving a checkpoint"):
         run("broken", **fields)
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     monkeypatch.undo()

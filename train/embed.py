@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors.torch import load_model as load_weights, save_model as save_weights
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import (
@@ -54,9 +55,9 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     evaluator = _evaluator(args)
     model = _starting_model(args, context)
     callback = _Callback(args, context, model)
-    trainer = SentenceTransformerTrainer(
+    trainer = _Trainer(
         model=model,
-        args=_trainer_arguments(args, context, measured=evaluator is not None),
+        args=_trainer_arguments(args, context),
         train_dataset=pairs,
         loss=_loss(args, model),
         evaluator=evaluator,
@@ -118,14 +119,15 @@ def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransfor
     pooling = args.pooling or getattr(encoder.config, "pooling", "mean")
     if hasattr(encoder.config, "pooling"):
         encoder.config.pooling = pooling
-    # sentence-transformers opens folders, so each process hands it one of its own.
-    start = context.output_dir / f".start-{PartialState().process_index}"
-    encoder.save_pretrained(start)
-    tokenizer.save_pretrained(start)
+    start, state = context.output_dir / ".start", PartialState()  # sentence-transformers opens folders
+    if state.is_main_process:
+        encoder.save_pretrained(start)
+        tokenizer.save_pretrained(start)
+    state.wait_for_everyone()
     trusting = {"trust_remote_code": False}
-    try:
-        transformer = Transformer(str(start), model_kwargs=trusting, processor_kwargs=trusting, config_kwargs=trusting)
-    finally:
+    transformer = Transformer(str(start), model_kwargs=trusting, processor_kwargs=trusting, config_kwargs=trusting)
+    state.wait_for_everyone()
+    if state.is_main_process:
         shutil.rmtree(start)
     if args.gradient_checkpointing:
         transformer.auto_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -142,8 +144,7 @@ def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
     return MultipleNegativesRankingLoss(model, **options)
 
 
-def _trainer_arguments(args: EmbedStage, context: StageContext, *, measured: bool) -> SentenceTransformerTrainingArguments:
-    evaluation = ("steps" if args.eval_steps else "epoch") if measured else "no"
+def _trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransformerTrainingArguments:
     return SentenceTransformerTrainingArguments(
         output_dir=str(context.output_dir / "checkpoints"),
         per_device_train_batch_size=args.batch_size,
@@ -166,8 +167,6 @@ def _trainer_arguments(args: EmbedStage, context: StageContext, *, measured: boo
         batch_sampler=args.batch_sampler,
         logging_steps=args.log_steps,
         logging_nan_inf_filter=False,  # the default hides a loss that is not a number
-        eval_strategy=evaluation,
-        eval_steps=args.eval_steps,
         save_strategy="steps" if args.save_steps else "epoch",
         save_steps=args.save_steps or 500,
         save_total_limit=args.save_total_limit,
@@ -178,6 +177,13 @@ def _trainer_arguments(args: EmbedStage, context: StageContext, *, measured: boo
         report_to=args.trackers or "none",
         disable_tqdm=False,
     )
+
+
+class _Trainer(SentenceTransformerTrainer):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Measuring must not move the random numbers of training: a run that resumes does not measure again.
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
 
 
 class _Retrieval(BaseEvaluator):
@@ -215,6 +221,7 @@ class _Callback(TrainerCallback):
 
     def __init__(self, args: EmbedStage, context: StageContext, model: SentenceTransformer):
         self.metric, self.output_dir, self.model = args.metric_for_best, context.output_dir, model
+        self.measured, self.eval_steps = args.eval_data is not None, args.eval_steps
         self.best_folder = context.output_dir / "checkpoints" / "best"
         self.state = PartialState()
         self.stop, self.interrupted = StopRequest(), 0
@@ -226,14 +233,14 @@ class _Callback(TrainerCallback):
         path = self.output_dir / "log.jsonl"
         self.log = Log(self.accelerator, path, state.global_step)
         # Seconds count over all the runs that led here.
-        earlier = [json.loads(line).get("seconds", 0.0) for line in path.read_text(encoding="utf-8").splitlines()]
-        self.start = time.perf_counter() - max(earlier, default=0.0)
+        lines = path.read_text(encoding="utf-8").splitlines() if self.state.is_main_process else []
+        self.start = time.perf_counter() - max((json.loads(line).get("seconds", 0.0) for line in lines), default=0.0)
         # Figures of a step that is still to come belong to a checkpoint that was lost, and will come again.
         if state.global_step and self.best_folder.exists() and checkpoint.damage(self.best_folder) is None:
             best = json.loads((self.best_folder / "best.json").read_text(encoding="utf-8"))
             self.best = best if best["step"] <= state.global_step else None
-        lines = [line for line in state.log_history if any(key.startswith("eval_recall") for key in line)]
-        self.evaluation = _retrieval_figures(lines[-1]) if lines else {}
+        measured = [figures for line in state.log_history if (figures := _retrieval_figures(line))]
+        self.evaluation = measured[-1] if measured else {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -269,20 +276,19 @@ class _Callback(TrainerCallback):
             checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            return
+        last = state.global_step >= state.max_steps
+        # Measured here and not at the end of the epoch, which comes after the step's checkpoint: a run that resumes from
+        # that checkpoint would not know the figures.
+        due = state.global_step % self.eval_steps == 0 if self.eval_steps else float(state.epoch).is_integer()
+        control.should_evaluate = self.measured and (due or last)
         number = self.stop.number
         if self.state.num_processes > 1:  # they must stop at the same step, and asking at every step would cost time
             if state.global_step % args.logging_steps:
                 return
             number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-        if number:
+        if number and not last:
             self.interrupted = number
             control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupted:  # nobody waits for an evaluation after Ctrl-C
-            control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = self._elapsed()

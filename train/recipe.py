@@ -182,12 +182,14 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
     Raises:
         ValueError: when the folder holds something else, or a run with other arguments and not ``force``.
     """
+    import torch
     from accelerate import PartialState
 
     import minibert
 
     minibert.register()
-    state = PartialState(timeout=_PATIENCE)
+    # Without ``cpu``, Accelerate takes torchrun's processes on a machine without accelerator for unrelated ones.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name)
     if state.is_main_process:
         _open_run(run_dir, recipe, force)
