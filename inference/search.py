@@ -24,7 +24,7 @@ class Hit(NamedTuple):
 
 
 def read_passages(data: Dataset, column: str | None = None) -> list[str]:
-    """The passages in ``data``: the texts of one column, without those that are missing or blank.
+    """The passages in ``data``: the texts of one column, each once, without those that are missing or blank.
 
     Args:
         column: the column to take; the default is the only column of strings, or else the one named ``text``, ``passage``,
@@ -52,7 +52,7 @@ def read_passages(data: Dataset, column: str | None = None) -> list[str]:
             f"There is no column of texts named {column!r}; the columns of texts are {', '.join(strings) or 'none'} "
             f"(all columns: {', '.join(data.column_names)})."
         )
-    passages = [text for text in data[column] if text and not text.isspace()]
+    passages = list(dict.fromkeys(text for text in data[column] if text and not text.isspace()))
     if not passages:
         raise ValueError(f"Every passage in column {column!r} is blank; give a file that holds texts.")
     return passages

@@ -150,7 +150,7 @@ def test_missing_model_is_refused(model):
 
 
 def test_passages_come_from_the_only_column_of_texts_or_a_usual_one():
-    assert read_passages(Dataset.from_dict({"id": [1, 2, 3], "body": ["a", None, " "]})) == ["a"]
+    assert read_passages(Dataset.from_dict({"id": [1, 2, 3, 4, 5], "body": ["b", None, " ", "a", "b"]})) == ["b", "a"]
     assert read_passages(Dataset.from_dict({"title": ["t"], "answer": ["a"]})) == ["a"]
     assert read_passages(Dataset.from_dict({"title": ["t"], "answer": ["a"]}), "title") == ["t"]
 
@@ -233,8 +233,9 @@ def test_hits_are_printed_best_first(run, passages_file):
 
 def test_queries_are_read_from_standard_input_until_an_empty_line(run, passages_file):
     result = run("--passages", passages_file, "--json", "--top-k", "1", input="the cat\ngradient descent\n\nparis\n")
+    assert result.exit_code == 0, result.output
     answers = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [answer["hits"][0]["number"] for answer in answers] == [0, 3]
+    assert [answer["hits"][0]["passage"] for answer in answers] == [PASSAGES[0], PASSAGES[3]]
     assert run("--passages", passages_file, input="").exit_code == 0
 
 
