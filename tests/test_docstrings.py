@@ -8,14 +8,7 @@ from typer.testing import CliRunner
 
 from minibert.cli import app
 from minibert.train import docstrings
-from minibert.train.docstrings import (
-    collect,
-    find_roots,
-    is_held_out,
-    load_pairs,
-    load_passages,
-    read_documents,
-)
+from minibert.train.docstrings import collect, find_roots, is_held_out, load_pairs, load_passages, read_documents
 
 SOURCE = '''"""Tools for walking over {topic} trees.
 
@@ -147,14 +140,8 @@ def test_objects_documented_by_a_call_are_found(tmp_path):
         'The argument says which element that is, counted over all axes."""))\n'
     )
     zeros, absolute, item = read_documents(tmp_path / "docs.py", "docs")
-    assert (zeros.name, zeros.title) == (
-        "np.core.zeros",
-        "Return an array filled with zeros.",
-    )
-    assert (absolute.name, absolute.title) == (
-        "torch.abs",
-        "Computes the absolute value.",
-    )
+    assert (zeros.name, zeros.title) == ("np.core.zeros", "Return an array filled with zeros.")
+    assert (absolute.name, absolute.title) == ("torch.abs", "Computes the absolute value.")
     assert item.name == "np.core.ndarray.item"
     assert absolute.body == "Each element of the input loses its sign, in place of ."
 

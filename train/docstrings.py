@@ -27,55 +27,10 @@ if TYPE_CHECKING:
 
 # The standard library always comes first; then these, where installed, best written documentation first.
 PACKAGES = (
-    *(
-        "numpy",
-        "pandas",
-        "scipy",
-        "sklearn",
-        "torch",
-        "networkx",
-        "datasets",
-        "sentence_transformers",
-        "transformers",
-    ),
-    *(
-        "tokenizers",
-        "huggingface_hub",
-        "accelerate",
-        "safetensors",
-        "sympy",
-        "mpmath",
-        "pyarrow",
-        "matplotlib",
-        "statsmodels",
-    ),
-    *(
-        "requests",
-        "aiohttp",
-        "flask",
-        "django",
-        "sqlalchemy",
-        "jinja2",
-        "pydantic",
-        "click",
-        "typer",
-        "rich",
-        "tqdm",
-        "joblib",
-    ),
-    *(
-        "fsspec",
-        "psutil",
-        "yaml",
-        "dateutil",
-        "anyio",
-        "pygments",
-        "dill",
-        "filelock",
-        "packaging",
-        "hypothesis",
-        "pytest",
-    ),
+    *("numpy", "pandas", "scipy", "sklearn", "torch", "networkx", "datasets", "sentence_transformers", "transformers"),
+    *("tokenizers", "huggingface_hub", "accelerate", "safetensors", "sympy", "mpmath", "pyarrow", "matplotlib", "statsmodels"),
+    *("requests", "aiohttp", "flask", "django", "sqlalchemy", "jinja2", "pydantic", "click", "typer", "rich", "tqdm", "joblib"),
+    *("fsspec", "psutil", "yaml", "dateutil", "anyio", "pygments", "dill", "filelock", "packaging", "hypothesis", "pytest"),
     *("_pytest", "narwhals", "setuptools", "pip"),
 )
 SKIPPED_FOLDERS = {
@@ -91,12 +46,7 @@ SKIPPED_FOLDERS = {
     "lib2to3",
 }
 # A third of all source text, mostly near-copies of one another or internals nobody asks about; reading them takes ten seconds.
-SKIPPED_PATHS = {
-    ("transformers", "models"),
-    ("torch", "_inductor"),
-    ("torch", "_dynamo"),
-    ("pygments", "lexers"),
-}
+SKIPPED_PATHS = {("transformers", "models"), ("torch", "_inductor"), ("torch", "_dynamo"), ("pygments", "lexers")}
 HELD_OUT_PERCENT = 8
 MAX_PAIRS = 40_000
 MAX_ANSWER_CHARACTERS = 1_000
@@ -274,15 +224,9 @@ _CODE_FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1[ \t]*$", re.MULTILINE | 
 _DOCTEST = re.compile(r"^[ \t]*>>>.*(?:\n[ \t]*\S.*)*", re.MULTILINE)  # up to the next empty line: the output goes too
 _DIRECTIVE = re.compile(r"^[ \t]*(?:\.\.|!!!) .*(?:\n[ \t]+\S.*)*", re.MULTILINE)
 _UNDERLINE = re.compile(r"^[ \t]*([-=~^*+#])\1{2,}[ \t]*$", re.MULTILINE)
-_EXAMPLES = re.compile(
-    r"^[ \t]*(examples?|usage|references|see also|notes?)[ \t]*:{0,2}[ \t]*$",
-    re.MULTILINE | re.IGNORECASE,
-)
+_EXAMPLES = re.compile(r"^[ \t]*(examples?|usage|references|see also|notes?)[ \t]*:{0,2}[ \t]*$", re.MULTILINE | re.IGNORECASE)
 _ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
-_FIELD = re.compile(
-    r"^[ \t]*:(?:param|arg|type|keyword|raises?|var|ivar|returns?|rtype)\b[ \t]*([^:\n]*):",
-    re.MULTILINE,
-)
+_FIELD = re.compile(r"^[ \t]*:(?:param|arg|type|keyword|raises?|var|ivar|returns?|rtype)\b[ \t]*([^:\n]*):", re.MULTILINE)
 _MARKUP = re.compile(r"`+|\*{2,}|\[\[|\]\]|\\+|\|")
 _TEMPLATE = re.compile(r"[{%]\(?\w*\)?[s}]")  # placeholders of docstrings that are filled at run time
 _SIGNATURE = re.compile(r"^[\w.]+\s*\(.*?\)(?:\s*->\s*[^\n]*)?\n", re.DOTALL)
@@ -295,14 +239,7 @@ def plain_text(text: str) -> str:
     >>> plain_text("Uses :func:`~os.walk` on ``top``.\\n\\n>>> 1 + 1\\n2\\n\\nReturns\\n-------\\nA list.")
     'Uses os.walk on top. Returns A list.'
     """
-    for pattern in (
-        _CODE_FENCE,
-        _DOCTEST,
-        _DIRECTIVE,
-        _UNDERLINE,
-        _EXAMPLES,
-        _TEMPLATE,
-    ):
+    for pattern in (_CODE_FENCE, _DOCTEST, _DIRECTIVE, _UNDERLINE, _EXAMPLES, _TEMPLATE):
         text = pattern.sub("", text)
     text = _FIELD.sub(r"\1:", _ROLE.sub(r"\1", text))
     return " ".join(_MARKUP.sub("", text).split())
