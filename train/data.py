@@ -84,7 +84,10 @@ def _load_one(source: DataSource, split: str) -> Dataset:
     if source.path == INSTALLED_DOCS:
         from minibert.train.docstrings import load_pairs
 
-        dataset = load_pairs(source.split or split)
+        wanted = source.split or split
+        if wanted not in ("train", "validation"):
+            raise ValueError(f"{INSTALLED_DOCS} has no split {wanted!r}; it has train and validation.")
+        dataset = load_pairs("train" if wanted == "train" else "validation")
     elif Path(source.path).expanduser().exists():
         dataset = _load_local(Path(source.path).expanduser(), source.split, split)
     else:

@@ -24,7 +24,6 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModel, ProgressCallback, TrainerCallback
 
@@ -64,7 +63,6 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
         callbacks=[callback],
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(SentenceTransformerModelCardCallback)  # hub writes the card, from facts measured in the run
     trainer.add_callback(_Progress())
     callback.accelerator = trainer.accelerator
     with callback.stop.listening():
@@ -101,8 +99,8 @@ def training_pairs(args: EmbedStage) -> Dataset:
 def _pair_columns(args: EmbedStage, dataset: Dataset, sources: list[DataSource]) -> list[str]:
     named = [args.anchor_column, args.positive_column]
     free = iter(name for name in text_columns(dataset) if name not in {*named, args.negative_column})
-    columns = [name or next(free, None) for name in named]
-    if None in columns:
+    columns = [name for wanted in named if (name := wanted or next(free, None))]
+    if len(columns) < 2:
         raise ValueError(
             f"{' + '.join(source.path for source in sources)} needs two columns of strings, queries and passages; "
             f"it has {', '.join(dataset.column_names)}. Name them with anchor_column: and positive_column:."
@@ -132,9 +130,7 @@ def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransfor
     if args.gradient_checkpointing:
         transformer.auto_model.gradient_checkpointing_enable({"use_reentrant": False})
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
-    model = SentenceTransformer(modules=modules + [Normalize()] * args.normalize, similarity_fn_name="cosine")
-    model.model_card_data.generate_widget_examples = False
-    return model
+    return SentenceTransformer(modules=modules + [Normalize()] * args.normalize, similarity_fn_name="cosine")
 
 
 def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
@@ -180,10 +176,8 @@ def _trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTrans
 
 
 class _Trainer(SentenceTransformerTrainer):
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # Measuring must not move the random numbers of training: a run that resumes does not measure again.
-        with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """None: a card is written when a model is published, from facts measured in the run."""
 
 
 class _Retrieval(BaseEvaluator):
@@ -194,7 +188,7 @@ class _Retrieval(BaseEvaluator):
         self.queries, self.answers = (list(pairs[name]) for name in columns)
         self.batch_size = batch_size
 
-    def __call__(self, model: SentenceTransformer, *_: Any, **__: Any) -> dict[str, float]:
+    def __call__(self, model: Any, *_: Any, **__: Any) -> dict[str, float]:
         from minibert.inference.evaluate import retrieval
 
         found = retrieval(model, self.queries, self.answers, baselines=False, batch_size=self.batch_size)

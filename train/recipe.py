@@ -134,7 +134,8 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
 
 def _in_words(problem: Any, raw: dict[str, Any]) -> str:
     """One pydantic problem as a sentence that names the stage and field as the recipe does."""
-    location, model, prefix = list(problem["loc"]), Recipe, ""
+    location, prefix = list(problem["loc"]), ""
+    model: type[BaseModel] | None = Recipe
     if location[:1] == ["stages"] and len(location) > 1:
         index = location[1]
         stage = raw["stages"][index]
@@ -358,5 +359,7 @@ def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]
     for source in args.data:
         data = load([source], split="validation")
         name = source.path if source.split is None else f"{source.path} {source.split}"
-        figures[name] = evaluate(context.model, data, limit=args.limit, baselines=args.baselines, batch_size=args.batch_size)
+        figures[name] = evaluate(
+            str(context.model), data, limit=args.limit, baselines=args.baselines, batch_size=args.batch_size
+        )
     return figures
