@@ -138,6 +138,11 @@ def test_bm25_finds_nothing_where_no_word_is_shared(encoder, queries, answers):
     assert set(figures.values()) == {0.0}
 
 
+def test_bm25_knows_forms_of_a_word(encoder):
+    data = Dataset.from_dict({"query": ["sorting lists", "cats sleep"], "answer": [ANSWERS[1], ANSWERS[0]]})
+    assert evaluate(encoder, data)["systems"]["bm25"]["mrr@10"] == 1.0
+
+
 @pytest.mark.parametrize("names", [("question", "answer"), ("anchor", "positive"), ("query", "passage")])
 def test_usual_names_of_pairs_are_known(encoder, names):
     data = Dataset.from_dict(dict(zip(names, PAIRS.values(), strict=True)))
