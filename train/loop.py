@@ -93,7 +93,10 @@ def seed_everything(*numbers: int) -> None:
     state = np.random.SeedSequence(numbers).generate_state(1)[0].item()
     random.seed(state)
     np.random.seed(state)
-    torch.manual_seed(state)
+    if torch.accelerator.is_available():
+        torch.manual_seed(state)
+    else:  # here it would note the seed for a GPU that never comes, at every step, in a list that only grows
+        torch.default_generator.manual_seed(state)
 
 
 _last_permutation: dict[tuple[int, int, int], np.ndarray] = {}
