@@ -32,7 +32,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	mkdir -p .venv/types && ln -sfn ../.. .venv/types/minibert
-	MYPYPATH=.venv/types $(BIN)/mypy --no-namespace-packages -p minibert
+	MYPYPATH=.venv/types $(BIN)/mypy --no-namespace-packages --exclude '/(benchmarks|docs|tests)/' -p minibert
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
