@@ -458,8 +458,9 @@ class _Run:
             rows = self.steps.row_ids(bad).tolist()
             shown = ", ".join(map(str, rows[:64])) + (", …" if len(rows) > 64 else "")
             raise FloatingPointError(
-                f"The loss or its gradient is not finite at step {bad + 1} of {self.total}, learning rate {self.rate(bad):.3g}, "
-                f"rows {shown}. Nothing was saved since; look at these rows, lower learning_rate, or use precision: fp32. "
+                f"The loss or its gradient is not finite at step {bad + 1} of {self.total}, "
+                f"learning rate {self.rate(bad):.3g}, rows {shown}. Nothing was saved since; "
+                "look at these rows, lower learning_rate, or use precision: fp32. "
                 f"{self._how_to_resume()}"
             )
         return loss_sum
@@ -651,9 +652,8 @@ def processes() -> PartialState:
 def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     available = {tracker.name for tracker in get_available_trackers()}
     if unknown := sorted(set(arguments.trackers) - available):
-        raise ValueError(
-            f"trackers: {', '.join(unknown)} is not installed or unknown; here there is {', '.join(sorted(available)) or 'none'}."
-        )
+        here = ", ".join(sorted(available)) or "none"
+        raise ValueError(f"trackers: {', '.join(unknown)} is not installed or unknown; here there is {here}.")
     # One Accelerator per stage, and the next stage may want another precision: forget the settings, keep the processes.
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -664,8 +664,7 @@ def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
         mixed_precision={"fp32": "no"}.get(arguments.precision, arguments.precision),
         log_with=arguments.trackers or None,
         project_dir=str(output_dir),
-        # Buffers never change here, so sending them at every step would be waste.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients, not two
     )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
