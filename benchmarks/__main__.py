@@ -1,0 +1,54 @@
+"""The command line of the benchmarks: ``python -m benchmarks NAME``; each writes JSON and prints a table."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def benchmarks() -> None:
+    """Measure MiniBERT beside its peers, in one run, on one machine."""
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Folder with the data sets named in benchmarks/train.py, one folder each.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("train.json"),
+    work: Annotated[Path, typer.Option(help="Folder for tokenizer and models; an earlier tokenizer is reused.")] = Path(
+        "runs/benchmark-train"
+    ),
+    preset: Annotated[str, typer.Option(help="Shape of both encoders; a preset that BertModel can express.")] = "simple-4x256",
+    seeds: Annotated[int, typer.Option(help="Pairs of runs, with seeds 0, 1, ….")] = 3,
+    nli_steps: Annotated[int, typer.Option(help="Steps of 32 sentence pairs in phase 1.")] = 300,
+    pair_steps: Annotated[int, typer.Option(help="Steps of 64 questions and passages in phase 2.")] = 300,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 350,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of both.")] = "fp32",
+    queries: Annotated[int, typer.Option(help="Validation queries per retrieval set.")] = 1500,
+    only_ours: Annotated[bool, typer.Option("--only-ours", help="Leave the peer out.")] = False,
+) -> None:
+    """The TinyBERT seed's two phases (NLI, then question-passage pairs), ours beside BertModel.
+
+    The peer has the same shape, initial weights, tokenizer, batches, steps and precision, and is trained by
+    sentence-transformers. Example: python -m benchmarks train --data data --precision bf16 --out train.json
+    """
+    from benchmarks.train import run
+
+    run(
+        data,
+        out,
+        work,
+        preset=preset,
+        seeds=seeds,
+        nli_steps=nli_steps,
+        pair_steps=pair_steps,
+        max_length=max_length,
+        precision=precision,
+        queries=queries,
+        only_ours=only_ours,
+    )
+
+
+app(prog_name="python -m benchmarks")
