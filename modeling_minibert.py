@@ -50,6 +50,33 @@ def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
     return tensor.to(linear.weight.dtype) if linear.weight.is_floating_point() else tensor
 
 
+def drop(states: Tensor, probability: float) -> Tensor:
+    """Dropout, which on the CPU draws 16 random bits per element: torch draws a whole number each, one after another, and
+    spends a quarter of a training step on it. The probability is rounded to a multiple of 2**-16."""
+    if probability == 0.0 or states.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(states, probability)
+    dropped = round(probability * 2**16)
+    words = torch.empty((states.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    keep = words.view(torch.int16)[: states.numel()] >= dropped - 2**15
+    return states * keep.view(states.shape).to(states.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+class MiniBertDropout(nn.Dropout):
+    """:func:`drop` as a module."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return drop(states, self.p) if self.training else states
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention spelled out: three (B, H, L, D) -> (B, L, H, D) and the weights (B, H, L, L)."""
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = drop(F.softmax(scores, dim=-1).to(query.dtype), dropout)  # summed in float32 whatever the dtype
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
 # --------------------------------------------------------------------------------------------------------- packing
 
 
@@ -118,13 +145,21 @@ class Packing:
         return self._attend_padded(query, key, value, dropout, scaling)
 
     def _attend_runs(self, query, key, value, dropout: float, scaling: float) -> Tensor:
-        # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
         sizes = [count * length for count, length in self.runs]
         outputs = []
-        for (count, length), *parts in zip(self.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
-            q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)  # (count, H, length, D)
-            context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
-            outputs.append(context.transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
+        if dropout:
+            # torch's CPU kernel has no dropout. Spelled out, many small products are faster in float32 than in bfloat16.
+            query, key, value = wide(query), wide(key), wide(value)
+        # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
+        parts = zip(self.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
+        with torch.autocast("cpu", enabled=False):
+            for (count, length), *qkv in parts:
+                q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)
+                if dropout:
+                    context, _ = eager_attention_forward(None, q, k, v, None, scaling, dropout)  # (count, length, H, D)
+                else:
+                    context = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+                outputs.append(context.flatten(0, 1))  # (count * length, H, D)
         return torch.cat(outputs) if outputs else query
 
     def _attend_padded(self, query, key, value, dropout: float, scaling: float) -> Tensor:
@@ -187,7 +222,7 @@ class MiniBertEmbeddings(nn.Module):
         if config.type_vocab_size > 0:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.norm = MiniBertLayerNorm(width, eps=config.layer_norm_eps) if config.norm_position == "post" else nn.Identity()
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = MiniBertDropout(config.hidden_dropout_prob)
         self.position_embedding_type = config.position_embedding_type
         self.max_positions = config.max_position_embeddings
         self.scale = math.sqrt(width) if config.scale_embeddings else None
@@ -211,16 +246,6 @@ class MiniBertEmbeddings(nn.Module):
             table = sinusoidal_table(self.max_positions, states.shape[-1], states.device)
             states = states + F.embedding(position_ids, table)
         return self.dropout(self.norm(states))
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention spelled out: three (B, H, L, D) -> (B, L, H, D) and the weights (B, H, L, L)."""
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(wide(scores), dim=-1).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class MiniBertAttention(nn.Module):
@@ -297,7 +322,7 @@ class MiniBertLayer(GradientCheckpointingLayer):
         self.attention_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MiniBertMLP(config)
         self.mlp_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = MiniBertDropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         if self.norm_first:
@@ -626,7 +651,7 @@ class MiniBertClassifierBase(MiniBertPreTrainedModel):
         self.num_labels = config.num_labels
         self.minibert = MiniBertModel(config, add_pooling_layer=add_pooling_layer)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = MiniBertDropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, outputs)
         self.post_init()
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minibert
 from minibert import MiniBertConfig, MiniBertModel
-from minibert.modeling_minibert import Packing, rotary_angles, rotate, sinusoidal_table
+from minibert.modeling_minibert import Packing, drop, rotary_angles, rotate, sinusoidal_table
 
 HEADS = [name for name in minibert.__all__ if name.startswith("MiniBertFor")]
 
@@ -163,6 +163,46 @@ def test_rotary_scores_depend_on_distance_only():
 
     torch.testing.assert_close(score(3, 5), score(10, 12), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(score(3, 5), score(3, 6))
+
+
+# --------------------------------------------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_dropout_keeps_the_expected_share_and_sum(probability):
+    torch.manual_seed(0)
+    states = torch.ones(1000, 1003, requires_grad=True)
+    dropped = drop(states, probability)
+    share = (dropped == 0).float().mean().item()
+    assert share == pytest.approx(probability, abs=0.002)  # four standard deviations of a million draws
+    assert dropped[dropped != 0].unique().tolist() == pytest.approx([1 / (1 - probability)], rel=1e-4)
+    assert (dropped.mean(dim=0) - 1).abs().mean() < 0.05  # no column is favoured
+    dropped.sum().backward()
+    torch.testing.assert_close(states.grad, dropped.detach())
+
+
+def test_dropout_follows_the_seed_and_rests_outside_training(config, batch):
+    model = MiniBertModel(config)
+
+    def output(seed):
+        torch.manual_seed(seed)
+        return model(**batch).last_hidden_state
+
+    model.train()
+    assert torch.equal(output(1), output(1))
+    assert not torch.equal(output(1), output(2))
+    model.eval()
+    assert torch.equal(output(1), output(2))
+
+
+def test_attention_spelled_out_equals_the_kernel():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(12, 4, 8) for _ in range(3))
+    packing = Packing(None, [2, 5, 5], None, 5)
+    # The smallest probability that takes the road with dropout drops nothing.
+    torch.testing.assert_close(
+        packing.attend(query, key, value, 1e-9, 0.3), packing.attend(query, key, value, 0.0, 0.3), atol=1e-6, rtol=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- heads and losses
