@@ -50,7 +50,7 @@ PAIRS = (
     *("wiki_sections", "wiki_leads", "reuters_titles", "scitldr", "tldr_pages"),
 )
 RETRIEVAL = ("natural_questions_qed", "squad_sentences", "medquad", "wiki_sections")
-NLI_BATCH, PAIR_BATCH = 32, 64
+NLI_BATCH = 32
 
 # BERT's names of our parameters
 TO_BERT = [
@@ -78,7 +78,6 @@ def run(data: Path, out: Path, work: Path, *, preset: str, seeds: int, only_ours
         "machine": describe(),
         "options": {"preset": preset, "queries": queries, **options},
         "nli_batch": NLI_BATCH,
-        "pair_batch": PAIR_BATCH,
         "runs": [],
     }
     for seed in range(seeds):
@@ -93,6 +92,8 @@ def run(data: Path, out: Path, work: Path, *, preset: str, seeds: int, only_ours
             figures = {"system": side, "seed": seed, **train(data, folder, work / "tokenizer", seed, **options)}
             figures |= _measure(data, folder / side, queries)
             results["runs"].append(figures)
+            if "baselines" not in results:
+                results["baselines"] = _baselines(data, folder / side, queries)
             print(json.dumps(figures), flush=True)
             out.write_text(json.dumps(results | _summary(results["runs"]), indent=1) + "\n", encoding="utf-8")
     _print_table(results["runs"], _summary(results["runs"]))
@@ -142,7 +143,7 @@ def _arguments(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     """What both sides are trained with: phase 1 and phase 2."""
     shared = {"precision": options["precision"], "max_length": options["max_length"], "warmup_ratio": 0.1, "weight_decay": 0.01}
     nli = {**shared, "batch_size": NLI_BATCH, "max_steps": options["nli_steps"], "learning_rate": 3e-4}
-    pairs = {**shared, "batch_size": PAIR_BATCH, "max_steps": options["pair_steps"], "learning_rate": 5e-4}
+    pairs = {**shared, "batch_size": options["pair_batch"], "max_steps": options["pair_steps"], "learning_rate": 5e-4}
     return nli, pairs
 
 
@@ -215,6 +216,16 @@ def _measure(data: Path, folder: Path, queries: int) -> dict[str, float]:
     for name in RETRIEVAL:
         found = evaluate(encoder, load(_sources(data, (name,), "validation")), limit=queries, baselines=False)
         figures |= {f"{name}_{key}": found["systems"]["model"][key] for key in ("mrr@10", "recall@10")}
+    return figures
+
+
+def _baselines(data: Path, folder: Path, queries: int) -> dict[str, float]:
+    """MRR@10 of BM25 and of our untrained encoder on the same queries."""
+    encoder = SentenceTransformer(str(folder / "pairs"), device="cpu")
+    figures = {}
+    for name in RETRIEVAL:
+        systems = evaluate(encoder, load(_sources(data, (name,), "validation")), limit=queries)["systems"]
+        figures |= {f"{name}_{system}_mrr@10": systems[system]["mrr@10"] for system in ("bm25", "untrained")}
     return figures
 
 
