@@ -141,17 +141,13 @@ def train(
             typer.echo(f"The run is in {run_dir}.")
 
 
-def _read_data(data: str, split: str | None, default_split: str) -> Any:
+def _hide_loading_bars() -> None:
+    """Opening files and weights takes moments here; the bars worth seeing are those of the encoder."""
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    from minibert.train.arguments import DataSource
-    from minibert.train.data import load
-
-    # Opening files and weights takes moments here; the bars worth seeing are those of the encoder.
     disable_progress_bars()
     disable_progress_bar()
-    return load([DataSource.model_validate(data).model_copy(update={"split": split})], split=default_split)
 
 
 @app.command(epilog='Example:  minibert search runs/quickstart/2-embed --passages notes.txt "how do I sort a list" --top-k 3')
@@ -180,7 +176,8 @@ def search(
         from minibert.inference.search import Searcher, check_queries, read_passages
 
         check_queries(queries or [])
-        texts = read_passages(_read_data(passages, None, "train"), column)
+        _hide_loading_bars()
+        texts = read_passages(passages, column)
         searcher = Searcher(model, texts, trust_remote_code=trust_remote_code, show_progress=sys.stderr.isatty())
         if queries:
             answers = [_answer(query, hits) for query, hits in zip(queries, searcher.search(queries, top_k), strict=True)]
@@ -225,9 +222,7 @@ def evaluate(
     data: Annotated[
         str, typer.Argument(help="File, folder with a file per split, or Hub data set (owner/name or owner/name:config).")
     ],
-    split: Annotated[
-        str | None, typer.Option(help="Split to measure on; the default is validation. A single file is taken whole.")
-    ] = None,
+    split: Annotated[str, typer.Option(help="Split to measure on; a single file is taken whole.")] = "validation",
     limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first so many queries or rows.")] = None,
     baselines: Annotated[bool, typer.Option(help="Measure BM25 and the untrained model beside an embedding model.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts computed at once.")] = 64,
@@ -243,9 +238,11 @@ def evaluate(
         from minibert.inference.evaluate import evaluate as measure
         from minibert.inference.evaluate import figures_table
 
+        _hide_loading_bars()
         result = measure(
             model,
-            _read_data(data, split, "validation"),
+            data,
+            split=split,
             limit=limit,
             baselines=baselines,
             batch_size=batch_size,
@@ -283,9 +280,9 @@ def quickstart(
     skipped, so that asking again takes no training.
     """
     with plain_errors(debug, f"To resume: minibert {' '.join(sys.argv[1:])}"):
+        from minibert.data.docstrings import load_passages
         from minibert.inference.evaluate import figures_table
         from minibert.inference.search import Searcher, check_queries
-        from minibert.train.docstrings import load_passages
         from minibert.train.recipe import load_recipe, read_metrics, run_recipe
 
         check_queries(queries or [])

@@ -19,11 +19,11 @@ from sentence_transformers.util import get_device_name
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.inference.encode import find_model, load
 
 RETRIEVAL_COLUMNS = (("query", "answer"), ("question", "answer"), ("query", "passage"), ("anchor", "positive"))
 SIMILARITY_COLUMNS = ("sentence1", "sentence2", "score")
-TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 LABEL_COLUMN = "label"
 UNTRAINED_SEED = 0
 # Scores of one query-by-passage block stay under 128 MB.
@@ -32,8 +32,9 @@ _BLOCK = 2**25
 
 def evaluate(
     model: str | Path | SentenceTransformer,
-    data: Dataset,
+    data: str | Path | Dataset,
     *,
+    split: str = "validation",
     limit: int | None = None,
     baselines: bool = True,
     batch_size: int = 64,
@@ -50,6 +51,8 @@ def evaluate(
 
     Args:
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
+        data: a file, a folder with a file per split, a Hub data set (owner/name or owner/name:config), or rows read already.
+        split: the split of a folder or Hub data set to measure on; everything else is taken whole.
         limit: measure on the first so many queries (or rows). The passages searched are always those of all rows.
         baselines: beside an embedding model, measure BM25 (retrieval only) and the same model with random weights.
         batch_size: texts computed at once.
@@ -59,8 +62,11 @@ def evaluate(
         figures by name, all between 0 and 1 (Spearman: -1 and 1).
 
     Raises:
-        ValueError: for columns that fit none of the three, rows without a value, or labels the model does not know.
+        FileNotFoundError: for a model or data that is neither here nor on the Hub.
+        ValueError: for data that cannot be read, columns that fit none of the three, rows without a value, or labels the model
+            does not know.
     """
+    data = as_dataset(data, split=split)
     if not len(data):
         raise ValueError("There are no rows to evaluate on.")
     if limit is not None and limit < 1:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
+from minibert.data.load import as_dataset, text_columns
 from minibert.inference.encode import load
 
 # Passages handed to the encoder at once: enough to sort by length within, few enough that their tokens stay small.
@@ -23,21 +24,22 @@ class Hit(NamedTuple):
     passage: str
 
 
-def read_passages(data: Dataset, column: str | None = None) -> list[str]:
+def read_passages(data: str | Path | Dataset, column: str | None = None, *, split: str = "train") -> list[str]:
     """The passages in ``data``: the texts of one column, each once, without those that are missing or blank.
 
     Args:
+        data: a file, a folder with a file per split, a Hub data set (owner/name or owner/name:config), or rows read already.
         column: the column to take; the default is the only column of strings, or else the one named ``text``, ``passage``,
             ``answer`` or ``sentence``.
+        split: the split of a folder or Hub data set to read; everything else is taken whole.
 
     Raises:
-        ValueError: for a column that is not there or holds no texts, a choice that is not clear, or no passage at all.
+        FileNotFoundError: for data that is neither here nor on the Hub.
+        ValueError: for a column that is not there or holds no texts, a choice that is not clear, no passage at all, or
+            data that cannot be read.
     """
-    strings = [
-        name
-        for name, feature in data.features.items()
-        if isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-    ]
+    data = as_dataset(data, split=split)
+    strings = text_columns(data)
     if column is None:
         usual = [name for name in ("text", "passage", "answer", "sentence") if name in strings]
         if not usual and len(strings) != 1:

@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
-from minibert.train.arguments import DataSource
-from minibert.train.data import check_columns, first_line_not_utf8, load, text_columns
+from minibert.data.load import check_columns, first_line_not_utf8, load, text_columns
+from minibert.data.source import DataSource
 
 
 @pytest.fixture(autouse=True)

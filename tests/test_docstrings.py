@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from minibert.cli import app
-from minibert.train import docstrings
-from minibert.train.docstrings import collect, find_roots, is_held_out, load_pairs, load_passages, read_documents
+from minibert.data import docstrings
+from minibert.data.docstrings import collect, find_roots, is_held_out, load_pairs, load_passages, read_documents
 
 SOURCE = '''"""Tools for walking over {topic} trees.
 
@@ -121,7 +121,7 @@ def test_the_order_is_the_same_in_every_process(orchard):
     code = f"""
 from pathlib import Path
 from minibert.cli import app
-from minibert.train import docstrings
+from minibert.data import docstrings
 docstrings.find_roots = lambda: (({package!r}, Path({str(root)!r})),)
 print([document.title for document in docstrings._split("train")])
 """

@@ -115,6 +115,15 @@ def test_blocks_of_passages_do_not_change_the_figures(encoder, monkeypatch):
     assert evaluate(encoder, data, limit=20, baselines=False) == whole
 
 
+def test_data_is_read_by_path(encoder, tmp_path):
+    Dataset.from_dict(PAIRS).to_parquet(tmp_path / "validation.parquet")
+    Dataset.from_dict(PAIRS).select([0]).to_parquet(tmp_path / "test.parquet")
+    assert evaluate(encoder, tmp_path, baselines=False) == evaluate(encoder, Dataset.from_dict(PAIRS), baselines=False)
+    assert evaluate(encoder, str(tmp_path), split="test", baselines=False)["queries"] == 1
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+        evaluate(encoder, tmp_path / "absent.csv")
+
+
 def test_baselines_stand_beside_the_model(encoder):
     result = evaluate(encoder, Dataset.from_dict(PAIRS))
     assert result["kind"] == "retrieval"

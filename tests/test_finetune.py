@@ -148,7 +148,7 @@ def test_labels_in_every_form(values, feature, given, labels, names):
         ([0, 1, 1], {"label_column": "gold"}, r"no column 'gold'; it has text, label"),
         ([0, 1, 1], {"text_columns": ["body"]}, r"no column 'body'"),
         ([0, 1, 1], {"text_columns": ["label"]}, r"'label' of .* does not hold text"),
-        ([0, 1, 1], {"max_length": 4000}, r"max_length=4000 is above the model's max_position_embeddings=128"),
+        ([0, 1, 1], {"max_length": 4000}, r"max_length=4000 exceeds the model's max_position_embeddings=128"),
         ([0, 1, 1], {"metric_for_best": "f2"}, r"metric_for_best='f2' is unknown; use one of accuracy, macro_f1, loss"),
     ],
 )

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 ROOT = Path(importlib.import_module("minibert.configuration_minibert").__file__).parent
 ROOT_MODULES = {"__init__", "__main__", "cli", "configuration_minibert", "modeling_minibert", "tokenization_minibert"}
-SUBPACKAGES = ("train", "hub", "inference", "recipes")
+SUBPACKAGES = ("train", "hub", "inference", "data", "recipes")
 FILES = sorted([*ROOT.glob("*.py"), *(path for name in SUBPACKAGES for path in (ROOT / name).glob("*.py"))])
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -86,10 +86,11 @@ MAY_IMPORT = {
     "modeling_minibert": {"configuration_minibert"},
     "tokenization_minibert": {"configuration_minibert"},
     "recipes": set(),
-    "train": {"train", "recipes", *MODEL},
-    "hub": {"hub", *MODEL},
-    "inference": {"inference", *MODEL},
-    "cli": {"cli", "train", "hub", "inference", "recipes", *MODEL},
+    "data": {"data"},
+    "train": {"train", "data", "recipes", *MODEL},
+    "hub": {"hub", "data", *MODEL},
+    "inference": {"inference", "data", *MODEL},
+    "cli": {"cli", "train", "hub", "inference", "data", "recipes", *MODEL},
     "__main__": {"cli"},
     "__init__": MODEL,
 }
@@ -124,7 +125,10 @@ def test_imports_run_one_way(path):
         ("train/loop.py", "from minibert.inference.evaluate import evaluate", True),
         ("train/loop.py", "from minibert.inference import evaluate", True),
         ("train/loop.py", "from minibert import MiniBertModel", True),
-        ("inference/search.py", "def f():\n    import minibert.train.data", False),
+        ("inference/search.py", "def f():\n    import minibert.train.stage", False),
+        ("inference/search.py", "from minibert.data.load import load", True),
+        ("data/load.py", "from minibert.train.arguments import Recipe", False),
+        ("data/load.py", "from minibert import MiniBertConfig", False),
         ("hub/push.py", "from minibert import inference", False),
         ("tokenization_minibert.py", "from minibert.cli import app", False),
         ("configuration_minibert.py", "import minibert.modeling_minibert", False),

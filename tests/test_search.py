@@ -155,6 +155,13 @@ def test_passages_come_from_the_only_column_of_texts_or_a_usual_one():
     assert read_passages(Dataset.from_dict({"title": ["t"], "answer": ["a"]}), "title") == ["t"]
 
 
+def test_passages_are_read_by_path(tmp_path):
+    (tmp_path / "train.txt").write_text("a\n", encoding="utf-8")
+    (tmp_path / "test.txt").write_text("b\n", encoding="utf-8")
+    assert read_passages(tmp_path) == ["a"]
+    assert read_passages(str(tmp_path), split="test") == ["b"]
+
+
 @pytest.mark.parametrize(
     ("rows", "column", "message"),
     [

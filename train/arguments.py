@@ -1,13 +1,11 @@
 """What a recipe may say: one model per kind of stage, one sentence per field, and nothing unknown is accepted."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-INSTALLED_DOCS = "installed-docs"
-_HUB_WITH_CONFIG = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
+from minibert.data.source import DataSource
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -18,29 +16,6 @@ class Arguments(BaseModel):
     """Base of everything a recipe says: unknown fields are errors, and values are not silently converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class DataSource(Arguments):
-    """Where rows come from. In YAML a plain string stands for ``path``, and ``owner/name:config`` names a Hub configuration.
-
-    >>> DataSource.model_validate("sentence-transformers/all-nli:pair-class").config
-    'pair-class'
-    """
-
-    path: str = Field(min_length=1, description="Local file or folder, id of a data set on the Hub, or installed-docs.")
-    config: str | None = Field(None, description="Configuration of a Hub data set.")
-    split: str | None = Field(None, description="Split to read; unset means train for training and validation for evaluation.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
-    columns: dict[str, str] | None = Field(None, description="Columns to rename: name found in the data to name wanted.")
-    limit: Positive | None = Field(None, description="Read at most this many rows, from the start.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        match = _HUB_WITH_CONFIG.fullmatch(value)
-        return {"path": match[1], "config": match[2]} if match else {"path": value}
 
 
 DataSources = Annotated[

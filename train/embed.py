@@ -27,9 +27,10 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModel, ProgressCallback, TrainerCallback
 
+from minibert.data.load import check_columns, load, text_columns
+from minibert.data.source import DataSource
 from minibert.train import checkpoint
-from minibert.train.arguments import DataSource, EmbedStage
-from minibert.train.data import check_columns, load, text_columns
+from minibert.train.arguments import EmbedStage
 from minibert.train.loop import Log, StopRequest
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 

@@ -12,14 +12,13 @@ from datasets import ClassLabel, Dataset, Value
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from minibert.train import data
+from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
 from minibert.train.arguments import ClassifyStage
 from minibert.train.loop import fit, processes
-from minibert.train.stage import StageContext, load_model, load_tokenizer
+from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
-TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 _METRICS = ("accuracy", "macro_f1", "loss")
 _TOKENIZED_AT_ONCE = 4096
 
@@ -35,10 +34,10 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     """
     if args.metric_for_best not in _METRICS:
         raise ValueError(f"metric_for_best={args.metric_for_best!r} is unknown; use one of {', '.join(_METRICS)}.")
-    train = data.load(args.data, split="train")
+    train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels, names = read_labels(train, args.label_column, args.labels)
-    held_out = data.load(args.eval_data, split="validation") if args.eval_data else None
+    held_out = load(args.eval_data, split="validation") if args.eval_data else None
 
     tokenizer = load_tokenizer(context)
     changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
@@ -46,7 +45,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
         start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
         changes["ignore_mismatched_sizes"] = start.num_labels != len(names)  # only then does a new head replace the old one
     model = load_model(AutoModelForSequenceClassification, args, context, tokenizer, **changes)
-    tokenizer.model_max_length = max_length = _longest(args.max_length, tokenizer, model.config)
+    tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
 
     rows = TokenRows.from_texts(train, columns, labels, tokenizer, max_length)
     evaluate = None
@@ -87,8 +86,8 @@ def find_text_columns(
             f"{sources[0].path} has none of the usual columns of text ({usual}); "
             f"it has {', '.join(rows.column_names)}. Name one or two with text_columns."
         )
-    data.check_columns(rows, [*columns, label_column], sources)
-    if not_text := sorted(set(columns) - set(data.text_columns(rows))):
+    check_columns(rows, [*columns, label_column], sources)
+    if not_text := sorted(set(columns) - set(text_columns(rows))):
         raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text; choose others.")
     return columns
 
@@ -129,13 +128,6 @@ def _refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) ->
     if not good.all():
         row = int(np.argmin(good))
         raise ValueError(f"Row {row + 1} has {column}={values[row]!r}; {advice}.")
-
-
-def _longest(wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
-    positions = config.max_position_embeddings
-    if wanted and wanted > positions:
-        raise ValueError(f"max_length={wanted} is above the model's max_position_embeddings={positions}; lower it.")
-    return wanted or min(positions, tokenizer.model_max_length)
 
 
 class TokenRows:

@@ -624,8 +624,9 @@ class _Run:
             try:
                 yield stop
             except KeyboardInterrupt:
-                where = f"Stopped at step {self.progress.step} of {self.total}."
-                raise KeyboardInterrupt(f"{where} {self._how_to_resume()}") from None
+                # How to resume is for the caller to say: it knows the command.
+                saved = "with no checkpoint yet" if self.saved_step is None else f"saved up to step {self.saved_step}"
+                raise KeyboardInterrupt(f"Stopped at step {self.progress.step} of {self.total}, {saved}.") from None
 
     def _how_to_resume(self) -> str:
         if self.saved_step is None:

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from minibert.data.source import DataSource
 from minibert.train.arguments import (
     ClassifyStage,
-    DataSource,
     EmbedStage,
     EvaluateStage,
     ModelStage,
@@ -324,8 +324,8 @@ def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, Any]:
     """The ``tokenizer`` stage: train on every text of the data and save. Returns the sizes reached."""
+    from minibert.data.load import check_columns, load, text_columns
     from minibert.tokenization_minibert import train_word_level, train_wordpiece
-    from minibert.train.data import check_columns, load, text_columns
 
     parts = []
     for source in args.data:  # one by one: they need not share a column
@@ -352,8 +352,8 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
 
 def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]:
     """The ``evaluate`` stage: figures of the model on each data set, by the data set's path."""
+    from minibert.data.load import load
     from minibert.inference.evaluate import evaluate
-    from minibert.train.data import load
 
     figures = {}
     for source in args.data:

@@ -1,4 +1,4 @@
-"""Read the rows a recipe names: a local file or folder, a data set on the Hub, or the documentation installed here."""
+"""Read the rows that a path names: a local file or folder, a data set on the Hub, or the documentation installed here."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from minibert.train.arguments import INSTALLED_DOCS, DataSource
+from minibert.data.source import INSTALLED_DOCS, DataSource
 
 # Suffix of a file to the builder of ``datasets`` that reads it, and its options. Texts such as "NA" or "null" stay texts.
 _CSV = {"keep_default_na": False, "na_values": [""]}
@@ -20,6 +20,8 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", {**_CSV, "sep": "\t"}),
     ".txt": ("text", {}),
 }
+# Columns that hold the text to classify, or the pair of them, in the data sets people publish.
+TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -53,6 +55,23 @@ def load(sources: Sequence[DataSource], *, split: str = "train") -> Dataset:
     return concatenate_datasets(_same_types([part.select_columns(shared) for part in parts]))
 
 
+def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
+    """``data`` itself, or the rows of the file, folder or Hub data set (owner/name or owner/name:config) that it names.
+
+    Args:
+        split: the split to read; a single file, or rows that were read already, are taken whole.
+
+    Raises: as :func:`load` does.
+    """
+    if isinstance(data, Dataset):
+        return data
+    if not str(data):
+        raise ValueError(
+            "The name of the data is empty; give a file, a folder, or the id (owner/name) of a data set on the Hub."
+        )
+    return load([DataSource.model_validate(str(data))], split=split)
+
+
 def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:
     """Refuse data that lacks a column a stage needs or, where they must be ``filled``, has empty (null) values in it.
 
@@ -82,7 +101,7 @@ def text_columns(dataset: Dataset) -> list[str]:
 
 def _load_one(source: DataSource, split: str) -> Dataset:
     if source.path == INSTALLED_DOCS:
-        from minibert.train.docstrings import load_pairs
+        from minibert.data.docstrings import load_pairs
 
         wanted = source.split or split
         if wanted not in ("train", "validation"):
