@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,7 +121,7 @@ def train(
 
     With many processes: torchrun --nproc_per_node N -m minibert train RECIPE.
     """
-    with plain_errors(debug, f"To resume: minibert {' '.join(sys.argv[1:])}"):
+    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
         from minibert.train.recipe import load_recipe, read_metrics, run_recipe
 
         _report_progress()
@@ -279,7 +280,7 @@ def quickstart(
     Some minutes on two CPU cores, nothing to download. It is the bundled recipe named quickstart: finished stages are
     skipped, so that asking again takes no training.
     """
-    with plain_errors(debug, f"To resume: minibert {' '.join(sys.argv[1:])}"):
+    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
         from minibert.data.docstrings import load_passages
         from minibert.inference.evaluate import figures_table
         from minibert.inference.search import Searcher, check_queries

@@ -193,6 +193,11 @@ def first_line_not_utf8(file: Path) -> int | None:
 def _load_hub(source: DataSource, split: str) -> Dataset:
     if source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1 or Path(source.path).suffix in _BUILDERS:
         raise FileNotFoundError(f"There is no file or folder {source.path} (looked from {Path.cwd()}).")
+    if "/" in source.path and Path(source.path).parent.is_dir():  # a typo is likelier than an owner called like a folder here
+        raise FileNotFoundError(
+            f"There is no file or folder {source.path} (looked from {Path.cwd()}), but a folder {Path(source.path).parent}; "
+            "correct the path, or mean the Hub from another folder."
+        )
     try:
         return load_dataset(source.path, source.config, split=source.split or split, revision=source.revision)
     except OSError as error:

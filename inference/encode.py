@@ -1,6 +1,8 @@
 """Open a trained model for use: check its folder, then hand it to sentence-transformers."""
 
+import filecmp
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
+
+logger = logging.getLogger(__name__)
 
 # Everything a model folder is read for; weights in other formats are never downloaded.
 _WANTED_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.safetensors"]
@@ -34,16 +40,19 @@ def load(
 
     Raises:
         FileNotFoundError: for a model that is not here and not on the Hub, or a folder without weights or tokenizer.
-        ValueError: for damaged or pickled weights, weights that do not fit the configuration, or code that is not trusted.
+        ValueError: for damaged, incomplete or pickled weights, weights that do not fit the configuration, or code that is not
+            trusted.
     """
     folder = find_model(model, trust_remote_code=trust_remote_code)
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     model_kwargs = kwargs if dtype is None else {**kwargs, "dtype": dtype}
     try:
         if (folder / "modules.json").exists():
-            return SentenceTransformer(
+            opened = SentenceTransformer(
                 str(folder), device=device, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs
             )
+            _check_complete(opened.transformers_model, folder)
+            return opened
         encoder = Transformer(str(folder), model_kwargs=model_kwargs, processor_kwargs=kwargs, config_kwargs=kwargs)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -51,6 +60,7 @@ def load(
         raise ValueError(
             f"The weights in {folder} do not have the shapes its config.json describes; save or download the model again."
         ) from error
+    _check_complete(encoder.auto_model, folder)
     pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode=getattr(encoder.config, "pooling", "mean"))
     return SentenceTransformer(modules=[encoder, pooling, Normalize()], device=device, similarity_fn_name="cosine")
 
@@ -68,6 +78,8 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     _check_weights(encoder)
     if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the model's tokenizer into it.")
+    if config.get("model_type") == MiniBertConfig.model_type:
+        _compare_code(encoder)
     # Code that comes with a model is not used where the class is known here; our own checkpoints carry such code.
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(
@@ -83,6 +95,10 @@ def _download(model: str) -> Path:
         raise NotADirectoryError(f"{model} is a file; give the folder of a model, or the id (owner/name) of one on the Hub.")
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"{here}; give a folder, or the id (owner/name) of a model on the Hub.")
+    if Path(model).parent.is_dir():  # a typo is likelier than a model whose owner is called like a folder here
+        raise FileNotFoundError(
+            f"{here}, but a folder {Path(model).parent}; correct the path, or mean the Hub from another folder."
+        )
     try:
         return Path(snapshot_download(model, allow_patterns=_WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -111,15 +127,44 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors weights, or with a file of them cut short or otherwise damaged."""
+def _compare_code(folder: Path) -> None:
+    """Warn where a checkpoint's code is not the installed code, which is what runs."""
+    for module in (configuration_minibert, modeling_minibert):
+        installed = Path(str(module.__file__))
+        carried = folder / installed.name
+        if carried.exists() and not filecmp.cmp(carried, installed, shallow=False):
+            logger.warning(
+                "%s differs from the installed minibert's; the installed one runs, which may compute something else.", carried
+            )
+
+
+def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
+    """Refuse a MiniBERT whose weights lack a part of it, which transformers would fill with random numbers.
+
+    The pooler is no such part: embeddings do not use it.
+    """
+    if not isinstance(encoder, modeling_minibert.MiniBertModel):
+        return
+    stored: set[str] = set()
+    for file in _weight_files(_encoder_folder(folder)):
+        with safe_open(file, framework="pt") as weights:
+            names = weights.keys()
+        stored |= {name.removeprefix(f"{encoder.base_model_prefix}.") for name in names}
+    if missing := [name for name in encoder.state_dict() if name not in stored and not name.startswith("pooler.")]:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"The weights in {folder} lack {shown}, which its config.json describes; save or download it again.")
+
+
+def _weight_files(folder: Path) -> list[Path]:
     index, single = (folder / "model.safetensors.index.json", folder / "model.safetensors")
     if single.exists():
-        files = [single]
-    elif index.exists():
-        files = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
-    else:
-        files = []
+        return [single]
+    return sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()}) if index.exists() else []
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors weights, or with a file of them cut short or otherwise damaged."""
+    files = _weight_files(folder)
     if not files:
         if pickles := sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)):
             raise ValueError(

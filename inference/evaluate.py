@@ -237,7 +237,9 @@ def _open_classifier(
     architectures = AutoConfig.from_pretrained(folder, **kwargs).architectures or [""]
     if not architectures[0].endswith("ForSequenceClassification"):
         return None
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, **kwargs)
+    classifier, found = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **kwargs)
+    if missing := sorted(found["missing_keys"]):  # they would be random numbers
+        raise ValueError(f"The weights in {folder} lack {', '.join(missing[:3])} of the classifier; save or download it again.")
     return classifier.to(device or get_device_name()), AutoTokenizer.from_pretrained(folder, **kwargs)
 
 

@@ -104,6 +104,14 @@ def test_a_name_that_the_hub_does_not_give_us():
         load([source("nobody/nothing")])
 
 
+def test_a_name_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minibert.data.load.load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FileNotFoundError, match="no file or folder data/sick .*, but a folder data; correct the path"):
+        load([source("data/sick")])
+
+
 def test_wrong_columns_list_those_found(tmp_path):
     (tmp_path / "a.csv").write_text("query,answer\nq,\n", encoding="utf-8")
     where = [source(tmp_path / "a.csv")]

@@ -1,10 +1,12 @@
 """Figures of a model: retrieval beside its baselines, similarity, classification, and the command that prints them."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
@@ -113,6 +115,15 @@ def test_blocks_of_passages_do_not_change_the_figures(encoder, monkeypatch):
     whole = evaluate(encoder, data, limit=20, baselines=False)
     monkeypatch.setattr(module, "_BLOCK", 1)  # blocks of 1,000 passages, the smallest
     assert evaluate(encoder, data, limit=20, baselines=False) == whole
+
+
+def test_a_classifier_without_its_last_layer_is_refused(classifier, tmp_path):
+    folder = shutil.copytree(classifier, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lack classifier.weight of the classifier"):
+        evaluate(folder, Dataset.from_dict({"text": ANSWERS, "label": [0, 1, 2, 0]}))
 
 
 def test_data_is_read_by_path(encoder, tmp_path):

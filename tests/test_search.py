@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
 from minibert.cli import app
 from minibert.inference import search
 from minibert.inference.encode import load
@@ -75,6 +76,18 @@ def test_sentence_transformers_folder_opens_as_it_was_saved(folder, tmp_path):
     torch.testing.assert_close(load(tmp_path / "st").encode(PASSAGES), model.encode(PASSAGES))
 
 
+@pytest.mark.parametrize("head", [MiniBertForSequenceClassification, MiniBertForMaskedLM])
+def test_the_encoder_of_a_model_with_a_head_is_opened(folder, head):
+    head(MiniBertConfig.from_pretrained(folder)).save_pretrained(folder)
+    assert load(folder).encode(PASSAGES).shape == (4, 32)
+
+
+def test_a_pooler_that_is_not_there_is_not_missed(folder):
+    for name in ("pooler.dense.weight", "pooler.dense.bias"):
+        _drop(name)(folder)
+    assert load(folder).encode(PASSAGES).shape == (4, 32)
+
+
 def test_dtype_is_passed_on(folder):
     assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
 
@@ -109,6 +122,15 @@ def _change_config(**changes):
     return change
 
 
+def _drop(name):
+    def drop(folder):
+        weights = load_file(folder / "model.safetensors")
+        del weights[name]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return drop
+
+
 def _stages(folder):
     (folder / "2-embed").mkdir()
     (folder / "config.json").rename(folder / "2-embed" / "config.json")
@@ -131,6 +153,7 @@ def _half_json(folder):
         (_half_json, "config.json is damaged"),
         (_change_config(model_type="other", auto_map={"AutoModel": "code.Model"}), "pass trust_remote_code=True"),
         (_change_config(hidden_size=16), "do not have the shapes its config.json describes"),
+        (_drop("final_norm.weight"), "The weights in .* lack final_norm.weight, which its config.json describes"),
         (_stages, "give one of 2-embed in it"),
     ],
 )
@@ -144,6 +167,24 @@ def test_folder_that_cannot_be_opened_is_refused(folder, damage, message):
 def test_missing_model_is_refused(model):
     with pytest.raises(FileNotFoundError, match="There is no model folder"):
         load(model)
+
+
+def test_missing_model_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minibert.inference.encode.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError, match="no model folder runs/tiny .*, but a folder runs; correct the path"):
+        load("runs/tiny")
+
+
+def test_code_that_is_not_the_installed_code_is_named(folder, caplog):
+    load(folder)
+    assert not caplog.messages
+    with (folder / "modeling_minibert.py").open("a") as file:
+        file.write("# changed\n")
+    load(folder)
+    (message,) = caplog.messages
+    assert message.startswith(str(folder / "modeling_minibert.py")) and "the installed one runs" in message
 
 
 # --- reading passages -----------------------------------------------------------------------------------------------------
