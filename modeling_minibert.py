@@ -37,7 +37,7 @@ from .configuration_minibert import MiniBertConfig
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -141,7 +141,8 @@ class Packing:
         half = query.dtype in (torch.bfloat16, torch.float16)
         if varlen_attn is not None and half and dropout == 0.0:
             bounds, longest = self.cu_seqlens, self.max_length
-            return varlen_attn(query.contiguous(), key.contiguous(), value.contiguous(), bounds, bounds, longest, longest)
+            query, key, value = (x.contiguous() for x in (query, key, value))
+            return varlen_attn(query, key, value, bounds, bounds, longest, longest)  # type: ignore[return-value]
         return self._attend_padded(query, key, value, dropout, scaling)
 
     def _attend_runs(self, query, key, value, dropout: float, scaling: float) -> Tensor:
@@ -164,6 +165,7 @@ class Packing:
 
     def _attend_padded(self, query, key, value, dropout: float, scaling: float) -> Tensor:
         """For devices whose variable-length kernel lacks this dtype or dropout: pad inside attention only."""
+        assert self.cu_seqlens is not None
         seqlens = self.cu_seqlens.diff()
         slots = torch.arange(self.max_length, device=query.device)
         mask = slots < seqlens[:, None]  # (n, longest)
@@ -396,7 +398,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         self.embeddings.word_embeddings = value
 
     @merge_with_config_defaults
@@ -430,8 +432,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
             ValueError: both or neither of ids and embeddings; a sequence longer than the positions; an id that is not in
                 the vocabulary (checked on the CPU only, where the check is free of synchronisation).
         """
-        self._check_inputs(input_ids, position_ids, inputs_embeds)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        inputs = self._check_inputs(input_ids, position_ids, inputs_embeds)
         batch, length = inputs.shape[:2]
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs.device).unsqueeze(0)
@@ -450,6 +451,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
         mask = self._padded_mask(hidden_states, attention_mask, cu_seq_lens_q) if packing is None else None
         rotary = None
         if self.config.position_embedding_type == "rotary":
+            assert position_ids is not None
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             rotary = rotary_angles(position_ids, head_dim, self.config.rope_theta)
         for layer in self.layers:
@@ -488,10 +490,11 @@ class MiniBertModel(MiniBertPreTrainedModel):
             and_mask_function=only_same_document,
         )
 
-    def _check_inputs(self, input_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    def _check_inputs(self, input_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Refuse wrong inputs; return the one given of ids and embeddings."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         limit, table = self.config.max_position_embeddings, self.config.position_embedding_type != "rotary"
         if table and position_ids is None and inputs.shape[1] > limit:
             raise ValueError(
@@ -499,7 +502,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
                 f"tokenize with truncation=True, max_length={limit}, or train a model with more positions."
             )
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return
+            return inputs
         if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
             low, high = (int(x) for x in torch.aminmax(input_ids))
             size = self.embeddings.word_embeddings.num_embeddings
@@ -508,6 +511,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
                     f"Token id {low if low < 0 else high} is not in the model's vocabulary of {size} entries; "
                     "use the tokenizer this model was trained with, or call resize_token_embeddings."
                 )
+        return inputs
 
 
 # ----------------------------------------------------------------------------------------------------------- heads
@@ -646,12 +650,13 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
 class MiniBertClassifierBase(MiniBertPreTrainedModel):
     """What the heads share that put dropout and one linear layer on the encoder."""
 
-    def __init__(self, config: MiniBertConfig, outputs: int, add_pooling_layer: bool):
+    def __init__(self, config: MiniBertConfig, outputs: int | None, add_pooling_layer: bool):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.minibert = MiniBertModel(config, add_pooling_layer=add_pooling_layer)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = MiniBertDropout(dropout)
+        assert outputs is not None  # a configuration always numbers its labels
         self.classifier = nn.Linear(config.hidden_size, outputs)
         self.post_init()
 
@@ -788,13 +793,15 @@ class MiniBertForMultipleChoice(MiniBertClassifierBase):
         **kwargs,
     ) -> MultipleChoiceModelOutput:
         """Inputs are (B, choices, L); ``labels`` (B,) is the right choice. Logits are (B, choices)."""
-        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None:
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         flat = (
             None if x is None else x.flatten(0, 1)
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         outputs = self.minibert(*flat, return_dict=True, **kwargs)
-        logits = self.classify(outputs.pooler_output).view(-1, choices)
+        logits = self.classify(outputs.pooler_output).view(-1, inputs.shape[1])
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
