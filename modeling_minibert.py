@@ -46,7 +46,10 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
-    """The dtype of ``linear``'s weights, so that a bfloat16 matrix multiplies bfloat16 inputs."""
+    """The dtype that ``linear`` multiplies in, so that a bfloat16 matrix meets bfloat16 inputs. Under autocast it is cast
+    here once for all the layers that read it, where autocast would cast it for each."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor.to(linear.weight.dtype) if linear.weight.is_floating_point() else tensor
 
 
@@ -100,10 +103,10 @@ class Packing:
         """Pack the True positions of a (B, L) mask; None means that all are real."""
         if device.type != "cpu":
             if attention_mask is None:
-                attention_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-            seqlens = attention_mask.sum(dim=1, dtype=torch.int32)
+                return cls(None, None, torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device), length)
+            bounds = F.pad(attention_mask.sum(dim=1).cumsum(0, dtype=torch.int32), (1, 0))
             indices = attention_mask.flatten().nonzero().squeeze(1)  # the only synchronisation of the forward pass
-            return cls(indices, None, F.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0)), length)
+            return cls(indices, None, bounds, length)
         if attention_mask is None or bool(attention_mask.all()):
             return cls(None, [length] * batch, None, length)
         seqlens = attention_mask.sum(dim=1)

@@ -142,6 +142,18 @@ def test_padding_inside_attention_equals_runs_of_equal_length():
     torch.testing.assert_close(runs, padded)
 
 
+def test_packing_for_accelerators_equals_packing_for_the_cpu(batch):
+    mask = batch["attention_mask"].bool()
+    torch.manual_seed(0)
+    states = torch.randn(3, 6, 12, 4, 8)
+    results = []
+    for device in ("cuda", "cpu"):  # the arithmetic of the one, on tensors of the other
+        packing = Packing.from_mask(mask, 6, 12, torch.device(device))
+        query, key, value = (packing.pack(x) for x in states)
+        results.append(packing.unpack(packing.attend(query, key, value, 0.0, 0.3).flatten(1), 6, 12))
+    torch.testing.assert_close(*results)
+
+
 # ------------------------------------------------------------------------------------------------------- positions by hand
 
 
