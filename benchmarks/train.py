@@ -26,9 +26,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertForSequenceClassification, train_wordpiece
+from minibert.data.load import load
 from minibert.inference.evaluate import evaluate
 from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage
-from minibert.train.data import load
 from minibert.train.embed import _trainer_arguments, embed
 from minibert.train.finetune import classify
 from minibert.train.loop import rows_of_step
