@@ -53,4 +53,15 @@ def train(
     )
 
 
+@app.command()
+def pieces(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pieces.json"),
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, interleaved.")] = 20,
+) -> None:
+    """Dropout and attention of a training step, ours beside torch's. Example: python -m benchmarks pieces"""
+    from benchmarks.pieces import run
+
+    run(out, repeats=repeats)
+
+
 app(prog_name="python -m benchmarks")
