@@ -50,7 +50,8 @@ def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
     here once for all the layers that read it, where autocast would cast it for each."""
     if torch.is_autocast_enabled(tensor.device.type):
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-    return tensor.to(linear.weight.dtype) if linear.weight.is_floating_point() else tensor
+    weight = linear.weight  # a quantized layer keeps integers, or a method of this name, and takes what it gets
+    return tensor.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else tensor
 
 
 def drop(states: Tensor, probability: float) -> Tensor:

@@ -297,6 +297,14 @@ def test_half_precision_keeps_float32_results(config, batch, dtype, tmp_path):
     assert cosine.min() > 0.999
 
 
+def test_dynamic_quantization_to_int8(model, batch):
+    expected = model(**batch).last_hidden_state
+    found = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)(**batch).last_hidden_state
+    mask = batch["attention_mask"].bool()
+    assert nn.functional.cosine_similarity(found[mask], expected[mask], dim=-1).min() > 0.98
+    assert not torch.equal(found, expected)
+
+
 def test_sdpa_equals_eager(model, batch):
     mask = batch["attention_mask"].bool()
     one = model(**batch).last_hidden_state[mask]
