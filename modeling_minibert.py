@@ -55,8 +55,8 @@ def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def drop(states: Tensor, probability: float) -> Tensor:
-    """Dropout, which on the CPU draws 16 random bits per element: torch draws a whole number each, one after another, and
-    spends a quarter of a training step on it. The probability is rounded to a multiple of 2**-16."""
+    """Dropout, which on the CPU draws 16 random bits per element: torch draws a whole number each, one after another (see
+    ``benchmarks/pieces.py``). The probability is rounded to a multiple of 2**-16."""
     if probability == 0.0 or states.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(states, probability)
     dropped = round(probability * 2**16)
