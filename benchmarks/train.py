@@ -29,8 +29,8 @@ from minibert import MiniBertConfig, MiniBertForSequenceClassification, train_wo
 from minibert.data.load import load
 from minibert.inference.evaluate import evaluate
 from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage
+from minibert.train.classify import classify
 from minibert.train.embed import _trainer_arguments, embed
-from minibert.train.finetune import classify
 from minibert.train.loop import rows_of_step
 from minibert.train.stage import StageContext
 

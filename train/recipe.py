@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # Kind of stage: its arguments, the module and function that run it, and whether one process does all of it.
 _KINDS: dict[str, tuple[type[BaseModel], str, str, bool]] = {
     "tokenizer": (TokenizerStage, "minibert.train.recipe", "train_tokenizer", True),
-    "classify": (ClassifyStage, "minibert.train.finetune", "classify", False),
+    "classify": (ClassifyStage, "minibert.train.classify", "classify", False),
     "embed": (EmbedStage, "minibert.train.embed", "embed", False),
     "evaluate": (EvaluateStage, "minibert.train.recipe", "evaluate_model", True),
 }

@@ -1,26 +1,22 @@
-"""Fine-tuning stages: a head on top of an encoder, trained with the loop. Here: ``classify``, of texts or pairs of texts."""
+"""The ``classify`` stage: a head on top of an encoder that tells classes of texts, or of pairs of texts."""
 
-import hashlib
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
 from datasets import ClassLabel, Dataset, Value
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
 from minibert.train.arguments import ClassifyStage
 from minibert.train.loop import fit, processes
+from minibert.train.rows import TokenRows, compute_outputs, refuse_first
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
 _METRICS = ("accuracy", "macro_f1", "loss")
-_TOKENIZED_AT_ONCE = 4096
 
 
 def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
@@ -103,97 +99,24 @@ def read_labels(rows: Dataset, column: str, names: Sequence[str] | None) -> tupl
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
         names = list(names or sorted(set(values)))
         numbers = {name: number for number, name in enumerate(names)}
-        _refuse_first(values, [value in numbers for value in values], column, f"it should be one of {', '.join(names)}")
+        refuse_first(values, [value in numbers for value in values], column, f"it should be one of {', '.join(names)}")
         labels = np.array([numbers[value] for value in values], dtype=np.int64)
     else:
         array = np.asarray(values)
         if array.dtype == object or array.ndim != 1 or array.dtype.kind not in "iufb":
             raise ValueError(f"Column {column!r} holds {feature}, not classes; a label is a number from 0 up, or a string.")
-        _refuse_first(values, np.isfinite(array) & (array == np.floor(array)), column, "a label must be a whole number")
+        refuse_first(values, np.isfinite(array) & (array == np.floor(array)), column, "a label must be a whole number")
         labels = array.astype(np.int64)
         known = names or found
         count = len(known) if known else max(2, int(labels.max()) + 1)
         names = list(known or map(str, range(count)))
         advice = f"classes are numbered 0 to {count - 1}"
-        _refuse_first(values, (labels >= 0) & (labels < count), column, f"{advice}; correct it or remove the row")
+        refuse_first(values, (labels >= 0) & (labels < count), column, f"{advice}; correct it or remove the row")
         if found and names != found and set(names) == set(found):  # the same classes, numbered in another order
             labels = np.array([names.index(name) for name in found])[labels]
     if len(names) < 2:
         raise ValueError(f"Column {column!r} holds the single class {names[0]!r}; a classifier needs at least two.")
     return labels, list(names)
-
-
-def _refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
-    good = np.asarray(good, dtype=bool)
-    if not good.all():
-        row = int(np.argmin(good))
-        raise ValueError(f"Row {row + 1} has {column}={values[row]!r}; {advice}.")
-
-
-class TokenRows:
-    """Tokenized rows, end to end in one array, so that making a batch is a few numpy calls.
-
-    Attributes:
-        ids: (tokens of all rows,) int32; ``types`` the same for segments, or None where the model has none.
-        starts: (rows + 1,) where each row begins.
-        labels: (rows,) or (rows, values).
-    """
-
-    def __init__(self, ids: np.ndarray, types: np.ndarray | None, starts: np.ndarray, labels: np.ndarray, pad_token_id: int):
-        self.ids, self.types, self.starts, self.labels, self.pad_token_id = ids, types, starts, labels, pad_token_id
-
-    @classmethod
-    def from_texts(cls, rows: Dataset, columns, labels: np.ndarray, tokenizer: Any, max_length: int) -> "TokenRows":
-        """Tokenize ``columns`` (one, or two for pairs), cutting the longer text first where a row exceeds ``max_length``."""
-        ids, types = [], []
-        lengths: list[int] = []
-        quiet = not processes().is_main_process
-        starts = tqdm(range(0, len(rows), _TOKENIZED_AT_ONCE), desc="tokenize", disable=quiet, leave=False)
-        for start in starts:
-            some = rows[start : start + _TOKENIZED_AT_ONCE]
-            encoded = tokenizer(
-                *(list(some[column]) for column in columns),
-                truncation=True,
-                max_length=max_length,
-                return_attention_mask=False,
-            )
-            lengths += map(len, encoded["input_ids"])
-            ids.append(np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32))
-            if "token_type_ids" in encoded:
-                types.append(np.fromiter(chain.from_iterable(encoded["token_type_ids"]), dtype=np.int8))
-        ends = np.cumsum([0, *lengths], dtype=np.int64)
-        return cls(np.concatenate(ids), np.concatenate(types) if types else None, ends, labels, tokenizer.pad_token_id)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitems__(self, rows: Sequence[int]) -> np.ndarray:
-        return np.asarray(rows)  # rows stay here; collate fetches all of a batch at once
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when any token or label does."""
-        digest = hashlib.blake2b(digest_size=16)
-        for array in (self.ids, self.starts, self.labels):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
-
-    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Inputs of the model for ``rows``, padded to the longest of them: (rows, longest) each, and labels."""
-        starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        taken = (starts[:, None] + np.arange(lengths.max()))[mask]
-        batch = {"input_ids": np.full(mask.shape, self.pad_token_id, dtype=np.int64), "attention_mask": mask.astype(np.int64)}
-        batch["input_ids"][mask] = self.ids[taken]
-        if self.types is not None:
-            batch["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
-            batch["token_type_ids"][mask] = self.types[taken]
-        batch["labels"] = self.labels[rows]
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the evaluation
@@ -203,19 +126,8 @@ def evaluator(rows: TokenRows, batch_size: int) -> Callable[[nn.Module], dict[st
     """A function that measures a classifier on ``rows``: each process computes its share, all return the same figures."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        state = processes()
-        # Batches of like lengths waste no time on padding; the longest come first, so that memory runs out at once or never.
-        order = np.argsort(-rows.lengths, kind="stable")
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        mine = batches[state.process_index :: state.num_processes]
-        logits = []
-        for batch in tqdm(mine, desc="evaluate", leave=False, disable=not state.is_main_process):
-            inputs = send_to_device(rows.collate(batch), state.device)
-            inputs.pop("labels")
-            logits.append(model(**inputs).logits.float().cpu())
-        gathered = gather_object([(np.concatenate(mine), torch.cat(logits).numpy())] if mine else [])
-        numbers = np.concatenate([part[0] for part in gathered])
-        return classification_figures(torch.from_numpy(np.concatenate([part[1] for part in gathered])), rows.labels[numbers])
+        numbers, (logits,) = compute_outputs(model, rows, batch_size, "logits")
+        return classification_figures(torch.cat(logits), rows.labels[numbers])
 
     return evaluate
 

@@ -9,8 +9,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from minibert import train_word_level
-from minibert.train import finetune
 from minibert.train.arguments import ClassifyStage
+from minibert.train.classify import classification_figures, read_labels
+from minibert.train.classify import classify as classify_stage
+from minibert.train.rows import TokenRows
 from minibert.train.stage import StageContext
 
 ANIMALS, THINGS = ("cat", "dog", "owl"), ("cup", "pen", "key")
@@ -51,7 +53,7 @@ def classify(tmp_path, tokenizer_folder):
         values = {"kind": "classify", **files, "batch_size": 8, "learning_rate": 0.02, "log_steps": 5, **changes}
         values["model"] = model or PRESET
         context = StageContext(tmp_path / "out", seed=3, model=model, tokenizer=tokenizer_folder)
-        return finetune.classify(ClassifyStage.model_validate(values), context)
+        return classify_stage(ClassifyStage.model_validate(values), context)
 
     return run
 
@@ -91,26 +93,26 @@ def test_starts_from_an_earlier_model(classify, tmp_path):
 
 def test_batches_are_padded_to_their_longest_row_and_hold_the_tokenizers_ids(tokenizer):
     rows = Dataset.from_dict({"a": ["the cat", "the very very dog", "cup"], "b": ["pen", "the key", "owl"]})
-    made = finetune.TokenRows.from_texts(rows, ("a", "b"), np.array([1, 0, 1]), tokenizer, 32)
+    made = TokenRows.from_texts(rows, ("a", "b"), np.array([1, 0, 1]), tokenizer, 32)
     for wanted in ([0], [2, 0], [0, 1, 2]):
         batch = made.collate(made.__getitems__(wanted))
         expected = tokenizer(rows[wanted]["a"], rows[wanted]["b"], padding=True, return_tensors="pt")
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         assert batch["labels"].tolist() == [[1, 0, 1][row] for row in wanted]
-    other = finetune.TokenRows.from_texts(rows, ("b", "a"), np.array([1, 0, 1]), tokenizer, 32)
+    other = TokenRows.from_texts(rows, ("b", "a"), np.array([1, 0, 1]), tokenizer, 32)
     assert made.fingerprint != other.fingerprint
 
 
 def test_long_texts_are_cut(tokenizer):
     rows = Dataset.from_dict({"a": ["the " * 50], "b": ["cat " * 3]})
-    made = finetune.TokenRows.from_texts(rows, ("a", "b"), np.array([1]), tokenizer, 12)
+    made = TokenRows.from_texts(rows, ("a", "b"), np.array([1]), tokenizer, 12)
     assert made.lengths.tolist() == [12]
     assert tokenizer.convert_ids_to_tokens(made.ids.tolist()).count("cat") == 3  # the longer text is cut first
 
 
 def test_figures():
     logits = torch.tensor([[2.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 2.0, 0.0]])
-    figures = finetune.classification_figures(logits, np.array([0, 1, 2, 1]))
+    figures = classification_figures(logits, np.array([0, 1, 2, 1]))
     assert figures["accuracy"] == 0.75
     assert figures["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     assert figures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 1])).item())
@@ -131,7 +133,7 @@ def test_figures():
 )
 def test_labels_in_every_form(values, feature, given, labels, names):
     rows = Dataset.from_dict({"label": values}, features=Features({"label": feature}))
-    found, found_names = finetune.read_labels(rows, "label", given)
+    found, found_names = read_labels(rows, "label", given)
     assert found.tolist() == labels and found_names == names
 
 

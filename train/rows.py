@@ -1,0 +1,122 @@
+"""Rows of tokens, which every fine-tuning stage trains on and is measured on."""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from minibert.train.loop import processes
+
+_TOKENIZED_AT_ONCE = 4096
+
+
+class TokenRows:
+    """Tokenized rows, end to end in one array, so that making a batch is a few numpy calls.
+
+    Attributes:
+        ids: (tokens of all rows,) int32; ``types`` the same for segments, or None where the model has none.
+        starts: (rows + 1,) where each row begins.
+        labels: (rows,) or (rows, values).
+    """
+
+    INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of the model; the rest of a batch is for its loss
+
+    def __init__(self, ids: np.ndarray, types: np.ndarray | None, starts: np.ndarray, labels: np.ndarray, pad_token_id: int):
+        self.ids, self.types, self.starts, self.labels, self.pad_token_id = ids, types, starts, labels, pad_token_id
+
+    @classmethod
+    def from_texts(cls, rows: Dataset, columns, labels: np.ndarray, tokenizer: Any, max_length: int) -> "TokenRows":
+        """Tokenize ``columns`` (one, or two for pairs), cutting the longer text first where a row exceeds ``max_length``."""
+        ids, types = [], []
+        lengths: list[int] = []
+        quiet = not processes().is_main_process
+        starts = tqdm(range(0, len(rows), _TOKENIZED_AT_ONCE), desc="tokenize", disable=quiet, leave=False)
+        for start in starts:
+            some = rows[start : start + _TOKENIZED_AT_ONCE]
+            encoded = tokenizer(
+                *(list(some[column]) for column in columns),
+                truncation=True,
+                max_length=max_length,
+                return_attention_mask=False,
+            )
+            lengths += map(len, encoded["input_ids"])
+            ids.append(np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32))
+            if "token_type_ids" in encoded:
+                types.append(np.fromiter(chain.from_iterable(encoded["token_type_ids"]), dtype=np.int8))
+        ends = np.cumsum([0, *lengths], dtype=np.int64)
+        return cls(np.concatenate(ids), np.concatenate(types) if types else None, ends, labels, tokenizer.pad_token_id)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitems__(self, rows: Sequence[int]) -> np.ndarray:
+        return np.asarray(rows)  # rows stay here; collate fetches all of a batch at once
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any token or label does."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.ids, self.starts, self.labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Inputs of the model for ``rows``, padded to the longest of them: (rows, longest) each, and labels."""
+        starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        taken = (starts[:, None] + np.arange(lengths.max()))[mask]
+        batch = {"input_ids": np.full(mask.shape, self.pad_token_id, dtype=np.int64), "attention_mask": mask.astype(np.int64)}
+        batch["input_ids"][mask] = self.ids[taken]
+        if self.types is not None:
+            batch["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
+            batch["token_type_ids"][mask] = self.types[taken]
+        batch["labels"] = self.labels[rows]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def compute_outputs(model: nn.Module, rows: TokenRows, batch_size: int, *names: str) -> tuple[np.ndarray, list[list[Tensor]]]:
+    """Outputs of ``model`` for all of ``rows``: every process computes its share of the batches, and all get everything.
+
+    Args:
+        names: the outputs wanted, such as ``"logits"``.
+
+    Returns:
+        The numbers of the rows, in the order in which they were computed, and for each name one float32 tensor per batch,
+        (rows of the batch, ...). Tensors of padded tokens are as long as the longest row of their batch.
+    """
+    state = processes()
+    # Batches of like lengths waste no time on padding; the longest come first, so that memory runs out at once or never.
+    order = np.argsort(-rows.lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine = []
+    bar = tqdm(
+        batches[state.process_index :: state.num_processes], desc="evaluate", leave=False, disable=not state.is_main_process
+    )
+    for batch in bar:
+        inputs = send_to_device(rows.collate(batch), state.device)
+        inputs = {name: value for name, value in inputs.items() if name in rows.INPUTS}
+        outputs = model(**inputs)
+        mine.append((batch, [outputs[name].float().cpu() for name in names]))
+    gathered = gather_object(mine)
+    return np.concatenate([batch for batch, _ in gathered]), [
+        [tensors[at] for _, tensors in gathered] for at in range(len(names))
+    ]
+
+
+def refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
+    """Refuse the first of ``values`` that is not ``good`` (a bool each), with its row counted from 1."""
+    good = np.asarray(good, dtype=bool)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise ValueError(f"Row {row + 1} has {column}={values[row]!r}; {advice}.")
