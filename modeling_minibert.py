@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -74,7 +75,7 @@ class MiniBertDropout(nn.Dropout):
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention spelled out: three (B, H, L, D) -> (B, L, H, D) and the weights (B, H, L, L)."""
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
+    scores = (query * scaling) @ key.transpose(2, 3)  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = drop(F.softmax(scores, dim=-1).to(query.dtype), dropout)  # summed in float32 whatever the dtype
@@ -82,6 +83,10 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 # --------------------------------------------------------------------------------------------------------- packing
+
+
+# Attention scores of a run of sequences from which half precision is the faster on a CPU.
+_LARGE_SCORES = 2**16
 
 
 class Packing:
@@ -151,20 +156,24 @@ class Packing:
 
     def _attend_runs(self, query, key, value, dropout: float, scaling: float) -> Tensor:
         sizes = [count * length for count, length in self.runs]
+        training = torch.is_grad_enabled() and query.requires_grad
+        half = query.dtype in (torch.bfloat16, torch.float16)
         outputs = []
-        if dropout:
-            # torch's CPU kernel has no dropout. Spelled out, many small products are faster in float32 than in bfloat16.
-            query, key, value = wide(query), wide(key), wide(value)
         # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
         parts = zip(self.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
         with torch.autocast("cpu", enabled=False):
             for (count, length), *qkv in parts:
+                # torch's CPU kernel has no dropout, and its backward is slow in half precision. Spelled out, large products
+                # are fastest in half precision and small ones in float32 (see benchmarks/pieces.py).
+                large = half and count * query.shape[1] * length**2 >= _LARGE_SCORES
+                if training and half and not large:
+                    qkv = [wide(x) for x in qkv]
                 q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)
-                if dropout:
+                if dropout or (training and large):
                     context, _ = eager_attention_forward(None, q, k, v, None, scaling, dropout)  # (count, length, H, D)
                 else:
                     context = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
-                outputs.append(context.flatten(0, 1))  # (count * length, H, D)
+                outputs.append(context.flatten(0, 1).to(query.dtype))  # (count * length, H, D)
         return torch.cat(outputs) if outputs else query
 
     def _attend_padded(self, query, key, value, dropout: float, scaling: float) -> Tensor:
@@ -521,6 +530,40 @@ class MiniBertModel(MiniBertPreTrainedModel):
 # ----------------------------------------------------------------------------------------------------------- heads
 
 
+# Elements of a block of logits: on a CPU (True) it should stay in the cache.
+_LOGITS_AT_ONCE = {True: 2**21, False: 2**27}
+
+
+class WordLoss(torch.autograd.Function):
+    """Sum of the cross entropies of ``hidden @ weight.T + bias`` (T, V) with ``labels`` (T,), in float32.
+
+    Loss and gradients come out of one pass over blocks of rows, so that the logits of one block only exist at a time: they
+    are larger than everything else in a step and, on a CPU, would leave the cache (Liger kernel, Hsu et al. 2024,
+    arXiv:2410.10989, fuses the two in this way).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        """``hidden`` (T, C) and ``weight`` (V, C) in the dtype to multiply in; ``bias`` (V,) in float32."""
+        rows = max(1, _LOGITS_AT_ONCE[hidden.device.type == "cpu"] // weight.shape[0])
+        loss = torch.zeros((), device=hidden.device)
+        grad_logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)  # (T, V)
+        for block, expected, grad in zip(hidden.split(rows), labels.split(rows), grad_logits.split(rows), strict=True):
+            expected = expected[:, None]  # (rows, 1)
+            scores = F.log_softmax(torch.add(block @ weight.t(), bias), dim=-1)  # (rows, V), float32
+            loss -= scores.gather(1, expected).sum()
+            scores.exp_().scatter_add_(1, expected, scores.new_full(expected.shape, -1.0))
+            grad.copy_(scores)
+        ones = grad_logits.new_ones(1, len(labels))  # a product sums columns ten times as fast as sum() does on a CPU
+        grad_bias = (ones @ grad_logits).view(-1).to(bias.dtype)
+        ctx.save_for_backward(grad_logits @ weight, grad_logits.t() @ hidden, grad_bias)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *((grad * saved).to(saved.dtype) for saved in ctx.saved_tensors), None
+
+
 class MiniBertLMHead(nn.Module):
     """Hidden states (…, C) -> word logits (…, V)."""
 
@@ -532,9 +575,17 @@ class MiniBertLMHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
+    def transform(self, hidden_states: Tensor) -> Tensor:
+        """What precedes the product with the words: (…, C) -> (…, C)."""
+        return self.norm(self.act(self.dense(narrow(hidden_states, self.dense))))
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self.norm(self.act(self.dense(narrow(hidden_states, self.dense))))
-        return wide(self.decoder(narrow(hidden_states, self.decoder)))
+        return wide(self.decoder(narrow(self.transform(hidden_states), self.decoder)))
+
+    def loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross entropies of (T, C) with ``labels`` (T,), without the logits in memory."""
+        states, decoder = narrow(self.transform(hidden_states), self.decoder), self.decoder
+        return WordLoss.apply(states, narrow(decoder.weight, decoder), wide(decoder.bias), labels)
 
 
 class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
@@ -552,11 +603,15 @@ class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
         self.lm_head.decoder = new_embeddings
         self.lm_head.bias = new_embeddings.bias
 
-    def predict_words(self, hidden_states: Tensor, labels: Tensor | None, **kwargs) -> tuple[Tensor | None, Tensor]:
-        """Loss and logits. While training only the labelled positions are computed: logits are (labelled, V)."""
+    def predict_words(self, hidden_states: Tensor, labels: Tensor | None, **kwargs) -> tuple[Tensor | None, Tensor | None]:
+        """Loss and logits. While training only the labelled positions are computed, and no logits are returned."""
         if labels is not None and self.training:
             labelled = labels.flatten() != -100
             hidden_states, labels = hidden_states.flatten(0, 1)[labelled], labels.flatten()[labelled]
+            plain = type(self.lm_head.decoder) is nn.Linear and self.loss_function is LOSS_MAPPING["ForMaskedLM"]
+            if plain and not torch.compiler.is_compiling():
+                count = kwargs.get("num_items_in_batch", max(1, len(labels)))
+                return self.lm_head.loss(hidden_states, labels) / count, None
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
@@ -586,8 +641,8 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
         labels: Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
-        """``labels`` (B, L): the word at each masked position, -100 elsewhere. Logits are (B, L, V), or (labelled, V)
-        while training, where the other positions are not computed."""
+        """``labels`` (B, L): the word at each masked position, -100 elsewhere. Logits are (B, L, V), and None
+        while training with labels: there nothing but the loss at the labelled positions is computed."""
         outputs = self.minibert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )

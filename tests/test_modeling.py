@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import minibert
-from minibert import MiniBertConfig, MiniBertModel
+from minibert import MiniBertConfig, MiniBertModel, modeling_minibert
 from minibert.modeling_minibert import Packing, drop, rotary_angles, rotate, sinusoidal_table
 
 HEADS = [name for name in minibert.__all__ if name.startswith("MiniBertFor")]
@@ -220,34 +220,85 @@ def test_attention_spelled_out_equals_the_kernel():
 # ------------------------------------------------------------------------------------------------------- heads and losses
 
 
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rows_at_once", [1000, 3])
 @pytest.mark.parametrize("name", ["MiniBertForMaskedLM", "MiniBertForPreTraining"])
-def test_masked_positions_only_equals_the_dense_loss(name, config, batch):
+def test_masked_positions_only_equals_the_dense_loss(name, config, batch, rows_at_once, monkeypatch):
+    monkeypatch.setattr(modeling_minibert, "_LOGITS_AT_ONCE", {True: rows_at_once * 101})
     torch.manual_seed(0)
     model = getattr(minibert, name)(no_dropout(config))
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
     inputs = labels_for(name, batch)
     inputs.pop("next_sentence_label", None)
-
-    def loss_and_gradient():
-        model.zero_grad()
-        output = model(**inputs)
-        output.loss.backward()
-        logits = output.logits if name.endswith("LM") else output.prediction_logits
-        return (
-            output.loss.detach(),
-            logits.shape,
-            {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None},
-        )
-
+    logits = "logits" if name.endswith("LM") else "prediction_logits"
     model.eval()
-    dense, dense_shape, dense_gradients = loss_and_gradient()
+    dense, dense_gradients = loss_and_gradients(model, inputs)
     model.train()
-    sparse, sparse_shape, sparse_gradients = loss_and_gradient()
-    assert dense_shape == (6, 12, 101)
-    assert sparse_shape == (int((inputs["labels"] != -100).sum()), 101)
-    torch.testing.assert_close(dense, sparse)
+    sparse, sparse_gradients = loss_and_gradients(model, inputs)
+    assert getattr(dense, logits).shape == (6, 12, 101)
+    assert getattr(sparse, logits) is None
+    torch.testing.assert_close(dense.loss, sparse.loss)
     assert dense_gradients.keys() == sparse_gradients.keys()
     for key, gradient in dense_gradients.items():
         torch.testing.assert_close(gradient, sparse_gradients[key], atol=1e-6, rtol=1e-4)
+
+
+def test_masked_loss_under_autocast_equals_the_dense_loss(config, batch):
+    torch.manual_seed(0)
+    model = minibert.MiniBertForMaskedLM(no_dropout(config))
+    inputs = labels_for("MiniBertForMaskedLM", batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.eval()
+        dense, dense_gradients = loss_and_gradients(model, inputs)
+        model.train()
+        sparse, sparse_gradients = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(dense.loss, sparse.loss, atol=2e-3, rtol=1e-3)
+    for key, gradient in dense_gradients.items():
+        assert sparse_gradients[key].dtype == gradient.dtype
+        scale = gradient.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(gradient / scale, sparse_gradients[key] / scale, atol=3e-2, rtol=0)
+
+
+def test_masked_loss_is_divided_by_the_items_of_all_accumulated_batches(config, batch):
+    model = minibert.MiniBertForMaskedLM(no_dropout(config)).train()
+    inputs = labels_for("MiniBertForMaskedLM", batch)
+    labelled = int((inputs["labels"] != -100).sum())
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=torch.tensor(4 * labelled)).loss * 4, model(**inputs).loss)
+
+
+def test_another_loss_function_is_given_the_logits(config, batch):
+    model = minibert.MiniBertForMaskedLM(no_dropout(config)).train()
+    model.loss_function = lambda logits, labels, **_: logits.sum() * 0 + len(labels)
+    inputs = labels_for("MiniBertForMaskedLM", batch)
+    output = model(**inputs)
+    assert output.loss == (inputs["labels"] != -100).sum()
+    assert output.logits.shape == (output.loss, 101)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_half_precision_attention_has_the_gradients_of_float32(dropout, monkeypatch):
+    torch.manual_seed(0)
+    tensors = [torch.randn(12, 4, 8).bfloat16() for _ in range(3)]
+
+    def gradients(dtype):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
+        context = Packing(None, [2, 5, 5], None, 5).attend(*inputs, dropout, 0.3)
+        assert context.dtype == dtype
+        (context.float() ** 2).sum().backward()
+        return [x.grad.float() for x in inputs]
+
+    exact = gradients(torch.float32)
+    for large_from in (0, 10**9):  # all in half precision, and all in float32
+        monkeypatch.setattr(modeling_minibert, "_LARGE_SCORES", large_from)
+        for ours, theirs in zip(gradients(torch.bfloat16), exact, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize(
