@@ -5,18 +5,25 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from minibert import train_word_level
+from minibert.data.labels import MULTI, REGRESSION, SINGLE, read_labels
+from minibert.inference.figures import classification_figures
 from minibert.train.arguments import ClassifyStage
-from minibert.train.classify import classification_figures, read_labels
 from minibert.train.classify import classify as classify_stage
 from minibert.train.rows import TokenRows
 from minibert.train.stage import StageContext
 
 ANIMALS, THINGS = ("cat", "dog", "owl"), ("cup", "pen", "key")
-PRESET = {"preset": "nano-1x3", "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+PRESET = {
+    "preset": "nano-1x3",
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "hidden_dropout_prob": 0.0,
+}
 
 
 def sentences(count=90):
@@ -133,25 +140,40 @@ def test_figures():
 )
 def test_labels_in_every_form(values, feature, given, labels, names):
     rows = Dataset.from_dict({"label": values}, features=Features({"label": feature}))
-    found, found_names = read_labels(rows, "label", given)
-    assert found.tolist() == labels and found_names == names
+    problem, found, found_names = read_labels(rows, "label", given)
+    assert problem == SINGLE and found.tolist() == labels and found_names == names
 
 
 @pytest.mark.parametrize(
     ("labels", "changes", "message"),
     [
-        ([0, 1, 0.5], {}, r"Row 3 has label=0.5; a label must be a whole number"),
+        ([0, 1, 0.5], {"labels": ["a", "b"]}, r"Row 3 has label=0.5; a label must be a whole number"),
+        ([0, 1, 0.5], {"problem_type": SINGLE}, r"Row 3 has label=0.5; a label must be a whole number"),
         ([0, -1, 1], {}, r"Row 2 has label=-1; classes are numbered 0 to 1; correct it or remove the row"),
         ([0, 1, 2], {"labels": ["a", "b"]}, r"Row 3 has label=2; classes are numbered 0 to 1"),
         (["a", "b", "c"], {"labels": ["a", "b"]}, r"Row 3 has label='c'; it should be one of a, b"),
         (["a", "a", "a"], {}, r"single class 'a'"),
         ([0, None, 1], {}, r"no value in column 'label' of row 2"),
-        ([[0], [1], [0]], {}, r"not classes"),
+        ([[0], [1], [0]], {"problem_type": SINGLE}, r"not classes"),
+        ([0, 1, 0], {"problem_type": MULTI}, r"one label per row; multi_label_classification needs lists of classes"),
+        ([["a"], ["b", "c"], []], {"labels": ["a", "b"]}, r"Row 2 has label=\['b', 'c'\]; each should be one of a, b"),
+        ([[0], [1, -1], []], {}, r"Row 2 has label=\[1, -1\]; classes are numbered 0 to 1"),
+        ([[0, 1, 1], [0], [1]], {}, r"Row 1 has label=\[0, 1, 1\]; a list names each class once"),
+        ([["a"], ["b", None], []], {}, r"Row 2 has label=\['b', None\]; a list of classes has no empty places"),
+        ([["a"], None, []], {}, r"no value in column 'label' of row 2"),
+        ([[0.5], [1.0], [0.0]], {}, r"a list of classes holds their names, or their numbers"),
+        ([0.5, float("nan"), 1], {}, r"Row 2 has label=nan; regression needs a finite number"),
+        (["a", "b", "a"], {"problem_type": REGRESSION}, r"regression needs a number in every row"),
+        ([0.5, 2.5, 1], {"problem_type": REGRESSION, "labels": ["a", "b"]}, r"Regression predicts one number"),
+        ([0, 1, 2], {"label_column": ["label", "more"]}, r"no column 'more'"),
+        ([0, 1, 2], {"label_column": ["label"]}, r"Row 3 has label=2; with several columns each holds 0 or 1"),
+        ([0, 1, 1], {"label_column": ["label"], "problem_type": SINGLE}, r"reads its labels from one column, not from label"),
+        ([0.5, 2.5, 1], {"metric_for_best": "accuracy"}, r"use one of spearman, pearson, mse"),
         ([0, 1, 1], {"label_column": "gold"}, r"no column 'gold'; it has text, label"),
         ([0, 1, 1], {"text_columns": ["body"]}, r"no column 'body'"),
         ([0, 1, 1], {"text_columns": ["label"]}, r"'label' of .* does not hold text"),
         ([0, 1, 1], {"max_length": 4000}, r"max_length=4000 exceeds the model's max_position_embeddings=128"),
-        ([0, 1, 1], {"metric_for_best": "f2"}, r"metric_for_best='f2' is unknown; use one of accuracy, macro_f1, loss"),
+        ([0, 1, 1], {"metric_for_best": "f2"}, r"metric_for_best='f2' is unknown here; use one of accuracy, macro_f1, loss"),
     ],
 )
 def test_refusals_name_the_row_or_field(classify, tmp_path, labels, changes, message):
@@ -161,8 +183,81 @@ def test_refusals_name_the_row_or_field(classify, tmp_path, labels, changes, mes
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
+def test_several_labels_per_row(classify, tmp_path):
+    """Each noun brings its class, so a text of two nouns has two, and one of none has none."""
+    rows = [
+        {"text": f"the {one} the {other}", "label": [name for name in ("animal", "thing") if name in (kind_one, kind_other)]}
+        for one, kind_one in (("cat", "animal"), ("cup", "thing"), ("very", None))
+        for other, kind_other in (("dog", "animal"), ("pen", "thing"), ("very", None))
+    ]
+    metrics = classify(rows * 8, rows, epochs=25, learning_rate=0.02, batch_size=8, eval_steps=75)
+    assert metrics["eval_micro_f1"] == metrics["eval_macro_f1"] == metrics["eval_subset_accuracy"] == 1.0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert (model.config.problem_type, model.config.id2label) == (MULTI, {0: "animal", 1: "thing"})
+
+
+def test_a_number_per_row(classify, tmp_path):
+    """The number of animals in a text, from 0 to 1 by halves."""
+    rows = [
+        {"sentence1": f"the {one}", "sentence2": f"the {other}", "score": ((one in ANIMALS) + (other in ANIMALS)) / 2}
+        for one in ANIMALS + THINGS
+        for other in ANIMALS + THINGS
+    ]
+    metrics = classify(rows * 2, rows, epochs=15, learning_rate=0.01, eval_steps=135, label_column="score")
+    assert metrics["eval_spearman"] > 0.85 and metrics["eval_pearson"] > 0.85 and metrics["eval_mse"] < 0.04
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert (model.config.problem_type, model.config.id2label) == (REGRESSION, {0: "score"})
+
+
+def test_the_smallest_error_is_kept(classify, tmp_path):
+    rows = [{"text": f"the {noun}", "label": 0.5 + (noun in ANIMALS)} for noun in ANIMALS + THINGS] * 4
+    metrics = classify(rows, rows, epochs=4, metric_for_best="mse", eval_steps=1, save_steps=1)
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    errors = [line["eval_mse"] for line in log if "eval_mse" in line]
+    assert len(errors) == 12 and metrics["eval_mse"] == min(errors) < max(errors)
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "values", "names"),
+    [
+        ({"label": [["b"], [], ["b", "a"]]}, None, [[0, 1], [0, 0], [1, 1]], ["a", "b"]),
+        ({"label": [["b"], [], ["b", "a"]]}, ["b", "a"], [[1, 0], [0, 0], [1, 1]], ["b", "a"]),
+        ({"label": [[2], [], [0, 1]]}, None, [[0, 0, 1], [0, 0, 0], [1, 1, 0]], ["0", "1", "2"]),
+        ({"toxic": [0, 1], "rude": [True, False]}, None, [[0, 1], [1, 0]], ["toxic", "rude"]),
+    ],
+)
+def test_sets_of_labels_in_every_form(columns, given, values, names):
+    rows = Dataset.from_dict(columns)
+    wanted = "label" if "label" in columns else list(columns)
+    assert [x.tolist() if isinstance(x, np.ndarray) else x for x in read_labels(rows, wanted, given)] == [MULTI, values, names]
+
+
+def test_named_sets_may_be_numbered_in_another_order():
+    features = Features({"label": List(ClassLabel(names=["yes", "no"]))})
+    rows = Dataset.from_dict({"label": [[0], [1, 0]]}, features=features)
+    assert read_labels(rows, "label").values.tolist() == [[1, 0], [1, 1]]
+    assert read_labels(rows, "label", ["no", "yes"]).values.tolist() == [[0, 1], [1, 1]]
+
+
+def test_figures_of_several_labels():
+    logits = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    figures = classification_figures(logits, np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32), MULTI)
+    assert figures["subset_accuracy"] == pytest.approx(1 / 3)
+    assert figures["micro_f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))  # two right, one too many, one missed
+    assert figures["macro_f1"] == pytest.approx((1 + 0) / 2)
+
+
+def test_figures_of_numbers():
+    figures = classification_figures(torch.tensor([[1.0], [2.0], [9.0]]), np.array([1, 2, 3], dtype=np.float32), REGRESSION)
+    assert figures["spearman"] == pytest.approx(1) and 0.9 < figures["pearson"] < 1 and figures["mse"] == 12
+    same = classification_figures(torch.tensor([[1.0], [1.0]]), np.array([1, 2], dtype=np.float32), REGRESSION)
+    assert same["spearman"] == same["pearson"] == 0
+
+
 def test_refuses_data_without_usual_columns_and_unseen_labels_in_validation(classify):
     with pytest.raises(ValueError, match=r"none of the usual columns of text .*; it has body, label"):
         classify([{"body": "the cat", "label": 0}, {"body": "the cup", "label": 1}])
     with pytest.raises(ValueError, match=r"Row 2 has label=2; classes are numbered 0 to 1"):
         classify(sentences(), [{"text": "the cat", "label": 0}, {"text": "the cup", "label": 2}])
+    with pytest.raises(ValueError, match=r"eval_data, whose labels must all be known from data: Row 1 has label=\['c'\]"):
+        classify([{"text": "the cat", "label": ["a"]}] * 2, [{"text": "the cat", "label": ["c"]}])

@@ -96,6 +96,10 @@ MAY_IMPORT = {
 }
 
 
+# What a stage may call of inference, to measure the model it trains as it will be used.
+EVALUATION = ("minibert.inference.evaluate", "minibert.inference.answers")
+
+
 def areas_imported(path: Path) -> set[str]:
     """The areas of minibert that a file imports; a public name counts as the model's, evaluation by a stage as nothing."""
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
@@ -104,7 +108,7 @@ def areas_imported(path: Path) -> set[str]:
         dotted = (f"minibert.{module}" if level else module).split(".")
         if dotted[0] != "minibert":
             continue
-        if own == "train" and ".".join([*dotted, name]).startswith("minibert.inference.evaluate"):
+        if own == "train" and ".".join([*dotted, name]).startswith(EVALUATION):
             continue
         area = dotted[1] if len(dotted) > 1 else name
         areas.add("modeling_minibert" if len(dotted) == 1 and area not in MAY_IMPORT else area)

@@ -92,14 +92,18 @@ class LoopArguments(Arguments):
     epochs: float = Field(1, gt=0, description="Passes over the training data; fractions are allowed.")
     max_steps: Positive | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs say.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    dropout: Share | None = Field(
+        None, description="Dropout of hidden states and attention while training; unset keeps the model's."
+    )
     weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; biases and norms are never decayed.")
     adam_betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False, description="Decay rates of AdamW's two averages.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Term that keeps AdamW's division finite.")
     warmup_ratio: Share = Field(0.0, description="Share of the steps over which the learning rate rises from zero.")
     warmup_steps: NotNegative | None = Field(None, description="Number of warm-up steps; use it or warmup_ratio, not both.")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Course of the learning rate after warm-up."
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear", description="Course of the learning rate after warm-up; wsd is stable, then decays."
     )
+    decay_ratio: float = Field(0.1, gt=0, le=1, description="Share of the steps over which wsd decays.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them alone.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Arithmetic of forward and backward passes.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
@@ -132,8 +136,52 @@ class TokenizerStage(Stage):
     max_length: Positive = Field(512, description="Longest sequence, in tokens, that the tokenizer announces.")
 
 
+class PhaseArguments(Arguments):
+    """A phase of pretraining; what it leaves out is the stage's."""
+
+    share: float = Field(1.0, gt=0, description="Its share of the optimizer steps, relative to the other phases'.")
+    max_length: Positive | None = Field(None, description="Length of its sequences in tokens.")
+    batch_size: Positive | None = Field(None, description="Its rows per step and process.")
+    learning_rate: float | None = Field(None, gt=0, description="Its peak learning rate.")
+
+
+class PretrainStage(ModelStage, LoopArguments):
+    """Pretrain an encoder on raw text: masked language modelling, alone or with next-sentence prediction."""
+
+    kind: Literal["pretrain"]
+    data: DataSources = Field(description="Text to train on.")
+    eval_data: DataSources | None = Field(None, description="Text to measure on; unset means none.")
+    text_column: str | None = Field(None, description="Column of documents; unset: text, or the only column of strings.")
+    sample_by: Literal["line", "paragraph", "document"] = Field(
+        "paragraph", description="What a document is in .txt files: a line, a paragraph (up to an empty line) or the file."
+    )
+    next_sentence: bool = Field(False, description="Also predict whether the second segment follows the first, as BERT did.")
+    sentence_delimiters: str = Field(
+        ".!?", min_length=1, description="Characters that end a sentence before white space, for next_sentence."
+    )
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
+    mask_replace_prob: Share = Field(0.8, description="Share of the tokens to predict that become [MASK].")
+    random_replace_prob: Share = Field(0.1, description="Share of the tokens to predict that become another word.")
+    whole_word_mask: bool = Field(False, description="Mask all pieces of a word together.")
+    max_length: Positive | None = Field(None, description="Length of sequences in tokens; unset means the model's positions.")
+    phases: list[PhaseArguments] | None = Field(
+        None, min_length=1, description="Parts of the run, such as short sequences first and long ones later; unset: one."
+    )
+    preprocessing_num_workers: Positive | None = Field(None, description="Processes that tokenize; unset: one per processor.")
+    cache_dir: str | None = Field(None, description="Folder that keeps tokenized text; unset means one beside datasets' own.")
+    metric_for_best: Literal["loss", "perplexity", "masked_accuracy", "next_sentence_accuracy"] | None = Field(
+        None, description="Metric that picks the checkpoint kept as the result; null keeps the last."
+    )
+
+    @model_validator(mode="after")
+    def _replaced_at_most_once(self) -> "PretrainStage":
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise ValueError("mask_replace_prob and random_replace_prob add up to more than 1; lower one of them.")
+        return self
+
+
 class ClassifyStage(ModelStage, LoopArguments):
-    """Fine-tune a classifier of single texts or of pairs."""
+    """Fine-tune a classifier of single texts or of pairs: one label, several labels, or a number for each."""
 
     kind: Literal["classify"]
     data: DataSources = Field(description="Training data.")
@@ -141,10 +189,90 @@ class ClassifyStage(ModelStage, LoopArguments):
     text_columns: list[str] | None = Field(
         None, min_length=1, max_length=2, description="One column, or two for pairs; unset means detected."
     )
-    label_column: str = Field("label", description="Column of the class: a number, a string or a ClassLabel.")
+    label_column: str | Annotated[list[str], Field(min_length=1)] = Field(
+        "label",
+        description="Column of the class (a number, a string or a ClassLabel), of lists of them, or of numbers to predict; "
+        "several columns hold 0 or 1 each.",
+    )
     max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
-    labels: list[str] | None = Field(None, min_length=2, description="Names of the classes in order; unset: from the data.")
-    metric_for_best: str = Field("accuracy", description="Metric that picks the checkpoint kept as the result.")
+    labels: list[str] | None = Field(None, min_length=1, description="Names of the classes in order; unset: from the data.")
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
+        None,
+        description="Unset: lists or several columns are multi-label, numbers with fractions (and no labels given) are "
+        "regression, all else is single-label.",
+    )
+    metric_for_best: str | None = Field(
+        None,
+        description="Metric that picks the checkpoint kept as the result: accuracy, macro_f1 or loss; multi-label micro_f1, "
+        "macro_f1, subset_accuracy or loss; regression spearman, pearson or mse. Unset means the first of these.",
+    )
+
+
+class TagStage(ModelStage, LoopArguments):
+    """Fine-tune a tagger of words, such as named entities: lists of words, each word with a tag."""
+
+    kind: Literal["tag"]
+    data: DataSources = Field(description="Training data.")
+    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
+    token_column: str | None = Field(None, description="Column of lists of words; unset means tokens or words.")
+    tag_column: str | None = Field(
+        None, description="Column of lists of tags, strings or numbers; unset means ner_tags, tags, pos_tags or labels."
+    )
+    labels: list[str] | None = Field(None, min_length=2, description="Names of the tags in order; unset: from the data.")
+    max_length: Positive | None = Field(
+        None, description="Longest sequence in tokens; longer ones are cut into windows. Unset means the model's positions."
+    )
+    metric_for_best: str | None = Field(
+        None,
+        description="Metric that picks the checkpoint kept as the result: f1, precision, recall, accuracy or loss; for tags "
+        "that mark no entities accuracy, macro_f1 or loss. Unset means the first of these.",
+    )
+
+
+class AnswerStage(ModelStage, LoopArguments):
+    """Fine-tune extractive question answering: the answer is a span of the context, or there is none."""
+
+    kind: Literal["answer"]
+    data: DataSources = Field(description="Training data: question, context and answers {text: [...], answer_start: [...]}.")
+    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
+    max_length: Positive | None = Field(None, description="Longest window in tokens; unset means the model's positions.")
+    doc_stride: NotNegative | None = Field(
+        None, description="Tokens of a long context that neighbouring windows share; unset means a third of max_length."
+    )
+    max_question_length: Positive | None = Field(
+        None, description="Questions are cut after this many tokens; unset means 64, or a third of max_length if that is less."
+    )
+    max_answer_length: Positive = Field(30, description="Longest answer that is given, in tokens.")
+    null_threshold: float | None = Field(
+        None,
+        description="How much higher than the best span 'no answer' must score to win; unset means 0 where the training data "
+        "has questions without answer, and else that it never wins.",
+    )
+    metric_for_best: Literal["f1", "exact_match"] = Field(
+        "f1", description="Metric that picks the checkpoint kept as the result."
+    )
+
+
+class ChooseStage(ModelStage, LoopArguments):
+    """Fine-tune multiple choice: one of several answers or endings, each read together with the question."""
+
+    kind: Literal["choose"]
+    data: DataSources = Field(description="Training data.")
+    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
+    text_columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        max_length=2,
+        description="What is asked: one column, or two of which the second begins every choice; unset means detected.",
+    )
+    choice_columns: list[str] | None = Field(
+        None, min_length=1, description="One column of lists, or a column per choice; unset means detected."
+    )
+    label_column: str = Field("label", description="Column of the right choice: a number from 0, or a letter from A.")
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
+    metric_for_best: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="Metric that picks the checkpoint kept as the result."
+    )
 
 
 class EmbedStage(ModelStage, LoopArguments):
@@ -183,7 +311,10 @@ class EvaluateStage(ModelStage):
     batch_size: Positive = Field(64, description="Texts encoded at once.")
 
 
-AnyStage = Annotated[TokenizerStage | ClassifyStage | EmbedStage | EvaluateStage, Field(discriminator="kind")]
+AnyStage = Annotated[
+    TokenizerStage | PretrainStage | ClassifyStage | TagStage | AnswerStage | ChooseStage | EmbedStage | EvaluateStage,
+    Field(discriminator="kind"),
+]
 
 
 class Recipe(Arguments):

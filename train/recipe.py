@@ -18,12 +18,16 @@ from pydantic import BaseModel, ValidationError
 
 from minibert.data.source import DataSource
 from minibert.train.arguments import (
+    AnswerStage,
+    ChooseStage,
     ClassifyStage,
     EmbedStage,
     EvaluateStage,
     ModelStage,
     NewModel,
+    PretrainStage,
     Recipe,
+    TagStage,
     TokenizerStage,
 )
 from minibert.train.stage import StageContext
@@ -35,12 +39,25 @@ logger = logging.getLogger(__name__)
 # Kind of stage: its arguments, the module and function that run it, and whether one process does all of it.
 _KINDS: dict[str, tuple[type[BaseModel], str, str, bool]] = {
     "tokenizer": (TokenizerStage, "minibert.train.recipe", "train_tokenizer", True),
+    "pretrain": (PretrainStage, "minibert.train.pretrain", "pretrain", False),
     "classify": (ClassifyStage, "minibert.train.classify", "classify", False),
+    "tag": (TagStage, "minibert.train.tag", "tag", False),
+    "answer": (AnswerStage, "minibert.train.answer", "answer", False),
+    "choose": (ChooseStage, "minibert.train.choose", "choose", False),
     "embed": (EmbedStage, "minibert.train.embed", "embed", False),
     "evaluate": (EvaluateStage, "minibert.train.recipe", "evaluate_model", True),
 }
 # Fields that change how a stage runs but not what comes out: they may differ when a run is resumed.
-_FREE_FIELDS = {"eval_batch_size", "log_steps", "num_workers", "save_steps", "save_total_limit", "trackers"}
+_FREE_FIELDS = {
+    "eval_batch_size",
+    "log_steps",
+    "num_workers",
+    "save_steps",
+    "save_total_limit",
+    "trackers",
+    "preprocessing_num_workers",
+    "cache_dir",
+}
 # How long processes wait for the one that trains a tokenizer or evaluates; the libraries' ten minutes are too short.
 _PATIENCE = timedelta(hours=12)
 

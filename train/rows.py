@@ -1,7 +1,8 @@
 """Rows of tokens, which every fine-tuning stage trains on and is measured on."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -11,8 +12,10 @@ from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from minibert.train.loop import processes
+from minibert.train.stage import StageContext
 
 _TOKENIZED_AT_ONCE = 4096
 
@@ -73,6 +76,12 @@ class TokenRows:
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Inputs of the model for ``rows``, padded to the longest of them: (rows, longest) each, and labels."""
+        batch, _, _ = self.pad(rows)
+        batch["labels"] = self.labels[rows]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def pad(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Inputs of the model for ``rows``, (rows, longest) each; the mask of real tokens; and where these lie in ``ids``."""
         starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
         mask = np.arange(lengths.max()) < lengths[:, None]
         taken = (starts[:, None] + np.arange(lengths.max()))[mask]
@@ -81,8 +90,7 @@ class TokenRows:
         if self.types is not None:
             batch["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
             batch["token_type_ids"][mask] = self.types[taken]
-        batch["labels"] = self.labels[rows]
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return batch, mask, taken
 
 
 def compute_outputs(model: nn.Module, rows: TokenRows, batch_size: int, *names: str) -> tuple[np.ndarray, list[list[Tensor]]]:
@@ -114,9 +122,33 @@ def compute_outputs(model: nn.Module, rows: TokenRows, batch_size: int, *names: 
     ]
 
 
-def refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
-    """Refuse the first of ``values`` that is not ``good`` (a bool each), with its row counted from 1."""
-    good = np.asarray(good, dtype=bool)
-    if not good.all():
-        row = int(np.argmin(good))
-        raise ValueError(f"Row {row + 1} has {column}={values[row]!r}; {advice}.")
+# ----------------------------------------------------------------------------------------------------- what stages decide
+
+
+def head_changes(context: StageContext, names: Sequence[str]) -> dict[str, Any]:
+    """Configuration fields of a head that tells ``names`` apart, and leave for it to replace the head of the model before."""
+    changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    if context.model is not None:
+        start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
+        changes["ignore_mismatched_sizes"] = start.num_labels != len(names)  # only then does a new head replace the old one
+    return changes
+
+
+def choose_metric(wanted: str | None, figures: Sequence[str]) -> str:
+    """The figure that picks the checkpoint to keep: the one wanted, or the first.
+
+    Raises:
+        ValueError: listing the figures there are.
+    """
+    if wanted is not None and wanted not in figures:
+        raise ValueError(f"metric_for_best={wanted!r} is unknown here; use one of {', '.join(figures)}.")
+    return wanted or figures[0]
+
+
+@contextmanager
+def in_eval_data() -> Iterator[None]:
+    """Say of a row that is refused that it is of the evaluation data, whose labels must be those of the training data."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"eval_data, whose labels must all be known from data: {error}") from error

@@ -1,0 +1,258 @@
+"""Words with tags: read them, and cut sentences of any length into windows of tokens."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import ClassLabel, Dataset, List, Value
+
+from minibert.data.labels import is_text
+
+logger = logging.getLogger(__name__)
+
+# Columns of words and of their tags in the data sets people publish.
+TOKEN_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("ner_tags", "tags", "pos_tags", "labels")
+
+
+def is_words(feature: Any) -> bool:
+    """Whether a column holds lists of strings."""
+    return isinstance(feature, List) and is_text(feature.feature)
+
+
+# ------------------------------------------------------------------------------------------------------------ tags, purely
+
+
+def holds_entities(tags: Iterable[str]) -> bool:
+    """Whether ``tags`` mark entities (B-PER, I-PER, O) and are not classes of single words, such as parts of speech."""
+    return any(tag.startswith(("B-", "I-")) for tag in tags)
+
+
+def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Type, first word and word after the last, of every entity. An I- that continues nothing starts one, as in conlleval.
+
+    >>> entity_spans(["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-ORG"])
+    [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5), ('ORG', 5, 6)]
+    """
+    spans: list[tuple[str, int, int]] = []
+    for at, tag in enumerate(tags):
+        kind = tag[2:]
+        if tag == "O":
+            continue
+        if tag.startswith("I-") and spans and spans[-1][0] == kind and spans[-1][2] == at:
+            spans[-1] = (kind, spans[-1][1], at + 1)
+        else:
+            spans.append((kind, at, at + 1))
+    return spans
+
+
+def to_iob2(tags: Sequence[str]) -> list[str]:
+    """IOB1 (B- only between neighbours of one type) as IOB2 (every entity starts with B-).
+
+    >>> to_iob2(["I-PER", "I-PER", "B-PER", "O", "I-LOC"])
+    ['B-PER', 'I-PER', 'B-PER', 'O', 'B-LOC']
+    """
+    changed = list(tags)
+    for kind, start, _ in entity_spans(tags):
+        changed[start] = f"B-{kind}"
+    return changed
+
+
+# ------------------------------------------------------------------------------------------------------------- the reading
+
+
+def find_tag_columns(rows: Dataset, tokens: str | None, tags: str | None, where: str) -> tuple[str, str]:
+    """The columns of words and of tags: given, or those of the usual names.
+
+    Raises:
+        ValueError: listing the columns found.
+    """
+    pairs = ((tokens, TOKEN_COLUMNS, "words", "token_column"), (tags, TAG_COLUMNS, "tags", "tag_column"))
+    found = []
+    for given, usual, what, field in pairs:
+        column = given or next((name for name in usual if name in rows.column_names), None)
+        if column not in rows.column_names:
+            looked = repr(given) if given else f"of {what} ({', '.join(usual)})"
+            raise ValueError(f"{where} has no column {looked}; it has {', '.join(rows.column_names)}. Name one with {field}.")
+        found.append(column)
+    return found[0], found[1]
+
+
+def read_words(rows: Dataset, column: str) -> list[list[str]]:
+    """The words of all rows.
+
+    Raises:
+        ValueError: a column that holds no lists of words, or a row without them.
+    """
+    if not is_words(rows.features[column]):
+        raise ValueError(f"Column {column!r} holds {rows.features[column]}; tagging needs a list of words in every row.")
+    sentences = rows[column][:]
+    for row, words in enumerate(sentences, start=1):
+        if words is None or None in words:
+            raise ValueError(f"Row {row} has {column}={words!r}; every word must be there. Correct it or remove the row.")
+    return sentences
+
+
+def read_tags(
+    rows: Dataset, column: str, words: Sequence[Sequence[str]], names: Sequence[str] | None = None
+) -> tuple[list[list[str]], list[str]]:
+    """Tags of every word, in IOB2 where they mark entities (IOB1 is converted), and the names of all tags in order.
+
+    Args:
+        words: of the same rows; every word has one tag.
+        names: of the tags in order; unset: the ClassLabel's, or those found: O, then B- and I- of every type.
+
+    Raises:
+        ValueError: a row with more or fewer tags than words, a tag that is not known or not IOB2; all with the row from 1.
+    """
+    feature, sentences = rows.features[column], rows[column][:]
+    inner = feature.feature if isinstance(feature, List) else None
+    for row, (tags, row_words) in enumerate(zip(sentences, words, strict=True), start=1):
+        if tags is not None and inner is not None and len(tags) != len(row_words):
+            raise ValueError(f"Row {row} has {len(row_words)} words but {len(tags)} tags in {column!r}; every word needs one.")
+        if tags is None or None in tags:
+            raise ValueError(f"Row {row} has {column}={tags!r}; every word needs a tag. Correct it or remove the row.")
+    if isinstance(inner, ClassLabel) or (isinstance(inner, Value) and "int" in inner.dtype):
+        numbered = list(inner.names) if isinstance(inner, ClassLabel) else list(names or ())
+        if not numbered:
+            raise ValueError(f"Column {column!r} holds numbers without names; name the tags in order with labels: [O, B-…, …].")
+        for row, tags in enumerate(sentences, start=1):
+            if wrong := [tag for tag in tags if not 0 <= tag < len(numbered)]:
+                raise ValueError(f"Row {row} has the tag {wrong[0]} in {column!r}; tags are numbered 0 to {len(numbered) - 1}.")
+        sentences = [[numbered[tag] for tag in tags] for tags in sentences]
+        names = list(names or numbered)
+    elif not is_text(inner):
+        raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of tags (strings or numbers) in every row.")
+    used = {tag for tags in sentences for tag in tags}
+    if holds_entities([*used, *(names or ())]):
+        sentences, converted = _in_iob2(sentences, column)
+        if names is None:
+            kinds = sorted({tag[2:] for tag in used if tag != "O"})
+            names = ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
+        elif converted:
+            starts = dict.fromkeys(f"B-{name[2:]}" for name in names if name.startswith("I-"))
+            names = [*names, *(start for start in starts if start not in names)]
+    names = list(names or sorted(used))
+    for row, tags in enumerate(sentences, start=1):
+        if unknown := [tag for tag in tags if tag not in names]:
+            raise ValueError(f"Row {row} has the tag {unknown[0]!r} in {column!r}; the tags are {', '.join(names)}.")
+    return sentences, names
+
+
+def _in_iob2(sentences: list[list[str]], column: str) -> tuple[list[list[str]], bool]:
+    """``sentences`` in IOB2, and whether they were IOB1 before."""
+    first_orphan = None
+    for row, tags in enumerate(sentences, start=1):
+        if wrong := [tag for tag in tags if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) < 3)]:
+            raise ValueError(
+                f"Row {row} has the tag {wrong[0]!r} in {column!r}, which is not IOB2 (O, B-type, I-type); convert the tags."
+            )
+        at = next((start for _, start, _ in entity_spans(tags) if tags[start].startswith("I-")), None)
+        if first_orphan is None and at is not None:
+            first_orphan = (row, at, tags)
+    if first_orphan is None:
+        return sentences, False
+    if not all(map(_may_be_iob1, sentences)):
+        row, at, tags = first_orphan
+        raise ValueError(
+            f"Row {row} has {tags[at]!r} at word {at + 1}, where no entity of that type goes on; in IOB2 every entity starts "
+            "with B-. Correct the row."
+        )
+    logger.info("The tags in %s are IOB1; they are read as IOB2.", column)
+    return [to_iob2(tags) for tags in sentences], True
+
+
+def _may_be_iob1(tags: Sequence[str]) -> bool:
+    """Whether every B- stands between two entities of one type, and is not simply how entities start."""
+    return all(at and tags[at - 1][2:] == tag[2:] for at, tag in enumerate(tags) if tag.startswith("B-"))
+
+
+# ------------------------------------------------------------------------------------------------------------- the windows
+
+
+class Windows(NamedTuple):
+    """Sentences as tokens, in windows that a model takes. Every word belongs to exactly one window, at its first subword.
+
+    Attributes:
+        ids: of the tokens of each window; ``types`` the same for segments, or None where the model has none.
+        words: for each window the number of the word that belongs to each token, or -1: (tokens,) int64.
+        rows: for each window, the sentence it is of.
+    """
+
+    ids: list[list[int]]
+    types: list[list[int]] | None
+    words: list[np.ndarray]
+    rows: list[int]
+
+
+def cut_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
+    """Tokenize ``sentences`` of words; those over ``max_length`` tokens become windows that share a quarter of their length.
+
+    A word in two windows belongs to the one where it stands further from the edge. Words that leave no token, such as a
+    lone control character, are read as the unknown word. A sentence without words has no window.
+
+    Raises:
+        ValueError: when ``max_length`` leaves no room for words, or the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("Tagging needs a fast tokenizer (tokenizer.json), which knows what word a token is of.")
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    if room < 1:
+        raise ValueError(f"max_length={max_length} leaves no room for words beside the special tokens; give at least 8.")
+    overlap = room // 4
+    windows = Windows([], [] if "token_type_ids" in tokenizer.model_input_names else None, [], [])
+    filled = [row for row, words in enumerate(sentences) if words]
+    if not filled:
+        return windows
+    given = [list(sentences[row]) for row in filled]
+    encoded = _encode(given, tokenizer, max_length, overlap)
+    if lost := _lost_words(encoded, given):
+        for number, word in lost:
+            given[number][word] = tokenizer.unk_token
+        encoded = _encode(given, tokenizer, max_length, overlap)
+    of_window = encoded["overflow_to_sample_mapping"]
+    start, content = 0, np.empty(0, dtype=np.int64)
+    for number, sentence in enumerate(of_window):
+        goes_on = number > 0 and of_window[number - 1] == sentence
+        before = content[room - overlap - 1] if goes_on else -1
+        start = start + room - overlap if goes_on else 0
+        words = np.array([-1 if word is None else word for word in encoded.word_ids(number)], dtype=np.int64)
+        inside = words >= 0
+        content = words[inside]
+        places = start + np.arange(len(content))  # in the whole sentence
+        mine = content != np.concatenate([[before], content[:-1]])  # first subwords
+        if goes_on:
+            mine &= places >= start + overlap // 2
+        if number + 1 < len(of_window) and of_window[number + 1] == sentence:
+            mine &= places < start + room - overlap + overlap // 2
+        words[inside] = np.where(mine, content, -1)
+        if not mine.any():  # the inside of one long word
+            continue
+        windows.ids.append(encoded["input_ids"][number])
+        if windows.types is not None:
+            windows.types.append(encoded["token_type_ids"][number])
+        windows.words.append(words)
+        windows.rows.append(filled[sentence])
+    return windows
+
+
+def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap: int) -> Any:
+    return tokenizer(
+        sentences,
+        is_split_into_words=True,
+        truncation=True,
+        max_length=max_length,
+        stride=overlap,
+        return_overflowing_tokens=True,
+        return_attention_mask=False,
+    )
+
+
+def _lost_words(encoded: Any, sentences: list[list[str]]) -> list[tuple[int, int]]:
+    """Number of the sentence and of the word, for words that left no token."""
+    seen: list[set[int | None]] = [set() for _ in sentences]
+    for number, sentence in enumerate(encoded["overflow_to_sample_mapping"]):
+        seen[sentence].update(encoded.word_ids(number))
+    lengths = enumerate(map(len, sentences))
+    return [(number, word) for number, length in lengths for word in range(length) if word not in seen[number]]

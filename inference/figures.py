@@ -1,0 +1,79 @@
+"""Figures of predictions: the arithmetic that evaluation and training stages share. It is scikit-learn's and scipy's."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, mean_squared_error, precision_recall_fscore_support
+from torch import Tensor, nn
+
+from minibert.data.labels import MULTI, REGRESSION, SINGLE
+from minibert.data.tags import entity_spans, holds_entities
+
+# The figures of each problem type; the first one picks the best checkpoint where a recipe does not choose.
+FIGURES = {
+    SINGLE: ("accuracy", "macro_f1", "loss"),
+    MULTI: ("micro_f1", "macro_f1", "subset_accuracy", "loss"),
+    REGRESSION: ("spearman", "pearson", "mse"),
+}
+SMALLER_IS_BETTER = ("loss", "mse")
+
+
+def classification_figures(logits: Tensor, labels: np.ndarray, problem_type: str = SINGLE) -> dict[str, float]:
+    """The figures of ``problem_type`` for ``logits`` (rows, classes) against ``labels`` as :func:`read_labels` gives them.
+
+    - single label: accuracy, macro-F1 over the classes that occur, cross entropy;
+    - multi-label (a class is predicted from probability 0.5): micro-F1, macro-F1 over the classes, the share of rows with
+      exactly the right classes, binary cross entropy;
+    - regression, logits (rows, 1): Spearman's and Pearson's correlation (0 where either side is constant), mean squared error.
+    """
+    if problem_type == REGRESSION:
+        predicted = logits.squeeze(-1).double().numpy()
+        varied = np.ptp(predicted) > 0 and np.ptp(labels) > 0
+        return {
+            "spearman": float(spearmanr(labels, predicted).statistic) if varied else 0.0,
+            "pearson": float(pearsonr(labels, predicted).statistic) if varied else 0.0,
+            "mse": float(mean_squared_error(labels, predicted)),
+        }
+    if problem_type == MULTI:
+        chosen = (logits > 0).numpy()
+        return {
+            "micro_f1": float(f1_score(labels, chosen, average="micro", zero_division=0)),
+            "macro_f1": float(f1_score(labels, chosen, average="macro", zero_division=0)),
+            "subset_accuracy": float(accuracy_score(labels, chosen)),
+            "loss": float(nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(labels))),
+        }
+    predicted = logits.argmax(-1).numpy()
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "loss": float(nn.functional.cross_entropy(logits, torch.from_numpy(labels))),
+    }
+
+
+def tag_figures(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Entity-level precision, recall and F1 (type and both ends must be right), and accuracy of the words' tags.
+
+    Tags that are no IOB2, such as parts of speech, have no entities: accuracy and macro-F1 over the tags that occur.
+
+    >>> tag_figures([["B-PER", "I-PER", "O"]], [["B-PER", "I-PER", "B-LOC"]])["precision"]
+    0.5
+    """
+    words = [tag for tags in expected for tag in tags]
+    guesses = [tag for tags in predicted for tag in tags]
+    accuracy = float(accuracy_score(words, guesses))
+    if not holds_entities([*words, *guesses]):
+        return {"accuracy": accuracy, "macro_f1": float(f1_score(words, guesses, average="macro", zero_division=0))}
+    true, found = (
+        {(row, *span) for row, tags in enumerate(sentences) for span in entity_spans(tags)}
+        for sentences in (expected, predicted)
+    )
+    spans = sorted(true | found)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        [span in true for span in spans] or [False],
+        [span in found for span in spans] or [False],
+        average="binary",
+        zero_division=0,
+    )
+    return {"f1": float(f1), "precision": float(precision), "recall": float(recall), "accuracy": accuracy}

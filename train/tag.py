@@ -1,0 +1,124 @@
+"""The ``tag`` stage: a head on top of an encoder that tags words, trained at the first subword of each."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification
+
+from minibert.data.load import load
+from minibert.data.tags import cut_windows, find_tag_columns, holds_entities, read_tags, read_words
+from minibert.inference.figures import SMALLER_IS_BETTER, tag_figures
+from minibert.train.arguments import TagStage
+from minibert.train.loop import fit, processes
+from minibert.train.rows import TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data
+from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+
+_ENTITY_FIGURES = ("f1", "precision", "recall", "accuracy", "loss")
+_TAG_FIGURES = ("accuracy", "macro_f1", "loss")
+
+
+def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
+    """Fine-tune a tagger of words; ``context.output_dir`` ends as a complete model folder.
+
+    Returns:
+        The figures of ``metrics.json``; with ``eval_data`` also those of :func:`tag_figures` and the loss per word, of the
+        best model, as eval_f1 and so on.
+
+    Raises:
+        ValueError: missing columns, words and tags that do not fit each other (with their row), an unknown metric.
+    """
+    train = load(args.data, split="train")
+    columns = find_tag_columns(train, args.token_column, args.tag_column, args.data[0].path)
+    sentences = read_words(train, columns[0])
+    tags, names = read_tags(train, columns[1], sentences, args.labels)
+    if not any(sentences):
+        raise ValueError(f"{args.data[0].path} has no word in any row; give data that holds words.")
+    metric = choose_metric(args.metric_for_best, _ENTITY_FIGURES if holds_entities(names) else _TAG_FIGURES)
+    held_out = load(args.eval_data, split="validation") if args.eval_data else None
+
+    tokenizer = load_tokenizer(context)
+    model = load_model(AutoModelForTokenClassification, args, context, tokenizer, **head_changes(context, names))
+    tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
+
+    rows = TagRows.from_words(sentences, tags, names, tokenizer, max_length)
+    evaluate = None
+    if held_out is not None and args.eval_data:
+        find_tag_columns(held_out, *columns, args.eval_data[0].path)
+        with in_eval_data():
+            held_out_sentences = read_words(held_out, columns[0])
+            expected, _ = read_tags(held_out, columns[1], held_out_sentences, names)
+        evaluated = TagRows.from_words(held_out_sentences, expected, names, tokenizer, max_length)
+        evaluate = evaluator(evaluated, expected, names, args.eval_batch_size)
+    if processes().is_main_process:
+        tokenizer.save_pretrained(context.output_dir)
+    return fit(
+        model,
+        train_dataset=rows,
+        collate=rows.collate,
+        arguments=args,
+        output_dir=context.output_dir,
+        seed=context.seed,
+        evaluate=evaluate,
+        metric_for_best=metric if evaluate else None,
+        greater_is_better=metric not in SMALLER_IS_BETTER,
+    )
+
+
+class TagRows(TokenRows):
+    """Windows of tagged sentences. ``labels`` is (tokens of all windows,): a tag at the first subword of a word, else -100.
+
+    Every word has its tag once, so the labelled tokens, from the first window to the last, are the words in order.
+    """
+
+    @classmethod
+    def from_words(
+        cls,
+        sentences: Sequence[Sequence[str]],
+        tags: Sequence[Sequence[str]],
+        names: Sequence[str],
+        tokenizer: Any,
+        max_length: int,
+    ) -> "TagRows":
+        """Cut ``sentences`` into windows of at most ``max_length`` tokens and put the numbers of their ``tags`` in place."""
+        windows = cut_windows(sentences, tokenizer, max_length)
+        ends = np.cumsum([0, *map(len, windows.ids)], dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(windows.ids), dtype=np.int32)
+        types = windows.types and np.fromiter(chain.from_iterable(windows.types), dtype=np.int8)
+        labels = np.full(len(ids), -100, dtype=np.int64)
+        numbers = {name: number for number, name in enumerate(names)}
+        # Windows are in the order of the sentences, and a word is in one of them: so are words in the order of the tags.
+        labels[np.concatenate(windows.words) >= 0] = [numbers[name] for name in chain.from_iterable(tags)]
+        return cls(ids, types, ends, labels, tokenizer.pad_token_id)
+
+    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        batch, mask, taken = self.pad(rows)
+        batch["labels"] = np.full(mask.shape, -100, dtype=np.int64)
+        batch["labels"][mask] = self.labels[taken]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def evaluator(
+    rows: TagRows, expected: Sequence[Sequence[str]], names: Sequence[str], batch_size: int
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function that measures a tagger on every word of ``rows``: each process computes its share, all return the same."""
+    ends = np.cumsum([0, *map(len, expected)])
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        numbers, (logits,) = compute_outputs(model, rows, batch_size, "logits")
+        of_tokens = torch.empty(len(rows.labels), len(names))
+        done = 0
+        for part in logits:  # (windows, longest, tags)
+            _, mask, taken = rows.pad(numbers[done : done + len(part)])
+            of_tokens[torch.from_numpy(taken)] = part[torch.from_numpy(mask)]
+            done += len(part)
+        labelled = torch.from_numpy(rows.labels >= 0)
+        found = [names[number] for number in of_tokens[labelled].argmax(-1).tolist()]
+        figures = tag_figures(expected, [found[start:end] for start, end in pairwise(ends)])
+        loss = nn.functional.cross_entropy(of_tokens[labelled], torch.from_numpy(rows.labels)[labelled])
+        return {**figures, "loss": float(loss)}
+
+    return evaluate
