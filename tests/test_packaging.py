@@ -92,12 +92,12 @@ MAY_IMPORT = {
     "inference": {"inference", "data", *MODEL},
     "cli": {"cli", "train", "hub", "inference", "data", "recipes", *MODEL},
     "__main__": {"cli"},
-    "__init__": MODEL,
+    "__init__": {"inference", *MODEL},
 }
 
 
 # What a stage may call of inference, to measure the model it trains as it will be used.
-EVALUATION = ("minibert.inference.evaluate", "minibert.inference.answers")
+EVALUATION = ("minibert.inference.evaluate", "minibert.inference.answers", "minibert.inference.figures")
 
 
 def areas_imported(path: Path) -> set[str]:

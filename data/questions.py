@@ -1,0 +1,233 @@
+"""Rows that ask something: questions about a context, cut into windows where it is long, and questions with choices."""
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+# What the choices continue or answer, in the data sets people publish: one text, or two of which the second begins the choice.
+CHOICE_TEXTS = (("context", "question"), ("sent1", "sent2"), ("question",), ("context",), ("ctx",))
+CHOICE_LISTS = ("choices", "endings", "options")
+_NUMBERED = re.compile(r"(choice|ending|option)_?(\d+)")
+_LONGEST_QUESTION = 64  # tokens, as in BERT
+
+
+# ------------------------------------------------------------------------------------------------------------------ windows
+
+
+class WindowSizes(NamedTuple):
+    """How long contexts are cut, in tokens.
+
+    Attributes:
+        max_length: of a window: special tokens, question and a piece of the context.
+        doc_stride: tokens of the context that neighbouring windows share.
+        max_question_length: longer questions are cut.
+    """
+
+    max_length: int
+    doc_stride: int
+    max_question_length: int
+
+
+class Window(NamedTuple):
+    """A question beside a piece of its context, tokenized: ``[CLS] question [SEP] piece [SEP]``.
+
+    Attributes:
+        row: number of its row among those given.
+        input_ids: (tokens,) int32; ``token_type_ids`` the same, or None where the tokenizer has no segments.
+        first: the token at which the piece begins.
+        offsets: (tokens of the piece, 2) int32: first character of each in the raw context, and the one after its last.
+    """
+
+    row: int
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray | None
+    first: int
+    offsets: np.ndarray
+
+
+def window_sizes(
+    tokenizer: Any, max_length: int, doc_stride: int | None = None, max_question_length: int | None = None
+) -> WindowSizes:
+    """Sizes of windows, with a third of ``max_length`` (for questions at most 64) where nothing is given.
+
+    Raises:
+        ValueError: when a window would have no room for a new token of the context.
+    """
+    stride = max_length // 3 if doc_stride is None else doc_stride
+    question = min(_LONGEST_QUESTION, max_length // 3) if max_question_length is None else max_question_length
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if question + special + stride >= max_length:
+        raise ValueError(
+            f"max_length={max_length} leaves no room: max_question_length={question}, {special} special tokens and "
+            f"doc_stride={stride} already fill it; raise max_length or lower the others."
+        )
+    return WindowSizes(max_length, stride, question)
+
+
+def cut(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], sizes: WindowSizes) -> list[Window]:
+    """The windows of every row, in order; together those of a row hold every token of its context.
+
+    Raises:
+        ValueError: for a tokenizer without offsets, or that puts no ``[CLS]`` first, which stands for "no answer".
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("Questions need a fast tokenizer, which knows the characters of its tokens; save one with the model.")
+    encoded = tokenizer(
+        _cut_questions(tokenizer, questions, sizes.max_question_length),
+        list(contexts),
+        truncation="only_second",
+        max_length=sizes.max_length,
+        stride=sizes.doc_stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+    )
+    if any(ids[0] != tokenizer.cls_token_id for ids in encoded["input_ids"]):
+        raise ValueError('Questions need a tokenizer that puts [CLS], which stands for "no answer", before every text.')
+    types = encoded.get("token_type_ids")
+    windows = []
+    for number, row in enumerate(encoded["overflow_to_sample_mapping"]):
+        sequence = encoded.sequence_ids(number)  # 0 question, 1 context, None special
+        count = sequence.count(1)
+        first = sequence.index(1) if count else len(sequence)
+        offsets = encoded["offset_mapping"][number][first : first + count]
+        windows.append(
+            Window(
+                row,
+                np.array(encoded["input_ids"][number], dtype=np.int32),
+                None if types is None else np.array(types[number], dtype=np.int32),
+                first,
+                np.array(offsets, dtype=np.int32).reshape(-1, 2),
+            )
+        )
+    return windows
+
+
+def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> list[str]:
+    """Questions, each ending after its token number ``longest`` at the latest."""
+    encoded = tokenizer(
+        list(questions), add_special_tokens=False, truncation=True, max_length=longest + 1, return_offsets_mapping=True
+    )
+    short = []
+    for question, offsets in zip(questions, encoded["offset_mapping"], strict=True):
+        if len(offsets) > longest:
+            question = question[: offsets[longest - 1][1]]
+            _warn_once(
+                f"Questions of more than max_question_length={longest} tokens are cut there; the first is {question!r} …"
+            )
+        short.append(question)
+    return short
+
+
+@lru_cache(maxsize=32)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int = 1) -> Iterator[tuple[str, ...]]:
+    """The texts in the columns ``names`` of every row.
+
+    Args:
+        first: number of the first row, for messages.
+
+    Raises:
+        ValueError: for a row without one of the columns, or with something else than a text there.
+    """
+    for number, row in enumerate(rows, start=first):
+        for name in names:
+            if name not in row:
+                raise ValueError(f"Row {number} has no column {name!r}; it has {', '.join(row)}.")
+            if not isinstance(row[name], str):
+                raise ValueError(
+                    f"Row {number} has {row[name]!r} in column {name!r}, where a text belongs; fill it or remove the row."
+                )
+        yield tuple(row[name] for name in names)
+
+
+# ------------------------------------------------------------------------------------------------------------------ choices
+
+
+class ChoiceColumns(NamedTuple):
+    """Columns of multiple choice: one or two texts, and a column of lists or one column per choice."""
+
+    texts: tuple[str, ...]
+    choices: tuple[str, ...]
+
+
+class Choices(NamedTuple):
+    """One row of multiple choice: what the choices answer, the start of every answer (or ""), and the choices."""
+
+    text: str
+    start: str
+    choices: list[str]
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """What the encoder reads, one pair of texts per choice.
+
+        >>> Choices("It rains.", "She", ["sings.", "swims."]).pairs()
+        [('It rains.', 'She sings.'), ('It rains.', 'She swims.')]
+        """
+        return [(self.text, f"{self.start} {choice}" if self.start else choice) for choice in self.choices]
+
+
+def find_choice_columns(
+    found: Collection[str], texts: Sequence[str] | None = None, choices: Sequence[str] | None = None
+) -> ChoiceColumns:
+    """The columns given, or the usual ones among those ``found``.
+
+    >>> find_choice_columns(["question", "choices", "label"])
+    ChoiceColumns(texts=('question',), choices=('choices',))
+    >>> find_choice_columns(["sent1", "sent2", "ending1", "ending0", "label"])
+    ChoiceColumns(texts=('sent1', 'sent2'), choices=('ending0', 'ending1'))
+
+    Raises:
+        ValueError: listing the columns found.
+    """
+    columns = ", ".join(found)
+    if missing := [name for name in (*(texts or ()), *(choices or ())) if name not in found]:
+        raise ValueError(f"There is no column {', '.join(map(repr, missing))}; there are {columns}.")
+    texts = texts or next((names for names in CHOICE_TEXTS if set(names) <= set(found)), None)
+    choices = choices or next(([name] for name in CHOICE_LISTS if name in found), None) or _numbered(found)
+    if not texts:
+        usual = "; ".join(" + ".join(names) for names in CHOICE_TEXTS)
+        raise ValueError(f"There is no usual column of questions ({usual}) among {columns}; name one or two with text_columns.")
+    if not choices:
+        usual = ", ".join(CHOICE_LISTS)
+        raise ValueError(
+            f"There is no usual column of choices ({usual}, or ending0, ending1, …) among {columns}; "
+            "name one of lists, or one per choice, with choice_columns."
+        )
+    return ChoiceColumns(tuple(texts), tuple(choices))
+
+
+def _numbered(found: Collection[str]) -> list[str]:
+    """Two or more columns called ending0, ending1, … or choice1, choice2, …, in the order of their numbers."""
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for name in found:
+        if match := _NUMBERED.fullmatch(name):
+            groups.setdefault(match[1], []).append((int(match[2]), name))
+    return next(([name for _, name in sorted(group)] for group in groups.values() if len(group) > 1), [])
+
+
+def choices_of(rows: Iterable[Mapping[str, Any]], columns: ChoiceColumns, first: int = 1) -> Iterator[Choices]:
+    """The question and the choices of every row; ``first`` is the number of the first row, for messages.
+
+    Raises:
+        ValueError: for a row without one of the columns, without choices, or with something else than texts.
+    """
+    for number, row in enumerate(rows, start=first):
+        ((text, *start),) = texts_of([row], columns.texts, number)
+        if len(columns.choices) > 1:
+            choices: Any = list(next(texts_of([row], columns.choices, number)))
+        else:
+            name = columns.choices[0]
+            choices = row.get(name)
+            if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+                raise ValueError(f"Row {number} has {name}={choices!r}; it should be a list of texts, one per choice.")
+        yield Choices(text, start[0] if start else "", choices)

@@ -1,0 +1,231 @@
+"""The ``answer`` stage: a head on top of an encoder that finds the answer to a question in a context."""
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+from torchmetrics.functional.text import squad
+from tqdm.auto import tqdm
+from transformers import AutoModelForQuestionAnswering
+
+from minibert.data.load import check_columns, load, text_columns
+from minibert.data.questions import Window, WindowSizes, cut, window_sizes
+from minibert.inference.answers import answer_rows
+from minibert.train.arguments import AnswerStage
+from minibert.train.loop import fit, processes
+from minibert.train.rows import TokenRows
+from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+
+logger = logging.getLogger(__name__)
+
+_TEXTS = ("question", "context")
+_CUT_AT_ONCE = 1024
+
+# The answers of one row, as (first character, text).
+Answers = list[tuple[int, str]]
+
+
+def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
+    """Fine-tune extractive question answering; ``context.output_dir`` ends as a complete model folder.
+
+    Returns:
+        The figures of ``metrics.json``; with ``eval_data`` also eval_exact_match and eval_f1 of the best model, and both for
+        the rows with and without an answer where there are both.
+
+    Raises:
+        ValueError: missing columns, an answer that is not where it should be (with its row), no room for the context.
+    """
+    train = load(args.data, split="train")
+    answers = read_answers(train, args.data)
+    held_out = load(args.eval_data, split="validation") if args.eval_data else None
+    expected = read_answers(held_out, args.eval_data) if held_out is not None and args.eval_data else []
+
+    tokenizer = load_tokenizer(context)
+    # Two outputs, first and last token: transformers' heads count them as labels.
+    model = load_model(AutoModelForQuestionAnswering, args, context, tokenizer, num_labels=2)
+    tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
+    sizes = window_sizes(tokenizer, max_length, args.doc_stride, args.max_question_length)
+    threshold = args.null_threshold
+    if threshold is None and not all(answers):
+        threshold = 0.0
+    # Kept in config.json, so that the model is asked later as it was trained and measured.
+    model.config.question_answering = {
+        "doc_stride": sizes.doc_stride,
+        "max_question_length": sizes.max_question_length,
+        "max_answer_length": args.max_answer_length,
+        "null_threshold": threshold,
+    }
+    rows = window_rows(train, answers, tokenizer, sizes)
+    evaluate = None
+    if held_out is not None:
+        evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
+    if processes().is_main_process:
+        tokenizer.save_pretrained(context.output_dir)
+    return fit(
+        model,
+        train_dataset=rows,
+        collate=rows.collate,
+        arguments=args,
+        output_dir=context.output_dir,
+        seed=context.seed,
+        evaluate=evaluate,
+        metric_for_best=args.metric_for_best if evaluate else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- the data
+
+
+def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
+    """The answers of every row, empty where a question has none, after a check that each stands where it should.
+
+    Raises:
+        ValueError: for missing columns, a row without a value, or an answer that is not in its context, with its row.
+    """
+    check_columns(rows, [*_TEXTS, "answers"], sources)
+    if not_text := sorted(set(_TEXTS) - set(text_columns(rows))):
+        raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text.")
+    where = " + ".join(source.path for source in sources)
+    answers = []
+    for number, (context, entry) in enumerate(zip(rows["context"], rows["answers"], strict=True), start=1):
+        texts, starts = (entry.get("text"), entry.get("answer_start")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise ValueError(
+                f"Row {number} of {where} has answers={entry!r}; it should be {{text: [...], answer_start: [...]}} with as "
+                "many of both, and empty lists where the question has no answer."
+            )
+        for text, start in zip(texts, starts, strict=True):
+            if not text or start < 0 or context[start : start + len(text)] != text:
+                there = context[max(0, start) : max(0, start) + max(1, len(text))]
+                raise ValueError(
+                    f"Row {number} of {where} has the answer {text!r} at character {start} of its context, where {there!r} "
+                    "stands; correct answer_start, or remove the row."
+                )
+        answers.append(list(zip(starts, texts, strict=True)))
+    return answers
+
+
+class AnswerRows(TokenRows):
+    """Windows with the first and last token of their answer, ``labels`` (windows, 2), as inputs of the model."""
+
+    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        batch = super().collate(rows)
+        first, last = batch.pop("labels").unbind(dim=1)
+        return {**batch, "start_positions": first, "end_positions": last}
+
+
+def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes: WindowSizes) -> AnswerRows:
+    """The windows to train on. Where the first answer of a row is not whole in a window, that window's answer is ``[CLS]``.
+
+    Raises:
+        ValueError: for an answer of which the tokenizer keeps nothing, with its row.
+    """
+    windows: list[Window] = []
+    labels: list[tuple[int, int]] = []
+    lost = 0
+    quiet = not processes().is_main_process
+    for start in tqdm(range(0, len(rows), _CUT_AT_ONCE), desc="tokenize", disable=quiet, leave=False):
+        some = rows[start : start + _CUT_AT_ONCE]
+        for row, group in groupby(cut(tokenizer, some["question"], some["context"], sizes), key=lambda window: window.row):
+            pieces = list(group)
+            wanted = answers[start + row][:1]
+            places = [find_tokens(pieces, first, first + len(text)) for first, text in wanted]
+            if None in places:
+                raise ValueError(
+                    f"Row {start + row + 1} has the answer {wanted[0][1]!r}, of which the tokenizer keeps nothing; "
+                    "correct it, or remove the row."
+                )
+            found = places[0] if places and places[0] else [(0, 0)] * len(pieces)
+            lost += bool(wanted) and not any(first for first, _ in found)
+            labels += found
+            windows += [window._replace(offsets=_NONE) for window in pieces]  # in a large corpus offsets are most of the memory
+    if lost and not quiet:
+        logger.warning(
+            "%d of %d answers are whole in no window and count as unanswerable; raise doc_stride (%d) or max_length (%d).",
+            *(lost, len(rows), sizes.doc_stride, sizes.max_length),
+        )
+    lengths = [len(window.input_ids) for window in windows]
+    segments = [window.token_type_ids for window in windows if window.token_type_ids is not None]
+    return AnswerRows(
+        np.concatenate([window.input_ids for window in windows]),
+        np.concatenate(segments).astype(np.int8) if segments else None,
+        np.cumsum([0, *lengths], dtype=np.int64),
+        np.array(labels, dtype=np.int64),
+        tokenizer.pad_token_id,
+    )
+
+
+_NONE = np.empty((0, 2), dtype=np.int32)
+
+
+def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[int, int]] | None:
+    """First and last token, in each window of one row, of the characters ``start`` to ``end`` of its context.
+
+    Returns:
+        (0, 0), the place of ``[CLS]``, for windows that do not hold all of them; None where no token covers any.
+    """
+    found: list[tuple[int, int] | None] = []
+    places: list[tuple[int, int]] = []  # characters, of the answer's tokens in the windows that hold some
+    for window in windows:
+        # Tokens may share a character (an accent taken apart) or leave some out (spaces), but both columns never fall.
+        first = int(np.searchsorted(window.offsets[:, 1], start, side="right"))
+        last = int(np.searchsorted(window.offsets[:, 0], end, side="left")) - 1
+        found.append((first, last) if first <= last else None)
+        if first <= last:
+            places.append((int(window.offsets[first, 0]), int(window.offsets[last, 1])))
+    if not places:
+        return None
+    whole = min(first for first, _ in places), max(last for _, last in places)
+    held = iter(places)
+    return [
+        (window.first + tokens[0], window.first + tokens[1]) if tokens and next(held) == whole else (0, 0)
+        for window, tokens in zip(windows, found, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- the evaluation
+
+
+def evaluator(
+    rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function that measures answers to ``rows``: each process answers its share, all return the same figures."""
+    texts = [[text for _, text in row] for row in answers]
+    rows = rows.select_columns(list(_TEXTS))
+
+    def evaluate(model: Any) -> dict[str, float]:
+        state = processes()
+        mine = range(state.process_index, len(rows), state.num_processes)
+        results = answer_rows(model, tokenizer, rows.select(mine), batch_size=batch_size)
+        bar = tqdm(results, desc="evaluate", total=len(mine), leave=False, disable=not state.is_main_process)
+        given = dict(gather_object([(number, result["text"]) for number, result in zip(mine, bar, strict=True)]))
+        return answer_figures([given[number] for number in range(len(rows))], texts)
+
+    return evaluate
+
+
+def answer_figures(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1, as SQuAD defines them, of texts ``given`` (empty: no answer) against those ``expected`` (none, or
+    several of which the best counts). Where some rows have no answer, both also for the rows with and without one.
+
+    >>> answer_figures(["the cat", "a big dog"], [["cat", "the cats"], ["big dogs"]])
+    {'exact_match': 0.5, 'f1': 0.75}
+    """
+    groups = {"": list(range(len(given)))}
+    if not all(expected):
+        groups["has_answer_"] = [row for row, texts in enumerate(expected) if texts]
+        groups["no_answer_"] = [row for row, texts in enumerate(expected) if not texts]
+    figures: dict[str, float] = {}
+    for name, rows in groups.items():
+        if rows:
+            measured = squad(
+                [{"id": str(row), "prediction_text": given[row]} for row in rows],
+                [{"id": str(row), "answers": {"text": list(expected[row]) or [""]}} for row in rows],
+            )
+            figures |= {f"{name}{key}": float(measured[key]) / 100 for key in ("exact_match", "f1")}
+    return figures
