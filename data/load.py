@@ -34,18 +34,19 @@ _SPLITS = {
 }
 
 
-def load(sources: Sequence[DataSource], *, split: str = "train") -> Dataset:
+def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str = "line") -> Dataset:
     """Read ``sources`` and put their rows one after the other, keeping the columns they share.
 
     Args:
         split: the split of every source that names none itself; a single file is taken whole.
+        sample_by: what a row of a text file is: a ``line``, a ``paragraph`` (up to an empty line), or the file (``document``).
 
     Raises:
         FileNotFoundError: for a path that is neither here nor a data set on the Hub.
         ValueError: for a file that is empty, not UTF-8 or malformed, an unknown split or column, or sources that share no
             column.
     """
-    parts = [_load_one(source, split) for source in sources]
+    parts = [_load_one(source, split, sample_by) for source in sources]
     if len(parts) == 1:
         return parts[0]
     shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
@@ -99,7 +100,7 @@ def text_columns(dataset: Dataset) -> list[str]:
     ]
 
 
-def _load_one(source: DataSource, split: str) -> Dataset:
+def _load_one(source: DataSource, split: str, sample_by: str = "line") -> Dataset:
     if source.path == INSTALLED_DOCS:
         from minibert.data.docstrings import load_pairs
 
@@ -108,7 +109,7 @@ def _load_one(source: DataSource, split: str) -> Dataset:
             raise ValueError(f"{INSTALLED_DOCS} has no split {wanted!r}; it has train and validation.")
         dataset = load_pairs("train" if wanted == "train" else "validation")
     elif Path(source.path).expanduser().exists():
-        dataset = _load_local(Path(source.path).expanduser(), source.split, split)
+        dataset = _load_local(Path(source.path).expanduser(), source.split, split, sample_by)
     else:
         dataset = _load_hub(source, split)
     if not len(dataset):
@@ -119,7 +120,7 @@ def _load_one(source: DataSource, split: str) -> Dataset:
     return dataset if source.limit is None else dataset.select(range(min(source.limit, len(dataset))))
 
 
-def _load_local(path: Path, split: str | None, default_split: str) -> Dataset:
+def _load_local(path: Path, split: str | None, default_split: str, sample_by: str) -> Dataset:
     if path.is_file():
         files = [path]
     else:
@@ -137,6 +138,8 @@ def _load_local(path: Path, split: str | None, default_split: str) -> Dataset:
     if empty := [file for file in files if not file.stat().st_size]:
         raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
     builder, options = _BUILDERS[files[0].suffix]
+    if builder == "text":
+        options = {"sample_by": sample_by}
     if builder == "json" and (problem := _not_utf8(files)):  # the JSON reader lets such bytes through; they fail much later
         raise ValueError(problem)
     try:

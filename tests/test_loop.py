@@ -130,15 +130,28 @@ def test_norms_and_biases_do_not_decay():
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
+def test_phases_share_out_the_steps_and_each_row_comes_once_per_pass():
+    def phase(rows, batch_size, share, rate):
+        return loop.Phase(range(rows), lambda rows: {"labels": torch.tensor(rows)}, batch_size, rate, share)
+
+    steps = loop.Steps([phase(90, 3, 0.9, 0.1), phase(40, 2, 0.1, 0.2)], accumulation=1, seed=3, process=0, processes=1)
+    assert steps.per_epoch == round(1 / (0.9 / 30 + 0.1 / 20))  # of 30 steps over all rows in the one, 20 in the other
+    steps.plan(100)
+    assert [steps.locate(step) for step in (0, 89, 90, 99, 130)] == [(0, 0), (0, 89), (1, 0), (1, 9), (1, 40)]
+    assert {len(steps[step].batches[0]["labels"]) for step in range(90)} == {3}
+    assert {len(steps[step].batches[0]["labels"]) for step in range(90, 100)} == {2}
+    seen = [row for step in range(30) for row in steps[step].batches[0]["labels"].tolist()]
+    assert sorted(seen) == list(range(90)) and seen != list(range(90))
+    assert sorted(row for step in range(90, 110) for row in steps.row_ids(step)) == list(range(40))
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
 def test_every_row_once_per_epoch_and_disjoint_over_processes(processes, accumulation):
     """Whatever the split, the processes together see each row once, and agree on the number of micro-batches."""
     steps = [
         loop.Steps(
-            range(ROWS),
-            lambda rows: {"labels": torch.tensor(rows)},
-            batch_size=3,
+            [loop.Phase(range(ROWS), lambda rows: {"labels": torch.tensor(rows)}, batch_size=3, learning_rate=0.1)],
             accumulation=accumulation,
             seed=1,
             process=process,
@@ -223,7 +236,8 @@ def test_workers_make_the_same_batches(tmp_path):
 
     items = []
     for workers in (0, 2):
-        steps = loop.Steps(Rows(), noisy, batch_size=4, accumulation=2, seed=1, process=0, processes=1)
+        phase = loop.Phase(Rows(), noisy, batch_size=4, learning_rate=0.1)
+        steps = loop.Steps([phase], accumulation=2, seed=1, process=0, processes=1)
         items.append(list(DataLoader(steps, batch_size=None, sampler=range(2, 9), num_workers=workers)))
     for left, right in zip(*items, strict=True):
         assert left.terms == right.terms and left.tokens == right.tokens

@@ -36,6 +36,9 @@ from minibert.train.stage import StageContext, load_model, load_tokenizer, seque
 
 logger = logging.getLogger(__name__)
 
+# What transformers calls the schedules that have another name there.
+_SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+
 
 def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     """Train embeddings as ``args`` say and leave a sentence-transformers folder in ``context.output_dir``.
@@ -155,7 +158,8 @@ def _trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTrans
         adam_beta2=args.adam_betas[1],
         adam_epsilon=args.adam_epsilon,
         warmup_steps=args.warmup_steps or args.warmup_ratio,  # a fraction is a share of all steps
-        lr_scheduler_type="constant_with_warmup" if args.schedule == "constant" else args.schedule,
+        lr_scheduler_type=_SCHEDULERS.get(args.schedule, args.schedule),
+        lr_scheduler_kwargs={"num_decay_steps": args.decay_ratio, "decay_type": "1-sqrt"} if args.schedule == "wsd" else {},
         max_grad_norm=args.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),  # said outright, because bf16 is refused without a GPU otherwise
         bf16=args.precision == "bf16",
@@ -177,6 +181,13 @@ def _trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTrans
 
 
 class _Trainer(SentenceTransformerTrainer):
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' own, whose warm-up-stable-decay schedule is told here how many steps its decay takes."""
+        if "num_decay_steps" in self.args.lr_scheduler_kwargs:
+            decay = self.args.lr_scheduler_kwargs["num_decay_steps"]
+            self.args.lr_scheduler_kwargs["num_decay_steps"] = max(1, round(decay * num_training_steps))
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: a card is written when a model is published, from facts measured in the run."""
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,22 +37,41 @@ from minibert.train.arguments import LoopArguments
 logger = logging.getLogger(__name__)
 
 # Changing these between two runs does not change the weights, so a resumed run may.
-_FREE = {"log_steps", "save_steps", "save_total_limit", "eval_batch_size", "num_workers", "trackers"}
+_FREE = {
+    "log_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_batch_size",
+    "num_workers",
+    "trackers",
+    "preprocessing_num_workers",
+    "cache_dir",
+}
 
 
 # ------------------------------------------------------------------------------------------------------- pure functions
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str = "linear") -> float:
-    """Linear warm-up to ``peak`` over ``warmup`` steps, then ``schedule``: linear or cosine to zero, or constant.
+def learning_rate(
+    step: int, *, peak: float, warmup: int, total: int, schedule: str = "linear", decay_ratio: float = 0.1
+) -> float:
+    """Linear warm-up to ``peak`` over ``warmup`` steps, then ``schedule``: linear or cosine to zero, constant, or wsd.
+
+    wsd, warm-up, stable, decay, stays at ``peak`` up to the last ``decay_ratio`` of all steps and falls there as one minus
+    a square root (Hägele et al. 2024, arXiv:2405.18392).
 
     >>> [learning_rate(s, peak=1.0, warmup=2, total=6) for s in (0, 1, 2, 4, 6)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
     >>> [round(learning_rate(s, peak=1.0, warmup=0, total=4, schedule="cosine"), 3) for s in range(5)]
     [1.0, 0.854, 0.5, 0.146, 0.0]
+    >>> [round(learning_rate(s, peak=1.0, warmup=0, total=8, schedule="wsd", decay_ratio=0.5), 3) for s in (0, 4, 5, 7, 8)]
+    [1.0, 1.0, 0.5, 0.134, 0.0]
     """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "wsd":
+        stable = total - max(1, round(decay_ratio * total))
+        return peak * (1.0 - math.sqrt(min(1.0, max(0, step - stable) / (total - stable))))
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     return peak * {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "constant": 1.0}[schedule]
 
@@ -130,35 +149,76 @@ class StepBatch(NamedTuple):
     tokens: int  # real ones
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run that has its own rows, batch size and peak learning rate.
+
+    Attributes:
+        rows: has a length and rows by number; a ``__getitems__`` is given many numbers at once.
+        collate: makes the keyword arguments of the model from rows.
+        batch_size: rows per process and batch.
+        share: of the optimizer steps of the run.
+    """
+
+    rows: Any
+    collate: Callable[[Any], dict[str, Tensor]]
+    batch_size: int
+    learning_rate: float
+    share: float = 1.0
+
+
 class Steps(Dataset):
     """Item ``step`` is this process's :class:`StepBatch` of that optimizer step; any worker can make it, in any order."""
 
-    def __init__(self, rows, collate, *, batch_size: int, accumulation: int, seed: int, process: int, processes: int):
-        self.rows, self.collate, self.seed = rows, collate, seed
+    def __init__(self, phases: Sequence[Phase], *, accumulation: int, seed: int, process: int, processes: int):
+        self.phases, self.seed = phases, seed
         self.accumulation, self.process, self.processes = accumulation, process, processes
-        self.rows_per_step = batch_size * accumulation * processes
-        self.per_epoch = math.ceil(len(rows) / self.rows_per_step)
+        # Steps that one pass over the data takes: phases share them out, each pass being its part of its phase's rows.
+        whole = [math.ceil(len(phase.rows) / self.rows_per_step(phase)) for phase in phases]
+        total = sum(phase.share for phase in phases)
+        passes = sum(phase.share / total / steps for phase, steps in zip(phases, whole, strict=True))
+        self.per_epoch = max(1, round(1 / passes))
+        self.plan(self.per_epoch)
+
+    def rows_per_step(self, phase: Phase) -> int:
+        return phase.batch_size * self.accumulation * self.processes
+
+    def plan(self, total: int) -> None:
+        """Share out ``total`` steps among the phases."""
+        shares = np.cumsum([phase.share for phase in self.phases])
+        self.ends = [round(share * total) for share in shares / shares[-1]]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Number of the phase that ``step`` belongs to, and the steps done in it before. Later steps are the last phase's."""
+        number = next((at for at, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
+        return number, step - (self.ends[number - 1] if number else 0)
 
     def row_ids(self, step: int) -> np.ndarray:
-        return rows_of_step(step, rows=len(self.rows), rows_per_step=self.rows_per_step, seed=self.seed)
+        number, place = self.locate(step)
+        phase = self.phases[number]
+        return rows_of_step(
+            place, rows=len(phase.rows), rows_per_step=self.rows_per_step(phase), seed=self.seed + number * 1_000_003
+        )
 
     def __getitem__(self, step: int) -> StepBatch:
         seed_everything(self.seed, step, self.process, 0)
         batches, terms, tokens = [], [], 0
         rows = self.row_ids(step)
+        phase = self.phases[self.locate(step)[0]]
         for parts in split_rows(rows, accumulation=self.accumulation, processes=self.processes):
             mine = parts[self.process]
-            batch = self.collate(self._fetch(mine if len(mine) else rows[:1]))
+            batch = phase.collate(_fetch(phase.rows, mine if len(mine) else rows[:1]))
             batches.append(batch)
             # A process without rows still takes part, as the others wait for its gradients; they count nothing.
             terms.append(count_labels(batch) if len(mine) else 0)
             tokens += _count_tokens(batch) if len(mine) else 0
         return StepBatch(batches, terms, tokens)
 
-    def _fetch(self, ids: np.ndarray) -> Any:
-        if hasattr(self.rows, "__getitems__"):
-            return self.rows.__getitems__(ids.tolist())
-        return [self.rows[row] for row in ids.tolist()]
+
+def _fetch(rows: Any, ids: np.ndarray) -> Any:
+    if hasattr(rows, "__getitems__"):
+        return rows.__getitems__(ids.tolist())
+    return [rows[row] for row in ids.tolist()]
 
 
 def _count_tokens(batch: dict[str, Tensor]) -> int:
@@ -306,11 +366,12 @@ class StopRequest:
 def fit(
     model: nn.Module,
     *,
-    train_dataset: Any,
-    collate: Callable[[Any], dict[str, Tensor]],
     arguments: LoopArguments,
     output_dir: Path,
     seed: int,
+    train_dataset: Any = None,
+    collate: Callable[[Any], dict[str, Tensor]] | None = None,
+    phases: Sequence[Phase] = (),
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     metric_for_best: str | None = None,
     greater_is_better: bool = True,
@@ -325,6 +386,7 @@ def fit(
         train_dataset: has a length and rows by number; a ``__getitems__`` is given many numbers at once.
         collate: makes the keyword arguments of ``model`` from rows; its random numbers come from the seeded generators
             of Python, numpy and torch. ``attention_mask``, if any, counts tokens, and ``labels`` the terms of the loss.
+        phases: parts of the run, one after the other, in place of ``train_dataset`` and ``collate``.
         evaluate: figures of the model (in evaluation mode, without gradients); called in every process.
         metric_for_best: the figure of ``evaluate`` that picks the weights kept in the end; None keeps the last ones.
 
@@ -337,9 +399,12 @@ def fit(
         OSError: a checkpoint cannot be written; earlier ones are untouched.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; says how to resume.
     """
-    if not len(train_dataset):
+    if not phases:
+        assert collate is not None
+        phases = [Phase(train_dataset, collate, arguments.batch_size, arguments.learning_rate)]
+    if not all(len(phase.rows) for phase in phases):
         raise ValueError("There are no rows to train on; check the data and its limit.")
-    run = _Run(model, train_dataset, collate, arguments, output_dir, seed, metric_for_best, greater_is_better)
+    run = _Run(model, phases, arguments, output_dir, seed, metric_for_best, greater_is_better)
     run.resume()
     run.train(evaluate)
     return run.finish()
@@ -348,28 +413,28 @@ def fit(
 class _Run:
     """The objects of one call of :func:`fit`."""
 
-    def __init__(self, model, rows, collate, arguments, output_dir, seed, metric_for_best, greater_is_better):
+    def __init__(self, model, phases, arguments, output_dir, seed, metric_for_best, greater_is_better):
         self.arguments, self.seed, self.output_dir = arguments, seed, Path(output_dir)
         self.metric_for_best, self.sign = metric_for_best, 1 if greater_is_better else -1
         self.root = self.output_dir / "checkpoints"
         self.accelerator = accelerator = _accelerator(arguments, self.output_dir)
         self.steps = Steps(
-            rows,
-            collate,
-            batch_size=arguments.batch_size,
+            phases,
             accumulation=arguments.gradient_accumulation_steps,
             seed=seed,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
         self.total = arguments.max_steps or max(1, round(arguments.epochs * self.steps.per_epoch))
+        self.steps.plan(self.total)
         self.warmup = arguments.warmup_steps or int(arguments.warmup_ratio * self.total)
         self.identity = {
             **{key: value for key, value in arguments.model_dump(mode="json").items() if key not in _FREE},
             "seed": seed,
-            "rows": len(rows),
-            "data": getattr(rows, "fingerprint", None),
-            "rows_per_step": self.steps.rows_per_step,
+            "rows": [len(phase.rows) for phase in phases],
+            "data": [getattr(phase.rows, "fingerprint", None) for phase in phases],
+            "rows_per_step": [self.steps.rows_per_step(phase) for phase in phases],
+            "shares": [phase.share for phase in phases],
         }
         if arguments.gradient_checkpointing:
             # transformers renamed it; older versions know only the second name.
@@ -445,10 +510,11 @@ class _Run:
     def rate(self, step: int) -> float:
         return learning_rate(
             step,
-            peak=self.arguments.learning_rate,
+            peak=self.steps.phases[self.steps.locate(step)[0]].learning_rate,
             warmup=self.warmup,
             total=self.total,
             schedule=self.arguments.schedule,
+            decay_ratio=self.arguments.decay_ratio,
         )
 
     def checked_loss(self) -> float:

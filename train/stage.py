@@ -59,6 +59,9 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
     from transformers import set_seed
 
     set_seed(context.seed)
+    dropout = getattr(args, "dropout", None)
+    if dropout is not None:
+        changes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     if isinstance(args.model, NewModel):
         config = args.model.config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **changes)
         model = auto_class.from_config(config)
