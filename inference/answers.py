@@ -58,11 +58,13 @@ def answer_rows(
     own = getattr(model.config, "question_answering", None) or {}
     sizes = window_sizes(
         tokenizer,
-        max_length or _max_length(model, tokenizer),
+        max_length or own.get("max_length") or _max_length(model, tokenizer),
         own.get("doc_stride") if doc_stride is None else doc_stride,
         own.get("max_question_length") if max_question_length is None else max_question_length,
     )
-    longest = max_answer_length or own.get("max_answer_length") or MAX_ANSWER_LENGTH
+    longest = own.get("max_answer_length", MAX_ANSWER_LENGTH) if max_answer_length is None else max_answer_length
+    if longest < 1:
+        raise ValueError(f"max_answer_length={longest} leaves nothing to answer; give at least 1.")
     threshold = own.get("null_threshold") if null_threshold is None else null_threshold
     threshold = math.inf if threshold is None else threshold
     for first, some in _ahead(rows, batch_size):
@@ -99,8 +101,8 @@ def choose_rows(
     Raises:
         ValueError: columns that are not found; a row without a question or choices, with its number.
     """
-    max_length = max_length or _max_length(model, tokenizer)
     own = getattr(model.config, "multiple_choice", None) or {}
+    max_length = max_length or own.get("max_length") or _max_length(model, tokenizer)
     columns = None
     for first, some in _ahead(rows, batch_size):
         if columns is None:
@@ -212,6 +214,8 @@ def _choice_logits(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple
 
 def _ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list[Any]]]:
     """Pieces of ``rows``, each with the number, from 1, of its first row."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} computes nothing; give at least 1.")
     rows, first = iter(rows), 1
     while some := list(islice(rows, batch_size * _BATCHES_AHEAD)):
         yield first, some

@@ -285,7 +285,7 @@ def test_learns_its_questions_through_a_recipe(trained, tmp_path):
         assert metrics[f"eval_{name}"] == 1.0
     folder = trained / "1-answer"
     model = AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=False)
-    own = {"doc_stride": 6, "max_question_length": 6, "max_answer_length": 30, "null_threshold": 0.0}
+    own = {"max_length": 20, "doc_stride": 6, "max_question_length": 6, "max_answer_length": 30, "null_threshold": 0.0}
     assert model.config.question_answering == own
     opened = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert opened.model_max_length == 20
@@ -407,5 +407,9 @@ def test_refuses_data_of_another_kind_and_sizes_without_room(answer, tokenizer):
         answer([GOOD], doc_stride=20)
     with pytest.raises(ValueError, match=r"Row 70 has None in column 'context', where a text belongs"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD] * 69 + [{**GOOD, "context": None}], batch_size=2))
+    with pytest.raises(ValueError, match=r"max_answer_length=0 leaves nothing to answer"):
+        list(answer_rows(Oracle({}, {}), tokenizer, [GOOD], max_answer_length=0))
+    with pytest.raises(ValueError, match=r"batch_size=0 computes nothing"):
+        list(answer_rows(Oracle({}, {}), tokenizer, [GOOD], batch_size=0))
     with pytest.raises(ValueError, match=r"Row 1 has no column 'question'; it has text"):
         list(answer_rows(Oracle({}, {}), tokenizer, [{"text": "rome"}]))

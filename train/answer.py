@@ -55,8 +55,7 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
         threshold = 0.0
     # Kept in config.json, so that the model is asked later as it was trained and measured.
     model.config.question_answering = {
-        "doc_stride": sizes.doc_stride,
-        "max_question_length": sizes.max_question_length,
+        **sizes._asdict(),
         "max_answer_length": args.max_answer_length,
         "null_threshold": threshold,
     }

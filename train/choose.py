@@ -49,7 +49,11 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
     model = load_model(AutoModelForMultipleChoice, args, context, tokenizer, **changes)
     tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
     # Kept in config.json, so that files with the same columns are understood later.
-    model.config.multiple_choice = {"text_columns": list(columns.texts), "choice_columns": list(columns.choices)}
+    model.config.multiple_choice = {
+        "max_length": max_length,
+        "text_columns": list(columns.texts),
+        "choice_columns": list(columns.choices),
+    }
 
     rows = ChoiceRows.from_choices(asked, labels, tokenizer, max_length)
     if args.eval_data:
