@@ -214,3 +214,30 @@ def test_real_minilm_checkpoint():
                 for model in (theirs, ours)
             ]
         torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["BertForPreTraining", "BertForMaskedLM"])
+def test_fifty_steps_of_pretraining_keep_the_losses_together(name, inputs):
+    """The same batches, AdamW and learning rate: the losses of 50 steps differ by less than 1e-4."""
+    theirs, ours = pair(name)
+    models = [theirs.train(), ours.train()]  # no dropout in this configuration
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
+    generator = torch.Generator().manual_seed(1)
+    history = []
+    for _ in range(50):
+        ids = torch.randint(0, 101, (6, 14), generator=generator)
+        labels = torch.where(torch.rand(6, 14, generator=generator) < 0.3, ids, -100).where(inputs["attention_mask"] == 1, -100)
+        batch = {**inputs, "input_ids": ids, "labels": labels}
+        if name == "BertForPreTraining":
+            batch["next_sentence_label"] = torch.randint(0, 2, (6,), generator=generator)
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        history.append(losses)
+    for mine, reference in history:
+        assert mine == pytest.approx(reference, abs=1e-4)
+    assert history[0] != history[-1]

@@ -1,0 +1,165 @@
+"""The corpus on disk: every token once, documents and sentences where they were."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minibert import train_word_level
+from minibert.data import corpus as corpora
+from minibert.data.corpus import Corpus, Pieces, Spans, load_corpus, split_sentences
+from minibert.data.source import DataSource
+
+DOCUMENTS = ["a cat sat. it slept!", "b", "", "one two three four five six. seven eight? nine ten", "a b c d e f g h i j"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_word_level(DOCUMENTS)
+
+
+@pytest.fixture
+def read(tmp_path, tokenizer):
+    """Write documents as JSON lines and load them as a corpus."""
+    import json
+
+    def load(documents=DOCUMENTS, **options):
+        file = tmp_path / "documents.jsonl"
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        if not file.exists() or file.read_text() != lines:  # a file written anew is read anew
+            file.write_text(lines)
+        return load_corpus([DataSource(path=str(file))], tokenizer, cache_dir=tmp_path / "cache", **options)
+
+    return load
+
+
+def made(tmp_path, documents):
+    """A corpus straight from numbers of tokens: documents are lists of sentence lengths."""
+    sentences = [size for document in documents for size in document]
+    np.save(tmp_path / "tokens.npy", np.arange(sum(sentences), dtype=np.int32))
+    np.save(tmp_path / "documents.npy", np.cumsum([0, *map(sum, documents)]))
+    np.save(tmp_path / "sentences.npy", np.cumsum([0, *sentences]))
+    return Corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("One. Two! Three?", ["One.", "Two!", "Three?"]),
+        ('He said "No." She left.', ['He said "No."', "She left."]),
+        ("Version 1.5 is out... Really.", ["Version 1.5 is out...", "Really."]),
+        ("A heading\n\nA line\n", ["A heading", "A line"]),
+        ("  \n ", []),
+    ],
+)
+def test_sentences(text, sentences):
+    assert split_sentences(text, ".!?") == sentences
+    assert split_sentences("a; b. c", ";") == ["a;", "b. c"]
+
+
+def test_holds_every_token_in_its_document_and_sentence(read, tokenizer):
+    for delimiters in (None, ".!?"):
+        corpus = read(sentence_delimiters=delimiters)
+        bounds = corpus.documents.tolist()
+        texts = [tokenizer.decode(corpus.tokens[a:b]) for a, b in itertools.pairwise(bounds)]
+        assert texts == [tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) for text in DOCUMENTS if text]
+    bounds = corpus.sentences.tolist()
+    assert [tokenizer.decode(corpus.tokens[a:b]) for a, b in itertools.pairwise(bounds)] == [
+        "a cat sat.",
+        "it slept!",
+        "b",
+        "one two three four five six.",
+        "seven eight?",
+        "nine ten",
+        "a b c d e f g h i j",
+    ]
+    assert read().sentences is None
+
+
+def test_several_processes_give_the_same_corpus(read, tmp_path):
+    documents = [f"a {text}" for text in DOCUMENTS * 300]
+    one = read(documents, workers=1)
+    tokens = np.array(one.tokens)
+    (one.folder / "corpus.json").unlink()  # as a tokenization that was interrupted leaves it
+    two = read(documents, workers=2)
+    assert two.folder == one.folder
+    assert np.array_equal(two.tokens, tokens) and np.array_equal(two.documents, one.documents)
+    assert not list((tmp_path / "cache").glob(".*"))  # nothing is left beside it
+
+
+def test_is_tokenized_once(read, monkeypatch):
+    first = read()
+    monkeypatch.setattr(corpora, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    assert read().fingerprint == first.fingerprint
+    with pytest.raises(pytest.fail.Exception):
+        read(sentence_delimiters=".")
+    with pytest.raises(pytest.fail.Exception):
+        read([*DOCUMENTS, "new"])
+
+
+@pytest.mark.parametrize(("sample_by", "documents"), [("line", 5), ("paragraph", 3), ("document", 2)])
+def test_text_files_become_documents(tmp_path, tokenizer, sample_by, documents):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "1.txt").write_text("a cat sat.\nit slept!\n\none two\nthree\n")
+    (tmp_path / "texts" / "2.txt").write_text("b\n")
+    source = DataSource(path=str(tmp_path / "texts"))
+    corpus = load_corpus([source], tokenizer, sample_by=sample_by, cache_dir=tmp_path / "cache")
+    assert len(corpus.documents) - 1 == documents
+
+
+@pytest.mark.parametrize("documents", [["", ""], ["  ", "\n"]])
+@pytest.mark.parametrize("delimiters", [None, "."])
+def test_refuses_a_corpus_without_words(read, documents, delimiters):
+    with pytest.raises(ValueError, match="holds no text to train on"):
+        read(documents, sentence_delimiters=delimiters)
+
+
+def test_refuses_columns_that_are_not_clear(tmp_path, tokenizer):
+    file = tmp_path / "two.jsonl"
+    file.write_text('{"title": "a", "body": "b", "year": 1}\n')
+
+    def load(**options):
+        return load_corpus([DataSource(path=str(file))], tokenizer, cache_dir=tmp_path / "cache", **options)
+
+    with pytest.raises(ValueError, match="it has title, body, year. Name the one to train on with text_column"):
+        load()
+    with pytest.raises(ValueError, match="has no column 'content'; it has title, body, year"):
+        load(text_column="content")
+    with pytest.raises(ValueError, match="'year' of .* does not hold text"):
+        load(text_column="year")
+    assert len(load(text_column="body").tokens) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(4, 20))
+def test_pieces_hold_every_token_once_and_rows_fit(tmp_path_factory, sizes, max_length):
+    corpus = made(tmp_path_factory.mktemp("corpus"), [[size] for size in sizes])
+    pieces = Pieces(corpus, max_length)
+    tokens = [at for start, size in zip(pieces.starts, pieces.lengths, strict=True) for at in range(start, start + size)]
+    assert sorted(tokens) == list(range(sum(sizes)))
+    owners = np.searchsorted(corpus.documents, pieces.starts, side="right")
+    ends = np.searchsorted(corpus.documents, pieces.starts + pieces.lengths - 1, side="right")
+    assert np.array_equal(owners, ends)  # no piece crosses the end of its document
+    assert pieces.rows[0] == 0 and pieces.rows[-1] == len(pieces.starts) and (np.diff(pieces.rows) > 0).all()
+    for begin, end in itertools.pairwise(pieces.rows):
+        assert (pieces.lengths[begin:end] + 2).sum() <= max_length
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=8), st.integers(5, 24))
+def test_spans_are_neighbouring_sentences_that_fit(tmp_path_factory, documents, max_length):
+    corpus = made(tmp_path_factory.mktemp("corpus"), documents)
+    spans = Spans(corpus, max_length)
+    for first, last, document in zip(spans.first, spans.last, spans.document, strict=True):
+        assert last - first >= 2
+        assert spans.bounds[last] - spans.bounds[first] <= max_length - 3
+        assert corpus.documents[document] <= spans.bounds[first]
+        assert spans.bounds[last] <= corpus.documents[document + 1]
+    covered = {at for f, la in zip(spans.first, spans.last, strict=True) for at in range(spans.bounds[f], spans.bounds[la])}
+    for number, document in enumerate(documents):
+        places = set(range(corpus.documents[number], corpus.documents[number + 1]))
+        assert places <= covered or len(document) == 1 or not places & covered
+        if len(document) > 1:
+            assert places <= covered
