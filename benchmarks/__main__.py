@@ -54,6 +54,70 @@ def train(
 
 
 @app.command()
+def transfer(
+    data: Annotated[Path, typer.Option(help="Folder with the data sets named in benchmarks/transfer.py, one folder each.")],
+    pretrained: Annotated[Path, typer.Option(help="Folder of a pretrained MiniBERT with its tokenizer.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write; runs it already holds are not repeated.")] = Path(
+        "transfer.json"
+    ),
+    work: Annotated[Path, typer.Option(help="Folder for the models.")] = Path("runs/benchmark-transfer"),
+    task: Annotated[list[str] | None, typer.Option(help="nli, sst2, conll or retrieval; repeat it. Default: all.")] = None,
+    start: Annotated[list[str] | None, typer.Option(help="pretrained, new or bert; repeat it. Default: all.")] = None,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of training.")] = "bf16",
+    pair_batch: Annotated[int, typer.Option(help="Questions and passages in a step of the retrieval task.")] = 128,
+    pair_steps: Annotated[int | None, typer.Option(help="Steps of the retrieval task; unset means one pass.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of new weights and of the order of rows.")] = 0,
+) -> None:
+    """The same fine-tuning with and without pretraining, and from BertModel with the pretrained weights.
+
+    Example: python -m benchmarks transfer --data data --pretrained runs/simple/2-pretrain
+    """
+    from benchmarks.transfer import TASKS, run
+
+    run(
+        *(data, pretrained, out, work),
+        tasks=task or list(TASKS),
+        starts=start or ["pretrained", "new", "bert"],
+        precision=precision,
+        pair_batch=pair_batch,
+        pair_steps=pair_steps,
+        seed=seed,
+    )
+
+
+@app.command()
+def pretrain(
+    data: Annotated[str | None, typer.Option(help="Texts to train on; the default is the installed documentation.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pretrain.json"),
+    work: Annotated[Path, typer.Option(help="Folder for tokenizer, cache and models.")] = Path("runs/benchmark-pretrain"),
+    preset: Annotated[str, typer.Option(help="Shape of both; a preset that BertModel can express.")] = "simple-4x256",
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences in a step.")] = 32,
+    steps: Annotated[int, typer.Option(help="Timed steps of a run.")] = 12,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of every side, in turns.")] = 3,
+) -> None:
+    """Tokens per second of masked-LM pretraining, ours beside transformers' Trainer with BertForMaskedLM.
+
+    Example: python -m benchmarks pretrain --out pretrain.json
+    """
+    from benchmarks.pretrain import run
+
+    run(data, out, work, preset=preset, length=length, batch=batch, steps=steps, repeats=repeats)
+
+
+@app.command()
+def corpus(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("corpus.json"),
+    work: Annotated[Path, typer.Option(help="Folder for generated text and caches.")] = Path("runs/benchmark-corpus"),
+    megabytes: Annotated[list[int] | None, typer.Option(help="Sizes of generated text; repeat it. Default: 100, 1000.")] = None,
+) -> None:
+    """Memory while a corpus is tokenized and read, for two sizes. Example: python -m benchmarks corpus"""
+    from benchmarks.corpus import run
+
+    run(out, work, megabytes=megabytes or [100, 1000])
+
+
+@app.command()
 def pieces(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pieces.json"),
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, interleaved.")] = 20,

@@ -99,7 +99,7 @@ def run(data: Path, out: Path, work: Path, *, preset: str, seeds: int, only_ours
     _print_table(results["runs"], _summary(results["runs"]))
 
 
-def _sources(data: Path, names: tuple[str, ...], split: str) -> list[DataSource]:
+def sources(data: Path, names: tuple[str, ...], split: str) -> list[DataSource]:
     return [DataSource(path=str(data / name), split=split) for name in names]
 
 
@@ -113,7 +113,7 @@ def _tokenizer(data: Path, folder: Path, max_length: int) -> Any:
                 *((n, ("query", "answer")) for n in PAIRS),
             ]
             for column in columns
-            for text in load(_sources(data, (name,), "train"))[column]
+            for text in load(sources(data, (name,), "train"))[column]
         ]
         train_wordpiece(texts, vocab_size=30000, model_max_length=max_length).save_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -127,13 +127,13 @@ def _start(folder: Path, preset: str, tokenizer: Any, seed: int) -> None:
     ours.save_pretrained(folder / "minibert")
     shared = {name: getattr(config, name) for name in BertConfig.__annotations__ if hasattr(config, name)}
     theirs = BertForSequenceClassification(BertConfig(**shared, num_labels=3))
-    theirs.load_state_dict({_bert_name(key): value for key, value in ours.state_dict().items()}, strict=True)
+    theirs.load_state_dict({bert_name(key): value for key, value in ours.state_dict().items()}, strict=True)
     theirs.save_pretrained(folder / "bert")
     for name in ("minibert", "bert"):
         tokenizer.save_pretrained(folder / name)
 
 
-def _bert_name(key: str) -> str:
+def bert_name(key: str) -> str:
     for ours, theirs in TO_BERT:
         key = key.replace(ours, theirs)
     return key
@@ -149,11 +149,11 @@ def _arguments(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 def _train_ours(data: Path, folder: Path, tokenizer: Path, seed: int, **options: Any) -> dict[str, float]:
     nli, pairs = _arguments(options)
-    stage = ClassifyStage(kind="classify", data=_sources(data, NLI, "train"), log_steps=100, **nli)
+    stage = ClassifyStage(kind="classify", data=sources(data, NLI, "train"), log_steps=100, **nli)
     started = time.perf_counter()
     classify(stage, StageContext(folder / "minibert/nli", seed, str(folder / "start/minibert"), str(tokenizer)))
     between = time.perf_counter()
-    embedding = EmbedStage(kind="embed", data=_sources(data, PAIRS, "train"), log_steps=100, pooling="mean", **pairs)
+    embedding = EmbedStage(kind="embed", data=sources(data, PAIRS, "train"), log_steps=100, pooling="mean", **pairs)
     embed(embedding, StageContext(folder / "minibert/pairs", seed, str(folder / "minibert/nli"), str(tokenizer)))
     return {"nli_seconds": between - started, "pairs_seconds": time.perf_counter() - between}
 
@@ -168,7 +168,7 @@ class _SameOrder(CrossEncoderTrainer):
 def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **options: Any) -> dict[str, float]:
     nli, pairs = _arguments(options)
     started = time.perf_counter()
-    rows = load(_sources(data, NLI, "train")).select_columns(["premise", "hypothesis", "label"])
+    rows = load(sources(data, NLI, "train")).select_columns(["premise", "hypothesis", "label"])
     order = [rows_of_step(step, rows=len(rows), rows_per_step=NLI_BATCH, seed=seed) for step in range(options["nli_steps"])]
     model = CrossEncoder(str(folder / "start/bert"), num_labels=3, max_length=options["max_length"], device="cpu")
     arguments = CrossEncoderTrainingArguments(
@@ -192,7 +192,7 @@ def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **option
     model.save_pretrained(str(folder / "bert/nli"))
     between = time.perf_counter()
 
-    stage = EmbedStage(kind="embed", data=_sources(data, PAIRS, "train"), log_steps=100, **pairs)
+    stage = EmbedStage(kind="embed", data=sources(data, PAIRS, "train"), log_steps=100, **pairs)
     transformer = Transformer(str(folder / "bert/nli"), max_seq_length=options["max_length"])
     encoder = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean"), Normalize()], device="cpu"
@@ -210,11 +210,11 @@ def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **option
 
 def _measure(data: Path, folder: Path, queries: int) -> dict[str, float]:
     """Accuracy on SNLI validation, and retrieval among the distinct answers of each validation split."""
-    snli = evaluate(folder / "nli", load(_sources(data, ("snli",), "validation")))
+    snli = evaluate(folder / "nli", load(sources(data, ("snli",), "validation")))
     figures = {"snli_accuracy": snli["systems"]["model"]["accuracy"]}
     encoder = SentenceTransformer(str(folder / "pairs"), device="cpu")
     for name in RETRIEVAL:
-        found = evaluate(encoder, load(_sources(data, (name,), "validation")), limit=queries, baselines=False)
+        found = evaluate(encoder, load(sources(data, (name,), "validation")), limit=queries, baselines=False)
         figures |= {f"{name}_{key}": found["systems"]["model"][key] for key in ("mrr@10", "recall@10")}
     return figures
 
@@ -224,7 +224,7 @@ def _baselines(data: Path, folder: Path, queries: int) -> dict[str, float]:
     encoder = SentenceTransformer(str(folder / "pairs"), device="cpu")
     figures = {}
     for name in RETRIEVAL:
-        systems = evaluate(encoder, load(_sources(data, (name,), "validation")), limit=queries)["systems"]
+        systems = evaluate(encoder, load(sources(data, (name,), "validation")), limit=queries)["systems"]
         figures |= {f"{name}_{system}_mrr@10": systems[system]["mrr@10"] for system in ("bm25", "untrained")}
     return figures
 

@@ -1,0 +1,148 @@
+"""What pretraining is worth: the same fine-tuning from a pretrained encoder, from new weights, and from BertModel.
+
+Each task is a stage of ``minibert train`` with the same arguments, tokenizer, seed and order of rows for every start. The
+third start is transformers' BertModel with the pretrained weights, so that it differs from the first in the code alone.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+
+from benchmarks.machine import describe
+from benchmarks.train import NLI, PAIRS, RETRIEVAL, bert_name, sources
+from minibert import MiniBertModel
+from minibert.data.load import load
+from minibert.inference.evaluate import evaluate
+from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage, TagStage
+from minibert.train.classify import classify
+from minibert.train.embed import embed
+from minibert.train.stage import StageContext
+from minibert.train.tag import tag
+
+# Sets of real questions are read this often, those of titles and headings once.
+QUESTIONS_READ = 3
+TITLES = ("wiki_sections", "wiki_leads", "reuters_titles", "scitldr", "tldr_pages")
+
+
+def run(
+    data: Path,
+    pretrained: Path,
+    out: Path,
+    work: Path,
+    *,
+    tasks: list[str],
+    starts: list[str],
+    precision: str,
+    pair_batch: int,
+    pair_steps: int | None,
+    seed: int,
+) -> None:
+    """Fine-tune on every task from every start, print each result and write ``out``; finished runs of ``out`` are kept."""
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    results: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"runs": []}
+    results |= {"benchmark": "transfer", "machine": describe()}
+    folders = _starts(pretrained, work / "starts", starts, seed)
+    options = {"precision": precision, "pair_batch": pair_batch, "pair_steps": pair_steps, "seed": seed}
+    for task in tasks:
+        for start in starts:
+            if any((done["task"], done["start"], done["seed"]) == (task, start, seed) for done in results["runs"]):
+                continue
+            folder = work / f"{task}-{start}-{seed}"
+            shutil.rmtree(folder, ignore_errors=True)
+            started = time.perf_counter()
+            figures = TASKS[task](data, StageContext(folder, seed, str(folders[start]), str(folders[start])), options)
+            figures = {"task": task, "start": start, **options, "seconds": round(time.perf_counter() - started, 1), **figures}
+            results["runs"].append(figures)
+            print(json.dumps(figures), flush=True)
+            out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _starts(pretrained: Path, work: Path, starts: list[str], seed: int) -> dict[str, Path]:
+    """Folders of the encoders to start from, each with the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    config = AutoConfig.from_pretrained(pretrained)
+    folders = {"pretrained": pretrained, **{name: work / f"{name}-{seed}" for name in ("new", "bert")}}
+    if "new" in starts:
+        transformers.set_seed(seed)
+        MiniBertModel(config).save_pretrained(folders["new"])
+        tokenizer.save_pretrained(folders["new"])
+    if "bert" in starts:
+        names = {name: getattr(config, name) for name in BertConfig.__annotations__ if hasattr(config, name)}
+        theirs = BertModel(BertConfig(**names))
+        weights = load_file(pretrained / "model.safetensors")
+        encoder = {bert_name(key).removeprefix("bert."): value for key, value in weights.items() if key.startswith("minibert.")}
+        missing = theirs.load_state_dict(encoder, strict=False)
+        assert not missing.unexpected_keys and all("pooler" in key for key in missing.missing_keys), missing
+        theirs.save_pretrained(folders["bert"])
+        tokenizer.save_pretrained(folders["bert"])
+    return folders
+
+
+def _classify(data: Path, context: StageContext, train: tuple[str, ...], held_out: str, **arguments: Any) -> dict[str, float]:
+    stage = ClassifyStage(
+        kind="classify", data=sources(data, train, "train"), eval_data=sources(data, (held_out,), "validation"), **arguments
+    )
+    metrics = classify(stage, context)
+    return {"accuracy": metrics["eval_accuracy"], "macro_f1": metrics["eval_macro_f1"], "steps": metrics["steps"]}
+
+
+def _nli(data: Path, context: StageContext, options: dict[str, Any]) -> dict[str, float]:
+    return _classify(
+        *(data, context, NLI, "snli"),
+        **{"epochs": 2, "batch_size": 32, "learning_rate": 3e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.1},
+        **{"precision": options["precision"], "metric_for_best": "accuracy"},
+    )
+
+
+def _sst2(data: Path, context: StageContext, options: dict[str, Any]) -> dict[str, float]:
+    return _classify(
+        *(data, context, ("sst2",), "sst2"),
+        **{"epochs": 2, "batch_size": 64, "learning_rate": 3e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.1},
+        **{"precision": options["precision"], "metric_for_best": "accuracy"},
+    )
+
+
+def _conll(data: Path, context: StageContext, options: dict[str, Any]) -> dict[str, float]:
+    stage = TagStage(
+        kind="tag",
+        data=sources(data, ("conll2003",), "train"),
+        eval_data=sources(data, ("conll2003",), "validation"),
+        **{"epochs": 4, "batch_size": 32, "learning_rate": 5e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.1},
+        precision=options["precision"],
+    )
+    metrics = tag(stage, context)
+    return {name: metrics[f"eval_{name}"] for name in ("f1", "precision", "recall")} | {"steps": metrics["steps"]}
+
+
+def _retrieval(data: Path, context: StageContext, options: dict[str, Any]) -> dict[str, float]:
+    questions = tuple(name for name in PAIRS if name not in TITLES)
+    stage = EmbedStage(
+        kind="embed",
+        data=sources(data, questions * QUESTIONS_READ + TITLES, "train"),
+        **{"learning_rate": 5e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.0, "pooling": "mean"},
+        **{"precision": options["precision"], "batch_size": options["pair_batch"], "max_steps": options["pair_steps"]},
+        save_steps=200,
+    )
+    metrics = embed(stage, context)
+    encoder = SentenceTransformer(str(context.output_dir), device="cuda" if torch.cuda.is_available() else "cpu")
+    figures = {"steps": metrics["steps"]}
+    for name in RETRIEVAL:
+        found = evaluate(encoder, load([DataSource(path=str(data / name), split="validation")]), limit=1500, baselines=False)
+        figures |= {f"{name}_{key}": found["systems"]["model"][key] for key in ("mrr@10", "recall@10")}
+    return figures
+
+
+TASKS = {"nli": _nli, "sst2": _sst2, "conll": _conll, "retrieval": _retrieval}
+
+
+__all__ = ["TASKS", "run"]
