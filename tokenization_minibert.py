@@ -35,6 +35,7 @@ def train_wordpiece(
     lowercase: bool = True,
     min_frequency: int = 2,
     model_max_length: int = 512,
+    truncation_side: str = "right",
     show_progress: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Train a subword tokenizer as BERT's (Devlin et al. 2018, arXiv:1810.04805).
@@ -45,6 +46,7 @@ def train_wordpiece(
         lowercase: Fold case and strip accents, in training and in use.
         min_frequency: Pieces must occur this often to be merged into a longer one.
         model_max_length: Longest sequence in tokens when truncating.
+        truncation_side: Where longer texts are cut: ``"right"`` keeps their beginning, ``"left"`` their end.
         show_progress: Show a progress bar over the texts.
 
     Raises:
@@ -78,7 +80,14 @@ def train_wordpiece(
     model = models.WordPiece(
         vocabulary, unk_token="[UNK]", continuing_subword_prefix=CONTINUING, max_input_chars_per_word=_LONGEST_WORD
     )
-    return _finished(model, len(vocabulary), vocab_size, lowercase=lowercase, model_max_length=model_max_length)
+    return _finished(
+        model,
+        len(vocabulary),
+        vocab_size,
+        lowercase=lowercase,
+        model_max_length=model_max_length,
+        truncation_side=truncation_side,
+    )
 
 
 def train_word_level(
@@ -88,6 +97,7 @@ def train_word_level(
     lowercase: bool = True,
     min_frequency: int = 1,
     model_max_length: int = 512,
+    truncation_side: str = "right",
     show_progress: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Make a tokenizer whose tokens are the most frequent whole words; every other word is ``[UNK]``.
@@ -98,6 +108,7 @@ def train_word_level(
         lowercase: Fold case and strip accents, in training and in use.
         min_frequency: Words must occur this often.
         model_max_length: Longest sequence in tokens when truncating.
+        truncation_side: Where longer texts are cut: ``"right"`` keeps their beginning, ``"left"`` their end.
         show_progress: Show a progress bar over the texts.
 
     Raises:
@@ -112,7 +123,14 @@ def train_word_level(
     frequent = sorted((word for word, count in words.items() if count >= min_frequency), key=lambda word: (-words[word], word))
     tokens = [*SPECIAL_TOKENS, *frequent][:vocab_size]
     model = models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]")
-    return _finished(model, len(tokens), vocab_size, lowercase=lowercase, model_max_length=model_max_length)
+    return _finished(
+        model,
+        len(tokens),
+        vocab_size,
+        lowercase=lowercase,
+        model_max_length=model_max_length,
+        truncation_side=truncation_side,
+    )
 
 
 def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) -> dict[str, int]:
@@ -177,7 +195,7 @@ def _repeated(words: dict[str, int]) -> Iterator[str]:
 
 
 def _finished(
-    model: models.Model, size: int, vocab_size: int, *, lowercase: bool, model_max_length: int
+    model: models.Model, size: int, vocab_size: int, *, lowercase: bool, model_max_length: int, truncation_side: str
 ) -> PreTrainedTokenizerFast:
     if size < vocab_size:
         warnings.warn(
@@ -197,6 +215,7 @@ def _finished(
         tokenizer_object=tokenizer,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=model_max_length,
+        truncation_side=truncation_side,
         pad_token="[PAD]",
         unk_token="[UNK]",
         cls_token="[CLS]",

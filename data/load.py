@@ -8,7 +8,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from minibert.data.source import INSTALLED_DOCS, DataSource
+from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 # Suffix of a file to the builder of ``datasets`` that reads it, and its options. Texts such as "NA" or "null" stay texts.
 _CSV = {"keep_default_na": False, "na_values": [""]}
@@ -38,7 +38,7 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
     """Read ``sources`` and put their rows one after the other, keeping the columns they share.
 
     Args:
-        split: the split of every source that names none itself; a single file is taken whole.
+        split: the split of every source that names none itself; of a single file only a slice in it counts.
         sample_by: what a row of a text file is: a ``line``, a ``paragraph`` (up to an empty line), or the file (``document``).
 
     Raises:
@@ -121,16 +121,21 @@ def _load_one(source: DataSource, split: str, sample_by: str = "line") -> Datase
 
 
 def _load_local(path: Path, split: str | None, default_split: str, sample_by: str) -> Dataset:
-    if path.is_file():
-        files = [path]
+    parts = split_parts(split or default_split)
+    if path.is_file():  # of a single file the name of a split says nothing, a slice does
+        groups = {"file": [path]}
+        parts = list(dict.fromkeys(("file", rows) for _, rows in parts))
     else:
         groups = _group_by_split(path)
-        wanted = _SPLITS.get(split or default_split, split or default_split)
-        if wanted not in groups:
+        parts = [(_SPLITS.get(name, name), rows) for name, rows in parts]
+        if missing := [name for name, _ in parts if name not in groups]:
             raise ValueError(
-                f"{path} has no split {wanted!r}; it has {', '.join(sorted(groups))}. Choose one with split:, or name a file."
+                f"{path} has no split {missing[0]!r}; it has {', '.join(sorted(groups))}. "
+                "Choose one with split:, or name a file."
             )
-        files = groups[wanted]
+    # Names of the reader's own: those of folders may hold characters that it refuses.
+    named = {name: f"split{number}" for number, name in enumerate(dict.fromkeys(name for name, _ in parts))}
+    files = list(dict.fromkeys(file for name in named for file in groups[name]))
     if unknown := sorted({file.suffix for file in files} - _BUILDERS.keys()):
         raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(_BUILDERS)}.")
     if len({_BUILDERS[file.suffix][0] for file in files}) > 1:
@@ -143,7 +148,9 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
     if builder == "json" and (problem := _not_utf8(files)):  # the JSON reader lets such bytes through; they fail much later
         raise ValueError(problem)
     try:
-        return load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
+        data_files = {named[name]: [str(file) for file in groups[name]] for name in named}
+        wanted = "+".join(named[name] + rows for name, rows in parts)
+        return load_dataset(builder, data_files=data_files, split=wanted, **options)
     except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(_why_unreadable(files, error)) from error
 

@@ -3,10 +3,32 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 INSTALLED_DOCS = "installed-docs"
 _HUB_WITH_CONFIG = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
+_SPLIT_PART = re.compile(r"([\w.-]+)(\[(?:-?\d+%?)?:(?:-?\d+%?)?\])?")
+
+
+def split_parts(split: str) -> list[tuple[str, str]]:
+    """Names and slices of a split in the spelling of ``datasets``: parts joined by +, each whole or with a slice of its rows.
+
+    >>> split_parts("train[:45%]+train[50%:95%]")
+    [('train', '[:45%]'), ('train', '[50%:95%]')]
+
+    Raises:
+        ValueError: for a part that is neither a name nor a name with a slice.
+    """
+    parts = []
+    for part in split.split("+"):
+        match = _SPLIT_PART.fullmatch(part.strip())
+        if not match or any(int(percent) > 100 for percent in re.findall(r"(\d+)%", match[2] or "")):
+            raise ValueError(
+                f"split={split!r} cannot be read at {part!r}; give a name such as train, or a slice of it such as train[:90%], "
+                "train[90%:] or train[:1000], or several joined by +."
+            )
+        parts.append((match[1], match[2] or ""))
+    return parts
 
 
 class DataSource(BaseModel):
@@ -20,7 +42,11 @@ class DataSource(BaseModel):
 
     path: str = Field(min_length=1, description="Local file or folder, id of a data set on the Hub, or installed-docs.")
     config: str | None = Field(None, description="Configuration of a Hub data set.")
-    split: str | None = Field(None, description="Split to read; unset means train for training and validation for evaluation.")
+    split: str | None = Field(
+        None,
+        description="Split, or slices of splits such as train[:90%]+test[-1000:]; unset means train for training and "
+        "validation for evaluation.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
     columns: dict[str, str] | None = Field(None, description="Columns to rename: name found in the data to name wanted.")
     limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Read at most this many rows, from the start.")
@@ -32,3 +58,10 @@ class DataSource(BaseModel):
             return value
         match = _HUB_WITH_CONFIG.fullmatch(value)
         return {"path": match[1], "config": match[2]} if match else {"path": value}
+
+    @field_validator("split")
+    @classmethod
+    def _can_be_read(cls, split: str | None) -> str | None:
+        if split is not None:
+            split_parts(split)
+        return split

@@ -56,6 +56,37 @@ def test_splits_of_a_folder(tmp_path):
         load([source(folder, split="other")])
 
 
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [
+        ("train[:40%]+train[50%:90%]", [0, 1, 2, 3, 5, 6, 7, 8]),
+        ("training[40%:50%] + train[90%:]", [4, 9]),
+        ("train[-2:]+two-parts", [8, 9, 20, 21]),
+        ("train[8:]+dev[:1]", [8, 9, 10]),
+    ],
+)
+def test_slices_of_splits(tmp_path, split, rows):
+    for name, numbers in {"train": range(10), "dev": range(10, 20), "two-parts": range(20, 22)}.items():
+        datasets.Dataset.from_dict({"x": list(numbers)}).to_parquet(tmp_path / f"{name}.parquet")
+    assert load([source(tmp_path, split=split)])["x"][:] == rows
+    assert load([source(tmp_path)], split=split)["x"][:] == rows
+
+
+def test_a_slice_of_a_single_file(tmp_path):
+    (tmp_path / "a.csv").write_text("x\n1\n2\n3\n4\n", encoding="utf-8")
+    assert load([source(tmp_path / "a.csv", split="train[:75%]")])["x"][:] == [1, 2, 3]
+    assert load([source(tmp_path / "a.csv", split="train[75%:]")])["x"][:] == [4]
+    assert load([source(tmp_path / "a.csv", split="train+test")])["x"][:] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="a.csv has no rows"):
+        load([source(tmp_path / "a.csv", split="train[4:]")])
+
+
+@pytest.mark.parametrize("split", ["train[90%]", "train[:1x]", "train[:101%]", "train+", "[:10]", "a b"])
+def test_a_split_that_cannot_be_read(split):
+    with pytest.raises(ValueError, match=r"split='.*' cannot be read at .*; give a name such as train, or a slice of it"):
+        DataSource.model_validate({"path": "a.csv", "split": split})
+
+
 def test_sources_are_joined_on_what_they_share(tmp_path):
     (tmp_path / "a.csv").write_text("query,answer,extra\nq1,a1,x\n", encoding="utf-8")
     (tmp_path / "b.csv").write_text("answer,question\na2,q2\n", encoding="utf-8")

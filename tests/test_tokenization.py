@@ -68,6 +68,14 @@ def test_padding_and_truncation(tokenizer):
     assert batch["input_ids"][1, -1] == tokenizer.sep_token_id
 
 
+@pytest.mark.parametrize(("side", "kept"), [("right", "one two"), ("left", "three four")])
+def test_the_side_where_long_texts_are_cut_is_saved(tmp_path, side, kept):
+    train_word_level(["one two three four"], vocab_size=9, truncation_side=side).save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    ids = reloaded("one two three four", truncation=True, max_length=4)["input_ids"]
+    assert reloaded.decode(ids) == f"[CLS] {kept} [SEP]"
+
+
 def test_reloads_without_our_code(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json"}

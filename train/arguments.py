@@ -134,6 +134,9 @@ class TokenizerStage(Stage):
     lowercase: bool = Field(True, description="Lower-case texts and strip accents.")
     min_frequency: Positive | None = Field(None, description="Rarer pieces are left out; unset means 2, and 1 for whole words.")
     max_length: Positive = Field(512, description="Longest sequence, in tokens, that the tokenizer announces.")
+    truncation_side: Literal["right", "left"] = Field(
+        "right", description="Where the tokenizer cuts longer texts: right keeps their beginning, left their end."
+    )
 
 
 class PhaseArguments(Arguments):

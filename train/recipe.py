@@ -360,6 +360,7 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
         vocab_size=args.vocab_size,
         lowercase=args.lowercase,
         model_max_length=args.max_length,
+        truncation_side=args.truncation_side,
         show_progress=True,
         **options,
     )
