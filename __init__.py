@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minibert.configuration_minibert import MiniBertConfig
+    from minibert.inference.predict import predict
     from minibert.modeling_minibert import (
         MiniBertForMaskedLM,
         MiniBertForMultipleChoice,
@@ -33,12 +34,14 @@ __all__ = [
     "MiniBertForTokenClassification",
     "MiniBertModel",
     "MiniBertPreTrainedModel",
+    "predict",
     "train_word_level",
     "train_wordpiece",
 ]
 # Where a name lives; the classes not named here are in the modeling file.
 _MODULES = {
     "MiniBertConfig": "configuration_minibert",
+    "predict": "inference.predict",
     "train_word_level": "tokenization_minibert",
     "train_wordpiece": "tokenization_minibert",
 }

@@ -234,6 +234,7 @@ def evaluate(
     """Measure a model on labelled data: what is measured follows from the columns.
 
     query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a classifier: classification.
+    tokens, ner_tags, with a tagger: entity-level F1.
     """
     with plain_errors(debug):
         from minibert.inference.evaluate import evaluate as measure
@@ -254,6 +255,65 @@ def evaluate(
             print_json({"model": model, "data": data, **result})
         else:
             typer.echo(figures_table(result))
+
+
+@app.command(epilog="Example:  minibert predict runs/ner/2-tag articles.txt --out entities.jsonl")
+def predict(
+    model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Text file (one text per line), CSV, TSV, JSON (lines), Parquet, folder, Hub data set, or - for lines of "
+            "standard input.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a .jsonl, .csv or .parquet file, instead of printing.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="Column to read; give it twice for pairs. Unset means detected.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
+    threshold: Annotated[float, typer.Option(help="Probability from which one of several labels is given.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Texts computed at once.")] = 64,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --out.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per row, with probabilities, instead of a line of text.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Predict labels, numbers, tags, answers or choices for a file: the head of the model decides which.
+
+    A classifier reads texts or pairs of them; a tagger texts or lists of words (tokens); question answering reads question
+    and context; multiple choice a question and its choices.
+    """
+    with plain_errors(debug):
+        from minibert.inference.predict import check_output, in_a_line, write
+        from minibert.inference.predict import predict as predict_rows
+
+        if out is not None:
+            check_output(out, force=force)
+        _hide_loading_bars()
+        predictions = predict_rows(
+            model,
+            data,
+            columns=columns,
+            split=split,
+            batch_size=batch_size,
+            threshold=threshold,
+            trust_remote_code=trust_remote_code,
+            show_progress=sys.stderr.isatty(),
+        )
+        if out is not None:
+            typer.echo(f"{write(predictions, out, force=force):,} rows are in {out}.", err=True)
+            return
+        try:
+            for row in predictions:
+                typer.echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _EXAMPLE_QUESTIONS = (

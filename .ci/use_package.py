@@ -17,7 +17,8 @@ here = Path(minibert.__file__).parent
 assert here.parent.name == "site-packages", here
 
 for name in minibert.__all__:
-    getattr(minibert, name)
+    if name != "predict" or "--every-module" in sys.argv:  # which needs [search]
+        getattr(minibert, name)
 assert list(files("minibert.recipes").glob("*.yaml")), "the recipes are missing from the wheel"
 
 tokenizer = minibert.train_wordpiece(["the wheel works where it was made", "and where it was not"] * 9, vocab_size=50)

@@ -125,23 +125,23 @@ def _read_sets(rows: Dataset, column: str | Sequence[str], names: Sequence[str] 
     if is_text(inner):
         names = list(names or sorted({label for labels in sets for label in labels}))
         advice = f"each should be one of {', '.join(names)}"
-        numbers = {name: number for number, name in enumerate(names)}
+        order: dict[Any, int] = {name: number for number, name in enumerate(names)}
     elif isinstance(inner, ClassLabel) or (isinstance(inner, Value) and "int" in inner.dtype):
         found = list(inner.names) if isinstance(inner, ClassLabel) else None
         count = len(names or found or ()) or 1 + max((label for labels in sets for label in labels), default=0)
         advice = f"classes are numbered 0 to {count - 1}"
         names = list(names or found or map(str, range(count)))
         same = found and set(names) == set(found)  # maybe numbered in another order
-        numbers = {number: names.index(found[number]) if found and same else number for number in range(count)}
+        order = {number: names.index(found[number]) if found and same else number for number in range(count)}
     else:
         raise ValueError(f"Column {column!r} holds {feature}; a list of classes holds their names, or their numbers from 0 up.")
-    refuse_first(sets, [set(labels) <= numbers.keys() for labels in sets], column, advice)
+    refuse_first(sets, [set(labels) <= order.keys() for labels in sets], column, advice)
     refuse_first(sets, [len(set(labels)) == len(labels) for labels in sets], column, "a list names each class once")
     if not names:
         raise ValueError(f"Column {column!r} names no class in any row; a classifier needs at least one.")
     values = np.zeros((len(sets), len(names)), dtype=np.float32)
     for row, labels in enumerate(sets):
-        values[row, [numbers[label] for label in labels]] = 1
+        values[row, [order[label] for label in labels]] = 1
     return values, list(names)
 
 

@@ -69,9 +69,9 @@ def find_tag_columns(rows: Dataset, tokens: str | None, tags: str | None, where:
         ValueError: listing the columns found.
     """
     pairs = ((tokens, TOKEN_COLUMNS, "words", "token_column"), (tags, TAG_COLUMNS, "tags", "tag_column"))
-    found = []
+    found: list[str] = []
     for given, usual, what, field in pairs:
-        column = given or next((name for name in usual if name in rows.column_names), None)
+        column = given or next((name for name in usual if name in rows.column_names), "")
         if column not in rows.column_names:
             looked = repr(given) if given else f"of {what} ({', '.join(usual)})"
             raise ValueError(f"{where} has no column {looked}; it has {', '.join(rows.column_names)}. Name one with {field}.")
@@ -108,22 +108,23 @@ def read_tags(
     """
     feature, sentences = rows.features[column], rows[column][:]
     inner = feature.feature if isinstance(feature, List) else None
+    numbered = isinstance(inner, ClassLabel) or (isinstance(inner, Value) and "int" in inner.dtype)
+    if not numbered and not is_text(inner):
+        raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of tags (strings or numbers) in every row.")
     for row, (tags, row_words) in enumerate(zip(sentences, words, strict=True), start=1):
-        if tags is not None and inner is not None and len(tags) != len(row_words):
+        if tags is not None and len(tags) != len(row_words):
             raise ValueError(f"Row {row} has {len(row_words)} words but {len(tags)} tags in {column!r}; every word needs one.")
         if tags is None or None in tags:
             raise ValueError(f"Row {row} has {column}={tags!r}; every word needs a tag. Correct it or remove the row.")
-    if isinstance(inner, ClassLabel) or (isinstance(inner, Value) and "int" in inner.dtype):
-        numbered = list(inner.names) if isinstance(inner, ClassLabel) else list(names or ())
-        if not numbered:
+    if numbered:
+        known = list(inner.names) if isinstance(inner, ClassLabel) else list(names or ())
+        if not known:
             raise ValueError(f"Column {column!r} holds numbers without names; name the tags in order with labels: [O, B-…, …].")
         for row, tags in enumerate(sentences, start=1):
-            if wrong := [tag for tag in tags if not 0 <= tag < len(numbered)]:
-                raise ValueError(f"Row {row} has the tag {wrong[0]} in {column!r}; tags are numbered 0 to {len(numbered) - 1}.")
-        sentences = [[numbered[tag] for tag in tags] for tags in sentences]
-        names = list(names or numbered)
-    elif not is_text(inner):
-        raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of tags (strings or numbers) in every row.")
+            if wrong := [tag for tag in tags if not 0 <= tag < len(known)]:
+                raise ValueError(f"Row {row} has the tag {wrong[0]} in {column!r}; tags are numbered 0 to {len(known) - 1}.")
+        sentences = [[known[tag] for tag in tags] for tags in sentences]
+        names = names or known
     used = {tag for tags in sentences for tag in tags}
     if holds_entities([*used, *(names or ())]):
         sentences, converted = _in_iob2(sentences, column)

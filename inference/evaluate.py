@@ -1,4 +1,4 @@
-"""Measure a model on labelled data: retrieval, similarity or classification, according to the columns.
+"""Measure a model on labelled data: retrieval, similarity, classification or tagging, according to the columns.
 
 The arithmetic is that of sentence-transformers' evaluators, bm25s and scikit-learn.
 """
@@ -10,17 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import bm25s
+import numpy as np
 import Stemmer
 import torch
 from datasets import ClassLabel, Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
-from sentence_transformers.util import get_device_name
-from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minibert.data.labels import REGRESSION, SINGLE, read_labels
 from minibert.data.load import TEXT_COLUMNS, as_dataset
-from minibert.inference.encode import find_model, load
+from minibert.data.tags import find_tag_columns, read_tags, read_words
+from minibert.inference.encode import load
+from minibert.inference.figures import classification_figures, tag_figures
+from minibert.inference.predict import (
+    CLASSIFIER,
+    TAGGER,
+    class_names,
+    compute_logits,
+    head_of,
+    max_length_of,
+    open_with_head,
+    problem_type_of,
+    tag_sentences,
+)
 
 RETRIEVAL_COLUMNS = (("query", "answer"), ("question", "answer"), ("query", "passage"), ("anchor", "positive"))
 SIMILARITY_COLUMNS = ("sentence1", "sentence2", "score")
@@ -44,7 +57,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of ``model`` on ``data``.
 
-    - **classification**: a text column (or pair of them), a column ``label``, and a model with a sequence-classification head;
+    - **classification**: a text column (or pair of them), a column ``label`` (lists of classes where a text has several,
+      numbers in regression), and a model with a sequence-classification head;
+    - **tagging**: ``tokens`` and ``ner_tags`` (or words; tags, pos_tags, labels), and a model with a token-classification head;
     - **similarity**: ``sentence1``, ``sentence2`` and ``score``: Spearman's rank correlation of cosine and score;
     - **retrieval**: ``query`` and ``answer`` (or question, anchor; passage, positive): each query against the distinct answers
       of ``data``, where all answers it is paired with are relevant.
@@ -63,7 +78,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: for a model or data that is neither here nor on the Hub.
-        ValueError: for data that cannot be read, columns that fit none of the three, rows without a value, or labels the model
+        ValueError: for data that cannot be read, columns that fit none of these, rows without a value, or labels the model
             does not know.
     """
     data = as_dataset(data, split=split)
@@ -72,9 +87,10 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves nothing to evaluate; give at least 1.")
     if not isinstance(model, SentenceTransformer):
-        classifier = _open_classifier(model, device, trust_remote_code)
-        if classifier:
-            return classification(*classifier, _first(data, limit), batch_size=batch_size)
+        opened = open_with_head(model, heads=[CLASSIFIER, TAGGER], device=device, trust_remote_code=trust_remote_code)
+        if opened:
+            measure = classification if head_of(opened[0].config) == CLASSIFIER else tagging
+            return measure(*opened, _first(data, limit), batch_size=batch_size)
     columns = set(data.column_names)
     pair = next((pair for pair in RETRIEVAL_COLUMNS if columns.issuperset(pair)), None)
     if not pair and not columns.issuperset(SIMILARITY_COLUMNS):
@@ -170,37 +186,42 @@ def similarity(
 def classification(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Accuracy and macro-averaged F1 of the most likely class. See :func:`evaluate` for the arguments and the result."""
-    if LABEL_COLUMN not in data.column_names:
-        raise ValueError(f"{_found(data)}, and no column {LABEL_COLUMN!r}, which a classifier is measured against.")
+    """Accuracy and macro-averaged F1 of the most likely class; of several labels or a number, their figures.
+
+    See :func:`evaluate` for the arguments and the result.
+    """
+    # Similarity has the column score, which a regression model may be asked for.
+    numbers = problem_type_of(model.config) == REGRESSION and LABEL_COLUMN not in data.column_names
+    column = SIMILARITY_COLUMNS[2] if numbers else LABEL_COLUMN
+    if column not in data.column_names:
+        raise ValueError(f"{_found(data)}, and no column {column!r}, which a classifier is measured against.")
     names = next((names for names in TEXT_COLUMNS if set(names) <= set(data.column_names)), None)
     if names is None:
         wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
         raise ValueError(f"{_found(data)}, and no text to classify; it needs one of {wanted}.")
+    problem_type = problem_type_of(model.config)
+    if problem_type == SINGLE:
+        labels = np.array(_labels(data, model))
+    else:
+        labels = read_labels(data, column, class_names(model.config), problem_type).values
     texts = [_texts(data, name) for name in names]
-    labels = _labels(data, model)
-    # Batches of similar length waste least on padding.
-    order = sorted(range(len(labels)), key=lambda row: -sum(len(column[row]) for column in texts))
-    predicted = [0] * len(labels)
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = tokenizer(
-            *([column[row] for row in rows] for column in texts),
-            padding=True,
-            truncation=True,
-            max_length=_max_length(model, tokenizer),
-            return_tensors="pt",
-        )
-        with torch.inference_mode():
-            classes = model(**batch.to(model.device)).logits.argmax(-1).tolist()
-        for row, class_ in zip(rows, classes, strict=True):
-            predicted[row] = class_
-    figures = {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-    }
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length_of(model, tokenizer))
+    logits = torch.stack(compute_logits(model.eval(), tokenizer, encoded, batch_size))
+    figures = classification_figures(logits, labels, problem_type)
+    figures.pop("loss", None)
     return {"kind": "classification", "rows": len(labels), "systems": {"model": figures}}
+
+
+def tagging(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
+) -> dict[str, Any]:
+    """Entity-level F1 and accuracy of the words' tags. See :func:`evaluate` for the arguments and the result."""
+    columns = find_tag_columns(data, None, None, "The data")
+    sentences = read_words(data, columns[0])
+    tags, _ = read_tags(data, columns[1], sentences, class_names(model.config))
+    found = tag_sentences(model.eval(), tokenizer, sentences, batch_size=batch_size)
+    figures = tag_figures(tags, [sentence for sentence, _ in found])
+    return {"kind": "tagging", "rows": len(tags), "words": sum(map(len, tags)), "systems": {"model": figures}}
 
 
 def untrained(model: SentenceTransformer) -> SentenceTransformer | None:
@@ -226,21 +247,6 @@ def figures_table(result: dict[str, Any]) -> str:
     for system, figures in result["systems"].items():
         lines.append("".join([f"{system:12}", *(f"{figures[name]:12.4f}" for name in names)]))
     return "\n".join(lines)
-
-
-def _open_classifier(
-    model: str | Path, device: str | None, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """The model and its tokenizer, or ``None`` when it has no sequence-classification head."""
-    folder = find_model(model, trust_remote_code=trust_remote_code)
-    kwargs = {"trust_remote_code": trust_remote_code}
-    architectures = AutoConfig.from_pretrained(folder, **kwargs).architectures or [""]
-    if not architectures[0].endswith("ForSequenceClassification"):
-        return None
-    classifier, found = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **kwargs)
-    if missing := sorted(found["missing_keys"]):  # they would be random numbers
-        raise ValueError(f"The weights in {folder} lack {', '.join(missing[:3])} of the classifier; save or download it again.")
-    return classifier.to(device or get_device_name()), AutoTokenizer.from_pretrained(folder, **kwargs)
 
 
 def _retrieval_figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -283,10 +289,6 @@ def _labels(data: Dataset, model: PreTrainedModel) -> list[int]:
             raise ValueError(f"Row {row} has the label {label!r}; the model knows 0 to {len(known) - 1} ({', '.join(known)}).")
         labels.append(number)
     return labels
-
-
-def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
 
 
 def _texts(data: Dataset, name: str) -> list[str]:

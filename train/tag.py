@@ -87,7 +87,7 @@ class TagRows(TokenRows):
         windows = cut_windows(sentences, tokenizer, max_length)
         ends = np.cumsum([0, *map(len, windows.ids)], dtype=np.int64)
         ids = np.fromiter(chain.from_iterable(windows.ids), dtype=np.int32)
-        types = windows.types and np.fromiter(chain.from_iterable(windows.types), dtype=np.int8)
+        types = None if windows.types is None else np.fromiter(chain.from_iterable(windows.types), dtype=np.int8)
         labels = np.full(len(ids), -100, dtype=np.int64)
         numbers = {name: number for number, name in enumerate(names)}
         # Windows are in the order of the sentences, and a word is in one of them: so are words in the order of the tags.
