@@ -206,7 +206,8 @@ def cut_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: 
     filled = [row for row, words in enumerate(sentences) if words]
     if not filled:
         return windows
-    given = [list(sentences[row]) for row in filled]
+    space = " " if _differs_alone(tokenizer) else ""
+    given = [[space + word for word in sentences[row]] for row in filled]
     encoded = _encode(given, tokenizer, max_length, overlap)
     if lost := _lost_words(encoded, given):
         for number, word in lost:
@@ -239,15 +240,27 @@ def cut_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: 
 
 
 def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap: int) -> Any:
-    return tokenizer(
-        sentences,
-        is_split_into_words=True,
-        truncation=True,
-        max_length=max_length,
-        stride=overlap,
-        return_overflowing_tokens=True,
-        return_attention_mask=False,
-    )
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # else the windows come from the end
+    try:
+        return tokenizer(
+            sentences,
+            is_split_into_words=True,
+            truncation=True,
+            max_length=max_length,
+            stride=overlap,
+            return_overflowing_tokens=True,
+            return_attention_mask=False,
+        )
+    finally:
+        tokenizer.truncation_side = side
+
+
+def _differs_alone(tokenizer: Any) -> bool:
+    """Whether a word by itself is another token than inside a text, as in byte-level vocabularies, whose words begin with
+    their space: without it, every word would look like the end of another one."""
+    inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return inside[1:] != alone[1:]
 
 
 def _lost_words(encoded: Any, sentences: list[list[str]]) -> list[tuple[int, int]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from minibert import train_word_level, train_wordpiece
 from minibert.data.tags import cut_windows, entity_spans, read_tags, to_iob2
@@ -123,6 +124,30 @@ def test_every_word_is_in_one_window_at_its_first_subword(pieces, max_length):
             first = pieces(some[row][numbers[place]], add_special_tokens=False)["input_ids"][:1] or [pieces.unk_token_id]
             assert ids[place] == first[0]
     assert found == [list(range(len(row))) for row in some]
+
+
+def test_long_sentences_are_read_from_their_start_whatever_a_tokenizer_cuts(pieces):
+    some = [["abcd", "a", "b"] * 9]
+    expected = cut_windows(some, pieces, 12)
+    pieces.truncation_side = "left"
+    try:
+        found = cut_windows(some, pieces, 12)
+        assert pieces.truncation_side == "left"
+    finally:
+        pieces.truncation_side = "right"
+    assert found.ids == expected.ids and len(found.ids) > 2
+    assert all((one == other).all() for one, other in zip(found.words, expected.words, strict=True))
+
+
+def test_words_of_byte_level_vocabularies_keep_the_space_before_them():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(["a cat saw the cat"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    windows = cut_windows([["a", "cat", "saw"]], tokenizer, 16)
+    assert windows.ids == [tokenizer(" a cat saw")["input_ids"]]
+    assert [word for word in windows.words[0].tolist() if word >= 0] == [0, 1, 2]
 
 
 def test_words_of_two_windows_belong_to_the_one_where_they_stand_inside(pieces):

@@ -57,6 +57,7 @@ _FREE_FIELDS = {
     "trackers",
     "preprocessing_num_workers",
     "cache_dir",
+    "max_skipped_steps",
 }
 # How long processes wait for the one that trains a tokenizer or evaluates; the libraries' ten minutes are too short.
 _PATIENCE = timedelta(hours=12)
@@ -352,7 +353,8 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
         if not columns:
             raise ValueError(f"{source.path} has no column of strings; it has {', '.join(dataset.column_names)}.")
         parts.append(dataset.select_columns(columns))
-    texts = (text for part in parts for batch in part.iter(1000) for column in batch.values() for text in column if text)
+    values = (value for part in parts for batch in part.iter(1000) for column in batch.values() for value in column if value)
+    texts = (" ".join(value) if isinstance(value, list) else value for value in values)  # lists of words, where taggers learn
     train = train_wordpiece if args.method == "wordpiece" else train_word_level
     options = {} if args.min_frequency is None else {"min_frequency": args.min_frequency}
     tokenizer = train(

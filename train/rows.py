@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from minibert.train.loop import processes
 from minibert.train.stage import StageContext
 
-_TOKENIZED_AT_ONCE = 4096
+TOKENIZED_AT_ONCE = 4096
 
 
 class TokenRows:
@@ -40,9 +40,9 @@ class TokenRows:
         ids, types = [], []
         lengths: list[int] = []
         quiet = not processes().is_main_process
-        starts = tqdm(range(0, len(rows), _TOKENIZED_AT_ONCE), desc="tokenize", disable=quiet, leave=False)
+        starts = tqdm(range(0, len(rows), TOKENIZED_AT_ONCE), desc="tokenize", disable=quiet, leave=False)
         for start in starts:
-            some = rows[start : start + _TOKENIZED_AT_ONCE]
+            some = rows[start : start + TOKENIZED_AT_ONCE]
             encoded = tokenizer(
                 *(list(some[column]) for column in columns),
                 truncation=True,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoModelForTokenClassification
 
 from minibert.data.load import load
@@ -14,7 +15,7 @@ from minibert.data.tags import cut_windows, find_tag_columns, holds_entities, re
 from minibert.inference.figures import SMALLER_IS_BETTER, tag_figures
 from minibert.train.arguments import TagStage
 from minibert.train.loop import fit, processes
-from minibert.train.rows import TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data
+from minibert.train.rows import TOKENIZED_AT_ONCE, TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
 _ENTITY_FIGURES = ("f1", "precision", "recall", "accuracy", "loss")
@@ -84,15 +85,22 @@ class TagRows(TokenRows):
         max_length: int,
     ) -> "TagRows":
         """Cut ``sentences`` into windows of at most ``max_length`` tokens and put the numbers of their ``tags`` in place."""
-        windows = cut_windows(sentences, tokenizer, max_length)
-        ends = np.cumsum([0, *map(len, windows.ids)], dtype=np.int64)
-        ids = np.fromiter(chain.from_iterable(windows.ids), dtype=np.int32)
-        types = None if windows.types is None else np.fromiter(chain.from_iterable(windows.types), dtype=np.int8)
-        labels = np.full(len(ids), -100, dtype=np.int64)
+        ids, types, words = [], [], []
+        lengths: list[int] = []
+        quiet = not processes().is_main_process
+        for start in tqdm(range(0, len(sentences), TOKENIZED_AT_ONCE), desc="tokenize", disable=quiet, leave=False):
+            windows = cut_windows(sentences[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length)
+            lengths += map(len, windows.ids)
+            ids.append(np.fromiter(chain.from_iterable(windows.ids), dtype=np.int32))
+            words += windows.words
+            if windows.types is not None:
+                types.append(np.fromiter(chain.from_iterable(windows.types), dtype=np.int8))
+        labels = np.full(sum(lengths), -100, dtype=np.int64)
         numbers = {name: number for number, name in enumerate(names)}
         # Windows are in the order of the sentences, and a word is in one of them: so are words in the order of the tags.
-        labels[np.concatenate(windows.words) >= 0] = [numbers[name] for name in chain.from_iterable(tags)]
-        return cls(ids, types, ends, labels, tokenizer.pad_token_id)
+        labels[np.concatenate(words) >= 0] = [numbers[name] for name in chain.from_iterable(tags)]
+        ends = np.cumsum([0, *lengths], dtype=np.int64)
+        return cls(np.concatenate(ids), np.concatenate(types) if types else None, ends, labels, tokenizer.pad_token_id)
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
         batch, mask, taken = self.pad(rows)
