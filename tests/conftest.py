@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the netw
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import multiprocessing
+import socket
 
 import pytest
 import torch
@@ -60,3 +62,43 @@ def batch():
         "attention_mask": mask,
         "token_type_ids": torch.randint(0, 2, (6, 12), generator=generator),
     }
+
+
+@pytest.fixture
+def start():
+    """Fork processes that call a function, set up as torchrun does, without its seconds of start-up.
+
+    ``start(2, function)`` returns them; ``start.finish(them)`` waits and returns their exit statuses.
+    """
+
+    def start(count, function):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+
+        def target(rank):
+            from minibert.train.loop import AcceleratorState
+
+            torch.set_num_threads(1)
+            if count > 1:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+                os.environ.update({key: str(value) for key, value in names.items()})
+                os.environ.update(
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"
+                )
+            AcceleratorState._reset_state(reset_partial_state=True)
+            function()
+
+        context = multiprocessing.get_context("fork")
+        started = [context.Process(target=target, args=(rank,)) for rank in range(count)]
+        for process in started:
+            process.start()
+        return started
+
+    def finish(started):
+        for process in started:
+            process.join(60)
+        return [process.exitcode for process in started]
+
+    start.finish = finish
+    return start

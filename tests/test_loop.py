@@ -1,15 +1,16 @@
 """The training loop: what it computes, what it keeps, and that nothing which stops it changes the result."""
 
+import contextlib
 import doctest
+import errno
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from minibert import MiniBertConfig, MiniBertForSequenceClassification
+from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification
 from minibert.train import checkpoint, loop
 from minibert.train.arguments import LoopArguments
 
@@ -332,6 +333,7 @@ def flip_a_bit(path):
     [
         (lambda folder: flip_a_bit(folder / "model.safetensors"), "model.safetensors does not have"),
         (lambda folder: flip_a_bit(folder / "optimizer.safetensors"), "optimizer.safetensors does not have"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), "model.safetensors does not have"),
         (lambda folder: (folder / "state.json").write_text("{"), "state.json does not have"),
         (lambda folder: (folder / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
         (lambda folder: os.truncate(folder / "manifest.json", 40), "cannot be read"),
@@ -351,43 +353,201 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
     assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
+def test_without_a_whole_checkpoint_the_run_says_so_and_begins_anew(tmp_path, caplog):
+    fit(tmp_path / "whole")
+    with pytest.raises(Crash):
+        fit(tmp_path / "parts", make=crashing_after(9))
+    for folder in (tmp_path / "parts/checkpoints").iterdir():
+        flip_a_bit(folder / "model.safetensors")
+    caplog.clear()
+    fit(tmp_path / "parts")
+    assert caplog.text.count("is damaged") == 2 and "is whole, so the run begins anew." in caplog.text
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
 def test_leftovers_of_a_kill_while_writing_are_no_checkpoints(tmp_path):
     with pytest.raises(Crash):
         fit(tmp_path, make=crashing_after(9))
     folder = tmp_path / "checkpoints/step-00000004"
     shutil.copytree(folder, tmp_path / "checkpoints/step-00000006.tmp-123")
+    shutil.copytree(folder, tmp_path / "checkpoints/step-00000004.tmp-123.retired")
     assert checkpoint.newest_good(tmp_path / "checkpoints") == (folder, [])
     fit(tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """Writing beyond ``size`` bytes of a file fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     fit(tmp_path / "whole")
     with pytest.raises(Crash):
         fit(tmp_path / "parts", make=crashing_after(9))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the optimizer's file is larger
-    try:
-        with pytest.raises(OSError, match=r"step-00000006 could not be written \(.*\); what was saved before is untouched"):
-            fit(tmp_path / "parts")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = r"step-00000006 could not be written \(.*\); what was saved before is untouched"
+    with files_up_to(20_000), pytest.raises(OSError, match=message):  # the optimizer's file is larger
+        fit(tmp_path / "parts")
     assert [path.name for path in sorted((tmp_path / "parts/checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
     fit(tmp_path / "parts")
     assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_rate_and_rows(tmp_path):
-    class Poisoned(Rows):
-        def __getitem__(self, row):
-            return np.array([4, 4, 4]) if row == 11 else self.ids[row]
+def test_full_disk_while_the_result_is_written(tmp_path):
+    """A run that was finished but for that finishes without training again, and an earlier result stays until then."""
+    fit(tmp_path)
+    before = weights(tmp_path)
+    with files_up_to(10_000), pytest.raises(OSError, match=r"final could not be written \(.*\); what was saved before"):
+        fit(tmp_path, make=crashing_after(0))
+    assert_same(weights(tmp_path), before)
+    assert not list((tmp_path / "checkpoints").glob("final*"))
+    (tmp_path / "model.safetensors").unlink()
+    fit(tmp_path, make=crashing_after(0))
+    assert_same(weights(tmp_path), before)
 
+
+def test_full_disk_while_the_log_is_written(tmp_path, monkeypatch):
+    open_file = Path.open
+
+    def refuse(path, *args, **kwargs):
+        if path.name == "log.jsonl" and "a" in args:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(OSError, match=r"log.jsonl could not be written \(No space left on device\); .*Free or change the disk"):
+        fit(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """Rights are simulated: they do not hold for root."""
+    mkdir = Path.mkdir
+
+    def refuse(path, *args, **kwargs):
+        if "step-00000004" in path.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(OSError, match=r"step-00000004 could not be written \(Permission denied\); what was saved before"):
+            fit(tmp_path / "parts")
+    fit(tmp_path / "parts")
+    fit(tmp_path / "whole")
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+class Poisoned(Rows):
+    """Row 11 holds a token that nothing else holds."""
+
+    def __getitem__(self, row):
+        return np.array([4, 4, 4]) if row == 11 else self.ids[row]
+
+
+def poisoned_model(dropout=0.1):
+    """The loss of a batch with token 4 is not a number."""
+    model = tiny_model(dropout)
+
+    def poison(_module, _args, kwargs, output):
+        if (kwargs["input_ids"] == 4).any():
+            output.loss = output.loss * float("nan")
+
+    model.register_forward_hook(poison, with_kwargs=True)
+    return model
+
+
+def bad_steps(epochs):
+    """Numbers of the steps, from 0, that have row 11."""
+    return [step for step in range(4 * epochs) if 11 in loop.rows_of_step(step, rows=ROWS, rows_per_step=8, seed=7)]
+
+
+def test_bad_steps_are_skipped_counted_and_logged(tmp_path, caplog):
+    options = {"rows": Poisoned(), "save_steps": 1, "log_steps": 1, "save_total_limit": 20, "max_skipped_steps": 3}
+    metrics = fit(tmp_path, poisoned_model(), **options)
+    assert metrics["skipped_steps"] == 3 and metrics["steps"] == 12
+    bad = bad_steps(epochs=3)
+    lines = [line for line in log_lines(tmp_path) if "rows" in line]
+    assert [line["step"] for line in lines] == [step + 1 for step in bad]
+    assert [line["skipped"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["rows"] == loop.rows_of_step(line["step"] - 1, rows=ROWS, rows_per_step=8, seed=7).tolist()
+    assert f"Skipped step {bad[1] + 1}, whose loss or gradient is not finite (2 of at most 3)" in caplog.text
+    assert all(np.isfinite(line["loss"]) for line in log_lines(tmp_path) if "loss" in line)
+    for step in bad:
+        before, after = (checkpoint.step_folder(tmp_path / "checkpoints", number) for number in (step, step + 1))
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            if step:
+                assert_same(load_file(before / name), load_file(after / name))
+
+
+def test_too_many_bad_steps_stop_and_a_higher_limit_goes_on(tmp_path):
+    options = {"rows": Poisoned(), "save_steps": 1}
+    whole = fit(tmp_path / "whole", poisoned_model(), max_skipped_steps=3, **options)
+    second, third = bad_steps(epochs=3)[1:]
+    for limit, stop, after in ((1, second, "1 such steps"), (2, third, "2 such steps")):
+        with pytest.raises(FloatingPointError, match=rf"at step {stop + 1} of 12, after {after} were skipped") as caught:
+            fit(tmp_path / "parts", poisoned_model(), max_skipped_steps=limit, **options)
+        assert f"resume from step {stop} " in str(caught.value)
+    metrics = fit(tmp_path / "parts", poisoned_model(), max_skipped_steps=3, **options)
+    assert metrics["skipped_steps"] == whole["skipped_steps"] == 3
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    left, right = (
+        [(line["step"], line.get("loss"), line.get("rows")) for line in log_lines(tmp_path / name)]
+        for name in ("parts", "whole")
+    )
+    assert left == right
+
+
+def test_a_first_step_that_is_skipped_can_be_saved_and_resumed(tmp_path):
+    """There the optimizer has no state yet."""
+
+    class Early(Rows):
+        def __getitem__(self, row):
+            return np.array([4, 4, 4]) if row == loop.rows_of_step(0, rows=ROWS, rows_per_step=8, seed=7)[0] else self.ids[row]
+
+    options = {"rows": Early(), "save_steps": 1, "epochs": 1, "max_skipped_steps": 1}
+    fit(tmp_path / "whole", poisoned_model(), **options)
+    with pytest.raises(Crash):
+        fit(tmp_path / "parts", poisoned_model(), make=crashing_after(2), **options)
+    assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step-00000001"]
+    fit(tmp_path / "parts", poisoned_model(), **options)
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_leave_to_skip_changes_nothing_where_all_is_well(tmp_path):
+    fit(tmp_path / "plain")
+    fit(tmp_path / "watched", max_skipped_steps=1)
+    assert_same(weights(tmp_path / "plain"), weights(tmp_path / "watched"))
+
+
+def test_the_share_outside_of_steps_is_that_of_data_and_files(tmp_path):
+    """Bounds by sleeping: making a batch counts as outside, a forward pass does not, evaluation counts nowhere."""
+    pause, batches = 0.03, 24
+
+    def slowly(*_):
+        time.sleep(pause)
+
+    data = fit(tmp_path / "data", make=lambda rows: (slowly(), collate(rows))[1])
+    assert data["share_outside_step"] * data["train_seconds"] > 0.9 * batches * pause
     model = tiny_model()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[4] = float("nan")
-    bad = next(step for step in range(4) if 11 in loop.rows_of_step(step, rows=ROWS, rows_per_step=8, seed=7))
+    model.register_forward_pre_hook(slowly)
+    steps = fit(tmp_path / "steps", model, evaluate=lambda _: slowly() or {"loss": 0.0}, eval_steps=1)
+    assert (1 - steps["share_outside_step"]) * steps["train_seconds"] > 0.9 * batches * pause
+    assert steps["share_outside_step"] < data["share_outside_step"]
+    again = fit(tmp_path / "steps", evaluate=lambda _: {"loss": 0.0}, eval_steps=1)
+    assert again["share_outside_step"] == 0.0  # there was nothing left to do
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_and_rows(tmp_path):
+    bad = bad_steps(epochs=1)[0]
     with pytest.raises(FloatingPointError, match=rf"step {bad + 1} of 12, learning rate 0\.0\d*, rows .*\b11\b") as caught:
-        fit(tmp_path, model, rows=Poisoned(), save_steps=1, log_steps=100)
+        fit(tmp_path, poisoned_model(), rows=Poisoned(), save_steps=1, log_steps=100)
     assert str(loop.rows_of_step(bad, rows=ROWS, rows_per_step=8, seed=7)[0]) in str(caught.value)
     folder, problems = checkpoint.newest_good(tmp_path / "checkpoints")
     assert not problems and (folder is None if bad == 0 else folder.name == f"step-{bad:08d}")
@@ -416,9 +576,21 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
         fit(tmp_path, make=crashing_after(9))
     with pytest.raises(ValueError, match=r"different run; changed: learning_rate \(was 0.01, now 0.001\)"):
         fit(tmp_path, learning_rate=1e-3)
-    with pytest.raises(ValueError, match=r"changed: .*rows \(was 29, now 20\)"):
+    with pytest.raises(ValueError, match=r"changed: .*rows \(was \[29\], now \[20\]\)"):
         fit(tmp_path, rows=Rows(20))
-    fit(tmp_path, log_steps=1)  # does not change the weights
+    fit(tmp_path, log_steps=1, max_skipped_steps=1)  # these do not change the weights
+
+
+def test_checkpoints_from_before_a_field_was_there_are_resumed(tmp_path, caplog):
+    with pytest.raises(Crash):
+        fit(tmp_path, make=crashing_after(9))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        state = json.loads((folder / "state.json").read_text())
+        del state["identity"]["fsdp"], state["progress"]["skipped"]
+        (folder / "state.json").write_text(json.dumps(state))
+        checkpoint.seal(folder)
+    fit(tmp_path)
+    assert "Resuming at step 4" in caplog.text
 
 
 def test_refusals(tmp_path):
@@ -439,60 +611,84 @@ def test_refusals(tmp_path):
 # ----------------------------------------------------------------------------------------------------- several processes
 
 
-def start(processes, folder, **changes):
-    """Fork ``processes`` of :func:`fit`, set up as torchrun does, without its seconds of start-up."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def target(rank):
-        torch.set_num_threads(1)
-        if processes > 1:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ.update({key: str(value) for key, value in names.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-        loop.AcceleratorState._reset_state(reset_partial_state=True)
-        fit(folder, **changes)
-
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=target, args=(rank,)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    return started
-
-
-def finish(started):
-    for process in started:
-        process.join(60)
-    return [process.exitcode for process in started]
-
-
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, start):
     fit(tmp_path / "one", tiny_model(0.0), batch_size=4)
-    assert finish(start(2, tmp_path / "two", model=tiny_model(0.0), batch_size=2)) == [0, 0]
+    assert start.finish(start(2, lambda: fit(tmp_path / "two", tiny_model(0.0), batch_size=2))) == [0, 0]
     torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
     one, two = ([line["loss"] for line in log_lines(tmp_path / name)] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-6)
 
 
+def masked_words(rows):
+    """The longer a row, the more of its words are to be predicted: processes and micro-batches differ in number."""
+    batch = collate(rows)
+    ids, place = batch["input_ids"], torch.arange(batch["input_ids"].shape[1])
+    lengths = batch["attention_mask"].sum(1, keepdim=True)
+    chosen = place < (lengths - 3) ** 2 // 3 + 1
+    return {
+        **batch,
+        "input_ids": ids.where(~chosen, torch.tensor(4)),
+        "labels": ids.where(chosen & (ids > 0), torch.tensor(-100)),
+    }
+
+
+@pytest.mark.parametrize(("head", "make"), [(MiniBertForSequenceClassification, collate), (MiniBertForMaskedLM, masked_words)])
+@pytest.mark.parametrize("step", [0, 3])  # the last one of an epoch is uneven
+def test_loss_and_gradients_of_two_processes_are_those_of_one(tmp_path, start, head, make, step):
+    """Without averaging over steps, AdamW's first average is the gradient itself, and a checkpoint holds it."""
+
+    def one_step(folder, batch_size):
+        torch.manual_seed(0)
+        config = tiny_model(0.0).config
+        options = {"adam_betas": (0.0, 0.9), "max_grad_norm": 0.0, "learning_rate": 1e-12, "weight_decay": 0.0, "log_steps": 1}
+        return fit(folder, head(config), make=make, batch_size=batch_size, max_steps=step + 1, save_steps=1, **options)
+
+    one_step(tmp_path / "one", 4)
+    assert start.finish(start(2, lambda: one_step(tmp_path / "two", 2))) == [0, 0]
+    rows = loop.rows_of_step(step, rows=ROWS, rows_per_step=8, seed=7)
+    counts = [loop.count_labels(make([Rows().ids[row] for row in part])) for part in np.array_split(rows, 4)]
+    assert head is MiniBertForSequenceClassification or len(set(counts)) > 1, counts
+    one, two = (
+        load_file(tmp_path / name / f"checkpoints/step-{step + 1:08d}/optimizer.safetensors") for name in ("one", "two")
+    )
+    gradients = [key for key in one if key.endswith("exp_avg")]
+    assert gradients and max(float(one[key].abs().max()) for key in gradients) > 1e-2
+    for key in gradients:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)
+    one, two = (log_lines(tmp_path / name)[-1]["loss"] for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-6)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_random_moments_the_result_is_bit_identical(tmp_path, processes):
+def test_killed_at_random_moments_the_result_is_bit_identical(tmp_path, processes, start):
     """With dropout and accumulation. SIGKILL leaves no time to clean up, and may hit while a checkpoint is written."""
-    run = {"make": slow_collate, "save_steps": 1, "epochs": 2, "batch_size": 2}
+
+    def run(folder):
+        return start(processes, lambda: fit(tmp_path / folder, make=slow_collate, save_steps=1, epochs=2, batch_size=2))
+
     started = time.monotonic()
-    assert finish(start(processes, tmp_path / "whole", **run)) == [0] * processes
+    assert start.finish(run("whole")) == [0] * processes
     whole_run = time.monotonic() - started
     generator, reached = random.Random(processes), []
     for _ in range(3):
-        children = start(processes, tmp_path / "parts", **run)
+        children = run("parts")
         time.sleep(generator.uniform(0.25, 0.6) * whole_run)
         for child in children:
             child.kill()
-        finish(children)
+        start.finish(children)
         folder, problems = checkpoint.newest_good(tmp_path / "parts/checkpoints")
         assert not problems
         reached.append(folder.name if folder else "")
     assert reached == sorted(reached) and reached[-1], reached
-    assert finish(start(processes, tmp_path / "parts", **run)) == [0] * processes
+    assert start.finish(run("parts")) == [0] * processes
     assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     assert not list((tmp_path / "parts/checkpoints").glob("*.tmp*"))
+
+
+def test_processes_skip_together_what_one_of_them_sees(tmp_path, start):
+    options = {"max_skipped_steps": 3, "save_steps": 1, "gradient_accumulation_steps": 1}
+    metrics = fit(tmp_path / "one", poisoned_model(0.0), rows=Poisoned(), batch_size=8, **options)
+    two = start(2, lambda: fit(tmp_path / "two", poisoned_model(0.0), rows=Poisoned(), batch_size=4, **options))
+    assert start.finish(two) == [0, 0]
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["skipped_steps"] == metrics["skipped_steps"] == 3
+    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)

@@ -108,6 +108,13 @@ class LoopArguments(Arguments):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Arithmetic of forward and backward passes.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
+    fsdp: bool = Field(
+        False,
+        description="Shard weights, gradients and optimizer state over the processes (FSDP2), each block on its own.",
+    )
+    max_skipped_steps: NotNegative = Field(
+        0, description="Steps whose loss or gradient is not finite that may be skipped; one more stops the run."
+    )
     log_steps: Positive = Field(50, description="Optimizer steps between two lines of log.jsonl.")
     eval_steps: Positive | None = Field(None, description="Steps between evaluations; unset means once per epoch.")
     save_steps: Positive | None = Field(None, description="Steps between checkpoints; unset means once per epoch.")
@@ -120,6 +127,14 @@ class LoopArguments(Arguments):
     def _one_warmup(self) -> "LoopArguments":
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both given; keep one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_in_known_precision(self) -> "LoopArguments":
+        if self.fsdp and self.precision == "fp16":
+            raise ValueError("fsdp does not go together with precision: fp16; use bf16 or fp32.")
+        if self.fsdp and self.compile:
+            raise ValueError("fsdp does not go together with compile; leave one of them out.")
         return self
 
 
@@ -302,6 +317,12 @@ class EmbedStage(ModelStage, LoopArguments):
     metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100"] | None = Field(
         "mrr@10", description="Retrieval metric that picks the checkpoint kept as the result; null keeps the last."
     )
+
+    @model_validator(mode="after")
+    def _has_a_trainer_of_its_own(self) -> "EmbedStage":
+        if self.fsdp or self.max_skipped_steps:
+            raise ValueError("fsdp and max_skipped_steps are not there for embed, whose trainer lacks them; leave them out.")
+        return self
 
 
 class EvaluateStage(ModelStage):

@@ -25,14 +25,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         OSError: the disk is full or not writable; an earlier folder of that name, and its neighbours, are untouched.
     """
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
-    with _one_sentence(target):
+    with one_sentence(target):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             fill(temporary)
             seal(temporary)
             if target.exists():  # a rename cannot replace a folder that holds files
-                os.replace(target, retired := temporary.with_suffix(".retired"))
+                os.replace(target, retired := temporary.with_name(f"{temporary.name}.retired"))
                 os.replace(temporary, target)
                 shutil.rmtree(retired)
             else:
@@ -53,7 +53,7 @@ def seal(folder: Path) -> None:
 
 def move_files(source: Path, target: Path) -> None:
     """Move the files of ``source`` over those of ``target``, each by one rename, then drop ``source`` and its manifest."""
-    with _one_sentence(target):
+    with one_sentence(target):
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.iterdir()):
             if path.name == MANIFEST:
@@ -130,7 +130,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_sentence(target: Path) -> Iterator[None]:
+def one_sentence(target: Path) -> Iterator[None]:
     """Disk trouble, which safetensors reports as an error of its own, as one OSError that says what to do."""
     try:
         yield

@@ -6,6 +6,7 @@ weights, optimizer state and the number of steps done are enough to continue bit
 """
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +30,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minibert.train import checkpoint
 from minibert.train.arguments import LoopArguments
@@ -46,6 +52,7 @@ _FREE = {
     "trackers",
     "preprocessing_num_workers",
     "cache_dir",
+    "max_skipped_steps",  # a run that this limit stopped may go on with a higher one
 }
 
 
@@ -240,6 +247,8 @@ class Progress:
     loss_sum: float = 0.0
     tokens: int = 0  # since the last line of the log
     all_tokens: int = 0
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    logged_skipped: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)  # the last one
 
 
@@ -255,25 +264,32 @@ class Meter:
         self.first_seconds = progress.seconds
         self.busy = self.paused = 0.0
 
-    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
-        self.loss_sum += loss
-        self.grad_norm = grad_norm
-        # With float16, gradients overflow now and then: the scaler skips that step and lowers its scale.
-        watched = loss if self.accelerator.scaler else loss + grad_norm
-        bad = torch.isfinite(watched).logical_not_().logical_and_(self.first_bad < 0)
-        self.first_bad = torch.where(bad, self.progress.step, self.first_bad)
+    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int, skipped: bool = False) -> None:
+        """Count a step, and its loss unless the step was skipped."""
+        if skipped:
+            self.progress.skipped += 1
+        else:
+            self.loss_sum += loss
+            self.grad_norm = grad_norm
+            self.first_bad = torch.where(self.bad(loss, grad_norm) & (self.first_bad < 0), self.progress.step, self.first_bad)
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.all_tokens += tokens * self.accelerator.num_processes
 
+    def bad(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether a step went wrong, left on the device."""
+        # With float16, gradients overflow now and then: the scaler skips that step and lowers its scale.
+        return torch.isfinite(loss if self.accelerator.scaler else loss + grad_norm).logical_not_()
+
     def read(self) -> tuple[float, int]:
-        """Mean loss since the last line, and the step that went wrong (or -1): the only wait for the device."""
-        figures = torch.stack([self.loss_sum.double(), self.first_bad.double()])
-        if self.accelerator.num_processes > 1:
-            figures = self.accelerator.gather(figures[None])
-            return figures[:, 0].mean().item(), int(figures[:, 1].max())
-        loss, bad = figures.tolist()
-        return loss, int(bad)
+        """Sum of the losses since the last line, and the step that went wrong (or -1): the only wait for the device."""
+        with self.working():  # what the device still computes is part of the steps
+            figures = torch.stack([self.loss_sum.double(), self.first_bad.double()])
+            if self.accelerator.num_processes > 1:
+                figures = self.accelerator.gather(figures[None])
+                return figures[:, 0].mean().item(), int(figures[:, 1].max())
+            loss, bad = figures.tolist()
+            return loss, int(bad)
 
     def seconds(self) -> float:
         """Seconds of training, over all the runs that led here; evaluation does not count."""
@@ -282,6 +298,13 @@ class Meter:
     def share_outside(self) -> float:
         """Share of this run's training time spent outside forward, backward and step: waiting for data, logging, saving."""
         return max(0.0, 1 - self.busy / max(1e-9, self.seconds() - self.first_seconds)) if self.busy else 0.0
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """What happens here is forward, backward and step."""
+        start = time.perf_counter()
+        yield
+        self.busy += time.perf_counter() - start
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -295,7 +318,7 @@ class Meter:
         line = {
             "step": progress.step,
             "epoch": round(progress.step / per_epoch, 4),
-            "loss": loss_sum / max(1, progress.step - progress.logged_step),
+            "loss": loss_sum / max(1, progress.step - progress.logged_step - (progress.skipped - progress.logged_skipped)),
             "learning_rate": rate,
             "grad_norm": float(self.grad_norm),
             "tokens_per_second": round(
@@ -304,6 +327,7 @@ class Meter:
             "seconds": round(now, 3),
         }
         progress.logged_step, progress.logged_seconds, progress.tokens = progress.step, now, 0
+        progress.logged_skipped = progress.skipped
         self.loss_sum.zero_()
         return line
 
@@ -315,13 +339,17 @@ class Log:
         self.accelerator, self.path = accelerator, path
         if accelerator.is_main_process:
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-            path.write_text("".join(kept), encoding="utf-8")
+            with checkpoint.one_sentence(path):
+                part = path.with_name(f"{path.name}.part")
+                part.write_text("".join(kept), encoding="utf-8")
+                part.replace(path)
 
     def write(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
+            with checkpoint.one_sentence(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+        numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=line["step"])
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -436,6 +464,10 @@ class _Run:
             "rows_per_step": [self.steps.rows_per_step(phase) for phase in phases],
             "shares": [phase.share for phase in phases],
         }
+        model.to(accelerator.device)
+        self.whole: nn.Module | None = None
+        if arguments.fsdp:
+            self.whole = _copy_and_shard(model, accelerator)
         if arguments.gradient_checkpointing:
             # transformers renamed it; older versions know only the second name.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -443,13 +475,15 @@ class _Run:
         if arguments.compile:
             model.compile(dynamic=True)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model.to(accelerator.device), arguments.weight_decay),
+            parameter_groups(model, arguments.weight_decay),
             lr=arguments.learning_rate,
             betas=arguments.adam_betas,
             eps=arguments.adam_epsilon,
             fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),  # one pass over the weights instead of a dozen
         )
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # What is sharded needs no DistributedDataParallel around it, only the precision of "evaluation mode".
+        self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=arguments.fsdp)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.progress = Progress()
         self.best: dict[str, Any] | None = None
         self.saved_step: int | None = None
@@ -468,10 +502,11 @@ class _Run:
         with self._stoppable() as stop, self._progress_bar() as bar:
             for batch in loader:
                 rate = self.rate(progress.step)
-                started = time.perf_counter()
-                loss, grad_norm = self.optimizer_step(batch, rate)
-                self.meter.busy += time.perf_counter() - started
-                self.meter.add(loss, grad_norm, batch.tokens)
+                with self.meter.working():
+                    loss, grad_norm, skipped = self.optimizer_step(batch, rate)
+                self.meter.add(loss, grad_norm, batch.tokens, skipped)
+                if skipped:
+                    self.log_skipped(rate)
                 bar.update()
                 if logging_now := self._due(arguments.log_steps):
                     self.log.write(line := self.meter.line(self.checked_loss(), rate, self.steps.per_epoch))
@@ -484,9 +519,14 @@ class _Run:
                     self.save()
                 if stopping and progress.step < self.total:
                     raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
+        self.share_outside = self.meter.share_outside()
 
-    def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor]:
-        """Forward and backward over the micro-batches, clip, step. Returns the loss and the norm before clipping."""
+    def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor, bool]:
+        """Forward and backward over the micro-batches, clip, step.
+
+        Returns:
+            the loss, the norm before clipping, and whether the step was skipped because they are not finite.
+        """
         accelerator, processes = self.accelerator, self.accelerator.num_processes
         seed_everything(self.seed, self.progress.step, accelerator.process_index, 1)
         all_terms = torch.tensor(float(sum(batch.terms)), device=accelerator.device)
@@ -501,11 +541,19 @@ class _Run:
                 accelerator.backward(loss)
             total += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        grad_norm = _full(grad_norm.detach())
+        # One process may see what another does not, and all of them must agree, so this waits for the device.
+        skipped = self.arguments.max_skipped_steps > 0 and self._agreed(int(self.meter.bad(total, grad_norm))) > 0
+        if skipped and self.progress.skipped == self.arguments.max_skipped_steps:
+            raise FloatingPointError(self._not_finite(self.progress.step))
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        elif accelerator.scaler:
+            accelerator.scaler.update()  # it insists on one after each clipping
         self.optimizer.zero_grad()
-        return total, grad_norm.detach()
+        return total, grad_norm, skipped
 
     def rate(self, step: int) -> float:
         return learning_rate(
@@ -521,21 +569,44 @@ class _Run:
         """Sum of the losses since the last line of the log; called before anything is written."""
         loss_sum, bad = self.meter.read()
         if bad >= 0:
-            rows = self.steps.row_ids(bad).tolist()
-            shown = ", ".join(map(str, rows[:64])) + (", …" if len(rows) > 64 else "")
-            raise FloatingPointError(
-                f"The loss or its gradient is not finite at step {bad + 1} of {self.total}, "
-                f"learning rate {self.rate(bad):.3g}, rows {shown}. Nothing was saved since; "
-                "look at these rows, lower learning_rate, or use precision: fp32. "
-                f"{self._how_to_resume()}"
-            )
+            raise FloatingPointError(self._not_finite(bad))
         return loss_sum
+
+    def _not_finite(self, step: int) -> str:
+        rows = self.steps.row_ids(step).tolist()
+        shown = ", ".join(map(str, rows[:64])) + (", …" if len(rows) > 64 else "")
+        limit = self.arguments.max_skipped_steps
+        before = f", after {limit} such steps were skipped (max_skipped_steps)" if limit else ""
+        return (
+            f"The loss or its gradient is not finite at step {step + 1} of {self.total}{before}, "
+            f"learning rate {self.rate(step):.3g}, rows {shown}. Nothing was saved since; "
+            "look at these rows, lower learning_rate, use precision: fp32, or allow more max_skipped_steps. "
+            f"{self._how_to_resume()}"
+        )
+
+    def log_skipped(self, rate: float) -> None:
+        step = self.progress.step - 1
+        rows = self.steps.row_ids(step).tolist()
+        self.log.write({"step": step + 1, "skipped": self.progress.skipped, "learning_rate": rate, "rows": rows})
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "Skipped step %d, whose loss or gradient is not finite (%d of at most %d); its rows are in %s.",
+                step + 1,
+                self.progress.skipped,
+                self.arguments.max_skipped_steps,
+                self.log.path,
+            )
 
     def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
         self.checked_loss()
         self.model.eval()
         with self.meter.pause(), torch.no_grad():
-            figures = evaluate(self.accelerator.unwrap_model(self.model))
+            model = self.gathered()
+            if self.whole is not None:
+                model.to(self.accelerator.device)
+            figures = evaluate(model.eval())
+            if self.whole is not None:
+                model.cpu()  # the copy takes memory of the device only meanwhile
         self.model.train()
         progress = self.progress
         progress.evaluation = figures
@@ -567,14 +638,19 @@ class _Run:
 
     def _write(self, folder: Path, state: dict[str, Any], with_optimizer: bool) -> None:
         """A checkpoint: ``model.safetensors``, ``state.json``, and the optimizer's tensors, numbered by parameter."""
-        if not self.accelerator.is_main_process:
+        # Every process takes part in gathering what is sharded.
+        model, tensors, main = self.gathered(), {}, self.accelerator.is_main_process
+        for number, entry in self.optimizer.state_dict()["state"].items() if with_optimizer else ():
+            for key, value in entry.items():
+                value = _full(value)
+                if main:
+                    tensors[f"{number}.{key}"] = value.cpu()
+        if not main:
             return
 
         def fill(temporary: Path) -> None:
-            save_model(self.accelerator.unwrap_model(self.model), str(temporary / "model.safetensors"))
+            save_model(model, str(temporary / "model.safetensors"))
             if with_optimizer:
-                state_of = self.optimizer.state_dict()["state"]
-                tensors = {f"{number}.{key}": value for number, entry in state_of.items() for key, value in entry.items()}
                 save_file(tensors, temporary / "optimizer.safetensors")
             (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
@@ -595,14 +671,21 @@ class _Run:
         if best:
             self.best = self._state(best)
         if not folder:
+            if problems and self.accelerator.is_main_process:
+                logger.warning("No checkpoint in %s is whole, so the run begins anew.", self.root)
             return
         state = self._state(folder)
-        load_model(self.accelerator.unwrap_model(self.model), folder / "model.safetensors")
+        bare = self.accelerator.unwrap_model(self.model)
+        load_model(bare if self.whole is None else self.whole, folder / "model.safetensors")
+        if self.whole is not None:
+            for shard, full in zip(bare.parameters(), self.whole.parameters(), strict=True):
+                shard.detach().copy_(_shard(full.detach(), shard))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         optimizer_state = self.optimizer.state_dict()
         optimizer_state["state"] = {}
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
             number, _, name = key.partition(".")
-            optimizer_state["state"].setdefault(int(number), {})[name] = tensor
+            optimizer_state["state"].setdefault(int(number), {})[name] = _shard(tensor, parameters[int(number)])
         self.optimizer.load_state_dict(optimizer_state)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -625,7 +708,9 @@ class _Run:
             ValueError: it belongs to a run with other arguments or data; says which.
         """
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        theirs = state["identity"]
+        # A field that this version added was at its default in an older run.
+        defaults = {name: declared.default for name, declared in type(self.arguments).model_fields.items()}
+        theirs = {**defaults, **state["identity"]}
         changed = [
             f"{key} (was {theirs.get(key)!r}, now {value!r})"
             for key, value in self.identity.items()
@@ -641,7 +726,7 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Put the best model, or the last one, into the output directory as a complete folder; write ``metrics.json``."""
         progress, accelerator = self.progress, self.accelerator
-        bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        bare = accelerator.unwrap_model(self.gathered(), keep_fp32_wrapper=False)
         bare.eval()
         figures = progress.evaluation
         if self.best:
@@ -656,7 +741,8 @@ class _Run:
             "train_seconds": round(progress.seconds, 3),
             "train_tokens": progress.all_tokens,
             "tokens_per_second": round(progress.all_tokens / max(1e-9, progress.seconds), 1),
-            "share_outside_step": round(self.meter.share_outside(), 4),
+            "share_outside_step": round(self.share_outside, 4),
+            "skipped_steps": progress.skipped,
             "parameters": sum(parameter.numel() for parameter in bare.parameters()),
         }
         if accelerator.is_main_process:
@@ -672,6 +758,15 @@ class _Run:
             tracker.finish()
         accelerator.wait_for_everyone()
         return metrics
+
+    def gathered(self) -> nn.Module:
+        """The model with all its weights; where they are sharded, a copy that every process must ask for at once."""
+        bare = self.accelerator.unwrap_model(self.model)
+        if self.whole is None:
+            return bare
+        for full, shard in zip(self.whole.parameters(), bare.parameters(), strict=True):
+            full.detach().copy_(_full(shard.detach()))
+        return self.whole
 
     # -- small helpers of the loop
 
@@ -708,6 +803,40 @@ class _Run:
             disable=not self.accelerator.is_main_process,
             mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file is not flooded
         )
+
+
+def _copy_and_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Shard ``model`` over the processes in place, block by block; returns a whole copy of it, on the CPU.
+
+    Accelerate's own FSDP turns into DistributedDataParallel where there is no accelerator, without a word; this does the
+    same everywhere. Embeddings and heads stay together in the root, because their weights may be tied.
+    """
+    if accelerator.num_processes == 1:
+        raise ValueError(
+            "fsdp: true shards the model over several processes, and there is one; start with torchrun "
+            "--nproc_per_node N -m minibert train RECIPE, or leave fsdp out."
+        )
+    for tensor in chain(model.parameters(), model.buffers()):
+        torch.distributed.broadcast(tensor.detach(), src=0)
+    whole = accelerator.prepare_model(copy.deepcopy(model).cpu(), device_placement=False, evaluation_mode=True)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a block: MiniBertLayer, BertLayer, …
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return whole
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that every process has, if ``like`` is sharded and of its shape."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def processes() -> PartialState:
