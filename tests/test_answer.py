@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering, BertModel
 
 from minibert import MiniBertConfig, MiniBertForQuestionAnswering, MiniBertModel, train_word_level, train_wordpiece
-from minibert.data.questions import WindowSizes, cut, window_sizes
-from minibert.inference.answers import answer_rows, best_spans
+from minibert.data.questions import Window, WindowSizes, cut, window_sizes
+from minibert.inference.answers import answer_rows, best_spans, find_spans
 from minibert.train import answer as stage
 from minibert.train.arguments import AnswerStage
 from minibert.train.recipe import load_recipe, read_metrics, run_recipe
@@ -100,6 +100,7 @@ def trained(tmp_path_factory, tokenizer_folder):
 
 
 WORDS = st.lists(st.sampled_from(["cat", "owl", "unbelievable", "Ünïcode", "straße", "東京", "наука", "𝒳", "—", ",", "é", "☃"]))
+MARKS = {"東京", "—", ","}  # words of their own, also without spaces
 GAPS = st.sampled_from([" ", "  ", "\n", "\u00a0", " \t"])
 
 
@@ -108,9 +109,9 @@ def contexts(draw):
     """A context of words with odd spaces, and the place of some words of it."""
     words = draw(WORDS.filter(bool))
     context, places = draw(st.sampled_from(["", " "])), []
-    for word in words:
+    for word, following in zip(words, [*words[1:], ","]):
         places.append((len(context), len(context) + len(word)))
-        context += word + draw(GAPS)
+        context += word + ("" if MARKS & {word, following} and draw(st.booleans()) else draw(GAPS))
     first = draw(st.integers(0, len(words) - 1))
     last = draw(st.integers(first, min(len(words) - 1, first + 1)))
     return context, places[first][0], places[last][1]
@@ -260,6 +261,21 @@ def test_windows_compete_and_their_lowest_null_score_counts(tokenizer):
     assert (found["text"], found["start"], found["end"], found["score"]) == ("", 0, 0, found["no_answer_score"])
     (found,) = answer_rows(model, tokenizer, [row], null_threshold=math.inf, **how)
     assert found["text"] == "rome"
+
+
+def test_a_span_seen_in_two_windows_has_its_better_score():
+    scores = iter([5.0, 2.0])  # the longer window is computed first
+
+    def model(**inputs):
+        logits = torch.full(inputs["input_ids"].shape, -9.0)
+        logits[:, 2] = next(scores)
+        return SimpleNamespace(start_logits=logits, end_logits=logits)
+
+    places = np.array([[0, 4], [5, 9], [10, 14]], dtype=np.int32)
+    windows = [Window(0, np.arange(5 + more), None, 2, places[: 2 + more]) for more in (1, 0)]
+    model.eval, model.device = lambda: model, "cpu"
+    (found,) = find_spans(model, windows, 1, batch_size=1, max_answer_length=1, pad=0)
+    assert found[0][0] == (10.0, 0, 4)
 
 
 def test_contexts_without_words_have_no_answer_and_rows_are_read_as_needed(tokenizer):
