@@ -627,6 +627,7 @@ class _Run:
 
     def save(self) -> None:
         self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.meter.seconds()
+        self.meter.loss_sum.fill_(self.progress.loss_sum)  # a mean over processes: a resumed run goes on from that, too
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         folder = checkpoint.step_folder(self.root, self.progress.step)
         self._write(
