@@ -118,6 +118,21 @@ def corpus(
 
 
 @app.command()
+def nano(
+    data: Annotated[Path, typer.Option(help="Folder with the folders imdb and hatexplain, each with a file per split.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("nano.json"),
+    work: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not repeated.")] = Path(
+        "runs/benchmark-nano"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every recipe, with seeds 42, 43, ….")] = 3,
+) -> None:
+    """The recipes of width 3 beside logistic regression on the same words. Example: python -m benchmarks nano --data data"""
+    from benchmarks.nano import run
+
+    run(data, out, work, seeds=seeds)
+
+
+@app.command()
 def pieces(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pieces.json"),
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, interleaved.")] = 20,
@@ -126,6 +141,23 @@ def pieces(
     from benchmarks.pieces import run
 
     run(out, repeats=repeats)
+
+
+@app.command()
+def survival(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("survival.json"),
+    work: Annotated[Path, typer.Option(help="Folder of the runs; what is in it is deleted.")] = Path("runs/benchmark-survival"),
+    kills: Annotated[int, typer.Option(min=1, help="Times that a run is killed.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run.")] = 600,
+    processes: Annotated[
+        list[int] | None, typer.Option(help="Numbers of processes, by torchrun; the default is 1 and 2.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the moments at which it is killed.")] = 0,
+) -> None:
+    """Kill a pretraining run at random moments, compare with one left alone. Example: python -m benchmarks survival"""
+    from benchmarks.survival import run
+
+    run(out, work, kills=kills, steps=steps, processes=processes or [1, 2], seed=seed)
 
 
 app(prog_name="python -m benchmarks")
