@@ -80,6 +80,9 @@ def predict(
     - **question answering** reads ``question`` and ``context``: see :func:`minibert.inference.answers.answer_rows`;
     - **multiple choice** reads a question and its choices: see :func:`minibert.inference.answers.choose_rows`.
 
+    Texts to classify that exceed the model's length are cut, as in training; sentences to tag and contexts are read whole,
+    in windows that overlap.
+
     Args:
         model: a model folder, or the id of a model on the Hub.
         data: a file, a folder with a file per split, a Hub data set, ``"-"`` for lines of standard input, rows read already,
@@ -97,13 +100,13 @@ def predict(
         raise ValueError(f"batch_size={batch_size} computes nothing; give at least 1 (--batch-size).")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold} is no probability to choose by; give one between 0 and 1 (--threshold).")
+    rows, names, total = _read(data, split)  # before the model, which takes longer to open
     opened = open_with_head(model, device=device, trust_remote_code=trust_remote_code)
     if opened is None:
         raise ValueError(
             f"{model} has no head that predicts labels, tags, answers or choices; train one on top of it with a classify, tag, "
             "answer or choose stage, or use it as it is with minibert search."
         )
-    rows, names, total = _read(data, split)
     predictions = _PREDICTORS[head_of(opened[0].config)](*opened, rows, names, columns, batch_size, threshold)
     return iter(tqdm(predictions, desc="predict", total=total, unit="row", disable=not show_progress))
 

@@ -240,7 +240,7 @@ def test_named_sets_may_be_numbered_in_another_order():
 
 
 def test_figures_of_several_labels():
-    logits = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    logits = torch.tensor([[0.1, -1.0], [1.0, 1.0], [-1.0, -0.1]])
     figures = classification_figures(logits, np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32), MULTI)
     assert figures["subset_accuracy"] == pytest.approx(1 / 3)
     assert figures["micro_f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))  # two right, one too many, one missed

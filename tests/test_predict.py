@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import minibert
 from minibert.cli import app
+from minibert.data.tags import to_iob2
 from minibert.inference import predict as module
+from minibert.inference.evaluate import evaluate
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXTS = ["red apples fall", "green", "the red pears and the green apples of the garden", "apples"]
@@ -98,6 +100,21 @@ def test_several_labels_and_numbers(model):
     (row,) = minibert.predict(folder, ["red pears"])
     expected = opened(**tokenizer("red pears", return_tensors="pt")).logits.item()
     assert row == {"text": "red pears", "value": pytest.approx(expected)}
+
+
+def test_evaluation_agrees_with_the_predictions(model, tagger):
+    """Measured on its own predictions, every model is perfect."""
+    several = model("ForSequenceClassification", ["a", "b", "c"], problem_type="multi_label_classification")
+    rows = [{"text": row["text"], "label": row["labels"]} for row in minibert.predict(several, TEXTS)]
+    figures = evaluate(several, Dataset.from_list(rows))["systems"]["model"]
+    assert figures["micro_f1"] == figures["subset_accuracy"] == 1
+    number = model("ForSequenceClassification", ["stars"])
+    rows = [{"text": row["text"], "label": row["value"]} for row in minibert.predict(number, TEXTS)]
+    figures = evaluate(number, Dataset.from_list(rows))["systems"]["model"]
+    assert figures == {"spearman": pytest.approx(1), "pearson": pytest.approx(1), "mse": pytest.approx(0, abs=1e-8)}
+    tokens = [{"tokens": text.split()} for text in TEXTS]
+    rows = [{"tokens": row["tokens"], "tags": to_iob2(row["tags"])} for row in minibert.predict(tagger, tokens)]
+    assert evaluate(tagger, Dataset.from_list(rows))["systems"]["model"]["f1"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------- tags
