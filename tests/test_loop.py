@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification
+from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForPreTraining, MiniBertForSequenceClassification
 from minibert.train import checkpoint, loop
 from minibert.train.arguments import LoopArguments
 
@@ -632,7 +632,18 @@ def masked_words(rows):
     }
 
 
-@pytest.mark.parametrize(("head", "make"), [(MiniBertForSequenceClassification, collate), (MiniBertForMaskedLM, masked_words)])
+def masked_pairs(rows):
+    return {**masked_words(rows), "next_sentence_label": torch.tensor([int(len(row) % 2) for row in rows])}
+
+
+@pytest.mark.parametrize(
+    ("head", "make"),
+    [
+        (MiniBertForSequenceClassification, collate),
+        (MiniBertForMaskedLM, masked_words),
+        (MiniBertForPreTraining, masked_pairs),
+    ],
+)
 @pytest.mark.parametrize("step", [0, 3])  # the last one of an epoch is uneven
 def test_loss_and_gradients_of_two_processes_are_those_of_one(tmp_path, start, head, make, step):
     """Without averaging over steps, AdamW's first average is the gradient itself, and a checkpoint holds it."""

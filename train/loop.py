@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import get_available_trackers
@@ -153,6 +154,7 @@ class StepBatch(NamedTuple):
 
     batches: list[dict[str, Tensor]]
     terms: list[int]  # of the loss, per micro-batch
+    rows: list[int]  # per micro-batch
     tokens: int  # real ones
 
 
@@ -209,7 +211,7 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> StepBatch:
         seed_everything(self.seed, step, self.process, 0)
-        batches, terms, tokens = [], [], 0
+        batches, terms, counts, tokens = [], [], [], 0
         rows = self.row_ids(step)
         phase = self.phases[self.locate(step)[0]]
         for parts in split_rows(rows, accumulation=self.accumulation, processes=self.processes):
@@ -218,8 +220,9 @@ class Steps(Dataset):
             batches.append(batch)
             # A process without rows still takes part, as the others wait for its gradients; they count nothing.
             terms.append(count_labels(batch) if len(mine) else 0)
+            counts.append(len(mine))
             tokens += _count_tokens(batch) if len(mine) else 0
-        return StepBatch(batches, terms, tokens)
+        return StepBatch(batches, terms, counts, tokens)
 
 
 def _fetch(rows: Any, ids: np.ndarray) -> Any:
@@ -529,15 +532,22 @@ class _Run:
         """
         accelerator, processes = self.accelerator, self.accelerator.num_processes
         seed_everything(self.seed, self.progress.step, accelerator.process_index, 1)
-        all_terms = torch.tensor(float(sum(batch.terms)), device=accelerator.device)
+        sums = torch.tensor([float(sum(batch.terms)), float(sum(batch.rows))], device=accelerator.device)
         if processes > 1:
-            all_terms = accelerator.reduce(all_terms)
+            sums = accelerator.reduce(sums)
+        all_terms, all_rows = sums
         total = torch.zeros((), device=accelerator.device)
-        for number, (inputs, terms) in enumerate(zip(batch.batches, batch.terms, strict=True), start=1):
+        parts = zip(batch.batches, batch.terms, batch.rows, strict=True)
+        for number, (inputs, terms, rows) in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(batch.batches) else accelerator.no_sync(self.model):
-                loss = self.model(**send_to_device(inputs, accelerator.device, non_blocking=True)).loss
+                inputs = send_to_device(inputs, accelerator.device, non_blocking=True)
+                output = self.model(**inputs)
                 # The step's loss is the mean over all its terms; processes average their gradients, hence the factor.
-                loss = loss * (terms * processes / all_terms)
+                weight = terms * processes / all_terms
+                loss = output.loss * weight
+                if "next_sentence_label" in inputs:  # this part of the loss is a mean over rows, not over labelled words
+                    follows = F.cross_entropy(output.seq_relationship_logits, inputs["next_sentence_label"])
+                    loss = loss + follows * (rows * processes / all_rows - weight)
                 accelerator.backward(loss)
             total += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm or math.inf)
