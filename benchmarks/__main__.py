@@ -146,7 +146,9 @@ def pieces(
 @app.command()
 def survival(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("survival.json"),
-    work: Annotated[Path, typer.Option(help="Folder of the runs; what is in it is deleted.")] = Path("runs/benchmark-survival"),
+    work: Annotated[Path, typer.Option(help="Folder of the runs; earlier ones are replaced.")] = Path(
+        "runs/benchmark-survival"
+    ),
     kills: Annotated[int, typer.Option(min=1, help="Times that a run is killed.")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run.")] = 600,
     processes: Annotated[
