@@ -46,13 +46,17 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that products with ``weight`` are computed in."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
     """The dtype that ``linear`` multiplies in, so that a bfloat16 matrix meets bfloat16 inputs. Under autocast it is cast
     here once for all the layers that read it, where autocast would cast it for each."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     weight = linear.weight  # a quantized layer keeps integers, or a method of this name, and takes what it gets
-    return tensor.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else tensor
+    return tensor.to(compute_dtype(weight)) if isinstance(weight, Tensor) and weight.is_floating_point() else tensor
 
 
 def drop(states: Tensor, probability: float) -> Tensor:
@@ -86,7 +90,20 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 # Attention scores of a run of sequences from which half precision is the faster on a CPU.
-_LARGE_SCORES = 2**16
+_LARGE_SCORES = 2**18
+
+
+def rounded(count: int) -> int:
+    """The next number with at most five significant bits, at most a sixteenth larger.
+
+    On a CPU, products in half precision are compiled for every number of rows, which takes time and memory that is never
+    given back: batches of ever new sizes are better rounded up to few.
+
+    >>> [rounded(count) for count in (7, 31, 33, 1472, 1473, 8000)]
+    [7, 31, 34, 1472, 1536, 8192]
+    """
+    step = 1 << max(0, count.bit_length() - 5)
+    return -(-count // step) * step
 
 
 class Packing:
@@ -97,15 +114,27 @@ class Packing:
         lengths: number of tokens of every sequence, in packed order, as Python numbers; None when ``cu_seqlens`` rules.
         cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for variable-length kernels.
         max_length: tokens of the longest sequence.
+        extra: rows without a meaning to add at the end, where :func:`rounded` numbers of rows are the faster.
     """
 
-    def __init__(self, indices: Tensor | None, lengths: Sequence[int] | None, cu_seqlens: Tensor | None, max_length: int):
+    def __init__(
+        self,
+        indices: Tensor | None,
+        lengths: Sequence[int] | None,
+        cu_seqlens: Tensor | None,
+        max_length: int,
+        round_up: bool = False,
+    ):
         self.indices, self.cu_seqlens, self.max_length = indices, cu_seqlens, max_length
+        lengths = lengths or []
+        self.extra = rounded(sum(lengths)) - sum(lengths) if round_up else 0
         # (sequences, length) of every run of equal lengths: a run shares one attention call
-        self.runs = [(len(list(run)), length) for length, run in groupby(lengths or []) if length]
+        self.runs = [(len(list(run)), length) for length, run in groupby([*lengths, self.extra]) if length]
 
     @classmethod
-    def from_mask(cls, attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
+    def from_mask(
+        cls, attention_mask: Tensor | None, batch: int, length: int, device: torch.device, round_up: bool = False
+    ) -> "Packing":
         """Pack the True positions of a (B, L) mask; None means that all are real."""
         if device.type != "cpu":
             if attention_mask is None:
@@ -114,33 +143,35 @@ class Packing:
             indices = attention_mask.flatten().nonzero().squeeze(1)  # the only synchronisation of the forward pass
             return cls(indices, None, bounds, length)
         if attention_mask is None or bool(attention_mask.all()):
-            return cls(None, [length] * batch, None, length)
+            return cls(None, [length] * batch, None, length, round_up)
         seqlens = attention_mask.sum(dim=1)
         # On a CPU sequences of equal length share one attention call, so they are packed in order of length.
         order = torch.argsort(seqlens, stable=True)
         slots = attention_mask[order].flatten().nonzero().squeeze(1)
         indices = order[slots // length] * length + slots % length
-        return cls(indices, seqlens[order].tolist(), None, length)
+        return cls(indices, seqlens[order].tolist(), None, length, round_up)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int) -> "Packing":
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int, round_up: bool = False) -> "Packing":
         """Packed ecosystem input: one row that holds the sequences between the bounds ``cu_seqlens``."""
         if cu_seqlens.device.type != "cpu":
             return cls(None, None, cu_seqlens, max_length)
         lengths, order = torch.sort(cu_seqlens.diff(), stable=True)
         if bool((order.diff() > 0).all()):  # sorted already: every row is in place
-            return cls(None, lengths.tolist(), None, max_length)
+            return cls(None, lengths.tolist(), None, max_length, round_up)
         bounds = cu_seqlens.tolist()
         indices = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order.tolist()])
-        return cls(indices, lengths.tolist(), None, max_length)
+        return cls(indices, lengths.tolist(), None, max_length, round_up)
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """(B, L, …) -> (T, …)."""
+        """(B, L, …) -> (T, …), with the extra rows zero."""
         flat = tensor.flatten(0, 1)
-        return flat if self.indices is None else flat[self.indices]
+        flat = flat if self.indices is None else flat[self.indices]
+        return torch.cat([flat, flat.new_zeros(self.extra, *flat.shape[1:])]) if self.extra else flat
 
     def unpack(self, tensor: Tensor, batch: int, length: int) -> Tensor:
         """(T, C) -> (B, L, C); padding rows are zero."""
+        tensor = tensor[: len(tensor) - self.extra]
         if self.indices is not None:
             tensor = tensor.new_zeros(batch * length, tensor.shape[-1]).index_copy(0, self.indices, tensor)
         return tensor.view(batch, length, -1)
@@ -453,11 +484,13 @@ class MiniBertModel(MiniBertPreTrainedModel):
             position_ids = torch.arange(length, device=inputs.device).unsqueeze(0)
         packing = None
         if self._can_pack(inputs, attention_mask, kwargs):
+            half = compute_dtype(self.embeddings.word_embeddings.weight) in (torch.bfloat16, torch.float16)
+            round_up = half and inputs.device.type == "cpu"
             if cu_seq_lens_q is not None:
-                packing = Packing.from_cu_seqlens(cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max()))
+                packing = Packing.from_cu_seqlens(cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max()), round_up)
             else:
                 real = None if attention_mask is None else attention_mask.bool()
-                packing = Packing.from_mask(real, batch, length, inputs.device)
+                packing = Packing.from_mask(real, batch, length, inputs.device, round_up)
             input_ids, token_type_ids, inputs_embeds, position_ids = (
                 None if x is None else packing.pack(x.expand(batch, *x.shape[1:]))
                 for x in (input_ids, token_type_ids, inputs_embeds, position_ids)
@@ -537,7 +570,8 @@ _LOGITS_AT_ONCE = {True: 2**21, False: 2**27}
 
 
 class WordLoss(torch.autograd.Function):
-    """Sum of the cross entropies of ``hidden @ weight.T + bias`` (T, V) with ``labels`` (T,), in float32.
+    """Sum of the cross entropies of ``hidden @ weight.T + bias`` (T, V) with ``labels`` (T,), in float32; rows of
+    ``hidden`` beyond the labels count nothing.
 
     Loss and gradients come out of one pass over blocks of rows, so that the logits of one block only exist at a time: they
     are larger than everything else in a step and, on a CPU, would leave the cache (Liger kernel, Hsu et al. 2024,
@@ -548,15 +582,18 @@ class WordLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         """``hidden`` (T, C) and ``weight`` (V, C) in the dtype to multiply in; ``bias`` (V,) in float32."""
         rows = max(1, _LOGITS_AT_ONCE[hidden.device.type == "cpu"] // weight.shape[0])
-        loss = torch.zeros((), device=hidden.device)
+        loss, count = torch.zeros((), device=hidden.device), labels.shape[0]
         grad_logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)  # (T, V)
-        for block, expected, grad in zip(hidden.split(rows), labels.split(rows), grad_logits.split(rows), strict=True):
-            expected = expected[:, None]  # (rows, 1)
+        targets = F.pad(labels, (0, hidden.shape[0] - labels.shape[0]))[:, None]  # (T, 1)
+        for block, expected, grad in zip(hidden.split(rows), targets.split(rows), grad_logits.split(rows), strict=True):
             scores = F.log_softmax(torch.add(block @ weight.t(), bias), dim=-1)  # (rows, V), float32
-            loss -= scores.gather(1, expected).sum()
+            real = min(labels.shape[0], block.shape[0])
+            loss -= scores[:real].gather(1, expected[:real]).sum()
             scores.exp_().scatter_add_(1, expected, scores.new_full(expected.shape, -1.0))
             grad.copy_(scores)
-        ones = grad_logits.new_ones(1, len(labels))  # a product sums columns ten times as fast as sum() does on a CPU
+            labels = labels[real:]
+        grad_logits[count:] = 0
+        ones = grad_logits.new_ones(1, hidden.shape[0])  # a product sums columns ten times as fast as sum() does on a CPU
         grad_bias = (ones @ grad_logits).view(-1).to(bias.dtype)
         ctx.save_for_backward(grad_logits @ weight, grad_logits.t() @ hidden, grad_bias)
         return loss
@@ -586,6 +623,8 @@ class MiniBertLMHead(nn.Module):
 
     def loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross entropies of (T, C) with ``labels`` (T,), without the logits in memory."""
+        if hidden_states.device.type == "cpu":
+            hidden_states = F.pad(hidden_states, (0, 0, 0, rounded(len(labels)) - len(labels)))
         states, decoder = narrow(self.transform(hidden_states), self.decoder), self.decoder
         return WordLoss.apply(states, narrow(decoder.weight, decoder), wide(decoder.bias), labels)
 

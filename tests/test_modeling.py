@@ -227,6 +227,28 @@ def loss_and_gradients(model, inputs):
     return output, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
 
+def test_rows_added_in_half_precision_change_nothing(config):
+    """40 tokens and more are rounded up; the rows added are nowhere to be seen, and have no gradient."""
+    torch.manual_seed(0)
+    model = MiniBertModel(no_dropout(config)).bfloat16()
+    mask = (torch.arange(20) < torch.tensor([[20], [13], [2], [6]])).long()
+    ids = torch.randint(1, 101, (4, 20))
+    packed = Packing.from_mask(mask.bool(), 4, 20, ids.device, round_up=True)
+    assert (int(mask.sum()), packed.extra) == (41, 1) and packed.runs[-1] == (1, 1)
+    padded = copy.deepcopy(model)
+    padded.config.unpad_inputs = False
+    outputs = [one(ids, mask).last_hidden_state[mask.bool()] for one in (model, padded)]
+    torch.testing.assert_close(*outputs, atol=3e-2, rtol=3e-2)
+    for output in outputs:
+        output.square().sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), padded.parameters(), strict=True):
+        if theirs.grad is not None:
+            scale = theirs.grad.abs().max().clamp(min=1e-3)
+            torch.testing.assert_close(
+                ours.grad / scale, theirs.grad / scale, atol=0.1, rtol=0, msg=lambda m, n=name: f"{n} {m}"
+            )
+
+
 @pytest.mark.parametrize("rows_at_once", [1000, 3])
 @pytest.mark.parametrize("name", ["MiniBertForMaskedLM", "MiniBertForPreTraining"])
 def test_masked_positions_only_equals_the_dense_loss(name, config, batch, rows_at_once, monkeypatch):
