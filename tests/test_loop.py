@@ -365,6 +365,21 @@ def test_without_a_whole_checkpoint_the_run_says_so_and_begins_anew(tmp_path, ca
     assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
+def test_a_damaged_best_model_is_named_and_the_next_best_is_kept(tmp_path, caplog):
+    scores = {4: 0.9, 8: 0.5, 12: 0.7}
+    options = {"metric_for_best": "accuracy", "evaluate": lambda _: {"accuracy": scores[steps.pop(0)]}}
+    steps = [4, 8, 12]
+    with pytest.raises(Crash):
+        fit(tmp_path, make=crashing_after(13), **options)
+    (best,) = (tmp_path / "checkpoints").glob("best-*")
+    assert best.name == "best-00000004"
+    flip_a_bit(best / "model.safetensors")
+    caplog.clear()
+    metrics = fit(tmp_path, **options)
+    assert f"Checkpoint {best} is damaged: model.safetensors does not have" in caplog.text
+    assert metrics["best_step"] == 12 and metrics["eval_accuracy"] == 0.7
+
+
 def test_leftovers_of_a_kill_while_writing_are_no_checkpoints(tmp_path):
     with pytest.raises(Crash):
         fit(tmp_path, make=crashing_after(9))
@@ -478,7 +493,8 @@ def test_bad_steps_are_skipped_counted_and_logged(tmp_path, caplog):
     for line in lines:
         assert line["rows"] == loop.rows_of_step(line["step"] - 1, rows=ROWS, rows_per_step=8, seed=7).tolist()
     assert f"Skipped step {bad[1] + 1}, whose loss or gradient is not finite (2 of at most 3)" in caplog.text
-    assert all(np.isfinite(line["loss"]) for line in log_lines(tmp_path) if "loss" in line)
+    losses = {line["step"]: line["loss"] for line in log_lines(tmp_path) if "loss" in line}
+    assert losses.keys() == set(range(1, 13)) - {step + 1 for step in bad} and all(0 < loss < 2 for loss in losses.values())
     for step in bad:
         before, after = (checkpoint.step_folder(tmp_path / "checkpoints", number) for number in (step, step + 1))
         for name in ("model.safetensors", "optimizer.safetensors"):

@@ -284,6 +284,12 @@ class Meter:
         # With float16, gradients overflow now and then: the scaler skips that step and lowers its scale.
         return torch.isfinite(loss if self.accelerator.scaler else loss + grad_norm).logical_not_()
 
+    @property
+    def taken(self) -> int:
+        """Steps since the last line that were not skipped."""
+        progress = self.progress
+        return progress.step - progress.logged_step - (progress.skipped - progress.logged_skipped)
+
     def read(self) -> tuple[float, int]:
         """Sum of the losses since the last line, and the step that went wrong (or -1): the only wait for the device."""
         with self.working():  # what the device still computes is part of the steps
@@ -321,7 +327,7 @@ class Meter:
         line = {
             "step": progress.step,
             "epoch": round(progress.step / per_epoch, 4),
-            "loss": loss_sum / max(1, progress.step - progress.logged_step - (progress.skipped - progress.logged_skipped)),
+            "loss": loss_sum / self.taken,
             "learning_rate": rate,
             "grad_norm": float(self.grad_norm),
             "tokens_per_second": round(
@@ -511,7 +517,7 @@ class _Run:
                 if skipped:
                     self.log_skipped(rate)
                 bar.update()
-                if logging_now := self._due(arguments.log_steps):
+                if (logging_now := self._due(arguments.log_steps)) and self.meter.taken:
                     self.log.write(line := self.meter.line(self.checked_loss(), rate, self.steps.per_epoch))
                     bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
                 if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
@@ -847,7 +853,7 @@ def _shard(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that every process has, if ``like`` is sharded and of its shape."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def processes() -> PartialState:
