@@ -599,7 +599,7 @@ class WordLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *((grad * saved).to(saved.dtype) for saved in ctx.saved_tensors), None
 
 

@@ -238,9 +238,8 @@ def test_learns_which_sentence_follows(tmp_path, folder):
         for number in range(160):
             words = WORDS[:7] if number % 2 else WORDS[7:]
             out.write(json.dumps({"text": " ".join(" ".join(generator.choice(words, 4)) + "." for _ in range(4))}) + "\n")
-    args = arguments(
-        folder, data=str(file), eval_data=str(file), next_sentence=True, epochs=25, batch_size=32, learning_rate=1e-2, dropout=0.0, metric_for_best=None
-    )
+    changes = {"epochs": 25, "batch_size": 32, "learning_rate": 1e-2, "dropout": 0.0}
+    args = arguments(folder, data=str(file), eval_data=str(file), next_sentence=True, **changes)
     metrics = pretrain(args, StageContext(tmp_path / "out", 3, tokenizer=str(folder / "tokenizer")))
     # Half of the sentences from elsewhere are of the same subject, so three quarters is all there is to know.
     assert metrics["eval_next_sentence_accuracy"] > 0.65

@@ -80,7 +80,7 @@ def test_all_problems_are_reported_together(write):
         "10 problems",
         "override 'classify.nothing' is not of the form",
         "override 'absent.batch_size=3' names no stage",
-        "stage 1 (tokenizr): kind='tokenizr' is unknown; use one of tokenizer, classify",
+        "stage 1 (tokenizr): kind='tokenizr' is unknown; use one of tokenizer, pretrain, classify, tag, answer,",
         "stage 2 (classify): model: There is no preset 'nano'; use one of search-8x768",
         "stage 2 (classify): epochs=0 is refused: input should be greater than 0",
         "stage 2 (classify): there is no field learning_rte; did you mean learning_rate?",

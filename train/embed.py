@@ -183,9 +183,10 @@ def _trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTrans
 class _Trainer(SentenceTransformerTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' own, whose warm-up-stable-decay schedule is told here how many steps its decay takes."""
-        if "num_decay_steps" in self.args.lr_scheduler_kwargs:
-            decay = self.args.lr_scheduler_kwargs["num_decay_steps"]
-            self.args.lr_scheduler_kwargs["num_decay_steps"] = max(1, round(decay * num_training_steps))
+        options = self.args.lr_scheduler_kwargs
+        if isinstance(options, dict) and "num_decay_steps" in options:  # until here, a share of all steps
+            decay = max(1, round(options["num_decay_steps"] * num_training_steps))
+            self.args.lr_scheduler_kwargs = {**options, "num_decay_steps": decay}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:

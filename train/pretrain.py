@@ -38,7 +38,7 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
             f"{context.model} is a {model.config.model_type} model, which cannot read packed sequences; pretrain starts from "
             "new weights or a MiniBERT: give model: {preset: ...}, or convert that model first."
         )
-    phases = args.phases or [PhaseArguments()]
+    phases = args.phases or [PhaseArguments.model_validate({})]
     for phase in phases:
         sequence_length(phase.max_length or args.max_length, model.config, tokenizer)
     tokenizer.model_max_length = sequence_length(None, model.config, tokenizer)
