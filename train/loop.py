@@ -432,7 +432,8 @@ def fit(
 
     Raises:
         ValueError: nothing to train on, arguments that cannot be met here, or checkpoints of a different run.
-        FloatingPointError: the loss or gradient is not finite; says where. Nothing good is overwritten.
+        FloatingPointError: the loss or gradient is not finite in more steps than may be skipped; says where. Nothing good is
+            overwritten.
         OSError: a checkpoint cannot be written; earlier ones are untouched.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; says how to resume.
     """
@@ -560,7 +561,7 @@ class _Run:
         grad_norm = _full(grad_norm.detach())
         # One process may see what another does not, and all of them must agree, so this waits for the device.
         skipped = self.arguments.max_skipped_steps > 0 and self._agreed(int(self.meter.bad(total, grad_norm))) > 0
-        if skipped and self.progress.skipped == self.arguments.max_skipped_steps:
+        if skipped and self.progress.skipped >= self.arguments.max_skipped_steps:
             raise FloatingPointError(self._not_finite(self.progress.step))
         if not skipped:
             for group in self.optimizer.param_groups:
@@ -591,8 +592,8 @@ class _Run:
     def _not_finite(self, step: int) -> str:
         rows = self.steps.row_ids(step).tolist()
         shown = ", ".join(map(str, rows[:64])) + (", …" if len(rows) > 64 else "")
-        limit = self.arguments.max_skipped_steps
-        before = f", after {limit} such steps were skipped (max_skipped_steps)" if limit else ""
+        skipped = self.progress.skipped
+        before = f", after {skipped} such steps were skipped (max_skipped_steps)" if skipped else ""
         return (
             f"The loss or its gradient is not finite at step {step + 1} of {self.total}{before}, "
             f"learning rate {self.rate(step):.3g}, rows {shown}. Nothing was saved since; "
