@@ -1,10 +1,8 @@
 """A pretraining run killed again and again, beside the same run left alone: are the weights the same, bit for bit?"""
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -90,8 +89,7 @@ def _survive(work: Path, processes: int, kills: int, seed: int) -> dict[str, Any
             child.wait(seconds)
             break  # it was faster than thought, and is done
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # torchrun's processes are in its group
-            child.wait()
+            _kill(child)
         newest, problems = checkpoint.newest_good(parts / STAGE / "checkpoints")
         earlier, leftovers = leftovers, set((parts / STAGE / "checkpoints").glob("*.tmp-*"))
         killed.append(
@@ -124,7 +122,18 @@ def _start(work: Path, out: Path, processes: int) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "minibert", "train", str(work / "recipe.yaml"), "--output-dir", str(out)]
     with (work / f"{out.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def _kill(child: subprocess.Popen) -> None:
+    """SIGKILL for all processes of a run: torchrun's would outlive it, and train on."""
+    parent = psutil.Process(child.pid)
+    parent.suspend()  # so that it starts no more of them
+    everyone = [parent, *parent.children(recursive=True)]
+    for process in everyone:
+        process.kill()
+    child.wait()
+    psutil.wait_procs(everyone)
 
 
 def _must_succeed(child: subprocess.Popen) -> None:
