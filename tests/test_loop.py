@@ -609,6 +609,23 @@ def test_checkpoints_from_before_a_field_was_there_are_resumed(tmp_path, caplog)
     assert "Resuming at step 4" in caplog.text
 
 
+def test_two_runs_in_one_folder_are_refused(tmp_path, start):
+    """Until the first is gone, even if it left no time to clean up and has workers of its own."""
+    fit(tmp_path / "whole")
+    (first,) = start(1, lambda: fit(tmp_path / "parts", make=slow_collate, epochs=300, num_workers=1))
+    while not (tmp_path / "parts/log.jsonl").exists():
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match=rf"^Process {first.pid} of .* is training in .*parts; wait for it, stop it, or"):
+        fit(tmp_path / "parts")
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    shutil.rmtree(tmp_path / "parts/checkpoints", ignore_errors=True)  # of another number of epochs
+    fit(tmp_path / "parts")
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert not (tmp_path / "parts/.lock").exists()
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="no rows to train on"):
         loop.fit(tiny_model(), train_dataset=[], collate=collate, arguments=arguments(), output_dir=tmp_path, seed=0)

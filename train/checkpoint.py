@@ -5,14 +5,23 @@ process, the folders without ``.tmp`` in their names are whole; whatever damages
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from safetensors import SafetensorError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp"
@@ -127,6 +136,40 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in ``folder``; the system lets go of it when this one ends, however that happens.
+
+    Who kills torchrun but not its processes has those still at work, and two runs would mix their logs and checkpoints.
+
+    Raises:
+        ValueError: another process is at work there; says which.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / ".lock"
+    with one_sentence(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers that it forks do not hold it
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise ValueError(
+                    f"Process {file.read()} is training in {folder}; wait for it, stop it, or choose another output directory."
+                ) from None
+            # Some file systems have no locks.
+        file.truncate(0)
+        file.write(f"{os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

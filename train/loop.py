@@ -431,7 +431,8 @@ def fit(
         The figures of ``metrics.json``.
 
     Raises:
-        ValueError: nothing to train on, arguments that cannot be met here, or checkpoints of a different run.
+        ValueError: nothing to train on, arguments that cannot be met here, checkpoints of a different run, or another
+            process that trains in the same folder.
         FloatingPointError: the loss or gradient is not finite in more steps than may be skipped; says where. Nothing good is
             overwritten.
         OSError: a checkpoint cannot be written; earlier ones are untouched.
@@ -443,9 +444,10 @@ def fit(
     if not all(len(phase.rows) for phase in phases):
         raise ValueError("There are no rows to train on; check the data and its limit.")
     run = _Run(model, phases, arguments, output_dir, seed, metric_for_best, greater_is_better)
-    run.resume()
-    run.train(evaluate)
-    return run.finish()
+    with checkpoint.alone_in(run.output_dir) if run.accelerator.is_main_process else contextlib.nullcontext():
+        run.resume()
+        run.train(evaluate)
+        return run.finish()
 
 
 class _Run:
