@@ -613,7 +613,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, start):
     """Until the first is gone, even if it left no time to clean up and has workers of its own."""
     fit(tmp_path / "whole")
     (first,) = start(1, lambda: fit(tmp_path / "parts", make=slow_collate, epochs=300, num_workers=1))
-    while not (tmp_path / "parts/log.jsonl").exists():
+    while not list((tmp_path / "parts").glob("checkpoints/step-????????")):
         time.sleep(0.02)
     with pytest.raises(ValueError, match=rf"^Process {first.pid} of .* is training in .*parts; wait for it, stop it, or"):
         fit(tmp_path / "parts")
