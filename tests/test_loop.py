@@ -465,13 +465,13 @@ class Poisoned(Rows):
         return np.array([4, 4, 4]) if row == 11 else self.ids[row]
 
 
-def poisoned_model(dropout=0.1):
-    """The loss of a batch with token 4 is not a number."""
+def poisoned_model(dropout=0.1, finite_gradient=False):
+    """The loss of a batch with token 4, and unless ``finite_gradient`` its gradient, is not a number."""
     model = tiny_model(dropout)
 
     def poison(_module, _args, kwargs, output):
         if (kwargs["input_ids"] == 4).any():
-            output.loss = output.loss * float("nan")
+            output.loss = output.loss + float("nan") if finite_gradient else output.loss * float("nan")
 
     model.register_forward_hook(poison, with_kwargs=True)
     return model
@@ -729,10 +729,11 @@ def test_killed_at_random_moments_the_result_is_bit_identical(tmp_path, processe
     assert not list((tmp_path / "parts/checkpoints").glob("*.tmp*"))
 
 
-def test_processes_skip_together_what_one_of_them_sees(tmp_path, start):
-    options = {"max_skipped_steps": 3, "save_steps": 1, "gradient_accumulation_steps": 1}
-    metrics = fit(tmp_path / "one", poisoned_model(0.0), rows=Poisoned(), batch_size=8, **options)
-    two = start(2, lambda: fit(tmp_path / "two", poisoned_model(0.0), rows=Poisoned(), batch_size=4, **options))
+@pytest.mark.parametrize("finite_gradient", [False, True])  # gradients are shared, losses are not
+def test_processes_skip_together_what_one_of_them_sees(tmp_path, start, finite_gradient):
+    options = {"rows": Poisoned(), "max_skipped_steps": 3, "save_steps": 1, "gradient_accumulation_steps": 1}
+    metrics = fit(tmp_path / "one", poisoned_model(0.0, finite_gradient), batch_size=8, **options)
+    two = start(2, lambda: fit(tmp_path / "two", poisoned_model(0.0, finite_gradient), batch_size=4, **options))
     assert start.finish(two) == [0, 0]
     assert json.loads((tmp_path / "two/metrics.json").read_text())["skipped_steps"] == metrics["skipped_steps"] == 3
     torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
