@@ -23,7 +23,7 @@ def train(
     preset: Annotated[str, typer.Option(help="Shape of both encoders; a preset that BertModel can express.")] = "simple-4x256",
     seeds: Annotated[int, typer.Option(help="Pairs of runs, with seeds 0, 1, ….")] = 3,
     nli_steps: Annotated[int, typer.Option(help="Steps of 32 sentence pairs in phase 1.")] = 300,
-    pair_steps: Annotated[int, typer.Option(help="Steps of questions and passages in phase 2.")] = 300,
+    pair_steps: Annotated[int, typer.Option(help="Steps of questions and passages in phase 2; 0 leaves it out.")] = 300,
     pair_batch: Annotated[int, typer.Option(help="Questions and passages in a step of phase 2.")] = 64,
     max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 350,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of both.")] = "fp32",
@@ -137,7 +137,7 @@ def pieces(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pieces.json"),
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, interleaved.")] = 20,
 ) -> None:
-    """Dropout and attention of a training step, ours beside torch's. Example: python -m benchmarks pieces"""
+    """Dropout, attention and word loss of a training step, ours beside torch's. Example: python -m benchmarks pieces"""
     from benchmarks.pieces import run
 
     run(out, repeats=repeats)

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import describe
-from minibert.modeling_minibert import Packing, drop
+from minibert.modeling_minibert import Packing, WordLoss, drop
 
 
 def run(out: Path, *, repeats: int) -> None:
     """Time each pair of pieces, interleaved; print medians in milliseconds and write ``out``."""
     torch.manual_seed(0)
     results = {"benchmark": "pieces", "machine": describe(), "repeats": repeats, "milliseconds": {}}
-    for name, pair in {**_dropout(), **_attention()}.items():
+    for name, pair in {**_dropout(), **_attention(), **_half_attention(), **_word_loss()}.items():
         seconds: dict[str, list[float]] = {side: [] for side in pair}
         for _ in range(repeats + 2):
             for side, piece in pair.items():
@@ -38,6 +38,35 @@ def _backward(forward: Callable[[Tensor], Tensor], states: Tensor) -> Callable[[
         forward(states).sum().backward()
 
     return piece
+
+
+def _half_attention() -> dict[str, dict[str, Callable[[], None]]]:
+    """64 sequences of 128 tokens in bfloat16, as in pretraining: no padding on either side."""
+    packing = Packing(None, [128] * 64, None, 128)
+    packed = torch.randn(64 * 128, 4, 64).bfloat16().requires_grad_()
+    padded = torch.randn(64, 4, 128, 64).bfloat16().requires_grad_()
+    ours = _backward(lambda x: packing.attend(x, x, x, 0.0, 0.125).float(), packed)
+    theirs = _backward(lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.125).float(), padded)
+    return {"attention of 64 full sequences, bfloat16": {"minibert": ours, "torch": theirs}}
+
+
+def _word_loss() -> dict[str, dict[str, Callable[[], None]]]:
+    """Cross entropy of 1,230 masked words (15 % of 64 x 128) among 30,000, with the product that makes their logits."""
+    hidden = torch.randn(1230, 256, requires_grad=True)
+    weight = (torch.randn(30000, 256) * 0.02).requires_grad_()
+    bias, labels = torch.zeros(30000, requires_grad=True), torch.randint(0, 30000, (1230,))
+
+    def ours(states: Tensor) -> Tensor:
+        weight.grad = bias.grad = None
+        return WordLoss.apply(states.bfloat16(), weight.bfloat16(), bias, labels)
+
+    def theirs(states: Tensor) -> Tensor:
+        weight.grad = bias.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = F.linear(states, weight, bias)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    return {"loss of 1230 words of 30000, bfloat16": {"minibert": _backward(ours, hidden), "torch": _backward(theirs, hidden)}}
 
 
 def _dropout() -> dict[str, dict[str, Callable[[], None]]]:

@@ -90,9 +90,9 @@ def run(data: Path, out: Path, work: Path, *, preset: str, seeds: int, only_ours
             sides.insert(seed % 2, ("bert", _train_theirs))
         for side, train in sides:
             figures = {"system": side, "seed": seed, **train(data, folder, work / "tokenizer", seed, **options)}
-            figures |= _measure(data, folder / side, queries)
+            figures |= _measure(data, folder / side, queries, RETRIEVAL if options["pair_steps"] else ())
             results["runs"].append(figures)
-            if "baselines" not in results:
+            if "baselines" not in results and options["pair_steps"]:
                 results["baselines"] = _baselines(data, folder / side, queries)
             print(json.dumps(figures), flush=True)
             out.write_text(json.dumps(results | _summary(results["runs"]), indent=1) + "\n", encoding="utf-8")
@@ -153,6 +153,8 @@ def _train_ours(data: Path, folder: Path, tokenizer: Path, seed: int, **options:
     started = time.perf_counter()
     classify(stage, StageContext(folder / "minibert/nli", seed, str(folder / "start/minibert"), str(tokenizer)))
     between = time.perf_counter()
+    if not options["pair_steps"]:
+        return {"nli_seconds": between - started}
     embedding = EmbedStage(kind="embed", data=sources(data, PAIRS, "train"), log_steps=100, pooling="mean", **pairs)
     embed(embedding, StageContext(folder / "minibert/pairs", seed, str(folder / "minibert/nli"), str(tokenizer)))
     return {"nli_seconds": between - started, "pairs_seconds": time.perf_counter() - between}
@@ -191,6 +193,8 @@ def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **option
     ).train()
     model.save_pretrained(str(folder / "bert/nli"))
     between = time.perf_counter()
+    if not options["pair_steps"]:
+        return {"nli_seconds": between - started}
 
     stage = EmbedStage(kind="embed", data=sources(data, PAIRS, "train"), log_steps=100, **pairs)
     transformer = Transformer(str(folder / "bert/nli"), max_seq_length=options["max_length"])
@@ -208,12 +212,12 @@ def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **option
     return {"nli_seconds": between - started, "pairs_seconds": time.perf_counter() - between}
 
 
-def _measure(data: Path, folder: Path, queries: int) -> dict[str, float]:
+def _measure(data: Path, folder: Path, queries: int, retrieval: tuple[str, ...]) -> dict[str, float]:
     """Accuracy on SNLI validation, and retrieval among the distinct answers of each validation split."""
     snli = evaluate(folder / "nli", load(sources(data, ("snli",), "validation")))
     figures = {"snli_accuracy": snli["systems"]["model"]["accuracy"]}
-    encoder = SentenceTransformer(str(folder / "pairs"), device="cpu")
-    for name in RETRIEVAL:
+    encoder = SentenceTransformer(str(folder / "pairs"), device="cpu") if retrieval else None
+    for name in retrieval:
         found = evaluate(encoder, load(sources(data, (name,), "validation")), limit=queries, baselines=False)
         figures |= {f"{name}_{key}": found["systems"]["model"][key] for key in ("mrr@10", "recall@10")}
     return figures
@@ -250,9 +254,9 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = {
         name: statistics.median(by_seed["minibert"][seed][name] / by_seed["bert"][seed][name] for seed in paired)
         for name in ("nli_seconds", "pairs_seconds")
-        if paired
+        if paired and name in runs[0]
     }
-    if paired:
+    if len(ratios) > 1:
         totals = [
             sum(by_seed["minibert"][seed][name] for name in ratios) / sum(by_seed["bert"][seed][name] for name in ratios)
             for seed in paired

@@ -1,6 +1,7 @@
 """The encoder against itself: two roads, one answer."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -496,6 +497,19 @@ def test_compiles_into_one_graph_with_dynamic_shapes(model):
         torch.testing.assert_close(
             one, model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()], atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_code_gives_the_same_vectors(tiny):
+    model = MiniBertModel(MiniBertConfig.preset("modern-6x384", **tiny)).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for rows, length in ((2, 7), (3, 11)):
+        ids, mask = torch.randint(1, 101, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+        mask[0, 5:] = 0
+        with torch.no_grad():
+            ours, theirs = (one(ids, mask).last_hidden_state[mask.bool()] for one in (model, compiled))
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
 def test_exports(model):
