@@ -79,15 +79,17 @@ def _survive(work: Path, processes: int, kills: int, seed: int) -> dict[str, Any
     _must_succeed(child)
     uninterrupted = time.perf_counter() - begun
 
-    generator, killed, leftovers = random.Random(seed), [], set()
-    # Some kills hit the start-up, most the training, and all together leave some of it to be done.
+    generator, killed, leftovers, results = random.Random(seed), [], set(), []
+    # Some kills hit the start-up, most the training, and all together should leave some of it to be done.
     latest = start_up + 1.5 * (uninterrupted - start_up) / kills
     begun = time.perf_counter()
     while len(killed) < kills:
         child, seconds = _start(work, parts, processes), generator.uniform(0.9 * start_up, latest)
         try:
-            child.wait(seconds)
-            break  # it was faster than thought, and is done
+            child.wait(seconds)  # it was faster than thought, and is done: the other kills hit a run from the beginning
+            results.append(_compared(child, whole, parts))
+            shutil.rmtree(parts)
+            continue
         except subprocess.TimeoutExpired:
             _kill(child)
         newest, problems = checkpoint.newest_good(parts / STAGE / "checkpoints")
@@ -102,14 +104,15 @@ def _survive(work: Path, processes: int, kills: int, seed: int) -> dict[str, Any
             }
         )
         print(f"{processes} processes, kill {len(killed)}: {killed[-1]}", flush=True)
-    _must_succeed(_start(work, parts, processes))
+    results.append(_compared(_start(work, parts, processes), whole, parts))
     result = {
         "processes": processes,
         "kills": len(killed),
         "steps": _step(whole),
         "steps_at_kills": [kill["step"] for kill in killed],
-        "identical": _same(whole, parts),
-        "logs_identical": _losses(whole) == _losses(parts),
+        "finished_runs": len(results),
+        "identical": all(weights for weights, _ in results),
+        "logs_identical": all(logs for _, logs in results),
         "seconds_uninterrupted": round(uninterrupted, 1),
         "seconds_killed": round(time.perf_counter() - begun, 1),
         "details": killed,
@@ -139,6 +142,12 @@ def _kill(child: subprocess.Popen) -> None:
 def _must_succeed(child: subprocess.Popen) -> None:
     if child.wait():
         raise SystemExit(f"{' '.join(map(str, child.args))} ended with status {child.returncode}; see its log.")  # type: ignore[union-attr]
+
+
+def _compared(child: subprocess.Popen, whole: Path, parts: Path) -> tuple[bool, bool]:
+    """Wait for the end of a run; whether its weights, and the losses in its log, are those of ``whole``."""
+    _must_succeed(child)
+    return _same(whole, parts), _losses(whole) == _losses(parts)
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
