@@ -56,7 +56,7 @@ def plain_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
             raise
         typer.echo(f"\n{str(stop) or 'Interrupted.'} {interrupted}".rstrip(), err=True)
         raise typer.Exit(130) from None
-    except FloatingPointError as error:
+    except ArithmeticError as error:  # a loss that is no number, or two models that should compute the same and do not
         if debug:
             raise
         typer.echo(f"Error: {error}", err=True)
@@ -318,6 +318,71 @@ def predict(
                 typer.echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
         except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+hub = typer.Typer(
+    help="Convert models of the BERT family to MiniBERT, and back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(hub, name="hub")
+
+
+def _report(report: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_dict())
+        return
+    typer.echo(f"{report.source} is now a {report.architecture} in {report.output}")
+    typer.echo(f"{report.tensors} tensors with {report.parameters:,} parameters")
+    if report.unused:
+        typer.echo(f"not used by this model: {', '.join(report.unused)}")
+    for name, difference in report.differences.items():
+        typer.echo(f"largest difference of {name}: {difference:.1e}")
+
+
+@hub.command(epilog="Example:  minibert hub convert sentence-transformers/all-MiniLM-L6-v2 minilm")
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of a BERT-family model, or its id on the Hub.")],
+    output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the MiniBERT.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; the default keeps the numbers as they are.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a MiniBERT of a BERT, DistilBERT, RoBERTa, XLM-RoBERTa or CamemBERT with the same weights.
+
+    Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
+    """
+    with plain_errors(debug):
+        from minibert.hub.convert import convert as convert_model
+
+        _report(convert_model(source, output_dir, dtype=dtype, revision=revision), as_json)
+
+
+@hub.command(epilog="Example:  minibert hub export minilm minilm-bert --to bert")
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a MiniBERT, or its id on the Hub.")],
+    output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the exported model.")],
+    to: Annotated[
+        str, typer.Option(help="bert: plain transformers, or the family that the model was converted from.")
+    ] = "bert",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a MiniBERT as a model that needs no code of ours.
+
+    Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
+    """
+    with plain_errors(debug):
+        if to != "bert":
+            raise ValueError(f"--to={to} is unknown; use bert.")
+        from minibert.hub.export import export as export_model
+
+        _report(export_model(model, output_dir, revision=revision), as_json)
 
 
 _EXAMPLE_QUESTIONS = (

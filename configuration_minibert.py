@@ -45,6 +45,8 @@ class MiniBertConfig(PreTrainedConfig):
             them.
         type_vocab_size: Number of segments; 0 means none and ``token_type_ids`` are ignored.
         pooling: The vector that stands for a text in heads and in sentence embeddings: ``"cls"`` (first token) or ``"mean"``.
+        pooler_act: Activation of the pooler before a classifier: ``"tanh"`` (BERT) or ``"relu"`` (Sanh et al. 2019,
+            arXiv:1910.01108).
         hidden_dropout_prob: Dropout on embeddings and on each block's output.
         attention_probs_dropout_prob: Dropout on attention weights.
         classifier_dropout: Dropout before a classifier; ``None`` means ``hidden_dropout_prob``.
@@ -75,6 +77,7 @@ class MiniBertConfig(PreTrainedConfig):
     scale_embeddings: bool = True
     type_vocab_size: int = 2
     pooling: Literal["cls", "mean"] = "mean"
+    pooler_act: Literal["tanh", "relu"] = "tanh"
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None

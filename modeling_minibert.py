@@ -383,11 +383,12 @@ class MiniBertLayer(GradientCheckpointingLayer):
 
 
 class MiniBertPooler(nn.Module):
-    """One vector per text, (B, L, C) -> (B, C): the first or the mean real token, then BERT's dense layer and tanh."""
+    """One vector per text, (B, L, C) -> (B, C): the first or the mean real token, then a dense layer and tanh or ReLU."""
 
     def __init__(self, config: MiniBertConfig):
         super().__init__()
         self.pooling = config.pooling
+        self.act = ACT2FN[config.pooler_act]
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -399,7 +400,7 @@ class MiniBertPooler(nn.Module):
         else:
             mask = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # (B, L, 1)
             pooled = (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
-        return wide(torch.tanh(self.dense(narrow(pooled, self.dense))))
+        return wide(self.act(self.dense(narrow(pooled, self.dense))))
 
 
 # ----------------------------------------------------------------------------------------------------------- model

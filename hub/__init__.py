@@ -1,1 +1,5 @@
 """Moves models: convert, export, publish, verify."""
+
+import minibert
+
+minibert.register()

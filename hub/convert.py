@@ -1,0 +1,363 @@
+"""Turn a BERT-family model into a MiniBERT of the same weights, and prove that it computes the same."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from minibert import MiniBertConfig, modeling_minibert
+from minibert.hub import folders, proof
+from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
+
+# Tensors that a model of this family no longer has a use for, under their own names, so that export can give them back.
+UNUSED = "converted_from.safetensors"
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+POSITIONS = "minibert.embeddings.position_embeddings.weight"
+# Fields that go over as they are.
+CARRIED = (
+    *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
+    *("sentence_transformers", "sbert_ce_default_activation_function"),
+)
+# Fields that say nothing about what is computed, or are rewritten.
+_DROPPED = (
+    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels"),
+    *("_attn_implementation_internal", "gradient_checkpointing"),
+)
+
+
+@dataclass
+class Report:
+    """What a conversion or an export did.
+
+    Attributes:
+        parameters: numbers in the weights written.
+        unused: tensors that the model has no use for, kept in a file of their own.
+        differences: the largest absolute difference between both models' outputs on the built-in texts.
+    """
+
+    source: str
+    output: str
+    family: str
+    architecture: str
+    tensors: int
+    parameters: int
+    unused: list[str] = field(default_factory=list)
+    differences: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def convert(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> Report:
+    """Write ``source`` as a MiniBERT into ``output_dir``: weights, tokenizer, labels, sentence-transformers modules.
+
+    Tensors are read and written one at a time, and of the two models that are compared at the end one is in memory at once.
+
+    Args:
+        source: folder, or id of a model on the Hub; plain transformers or sentence-transformers.
+        dtype: of the written weights, such as ``"bfloat16"``; the default keeps each as it is.
+        revision: branch, tag or commit of a model on the Hub.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
+        ValueError: it cannot be expressed exactly, its tensors are not those of its configuration, its weights are pickled, or
+            the output folder is not empty.
+        Mismatch: the result computes something else; nothing was written.
+    """
+    output_dir = Path(output_dir)
+    folders.check_output(output_dir)
+    wanted = _dtype(dtype)
+    folder = folders.find(source, revision)
+    encoder = folders.encoder_folder(folder)
+    raw = folders.read_json(encoder / "config.json")
+    family = _family(raw, encoder)
+    checkpoint = folders.Checkpoint(encoder)
+    theirs = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+    kind = _kind(raw, family, checkpoint)
+    _check_config(raw, theirs, family, kind, encoder)
+    config = _config(raw, theirs, family, kind, folder, wanted)
+    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    tensors, unused = _tensors(checkpoint, config, theirs, family, kind, wanted)
+    has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in tensors}
+    with folders.new_folder(output_dir) as temporary:
+        parameters = folders.write_tensors(temporary / folders.WEIGHTS, tensors)
+        if unused:
+            folders.write_tensors(temporary / UNUSED, unused)
+        config.save_pretrained(temporary)
+        custom_object_save(empty(config, kind), temporary)  # the code that trust_remote_code=True runs
+        tokenizer.save_pretrained(temporary)
+        folders.copy_modules(folder, temporary)
+        differences = proof.differences(
+            (folder, getattr(transformers, family.class_name + kind)),
+            (temporary, getattr(modeling_minibert, f"MiniBert{kind}")),
+            tokenizer,
+            max_length=config.max_position_embeddings,
+            segments=config.type_vocab_size,
+            dtype=wanted,
+            pooled=has_pooler and config.pooling == "cls" and kind not in POOLED,
+        )
+        proof.check(differences, f"The MiniBERT made of {source}")
+    return Report(
+        source=str(source),
+        output=str(output_dir),
+        family=family.model_type,
+        architecture=f"MiniBert{kind}",
+        tensors=len(tensors),
+        parameters=parameters,
+        unused=sorted(unused),
+        differences=differences,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype} is unknown; use float32, float16 or bfloat16.")
+    return found
+
+
+def _family(raw: dict[str, Any], folder: Path) -> Family:
+    """The family of a config.json, or a refusal by name."""
+    model_type = raw.get("model_type")
+    possible = f"Convertible are {', '.join(FAMILIES)}."
+    if raw.get("is_encoder_decoder"):
+        raise ValueError(f"{folder} is an encoder-decoder ({model_type}); MiniBERT is an encoder. {possible}")
+    if model_type == MiniBertConfig.model_type:
+        raise ValueError(f"{folder} is a MiniBERT already; there is nothing to convert.")
+    if model_type in REFUSED:
+        raise ValueError(f"{model_type} cannot be expressed exactly: {REFUSED[model_type]}. {possible}")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{folder} is of the family {model_type}, which cannot be converted. {possible}")
+    if "auto_map" in raw:
+        raise ValueError(
+            f"{folder} brings Python code of its own, so that it computes something else than {model_type}. {possible}"
+        )
+    return FAMILIES[model_type]
+
+
+def _kind(raw: dict[str, Any], family: Family, checkpoint: folders.Checkpoint) -> str:
+    """The class of the checkpoint without the family's name, such as ``"ForMaskedLM"``."""
+    known = [f"{family.class_name}{kind}" for kind in family.classes]
+    named = (raw.get("architectures") or [None])[0]
+    if named is None:
+        heads = {kind for kind in family.classes if any(_belongs(name, kind, family) for name in checkpoint.names)}
+        if not heads:
+            return "Model"
+        raise ValueError(
+            "Its config.json names no architectures, but the weights hold a head; add the class they are of, one of "
+            f"{', '.join(known)}."
+        )
+    if named.endswith(("LMHeadModel", "ForCausalLM")):
+        raise ValueError(f"{named} is a decoder; MiniBERT is an encoder. Convertible are {', '.join(known)}.")
+    if named not in known:
+        raise ValueError(f"{named} has a head that MiniBERT lacks; convertible are {', '.join(known)}.")
+    return named.removeprefix(family.class_name)
+
+
+def _belongs(name: str, kind: str, family: Family) -> bool:
+    """Whether a tensor is of the head of ``kind``."""
+    ours = family.ours(name, kind)
+    return ours is not None and kind != "Model" and not ours.startswith("minibert.")
+
+
+def _check_config(raw: dict[str, Any], config: PreTrainedConfig, family: Family, kind: str, folder: Path) -> None:
+    problems = []
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        problems.append(f"position_embedding_type={raw['position_embedding_type']!r} (only 'absolute' is known)")
+    for name in ("is_decoder", "add_cross_attention"):
+        if raw.get(name):
+            problems.append(f"{name}={raw[name]} (MiniBERT is an encoder)")
+    for name in ("pruned_heads", "quantization_config"):
+        if raw.get(name):
+            problems.append(f"{name} is set (every layer must be whole and in floating-point numbers)")
+    if raw.get("embedding_size", config.hidden_size) != config.hidden_size:
+        problems.append(f"embedding_size={raw['embedding_size']} differs from hidden_size={config.hidden_size}")
+    act = getattr(config, family.fields["hidden_act"])
+    if family.numbers_from_pad and kind == "ForMaskedLM" and act != "gelu":
+        problems.append(f"hidden_act={act!r} (the word head of this family has 'gelu' always, ours that of the layers)")
+    if family.numbers_from_pad and config.pad_token_id is None:
+        problems.append("pad_token_id is missing (positions are numbered from it)")
+    if problems:
+        raise ValueError(f"{folder} uses what MiniBERT lacks: {'; '.join(problems)}.")
+
+
+# --------------------------------------------------------------------------------------------- configuration, tokenizer
+
+
+def _config(
+    raw: dict[str, Any], theirs: PreTrainedConfig, family: Family, kind: str, folder: Path, dtype: torch.dtype | None
+) -> MiniBertConfig:
+    fields = {ours: getattr(theirs, name) for ours, name in family.fields.items()} | dict(family.fixed)
+    if family.numbers_from_pad:
+        fields["max_position_embeddings"] -= fields["pad_token_id"] + 1
+    if family.model_type == "distilbert" and kind in POOLED:
+        fields["classifier_dropout"] = theirs.seq_classif_dropout
+    carried = {name: getattr(theirs, name) for name in CARRIED if getattr(theirs, name, None) is not None}
+    mapped = {*family.fields.values(), *family.fields, *CARRIED, *_DROPPED}
+    fields |= {
+        "position_embedding_type": "learned",
+        "norm_position": "post",
+        "scale_embeddings": False,
+        "pooling": _pooling(folder, kind, family),
+        "architectures": [f"MiniBert{kind}"],
+        "dtype": dtype or raw.get("dtype") or raw.get("torch_dtype"),
+        # Where it came from, with the fields that MiniBERT has no use for: export gives them back.
+        "converted_from": {"model_type": family.model_type, **{name: raw[name] for name in sorted(raw) if name not in mapped}},
+    }
+    return MiniBertConfig(**fields, **carried)
+
+
+def _pooling(folder: Path, kind: str, family: Family) -> str:
+    """The first token for heads and for BERT's pooler; what sentence-transformers is told for a bare encoder."""
+    if kind != "Model":
+        return "cls"
+    for module in folders.modules(folder):
+        if module["type"].endswith("Pooling"):
+            given = folders.read_json(folder / module["path"] / "config.json")
+            if given.get("pooling_mode", "mean") == "cls" or given.get("pooling_mode_cls_token"):
+                return "cls"
+            return "mean"
+    return "mean" if family.model_type == "distilbert" else "cls"
+
+
+def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
+    """The tokenizer, with the length that sentence-transformers or the positions allow."""
+    # Without any of its files transformers makes up an empty one.
+    if not any(file for name in _TOKENIZERS for file in folder.glob(name)):
+        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(_TOKENIZERS)}); save the model's tokenizer into it.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can open ({error}).") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {folder} has {len(tokenizer)} entries but the embeddings only {config.vocab_size}; give the "
+            "model its own tokenizer, or call resize_token_embeddings before you convert."
+        )
+    tokenizer.model_max_length = min(max_length or tokenizer.model_max_length, config.max_position_embeddings)
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------------- tensors
+
+
+def empty(config: MiniBertConfig, kind: str) -> PreTrainedModel:
+    """A model of the class without memory for its weights."""
+    with torch.device("meta"):
+        return getattr(modeling_minibert, f"MiniBert{kind}")(config)
+
+
+def full(name: str, kind: str) -> str:
+    return f"minibert.{name}" if kind == "Model" and not name.startswith("minibert.") else name
+
+
+def _tensors(
+    checkpoint: folders.Checkpoint,
+    config: MiniBertConfig,
+    theirs: PreTrainedConfig,
+    family: Family,
+    kind: str,
+    dtype: torch.dtype | None,
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Callable[[], Tensor]]]:
+    """Every tensor of ours with what reads it, and those that stay unused, after a check that none is left over or missing.
+
+    Settles ``config.tie_word_embeddings``: weights that differ are not shared, whatever the configuration says.
+    """
+    stored = {_plain(name, family): name for name in checkpoint.names}
+    left = set(stored)
+    tied = {}
+    if kind in ("ForMaskedLM", "ForPreTraining"):
+        config.tie_word_embeddings &= _shared(checkpoint, stored, family, kind)
+        if config.tie_word_embeddings:
+            tied = dict(modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys)
+    offset = theirs.pad_token_id + 1 if family.numbers_from_pad else 0
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    unused: dict[str, Callable[[], Tensor]] = {}
+    missing, wrong = [], []
+
+    def reader(name: str, rows: slice = slice(None)) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            tensor = checkpoint[name][rows]
+            return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+        return read
+
+    for key, parameter in empty(config, kind).state_dict().items():
+        ours = full(key, kind)
+        names = [family.theirs(ours, kind)]
+        names += [family.theirs(other, kind) for other, source in tied.items() if source == ours]
+        found = next((name for name in names if name in stored), None)
+        left -= set(names)
+        if ours in tied:
+            continue
+        if found is None:
+            if kind != "Model" or not ours.startswith("minibert.pooler."):  # an encoder may have none
+                missing.append(names[0] or f"a counterpart of {key}")
+            continue
+        shape = checkpoint.shape(stored[found])
+        rows = slice(None)
+        if ours == POSITIONS and offset:
+            # Positions are numbered from the padding's id on, so the first rows of the table are never looked up.
+            rows, shape = slice(offset, None), [shape[0] - offset, *shape[1:]]
+            unused[found] = reader(stored[found], slice(0, offset))
+        if shape != list(parameter.shape):
+            wrong.append(f"{found} is {shape}, not {list(parameter.shape)}")
+        tensors[key] = reader(stored[found], rows)
+    unknown: list[str] = []
+    for name in sorted(left):
+        beside = next((found for other in (kind, *family.classes) if (found := family.ours(name, other))), None)
+        if name.endswith(_BUFFERS):
+            continue
+        # A part of the encoder that its configuration does not describe, such as a further layer, is as unknown.
+        if beside is None or (beside.startswith("minibert.") and not beside.startswith("minibert.pooler.")):
+            unknown.append(name)
+        elif kind != "Model" and beside not in tensors:  # of another class: kept, as the source keeps it
+            tensors[beside] = reader(stored[name])
+        else:
+            unused[name] = reader(stored[name])
+    problems = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("unknown", unknown), ("missing", missing), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"The weights are not those of a {family.class_name}{kind}; {'; '.join(problems)}.")
+    return tensors, unused
+
+
+def _plain(name: str, family: Family) -> str:
+    """The name as a model with a head has it today."""
+    for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
+        name = name.replace(old, new)
+    bare = name.startswith(("embeddings.", "encoder.", "transformer.", "pooler."))
+    return f"{family.prefix}.{name}" if bare else name
+
+
+def _shared(checkpoint: folders.Checkpoint, stored: dict[str, str], family: Family, kind: str) -> bool:
+    """Whether the decoder may take the word embeddings and its bias from where tying takes them."""
+    for target, source in modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys.items():
+        names = [family.theirs(name, kind) for name in (target, source)]
+        if names[0] != names[1] and all(name in stored for name in names):
+            one, other = (checkpoint[stored[name]] for name in names if name)
+            if not torch.equal(one, other):
+                return False
+    return True
+
+
+__all__ = ["UNUSED", "Report", "convert"]

@@ -1,0 +1,201 @@
+"""Write a MiniBERT as a plain model of transformers, which needs no code of ours, and prove that it computes the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from minibert import MiniBertConfig, modeling_minibert
+from minibert.hub import folders, proof
+from minibert.hub.convert import CARRIED, POSITIONS, UNUSED, Report, empty, full, open_tokenizer
+from minibert.hub.families import FAMILIES, POOLED, Family
+from minibert.modeling_minibert import sinusoidal_table
+
+_SEGMENTS = "minibert.embeddings.token_type_embeddings.weight"
+
+
+def export(model: str | Path, output_dir: str | Path, *, revision: str | None = None) -> Report:
+    """Write ``model`` as plain BERT, or as the family it was converted from, into ``output_dir``.
+
+    A model that :func:`minibert.hub.convert.convert` made gets the tensors it was made of back, bit for bit.
+
+    Args:
+        model: folder, or id on the Hub, of a MiniBERT.
+        revision: branch, tag or commit of a model on the Hub.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
+        ValueError: it is no MiniBERT, it uses what BERT lacks (every such field is named), its tensors are not those of its
+            configuration, or the output folder is not empty.
+        Mismatch: the result computes something else; nothing was written.
+    """
+    output_dir = Path(output_dir)
+    folders.check_output(output_dir)
+    folder, config, kind, checkpoint = open_minibert(model, revision)
+    encoder = folders.encoder_folder(folder)
+    family = _family(config, kind)
+    theirs = _config(config, family, kind)
+    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    tensors, unused = _tensors(checkpoint, encoder, config, theirs, family, kind)
+    pooled = kind == "Model" and any("pooler" in name for name in tensors)
+    with folders.new_folder(output_dir) as temporary:
+        parameters = folders.write_tensors(temporary / folders.WEIGHTS, tensors)
+        theirs.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        folders.copy_modules(folder, temporary)
+        differences = proof.differences(
+            (folder, getattr(modeling_minibert, f"MiniBert{kind}")),
+            (temporary, getattr(transformers, family.class_name + kind)),
+            tokenizer,
+            max_length=config.max_position_embeddings,
+            segments=getattr(theirs, "type_vocab_size", 0),
+            pooled=pooled and config.pooling == "cls" and config.pooler_act == "tanh",
+        )
+        proof.check(differences, f"The {family.model_type} made of {model}")
+    return Report(
+        source=str(model),
+        output=str(output_dir),
+        family=family.model_type,
+        architecture=f"{family.class_name}{kind}",
+        tensors=len(tensors),
+        parameters=parameters,
+        unused=unused,
+        differences=differences,
+    )
+
+
+def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, folders.Checkpoint]:
+    """Folder, configuration, class (without MiniBert) and tensors of a MiniBERT.
+
+    Raises: as :func:`export` does.
+    """
+    folder = folders.find(model, revision)
+    encoder = folders.encoder_folder(folder)
+    raw = folders.read_json(encoder / "config.json")
+    if raw.get("model_type") != MiniBertConfig.model_type:
+        raise ValueError(f"{folder} is no MiniBERT but {raw.get('model_type')}; it needs no export.")
+    named = (raw.get("architectures") or ["MiniBertModel"])[0]
+    if getattr(modeling_minibert, named, None) is None:
+        raise ValueError(f"{folder} names the class {named}, which MiniBERT lacks; correct architectures in its config.json.")
+    checkpoint = folders.Checkpoint(encoder)
+    return folder, MiniBertConfig.from_pretrained(encoder), named.removeprefix("MiniBert"), checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------- family
+
+
+def _family(config: MiniBertConfig, kind: str) -> Family:
+    """The family that the model came from where it still fits, else BERT; or a refusal that names every field."""
+    origin = FAMILIES.get((getattr(config, "converted_from", None) or {}).get("model_type", "bert"), FAMILIES["bert"])
+    if not _problems(config, kind, origin):
+        return origin
+    if problems := _problems(config, kind, FAMILIES["bert"]):
+        raise ValueError(f"BERT has nothing like {', '.join(problems)}; such a model can only be exported to onnx.")
+    return FAMILIES["bert"]
+
+
+def _problems(config: MiniBertConfig, kind: str, family: Family) -> list[str]:
+    wanted: dict[str, Any] = {"norm_position": "post", "gated_mlp": False, "scale_embeddings": False}
+    wanted |= {name: value for name, value in family.fixed.items() if name != "pooler_act"}
+    if kind in POOLED:
+        wanted |= {"pooling": "cls", "pooler_act": family.fixed["pooler_act"]}
+    if family.numbers_from_pad and kind == "ForMaskedLM":
+        wanted["hidden_act"] = "gelu"  # of the word head, whatever that of the layers
+    problems = [f"{name}={getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]
+    if config.position_embedding_type == "rotary":
+        problems.append("position_embedding_type='rotary'")
+    if kind not in family.classes:
+        problems.append(f"the class MiniBert{kind}")
+    if family.numbers_from_pad and config.pad_token_id is None:
+        problems.append("pad_token_id=None")
+    return problems
+
+
+def _config(config: MiniBertConfig, family: Family, kind: str) -> PreTrainedConfig:
+    origin = dict(getattr(config, "converted_from", None) or {})
+    fields = origin if origin.pop("model_type", None) == family.model_type else {}
+    fields |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
+    fields |= {name: getattr(config, name) for name in CARRIED if getattr(config, name, None) is not None}
+    if family.numbers_from_pad:
+        fields["max_position_embeddings"] += config.pad_token_id + 1  # type: ignore[operator]
+    if family.model_type == "distilbert" and kind in POOLED and config.classifier_dropout is not None:
+        fields["seq_classif_dropout"] = config.classifier_dropout
+    if "type_vocab_size" in family.fields and not config.type_vocab_size:
+        fields["type_vocab_size"] = 2  # of zeros: tokenizers number the segments of pairs
+    return CONFIG_MAPPING[family.model_type](**fields, architectures=[family.class_name + kind], dtype=config.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- tensors
+
+
+def _tensors(
+    checkpoint: folders.Checkpoint,
+    encoder: Path,
+    config: MiniBertConfig,
+    theirs: PreTrainedConfig,
+    family: Family,
+    kind: str,
+) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
+    """What gives every tensor of theirs, and the names of ours that are left out, after a check that none is missing."""
+    tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
+    expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
+    stored = {full(name, kind): name for name in checkpoint.names}
+    if missing := [
+        name for name in sorted(expected - set(stored)) if kind != "Model" or not name.startswith("minibert.pooler.")
+    ]:
+        raise ValueError(f"The weights are not those of a MiniBert{kind}; missing: {', '.join(missing)}.")
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    left_out, unknown = [], []
+    for ours, name in stored.items():
+        found = next((found for other in (kind, *family.classes) if (found := family.theirs(ours, other))), None)
+        if found is None and ours not in expected:
+            unknown.append(name)
+        elif found is None or (found in tensors and ours not in expected):
+            left_out.append(name)  # the pooler of an encoder, where the family has none
+        else:
+            tensors[_bare(found, kind, family)] = lambda name=name: checkpoint[name]  # type: ignore[misc]
+    if unknown:
+        raise ValueError(f"The weights are not those of a MiniBert{kind}; unknown: {', '.join(unknown)}.")
+
+    def add(ours: str, table: Callable[[], Tensor]) -> None:
+        tensors[_bare(family.theirs(ours, kind) or "", kind, family)] = table
+
+    width = config.hidden_size
+    if config.position_embedding_type == "sinusoidal":
+        add(POSITIONS, lambda: sinusoidal_table(config.max_position_embeddings, width))
+    if "type_vocab_size" in family.fields and not config.type_vocab_size:
+        add(_SEGMENTS, lambda: torch.zeros(theirs.type_vocab_size, width))
+    spare = folders.Checkpoint(encoder, UNUSED) if (encoder / UNUSED).exists() else None
+    if family.numbers_from_pad:
+        positions = _bare(family.theirs(POSITIONS, kind) or "", kind, family)
+        tensors[positions] = _with_unused_rows(tensors[positions], config.pad_token_id, spare, family)  # type: ignore[arg-type]
+    if spare is not None:
+        for name in spare.names:
+            tensors.setdefault(_bare(name, kind, family), lambda name=name: spare[name])  # type: ignore[misc]
+    return tensors, left_out
+
+
+def _bare(name: str, kind: str, family: Family) -> str:
+    return name.removeprefix(f"{family.prefix}.") if kind == "Model" else name
+
+
+def _with_unused_rows(
+    read: Callable[[], Tensor], pad_token_id: int, spare: folders.Checkpoint | None, family: Family
+) -> Callable[[], Tensor]:
+    """The table of positions behind the rows that are never looked up: those of the source, or zeros."""
+    name = f"{family.prefix}.embeddings.position_embeddings.weight"
+
+    def table() -> Tensor:
+        rows = read()
+        kept = spare is not None and name in spare.names and spare[name].shape[0] == pad_token_id + 1
+        first = spare[name] if spare is not None and kept else rows.new_zeros(pad_token_id + 1, rows.shape[1])
+        return torch.cat([first.to(rows.dtype), rows])
+
+    return table
+
+
+__all__ = ["export", "open_minibert"]

@@ -1,0 +1,230 @@
+"""The families of models that a MiniBERT can stand for, as data: their names of our parameters and of our fields.
+
+The same tables are read in both directions, by :mod:`minibert.hub.convert` and :mod:`minibert.hub.export`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# What follows the family's name in a class name, and follows MiniBert in ours.
+CLASSES = (
+    "Model",
+    "ForPreTraining",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+# Those that read the pooled vector.
+POOLED = ("ForPreTraining", "ForSequenceClassification", "ForMultipleChoice")
+
+# Modules of the encoder that have one name everywhere but for the prefix; {} is the number of the layer.
+_EMBEDDINGS = {
+    "minibert.embeddings.word_embeddings": "{prefix}.embeddings.word_embeddings",
+    "minibert.embeddings.position_embeddings": "{prefix}.embeddings.position_embeddings",
+    "minibert.embeddings.norm": "{prefix}.embeddings.LayerNorm",
+}
+_BERT_ENCODER = {
+    **_EMBEDDINGS,
+    "minibert.embeddings.token_type_embeddings": "{prefix}.embeddings.token_type_embeddings",
+    "minibert.layers.{}.attention.query": "{prefix}.encoder.layer.{}.attention.self.query",
+    "minibert.layers.{}.attention.key": "{prefix}.encoder.layer.{}.attention.self.key",
+    "minibert.layers.{}.attention.value": "{prefix}.encoder.layer.{}.attention.self.value",
+    "minibert.layers.{}.attention.output": "{prefix}.encoder.layer.{}.attention.output.dense",
+    "minibert.layers.{}.attention_norm": "{prefix}.encoder.layer.{}.attention.output.LayerNorm",
+    "minibert.layers.{}.mlp.up": "{prefix}.encoder.layer.{}.intermediate.dense",
+    "minibert.layers.{}.mlp.down": "{prefix}.encoder.layer.{}.output.dense",
+    "minibert.layers.{}.mlp_norm": "{prefix}.encoder.layer.{}.output.LayerNorm",
+    "minibert.pooler.dense": "{prefix}.pooler.dense",
+}
+_CLASSIFIERS = {"classifier": "classifier", "qa_outputs": "qa_outputs"}
+_BERT_HEADS = {
+    "lm_head": "cls.predictions",
+    "lm_head.dense": "cls.predictions.transform.dense",
+    "lm_head.norm": "cls.predictions.transform.LayerNorm",
+    "lm_head.decoder": "cls.predictions.decoder",
+    "next_sentence": "cls.seq_relationship",
+    **_CLASSIFIERS,
+}
+_ROBERTA_HEADS = {
+    "lm_head": "lm_head",
+    "lm_head.dense": "lm_head.dense",
+    "lm_head.norm": "lm_head.layer_norm",
+    "lm_head.decoder": "lm_head.decoder",
+    **_CLASSIFIERS,
+}
+_DISTILBERT = {
+    **_EMBEDDINGS,
+    "minibert.layers.{}.attention.query": "{prefix}.transformer.layer.{}.attention.q_lin",
+    "minibert.layers.{}.attention.key": "{prefix}.transformer.layer.{}.attention.k_lin",
+    "minibert.layers.{}.attention.value": "{prefix}.transformer.layer.{}.attention.v_lin",
+    "minibert.layers.{}.attention.output": "{prefix}.transformer.layer.{}.attention.out_lin",
+    "minibert.layers.{}.attention_norm": "{prefix}.transformer.layer.{}.sa_layer_norm",
+    "minibert.layers.{}.mlp.up": "{prefix}.transformer.layer.{}.ffn.lin1",
+    "minibert.layers.{}.mlp.down": "{prefix}.transformer.layer.{}.ffn.lin2",
+    "minibert.layers.{}.mlp_norm": "{prefix}.transformer.layer.{}.output_layer_norm",
+    "lm_head": "vocab_projector",
+    "lm_head.dense": "vocab_transform",
+    "lm_head.norm": "vocab_layer_norm",
+    "lm_head.decoder": "vocab_projector",
+    **_CLASSIFIERS,
+}
+
+# Fields of our configuration and what a family calls them.
+_FIELDS = {
+    name: name
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "initializer_range",
+        "layer_norm_eps",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+    )
+}
+_DISTILBERT_FIELDS = {
+    **{
+        ours: theirs
+        for ours, theirs in _FIELDS.items()
+        if ours not in ("type_vocab_size", "layer_norm_eps", "classifier_dropout")
+    },
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type`` of transformers.
+
+    Attributes:
+        prefix: what the encoder is called in a model with a head.
+        class_name: what the names of its classes start with.
+        modules: our modules -> theirs; ``{}`` is the number of a layer.
+        of_class: the modules that one class names differently.
+        fields: our configuration fields -> theirs.
+        fixed: our fields of which it knows one value only.
+        numbers_from_pad: the first token has the position after ``pad_token_id``, so that many rows of the table are unused.
+    """
+
+    model_type: str
+    prefix: str
+    class_name: str
+    modules: Mapping[str, str]
+    of_class: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=lambda: _FIELDS)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = CLASSES
+    numbers_from_pad: bool = False
+
+    def theirs(self, key: str, kind: str) -> str | None:
+        """The family's name of our parameter ``key`` in its class ``kind``, or None.
+
+        >>> FAMILIES["roberta"].theirs("minibert.layers.3.mlp.up.bias", "ForMaskedLM")
+        'roberta.encoder.layer.3.intermediate.dense.bias'
+        >>> FAMILIES["roberta"].theirs("layers.3.mlp.up.bias", "Model")
+        'encoder.layer.3.intermediate.dense.bias'
+        """
+        bare = kind == "Model" and not key.startswith("minibert.")
+        found = _renamed(f"minibert.{key}" if bare else key, {**self.modules, **self.of_class.get(kind, {})})
+        found = found and found.replace("{prefix}", self.prefix)
+        return found.removeprefix(f"{self.prefix}.") if found and bare else found
+
+    def ours(self, key: str, kind: str) -> str | None:
+        """Our name of the family's parameter ``key`` in its class ``kind``, or None. The inverse of :meth:`theirs`."""
+        bare = kind == "Model" and not key.startswith(f"{self.prefix}.")
+        modules = {**self.modules, **self.of_class.get(kind, {})}
+        inverse = {theirs.replace("{prefix}", self.prefix): ours for ours, theirs in modules.items()}
+        found = _renamed(f"{self.prefix}.{key}" if bare else key, inverse)
+        return found.removeprefix("minibert.") if found and bare else found
+
+
+def _renamed(key: str, modules: Mapping[str, str]) -> str | None:
+    module, _, leaf = key.rpartition(".")
+    number = re.search(r"\.(\d+)\.", module)
+    found = modules.get(module if number is None else module.replace(number[0], ".{}.", 1))
+    return found and f"{found if number is None else found.replace('{}', number[1])}.{leaf}"
+
+
+def _roberta(model_type: str, class_name: str) -> Family:
+    return Family(
+        model_type,
+        "roberta",
+        class_name,
+        {**_BERT_ENCODER, **_ROBERTA_HEADS},
+        of_class={
+            "ForSequenceClassification": {"minibert.pooler.dense": "classifier.dense", "classifier": "classifier.out_proj"}
+        },
+        fixed={"pooler_act": "tanh"},
+        classes=tuple(kind for kind in CLASSES if kind != "ForPreTraining"),
+        numbers_from_pad=True,
+    )
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("bert", "bert", "Bert", {**_BERT_ENCODER, **_BERT_HEADS}, fixed={"pooler_act": "tanh"}),
+        Family(
+            "distilbert",
+            "distilbert",
+            "DistilBert",
+            _DISTILBERT,
+            of_class={
+                "ForSequenceClassification": {"minibert.pooler.dense": "pre_classifier"},
+                "ForMultipleChoice": {"minibert.pooler.dense": "pre_classifier"},
+            },
+            fields=_DISTILBERT_FIELDS,
+            fixed={"type_vocab_size": 0, "layer_norm_eps": 1e-12, "pooler_act": "relu"},
+            classes=tuple(kind for kind in CLASSES if kind != "ForPreTraining"),
+        ),
+        _roberta("roberta", "Roberta"),
+        _roberta("xlm-roberta", "XLMRoberta"),
+        _roberta("camembert", "Camembert"),
+    )
+}
+
+# Families that look convertible, and why they are not.
+REFUSED = {
+    "albert": "it uses the weights of one layer in all of them, and narrower embeddings",
+    "big_bird": "its attention is sparse",
+    "deberta": "its attention depends on relative positions",
+    "deberta-v2": "its attention depends on relative positions",
+    "electra": "its embeddings are projected to the width of the layers, and its heads have other activations",
+    "ernie": "it adds embeddings of tasks",
+    "esm": "it has rotary positions and norms of its own",
+    "funnel": "it shortens the sequence from layer to layer",
+    "longformer": "its attention is local",
+    "mobilebert": "its layers have bottlenecks",
+    "modernbert": "its attention is local in most layers, and its norms have no bias",
+    "mpnet": "its attention adds relative positions that all layers share",
+    "nomic_bert": "it has rotary positions and gated layers with norms after the sum",
+    "rembert": "its embeddings have another width than its layers",
+    "roberta-prelayernorm": "its embeddings are normalised before layers that normalise their inputs",
+    "roformer": "its rotary positions turn other pairs of numbers",
+    "squeezebert": "its layers are grouped convolutions",
+    "xlm": "it adds embeddings of languages",
+    "xlm-roberta-xl": "its norms come before the blocks",
+    "xlnet": "its attention depends on relative positions",
+}
+
+__all__ = ["CLASSES", "FAMILIES", "POOLED", "REFUSED", "Family"]

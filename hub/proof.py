@@ -1,0 +1,156 @@
+"""Do two models compute the same? Asked with texts of every kind, one model in memory at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from minibert.hub import folders
+
+TOLERANCE = 1e-4
+TEXTS = (
+    "A short text.",
+    "",
+    "How do I read a table from a comma separated file, and invert the matrix that it holds?",
+    "Größe, naïve, 北京市, 東京, עברית, नमस्ते, Ελλάδα, 🙂👍🏽, e\u0301 and \u200b nothing",
+    'TABS\tand\nlines   -- 1,234.56 (ok?) https://example.org/a_b#c <s> [UNK] \\ "quoted"',
+)
+LONG = "The quick brown fox jumps over the lazy dog, and 12 others sleep. " * 800
+PAIRS = (
+    ("What is the capital of Italy?", "Rome has been the capital since 1871."),
+    ("A question without an answer", ""),
+    ("Überraschung 🙂", "Два слова"),
+    ("One sentence.", "Another, which is a good deal longer than the first one, so that there is some padding."),
+)
+
+
+class Mismatch(ArithmeticError):
+    """Two models that should compute the same do not."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting the weights that it did not use: that is our report's subject."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
+    """Short texts padded to one length, pairs likewise, and a text of ``max_length`` tokens alone."""
+    kinds: list[tuple[list[str], list[str] | None]] = [
+        (list(TEXTS), None),
+        ([first for first, _ in PAIRS], [second for _, second in PAIRS]),
+        ([LONG], None),
+    ]
+    return [
+        dict(
+            tokenizer(
+                first,
+                second,
+                padding=len(first) > 1,
+                truncation=True,
+                max_length=max_length,
+                return_tensors="pt",
+            )
+        )
+        for first, second in kinds
+    ]
+
+
+@torch.inference_mode()
+def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments: int, pooled: bool) -> dict[str, Tensor]:
+    """All that ``model`` computes for :func:`batches`, in float32; of vectors per token those of real tokens.
+
+    Args:
+        segments: how many the model knows; below two none are given.
+        pooled: whether its ``pooler_output`` means something.
+    """
+    found = {}
+    choices = type(model).__name__.endswith("MultipleChoice")
+    for number, batch in enumerate(inputs):
+        if segments < 2:
+            batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
+        mask = batch["attention_mask"].bool()
+        # Of the long text the encoder's answer is enough: word scores of it would need more memory than the model.
+        network = model.base_model if len(mask) == 1 else model
+        if choices and network is model:
+            batch = {name: value[: len(value) // 2 * 2].unflatten(0, (-1, 2)) for name, value in batch.items()}
+        for name, value in network(**batch).items():
+            if not isinstance(value, Tensor) or (name == "pooler_output" and not pooled):
+                continue
+            found[f"{name} {number}"] = (value[mask] if value.shape[:2] == mask.shape else value).float().clone()
+    return found
+
+
+def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What sentence-transformers makes of single texts, if ``folder`` is one of its models; else nothing."""
+    settings = folder / "config_sentence_transformers.json"
+    kind = folders.read_json(settings).get("model_type") if settings.exists() else None
+    if not folders.modules(folder) or kind not in (None, "SentenceTransformer"):
+        return {}
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": dtype or torch.float32}
+    ).float()
+    vectors = model.encode([*TEXTS, LONG], convert_to_tensor=True, show_progress_bar=False)
+    return {"sentence_embedding": vectors.float()}
+
+
+def differences(
+    source: tuple[Path, type[PreTrainedModel]],
+    result: tuple[Path, type[PreTrainedModel]],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    segments: int,
+    dtype: torch.dtype | None = None,
+    pooled: bool,
+) -> dict[str, float]:
+    """The largest differences between two folders, computed in float32 from weights of the same ``dtype``.
+
+    Args:
+        source, result: a folder and the class to open it with.
+        max_length: positions of the model; the tokenizer may allow less.
+    """
+    inputs = batches(tokenizer, min(tokenizer.model_max_length, max_length))
+    found = []
+    for folder, model_class in (source, result):
+        with quiet():
+            model = model_class.from_pretrained(folders.encoder_folder(folder), dtype=dtype or torch.float32).float().eval()
+            computed = outputs(model, inputs, segments=segments, pooled=pooled)
+            del model
+            computed |= embeddings(folder, dtype)
+        found.append(computed)
+    return compare(*found)
+
+
+def compare(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, float]:
+    """The largest difference of every output that ``theirs`` has."""
+    worsts: dict[str, float] = {}
+    for key, expected in theirs.items():
+        name = key.split()[0]
+        worst = float((expected - ours[key]).abs().max())
+        worsts[name] = max(worsts.get(name, 0.0), worst) if worst == worst else float("nan")
+    return worsts
+
+
+def check(worsts: dict[str, float], what: str) -> None:
+    """Raise :class:`Mismatch` for a difference above the tolerance, or one that is no number."""
+    if wrong := [f"{name} by {worst:.1e}" for name, worst in worsts.items() if not worst <= TOLERANCE]:
+        raise Mismatch(
+            f"{what} computes something else: {', '.join(wrong)}, where at most {TOLERANCE:.0e} is allowed. Nothing was "
+            "written; please report this model."
+        )

