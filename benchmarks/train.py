@@ -27,6 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertForSequenceClassification, train_wordpiece
 from minibert.data.load import load
+from minibert.hub.families import FAMILIES
 from minibert.inference.evaluate import evaluate
 from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage
 from minibert.train.classify import classify
@@ -51,21 +52,6 @@ PAIRS = (
 )
 RETRIEVAL = ("natural_questions_qed", "squad_sentences", "medquad", "wiki_sections")
 NLI_BATCH = 32
-
-# BERT's names of our parameters
-TO_BERT = [
-    ("minibert.", "bert."),
-    ("embeddings.norm", "embeddings.LayerNorm"),
-    ("layers.", "encoder.layer."),
-    ("attention.query", "attention.self.query"),
-    ("attention.key", "attention.self.key"),
-    ("attention.value", "attention.self.value"),
-    ("attention.output.", "attention.output.dense."),
-    ("attention_norm", "attention.output.LayerNorm"),
-    ("mlp.up", "intermediate.dense"),
-    ("mlp.down", "output.dense"),
-    ("mlp_norm", "output.LayerNorm"),
-]
 
 
 def run(data: Path, out: Path, work: Path, *, preset: str, seeds: int, only_ours: bool, queries: int, **options: Any) -> None:
@@ -127,16 +113,11 @@ def _start(folder: Path, preset: str, tokenizer: Any, seed: int) -> None:
     ours.save_pretrained(folder / "minibert")
     shared = {name: getattr(config, name) for name in BertConfig.__annotations__ if hasattr(config, name)}
     theirs = BertForSequenceClassification(BertConfig(**shared, num_labels=3))
-    theirs.load_state_dict({bert_name(key): value for key, value in ours.state_dict().items()}, strict=True)
+    bert, kind = FAMILIES["bert"], "ForSequenceClassification"
+    theirs.load_state_dict({bert.theirs(key, kind): value for key, value in ours.state_dict().items()}, strict=True)
     theirs.save_pretrained(folder / "bert")
     for name in ("minibert", "bert"):
         tokenizer.save_pretrained(folder / name)
-
-
-def bert_name(key: str) -> str:
-    for ours, theirs in TO_BERT:
-        key = key.replace(ours, theirs)
-    return key
 
 
 def _arguments(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

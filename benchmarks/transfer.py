@@ -18,9 +18,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 from benchmarks.machine import describe
-from benchmarks.train import NLI, PAIRS, RETRIEVAL, bert_name, sources
+from benchmarks.train import NLI, PAIRS, RETRIEVAL, sources
 from minibert import MiniBertModel
 from minibert.data.load import load
+from minibert.hub.families import FAMILIES
 from minibert.inference.evaluate import evaluate
 from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage, TagStage
 from minibert.train.classify import classify
@@ -80,7 +81,8 @@ def _starts(pretrained: Path, work: Path, starts: list[str], seed: int) -> dict[
         names = {name: getattr(config, name) for name in BertConfig.__annotations__ if hasattr(config, name)}
         theirs = BertModel(BertConfig(**names))
         weights = load_file(pretrained / "model.safetensors")
-        encoder = {bert_name(key).removeprefix("bert."): value for key, value in weights.items() if key.startswith("minibert.")}
+        bare = {key.removeprefix("minibert."): value for key, value in weights.items() if key.startswith("minibert.")}
+        encoder = {FAMILIES["bert"].theirs(key, "Model"): value for key, value in bare.items()}
         missing = theirs.load_state_dict(encoder, strict=False)
         assert not missing.unexpected_keys and all("pooler" in key for key in missing.missing_keys), missing
         theirs.save_pretrained(folders["bert"])

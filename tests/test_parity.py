@@ -7,6 +7,7 @@ from transformers import BertConfig
 
 import minibert
 from minibert import MiniBertConfig
+from minibert.hub.families import FAMILIES
 
 SHAPE = {
     "vocab_size": 101,
@@ -16,21 +17,6 @@ SHAPE = {
     "intermediate_size": 64,
     "max_position_embeddings": 40,
 }
-RENAMED = [
-    ("bert.", "minibert."),
-    ("embeddings.LayerNorm", "embeddings.norm"),
-    ("encoder.layer.", "layers."),
-    ("attention.self.", "attention."),
-    ("attention.output.dense", "attention.output"),
-    ("attention.output.LayerNorm", "attention_norm"),
-    ("intermediate.dense", "mlp.up"),
-    (".output.dense", ".mlp.down"),
-    (".output.LayerNorm", ".mlp_norm"),
-    ("cls.predictions.transform.dense", "lm_head.dense"),
-    ("cls.predictions.transform.LayerNorm", "lm_head.norm"),
-    ("cls.predictions", "lm_head"),
-    ("cls.seq_relationship", "next_sentence"),
-]
 HEADS = {
     "BertModel": (),
     "BertForPreTraining": ("labels", "next_sentence_label"),
@@ -42,14 +28,9 @@ HEADS = {
 }
 
 
-def renamed(key):
-    for theirs, ours in RENAMED:
-        key = key.replace(theirs, ours)
-    return key
-
-
 def renamed_state(model):
-    return {renamed(key): value for key, value in model.state_dict().items()}
+    kind = type(model).__name__.removeprefix("Bert")
+    return {FAMILIES["bert"].ours(key, kind): value for key, value in model.state_dict().items()}
 
 
 def pair(name, **fields):
@@ -131,7 +112,7 @@ def test_loss_and_gradients(name, unpad, inputs):
     for key, parameter in theirs.named_parameters():
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(
-            found[renamed(key)].grad,
+            found[FAMILIES["bert"].ours(key, name.removeprefix("Bert"))].grad,
             parameter.grad,
             atol=1e-4 * scale + 1e-9,
             rtol=0,
