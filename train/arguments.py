@@ -325,6 +325,119 @@ class EmbedStage(ModelStage, LoopArguments):
         return self
 
 
+# Fields of distill that serve only some of its objectives.
+_OBJECTIVES_OF = {
+    **dict.fromkeys(("temperature",), ("task", "pretraining")),
+    **dict.fromkeys(("label_column", "labels", "alpha"), ("task",)),
+    **dict.fromkeys(("kl_weight", "mlm_weight", "cosine_weight", "mlm_probability", "mask_replace_prob"), ("pretraining",)),
+    **dict.fromkeys(("random_replace_prob", "whole_word_mask", "preprocessing_num_workers", "cache_dir"), ("pretraining",)),
+    **dict.fromkeys(("sample_by",), ("pretraining", "embedding")),
+    **dict.fromkeys(("split_lines", "vector_loss", "vector_weight", "similarity_weight", "hidden_weight"), ("embedding",)),
+    **dict.fromkeys(("matryoshka_dims", "pooling", "normalize"), ("embedding",)),
+}
+
+
+class DistillStage(ModelStage, LoopArguments):
+    """Teach a smaller model what a larger one knows: a classifier's logits, a masked-language model's, or text vectors."""
+
+    kind: Literal["distill"]
+    objective: Literal["task", "pretraining", "embedding"] = Field(
+        description="task: the teacher's classes and the labels; pretraining: its masked words, the words themselves and its "
+        "hidden states; embedding: its vectors of unlabelled texts."
+    )
+    teacher: str = Field(
+        min_length=1,
+        description="An earlier stage's name, a folder or a Hub id of a classifier, of a MiniBERT that predicts words, or of "
+        "a sentence-transformers model.",
+    )
+    student_layers: Positive | Annotated[list[NotNegative], Field(min_length=1)] | None = Field(
+        None,
+        description="Start the student from so many of the teacher's layers, chosen evenly, or from those listed, counted "
+        "from 0; unset: from model.",
+    )
+    data: DataSources = Field(description="Training data.")
+    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
+    text_columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="task: as in classify; pretraining: the column of documents; embedding: columns whose texts are read, "
+        "unset: all columns of strings.",
+    )
+    max_length: Positive | None = Field(
+        None, description="Longest sequence in tokens; unset means the model's positions, for embedding the teacher's length."
+    )
+    metric_for_best: str | None = Field(
+        None,
+        description="Metric that picks the checkpoint kept as the result; unset means for task as in classify, for "
+        "pretraining loss, for embedding score: the mean of spearman and ndcg@10 over the data sets of eval_data.",
+    )
+    temperature: float = Field(2.0, gt=0, description="task, pretraining: divides logits before they are compared.")
+    label_column: str = Field("label", description="task: column of the class (a number, a string or a ClassLabel).")
+    labels: list[str] | None = Field(None, min_length=2, description="task: names of the classes in order; unset: the data's.")
+    alpha: Share = Field(0.5, description="task: share of the teacher in the loss; the rest is the labels'.")
+    kl_weight: float = Field(5.0, ge=0, description="pretraining: weight of the teacher's distribution of masked words.")
+    mlm_weight: float = Field(2.0, ge=0, description="pretraining: weight of the masked words themselves.")
+    cosine_weight: float = Field(1.0, ge=0, description="pretraining: weight of the cosine to the teacher's last states.")
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="pretraining: share of the tokens to predict.")
+    mask_replace_prob: Share = Field(0.8, description="pretraining: share of the tokens to predict that become [MASK].")
+    random_replace_prob: Share = Field(0.1, description="pretraining: share of them that become another word.")
+    whole_word_mask: bool = Field(False, description="pretraining: mask all pieces of a word together.")
+    preprocessing_num_workers: Positive | None = Field(
+        None, description="pretraining: processes that tokenize; unset: one per processor."
+    )
+    cache_dir: str | None = Field(
+        None, description="pretraining: folder that keeps tokenized text; unset means one beside datasets' own."
+    )
+    sample_by: Literal["line", "paragraph", "document"] = Field(
+        "paragraph", description="pretraining, embedding: what a text is in .txt files."
+    )
+    split_lines: bool = Field(False, description="embedding: each line of a text is a text of its own.")
+    vector_loss: Literal["cosine", "mse"] = Field(
+        "cosine", description="embedding: one minus the cosine to the teacher's vector, or the squared distance."
+    )
+    vector_weight: float = Field(1.0, ge=0, description="embedding: weight of vector_loss.")
+    similarity_weight: float = Field(
+        1.0, ge=0, description="embedding: weight of the squared error of the cosines between the texts of a batch."
+    )
+    hidden_weight: float = Field(
+        0.0,
+        ge=0,
+        description="embedding: weight of the squared error of hidden states, layer by layer; both models must read the same "
+        "tokens, and the teacher runs at every step.",
+    )
+    matryoshka_dims: list[Positive] | None = Field(
+        None, min_length=1, description="embedding: lengths of the vectors' prefixes that learn the similarities too."
+    )
+    pooling: Literal["cls", "mean"] | None = Field(
+        None, description="embedding: vector that stands for a text; unset: as the teacher does."
+    )
+    normalize: bool | None = Field(None, description="embedding: scale vectors to length 1; unset: as the teacher does.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DistillStage":
+        if self.model is not None and self.student_layers is not None:
+            raise ValueError(
+                "model and student_layers are both given; keep model to start from it, or student_layers to start from the "
+                "teacher's layers."
+            )
+        for name, objectives in _OBJECTIVES_OF.items():
+            if self.objective not in objectives and getattr(self, name) != DistillStage.model_fields[name].default:
+                raise ValueError(
+                    f"{name} belongs to objective: {' or '.join(objectives)}, not to {self.objective}; leave it out."
+                )
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise ValueError("mask_replace_prob and random_replace_prob add up to more than 1; lower one of them.")
+        weights = {"pretraining": ("kl_weight", "mlm_weight", "cosine_weight")}
+        weights["embedding"] = ("vector_weight", "similarity_weight", "hidden_weight")
+        if not any(getattr(self, name) for name in weights.get(self.objective, ("temperature",))):
+            raise ValueError(
+                f"{', '.join(weights[self.objective])} are all 0, so there is nothing to learn; raise one of them."
+            )
+        if self.fsdp:
+            raise ValueError("fsdp is not there for distill, whose students are small; leave it out.")
+        return self
+
+
 class EvaluateStage(ModelStage):
     """Measure a model: retrieval, similarity or classification, according to the columns of each data set."""
 
@@ -336,7 +449,15 @@ class EvaluateStage(ModelStage):
 
 
 AnyStage = Annotated[
-    TokenizerStage | PretrainStage | ClassifyStage | TagStage | AnswerStage | ChooseStage | EmbedStage | EvaluateStage,
+    TokenizerStage
+    | PretrainStage
+    | ClassifyStage
+    | TagStage
+    | AnswerStage
+    | ChooseStage
+    | EmbedStage
+    | DistillStage
+    | EvaluateStage,
     Field(discriminator="kind"),
 ]
 
@@ -368,8 +489,10 @@ def _misfits(stages: list[Any]) -> Iterator[str]:
         if isinstance(stage, TokenizerStage):
             has_tokenizer = True
             continue
-        if stage.model is None and not has_model:
-            yield f"{where} has no model to start from; give model: {{preset: search-8x768}}, a folder or a Hub id."
-        if isinstance(stage.model, NewModel) and not has_tokenizer and stage.tokenizer is None:
+        taught = isinstance(stage, DistillStage)  # may start from its teacher's layers, and reads with its tokenizer
+        if stage.model is None and not has_model and not (taught and stage.student_layers):
+            layers = " or student_layers: 3" if taught else ""
+            yield f"{where} has no model to start from; give model: {{preset: search-8x768}}, a folder or a Hub id{layers}."
+        if isinstance(stage.model, NewModel) and not has_tokenizer and stage.tokenizer is None and not taught:
             yield f"{where} starts from new weights without a tokenizer; add a tokenizer stage before it or give tokenizer:."
         has_model = has_model or not isinstance(stage, EvaluateStage)

@@ -121,7 +121,23 @@ def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransfor
     pooling = args.pooling or getattr(encoder.config, "pooling", "mean")
     if hasattr(encoder.config, "pooling"):
         encoder.config.pooling = pooling
-    start, state = context.output_dir / ".start", PartialState()  # sentence-transformers opens folders
+    model = sentence_model(encoder, tokenizer, context.output_dir / ".start", pooling, args.normalize)
+    if args.gradient_checkpointing:
+        transformer: Any = model[0].auto_model
+        transformer.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def sentence_model(
+    encoder: Any, tokenizer: Any, start: Path, pooling: Any, normalize: bool, **options: Any
+) -> SentenceTransformer:
+    """``encoder`` under pooling (and normalisation), as sentence-transformers modules.
+
+    Args:
+        start: a folder that does not exist: sentence-transformers opens folders, so both are saved there for a moment.
+        options: of :class:`SentenceTransformer`.
+    """
+    state = PartialState()
     if state.is_main_process:
         encoder.save_pretrained(start)
         tokenizer.save_pretrained(start)
@@ -131,10 +147,8 @@ def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransfor
     state.wait_for_everyone()
     if state.is_main_process:
         shutil.rmtree(start)
-    if args.gradient_checkpointing:
-        transformer.auto_model.gradient_checkpointing_enable({"use_reentrant": False})
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
-    return SentenceTransformer(modules=modules + [Normalize()] * args.normalize, similarity_fn_name="cosine")
+    return SentenceTransformer(modules=modules + [Normalize()] * normalize, **{"similarity_fn_name": "cosine"} | options)
 
 
 def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:

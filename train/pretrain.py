@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
 from minibert.data.corpus import Corpus, Pieces, Spans, load_corpus
 from minibert.tokenization_minibert import CONTINUING
-from minibert.train.arguments import PhaseArguments, PretrainStage
+from minibert.train.arguments import DistillStage, PhaseArguments, PretrainStage
 from minibert.train.loop import Phase, fit, processes, seed_everything
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
@@ -120,7 +120,7 @@ class Masking:
         self.probability, self.mask_share, self.random_share = probability, mask_share, random_share
 
     @classmethod
-    def of(cls, tokenizer: Any, args: PretrainStage) -> "Masking":
+    def of(cls, tokenizer: Any, args: PretrainStage | DistillStage) -> "Masking":
         """What the recipe says, for a tokenizer.
 
         Raises:

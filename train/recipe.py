@@ -21,6 +21,7 @@ from minibert.train.arguments import (
     AnswerStage,
     ChooseStage,
     ClassifyStage,
+    DistillStage,
     EmbedStage,
     EvaluateStage,
     ModelStage,
@@ -45,6 +46,7 @@ _KINDS: dict[str, tuple[type[BaseModel], str, str, bool]] = {
     "answer": (AnswerStage, "minibert.train.answer", "answer", False),
     "choose": (ChooseStage, "minibert.train.choose", "choose", False),
     "embed": (EmbedStage, "minibert.train.embed", "embed", False),
+    "distill": (DistillStage, "minibert.train.distill", "distill", False),
     "evaluate": (EvaluateStage, "minibert.train.recipe", "evaluate_model", True),
 }
 # Fields that change how a stage runs but not what comes out: they may differ when a run is resumed.
@@ -241,8 +243,11 @@ def _resolve(
     start = folders.get(stage.model, stage.model) if isinstance(stage.model, str) else model
     if isinstance(stage.model, NewModel):
         start = None
+    teacher = folders.get(stage.teacher, stage.teacher) if isinstance(stage, DistillStage) else None
+    if isinstance(stage, DistillStage) and stage.student_layers:
+        start = teacher
     own = folders.get(stage.tokenizer, stage.tokenizer) if stage.tokenizer else None
-    return StageContext(folder, seed, model=start, tokenizer=own or (tokenizer if start is None else start))
+    return StageContext(folder, seed, start, own or (tokenizer or teacher if start is None else start), teacher)
 
 
 def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -> None:

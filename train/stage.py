@@ -16,12 +16,14 @@ class StageContext:
         seed: the stage's own seed, or the recipe's.
         model: folder or Hub id of the starting weights; ``None`` when the stage starts from new weights.
         tokenizer: folder or Hub id of the tokenizer.
+        teacher: folder or Hub id of the model to learn from, where the stage distills one.
     """
 
     output_dir: Path
     seed: int
     model: str | None = None
     tokenizer: str | None = None
+    teacher: str | None = None
 
 
 def load_tokenizer(context: StageContext, max_length: int | None = None) -> Any:

@@ -1,0 +1,502 @@
+"""The distill stage: its losses by hand, a teacher that stays as it is, students that learn, and what is refused."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+
+from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
+from minibert.train import distill as module
+from minibert.train.arguments import DistillStage, Recipe
+from minibert.train.distill import distill
+from minibert.train.embed import sentence_model
+from minibert.train.loop import StopRequest
+from minibert.train.recipe import _resolve, load_recipe
+from minibert.train.stage import StageContext
+
+COLOURS = ("red", "green", "blue", "white", "black", "grey")
+FRUITS = ("apple", "pear", "plum", "fig", "lime", "kiwi")
+TEXTS = [f"{colour} {fruit}" + f" that is {colour}" * (at % 3) for colour in COLOURS for at, fruit in enumerate(FRUITS)]
+SHAPE = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 24,
+}
+STUDENT = {"preset": "bert-base", "num_hidden_layers": 1, **SHAPE}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with texts, a tokenizer, and a teacher of four layers for each objective."""
+    folder = tmp_path_factory.mktemp("distill")
+    tokenizer = train_word_level(TEXTS, model_max_length=24)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    train_word_level(TEXTS[:6], model_max_length=24).save_pretrained(folder / "other-tokenizer")
+    labels = [int(text.startswith(("red", "green", "blue"))) for text in TEXTS]
+    Dataset.from_dict({"text": TEXTS, "label": labels}).to_parquet(folder / "labelled.parquet")
+    names = np.array(["dull", "bright"])[labels].tolist()
+    Dataset.from_dict({"text": TEXTS, "label": names}).to_parquet(folder / "named.parquet")
+    Dataset.from_dict({"text": TEXTS}).to_parquet(folder / "texts.parquet")
+    pairs = [(first, second, float(first.split()[0] == second.split()[0])) for first in TEXTS[:30:3] for second in TEXTS[::7]]
+    columns = dict(zip(("sentence1", "sentence2", "score"), map(list, zip(*pairs))))
+    Dataset.from_dict(columns).to_parquet(folder / "pairs.parquet")
+    Dataset.from_dict({"query": TEXTS[:8], "answer": TEXTS[8:16]}).to_parquet(folder / "questions.parquet")
+    torch.manual_seed(0)
+    config = MiniBertConfig.preset(
+        "bert-base", **SHAPE, num_hidden_layers=4, vocab_size=len(tokenizer), initializer_range=0.3, pad_token_id=0
+    )
+    classifier = MiniBertForSequenceClassification(config)
+    classifier.config.id2label, classifier.config.label2id = {0: "0", 1: "1"}, {"0": 0, "1": 1}
+    for kind, model in (("task", classifier), ("pretraining", MiniBertForMaskedLM(config))):
+        model.save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+    encoder = MiniBertModel(config)
+    sentence_model(encoder, tokenizer, folder / "start", "mean", True).save_pretrained(str(folder / "embedding"))
+    return folder
+
+
+DATA = {"task": "labelled", "pretraining": "texts", "embedding": "texts"}
+
+
+def arguments(folder, objective, **fields):
+    values = {
+        "kind": "distill",
+        "objective": objective,
+        "teacher": str(folder / objective),
+        "data": str(folder / f"{DATA[objective]}.parquet"),
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "epochs": 2,
+        "log_steps": 1,
+        **({"cache_dir": str(folder / "cache"), "preprocessing_num_workers": 1} if objective == "pretraining" else {}),
+        **fields,
+    }
+    return DistillStage.model_validate(values if "model" in fields else {"student_layers": 2, **values})
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Run the stage as a recipe would; returns its metrics. The same ``name`` is the same output folder."""
+
+    def run(objective, name="run", **fields):
+        args = arguments(folder, objective, **fields)
+        context = _resolve(args, tmp_path / name, 3, None, None, {})
+        context.output_dir.mkdir(exist_ok=True)
+        return distill(args, context)
+
+    return run
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def log_of(folder):
+    return [line for text in (folder / "log.jsonl").read_text().splitlines() if "loss" in (line := json.loads(text))]
+
+
+# Losses
+
+
+def test_soft_divergence_by_hand():
+    student, teacher = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 0.0]])
+    p, q = 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-1))  # of the first class, with T = 2
+    expected = 4 * (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / 2
+    assert float(module.soft_divergence(student, teacher, 2.0)) == pytest.approx(expected, rel=1e-6)
+    assert float(module.soft_divergence(student[:0], teacher[:0], 2.0)) == 0
+
+
+def test_distances_by_hand():
+    student, teacher = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    assert float(module.cosine_distance(student, teacher)) == pytest.approx(0.5)
+    assert float(module.squared_distance(student, teacher)) == pytest.approx((9 + 1 + 1) / 2)
+    # Cosines among the student's are 1 and 0, among the teacher's 1 and 1; the lengths of the vectors may differ.
+    assert float(module.similarity_error(student, torch.tensor([[2.0], [1.0]]))) == pytest.approx(0.5)
+
+
+def test_hidden_states_are_compared_at_the_same_depth_and_without_padding():
+    def states(*values):
+        return [torch.tensor([[[value], [99.0 * value]]]) for value in values]
+
+    mask = torch.tensor([[1, 0]])
+    # Embeddings 1 and 3, layer 1 of 2 (2.0) against layer 2 of 4 (5.0), layer 2 (4.0) against layer 4 (4.0).
+    error = module.hidden_error(states(1.0, 2.0, 4.0), states(3.0, 0.0, 5.0, 0.0, 4.0), mask)
+    assert float(error) == pytest.approx((4 + 9 + 0) / 3)
+
+
+def test_the_loss_of_a_task_is_the_formula_of_distilbert(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "task").eval()
+    args = arguments(folder, "task", alpha=0.3, temperature=4.0)
+    ids, labels, said = torch.randint(5, 15, (6, 7)), torch.tensor([0, 1, 1, 0, 1, 0]), torch.randn(6, 2)
+    logits = model(ids).logits
+    p, log_q = F.softmax(said / 4, -1), F.log_softmax(logits / 4, -1)
+    expected = 0.3 * 16 * (p * (p.log() - log_q)).sum() / 6 + 0.7 * F.cross_entropy(logits, labels)
+    loss = module.TaskDistillation(args, model)(labels=labels, teacher_logits=said, input_ids=ids).loss
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_triple_loss_is_the_sum_of_its_parts(folder):
+    student, teacher = (AutoModelForMaskedLM.from_pretrained(folder / "pretraining").eval() for _ in range(2))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    ids = torch.randint(5, 15, (1, 9))
+    labels = torch.full((1, 9), -100)
+    labels[0, [2, 5]] = torch.tensor([7, 8])
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), "max_length_q": 5}
+    packed["cu_seq_lens_q"] = torch.tensor([0, 4, 9], dtype=torch.int32)
+    # The two pieces do not see each other, so each alone gives the same states.
+    parts = [
+        [model.minibert(ids[:, at]).last_hidden_state[0] for at in (slice(0, 4), slice(4, 9))] for model in (student, teacher)
+    ]
+    ours, theirs = (torch.cat(part) for part in parts)
+    logits, known = student.lm_head(ours[[2, 5]]), teacher.lm_head(theirs[[2, 5]])
+    p = F.softmax(known / 2, -1)
+    kl = 4 * (p * (p.log() - F.log_softmax(logits / 2, -1))).sum() / 2
+    words = F.cross_entropy(logits, torch.tensor([7, 8]))
+    cosine = 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
+    for weight in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (5.0, 2.0, 1.0)):
+        names = ("kl_weight", "mlm_weight", "cosine_weight")
+        args = arguments(folder, "pretraining", **dict(zip(names, weight)))
+        loss = module.MaskedLMDistillation(args, student.train(), teacher)(labels=labels, input_ids=ids, **packed).loss
+        student.eval()
+        loss = module.MaskedLMDistillation(args, student, teacher)(labels=labels, input_ids=ids, **packed).loss
+        expected = weight[0] * kl + weight[1] * words + weight[2] * cosine
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_of_vectors_is_the_sum_of_its_parts(folder):
+    student, teacher = (SentenceTransformer(str(folder / "embedding"), device="cpu") for _ in range(2))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    inputs = dict(student.tokenizer(TEXTS[:5], padding=True, return_tensors="pt"))
+    ours, theirs = student(dict(inputs))["sentence_embedding"], teacher(dict(inputs))["sentence_embedding"]
+    states = [model[0].auto_model(**inputs, output_hidden_states=True).hidden_states for model in (student, teacher)]
+    fields = {
+        "vector_weight": 2.0,
+        "similarity_weight": 3.0,
+        "hidden_weight": 0.5,
+        "matryoshka_dims": [4],
+        "vector_loss": "mse",
+    }
+    args = arguments(folder, "embedding", **fields)
+    similarity = (module.similarity_error(ours, theirs) + module.similarity_error(ours[:, :4], theirs)) / 2
+    hidden = module.hidden_error(*states, inputs["attention_mask"])
+    expected = 2 * (ours - theirs).square().sum(-1).mean() + 3 * similarity + 0.5 * hidden
+    loss = module.EmbeddingDistillation(args, student.eval(), teacher.eval())(**inputs).loss
+    torch.testing.assert_close(loss, expected)
+    assert hidden.item() > 1e-4
+
+
+# The stage
+
+
+@pytest.mark.parametrize("objective", ["task", "pretraining", "embedding"])
+def test_a_student_learns_and_the_teacher_never_changes(run, folder, tmp_path, monkeypatch, objective):
+    before, seen = weights(folder / objective), []
+    freeze = module.freeze
+    monkeypatch.setattr(module, "freeze", lambda teacher: seen.append(freeze(teacher)) or seen[-1])
+    held_out = {"task": "labelled", "pretraining": "texts", "embedding": "pairs"}[objective]
+    metrics = run(objective, epochs=20, dropout=0.0, eval_data=str(folder / f"{held_out}.parquet"))
+    losses = [line["loss"] for line in log_of(tmp_path / "run")]
+    assert np.mean(losses[-4:]) < 0.7 * losses[0]
+    (teacher,) = seen
+    assert not teacher.training
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
+    state = teacher[0].auto_model.state_dict() if objective == "embedding" else teacher.state_dict()
+    torch.testing.assert_close({name: state[name] for name in before}, before, atol=0, rtol=0)
+    torch.testing.assert_close(weights(folder / objective), before, atol=0, rtol=0)
+
+    # What is left is the student alone: nothing of the teacher or the loss, and its own number of parameters.
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    assert metrics["parameters"] < metrics["teacher_parameters"]
+    assert {name.partition(".")[0] for name in weights(tmp_path / "run")} <= {
+        *("minibert", "classifier", "lm_head"),
+        *("embeddings", "layers", "pooler"),
+    }
+    name = {"task": "accuracy", "pretraining": "loss", "embedding": "spearman"}[objective]
+    assert f"eval_{name}" in metrics
+    assert f"teacher_{name}" in metrics
+
+
+def test_a_student_comes_to_the_vectors_of_its_teacher(run, folder, tmp_path):
+    teacher = SentenceTransformer(str(folder / "embedding"), device="cpu")
+    expected = teacher.encode(TEXTS, convert_to_tensor=True)
+    figures = {}
+    for epochs in (1, 40):
+        run("embedding", name=str(epochs), epochs=epochs, dropout=0.0, learning_rate=5e-3)
+        student = SentenceTransformer(str(tmp_path / str(epochs)), device="cpu")
+        vectors = student.encode(TEXTS, convert_to_tensor=True)
+        figures[epochs] = float(F.cosine_similarity(vectors, expected).mean())
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(TEXTS)))
+    assert figures[40] > max(0.97, figures[1])
+    assert [type(part).__name__ for part in student] == ["Transformer", "Pooling", "Normalize"]
+    assert student.max_seq_length == 24
+    assert not list((tmp_path / "40").glob(".*"))
+
+
+def test_cached_vectors_give_the_gradients_of_computed_ones(folder):
+    student, teacher = (SentenceTransformer(str(folder / "embedding"), device="cpu") for _ in range(2))
+    student = module.from_layers(student[0].auto_model, arguments(folder, "embedding"), None)
+    student = sentence_model(student, teacher.tokenizer, folder / "other-start", "mean", True, device="cpu")
+    student.eval()  # no dropout
+    inputs = dict(student.tokenizer(TEXTS[:6], padding=True, return_tensors="pt"))
+    gradients = []
+    for vectors in (None, torch.from_numpy(teacher.encode(TEXTS[:6], batch_size=2))):
+        student.zero_grad()
+        module.EmbeddingDistillation(arguments(folder, "embedding"), student, teacher.eval())(vectors, **inputs).loss.backward()
+        gradients.append({name: value.grad.clone() for name, value in student.named_parameters() if value.grad is not None})
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    assert all(value.abs().sum() > 0 for name, value in gradients[0].items() if "dense" in name)
+
+
+def test_the_teacher_is_asked_once(run, folder, tmp_path, monkeypatch):
+    """Its answers are computed in parts, survive an interruption, and are the rows' own."""
+    monkeypatch.setattr(module, "TAUGHT_AT_ONCE", 10)
+    asked = []
+    encode = SentenceTransformer.encode
+
+    def counting(self, texts, *args, **kwargs):
+        asked.append(len(texts))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return encode(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run("embedding")
+    run("embedding")
+    assert sum(asked) == len(set(TEXTS)) + 10  # the part that was interrupted is asked for again, and no other
+    run("embedding", name="run")
+    assert sum(asked) == len(set(TEXTS)) + 10
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("teacher-*.npy")
+    teacher = SentenceTransformer(str(folder / "embedding"), device="cpu")
+    expected = encode(teacher, list(dict.fromkeys(TEXTS)))
+    np.testing.assert_allclose(np.load(kept), expected, atol=1e-6)
+
+
+def test_kept_logits_are_those_of_the_rows(run, folder, tmp_path):
+    run("task", max_steps=1)
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("teacher-*.npy")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "task").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "task")
+    with torch.no_grad():
+        expected = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS])
+    np.testing.assert_allclose(np.load(kept), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["task", "pretraining", "embedding"])
+def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, objective):
+    fields = {"max_steps": 6, "save_steps": 2, "hidden_weight": 1.0} if objective == "embedding" else {"max_steps": 6}
+    run(objective, "whole", **fields)
+    with monkeypatch.context() as patch:
+        steps = iter(range(100))
+        number = property(lambda self: 2 * (next(steps) >= 3), lambda self, value: None)  # a Ctrl-C in the fourth step
+        patch.setattr(StopRequest, "number", number, raising=False)
+        with pytest.raises(KeyboardInterrupt, match="Stopped at step 4 of 6"):
+            run(objective, "broken", **fields)
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    run(objective, "broken", **fields)
+    torch.testing.assert_close(weights(tmp_path / "broken"), weights(tmp_path / "whole"), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["task", "pretraining", "embedding"])
+def test_two_processes_share_the_work(start, run, folder, tmp_path, monkeypatch, objective):
+    monkeypatch.setattr(module, "TAUGHT_AT_ONCE", 10)
+    held_out = str(folder / ("pairs.parquet" if objective == "embedding" else f"{DATA[objective]}.parquet"))
+    fields = {"max_steps": 3, "dropout": 0.0, "batch_size": 4, "eval_data": held_out}
+    assert start.finish(start(2, lambda: run(objective, "two", **fields))) == [0, 0]
+    assert start.finish(start(1, lambda: run(objective, "one", **fields | {"batch_size": 8}))) == [0]
+    caches = [list((tmp_path / name / "checkpoints").glob("teacher-*.npy")) for name in ("one", "two")]
+    assert [len(found) for found in caches] == [int(objective != "pretraining")] * 2
+    for one, two in zip(*caches):
+        np.testing.assert_allclose(np.load(one), np.load(two), atol=1e-6)
+    if objective == "task":  # its loss is a mean over rows; the others compare the rows of a process, or draw masks there
+        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+        for name in one.keys() - {
+            f"minibert.layers.{layer}.attention.key.bias" for layer in (0, 1)
+        }:  # gradient 0, but for noise
+            torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
+
+
+def test_nobody_resumes_with_another_teacher(run, folder, tmp_path):
+    shutil.copytree(folder / "task", tmp_path / "teacher")
+    run("task", teacher=str(tmp_path / "teacher"), max_steps=2)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher")
+    with torch.no_grad():
+        model.classifier.weight.neg_()
+    model.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="checkpoints of a different run; changed: data"):
+        run("task", teacher=str(tmp_path / "teacher"), max_steps=2)
+
+
+# Students
+
+
+@pytest.mark.parametrize("layers", [2, [0, 3]])
+def test_a_student_starts_from_the_teachers_layers(folder, layers):
+    teacher = AutoModelForSequenceClassification.from_pretrained(folder / "task")
+    student = module.from_layers(teacher, arguments(folder, "task", student_layers=layers, dropout=0.25), "teacher")
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name.replace("layers.1.", "layers.3.")], atol=0, rtol=0)
+    assert student.config.num_hidden_layers == 2
+    assert student.config.hidden_dropout_prob == 0.25
+    assert teacher.config.num_hidden_layers == 4
+    assert ours["classifier.weight"].data_ptr() != theirs["classifier.weight"].data_ptr()
+
+
+def test_a_student_of_another_shape_with_words_of_its_own(run, folder, tmp_path):
+    narrow = {**STUDENT, "hidden_size": 8, "intermediate_size": 16}
+    other = str(folder / "other-tokenizer")
+    for objective in ("task", "embedding"):
+        run(objective, objective, model=narrow, tokenizer=other, max_steps=2)
+        assert AutoTokenizer.from_pretrained(tmp_path / objective).vocab_size < 20
+        assert weights(tmp_path / objective)[
+            ("minibert." if objective == "task" else "") + "layers.0.attention.query.weight"
+        ].shape == (8, 8)
+    # The maps between the widths are trained along, and not kept.
+    run("embedding", "maps", model=narrow, max_steps=2, hidden_weight=1.0)
+    assert not [name for name in weights(tmp_path / "maps") if "map" in name]
+    run("pretraining", "words", model=narrow, max_steps=2, cosine_weight=0.0)
+
+
+def test_labels_are_compared_by_name_and_not_by_number(run, folder, tmp_path):
+    """The teacher counts its classes the other way round."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "task")
+    model.config.id2label, model.config.label2id = {0: "dull", 1: "bright"}, {"dull": 0, "bright": 1}
+    model.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(folder / "task").save_pretrained(tmp_path / "teacher")
+    for name, fields in {"strings": {"data": "named"}, "named": {"data": "labelled", "labels": ["dull", "bright"]}}.items():
+        data = str(folder / f"{fields.pop('data')}.parquet")
+        run("task", name, teacher=str(tmp_path / "teacher"), data=data, eval_data=data, max_steps=2, **fields)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["id2label"] == {"0": "dull", "1": "bright"}
+    torch.testing.assert_close(weights(tmp_path / "strings"), weights(tmp_path / "named"), atol=0, rtol=0)
+
+
+def test_options_of_vectors(run, folder, tmp_path):
+    eval_data = [str(folder / "pairs.parquet"), str(folder / "questions.parquet")]
+    fields = {"matryoshka_dims": [8, 4], "pooling": "cls", "normalize": False, "vector_loss": "mse", "max_length": 6}
+    metrics = run("embedding", max_steps=2, eval_data=eval_data, gradient_checkpointing=True, precision="bf16", **fields)
+    assert metrics["eval_score"] == pytest.approx((metrics["eval_pairs_spearman"] + metrics["eval_questions_ndcg@10"]) / 2)
+    assert {"eval_score_4d", "eval_pairs_spearman_8d", "teacher_score", "teacher_questions_mrr@10"} <= metrics.keys()
+    student = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    assert (len(student), student[1].pooling_mode, student.max_seq_length) == (2, "cls", 6)
+
+
+def test_prompts_stay_with_the_student(run, folder, tmp_path):
+    teacher = SentenceTransformer(
+        str(folder / "embedding"), device="cpu", prompts={"fruit": "red apple "}, default_prompt_name="fruit"
+    )
+    teacher.save_pretrained(str(tmp_path / "teacher"))
+    run("embedding", teacher=str(tmp_path / "teacher"), student_layers=4, dropout=0.0, max_steps=1)
+    assert log_of(tmp_path / "run")[0]["loss"] < 1e-5  # the same model reads the same texts, the prompt before each
+    student = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    assert (student.prompts["fruit"], student.default_prompt_name) == ("red apple ", "fruit")
+
+
+def test_texts_are_distinct_lines_of_any_column(folder, tmp_path):
+    rows = [{"a": "one\ntwo\n", "b": "two", "n": 1}, {"a": None, "b": " three ", "n": 2}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "more.txt").write_text("four\n\none\n")
+    data = [str(tmp_path / "rows.parquet"), str(tmp_path / "more.txt")]
+    assert module.read_texts(arguments(folder, "embedding", data=data)) == ["one\ntwo", "two", "three", "four", "one"]
+    lines = arguments(folder, "embedding", data=data, split_lines=True)
+    assert module.read_texts(lines) == ["one", "two", "three", "four"]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("objective", "fields", "message"),
+    [
+        ("task", {"student_layers": 5}, "student_layers=5 asks for more than the teacher's 4 layers"),
+        ("task", {"student_layers": [1, 4]}, "counted from 0 to 3"),
+        ("task", {"labels": ["yes", "no"]}, "tells 0, 1 apart, and the data yes, no; give labels:"),
+        ("task", {"data": "named"}, "tells 0, 1 apart, and the data bright, dull"),
+        ("task", {"teacher": "pretraining"}, "pretraining is not a classifier: its weights lack classifier"),
+        ("task", {"metric_for_best": "bleu"}, "metric_for_best='bleu' is unknown here; use one of accuracy"),
+        ("pretraining", {"teacher": "task"}, "task is not a model that predicts masked words: its weights lack lm_head"),
+        ("pretraining", {"teacher": "bert"}, "is a bert model, which cannot read packed sequences; convert it first with"),
+        ("pretraining", {"tokenizer": "other-tokenizer"}, "has other words than .*objective: task and embedding still work"),
+        ("pretraining", {"model": {**STUDENT, "hidden_size": 8}}, "no cosine with the teacher's of width 16.*cosine_weight: 0"),
+        ("pretraining", {"text_columns": ["text", "label"]}, "read from one column, not from text, label"),
+        (
+            "embedding",
+            {"model": STUDENT, "tokenizer": "other-tokenizer", "hidden_weight": 1.0},
+            "different tokenizers; set hidden_weight: 0 .vectors and similarities still work",
+        ),
+        ("embedding", {"teacher": "bert"}, "minibert hub convert .*bert FOLDER, and give teacher: FOLDER, or give model:"),
+        ("embedding", {"text_columns": ["title"]}, "no column 'title'; it has text"),
+        ("embedding", {"data": "labelled", "text_columns": ["label"]}, "'label' does not hold text"),
+        ("embedding", {"matryoshka_dims": [8, 16]}, "shorter than the student's 16 numbers"),
+        ("embedding", {"eval_data": "pairs", "metric_for_best": "mrr"}, "metric_for_best='mrr' is unknown here.*spearman"),
+        ("embedding", {"eval_data": "texts"}, "which is none of: query and answer"),
+    ],
+)
+def test_refusals(run, folder, objective, fields, message):
+    fields = dict(fields)
+    if fields.get("teacher") == "bert" and not (folder / "bert").exists():
+        shape = {**SHAPE, "num_hidden_layers": 2, "vocab_size": 24}
+        BertModel(BertConfig(**shape)).save_pretrained(folder / "bert")
+        AutoTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / "bert")
+    for name, value in fields.items():
+        if name in ("teacher", "tokenizer"):
+            fields[name] = str(folder / value)
+        elif name in ("data", "eval_data"):
+            fields[name] = str(folder / f"{value}.parquet")
+    with pytest.raises(ValueError, match=message):
+        run(objective, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": STUDENT, "student_layers": 2}, "model and student_layers are both given"),
+        ({"alpha": 0.1}, "alpha belongs to objective: task, not to embedding; leave it out"),
+        ({"objective": "task", "sample_by": "line"}, "belongs to objective: pretraining or embedding, not to task"),
+        ({"vector_weight": 0.0, "similarity_weight": 0.0}, "are all 0, so there is nothing to learn"),
+        ({"fsdp": True}, "fsdp is not there for distill"),
+    ],
+)
+def test_contradicting_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DistillStage.model_validate({"kind": "distill", "objective": "embedding", "teacher": "x", "data": "y", **fields})
+
+
+# Recipes
+
+
+def test_a_recipe_resolves_teacher_student_and_tokenizer(tmp_path):
+    def context(tokenizer=None, **fields):
+        stage = DistillStage.model_validate({"kind": "distill", "objective": "task", "data": "x", "teacher": "big", **fields})
+        return _resolve(stage, tmp_path, 1, "before", tokenizer, {"big": "runs/1-big"})
+
+    assert context(student_layers=2) == StageContext(tmp_path, 1, "runs/1-big", "runs/1-big", "runs/1-big")
+    assert context(model=STUDENT) == StageContext(tmp_path, 1, None, "runs/1-big", "runs/1-big")
+    assert context(model=STUDENT, tokenizer="words").tokenizer == "words"
+    assert context() == StageContext(tmp_path, 1, "before", "before", "runs/1-big")
+    stage = {"kind": "distill", "objective": "task", "data": "x", "teacher": "big"}
+    assert Recipe.model_validate({"name": "a", "stages": [{**stage, "student_layers": 3}]})
+    assert Recipe.model_validate({"name": "a", "stages": [{**stage, "model": STUDENT}]})
+    with pytest.raises(ValueError, match="no model to start from.* or student_layers: 3"):
+        Recipe.model_validate({"name": "a", "stages": [stage]})
+
+
+@pytest.mark.parametrize(("name", "objective", "layers"), [("distil", "task", 6), ("distil_minilm", "embedding", 3)])
+def test_bundled_recipes(name, objective, layers):
+    stage = next(stage for stage in load_recipe(name).stages if stage.kind == "distill")
+    assert (stage.objective, stage.student_layers) == (objective, layers)
