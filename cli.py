@@ -28,10 +28,6 @@ TrustRemoteCode = Annotated[
 
 def main() -> None:
     """Entry point of the console script. Exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
-    # Threads of torch that wait for each other should sleep, not spin: a training that shared its cores with other processes
-    # was five times faster so (10,000 tokens/s, not 2,000), and one that had them for itself no slower. OpenMP reads this
-    # when torch is loaded, which happens inside the commands.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="minibert")
 
 
@@ -339,6 +335,10 @@ def _report(report: Any, as_json: bool) -> None:
         typer.echo(f"not used by this model: {', '.join(report.unused)}")
     for name, difference in report.differences.items():
         typer.echo(f"largest difference of {name}: {difference:.1e}")
+    if report.cosine_int8 is not None:
+        typer.echo(
+            "cosine of int8 with the exact vectors: {lowest:.4f} at least, {mean:.4f} on average".format(**report.cosine_int8)
+        )
 
 
 @hub.command(epilog="Example:  minibert hub convert sentence-transformers/all-MiniLM-L6-v2 minilm")
@@ -367,8 +367,12 @@ def export(
     model: Annotated[str, typer.Argument(help="Folder of a MiniBERT, or its id on the Hub.")],
     output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the exported model.")],
     to: Annotated[
-        str, typer.Option(help="bert: plain transformers, or the family that the model was converted from.")
+        str,
+        typer.Option(
+            help="bert: plain transformers, of the family the model was converted from; onnx: a graph for onnxruntime."
+        ),
     ] = "bert",
+    quantize: Annotated[str | None, typer.Option(help="int8: a second, smaller and less exact graph. Only with onnx.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -378,8 +382,15 @@ def export(
     Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
     """
     with plain_errors(debug):
-        if to != "bert":
-            raise ValueError(f"--to={to} is unknown; use bert.")
+        if to not in ("bert", "onnx"):
+            raise ValueError(f"--to={to} is unknown; use bert or onnx.")
+        if to == "onnx":
+            from minibert.hub.onnx_export import export_onnx
+
+            _report(export_onnx(model, output_dir, quantize=quantize, revision=revision), as_json)
+            return
+        if quantize is not None:
+            raise ValueError(f"--quantize={quantize} is for --to onnx only.")
         from minibert.hub.export import export as export_model
 
         _report(export_model(model, output_dir, revision=revision), as_json)

@@ -1,0 +1,236 @@
+"""Write a MiniBERT as an ONNX graph, and prove in onnxruntime that it computes the same at many shapes."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minibert import modeling_minibert
+from minibert.hub import folders, proof
+from minibert.hub.convert import Report, full, open_tokenizer
+from minibert.hub.export import open_minibert
+
+GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
+# Larger graphs do not fit into one file of the format, and get a second one for their weights.
+_LARGEST_FILE = 1_800_000_000
+
+
+def export_onnx(
+    model: str | Path, output_dir: str | Path, *, quantize: str | None = None, revision: str | None = None
+) -> Report:
+    """Write ``model`` as ``model.onnx`` with its tokenizer and config.json into ``output_dir``.
+
+    Batch and length (and the number of choices) are dynamic. A sentence-transformers model has the output
+    ``sentence_embedding`` behind ``last_hidden_state``; heads have their logits.
+
+    Args:
+        model: folder, or id on the Hub, of a MiniBERT.
+        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are whole numbers of 8 bits; the report holds the
+            cosines between its vectors and the exact ones.
+        revision: branch, tag or commit of a model on the Hub.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
+        ValueError: it is no MiniBERT, ``quantize`` is unknown, the packages are missing, or the output folder is not empty.
+        Mismatch: the graph computes something else; nothing was written.
+    """
+    output_dir = Path(output_dir)
+    folders.check_output(output_dir)
+    if quantize not in (None, "int8"):
+        raise ValueError(f"--quantize={quantize} is unknown; use int8, or leave it out.")
+    _check_packages()
+    folder, config, kind, checkpoint = open_minibert(model, revision)
+    encoder = folders.encoder_folder(folder)
+    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in checkpoint.names}
+    with proof.quiet():
+        network = getattr(modeling_minibert, f"MiniBert{kind}").from_pretrained(encoder, dtype=torch.float32).eval()
+        heads = _heads(folder)
+    wrapped = _Graph(network, _inputs(tokenizer, config), heads, pooled=kind != "Model" or has_pooler)
+    with folders.new_folder(output_dir) as temporary:
+        parameters = _write(wrapped, temporary / GRAPH)
+        settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key != "auto_map"}  # no code
+        (temporary / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        tokenizer.save_pretrained(temporary)
+        batches = _batches(wrapped, tokenizer, config.max_position_embeddings)
+        expected = _by_torch(wrapped, batches)
+        differences = proof.compare(expected, _by_runtime(wrapped, batches, temporary / GRAPH))
+        proof.check(differences, f"The graph made of {model}")
+        cosine = None
+        if quantize:
+            _quantize(temporary / GRAPH, temporary / QUANTIZED)
+            cosine = _cosines(expected, _by_runtime(wrapped, batches, temporary / QUANTIZED))
+    return Report(
+        source=str(model),
+        output=str(output_dir),
+        family="onnx",
+        architecture=f"graph of MiniBert{kind}",
+        tensors=len(checkpoint.names),
+        parameters=parameters,
+        differences=differences,
+        cosine_int8=cosine,
+    )
+
+
+def _check_packages() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise ValueError(f"Export to ONNX needs {', '.join(missing)}; install them: pip install 'minibert[export]'.")
+
+
+class _Graph(nn.Module):
+    """The model with named inputs in order, and a tuple of named outputs.
+
+    Args:
+        heads: sentence-transformers modules that make the vector of a text.
+        pooled: whether the pooler is more than random numbers.
+    """
+
+    def __init__(self, model: Any, inputs: list[str], heads: list[nn.Module], pooled: bool):
+        super().__init__()
+        self.model, self.inputs, self.heads = model, inputs, nn.ModuleList(heads)
+        self.choices = type(model).__name__.endswith("MultipleChoice")
+        ids = torch.ones((1, 2, 3) if self.choices else (1, 3), dtype=torch.long)
+        names = [name for name, value in model(input_ids=ids, return_dict=True).items() if isinstance(value, Tensor)]
+        if not pooled or heads:
+            names = [name for name in names if name != "pooler_output"]
+        self.outputs = [*names, *["sentence_embedding"] * bool(heads)]
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        batch = dict(zip(self.inputs, values, strict=True))
+        found = dict(self.model(**batch, return_dict=True))
+        if self.heads:
+            features = {"token_embeddings": found["last_hidden_state"], "attention_mask": batch["attention_mask"]}
+            for module in self.heads:
+                features = module(features)
+            found["sentence_embedding"] = features["sentence_embedding"]
+        return tuple(found[name] for name in self.outputs)
+
+
+def _inputs(tokenizer: Any, config: Any) -> list[str]:
+    segments = config.type_vocab_size > 0 and "token_type_ids" in tokenizer.model_input_names
+    return ["input_ids", "attention_mask", *["token_type_ids"] * segments]
+
+
+def _heads(folder: Path) -> list[nn.Module]:
+    """What a sentence-transformers model computes behind its transformer."""
+    if not folders.modules(folder):
+        return []
+    from sentence_transformers import SentenceTransformer
+
+    return list(SentenceTransformer(str(folder), device="cpu", trust_remote_code=False).float().eval())[1:]
+
+
+def _write(graph: _Graph, file: Path) -> int:
+    """Trace the model and write it; returns the number of parameters."""
+    shape, names = ((2, 2, 5), ("batch", "choices", "length")) if graph.choices else ((2, 5), ("batch", "length"))
+    ids = torch.randint(1, graph.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    example["attention_mask"][1, ..., 3:] = 0
+    with _silent():
+        program = torch.onnx.export(
+            graph,
+            tuple(example[name] for name in graph.inputs),
+            dynamo=True,
+            dynamic_shapes=(tuple(dict(enumerate(names)) for _ in graph.inputs),),
+            input_names=graph.inputs,
+            output_names=graph.outputs,
+            verbose=False,
+        )
+    assert program is not None
+    count = sum(parameter.numel() for parameter in graph.parameters())
+    program.save(file, external_data=count * 4 > _LARGEST_FILE)
+    return count
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# ----------------------------------------------------------------------------------------------------------- proof
+
+
+def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Tensor]]:
+    """The built-in texts, and random ids of several shapes: one token, one text, as many tokens as fit."""
+    longest = min(tokenizer.model_max_length, positions)
+    found = [{name: batch[name] for name in graph.inputs} for batch in proof.batches(tokenizer, longest)]
+    generator = torch.Generator().manual_seed(0)
+    for count, length in ((1, 1), (1, min(7, longest)), (2, longest), (6, min(3, longest))):
+        ids = torch.randint(0, len(tokenizer), (count, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, (length + 1) // 2 :] = 0
+        batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+        found.append({name: batch[name] for name in graph.inputs})
+    if graph.choices:
+        found = [
+            {name: value[: max(1, len(value) // 2 * 2)].unflatten(0, (-1, min(2, len(value)))) for name, value in batch.items()}
+            for batch in found
+        ]
+    return found
+
+
+def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dict[str, Tensor]:
+    """Every output of every batch; of vectors per token those of real tokens."""
+    found = {}
+    for number, batch in enumerate(batches):
+        mask = batch["attention_mask"].bool()
+        for name, value in zip(graph.outputs, compute(batch), strict=True):
+            per_token = not graph.choices and value.shape[:2] == mask.shape and name != "sentence_embedding"
+            found[f"{name} {number}"] = value[mask] if per_token else value
+    return found
+
+
+def _by_torch(graph: _Graph, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        return _named(graph, batches, lambda batch: [value.clone() for value in graph(*batch.values())])
+
+
+def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> dict[str, Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def compute(batch: dict[str, Tensor]) -> list[Tensor]:
+        feed = {name: value.numpy() for name, value in batch.items()}
+        return [torch.from_numpy(value) for value in session.run(graph.outputs, feed)]
+
+    return _named(graph, batches, compute)
+
+
+def _quantize(source: Path, target: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)  # it advises on the root logger
+    try:
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)  # one scale per row: far closer
+    finally:
+        logging.root.setLevel(level)
+
+
+def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
+    """Of the vectors of the built-in texts (the first three batches): of texts where there are such, else of tokens."""
+    name = "sentence_embedding" if any(key.startswith("sentence_embedding") for key in exact) else next(iter(exact)).split()[0]
+    pairs = [(exact[f"{name} {number}"], found[f"{name} {number}"]) for number in range(3)]
+    cosines = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])
+    return {"lowest": float(cosines.min()), "mean": float(cosines.mean())}
+
+
+__all__ = ["GRAPH", "QUANTIZED", "export_onnx"]
