@@ -89,7 +89,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 # --------------------------------------------------------------------------------------------------------- packing
 
 
-# Attention scores of a run of sequences from which half precision is the faster on a CPU.
+# Attention scores per run of sequences, on average, from which half precision is the faster on a CPU.
 _LARGE_SCORES = 2**18
 
 
@@ -189,25 +189,25 @@ class Packing:
 
     def _attend_runs(self, query, key, value, dropout: float, scaling: float) -> Tensor:
         sizes = [count * length for count, length in self.runs]
+        # torch's CPU kernel has no dropout, and its backward is slow in half precision. Spelled out, large products are
+        # fastest in half precision and small ones in float32 (see benchmarks/pieces.py).
+        dtype, outputs = query.dtype, []
+        scores = query.shape[1] * sum(count * length**2 for count, length in self.runs)
+        large = dtype in (torch.bfloat16, torch.float16) and scores >= _LARGE_SCORES * len(self.runs)
         training = torch.is_grad_enabled() and query.requires_grad
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        outputs = []
+        if training and not large:
+            query, key, value = wide(query), wide(key), wide(value)
         # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
         parts = zip(self.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
         with torch.autocast("cpu", enabled=False):
             for (count, length), *qkv in parts:
-                # torch's CPU kernel has no dropout, and its backward is slow in half precision. Spelled out, large products
-                # are fastest in half precision and small ones in float32 (see benchmarks/pieces.py).
-                large = half and count * query.shape[1] * length**2 >= _LARGE_SCORES
-                if training and half and not large:
-                    qkv = [wide(x) for x in qkv]
                 q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)
                 if dropout or (training and large):
                     context, _ = eager_attention_forward(None, q, k, v, None, scaling, dropout)  # (count, length, H, D)
                 else:
                     context = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
-                outputs.append(context.flatten(0, 1).to(query.dtype))  # (count * length, H, D)
-        return torch.cat(outputs) if outputs else query
+                outputs.append(context.flatten(0, 1))  # (count * length, H, D)
+        return torch.cat(outputs).to(dtype) if outputs else query
 
     def _attend_padded(self, query, key, value, dropout: float, scaling: float) -> Tensor:
         """For devices whose variable-length kernel lacks this dtype or dropout: pad inside attention only."""

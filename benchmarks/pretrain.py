@@ -47,7 +47,7 @@ def run(
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     work.mkdir(parents=True, exist_ok=True)
-    texts = _texts(data, needed=batch * (steps + WARM_UP + 2) * length * 5)
+    texts = _texts(data, needed=max(20_000_000, batch * (steps + WARM_UP + 2) * length * 8))  # enough for 30,000 words
     corpus = work / "corpus.parquet"
     Dataset.from_dict({"text": texts}).to_parquet(corpus)
     tokenizer = train_wordpiece(texts, vocab_size=30000, model_max_length=512)

@@ -70,6 +70,7 @@ def run(data: Path, out: Path, work: Path, *, preset: str, seeds: int, only_ours
         folder = work / f"seed-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
         _start(folder / "start", preset, tokenizer, seed)
+        _nli_rows(data, folder, seed, options)
         sides: list[tuple[str, Callable[..., dict[str, float]]]] = [("minibert", _train_ours)]
         if not only_ours:
             # Who goes first alternates, so that a machine that slows down slows both.
@@ -128,9 +129,19 @@ def _arguments(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return nli, pairs
 
 
+def _nli_rows(data: Path, folder: Path, seed: int, options: dict[str, Any]) -> DataSource:
+    """As many inference pairs as the steps of phase 1 read, so that a short run is an epoch of a small data set."""
+    file = folder / "nli.parquet"
+    if not file.exists():
+        rows = load(sources(data, NLI, "train")).select_columns(["premise", "hypothesis", "label"])
+        count = min(len(rows), options["nli_steps"] * NLI_BATCH)
+        rows.shuffle(seed=seed).select(range(count)).to_parquet(str(file))
+    return DataSource(path=str(file))
+
+
 def _train_ours(data: Path, folder: Path, tokenizer: Path, seed: int, **options: Any) -> dict[str, float]:
     nli, pairs = _arguments(options)
-    stage = ClassifyStage(kind="classify", data=sources(data, NLI, "train"), log_steps=100, **nli)
+    stage = ClassifyStage(kind="classify", data=[_nli_rows(data, folder, seed, options)], log_steps=100, **nli)
     started = time.perf_counter()
     classify(stage, StageContext(folder / "minibert/nli", seed, str(folder / "start/minibert"), str(tokenizer)))
     between = time.perf_counter()
@@ -151,7 +162,7 @@ class _SameOrder(CrossEncoderTrainer):
 def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **options: Any) -> dict[str, float]:
     nli, pairs = _arguments(options)
     started = time.perf_counter()
-    rows = load(sources(data, NLI, "train")).select_columns(["premise", "hypothesis", "label"])
+    rows = load([_nli_rows(data, folder, seed, options)])
     order = [rows_of_step(step, rows=len(rows), rows_per_step=NLI_BATCH, seed=seed) for step in range(options["nli_steps"])]
     model = CrossEncoder(str(folder / "start/bert"), num_labels=3, max_length=options["max_length"], device="cpu")
     arguments = CrossEncoderTrainingArguments(

@@ -1,7 +1,6 @@
 """The command: instant help, one sentence and exit status 2 for wrong input, 130 with advice for Ctrl-C."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -43,19 +42,6 @@ def test_help_does_not_import_torch():
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "sentence_transformers", "numpy"}
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, expected):
-    """Set before torch is loaded: it reads this once."""
-    code = (
-        "import sys; sys.argv = ['minibert']; import os; from minibert import cli; "
-        "cli.app = lambda **_: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules); cli.main()"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given else {}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == [expected, "False"]
 
 
 def test_module_form_and_version():
