@@ -178,3 +178,99 @@ def test_the_command(tmp_path):
     assert wrong.exit_code == 2 and "--to=gpt is unknown" in wrong.stderr
     full = CliRunner().invoke(app, arguments)
     assert full.exit_code == 2 and "is not empty" in full.stderr
+
+
+# ONNX
+
+RUNTIME = """
+import sys
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder, *texts = sys.argv[1:]
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+batch = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+(vectors,) = session.run(["sentence_embedding"], {name: batch[name] for name in (x.name for x in session.get_inputs())})
+"""
+
+
+def test_the_script_of_the_documentation_is_this_one():
+    page = (Path(minibert.__file__).parent / "docs" / "bring-your-own-bert.md").read_text(encoding="utf-8")
+    assert RUNTIME.strip() in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "outputs"),
+    [
+        ("Model", {}, {"last_hidden_state", "pooler_output"}),
+        ("Model", {"position_embedding_type": "rotary", "norm_position": "pre", "gated_mlp": True}, None),
+        ("ForSequenceClassification", {"num_labels": 3, "type_vocab_size": 0, "pooling": "mean"}, {"logits"}),
+        ("ForQuestionAnswering", {"scale_embeddings": True}, {"start_logits", "end_logits"}),
+        ("ForMultipleChoice", {"position_embedding_type": "sinusoidal"}, {"logits"}),
+    ],
+)
+def test_graphs_of_every_shape(kind, fields, outputs, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from minibert.hub.onnx_export import export_onnx
+
+    model = ours(tmp_path / "model", kind, **fields)
+    report = export_onnx(tmp_path / "model", tmp_path / "out")
+    assert set(report.differences) == (outputs or {"last_hidden_state", "pooler_output"})
+    assert max(report.differences.values()) <= 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    shape = (3, 4, 11) if kind == "ForMultipleChoice" else (3, 11)  # of none of the shapes it was made and checked with
+    ids = torch.randint(5, 20, shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, ..., 6:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": (ids > 9).long()}
+    batch = {value.name: batch[value.name] for value in session.get_inputs()}
+    with torch.no_grad():
+        expected = model(**batch)
+    for name, value in zip(report.differences, session.run(list(report.differences), {k: v.numpy() for k, v in batch.items()})):
+        one, other = (
+            x[mask.bool()] if x.shape[:2] == mask.shape[:2] and mask.dim() == 2 else x
+            for x in (expected[name], torch.tensor(value))
+        )
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=0)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_graph_of_sentence_embeddings_and_its_small_form(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    from minibert.hub.onnx_export import export_onnx
+
+    ours(tmp_path / "plain")
+    model = SentenceTransformer(modules=[Transformer(str(tmp_path / "plain")), Pooling(32, pooling_mode="mean"), Normalize()])
+    model.save_pretrained(str(tmp_path / "model"))
+    report = export_onnx(tmp_path / "model", tmp_path / "out", quantize="int8")
+    assert set(report.differences) == {"last_hidden_state", "sentence_embedding"}
+    assert 0.9 < report.cosine_int8["lowest"] < report.cosine_int8["mean"] < 1
+    sizes = {name: (tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model_int8.onnx")}
+    assert sizes["model_int8.onnx"] < sizes["model.onnx"]
+    texts = ["the quick brown fox", "a text", "lazy dog " * 60]
+    code = RUNTIME + "np.save('vectors.npy', vectors); assert 'torch' not in sys.modules or 'minibert' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out"), *texts], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    import numpy as np
+
+    np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), model.encode(texts), atol=1e-5)
+
+
+def test_onnx_refusals(tmp_path, monkeypatch):
+    ours(tmp_path / "model")
+    arguments = ["hub", "export", str(tmp_path / "model"), str(tmp_path / "out")]
+    wrong = CliRunner().invoke(app, [*arguments, "--quantize", "int8"])
+    assert wrong.exit_code == 2 and "--quantize=int8 is for --to onnx only" in wrong.stderr
+    unknown = CliRunner().invoke(app, [*arguments, "--to", "onnx", "--quantize", "int4"])
+    assert unknown.exit_code == 2 and "--quantize=int4 is unknown" in unknown.stderr
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = CliRunner().invoke(app, [*arguments, "--to", "onnx"])
+    assert missing.exit_code == 2 and "pip install 'minibert[export]'" in missing.stderr
+    assert not (tmp_path / "out").exists()
