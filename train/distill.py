@@ -571,7 +571,7 @@ def distill_pretraining(args: DistillStage, context: StageContext) -> dict[str, 
     metric = choose_metric(args.metric_for_best, ("loss", "perplexity", "masked_accuracy"))
     if args.text_columns and len(args.text_columns) > 1:
         raise ValueError(f"Documents are read from one column, not from {', '.join(args.text_columns)}; name one.")
-    their_config = AutoConfig.from_pretrained(context.teacher, trust_remote_code=False)
+    their_config = AutoConfig.from_pretrained(str(context.teacher), trust_remote_code=False)
     _must_be_minibert(their_config, f"The teacher {context.teacher}")
     teacher = load_teacher(AutoModelForMaskedLM, str(context.teacher), "a model that predicts masked words")
     tokenizer, theirs = load_tokenizer(context), AutoTokenizer.from_pretrained(context.teacher, trust_remote_code=False)
