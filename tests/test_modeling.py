@@ -306,6 +306,27 @@ def test_another_loss_function_is_given_the_logits(config, batch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_sequences_of_nearly_equal_length_share_a_call(dropout):
+    """Lengths 3 to 19 are one run, padded inside attention: the same vectors and gradients as one by one."""
+    torch.manual_seed(0)
+    lengths = [3, 7, 19, 40, 41, 60]
+    together = Packing(None, lengths, None, 60)
+    assert together.runs == [(3, 19), (2, 41), (1, 60)]
+    tensors = [torch.randn(sum(lengths), 4, 8, requires_grad=True) for _ in range(3)]
+    context = together.attend(*tensors, dropout, 0.3)
+    parts = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
+    alone = torch.cat([Packing(None, [len(q)], None, len(q)).attend(q, k, v, dropout, 0.3) for q, k, v in parts])
+    torch.testing.assert_close(context, alone, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(alone)
+    for ours, theirs in zip(
+        torch.autograd.grad((context * weights).sum(), tensors),
+        torch.autograd.grad((alone * weights).sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
 def test_half_precision_attention_has_the_gradients_of_float32(dropout, monkeypatch):
     torch.manual_seed(0)
     tensors = [torch.randn(12, 4, 8).bfloat16() for _ in range(3)]
