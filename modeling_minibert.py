@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -157,7 +158,7 @@ class Packing:
         lengths: number of tokens of every sequence, in packed order, as Python numbers; None when ``cu_seqlens`` rules.
         cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for variable-length kernels.
         max_length: tokens of the longest sequence.
-        extra: rows without a meaning to add at the end, where :func:`rounded` numbers of rows are the faster.
+        round_up: add rows without a meaning at the end, up to a :func:`rounded` number of rows.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class Packing:
         if attention_mask is None or bool(attention_mask.all()):
             return cls(None, [length] * batch, None, length, round_up)
         seqlens = attention_mask.sum(dim=1)
-        # On a CPU sequences of equal length share one attention call, so they are packed in order of length.
+        # On a CPU sequences of nearly equal length share one attention call, so they are packed in order of length.
         order = torch.argsort(seqlens, stable=True)
         slots = attention_mask[order].flatten().nonzero().squeeze(1)
         indices = order[slots // length] * length + slots % length
@@ -657,6 +658,7 @@ class WordLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable  # the gradients are numbers already: a second derivative is refused, not silently wrong
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *((grad * saved).to(saved.dtype) for saved in ctx.saved_tensors), None
 

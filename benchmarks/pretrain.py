@@ -100,7 +100,7 @@ def _texts(data: str | None, needed: int) -> list[str]:
         if size > needed:
             break
     while size < needed:  # a small corpus is read several times
-        texts += texts[: max(1, len(texts))]
+        texts += texts
         size *= 2
     return texts
 

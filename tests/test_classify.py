@@ -261,3 +261,12 @@ def test_refuses_data_without_usual_columns_and_unseen_labels_in_validation(clas
         classify(sentences(), [{"text": "the cat", "label": 0}, {"text": "the cup", "label": 2}])
     with pytest.raises(ValueError, match=r"eval_data, whose labels must all be known from data: Row 1 has label=\['c'\]"):
         classify([{"text": "the cat", "label": ["a"]}] * 2, [{"text": "the cat", "label": ["c"]}])
+
+
+def test_refuses_dropout_where_the_model_names_it_otherwise(classify, tokenizer, tmp_path):
+    from transformers import DistilBertConfig, DistilBertModel
+
+    shape = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+    DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "distil")
+    with pytest.raises(ValueError, match="is a distilbert model, which names its dropout otherwise"):
+        classify(sentences(), model=str(tmp_path / "distil"), dropout=0.1)

@@ -58,7 +58,7 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
         OSError: when the folder or Hub id holds no model.
         ValueError: when the tokenizer has more entries than the model's vocabulary.
     """
-    from transformers import set_seed
+    from transformers import AutoConfig, set_seed
 
     set_seed(context.seed)
     dropout = getattr(args, "dropout", None)
@@ -68,6 +68,13 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
         config = args.model.config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **changes)
         model = auto_class.from_config(config)
     else:
+        if dropout is not None:
+            config = AutoConfig.from_pretrained(str(context.model), trust_remote_code=False)
+            if not hasattr(config, "hidden_dropout_prob"):
+                raise ValueError(
+                    f"dropout={dropout} cannot be set: {context.model} is a {config.model_type} model, which names its dropout "
+                    "otherwise; leave dropout out of the recipe."
+                )
         model = auto_class.from_pretrained(context.model, trust_remote_code=False, **changes)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
