@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minibert.data.labels import REGRESSION, SINGLE, read_labels
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.tags import find_tag_columns, read_tags, read_words
-from minibert.inference.encode import load
 from minibert.inference.figures import classification_figures, tag_figures
+from minibert.inference.load import load
 from minibert.inference.predict import (
     CLASSIFIER,
     TAGGER,

@@ -31,7 +31,7 @@ from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.questions import texts_of
 from minibert.data.tags import TOKEN_COLUMNS, cut_windows, entity_spans, holds_entities
-from minibert.inference.encode import _encoder_folder, find_model
+from minibert.inference.load import _encoder_folder, find_model
 
 Row = Mapping[str, Any]
 
@@ -119,7 +119,7 @@ def open_with_head(
     Without ``heads``, they are those that :func:`predict` knows.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`minibert.inference.encode.load` does.
+        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load` does.
     """
     folder = _encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
 from minibert.data.load import as_dataset, text_columns
-from minibert.inference.encode import load
+from minibert.inference.load import load
 
 # Passages handed to the encoder at once: enough to sort by length within, few enough that their tokens stay small.
 _CHUNK = 10_000
@@ -81,7 +81,7 @@ class Searcher:
         batch_size: texts computed at once.
 
     Raises:
-        ValueError: for no passages, and as :func:`minibert.inference.encode.load` does.
+        ValueError: for no passages, and as :func:`minibert.inference.load.load` does.
     """
 
     def __init__(

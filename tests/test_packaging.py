@@ -124,8 +124,8 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize(
     ("where", "line", "allowed"),
     [
-        ("train/loop.py", "from minibert.inference.encode import load", False),
-        ("train/loop.py", "from minibert.inference import encode", False),
+        ("train/loop.py", "from minibert.inference.load import load", False),
+        ("train/loop.py", "from minibert.inference import load", False),
         ("train/loop.py", "from minibert.inference.evaluate import evaluate", True),
         ("train/loop.py", "from minibert.inference import evaluate", True),
         ("train/loop.py", "from minibert import MiniBertModel", True),

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
 from minibert.cli import app
 from minibert.inference import search
-from minibert.inference.encode import load
+from minibert.inference.load import load
 from minibert.inference.search import Searcher, read_passages
 
 PASSAGES = [
@@ -171,7 +171,7 @@ def test_missing_model_is_refused(model):
 
 def test_missing_model_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minibert.inference.encode.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("minibert.inference.load.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
     (tmp_path / "runs").mkdir()
     with pytest.raises(FileNotFoundError, match="no model folder runs/tiny .*, but a folder runs; correct the path"):
         load("runs/tiny")
