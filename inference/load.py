@@ -1,6 +1,7 @@
 """Open a trained model for use: check its folder, then hand it to sentence-transformers."""
 
 import filecmp
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -22,6 +23,11 @@ logger = logging.getLogger(__name__)
 _WANTED_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.safetensors"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+# Files that vectors depend on; cards, figures and code beside them do not count.
+_DECIDING = (
+    *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
+)
 
 
 def load(
@@ -180,3 +186,20 @@ def _check_weights(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
+
+
+def fingerprint(model: Path) -> str:
+    """SHA-256 of what decides a model's vectors: weights, configurations, tokenizer and the modules on top.
+
+    Two folders of the same content have the same one, wherever they lie.
+    """
+    modules = _read_json(model / "modules.json") if (model / "modules.json").exists() else []
+    folders = sorted({model, *(model / module["path"] for module in modules)})
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(file for pattern in _DECIDING for file in folder.glob(pattern)):
+            digest.update(f"{file.relative_to(model).as_posix()} {file.stat().st_size}\n".encode())
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
