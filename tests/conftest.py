@@ -6,8 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the netw
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import importlib.util
 import multiprocessing
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +105,19 @@ def start():
 
     start.finish = finish
     return start
+
+
+@pytest.fixture(scope="session")
+def hub_server_class():
+    """The class of :func:`hub_server`, for a server that several tests share."""
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+    module = sys.modules["hub_server"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.HubServer
+
+
+@pytest.fixture
+def hub_server(hub_server_class):
+    """A Hub of models and data sets on the loopback interface, empty; ``environment`` and ``patch`` make processes use it."""
+    with hub_server_class() as server:
+        yield server
