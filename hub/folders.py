@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-WEIGHTS = "model.safetensors"
-_INDEX = f"{WEIGHTS}.index.json"
+from minibert.hub.safetensors_check import (
+    WEIGHTS,
+    check_file,
+    check_paths,
+    check_weights,
+    pickled,
+    refuse_pickles,
+    weight_files,
+)
+
 _WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", "*.bin.index.json"]
 _OTHER_BACKENDS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "coreml/*"]
 _DTYPES = {
@@ -69,8 +77,9 @@ def modules(folder: Path) -> list[dict[str, Any]]:
     """The modules of a sentence-transformers model, or nothing for a model that is not one.
 
     Raises:
-        ValueError: the first is not a transformer.
+        ValueError: the first is not a transformer, or one lies outside of the folder.
     """
+    check_paths(folder)
     if not (folder / "modules.json").exists():
         return []
     listed = read_json(folder / "modules.json")
@@ -89,14 +98,14 @@ def copy_modules(source: Path, target: Path) -> None:
     """Copy what makes a folder a sentence-transformers model but for its transformer, which ``target`` itself will hold.
 
     Raises:
-        ValueError: the weights of a module are pickled.
+        ValueError: the weights of a module are pickled, or lie outside of the folder.
     """
     listed = modules(source)
     if not listed:
         return
     for path in [module["path"] for module in listed[1:] if (source / module["path"]).is_dir()]:
-        if pickles := [*(source / path).glob("*.bin")]:
-            raise ValueError(_pickled(source, f"{path}/{pickles[0].name}", "SentenceTransformer"))
+        if pickles := pickled(source / path):
+            refuse_pickles(source, [f"{path}/{name}" for name in pickles], "SentenceTransformer")
         shutil.copytree(source / path, target / path)
     first, listed[0]["path"] = source / listed[0]["path"], ""
     (target / "modules.json").write_text(json.dumps(listed, indent=2), encoding="utf-8")
@@ -122,27 +131,16 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, name: str = WEIGHTS):
-        files = [folder / name]
-        if not files[0].exists() and (folder / _INDEX).exists():
-            files = sorted({folder / name for name in read_json(folder / _INDEX).get("weight_map", {}).values()})
-        elif not files[0].exists():
-            if pickles := sorted(
-                file.name for pattern in ("*.bin", "*.pt", "*.bin.index.json") for file in folder.glob(pattern)
-            ):
-                raise ValueError(_pickled(folder, pickles[0], "AutoModel"))
-            raise FileNotFoundError(
-                f"{folder} holds no {WEIGHTS}; weights in another format must be saved as safetensors first, with "
-                "transformers: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)."
-            )
+        if name == WEIGHTS:
+            check_weights(folder)
+            files = weight_files(folder)
+        else:
+            files = [folder / name]
+            check_file(files[0])
         self._files: dict[str, Path] = {}
         for file in files:
-            if not file.exists():
-                raise FileNotFoundError(f"{folder} lacks {file.name}, a part of its weights; copy or download the model again.")
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    self._files |= dict.fromkeys(opened.keys(), file)
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
+            with safe_open(file, framework="pt") as opened:
+                self._files |= dict.fromkeys(opened.keys(), file)
         self.names = sorted(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -152,13 +150,6 @@ class Checkpoint:
     def shape(self, name: str) -> list[int]:
         with safe_open(self._files[name], framework="pt") as opened:
             return opened.get_slice(name).get_shape()
-
-
-def _pickled(folder: Path, file: str, auto_class: str) -> str:
-    return (
-        f"{folder} holds weights only as a pickle ({file}), which can run code when it is opened; if you trust it, save it as "
-        f"safetensors first: {auto_class}.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)."
-    )
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> int:

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
+from minibert.hub.safetensors_check import check_paths, check_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
 # Everything a model folder is read for; weights in other formats are never downloaded.
 _WANTED_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.safetensors"]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 # Files that vectors depend on; cards, figures and code beside them do not count.
 _DECIDING = (
@@ -79,9 +79,10 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _download(str(model))
+    check_paths(folder)
     encoder = _encoder_folder(folder)
     config = _read_json(encoder / "config.json")
-    _check_weights(encoder)
+    check_weights(encoder)
     if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the model's tokenizer into it.")
     if config.get("model_type") == MiniBertConfig.model_type:
@@ -115,10 +116,7 @@ def _download(model: str) -> Path:
 def _encoder_folder(folder: Path) -> Path:
     """Where the transformer lies: ``folder`` itself, or the folder of the first module of a sentence-transformers model."""
     if (folder / "modules.json").exists():
-        modules = _read_json(folder / "modules.json")
-        if not isinstance(modules, list) or not modules or "path" not in modules[0]:
-            raise ValueError(f"{folder / 'modules.json'} does not list a model's modules; save or download the model again.")
-        return folder / modules[0]["path"]
+        return folder / _read_json(folder / "modules.json")[0]["path"]
     if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
         raise FileNotFoundError(f"{folder} is not a model folder, but holds some; give one of {', '.join(stages)} in it.")
     return folder
@@ -152,40 +150,13 @@ def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
     if not isinstance(encoder, modeling_minibert.MiniBertModel):
         return
     stored: set[str] = set()
-    for file in _weight_files(_encoder_folder(folder)):
+    for file in weight_files(_encoder_folder(folder)):
         with safe_open(file, framework="pt") as weights:
             names = weights.keys()
         stored |= {name.removeprefix(f"{encoder.base_model_prefix}.") for name in names}
     if missing := [name for name in encoder.state_dict() if name not in stored and not name.startswith("pooler.")]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"The weights in {folder} lack {shown}, which its config.json describes; save or download it again.")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index, single = (folder / "model.safetensors.index.json", folder / "model.safetensors")
-    if single.exists():
-        return [single]
-    return sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()}) if index.exists() else []
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors weights, or with a file of them cut short or otherwise damaged."""
-    files = _weight_files(folder)
-    if not files:
-        if pickles := sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)):
-            raise ValueError(
-                f"{folder} holds its weights only as a pickle ({', '.join(pickles)}), which can run code when it is opened; "
-                "MiniBERT reads safetensors only, so save the model with safetensors first."
-            )
-        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors); was the training that writes it finished?")
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{folder} lacks {file.name}, a part of its weights; copy or download the model again.")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
 
 
 def fingerprint(model: Path) -> str:

@@ -98,6 +98,8 @@ MAY_IMPORT = {
 
 # What a stage may call of inference, to measure the model it trains as it will be used.
 EVALUATION = ("minibert.inference.evaluate", "minibert.inference.answers", "minibert.inference.figures")
+# What everybody who opens a model calls first.
+CHECKS = "minibert.hub.safetensors_check"
 
 
 def areas_imported(path: Path) -> set[str]:
@@ -109,6 +111,8 @@ def areas_imported(path: Path) -> set[str]:
         if dotted[0] != "minibert":
             continue
         if own == "train" and ".".join([*dotted, name]).startswith(EVALUATION):
+            continue
+        if own in ("train", "inference") and ".".join([*dotted, name]).startswith(CHECKS):
             continue
         area = dotted[1] if len(dotted) > 1 else name
         areas.add("modeling_minibert" if len(dotted) == 1 and area not in MAY_IMPORT else area)
