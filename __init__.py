@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minibert.configuration_minibert import MiniBertConfig
+    from minibert.inference.encode import encode
     from minibert.inference.predict import predict
     from minibert.modeling_minibert import (
         MiniBertForMaskedLM,
@@ -34,6 +35,7 @@ __all__ = [
     "MiniBertForTokenClassification",
     "MiniBertModel",
     "MiniBertPreTrainedModel",
+    "encode",
     "predict",
     "train_word_level",
     "train_wordpiece",
@@ -41,6 +43,7 @@ __all__ = [
 # Where a name lives; the classes not named here are in the modeling file.
 _MODULES = {
     "MiniBertConfig": "configuration_minibert",
+    "encode": "inference.encode",
     "predict": "inference.predict",
     "train_word_level": "tokenization_minibert",
     "train_wordpiece": "tokenization_minibert",

@@ -1,0 +1,380 @@
+"""Texts to vectors, fast: no padding anywhere, batches by tokens instead of by texts, tokenization ahead of the model.
+
+Texts are taken in windows, sorted by length in there, and laid end to end in one row per batch, which MiniBERT computes as it
+is; what comes out is pooled from that row. Vectors are those of ``SentenceTransformer.encode``. Models that are not MiniBERT,
+or have modules other than pooling and normalization on top, are left to sentence-transformers.
+"""
+
+import copy
+import re
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.util import get_device_name
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from minibert.inference.load import load
+from minibert.modeling_minibert import MiniBertModel
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# A window: texts tokenized and sorted by length together. More of them find more of equal length.
+WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 2**24
+# Characters of a text per token that the model reads, at least, before the rest of the text is cut off unread.
+_CHARACTERS_PER_TOKEN = 16
+_SPACE = re.compile(r"\s")
+# Tokens computed at once.
+_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
+
+
+def encode(
+    model: str | Path | SentenceTransformer,
+    texts: str | Sequence[str],
+    *,
+    batch_tokens: int | None = None,
+    dtype: str = "auto",
+    normalize: bool = False,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    show_progress: bool = False,
+) -> np.ndarray:
+    """Vectors of ``texts``, (texts, dimension) in float32, or (dimension,) of a single text.
+
+    Beside the vectors, memory does not grow with the number of texts.
+
+    Args:
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
+        batch_tokens: tokens computed at once; the default suits the device.
+        dtype: numbers to compute with: ``float32``, ``bfloat16``, ``float16``, or ``auto``, which is bfloat16 where the
+            processor has instructions for it and else float32. An opened model is by default taken as it is.
+        normalize: give vectors of length 1, also where the model has no such module.
+        prompt: words to put before every text; ``prompt_name`` names one that the model brings.
+        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load` does, for an unknown ``dtype`` or
+            ``prompt_name``, and for a text that is no string.
+    """
+    encoder = Encoder(
+        model,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        normalize=normalize,
+        prompt=prompt,
+        prompt_name=prompt_name,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if isinstance(texts, str):
+        return encoder.encode([texts])[0]
+    return encoder.encode(texts, show_progress=show_progress)
+
+
+class Batch(NamedTuple):
+    """Token ids of several texts, end to end, shorter texts first."""
+
+    ids: np.ndarray  # (T,)
+    lengths: np.ndarray  # (texts,), each above 0
+    rows: np.ndarray  # (texts,) their places in the window
+
+
+class Encoder:
+    """A model ready to encode any number of texts; arguments as in :func:`encode`.
+
+    Attributes:
+        model: the sentence-transformers model.
+        dimension: of the vectors.
+        normalized: whether the vectors have length 1.
+        packed: whether batches are computed without padding, by this module.
+        choices: what was chosen, and why, by name of the option.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | SentenceTransformer,
+        *,
+        batch_tokens: int | None = None,
+        dtype: str = "auto",
+        normalize: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} (--dtype).")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens={batch_tokens} computes nothing; give at least 1 (--batch-tokens).")
+        self.choices: dict[str, str] = {}
+        self.model = self._open(model, dtype, device, trust_remote_code).eval()
+        self.prompt = _find_prompt(self.model, prompt, prompt_name)
+        reason = _why_not_packed(self.model, self.prompt)
+        self.packed = not reason
+        self.choices["path"] = f"sentence-transformers, since {reason}" if reason else "packed: no padding"
+        cut = self.model.truncate_dim is not None
+        self.normalized = normalize or (not cut and any(isinstance(module, Normalize) for module in self.model))
+        self._normalize = normalize
+        dimension = self.model.get_embedding_dimension()
+        assert dimension is not None  # of every model that gives sentence embeddings
+        self.dimension = dimension
+        self.batch_tokens = batch_tokens or self._suitable_batch()
+        if self.packed:
+            self._tokenizer = _Tokenizer(self.model, self.prompt)
+
+    def _open(
+        self, model: str | Path | SentenceTransformer, dtype: str, device: str | None, trust_remote_code: bool
+    ) -> SentenceTransformer:
+        if isinstance(model, SentenceTransformer):
+            self.choices["dtype"] = "that of the opened model" if dtype == "auto" else f"{dtype}, as asked"
+            model = model if dtype == "auto" else copy.deepcopy(model).to(getattr(torch, dtype))
+            return model if device is None else model.to(device)
+        wanted, reason = choose_dtype(dtype, device or get_device_name())
+        opened = load(model, device=device, trust_remote_code=trust_remote_code, dtype=wanted)
+        if dtype == "auto" and wanted != "float32" and _why_not_packed(opened, None):  # pooled in half precision: too inexact
+            wanted, reason = "float32", "only a packed MiniBERT stays exact in less"
+            opened = load(model, device=device, trust_remote_code=trust_remote_code, dtype=wanted)
+        self.choices["dtype"] = f"{wanted}, {reason}"
+        return opened
+
+    @property
+    def dtype(self) -> str:
+        """The numbers computed with."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    def _suitable_batch(self) -> int:
+        return _BATCH_TOKENS["cpu" if self.model.device.type == "cpu" else "gpu"]
+
+    def explain(self) -> str:
+        """What was chosen, and why, a line each."""
+        return "\n".join(f"{name}: {choice}" for name, choice in self.choices.items())
+
+    def encode(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
+        """(texts, dimension) float32 vectors, in the order of ``texts``.
+
+        Raises:
+            ValueError: naming the first text that is no string.
+        """
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        done = 0
+        with tqdm(desc="encode", total=len(texts), unit="text", disable=not show_progress) as bar:
+            for window in self.windows(cut_windows(texts)):
+                vectors[done : done + len(window)] = window
+                done += len(window)
+                bar.update(len(window))
+        return vectors
+
+    def windows(self, windows: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
+        """(n, dimension) float32 vectors of every window of ``n`` texts; the next window is tokenized meanwhile.
+
+        Raises:
+            ValueError: naming the first text that is no string.
+        """
+        if not self.packed:
+            for texts in windows:
+                yield self._encode_padded(texts)
+            return
+        waiting: deque[tuple[int, Future[list[Batch]]]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize") as thread:
+            for texts in windows:
+                waiting.append((len(texts), thread.submit(self._tokenizer.batches, texts, self.batch_tokens)))
+                if len(waiting) > 1:
+                    count, batches = waiting.popleft()
+                    yield self._compute(batches.result(), count)
+            for count, batches in waiting:
+                yield self._compute(batches.result(), count)
+
+    def _encode_padded(self, texts: Sequence[str]) -> np.ndarray:
+        _check_texts(texts)
+        return self.model.encode(
+            list(texts),
+            prompt=self.prompt or "",
+            normalize_embeddings=self._normalize,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        ).astype(np.float32)
+
+    @torch.inference_mode()
+    def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
+        """(count, dimension): the vectors of a window, from its batches. A text without a token gets zeros."""
+        vectors = torch.zeros(count, self.dimension, device=self.model.device)
+        for batch in batches:
+            vectors[torch.from_numpy(batch.rows).to(vectors.device)] = self._vectors(batch)
+        if self.normalized:
+            vectors = F.normalize(vectors, dim=-1)
+        return vectors.cpu().numpy()
+
+    def _vectors(self, batch: Batch) -> Tensor:
+        """(texts, C): the pooled vectors of one batch."""
+        device = self.model.device
+        lengths = torch.from_numpy(batch.lengths)
+        bounds = F.pad(lengths.cumsum(0), (1, 0))
+        positions = torch.arange(len(batch.ids)) - bounds[:-1].repeat_interleave(lengths)
+        bounds = bounds.to(device)
+        encoder, pooling = self.model[0].auto_model, self.model[1]
+        hidden = encoder(
+            input_ids=torch.from_numpy(batch.ids)[None].to(device),
+            position_ids=positions[None].to(device),
+            cu_seq_lens_q=bounds.int(),
+            max_length_q=int(batch.lengths[-1]),
+        ).last_hidden_state[0]  # (T, C)
+        if pooling.pooling_mode == "cls":
+            return hidden[bounds[:-1]]
+        rows = torch.arange(len(hidden), device=device)
+        return F.embedding_bag(rows, hidden, bounds[:-1], mode="mean")  # the fastest mean of pieces that torch has
+
+
+def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
+    """The numbers to compute with on ``device``, and why.
+
+    >>> choose_dtype("float32", "cpu")
+    ('float32', 'as asked')
+    """
+    if dtype != "auto":
+        return dtype, "as asked"
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "which this GPU computes natively") if native else ("float32", "this GPU has no bfloat16")
+    if device != "cpu":
+        return "float32", f"bfloat16 is not known to pay on {device}"
+    # torch before 2.8 cannot tell
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    instructions = sorted(name for name, has in able.items() if has and "bf16" in name)
+    if instructions:
+        return "bfloat16", f"which this processor computes natively ({', '.join(instructions)})"
+    return "float32", "this processor has no instructions for bfloat16"
+
+
+def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut ``texts`` into windows that are not too large, whatever the length of a text."""
+    start = characters = 0
+    for row, text in enumerate(texts):
+        characters += len(text) if isinstance(text, str) else 0
+        if row - start == WINDOW_TEXTS or (row > start and characters > WINDOW_CHARACTERS):
+            yield texts[start:row]
+            start, characters = row, len(text)
+    if start < len(texts):
+        yield texts[start:]
+
+
+def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Texts of ``lengths`` in batches of at most ``batch_tokens`` tokens (but at least a text), the longest first; those
+    within a batch ascend. Texts without a token are in none.
+
+    >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2]), 9)]
+    [[1], [4, 0, 3]]
+    """
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    batches, start, total = [], 0, 0
+    for place, length in enumerate(lengths[order].tolist()):
+        if total + length > batch_tokens and place > start:
+            batches.append(order[start:place][::-1])
+            start, total = place, 0
+        total += length
+    return [*batches, order[start:][::-1]] if len(order) else []
+
+
+class _Tokenizer:
+    """The fast tokenizer below a model's own, without the lists that nothing here reads."""
+
+    def __init__(self, model: SentenceTransformer, prompt: str | None) -> None:
+        self.tokenizer, self.prompt = model.tokenizer, prompt or ""
+        config = model[0].auto_model.config
+        self.max_length = self.tokenizer.model_max_length
+        if config.position_embedding_type != "rotary":  # a table of positions ends
+            self.max_length = min(self.max_length, config.max_position_embeddings)
+
+    def batches(self, texts: Sequence[str], batch_tokens: int) -> list[Batch]:
+        """The texts of a window, tokenized, in batches.
+
+        Raises:
+            ValueError: naming the first text that is no string.
+        """
+        _check_texts(texts)
+        encodings = self._tokenize(texts)
+        lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
+        ends = lengths.cumsum()
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, count=int(lengths.sum()))
+        pieces = np.split(ids, ends[:-1])
+        return [
+            Batch(np.concatenate([pieces[row] for row in rows]), lengths[rows], rows.copy())
+            for rows in cut_batches(lengths, batch_tokens)
+        ]
+
+    def _tokenize(self, texts: Sequence[str]) -> list[Any]:
+        fast = self.tokenizer.backend_tokenizer
+        fast.no_padding()  # whoever used the tokenizer last may have left it otherwise
+        fast.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
+        limit = _CHARACTERS_PER_TOKEN * self.max_length
+        if fast.pre_tokenizer is None or self.tokenizer.truncation_side != "right":
+            limit = sys.maxsize  # what stands far behind may matter
+        encodings = fast.encode_batch_fast([self.prompt + _start(text, limit) for text in texts])
+        short = [row for row, text in enumerate(texts) if len(text) > limit and len(encodings[row]) < self.max_length]
+        while short:  # of a text of long words or much white space, more is needed
+            limit *= 4
+            again = fast.encode_batch_fast([self.prompt + _start(texts[row], limit) for row in short])
+            for row, encoding in zip(short, again, strict=True):
+                encodings[row] = encoding
+            short = [row for row in short if len(texts[row]) > limit and len(encodings[row]) < self.max_length]
+        return encodings
+
+
+def _start(text: str, limit: int) -> str:
+    """``text`` up to the first white space behind ``limit`` characters: a cut inside a word could change its tokens.
+
+    >>> _start("one two three", 5)
+    'one two'
+    """
+    if len(text) <= limit:
+        return text
+    space = _SPACE.search(text, limit)
+    return text[: space.start()] if space else text
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}")
+
+
+def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
+    """The prompt that sentence-transformers would put before every text."""
+    if prompt is not None:
+        return prompt
+    if name is not None and name not in model.prompts:
+        known = ", ".join(model.prompts) or "none"
+        raise ValueError(f"The model has no prompt named {name!r}; it has {known} (--prompt-name).")
+    name = name or model.default_prompt_name
+    return model.prompts.get(name) if name is not None else None
+
+
+def _why_not_packed(model: SentenceTransformer, prompt: str | None) -> str | None:
+    """What this module cannot compute about ``model``, or ``None``."""
+    transformer, *rest = list(model)
+    if not isinstance(transformer, Transformer) or not isinstance(transformer.auto_model, MiniBertModel):
+        return "the model is no MiniBERT (minibert hub convert makes one of a BERT)"
+    config = transformer.auto_model.config
+    if not config.unpad_inputs or config._attn_implementation != "sdpa":
+        return "its configuration asks for padded inputs or another attention"
+    if not transformer.tokenizer.is_fast or transformer.processing_kwargs:
+        return "its tokenizer is slow or has options of its own"
+    if not rest or not isinstance(rest[0], Pooling) or rest[0].pooling_mode not in ("mean", "cls"):
+        return "its pooling is neither mean nor cls"
+    if prompt and not rest[0].include_prompt:
+        return "its pooling leaves the prompt out"
+    if not all(isinstance(module, Normalize) for module in rest[1:]) or model.truncate_dim is not None:
+        return "its vectors are changed after the pooling"
+    return None
