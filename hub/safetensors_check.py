@@ -52,19 +52,26 @@ def check_file(path: Path) -> None:
         ValueError: with what is wrong, in one sentence.
         OSError: the file cannot be read.
     """
+    read_header(path)
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """The type, such as F32, and the shape of every tensor in a safetensors file, checked as :func:`check_file` does."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise _Wrong("it is not a regular file")
-            _check_tensors(*_header(file, status.st_size))
+            header, size = _header(file, status.st_size)
+            _check_tensors(header, size)
+            return {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     except (_Wrong, RecursionError) as error:
         why = "its header is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{path} is damaged ({why}); save or download the model again.") from error
 
 
 def _header(file: Any, size: int) -> tuple[dict[str, Any], int]:
-    """The parsed header, and the number of bytes behind it."""
+    """The parsed header of an open file of ``size`` bytes, and the number of bytes behind it."""
     if size < 8:
         raise _Wrong(f"it has {size} bytes, which hold no header")
     length = int.from_bytes(file.read(8), "little")
@@ -92,7 +99,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_tensors(header: dict[str, Any], size: int) -> None:
-    """Check that the tensors lie end to end in ``size`` bytes, each as long as its type and shape say."""
+    """Check that the tensors lie end to end in ``size`` bytes, each as long as its type and shape say; drop the rest."""
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
         raise _Wrong("its __metadata__ is no object of strings")
