@@ -217,6 +217,79 @@ def _typed_queries() -> Iterator[str]:
         yield query
 
 
+@app.command(epilog="Example:  minibert encode runs/quickstart/2-embed notes.jsonl notes-vectors --column body --keep-text")
+def encode(
+    model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="Text file (one text per line), CSV, TSV, JSON (lines), Parquet, a folder of such files, or Hub data set.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the vectors: new, or that of a stopped run.")],
+    column: Annotated[str | None, typer.Option(help="Column of the texts; needed when there are several of strings.")] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Column whose values name the rows; unset means their number, from 0.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
+    keep_text: Annotated[bool, typer.Option("--keep-text", help="Store the texts beside the vectors.")] = False,
+    precision: Annotated[str, typer.Option(help="Of the stored vectors: float32, float16, int8 or binary.")] = "float32",
+    rows_per_shard: Annotated[int, typer.Option(help="Rows in one file; what a kill costs at most.")] = 50_000,
+    on_bad_row: Annotated[str, typer.Option(help="A row without a text: refuse it, or skip it and say which.")] = "refuse",
+    append: Annotated[bool, typer.Option("--append", help="Encode the files that INPUT has more than before.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew, replacing the vectors in OUT.")] = False,
+    dtype: Annotated[str, typer.Option(help="Numbers to compute with: auto, float32, bfloat16 or float16.")] = "auto",
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens computed at once; unset suits the device.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Give vectors of length 1, whatever the model does.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Words to put before every text.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="A prompt that the model brings, by name.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; unset means the best one present.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what was chosen, and why.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Encode a corpus of any size into a folder of vectors (Parquet), or go on where an earlier run was stopped.
+
+    With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode MODEL INPUT OUT.
+    """
+    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
+        from minibert.inference.corpus import encode_corpus
+
+        _hide_loading_bars()
+        done = encode_corpus(
+            model,
+            data,
+            out,
+            column=column,
+            id_column=id_column,
+            split=split,
+            keep_text=keep_text,
+            precision=precision,
+            rows_per_shard=rows_per_shard,
+            on_bad_row=on_bad_row,
+            append=append,
+            force=force,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            normalize=normalize,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            show_progress=sys.stderr.isatty(),
+        )
+        if os.environ.get("RANK", "0") != "0":
+            return  # of torchrun's processes one speaks
+        if as_json:
+            print_json({"out": str(out), **done.figures()})
+            return
+        for line in done.lines(explain):
+            typer.echo(line)
+        typer.echo(f"The vectors are in {out}.")
+
+
 @app.command(epilog="Example:  minibert evaluate runs/tinybert/3-embed questions.parquet --limit 1500 --json")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],

@@ -11,18 +11,18 @@ from datasets.exceptions import DatasetGenerationError
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 # Suffix of a file to the builder of ``datasets`` that reads it, and its options. Texts such as "NA" or "null" stay texts.
-_CSV = {"keep_default_na": False, "na_values": [""]}
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", {**_CSV, "sep": "\t"}),
+    ".csv": ("csv", CSV_OPTIONS),
+    ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
     ".txt": ("text", {}),
 }
 # Columns that hold the text to classify, or the pair of them, in the data sets people publish.
 TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
-_SPLITS = {
+SPLITS = {
     "train": "train",
     "training": "train",
     "validation": "validation",
@@ -126,8 +126,8 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         groups = {"file": [path]}
         parts = list(dict.fromkeys(("file", rows) for _, rows in parts))
     else:
-        groups = _group_by_split(path)
-        parts = [(_SPLITS.get(name, name), rows) for name, rows in parts]
+        groups = group_by_split(path)
+        parts = [(SPLITS.get(name, name), rows) for name, rows in parts]
         if missing := [name for name, _ in parts if name not in groups]:
             raise ValueError(
                 f"{path} has no split {missing[0]!r}; it has {', '.join(sorted(groups))}. "
@@ -136,13 +136,13 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
     # Names of the reader's own: those of folders may hold characters that it refuses.
     named = {name: f"split{number}" for number, name in enumerate(dict.fromkeys(name for name, _ in parts))}
     files = list(dict.fromkeys(file for name in named for file in groups[name]))
-    if unknown := sorted({file.suffix for file in files} - _BUILDERS.keys()):
-        raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(_BUILDERS)}.")
-    if len({_BUILDERS[file.suffix][0] for file in files}) > 1:
+    if unknown := sorted({file.suffix for file in files} - BUILDERS.keys()):
+        raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(BUILDERS)}.")
+    if len({BUILDERS[file.suffix][0] for file in files}) > 1:
         raise ValueError(f"{path} mixes files of several kinds; name one file, or one folder per kind.")
     if empty := [file for file in files if not file.stat().st_size]:
         raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
-    builder, options = _BUILDERS[files[0].suffix]
+    builder, options = BUILDERS[files[0].suffix]
     if builder == "text":
         options = {"sample_by": sample_by}
     if builder == "json" and (problem := _not_utf8(files)):  # the JSON reader lets such bytes through; they fail much later
@@ -155,21 +155,21 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         raise ValueError(_why_unreadable(files, error)) from error
 
 
-def _group_by_split(folder: Path) -> dict[str, list[Path]]:
+def group_by_split(folder: Path) -> dict[str, list[Path]]:
     """Files of ``folder`` by split, read from names such as train.parquet, train-00000-of-00002.parquet or test/pos/1.txt.
 
     A folder in which no name is that of a usual split is all ``train``.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix in _BUILDERS and not file.name.startswith("."))
+    files = sorted(file for file in folder.rglob("*") if file.suffix in BUILDERS and not file.name.startswith("."))
     if not files:
-        raise ValueError(f"{folder} holds no data file; files of these kinds are read: {', '.join(_BUILDERS)}.")
+        raise ValueError(f"{folder} holds no data file; files of these kinds are read: {', '.join(BUILDERS)}.")
     groups: dict[str, list[Path]] = {}
     for file in files:
         *folders, _ = file.relative_to(folder).parts
         names = [*folders, re.sub(r"-\d+-of-\d+$", "", file.stem)]
-        usual = next((_SPLITS[name] for name in names if name in _SPLITS), None)
+        usual = next((SPLITS[name] for name in names if name in SPLITS), None)
         groups.setdefault(usual or names[0], []).append(file)
-    return groups if groups.keys() & set(_SPLITS.values()) else {"train": files}
+    return groups if groups.keys() & set(SPLITS.values()) else {"train": files}
 
 
 def _not_utf8(files: list[Path]) -> str | None:
@@ -200,14 +200,23 @@ def first_line_not_utf8(file: Path) -> int | None:
     return None
 
 
-def _load_hub(source: DataSource, split: str) -> Dataset:
-    if source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1 or Path(source.path).suffix in _BUILDERS:
+def check_hub_name(source: DataSource) -> None:
+    """Refuse what is likelier a local path mistyped than the id of a data set.
+
+    Raises:
+        FileNotFoundError: says so.
+    """
+    if source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1 or Path(source.path).suffix in BUILDERS:
         raise FileNotFoundError(f"There is no file or folder {source.path} (looked from {Path.cwd()}).")
     if "/" in source.path and Path(source.path).parent.is_dir():  # a typo is likelier than an owner called like a folder here
         raise FileNotFoundError(
             f"There is no file or folder {source.path} (looked from {Path.cwd()}), but a folder {Path(source.path).parent}; "
             "correct the path, or mean the Hub from another folder."
         )
+
+
+def _load_hub(source: DataSource, split: str) -> Dataset:
+    check_hub_name(source)
     try:
         return load_dataset(source.path, source.config, split=source.split or split, revision=source.revision)
     except OSError as error:

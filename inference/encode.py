@@ -198,6 +198,8 @@ class Encoder:
 
     def _encode_padded(self, texts: Sequence[str]) -> np.ndarray:
         _check_texts(texts)
+        if not len(texts):
+            return np.empty((0, self.dimension), dtype=np.float32)
         return self.model.encode(
             list(texts),
             prompt=self.prompt or "",

@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,9 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
 
 
+@cache
 def _compare_code(folder: Path) -> None:
-    """Warn where a checkpoint's code is not the installed code, which is what runs."""
+    """Warn, once, where a checkpoint's code is not the installed code, which is what runs."""
     for module in (configuration_minibert, modeling_minibert):
         installed = Path(str(module.__file__))
         carried = folder / installed.name

@@ -6,17 +6,25 @@ then renamed: what has its name is whole.
 """
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 from sentence_transformers.util import quantize_embeddings
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -53,7 +61,8 @@ class Manifest:
         encoding: what else the vectors depend on, such as the prompt and the numbers computed with.
         rows_per_shard: rows of the input that a shard takes.
         rows: vectors in all shards.
-        skipped: rows of the input left out.
+        skipped: rows of the input left out; ``skipped_rows`` are the first of them, each a number and a reason.
+        first_shard, first_row: what the input last appended begins with; shards and rows before it are of earlier calls.
         complete: whether the whole input has been read.
         ranges: lowest and highest value of every dimension, by which int8 was scaled.
         shards: in the order of the input.
@@ -71,6 +80,9 @@ class Manifest:
     similarity: str = "cosine"
     rows: int = 0
     skipped: int = 0
+    skipped_rows: list[list[Any]] = field(default_factory=list)
+    first_shard: int = 0
+    first_row: int = 0
     complete: bool = False
     ranges: list[list[float]] | None = None
     shards: list[Shard] = field(default_factory=list)
@@ -98,7 +110,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         if content["format"] != FORMAT:
             raise ValueError(f"{file} has format {content['format']}; this version reads format {FORMAT}: update minibert.")
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        return Manifest(**{one.name: content[one.name] for one in fields(Manifest)})
+        return Manifest(**{one.name: content[one.name] for one in fields(Manifest) if one.name in content})
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); encode into a new folder, or again with --force.") from error
 
@@ -244,7 +256,25 @@ def _matrix(column: pa.ChunkedArray | pa.FixedSizeListArray, width: int) -> np.n
 
 
 def shard_name(number: int) -> str:
+    """
+    >>> shard_name(7), number_of(Path("vectors/part-00007.parquet"))
+    ('part-00007.parquet', 7)
+    """
     return f"part-{number:05d}.parquet"
+
+
+def number_of(file: Path) -> int:
+    return int(file.stem.removeprefix("part-"))
+
+
+def holds_vectors(folder: Path) -> bool:
+    return (folder / MANIFEST).exists()
+
+
+def remove_vectors(folder: Path) -> None:
+    """Delete manifest and shards, and nothing else."""
+    for file in (folder / MANIFEST, *folder.glob("part-*.parquet")):
+        file.unlink(missing_ok=True)
 
 
 class ShardWriter:
@@ -254,11 +284,11 @@ class ShardWriter:
         file: where it will be.
         manifest: gives the precision and width of vectors, and whether texts are kept.
         id_type: Arrow type of the ids.
-        about: what the shard says of itself, see :func:`shard_notes`.
+        about: what the shard says of itself, see :func:`shard_notes`; may be set until the end.
     """
 
-    def __init__(self, file: Path, manifest: Manifest, id_type: pa.DataType, about: dict[str, Any]) -> None:
-        self.file, self.manifest, self.about, self.rows = file, manifest, about, 0
+    def __init__(self, file: Path, manifest: Manifest, id_type: pa.DataType, about: dict[str, Any] | None = None) -> None:
+        self.file, self.manifest, self.about, self.rows = file, manifest, about or {}, 0
         columns = {"id": id_type, "text": pa.string(), "vector": pa.list_(PRECISIONS[manifest.precision], manifest.width)}
         if not manifest.columns["kept"]:
             del columns["text"]
@@ -274,8 +304,10 @@ class ShardWriter:
             self._writer = parquet.ParquetWriter(temporary, self.schema, compression=codecs, use_dictionary=False)
         return self
 
-    def write(self, ids: pa.Array, texts: Sequence[str], vectors: np.ndarray) -> None:
+    def write(self, ids: Sequence[Any], texts: Sequence[str], vectors: np.ndarray) -> None:
         """Add rows, as one row group; ``vectors`` (n, width) in the manifest's precision."""
+        if not len(vectors):
+            return
         values = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=PRECISIONS[self.manifest.precision])
         columns = {"id": ids, "text": texts, "vector": pa.FixedSizeListArray.from_arrays(values, self.manifest.width)}
         table = pa.table([pa.array(columns[name], self.schema.field(name).type) for name in self.schema.names], self.schema)
@@ -326,6 +358,32 @@ def clear_leftovers(folder: Path) -> None:
     """Delete what killed processes left half-written."""
     for file in (*folder.glob("part-*.tmp-*"), *folder.glob(f"{MANIFEST}.tmp-*")):
         file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing into ``folder``; the system lets go of it when this process ends, however that happens.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / ".lock"
+    with one_sentence(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"Another run is encoding into {folder}; wait for it, or choose another folder.") from None
+            # Some file systems have no locks.
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,540 @@
+"""A corpus of any size to a folder of vectors: ``minibert encode``.
+
+The input is cut into pieces of ``rows_per_shard`` rows; piece ``k`` becomes shard ``k``, and belongs to process ``k`` modulo
+the number of processes. A shard is there whole or not at all, and notes which rows it holds, so a run killed at any moment goes
+on with the shards that are missing, and the manifest follows from the shards.
+"""
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from itertools import chain, groupby, islice
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from minibert.data.stream import Bad, Rows, Stream, open_stream
+from minibert.inference.encode import WINDOW_CHARACTERS, WINDOW_TEXTS, Encoder
+from minibert.inference.load import find_model, fingerprint
+from minibert.inference.vectors import (
+    MANIFEST,
+    PRECISIONS,
+    Manifest,
+    Shard,
+    ShardWriter,
+    alone_in,
+    clear_leftovers,
+    holds_vectors,
+    number_of,
+    quantize,
+    read_manifest,
+    remove_vectors,
+    shard_name,
+    shard_notes,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+ON_BAD_ROW = ("refuse", "skip")
+# Bad rows named in the manifest; the rest are counted.
+_NAMED = 20
+# Vectors that show the range of every dimension, for int8, and how much wider the range is taken.
+_CALIBRATION, _MARGIN = WINDOW_TEXTS, 0.05
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`encode_corpus` did: ``manifest`` of the folder, ``written`` vectors in ``seconds`` by this call, and what was
+    chosen (see :attr:`minibert.inference.encode.Encoder.choices`)."""
+
+    manifest: Manifest
+    written: int = 0
+    seconds: float = 0.0
+    choices: dict[str, str] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """For machines."""
+        manifest = self.manifest
+        return {
+            "rows": manifest.rows,
+            "dimension": manifest.dimension,
+            "precision": manifest.precision,
+            "shards": len(manifest.shards),
+            "skipped": manifest.skipped,
+            "skipped_rows": manifest.skipped_rows,
+            "written": self.written,
+            "seconds": round(self.seconds, 3),
+            "choices": self.choices,
+        }
+
+    def lines(self, explain: bool = False) -> Iterator[str]:
+        """For people."""
+        manifest = self.manifest
+        if explain:
+            yield from (f"{name}: {choice}" for name, choice in self.choices.items())
+        if not self.written:
+            yield "Nothing was left to do."
+        else:
+            rate = self.written / max(1e-9, self.seconds)
+            yield f"{self.written:,} vectors were written in {self.seconds:,.1f} s, {rate:,.0f} per second."
+        if manifest.skipped:
+            first = ", ".join(f"{row} ({reason})" for row, reason in manifest.skipped_rows[:5])
+            more = f" and {manifest.skipped - 5:,} more" if manifest.skipped > 5 else ""
+            yield f"{manifest.skipped:,} rows were left out: {first}{more}."
+        size = f"{manifest.dimension} dimensions in {manifest.precision}"
+        yield f"{manifest.rows:,} vectors of {size}, in {len(manifest.shards):,} shards."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows of the input make which shard of which process.
+
+    Shards from ``first_shard`` on take ``rows_per_shard`` rows each, beginning at ``first_row``; those in ``done`` are there.
+
+    >>> plan = Plan(10, done=frozenset({0, 1}), process=1, processes=2)
+    >>> plan.next_rows(0), plan.next_rows(40), plan.shard_of(57)
+    ((30, 40), (50, 60), 5)
+    """
+
+    rows_per_shard: int
+    first_shard: int = 0
+    first_row: int = 0
+    done: frozenset[int] = frozenset()
+    process: int = 0
+    processes: int = 1
+
+    def shard_of(self, row: int) -> int:
+        return self.first_shard + (row - self.first_row) // self.rows_per_shard
+
+    def rows_of(self, shard: int) -> tuple[int, int]:
+        start = self.first_row + (shard - self.first_shard) * self.rows_per_shard
+        return start, start + self.rows_per_shard
+
+    def next_rows(self, row: int) -> tuple[int, int]:
+        """The first range of rows of this process that ends behind ``row``."""
+        shard = self.shard_of(max(row, self.first_row))
+        while shard in self.done or shard % self.processes != self.process:
+            shard += 1
+        return self.rows_of(shard)
+
+
+def encode_corpus(
+    model: str | Path,
+    data: str | Path | Dataset,
+    out: str | Path,
+    *,
+    column: str | None = None,
+    id_column: str | None = None,
+    split: str = "train",
+    keep_text: bool = False,
+    precision: str = "float32",
+    rows_per_shard: int = 50_000,
+    on_bad_row: str = "refuse",
+    append: bool = False,
+    force: bool = False,
+    batch_tokens: int | None = None,
+    dtype: str = "auto",
+    normalize: bool = False,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    show_progress: bool = False,
+) -> Summary:
+    """Encode the texts of ``data`` into ``out``, a folder of vectors, or go on where an earlier call was stopped.
+
+    Memory does not grow with the number of rows. Started by torchrun, the processes share out the shards; ``out`` must be the
+    same folder for all.
+
+    Args:
+        model: a model folder, or the id of a model on the Hub.
+        data: a file, a folder, a Hub data set (owner/name or owner/name:config), which is streamed, or rows read already.
+        column: that of the texts; the default is as in :func:`minibert.data.stream.open_stream`.
+        id_column: values to name the rows by; the default is their number in the input, from 0.
+        keep_text: store the texts beside the vectors.
+        precision: of the stored vectors: ``float32``, ``float16``, ``int8`` (256 steps within the range that the first rows
+            show) or ``binary`` (a bit per dimension).
+        rows_per_shard: rows of the input in a shard; what a kill costs at most.
+        on_bad_row: ``refuse`` to go on at a row without a text, or ``skip`` it: its number appears in the manifest.
+        append: ``data`` is that of before and more files behind it; encode these.
+        force: replace vectors of another model, precision or input.
+
+    The rest is as in :func:`minibert.inference.encode.encode`.
+
+    Raises:
+        FileNotFoundError, ValueError: as opening the model and the data does; for an unusable row; for a folder that holds
+            something else.
+        OSError: the disk is full or not writable; shards that are whole stay.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)} (--precision).")
+    if on_bad_row not in ON_BAD_ROW:
+        raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; use refuse or skip (--on-bad-row).")
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard={rows_per_shard} holds nothing; give at least 1 (--rows-per-shard).")
+    state = processes()
+    stream = open_stream(data, column, id_column=id_column, split=split)
+    folder = find_model(model, trust_remote_code=trust_remote_code)
+    options = {"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name}
+    asked = _Asked(str(model), fingerprint(folder), precision, keep_text, rows_per_shard, dtype, options, stream)
+    device = device or (str(state.device) if state.num_processes > 1 else None)
+    opening = {**options, "batch_tokens": batch_tokens, "device": device, "trust_remote_code": trust_remote_code}
+
+    def open_model(dtype: str) -> Encoder:
+        return Encoder(folder, dtype=dtype, **opening)
+
+    job = _Job(Path(out), asked, on_bad_row == "skip", state, show_progress)
+    with job.alone():
+        encoder = job.prepare(open_model, append=append, force=force)
+        if job.manifest.complete:
+            return Summary(job.manifest)
+        started = time.perf_counter()
+        encoder = encoder or open_model(job.manifest.encoding["dtype"])
+        written = job.write(encoder)
+        job.finish()
+        return Summary(job.manifest, written, time.perf_counter() - started, {**encoder.choices, "processes": job.shared()})
+
+
+def processes() -> PartialState:
+    """Which process this is, and of how many; one that waits for the others' last shards is patient."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the caller wants, to be held against what a folder holds."""
+
+    model: str
+    fingerprint: str
+    precision: str
+    keep_text: bool
+    rows_per_shard: int
+    dtype: str
+    options: dict[str, Any]
+    stream: Stream
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {"text": self.stream.column, "id": self.stream.id_column, "kept": self.keep_text}
+
+    def differences(self, found: Manifest) -> list[str]:
+        """Why the vectors of ``found`` are not those asked for: what it holds, and what was asked for."""
+        differences = []
+        if found.fingerprint != self.fingerprint:
+            model = f"{self.model} as it is now" if found.model == self.model else self.model
+            differences.append(f"of the model {found.model} ({found.fingerprint[:8]}), not {model} ({self.fingerprint[:8]})")
+        if found.precision != self.precision:
+            differences.append(f"in {found.precision}, not {self.precision}")
+        if (here := _without_path(self.stream.source)) != (there := _without_path(found.source)):
+            which = sorted(name for name in {*here, *there} if here.get(name) != there.get(name) and name != "digest")
+            how = "".join(f", {name} {there.get(name)}, now {here.get(name)}" for name in which)
+            path, was = self.stream.source["path"], found.source["path"]
+            differences.append(f"of the input {was}, not {path}{' as it is now' if path == was else ''}{how}")
+        if found.columns != self.columns:
+            differences.append(f"of the columns {found.columns}, not {self.columns}")
+        if found.rows_per_shard != self.rows_per_shard:
+            differences.append(f"in shards of {found.rows_per_shard} rows, not {self.rows_per_shard} (--rows-per-shard)")
+        options = self.options if self.dtype == "auto" else {**self.options, "dtype": self.dtype}
+        return differences + [
+            f"with {name}={found.encoding.get(name)!r}, not {value!r}"
+            for name, value in options.items()
+            if found.encoding.get(name) != value
+        ]
+
+
+def _without_path(source: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in source.items() if name != "path"}
+
+
+class _Window(NamedTuple):
+    """Usable rows of one shard, to be encoded together. ``last`` of the shard, which has the ``notes`` then; they come from
+    ``rows`` of the input, and a ``share`` of the whole input has been read behind them."""
+
+    shard: int
+    texts: list[str]
+    ids: list[Any]
+    last: bool
+    notes: dict[str, Any]
+    rows: int
+    share: float
+
+
+class _Job:
+    """One process's part in filling a folder."""
+
+    manifest: Manifest
+
+    def __init__(self, out: Path, asked: _Asked, skip: bool, state: PartialState, show_progress: bool) -> None:
+        self.out, self.asked, self.stream, self.skip, self.state = out, asked, asked.stream, skip, state
+        self.show_progress = show_progress and state.is_main_process
+        self.notes: dict[int, dict[str, Any]] = {}  # of the shards that are there, by number
+
+    # --- the folder
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """The first process holds the folder against other runs."""
+        if not self.state.is_main_process:
+            yield
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"The folder {self.out} cannot be made: {error.strerror}. Choose another one.") from error
+        with alone_in(self.out):
+            yield
+
+    def prepare(self, open_model: Callable[[str], Encoder], *, append: bool, force: bool) -> Encoder | None:
+        """Agree on what is there and what is to be done; the first process returns the model if it had to open it for that."""
+        encoder, refusal = None, None
+        if self.state.is_main_process:
+            try:
+                encoder = self._look(open_model, append, force)
+            except (ValueError, OSError) as error:
+                refusal = error
+        agreed = [None if refusal or not self.state.is_main_process else (self.manifest, self.notes)]
+        broadcast_object_list(agreed)
+        if refusal:
+            raise refusal
+        if agreed[0] is None:
+            raise ValueError("The first process could not begin; its error stands above.")
+        self.manifest, self.notes = agreed[0]
+        return encoder
+
+    def _look(self, open_model: Callable[[str], Encoder], append: bool, force: bool) -> Encoder | None:
+        clear_leftovers(self.out)
+        if force:
+            remove_vectors(self.out)
+        if holds_vectors(self.out):
+            self.manifest = read_manifest(self.out)
+            self._check_same(append)
+            self._find_shards()
+            return None
+        if others := sorted(file.name for file in self.out.iterdir() if not file.name.startswith(".")):
+            raise ValueError(
+                f"{self.out} holds other things ({shorten(', '.join(others), 60)}); choose an empty or a new folder."
+            )
+        asked, encoder = self.asked, open_model(self.asked.dtype)
+        self.manifest = Manifest(
+            model=asked.model,
+            fingerprint=asked.fingerprint,
+            dimension=encoder.dimension,
+            precision=asked.precision,
+            normalized=encoder.normalized,
+            source=self.stream.source,
+            columns=asked.columns,
+            encoding={**asked.options, "dtype": encoder.dtype},
+            rows_per_shard=asked.rows_per_shard,
+        )
+        if asked.precision == "int8":
+            self.manifest.ranges = self._calibrate(encoder)
+        write_manifest(self.out, self.manifest)
+        return encoder
+
+    def _check_same(self, append: bool) -> None:
+        """Refuse a folder that holds something else, or make room behind what it holds for what is to be appended."""
+        manifest, differences = self.manifest, self.asked.differences(self.manifest)
+        if not differences:
+            return
+        if not append or self.asked.differences(replace(manifest, source=self.stream.source)):
+            raise ValueError(
+                f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or replace them with --force."
+            )
+        if not manifest.complete or not self.stream.begins_with(manifest.source):
+            reason = "does not begin with what was encoded before: new files must be last by name"
+            reason = (
+                reason if manifest.complete else "can be appended once what it was before is encoded: leave out the new files"
+            )
+            raise ValueError(f"The input {self.stream.source['path']} {reason}.")
+        last = manifest.shards[-1]
+        manifest.first_shard, manifest.first_row = len(manifest.shards), last.first_input_row + last.input_rows
+        manifest.source, manifest.complete = self.stream.source, False
+        write_manifest(self.out, manifest)
+
+    def _find_shards(self) -> None:
+        """Note the shards that are whole; delete the others."""
+        for file in sorted(self.out.glob("part-*.parquet")):
+            notes = shard_notes(file)
+            if notes is None or notes["fingerprint"] != self.manifest.fingerprint:
+                logger.warning("%s is half written or damaged, and is made anew.", file)
+                file.unlink()
+            else:
+                self.notes[number_of(file)] = notes
+        if missing := [shard.file for shard in self.manifest.shards if number_of(Path(shard.file)) not in self.notes]:
+            logger.warning("%s is made anew, since it is gone.", ", ".join(missing))
+            self.manifest.complete = False
+        self._list_shards()
+
+    def _calibrate(self, encoder: Encoder) -> list[list[float]]:
+        """Range of every dimension, from the vectors of the first rows, with a margin."""
+        texts = chain.from_iterable([text for text in rows.texts if isinstance(text, str)] for rows in self.stream.read())
+        vectors = encoder.encode(list(islice(texts, _CALIBRATION)))
+        if not len(vectors):
+            raise ValueError(f"{self.stream.source['path']} has no row with a text in column {self.stream.column!r}.")
+        low, high = vectors.min(axis=0), vectors.max(axis=0)
+        margin = _MARGIN * (high - low)
+        return [(low - margin).tolist(), (high + margin).tolist()]
+
+    # --- the work
+
+    def write(self, encoder: Encoder) -> int:
+        """Write this process's shards; returns the number of vectors."""
+        manifest, written = self.manifest, 0
+        plan = Plan(
+            manifest.rows_per_shard,
+            manifest.first_shard,
+            manifest.first_row,
+            frozenset(self.notes),
+            self.state.process_index,
+            self.state.num_processes,
+        )
+        waiting: deque[_Window] = deque()
+
+        def texts() -> Iterator[list[str]]:
+            for window in self._windows(plan):
+                waiting.append(window)
+                yield window.texts
+
+        pairs = ((waiting.popleft(), vectors) for vectors in encoder.windows(texts()))
+        with self._progress() as progress:
+            for number, group in groupby(pairs, key=lambda pair: pair[0].shard):
+                with ShardWriter(self.out / shard_name(number), manifest, self.stream.id_type) as writer:
+                    for window, vectors in group:
+                        writer.write(window.ids, window.texts, quantize(vectors, manifest))
+                        progress(window, plan)
+                        if window.last:
+                            writer.about = window.notes
+                            break  # the shard is whole now, not when the next one begins
+                self.notes[number] = {**window.notes, "rows": writer.rows}
+                written += writer.rows
+                if self.state.is_main_process:
+                    self._list_shards()
+        return written
+
+    def _windows(self, plan: Plan) -> Iterator[_Window]:
+        """The rows of this process, in windows that end where shards do."""
+        texts: list[str] = []
+        ids: list[Any] = []
+        notes: dict[str, Any] = {}
+        rows = characters = 0
+        block: Rows | None = None
+        for block in self.stream.read(plan.next_rows):
+            shard, stop = plan.shard_of(block.first), block.first + len(block.texts)
+            if not notes:
+                notes = {
+                    "fingerprint": self.manifest.fingerprint,
+                    "first_input_row": block.first,
+                    "skipped": 0,
+                    "skipped_rows": [],
+                }
+            for row, text, name in self._usable(block, notes):
+                texts.append(text)
+                ids.append(row if name is None else name)
+                characters += len(text)
+            rows += len(block.texts)
+            notes["input_rows"] = stop - notes["first_input_row"]
+            last = stop == plan.rows_of(shard)[1]
+            if last or len(texts) >= WINDOW_TEXTS or characters > WINDOW_CHARACTERS:
+                yield _Window(shard, texts, ids, last, notes, rows, block.share)
+                texts, ids, rows, characters = [], [], 0, 0
+                notes = {} if last else notes
+        if notes and block is not None:
+            yield _Window(plan.shard_of(block.first), texts, ids, True, notes, rows, 1.0)
+
+    def _usable(self, block: Rows, notes: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
+        """(number, text, id) of the rows of a block, without the unusable ones, which are noted.
+
+        Raises:
+            ValueError: naming the first unusable row, where they are refused.
+        """
+        for place, text in enumerate(block.texts):
+            name = None if block.ids is None else block.ids[place]
+            bad = next((value for value in (text, name) if isinstance(value, Bad)), None)
+            if bad is None:
+                assert isinstance(text, str)  # all else is Bad
+                yield block.first + place, text, name
+                continue
+            if not self.skip:
+                where = f"row {block.first_in_part + place} of {block.part}"
+                number = "" if block.first == block.first_in_part else f"{block.first + place} of the input, "
+                raise ValueError(
+                    f"Row {number}{where} {bad.reason} (rows are counted from 0); mend it, or leave such rows out with "
+                    "--on-bad-row skip."
+                )
+            notes["skipped"] += 1
+            if len(notes["skipped_rows"]) < _NAMED:
+                notes["skipped_rows"].append([block.first + place, bad.reason])
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Callable[[_Window, Plan], None]]:
+        """A bar over the rows of this process; how many there are is guessed from the bytes read where it is not known."""
+        share = 1 / self.state.num_processes
+        done = round(share * sum(notes["input_rows"] for notes in self.notes.values()))
+        total = None if self.stream.rows is None else round(share * self.stream.rows)
+        with tqdm(desc="encode", initial=done, total=total, unit="row", disable=not self.show_progress) as bar:
+
+            def progress(window: _Window, plan: Plan) -> None:
+                if self.stream.rows is None and window.share:
+                    behind = window.notes["first_input_row"] + window.notes["input_rows"]
+                    bar.total = max(bar.n + window.rows, round(share * behind / window.share))
+                bar.update(window.rows)
+
+            yield progress
+
+    # --- the end
+
+    def finish(self) -> None:
+        """When all processes are done, the first one writes the manifest of the whole.
+
+        Raises:
+            ValueError: for an input without rows.
+            OSError: for a shard that another process wrote and this one does not find.
+        """
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            numbers = [number_of(file) for file in self.out.glob("part-*.parquet")]
+            if not numbers:
+                (self.out / MANIFEST).unlink()
+                raise ValueError(f"{self.stream.source['path']} has no rows; give a file or split that holds data.")
+            self._list_shards(complete=True)
+            if gone := sorted(set(range(max(numbers) + 1)) - {number_of(Path(shard.file)) for shard in self.manifest.shards}):
+                raise OSError(
+                    f"{self.out} lacks {shard_name(gone[0])}; the folder must be the same for all processes. "
+                    "Run the same command again to make what is missing."
+                )
+        self.state.wait_for_everyone()
+
+    def _list_shards(self, complete: bool = False) -> None:
+        """Write the manifest anew, with the shards from the first one to the last before one that is missing."""
+        manifest, number = self.manifest, 0
+        manifest.shards, manifest.rows, manifest.skipped, manifest.skipped_rows = [], 0, 0, []
+        while (file := self.out / shard_name(number)).exists():
+            if (notes := self.notes.get(number) or shard_notes(file)) is None:
+                break
+            self.notes[number] = notes
+            manifest.shards.append(
+                Shard(file.name, manifest.rows, notes["rows"], notes["first_input_row"], notes["input_rows"])
+            )
+            manifest.rows += notes["rows"]
+            manifest.skipped += notes["skipped"]
+            manifest.skipped_rows += notes["skipped_rows"][: _NAMED - len(manifest.skipped_rows)]
+            number += 1
+        manifest.complete = manifest.complete or complete
+        write_manifest(self.out, manifest)
+
+    def shared(self) -> str:
+        """How the work was shared out, for people."""
+        count, shards = self.state.num_processes, len(self.manifest.shards)
+        idle = f"; {count - shards} had nothing to do, smaller --rows-per-shard would change that" if shards < count else ""
+        return f"{count}, shards {shards}{idle}"
