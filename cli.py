@@ -390,7 +390,7 @@ def predict(
 
 
 hub = typer.Typer(
-    help="Convert models of the BERT family to MiniBERT, and back.",
+    help="Convert models of the BERT family to MiniBERT, and back; publish, fetch and check models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -467,6 +467,133 @@ def export(
         from minibert.hub.export import export as export_model
 
         _report(export_model(model, output_dir, revision=revision), as_json)
+
+
+@hub.command(epilog="Example:  minibert hub push runs/tinybert ann/tinybert --private --license mit --language en")
+def push(
+    model: Annotated[str, typer.Argument(help="Folder of a run (its last model is taken), of a stage, or of a MiniBERT.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to write to, created where it is missing; the default is main.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the model as a pull request.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; the default keeps the numbers as they are.")
+    ] = None,
+    as_bert: Annotated[
+        bool, typer.Option("--as-bert", help="Publish the plain BERT that computes the same, which needs no trust_remote_code.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Larger weights are split into files of at most this.")] = "5GB",
+    licence: Annotated[
+        str | None, typer.Option("--license", help="For the card: the Hub's id of a licence, such as mit.")
+    ] = None,
+    languages: Annotated[
+        list[str] | None, typer.Option("--language", help="For the card: code of a language, such as en; several are allowed.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build and prove; print the files and the card, send nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what the repository holds.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a model on the Hub, proved before and after.
+
+    The folder is built with card and code, opened in a fresh process without this package, and sent in one commit, which is
+    then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
+    """
+    with plain_errors(debug, "What was sent is kept; push again to complete it."):
+        from minibert.hub.publish import change_text, size_text
+        from minibert.hub.publish import push as push_model
+
+        card = {name: value for name, value in (("license", licence), ("language", languages)) if value}
+        done = push_model(
+            model,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            dtype=dtype,
+            as_bert=as_bert,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            force=force,
+            report=lambda text: typer.echo(text, err=True),
+            **card,
+        )
+        if as_json:
+            print_json(done.to_dict())
+            return
+        if dry_run:
+            for path, size in done.files.items():
+                typer.echo(f"{size_text(size):>12}  {path}")
+            typer.echo(f"\n{done.card}")
+        for change in done.changes:
+            typer.echo(change_text(change))
+        typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
+        if not dry_run:
+            typer.echo(f"{done.repo_id} is at commit {done.commit}")
+        if done.pull_request:
+            typer.echo(f"pull request: {done.pull_request}")
+
+
+@hub.command(epilog="Example:  minibert hub pull ann/tinybert@v1 tinybert")
+def pull(
+    name: Annotated[
+        str, typer.Argument(metavar="USER/NAME[@REVISION]", help="Model on the Hub, with a branch, tag or commit of it.")
+    ],
+    output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
+    with plain_errors(debug, "What has arrived is kept; pull again to complete it."):
+        from minibert.hub.publish import pull as pull_model
+        from minibert.hub.publish import size_text
+
+        done = pull_model(name, output_dir)
+        if as_json:
+            print_json(done.to_dict())
+            return
+        typer.echo(f"{done.repo_id} at commit {done.commit} is in {done.output}")
+        typer.echo(f"{len(done.files)} files, {size_text(sum(done.files.values()))}")
+        for path, digest in done.code.items():
+            typer.echo(f"sha256 {digest}  {path}")
+        if done.code:
+            ours = {"ours": "that of the installed release", "changed": "not that of the installed release"}[done.code_is]
+            typer.echo(f"its code is {ours}")
+        if done.left_out:
+            typer.echo(f"left out: {', '.join(done.left_out)}")
+
+
+@hub.command(epilog="Example:  minibert hub verify ann/tinybert@v1 --json")
+def verify(
+    model: Annotated[str, typer.Argument(metavar="FOLDER|USER/NAME[@REVISION]", help="Model folder, or model on the Hub.")],
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a model: files, weights, tokenizer, card, code, and that it opens in a fresh process without this package.
+
+    A failed check is exit status 1.
+    """
+    with plain_errors(debug):
+        from minibert.hub.verify import verify as verify_model
+
+        _hide_loading_bars()
+        found = verify_model(model, trust_remote_code=trust_remote_code)
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            if found.commit:
+                typer.echo(f"{model} is at commit {found.commit}")
+            for check in found.checks:
+                typer.echo(f"{check.state:7}  {check.name}: {check.text}")
+                if check.detail:
+                    typer.echo(check.detail)
+        if not found.ok:
+            raise typer.Exit(1)
 
 
 _EXAMPLE_QUESTIONS = (

@@ -1,0 +1,566 @@
+"""Publish a model: build its complete folder, prove it, upload it in one commit, download that and prove it again. And pull."""
+
+import getpass
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import distribution, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
+from minibert.hub import folders, isolated, proof, record, remote, verify
+from minibert.hub.card import build_card
+from minibert.hub.convert import UNUSED, open_tokenizer
+from minibert.hub.export import export, open_minibert
+from minibert.hub.remote import Change, Hub, compare, copy_plain, sha256, split_name
+from minibert.hub.safetensors_check import check_paths, check_weights
+
+TOLERANCE = 1e-6
+SHARD_SIZE = "5GB"
+CODE = tuple(Path(str(module.__file__)) for module in (configuration_minibert, modeling_minibert))
+# Fields that say where a file lay or how it was opened on this machine.
+_OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
+_TEXTS = (".json", ".txt", ".md", ".yaml", ".py", ".jinja")
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass
+class Published:
+    """What :func:`push` did.
+
+    Attributes:
+        source: the folder that was published.
+        files: sizes in bytes by path.
+        opened: in which ways the model was opened in a fresh process, with equal outputs.
+        difference: the largest difference from the outputs here.
+        changes: what the commit changed; empty where the Hub had all of it.
+        commit: hash of the commit that holds the model; None of a dry run.
+    """
+
+    source: str
+    repo_id: str
+    files: dict[str, int]
+    card: str
+    opened: list[str] = field(default_factory=list)
+    difference: float = 0.0
+    changes: list[Change] = field(default_factory=list)
+    commit: str | None = None
+    pull_request: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Pulled:
+    """What :func:`pull` fetched.
+
+    Attributes:
+        code: sha256 of every file of Python code, which opening the model could run, by path.
+        code_is: ``"ours"`` where that is the code of the installed release, ``"changed"``, or ``"none"``.
+        left_out: files of the commit that no model needs, or that are pickles.
+    """
+
+    repo_id: str
+    commit: str
+    output: str
+    files: dict[str, int]
+    code: dict[str, str]
+    code_is: str
+    left_out: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# ---------------------------------------------------------------------------------------------------------------- push
+
+
+def push(
+    model: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dtype: str | None = None,
+    as_bert: bool = False,
+    max_shard_size: str = SHARD_SIZE,
+    dry_run: bool = False,
+    force: bool = False,
+    token: str | None = None,
+    report: Callable[[str], None] = lambda text: None,
+    **fields: Any,
+) -> Published:
+    """Publish ``model`` as ``repo_id``; what the Hub has already is not sent again.
+
+    Args:
+        model: a run (its last model is taken), a stage of one, or any folder of a MiniBERT.
+        private: of a repository that is created.
+        revision: branch to write to, created where it is missing; the default is main.
+        create_pr: propose the commit as a pull request instead.
+        dtype: of the weights, such as ``"bfloat16"``; the default keeps them as they are.
+        as_bert: publish the plain BERT that computes the same, which needs no code.
+        max_shard_size: such as ``"5GB"``; larger weights are split into files of at most this.
+        dry_run: build and prove, but leave the Hub alone.
+        force: replace what a repository holds.
+        report: is told in a sentence what was done.
+        fields: metadata of the card, such as ``license="mit"``; see :func:`minibert.hub.card.build_card`.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it is not finished.
+        ValueError: it is no MiniBERT, a name or size is wrong, a file names a path of this machine, or the repository holds
+            something else.
+        Mismatch: it computes something else in a fresh process; nothing was uploaded, unless the text says so.
+        HubError: the Hub refused, or could not be reached.
+    """
+    repo_id = _check_arguments(repo_id, revision, create_pr, dtype)
+    shard_size = parse_size(max_shard_size)
+    hub = Hub(token)
+    if not dry_run:
+        hub.check_login(repo_id)
+    source = model_folder(model)
+    with tempfile.TemporaryDirectory(prefix="minibert-") as place:
+        folder = Path(place, "model")
+        build(source, folder, repo_id=repo_id, dtype=dtype, as_bert=as_bert, max_shard_size=shard_size, **fields)
+        files = {path: (folder / path).stat().st_size for path in _paths(folder)}
+        done = Published(str(source), repo_id, files, (folder / "README.md").read_text(encoding="utf-8"))
+        report(f"Built from {source}: {len(files)} files, {size_text(sum(files.values()))}.")
+        expected = _expected(source, folder, dtype, as_bert)
+        if dry_run:
+            done.opened, done.difference = prove(folder, expected, f"The folder built from {source}")
+            return done
+        branch = revision or "main"
+        known = None if (is_private := hub.exists(repo_id)) is None else _look(hub, repo_id, branch, folder)
+        if known is not None:
+            _check_replaced(repo_id, known, private=private and not is_private, allowed=force or create_pr)
+        if known is None or known.changes:
+            done.opened, done.difference = prove(folder, expected, f"The folder built from {source}")
+            report("Proved in a fresh process without minibert.")
+            _upload(hub, folder, done, branch, private=private, create_pr=create_pr)
+            report(f"Uploaded as commit {done.commit}.")
+        else:
+            done.commit = known.commit
+            report(f"Nothing to upload: commit {done.commit} holds these files.")
+        _prove_download(hub, folder, done, expected)
+        report("Downloaded that commit into an empty cache, and proved it again.")
+    return done
+
+
+def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None) -> str:
+    problems = []
+    name, behind = split_name(repo_id)
+    if behind:
+        problems.append(f"{repo_id!r} names a revision; give the branch with --revision {behind}")
+    if create_pr and revision:
+        problems.append("a pull request is made against main; leave out --revision, or --create-pr")
+    if revision and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision or revision.startswith("refs/")):
+        problems.append(f"--revision={revision} is no name of a branch")
+    if dtype is not None and dtype not in _DTYPES:
+        problems.append(f"--dtype={dtype} is unknown; use one of {', '.join(_DTYPES)}")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+    return name
+
+
+@dataclass
+class _Known:
+    """What a branch holds: its commit, what must change for it to hold the folder, and whether anything is there."""
+
+    commit: str
+    changes: list[Change]
+    holds_files: bool
+
+
+def _look(hub: Hub, repo_id: str, branch: str, folder: Path) -> _Known:
+    branches = hub.branches(repo_id)
+    commit = branches.get(branch) or branches["main"]
+    files = hub.files(repo_id, commit)
+    # A branch that is still at main's commit has nothing of its own to lose.
+    own = branch == "main" or (branch in branches and commit != branches["main"])
+    changes = compare(folder, files)
+    if branch not in branches and not changes:
+        changes = []  # a new branch of the same files is no commit
+    return _Known(commit, changes, bool(files) and own)
+
+
+def _check_replaced(repo_id: str, known: _Known, *, private: bool, allowed: bool) -> None:
+    if private:
+        raise ValueError(
+            f"{repo_id} exists and is public, so that --private cannot hold; make it private in its settings on the Hub first, "
+            "or push to another name."
+        )
+    if known.changes and known.holds_files and not allowed:
+        listed = "\n".join(f"  {change_text(change)}" for change in known.changes)
+        raise ValueError(
+            f"{repo_id} holds something else already; look at what would change, and if it is meant push again with --force, "
+            f"or propose it with --create-pr.\n{listed}"
+        )
+
+
+def _upload(hub: Hub, folder: Path, done: Published, branch: str, *, private: bool, create_pr: bool) -> None:
+    hub.create(done.repo_id, private=private)
+    if branch != "main" and branch not in hub.branches(done.repo_id):
+        hub.create_branch(done.repo_id, branch)
+    known = _look(hub, done.repo_id, branch, folder)
+    done.changes = known.changes
+    done.commit, done.pull_request = hub.upload(
+        done.repo_id,
+        folder,
+        parent=known.commit,
+        change=[change.path for change in known.changes if change.kind != "removed"],
+        remove=[change.path for change in known.changes if change.kind == "removed"],
+        revision=None if branch == "main" else branch,
+        create_pr=create_pr,
+        message=f"A model published by minibert {version('minibert')}",
+    )
+
+
+def _prove_download(hub: Hub, folder: Path, done: Published, expected: "_Expected") -> None:
+    what = f"Commit {done.commit} of {done.repo_id}, which is on the Hub,"
+    with tempfile.TemporaryDirectory(prefix="minibert-") as place:
+        fetched = hub.download(done.repo_id, str(done.commit), Path(place))
+        for path in _paths(folder):
+            if not (fetched / path).exists() or sha256(fetched / path) != sha256(folder / path):
+                raise proof.Mismatch(f"{what} holds another {path} than was sent; push again, and report it if that recurs.")
+        done.opened, done.difference = prove(
+            folder, expected, what, hub_name=(done.repo_id, str(done.commit)), cache=Path(place)
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- proof
+
+
+@dataclass
+class _Expected:
+    """What the model computes in this process, and how to ask for the same in another."""
+
+    request: isolated.Request
+    outputs: dict[str, Tensor]
+
+
+def _expected(source: Path, folder: Path, dtype: str | None, as_bert: bool) -> _Expected:
+    """The outputs here: those of the source or, of a plain BERT, which was compared with it already, its own."""
+    request = verify.request_for(folder)
+    opened = folder if as_bert else source
+    own = isolated.Request(
+        **{**asdict(request), "model": str(opened), "transformer": str(folders.encoder_folder(opened)), "trust": False}
+    )
+    own.dtype = dtype
+    with proof.quiet():
+        return _Expected(request, isolated.compute(own)[0])
+
+
+def prove(
+    folder: Path,
+    expected: _Expected,
+    what: str,
+    *,
+    hub_name: tuple[str, str] | None = None,
+    cache: Path | None = None,
+) -> tuple[list[str], float]:
+    """Open the model in a fresh process without this package, and compare its outputs with those here.
+
+    Args:
+        hub_name: id and commit to open it by, from ``cache``, instead of its folder.
+
+    Returns:
+        The ways in which it was opened, and the largest difference.
+
+    Raises:
+        Mismatch: it cannot be opened there, or computes something else.
+    """
+    request = expected.request
+    if hub_name:
+        request = isolated.Request(**{**asdict(request), "model": hub_name[0], "revision": hub_name[1]})
+    try:
+        found, opened = isolated.run(request, cache=cache)
+    except isolated.NotOpened as error:
+        raise proof.Mismatch(f"{what} cannot be opened in a fresh process without minibert: {error}") from None
+    return opened, _largest_difference(expected.outputs, found, what)
+
+
+def _largest_difference(here: dict[str, Tensor], there: dict[str, Tensor], what: str) -> float:
+    """The largest difference, or :class:`Mismatch` that names the first output that differs by more than the tolerance."""
+    largest = 0.0
+    for name, expected in here.items():
+        found = there.get(name)
+        if found is None or found.shape != expected.shape:
+            shape = "missing" if found is None else f"of shape {list(found.shape)}, not {list(expected.shape)},"
+            raise proof.Mismatch(f"{what} computes something else in a fresh process: {name} is {shape} there.")
+        if not expected.numel():
+            continue
+        differences = (expected - found).abs()
+        wrong = ~(differences <= TOLERANCE * expected.abs().clamp(min=1))  # what is no number is wrong too
+        if wrong.any():
+            first = tuple(wrong.nonzero()[0].tolist())
+            raise proof.Mismatch(
+                f"{what} computes something else in a fresh process: {name}{list(first)} is {float(expected[first]):.6g} here "
+                f"and {float(found[first]):.6g} there."
+            )
+        largest = max(largest, float(differences.max()))
+    return largest
+
+
+# --------------------------------------------------------------------------------------------------------------- build
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder to publish: ``model`` itself, or the last model of the run that it is.
+
+    Raises:
+        FileNotFoundError: there is none, or its training is not finished.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no model folder {model} (looked from {Path.cwd()}); give the folder of a run, of a stage or of a model."
+        )
+    if (folder / "recipe.yaml").exists() and not (folder / "config.json").exists():
+        return _last_stage(folder)
+    if (folder / "checkpoints").is_dir() and not (folder / "stage.json").exists():
+        raise FileNotFoundError(f"The training of {folder} is not finished; resume it with minibert train, then push.")
+    return folder
+
+
+def _last_stage(run: Path) -> Path:
+    try:
+        stages = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["stages"]
+        numbered = [(f"{number}-{stage['name']}", stage["kind"]) for number, stage in enumerate(stages, start=1)]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{run / 'recipe.yaml'} is damaged; name the folder of the stage to publish instead.") from error
+    names = [name for name, kind in numbered if kind not in ("tokenizer", "evaluate")]
+    if not names:
+        raise FileNotFoundError(f"The run {run} has no stage that makes a model; add one to its recipe.")
+    if not (run / names[-1] / "stage.json").exists():
+        raise FileNotFoundError(
+            f"Stage {names[-1]} of the run {run} is not finished; resume it with minibert train, or name an earlier stage."
+        )
+    return run / names[-1]
+
+
+def build(
+    source: Path,
+    target: Path,
+    *,
+    repo_id: str | None = None,
+    dtype: str | None = None,
+    as_bert: bool = False,
+    max_shard_size: int = 5 * 10**9,
+    **fields: Any,
+) -> None:
+    """Write everything that a model on the Hub consists of into ``target``; see :func:`push`.
+
+    Raises:
+        ValueError: it is no complete MiniBERT, or a file names a path or the user of this machine.
+    """
+    check_paths(source)
+    check_weights(folders.encoder_folder(source))
+    with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
+        if as_bert:
+            plain = Path(place, "minibert")
+            plain.mkdir()
+            _write_model(source, plain, dtype)
+            temporary.rmdir()
+            export(plain, temporary)
+        else:
+            _write_model(source, temporary, dtype)
+            for file in CODE:
+                shutil.copy(file, temporary / file.name)
+        _shard(temporary, max_shard_size)
+        for name in ("config.json", "tokenizer_config.json"):
+            _forget_this_machine(temporary / name)
+        shutil.copy(_licence(source), temporary / "LICENSE")
+        (temporary / "README.md").write_text(build_card(temporary, repo_id, origin=source, **fields), encoding="utf-8")
+        if recipe := record.read(source).recipe:
+            (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
+        if failed := [check for check in verify.checks_of(temporary) if check.state == "failed"]:
+            raise ValueError(f"{source} is not ready: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
+
+
+def _write_model(source: Path, target: Path, dtype: str | None) -> None:
+    """Weights, configuration, tokenizer and sentence-transformers modules of a MiniBERT."""
+    folder, config, _, checkpoint = open_minibert(source, None)
+    encoder = folders.encoder_folder(folder)
+    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    wanted = _DTYPES[dtype] if dtype else None
+    folders.write_tensors(target / folders.WEIGHTS, {name: _reader(checkpoint, name, wanted) for name in checkpoint.names})
+    if (encoder / UNUSED).exists():
+        spare = folders.Checkpoint(encoder, UNUSED)
+        folders.write_tensors(target / UNUSED, {name: _reader(spare, name, wanted) for name in spare.names})
+    if wanted is not None:
+        config.dtype = wanted
+    config.auto_map = dict(configuration_minibert.AUTO_MAP)
+    assert isinstance(config, MiniBertConfig)
+    config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    folders.copy_modules(folder, target)
+
+
+def _reader(checkpoint: folders.Checkpoint, name: str, dtype: torch.dtype | None) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        tensor = checkpoint[name]
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    return read
+
+
+def _shard(folder: Path, limit: int) -> None:
+    """Split weights of more than ``limit`` bytes into files that hold at most so many, a tensor at least, with their index."""
+    file = folder / folders.WEIGHTS
+    if file.stat().st_size <= limit:
+        return
+    checkpoint = folders.Checkpoint(folder)
+    shards: list[list[str]] = []
+    sizes: list[int] = []
+    for name in checkpoint.names:
+        tensor = checkpoint[name]
+        size = tensor.numel() * tensor.element_size()
+        if not shards or sizes[-1] + size > limit:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += size
+    if len(shards) == 1:
+        return
+    places: dict[str, str] = {}
+    count = 0
+    for number, names in enumerate(shards, start=1):
+        part = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        count += folders.write_tensors(folder / part, {name: _reader(checkpoint, name, None) for name in names})
+        places |= dict.fromkeys(names, part)
+    index = {"metadata": {"total_parameters": count, "total_size": sum(sizes)}, "weight_map": dict(sorted(places.items()))}
+    (folder / f"{folders.WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    file.unlink()
+
+
+def _forget_this_machine(file: Path) -> None:
+    if file.exists():
+        fields = {name: value for name, value in folders.read_json(file).items() if name not in _OF_THIS_MACHINE}
+        file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _licence(source: Path) -> Path:
+    """The licence in ``source``, else that of this package, under which its code travels."""
+    if (source / "LICENSE").exists():
+        return source / "LICENSE"
+    beside = CODE[0].with_name("LICENSE")
+    if beside.exists():
+        return beside
+    (found,) = [file for file in distribution("minibert").files or () if file.name == "LICENSE"]
+    return Path(str(found.locate()))
+
+
+def check_private(folder: Path, places: Iterable[Path]) -> None:
+    """Refuse a folder in which a text names ``places``, a home directory, or the user of this machine within a path.
+
+    Raises:
+        ValueError: naming the files and what stands there.
+    """
+    begin = r"(?<![\w.:/])"  # of a path, not of the part of an address behind its host
+    user = re.escape(getpass.getuser())
+    patterns = [re.escape(str(place.expanduser().resolve())) + r"\b" for place in places if len(place.resolve().parts) > 1]
+    patterns += [begin + re.escape(str(Path.home())) + r"[/\\]+[\w.-]+", begin + r"/(?:home|Users)/[\w.-]+"]
+    patterns += [r"[A-Za-z]:[/\\]+Users[/\\]+[\w.-]+", begin + rf"(?:/[\w.-]+)*/{user}/[\w.-]+"]
+    private = re.compile("|".join(patterns))
+    found = []
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in _TEXTS and (match := private.search(file.read_text(encoding="utf-8"))):
+            found.append(f"{file.relative_to(folder).as_posix()} names {match[0]}")
+    if found:
+        raise ValueError(
+            f"The published files would name places of this machine: {'; '.join(found)}; remove that from the model's files."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- pull
+
+
+def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pulled:
+    """Download the model ``USER/NAME[@REVISION]`` into a new folder, as the one commit that its revision means now.
+
+    Nothing of it is opened or run. Without the network (``HF_HUB_OFFLINE=1``) it comes from the cache.
+
+    Raises:
+        ValueError: the name is none, the folder is not empty, or what the Hub holds is damaged, pickled or leads elsewhere.
+        HubError: the Hub refused, or could not be reached.
+    """
+    repo_id, revision = split_name(name)
+    output_dir = Path(output_dir)
+    folders.check_output(output_dir)
+    commit, fetched, files = remote.fetch(repo_id, revision, token)
+    with folders.new_folder(output_dir) as temporary:
+        copy_plain(fetched, temporary, link=False)
+        for path in _paths(temporary):
+            if path in files and not remote.same(temporary / path, files[path]):
+                raise ValueError(f"{path} of {repo_id} arrived damaged; delete {fetched} and pull again.")
+        check_paths(temporary)
+        check_weights(folders.encoder_folder(temporary))
+        sizes = {path: (temporary / path).stat().st_size for path in _paths(temporary)}
+        code = verify.code_of(temporary)
+    return Pulled(
+        repo_id=repo_id,
+        commit=commit,
+        output=str(output_dir),
+        files=sizes,
+        code=code.files,
+        code_is=code.state,
+        left_out=sorted(set(files) - set(sizes)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def _paths(folder: Path) -> list[str]:
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``"5GB"``.
+
+    >>> parse_size("5GB"), parse_size("200 MB")
+    (5000000000, 200000000)
+
+    Raises:
+        ValueError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"--max-shard-size={text} is no size; give one such as 500MB or 5GB.")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def size_text(size: int) -> str:
+    """A size in bytes for people.
+
+    >>> size_text(12), size_text(1_234_567)
+    ('12 bytes', '1.2 MB')
+    """
+    for unit, factor in reversed(_UNITS.items()):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def change_text(change: Change) -> str:
+    """A line of the list of what changes.
+
+    >>> change_text(Change("config.json", "changed", 900, 1000))
+    'changed  config.json  900 bytes -> 1.0 KB'
+    """
+    sizes = [size_text(size) for size in (change.before, change.after) if size is not None]
+    return f"{change.kind:7}  {change.path}  {' -> '.join(sizes)}"
+
+
+__all__ = ["Published", "Pulled", "build", "pull", "push"]
