@@ -5,9 +5,19 @@ This file travels with every checkpoint, next to ``modeling_minibert.py``; it ma
 
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
+import transformers
+
+# Found by trying: with 5.3 configurations are no dataclasses yet. Checked before anything that an older version lacks.
+OLDEST_TRANSFORMERS = "5.4"
+if [int(part) for part in transformers.__version__.split(".")[:2]] < [int(part) for part in OLDEST_TRANSFORMERS.split(".")]:
+    raise ImportError(
+        f"MiniBERT needs transformers {OLDEST_TRANSFORMERS} or newer, but this is {transformers.__version__}; upgrade it with "
+        "pip install -U transformers, or take the model as plain BERT (minibert hub export --to bert), which any version reads."
+    )
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import PreTrainedConfig  # noqa: E402
+from transformers.activations import ACT2FN  # noqa: E402
 
 # Every class a checkpoint offers, in the form ``trust_remote_code=True`` reads from config.json. It is written complete
 # into each saved configuration, so that any head can be loaded from any checkpoint.
