@@ -4,7 +4,6 @@ import filecmp
 import hashlib
 import json
 import logging
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ _DECIDING = (
     *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
 )
+_named: set[Path] = set()  # code files that were told to differ
 
 
 def load(
@@ -132,13 +132,13 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
 
 
-@cache
 def _compare_code(folder: Path) -> None:
     """Warn, once, where a checkpoint's code is not the installed code, which is what runs."""
     for module in (configuration_minibert, modeling_minibert):
         installed = Path(str(module.__file__))
         carried = folder / installed.name
-        if carried.exists() and not filecmp.cmp(carried, installed, shallow=False):
+        if carried.exists() and carried not in _named and not filecmp.cmp(carried, installed, shallow=False):
+            _named.add(carried)
             logger.warning(
                 "%s differs from the installed minibert's; the installed one runs, which may compute something else.", carried
             )
