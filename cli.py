@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,60 +151,132 @@ def _hide_loading_bars() -> None:
     disable_progress_bar()
 
 
-@app.command(epilog='Example:  minibert search runs/quickstart/2-embed --passages notes.txt "how do I sort a list" --top-k 3')
+@app.command(
+    epilog='Examples:  minibert search runs/notes-vectors "how do I sort a list" --top-k 3\n\n'
+    'minibert search runs/quickstart/2-embed --passages notes.txt "how do I sort a list"'
+)
 def search(
-    model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],
-    passages: Annotated[
+    target: Annotated[
         str,
-        typer.Option(
-            metavar="FILE", help="Text file (one passage per line), CSV, TSV, JSON (lines), Parquet, or Hub data set."
+        typer.Argument(
+            metavar="INDEX|MODEL",
+            help="Folder of vectors that minibert encode wrote; with --passages: model folder, or id (owner/name) on the Hub.",
         ),
     ],
     queries: Annotated[
         list[str] | None,
         typer.Argument(metavar="[QUERY]...", help="What to look for; without any, queries are read line by line."),
     ] = None,
-    column: Annotated[
-        str | None, typer.Option(help="Column of the passages; needed when the file has several of texts.")
+    passages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Search this with the MODEL instead of a folder of vectors: text file (one passage per line), CSV, TSV, "
+            "JSON (lines), Parquet, or Hub data set.",
+        ),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of --passages; needed when the file has several of texts.")] = None,
+    queries_file: Annotated[
+        str | None,
+        typer.Option("--queries", metavar="FILE", help="Read queries from a file: one per line, or a table (column query)."),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Passages shown for each query.")] = 5,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Of an INDEX: rank by words (BM25) too, and fuse the rankings.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Of an INDEX: compare with every vector, however many.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Of an INDEX: build it from nothing.")] = False,
+    model: Annotated[str | None, typer.Option(help="Of an INDEX: where the model that made it is now, if elsewhere.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON; for --queries and queries read line by line, one object per line.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Find the passages that answer a query, best first."""
-    with plain_errors(debug):
-        from minibert.inference.search import Searcher, check_queries, read_passages
+    """Find the passages that answer a query, best first, in a folder of vectors (INDEX) or in a file (MODEL --passages FILE).
 
-        check_queries(queries or [])
+    The first search in a folder builds its index, and later ones add what is new to it.
+    """
+    with plain_errors(debug):
         _hide_loading_bars()
-        texts = read_passages(passages, column)
-        searcher = Searcher(model, texts, trust_remote_code=trust_remote_code, show_progress=sys.stderr.isatty())
-        if queries:
-            answers = [_answer(query, hits) for query, hits in zip(queries, searcher.search(queries, top_k), strict=True)]
-            if as_json:
-                print_json(answers)
-            else:
-                typer.echo("\n\n".join(_answer_lines(answer) for answer in answers))
-        for query in () if queries else _typed_queries():
-            answer = _answer(query, searcher.search([query], top_k)[0])
+        _report_progress()
+        asked = _asked(queries, queries_file)
+        of_index = {"model": model, "hybrid": hybrid, "exact": exact, "rebuild": rebuild}
+        if passages is None:
+            searcher = _folder_searcher(target, column, trust_remote_code, **of_index)
+        else:
+            searcher = _passage_searcher(target, passages, column, trust_remote_code, **of_index)
+        if queries and as_json:
+            print_json([_answer(*pair) for pair in zip(queries, searcher.search(queries, top_k), strict=True)])
+            return
+        for answer in _answers(searcher, asked, top_k):
             typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _answer_lines(answer) + "\n")
 
 
+def _asked(queries: list[str] | None, file: str | None) -> list[str] | None:
+    from minibert.inference.search import check_queries, read_queries
+
+    if queries and file:
+        raise ValueError("There are queries on the command line and in --queries; give one of the two.")
+    check_queries(queries or [])
+    return read_queries(file) if file else queries or None
+
+
+def _passage_searcher(target: str, passages: str, column: str | None, trust_remote_code: bool, **of_index: Any) -> Any:
+    from minibert.inference.search import Searcher, read_passages
+
+    if given := [name for name, value in of_index.items() if value]:
+        raise ValueError(
+            f"--{given[0]} is for a folder of vectors, and --passages {passages} is none; make one with: "
+            f"minibert encode {target} {passages} OUT"
+        )
+    texts = read_passages(passages, column)
+    return Searcher(target, texts, trust_remote_code=trust_remote_code, show_progress=sys.stderr.isatty())
+
+
+def _folder_searcher(folder: str, column: str | None, trust_remote_code: bool, **options: Any) -> Any:
+    from minibert.inference.search import FolderSearcher
+    from minibert.inference.vectors import MANIFEST
+
+    if column is not None:
+        raise ValueError("--column is the column of --passages; a folder of vectors has its texts already.")
+    path = Path(folder).expanduser()
+    if not (path / MANIFEST).exists():
+        raise FileNotFoundError(
+            f"{folder} is a model, not a folder of vectors: say what to search with --passages FILE, or make a folder of "
+            f"vectors with: minibert encode {folder} FILE OUT"
+            if any((path / name).exists() for name in ("config.json", "modules.json"))
+            else f"There is no folder of vectors {folder} (looked from {Path.cwd()}, for its {MANIFEST}); make one with "
+            "minibert encode, or name a model and --passages FILE."
+        )
+    return FolderSearcher(path, trust_remote_code=trust_remote_code, show_progress=sys.stderr.isatty(), **options)
+
+
+def _answers(searcher: Any, queries: list[str] | None, top_k: int) -> Iterator[dict[str, Any]]:
+    """Answers to ``queries``, many at once, or without any to what is typed, one by one."""
+    if queries is None:
+        batches: Iterable[list[str]] = ([query] for query in _typed_queries())
+    else:
+        batches = (queries[start : start + 1024] for start in range(0, len(queries), 1024))
+    for batch in batches:
+        yield from map(_answer, batch, searcher.search(batch, top_k))
+
+
 def _answer(query: str, hits: list[Any]) -> dict[str, Any]:
-    return {"query": query, "hits": [{"score": hit.score, "passage": hit.passage} for hit in hits]}
+    def fields(hit: Any) -> dict[str, Any]:
+        return {"score": hit.score, **({} if hit.id is None else {"id": hit.id}), "passage": hit.passage}
+
+    return {"query": query, "hits": [fields(hit) for hit in hits]}
 
 
 def _answer_lines(answer: dict[str, Any]) -> str:
     from textwrap import shorten
 
+    def shown(hit: dict[str, Any]) -> str:  # a folder of vectors may hold no texts
+        return shorten(hit["passage"], 300, placeholder=" …") if hit["passage"] is not None else f"id {hit['id']}"
+
     hits = enumerate(answer["hits"], start=1)
-    return "\n".join(
-        [
-            answer["query"],
-            *(f"{rank:4d}  {hit['score']:.4f}  {shorten(hit['passage'], 300, placeholder=' …')}" for rank, hit in hits),
-        ]
-    )
+    return "\n".join([answer["query"], *(f"{rank:4d}  {hit['score']:.4f}  {shown(hit)}" for rank, hit in hits)])
 
 
 def _typed_queries() -> Iterator[str]:

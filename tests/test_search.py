@@ -1,8 +1,10 @@
 """Opening models for use, reading passages, and searching them from Python and from the command line."""
 
 import json
+import logging
 import shutil
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -12,8 +14,9 @@ from typer.testing import CliRunner
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
 from minibert.cli import app
 from minibert.inference import search
-from minibert.inference.load import load
-from minibert.inference.search import Searcher, read_passages
+from minibert.inference.load import fingerprint, load
+from minibert.inference.search import FolderSearcher, Searcher, read_passages, read_queries
+from minibert.inference.vectors import Manifest, Shard, ShardWriter, VectorFolder, shard_name, write_manifest
 
 PASSAGES = [
     "the cat sleeps on the sofa",
@@ -53,6 +56,61 @@ def passages_file(tmp_path):
     file = tmp_path / "passages.txt"
     file.write_text("\n\n".join(PASSAGES), encoding="utf-8")
     return file
+
+
+def write_vectors(folder, model, passages, *, ids=None, keep=True, per_shard=3, **fields):
+    """Write, or add to, a folder of vectors of ``passages``."""
+    folder.mkdir(exist_ok=True)
+    vectors = load(model).encode_document(passages)
+    manifest = Manifest(
+        model=str(model),
+        fingerprint=fingerprint(model),
+        dimension=vectors.shape[1],
+        precision="float32",
+        normalized=True,
+        source={},
+        columns={"kept": keep},
+        encoding={},
+        rows_per_shard=per_shard,
+    )
+    for name, value in {"complete": True, **fields}.items():
+        setattr(manifest, name, value)
+    ids = pa.array(range(len(passages)) if ids is None else ids)
+    for number, start in enumerate(range(0, len(passages), per_shard)):
+        rows = slice(start, min(start + per_shard, len(passages)))
+        if not (folder / shard_name(number)).exists():
+            with ShardWriter(folder / shard_name(number), manifest, ids.type) as writer:
+                writer.write(ids[rows], passages[rows], vectors[rows])
+        manifest.shards.append(Shard(shard_name(number), start, rows.stop - start, start, rows.stop - start))
+    manifest.rows = len(passages)
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vectors_once(saved, tmp_path_factory):
+    return write_vectors(tmp_path_factory.mktemp("vectors") / "passages", saved, PASSAGES, ids=["a", "b", "c", "d"])
+
+
+@pytest.fixture
+def vectors(vectors_once, tmp_path):
+    """A folder of vectors of the passages, in two shards, not indexed yet."""
+    return shutil.copytree(vectors_once, tmp_path / "vectors")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """The command sends the package's log to a standard error that is closed when the command ends."""
+    logger = logging.getLogger("minibert")
+    before = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate, logger.level = before
+
+
+@pytest.fixture
+def run_index():
+    """Run ``minibert search`` in a folder of vectors."""
+    return lambda *args, **kwargs: CliRunner().invoke(app, ["search", *map(str, args)], **kwargs)
 
 
 # --- opening a model ------------------------------------------------------------------------------------------------------
@@ -249,6 +307,125 @@ def test_bad_search_is_refused(saved):
         searcher.search(["cat"], top_k=0)
 
 
+# --- searching a folder of vectors ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_vectors_answers_as_its_passages_do(saved, vectors):
+    queries = ["capital of france", "gradient descent", "the sofa"]
+    for ours, theirs in zip(
+        FolderSearcher(vectors).search(queries, 4), Searcher(saved, PASSAGES).search(queries, 4), strict=True
+    ):
+        assert [hit.passage for hit in ours] == [hit.passage for hit in theirs]
+        assert [hit.score for hit in ours] == pytest.approx([hit.score for hit in theirs], abs=1e-5)
+        assert [hit.id for hit in ours] == ["abcd"[hit.number] for hit in theirs]
+
+
+def test_passages_that_are_added_are_found(saved, vectors):
+    assert len(FolderSearcher(vectors).search(["tree"], 9)[0]) == 4
+    write_vectors(vectors, saved, [*PASSAGES[:3], "networks learn", "a sofa is sorted"], ids=list("abcde"))
+    (vectors / "part-00001.parquet").unlink()  # it was not full
+    write_vectors(vectors, saved, [*PASSAGES[:3], "networks learn", "a sofa is sorted"], ids=list("abcde"))
+    assert FolderSearcher(vectors).search(["a sofa is sorted"], 1)[0][0].id == "e"
+
+
+def test_a_folder_without_texts_gives_ids(saved, tmp_path, run_index):
+    folder = write_vectors(tmp_path / "vectors", saved, PASSAGES, keep=False)
+    (hit, *_) = FolderSearcher(folder).search(["capital of france"])[0]
+    assert (hit.passage, hit.id) == (None, 2)
+    result = run_index(folder, "capital of france", "--top-k", 1)
+    assert result.stdout.strip().endswith("id 2")
+    result = run_index(folder, "capital of france", "--hybrid")
+    assert result.exit_code == 2
+    assert "holds no texts, which --hybrid searches by their words" in result.stderr
+
+
+def test_hybrid_search_finds_words_the_model_does_not_know(saved, tmp_path):
+    # Both are unknown words to the tokenizer, so that the two passages have the same vector.
+    passages = ["zzyzx is a town", "qwerty is a town", "the cat sleeps", "a list"]
+    folder = write_vectors(tmp_path / "vectors", saved, passages)
+    assert [hit.number for hit in FolderSearcher(folder, hybrid=True).search(["qwerty town"], 2)[0]] == [1, 0]
+    hits = FolderSearcher(folder, hybrid=True).search(["qwerty town", "the of"], 4)
+    assert hits[0][0].score == pytest.approx(1 / 61 + 1 / 61) or hits[0][0].score == pytest.approx(1 / 61 + 1 / 62)
+    assert len(hits[1]) == 4  # no word but stop words: the ranking by meaning remains
+
+
+def test_the_word_index_is_built_once_and_follows_the_shards(saved, vectors, monkeypatch):
+    built, real = [], search.WordIndex.build
+    monkeypatch.setattr(search.WordIndex, "build", lambda *args, **kwargs: built.append(1) or real(*args, **kwargs))
+    for _ in range(2):
+        FolderSearcher(vectors, hybrid=True)
+    assert len(built) == 1
+    (words,) = (vectors / "index").glob("words-*")
+    (words / "indices.csc.index.npy").write_bytes(b"")
+    FolderSearcher(vectors, hybrid=True)  # damaged
+    assert len(built) == 2
+    (vectors / "part-00001.parquet").unlink()
+    write_vectors(vectors, saved, [*PASSAGES, "qwerty"], ids=list("abcde"))
+    assert FolderSearcher(vectors, hybrid=True).search(["qwerty"], 1)[0][0].id == "e"
+    assert len(built) == 3
+    assert len(list((vectors / "index").glob("words-*"))) == 1
+
+
+def test_texts_of_stop_words_alone_are_refused_for_hybrid_search(saved, tmp_path):
+    folder = write_vectors(tmp_path / "vectors", saved, ["the of", "and a"])
+    with pytest.raises(ValueError, match="no words but stop words"):
+        FolderSearcher(folder, hybrid=True)
+
+
+def test_the_model_may_have_moved_but_not_changed(saved, folder, vectors, tmp_path):
+    manifest = VectorFolder(vectors).manifest
+    manifest.model = str(tmp_path / "moved")
+    write_manifest(vectors, manifest)
+    with pytest.raises(FileNotFoundError, match="no model folder .*moved.* say where it is with --model"):
+        FolderSearcher(vectors)
+    assert FolderSearcher(vectors, saved).search(["cat"], 1)
+    with torch.no_grad():
+        other = MiniBertModel.from_pretrained(folder)
+        other.embeddings.word_embeddings.weight.mul_(1.5)
+    other.save_pretrained(folder)
+    with pytest.raises(ValueError, match="were made by .*moved, and .*model is another model: search with --model .*moved"):
+        FolderSearcher(vectors, folder)
+    shutil.copytree(folder, tmp_path / "moved")
+    with pytest.raises(ValueError, match="moved has changed since"):
+        FolderSearcher(vectors)
+
+
+def test_an_opened_model_of_another_width_is_refused(saved, vectors):
+    model = load(saved)
+    model.truncate_dim = 16
+    with pytest.raises(ValueError, match="vectors of 32 numbers, and the model makes 16"):
+        FolderSearcher(vectors, model)
+
+
+def test_a_folder_that_is_still_being_encoded_is_searched_with_a_word_of_it(saved, tmp_path, caplog):
+    folder = write_vectors(tmp_path / "vectors", saved, PASSAGES, complete=False)
+    assert FolderSearcher(folder).search(["cat"], 1)
+    assert "is not finished: minibert encode has written 4 vectors so far" in caplog.text
+
+
+# --- reading queries ------------------------------------------------------------------------------------------------------
+
+
+def test_queries_come_one_per_row_repeated_ones_too(tmp_path):
+    (tmp_path / "queries.txt").write_text("b\na\nb\n", encoding="utf-8")
+    assert read_queries(tmp_path / "queries.txt") == ["b", "a", "b"]
+    assert read_queries(Dataset.from_dict({"answer": ["x"], "question": ["a"]})) == ["a"]
+    assert read_queries(Dataset.from_dict({"id": [1], "body": ["a"]})) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"title": ["t"], "body": ["b"]}, "no column of queries: the columns of texts are title, body; name one of them query"),
+        ({"id": [1]}, "the columns of texts are none"),
+        ({"query": ["a", None]}, "Query 2 is empty"),
+    ],
+)
+def test_unclear_queries_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_queries(Dataset.from_dict(rows))
+
+
 # --- the command ----------------------------------------------------------------------------------------------------------
 
 
@@ -319,3 +496,72 @@ def test_model_that_is_not_there_is_status_2(passages_file):
     result = CliRunner().invoke(app, ["search", "no/where/at/all", "--passages", str(passages_file), "cat"])
     assert result.exit_code == 2
     assert "There is no model folder no/where/at/all" in result.stderr
+
+
+def test_a_folder_is_indexed_once_and_its_hits_printed(run_index, vectors):
+    result = run_index(vectors, "the cat", "--top-k", 2)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.strip() == "Exact search: each query is compared with all 4 vectors (recall@10 1)."
+    query, first, _ = result.stdout.strip().splitlines()
+    assert query == "the cat" and first.endswith(PASSAGES[0])
+    assert run_index(vectors, "the cat").stderr == ""
+
+
+def test_queries_of_a_file_are_answered_line_by_line(run_index, vectors, run, passages_file, tmp_path):
+    file = tmp_path / "queries.jsonl"
+    file.write_text('{"query": "capital of france"}\n{"query": "gradient descent"}\n', encoding="utf-8")
+    of_folder = run_index(vectors, "--queries", file, "--json", "--top-k", 1)
+    of_passages = run("--passages", passages_file, "--queries", file, "--json", "--top-k", 1)
+    for result in (of_folder, of_passages):
+        assert result.exit_code == 0, result.output
+        answers = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [answer["query"] for answer in answers] == ["capital of france", "gradient descent"]
+        assert [answer["hits"][0]["passage"] for answer in answers] == [PASSAGES[2], PASSAGES[3]]
+    assert json.loads(of_folder.stdout.splitlines()[0])["hits"][0]["id"] == "c"
+
+
+def test_queries_for_a_folder_are_read_from_standard_input(run_index, vectors):
+    result = run_index(vectors, "--json", input="the cat\ngradient descent\n")
+    assert [json.loads(line)["query"] for line in result.stdout.splitlines()] == ["the cat", "gradient descent"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--queries", "{tmp}/empty.txt"], "empty.txt is empty"),
+        (["--queries", "{tmp}/blank.jsonl"], "Query 1 is empty"),
+        (["--queries", "{tmp}/none.txt"], "There is no file or folder"),
+        (["--queries", "{tmp}/blank.jsonl", "cat"], "There are queries on the command line and in --queries"),
+        (["--column", "text", "cat"], "--column is the column of --passages"),
+        (["--model", "{tmp}/none", "cat"], "There is no model folder"),
+        (["  "], "Query 1 is empty"),
+    ],
+)
+def test_bad_input_for_a_folder_is_one_sentence_and_status_2(run_index, vectors, tmp_path, options, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"query": " "}\n')
+    result = run_index(vectors, *(option.format(tmp=tmp_path) for option in options))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_options_of_a_folder_are_refused_for_passages(run, passages_file):
+    for option in (["--hybrid"], ["--exact"], ["--rebuild"], ["--model", "x"]):
+        result = run("--passages", passages_file, *option, "cat")
+        assert result.exit_code == 2
+        assert f"{option[0]} is for a folder of vectors" in result.stderr
+
+
+def test_what_is_no_folder_of_vectors_says_what_it_is(run_index, saved, tmp_path):
+    assert f"{saved} is a model, not a folder of vectors: say what to search with --passages" in run_index(saved, "cat").stderr
+    result = run_index(tmp_path / "nowhere", "cat")
+    assert result.exit_code == 2
+    assert "There is no folder of vectors" in result.stderr
+
+
+def test_a_missing_shard_is_status_2(run_index, vectors):
+    (vectors / "part-00001.parquet").unlink()
+    result = run_index(vectors, "cat")
+    assert result.exit_code == 2
+    assert "lacks part-00001.parquet" in result.stderr

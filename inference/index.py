@@ -1,0 +1,505 @@
+"""A FAISS index beside a folder of vectors, built when the folder is first searched and brought up to date when it has grown.
+
+Up to ``EXACT_ROWS`` vectors a query is compared with all of them. Above, FAISS groups them into lists around centroids (IVF)
+and compares a query with short codes (4-bit product quantization) of those in the nearest lists; the best of them are then
+compared as they are stored. The vectors themselves are memory-mapped in both cases.
+
+``index/`` in the folder holds a memory-mapped copy of every shard's vectors (Parquet cannot be mapped), the FAISS index with
+the sample its recall is measured on, and ``index.json``, which names them all and is written last: what it does not name
+does not count.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from pyarrow import parquet
+from tqdm.auto import tqdm
+
+from minibert.inference.vectors import Shard, VectorFolder, to_float, whole_file
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+# A query takes some milliseconds against so many vectors of 384; building lists takes as long as thousands of such queries.
+EXACT_ROWS = 50_000
+# Neighbours whose recall is measured, on so many stored vectors, and the recall that the settings are chosen for. A little
+# above 0.99, for the sample is a sample.
+NEIGHBOURS = 10
+_SAMPLE = 1000
+_TARGET = 0.992
+# Queries are often further from their neighbours than passages from theirs, so codes alone never decide.
+_LEAST_CANDIDATES = 4
+_MAX_LISTS = 16_384
+_TRAINING_VECTORS_PER_LIST = 40  # FAISS asks for 39
+# Lists made for so many vectors serve this many times as many; then they are made anew.
+_GROWTH = 4
+_BLOCK = 16_384
+_QUERIES = 1024
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shard as it was when it was indexed, and the mapped copy of its vectors."""
+
+    shard: str
+    first_row: int
+    rows: int
+    bytes: int
+    modified: int
+    sha256: str
+    file: str
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class Lists:
+    """How vectors are searched by lists: ``probes`` of ``lists`` are looked through, and ``candidates`` (times the hits wanted)
+    of what they hold are compared in full. ``recall`` is that of the best 10, on stored vectors, against exact search."""
+
+    file: str
+    file_bytes: int
+    sample: str
+    sample_bytes: int
+    trained_rows: int
+    lists: int
+    probes: int
+    candidates: int
+    recall: float
+
+
+class Sample(NamedTuple):
+    """Stored vectors by row (n,), and their true neighbours, themselves among them: cosines and rows, both (n, 11)."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+    neighbours: np.ndarray
+
+
+@dataclass(frozen=True)
+class State:
+    """What ``index.json`` says. Without ``lists``, search is exact."""
+
+    fingerprint: str
+    precision: str
+    dimension: int
+    rows: int = 0
+    parts: list[Part] = field(default_factory=list)
+    lists: Lists | None = None
+    format: int = FORMAT
+
+    def describe(self) -> str:
+        """The kind of index and its recall, in a line."""
+        if self.lists is None:
+            return f"Exact search: each query is compared with all {self.rows:,} vectors (recall@{NEIGHBOURS} 1)."
+        return (
+            f"IVF-PQ index of {self.rows:,} vectors: {self.lists.probes} of {self.lists.lists:,} lists are searched and "
+            f"{self.lists.candidates} candidates per hit compared in full; recall@{NEIGHBOURS} "
+            f"{self.lists.recall:.4f} against exact search, on {_SAMPLE:,} stored vectors."
+        )
+
+
+class VectorIndex:
+    """Nearest vectors of a folder by cosine.
+
+    Memory: the codes of the lists (half a byte for two dimensions, beside the row's number; none below ``EXACT_ROWS``) and
+    the block that is being compared. The vectors stay on disk, where the operating system keeps in memory what is used.
+
+    Args:
+        folder: the vectors.
+        state: of the index on disk, as :func:`open_index` finds or makes it.
+
+    Raises:
+        ValueError: for files that cannot be read.
+    """
+
+    def __init__(self, folder: VectorFolder, state: State) -> None:
+        self.folder, self.state = folder, state
+        home = index_folder(folder)
+        self._parts = [_mapped(home / part.file, part, folder) for part in state.parts]
+        self._starts = np.array([part.first_row for part in state.parts], dtype=np.int64)
+        self._ivf: Any = None
+        if state.lists is not None:
+            try:
+                self._ivf = faiss.read_index(str(home / state.lists.file))
+            except RuntimeError as error:
+                raise ValueError(f"{home / state.lists.file} is damaged: {str(error).splitlines()[0]}") from error
+
+    def __len__(self) -> int:
+        return self.state.rows
+
+    def search(self, queries: np.ndarray, top_k: int, *, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The ``top_k`` rows nearest to each query, best first: cosines and row numbers, both (n, min(top_k, rows)).
+
+        Where the lists searched hold fewer, row numbers end with -1.
+
+        Args:
+            queries: (n, dimension) float32, of any length.
+            exact: compare with all vectors, whatever their number.
+        """
+        queries = _normalized(np.ascontiguousarray(queries, dtype=np.float32))
+        top_k = min(top_k, len(self))
+        if exact or self.state.lists is None:
+            return self._exact(queries, top_k)
+        found = [
+            self._by_lists(queries[start : start + _QUERIES], top_k, self.state.lists)
+            for start in range(0, len(queries), _QUERIES)
+        ]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(n, dimension) float32: the vectors of these rows, of length 1 unless quantized."""
+        stored = np.empty((len(rows), self.folder.manifest.width), dtype=self._parts[0].dtype)
+        part_of = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(part_of):
+            here = part_of == number
+            stored[here] = self._parts[number][rows[here] - self._starts[number]]
+        return self._floats(stored)
+
+    def blocks(self, first_row: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Vectors from a row on (the first of a shard): number of the first row, and (n, dimension) float32."""
+        for start, part in zip(self._starts.tolist(), self._parts, strict=True):
+            for offset in range(0, len(part) if start >= first_row else 0, _BLOCK):
+                yield start + offset, self._floats(part[offset : offset + _BLOCK])
+
+    def _floats(self, stored: np.ndarray) -> np.ndarray:
+        manifest = self.folder.manifest
+        vectors = stored if stored.dtype == np.float32 else to_float(stored, manifest)
+        return vectors if manifest.normalized else _normalized(vectors)
+
+    def _exact(self, queries: np.ndarray, top_k: int, *, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        best = faiss.ResultHeap(len(queries), top_k, keep_max=True)
+        for start, block in self.blocks(first_row):
+            scores, rows = faiss.knn(queries, block, min(top_k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+            best.add_result(scores, rows.astype(np.int64) + start)
+        best.finalize()
+        return best.D, best.I
+
+    def _by_lists(self, queries: np.ndarray, top_k: int, settings: Lists) -> tuple[np.ndarray, np.ndarray]:
+        self._ivf.nprobe = settings.probes
+        wanted = min(settings.candidates * max(top_k, NEIGHBOURS), len(self))
+        _, rows = self._ivf.search(_even(queries), wanted)
+        scores = self._compare(queries, rows)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+    def _compare(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(n, m) cosines of each query and its m rows; minus infinity where the row is -1."""
+        if self._parts[0].dtype == np.float32 and self.folder.manifest.normalized:
+            # FAISS multiplies straight from the mapped files, on all threads; rows of other shards are given as -1.
+            scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+            for start, part in zip(self._starts.tolist(), self._parts, strict=True):
+                here = (rows >= start) & (rows < start + len(part))
+                ids, products = np.where(here, rows - start, -1), np.empty(rows.shape, dtype=np.float32)
+                faiss.fvec_inner_products_by_idx(  # type: ignore[attr-defined]  # missing in FAISS' own type stubs
+                    *(faiss.swig_ptr(array) for array in (products, queries, part, ids)), part.shape[1], *rows.shape
+                )
+                scores = np.where(here, products, scores)
+            return scores
+        flat, places = np.unique(rows.clip(0), return_inverse=True)
+        vectors = self.vectors(flat)[places.reshape(rows.shape)]  # (n, m, dimension)
+        scores = np.matmul(vectors, queries[:, :, None])[:, :, 0]
+        return np.where(rows < 0, np.float32(-np.inf), scores)
+
+
+def index_folder(folder: VectorFolder) -> Path:
+    """Where the index of a folder of vectors lies."""
+    return folder.folder / "index"
+
+
+def open_index(folder: VectorFolder, *, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
+    """The index of ``folder``: the one on disk where it is current, else extended by the shards it lacks, or built.
+
+    It is built from nothing where there is none, where a shard that it holds has changed or is gone, where one of its files
+    is damaged or missing, and where the folder has outgrown it.
+
+    Args:
+        rebuild: build it from nothing in any case.
+        show_progress: show a bar while it is built.
+
+    Raises:
+        FileNotFoundError: for a shard that is missing.
+        ValueError: for a folder without vectors, or a shard that is damaged or not what the manifest says.
+        OSError: for an index that cannot be written.
+    """
+    manifest, home = folder.manifest, index_folder(folder)
+    if not len(folder):
+        raise ValueError(
+            f"{folder.folder} holds no vectors yet; let minibert encode write some."
+            if not manifest.complete
+            else f"{folder.folder} holds no vectors, so there is nothing to search; was what it encodes empty?"
+        )
+    if manifest.precision == "int8" and not manifest.ranges:
+        raise ValueError(f"The manifest of {folder.folder} lacks the ranges of int8 vectors; encode again.")
+    earlier, _ = (None, None) if rebuild else _open_earlier(folder)
+    if earlier and len(earlier.state.parts) == len(folder.shards):
+        return earlier
+    home.mkdir(exist_ok=True)
+    with FileLock(home / ".lock"):  # of two processes that find it out of date one builds it
+        earlier, problem = (None, None) if rebuild else _open_earlier(folder)
+        if problem:
+            logger.warning("%s The index is built anew.", problem)
+        if not earlier or len(earlier.state.parts) < len(folder.shards):
+            _clear(home, earlier.state if earlier else None)
+            earlier = _build(folder, earlier, show_progress)
+            _clear(home, earlier.state)
+    logger.info(earlier.state.describe())
+    return earlier
+
+
+def _read_state(home: Path) -> State | None:
+    try:
+        content = json.loads((home / "index.json").read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            return None
+        lists = content.pop("lists")
+        parts = [Part(**part) for part in content.pop("parts")]
+        return State(**content, parts=parts, lists=Lists(**lists) if lists else None)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # missing or damaged: as if it were not there
+
+
+def _open_earlier(folder: VectorFolder) -> tuple[VectorIndex | None, str | None]:
+    """The index on disk, if all that ``index.json`` names is there and the shards it has seen are still those of the folder;
+    else what is wrong with it, if there is one at all."""
+    home, manifest = index_folder(folder), folder.manifest
+    state = _read_state(home)
+    if state is None:
+        begun = home.exists() and any(home.glob("*.arrow*"))
+        return None, f"The index in {home} was not finished, or is damaged." if begun else None
+    named = [(part.file, part.file_bytes) for part in state.parts]
+    if lists := state.lists:
+        named += [(lists.file, lists.file_bytes), (lists.sample, lists.sample_bytes)]
+    for name, size in named:
+        if not (home / name).exists() or (home / name).stat().st_size != size:
+            return None, f"{home / name} is missing or damaged."
+    pairs = zip(state.parts, folder.shards, strict=False)
+    if (
+        (state.fingerprint, state.precision, state.dimension) != (manifest.fingerprint, manifest.precision, manifest.dimension)
+        or len(state.parts) > len(folder.shards)
+        or not all(_unchanged(folder, *pair) for pair in pairs)
+    ):
+        return None, f"The vectors in {folder.folder} have changed since they were indexed."
+    try:
+        return VectorIndex(folder, state), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def _unchanged(folder: VectorFolder, part: Part, shard: Shard) -> bool:
+    found = (folder.folder / shard.file).stat()
+    if (shard.file, shard.first_row, shard.rows, found.st_size) != (part.shard, part.first_row, part.rows, part.bytes):
+        return False
+    # A copied folder has new times; only then is the content read.
+    return found.st_mtime_ns == part.modified or _sha256(folder.folder / shard.file) == part.sha256
+
+
+def _clear(home: Path, state: State | None) -> None:
+    """Delete what ``state`` does not name: files of earlier indexes, and what a killed process left."""
+    named = {"index.json", ".lock"}
+    if state is not None:
+        named |= {part.file for part in state.parts}
+        named |= {state.lists.file, state.lists.sample} if state.lists else set()
+    for file in home.iterdir():
+        if file.is_file() and file.name not in named:
+            file.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- building
+
+
+def _build(folder: VectorFolder, before: VectorIndex | None, show_progress: bool) -> VectorIndex:
+    """Add the shards that the index ``before`` lacks (all, if there is none), and write what comes of it."""
+    manifest, home = folder.manifest, index_folder(folder)
+    state = before.state if before else State(manifest.fingerprint, manifest.precision, manifest.dimension)
+    new = folder.shards[len(state.parts) :]
+    shards = tqdm(new, "mapping shards", disable=not show_progress, unit="shard")
+    parts = [*state.parts, *(_map_shard(folder, shard) for shard in shards)]
+    if before and state.lists and manifest.rows > _GROWTH * state.lists.trained_rows:
+        logger.info("The folder has grown to %s vectors; the lists are made anew.", f"{manifest.rows:,}")
+        before = None
+    # Until its lists are there, an index answers exactly, which is what their recall is measured against.
+    index = VectorIndex(folder, replace(state, rows=manifest.rows, parts=parts, lists=None))
+    if manifest.rows > EXACT_ROWS:
+        index.state = replace(index.state, lists=_make_lists(index, before, show_progress))
+    with whole_file(home / "index.json") as temporary:
+        temporary.write_text(json.dumps(asdict(index.state), indent=1) + "\n", encoding="utf-8")
+    return index
+
+
+def _map_shard(folder: VectorFolder, shard: Shard) -> Part:
+    """Copy the vectors of a shard to where they can be memory-mapped."""
+    source, width = folder.folder / shard.file, folder.manifest.width
+    target = index_folder(folder) / f"{Path(shard.file).stem}.arrow"
+    seen = source.stat()
+    kind = _vector_type(source)
+    if kind is None or kind.list_size != width:
+        raise ValueError(
+            f"{source} holds {'no vectors' if kind is None else f'vectors of {kind.list_size} numbers'}, its manifest says "
+            f"{width}; encode again."
+        )
+    vectors = folder.read(shard)
+    if vectors.dtype.kind == "f" and not (finite := np.isfinite(vectors).all(axis=1)).all():
+        raise ValueError(f"{source} holds a vector that is no number (row {int(np.argmin(finite))} of it); encode again.")
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
+    table = pa.table({"vector": column})
+    with whole_file(target) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+        writer.write_table(table, max_chunksize=max(1, len(table)))
+    return Part(
+        shard.file,
+        shard.first_row,
+        shard.rows,
+        seen.st_size,
+        seen.st_mtime_ns,
+        _sha256(source),
+        target.name,
+        target.stat().st_size,
+    )
+
+
+def _vector_type(file: Path) -> pa.FixedSizeListType | None:
+    try:
+        kind = parquet.read_schema(file).field("vector").type
+    except KeyError:
+        return None
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it and encode again to make it anew.") from error
+    return kind if isinstance(kind, pa.FixedSizeListType) else None
+
+
+def _mapped(file: Path, part: Part, folder: VectorFolder) -> np.ndarray:
+    """(rows, width): the vectors of a shard, memory-mapped."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        column = table.column("vector").chunk(0)
+        return column.flatten().to_numpy(zero_copy_only=True).reshape(part.rows, folder.manifest.width)
+    except (pa.ArrowInvalid, KeyError, IndexError) as error:
+        raise ValueError(f"{file} is damaged ({error}).") from error
+
+
+def _make_lists(index: VectorIndex, before: VectorIndex | None, show_progress: bool) -> Lists:
+    """Train lists on a sample, or take those of the index ``before``; add the vectors it lacks; choose how many lists to
+    search and how much of them to compare in full; write lists and sample."""
+    home, rows = index_folder(index.folder), len(index)
+    if before and (earlier := before.state.lists):
+        index._ivf, lists, trained_rows, rows_before = before._ivf, earlier.lists, earlier.trained_rows, len(before)
+        sample_before = home / earlier.sample
+    else:
+        index._ivf, lists, trained_rows, rows_before = _train(index), number_of_lists(rows), rows, 0
+        sample_before = None
+    with tqdm(desc="indexing vectors", total=rows, initial=rows_before, disable=not show_progress, unit="vector") as bar:
+        for _, block in index.blocks(rows_before):
+            index._ivf.add(_even(block))
+            bar.update(len(block))
+    sample = _extend_sample(index, sample_before, rows_before)
+    made = Lists(f"lists-{rows}.faiss", 0, f"sample-{rows}.npz", 0, trained_rows, lists, 0, 0, 0.0)
+    made = choose_settings(index, made, sample)
+    with whole_file(home / made.sample) as temporary, temporary.open("wb") as file:
+        np.savez(file, **sample._asdict())
+    with whole_file(home / made.file) as temporary:
+        try:
+            faiss.write_index(index._ivf, str(temporary))
+        except RuntimeError as error:
+            raise OSError(f"{home / made.file} could not be written: {str(error).splitlines()[-1]}") from error
+    return replace(made, file_bytes=(home / made.file).stat().st_size, sample_bytes=(home / made.sample).stat().st_size)
+
+
+def number_of_lists(rows: int) -> int:
+    """Lists that so many vectors are grouped into: the power of 2 next to four times the square root.
+
+    >>> [number_of_lists(rows) for rows in (60_000, 1_000_000, 1_000_000_000)]
+    [1024, 4096, 16384]
+    """
+    return min(2 ** round(math.log2(4 * math.sqrt(rows))), _MAX_LISTS)
+
+
+def _train(index: VectorIndex) -> Any:
+    """An IVF-PQ index without vectors, whose lists and codes fit a random sample of them."""
+    lists, width = number_of_lists(len(index)), _even(np.empty((0, index.state.dimension), dtype=np.float32)).shape[1]
+    rng = np.random.default_rng(0)
+    wanted = min(len(index), lists * _TRAINING_VECTORS_PER_LIST)
+    sample = _even(index.vectors(np.sort(rng.choice(len(index), wanted, replace=False))))
+    # Codes of 4 bits for 2 dimensions each, compared in registers ("fast scan"): at equal recall several times the speed of
+    # 8-bit codes or of graphs (HNSW), and a fraction of their time to build.
+    ivf = faiss.IndexIVFPQFastScan(faiss.IndexFlatIP(width), width, lists, width // 2, 4, faiss.METRIC_INNER_PRODUCT)
+    ivf.cp.niter, ivf.cp.min_points_per_centroid = 10, 1  # more rounds change recall in the third digit
+    ivf.pq.cp.min_points_per_centroid = 1
+    ivf.train(sample)
+    return ivf
+
+
+def _extend_sample(index: VectorIndex, earlier: Path | None, rows_before: int) -> Sample:
+    """Random stored vectors and their nearest neighbours by exact search, a vector being the nearest to itself.
+
+    Of an ``earlier`` sample only the rows from ``rows_before`` on are compared anew.
+    """
+    if earlier is None:
+        rows = np.sort(np.random.default_rng(1).choice(len(index), min(_SAMPLE, len(index)), replace=False))
+        scores, neighbours = index.search(index.vectors(rows), NEIGHBOURS + 1, exact=True)
+        return Sample(rows, scores, neighbours)
+    with np.load(earlier, allow_pickle=False) as stored:
+        before = Sample(**stored)
+    after = index._exact(_normalized(index.vectors(before.rows)), NEIGHBOURS + 1, first_row=rows_before)
+    both = faiss.ResultHeap(len(before.rows), NEIGHBOURS + 1, keep_max=True)
+    for scores, neighbours in ((before.scores, before.neighbours), after):
+        both.add_result(np.ascontiguousarray(scores), np.ascontiguousarray(neighbours))
+    both.finalize()
+    return Sample(before.rows, both.D, both.I)
+
+
+def choose_settings(index: VectorIndex, lists: Lists, sample: Sample) -> Lists:
+    """``lists`` with the fewest probes, then the fewest candidates, that find enough of the sample's true neighbours."""
+    probes, candidates = 1, 32
+    while True:
+        tried = replace(lists, probes=probes, candidates=candidates)
+        tried = replace(tried, recall=sample_recall(index, tried, sample))
+        if tried.recall >= _TARGET or probes >= lists.lists:
+            break
+        probes *= 2
+    while candidates > _LEAST_CANDIDATES:
+        candidates //= 2
+        fewer = replace(tried, candidates=candidates)
+        fewer = replace(fewer, recall=sample_recall(index, fewer, sample))
+        if fewer.recall < min(_TARGET, tried.recall):
+            break
+        tried = fewer
+    return tried
+
+
+def sample_recall(index: VectorIndex, settings: Lists, sample: Sample) -> float:
+    """Share of the true neighbours that are found with these settings, equally near ones counting the same."""
+    queries = _normalized(index.vectors(sample.rows))
+    found, rows = index._by_lists(queries, sample.scores.shape[1], settings)
+    # The vector itself is the neighbour that is always found, so it does not count.
+    found = -np.sort(-np.where(rows == sample.rows[:, None], -np.inf, found), axis=1)[:, :NEIGHBOURS]
+    true = np.where(sample.neighbours == sample.rows[:, None], -np.inf, sample.scores)
+    least = -np.sort(-true, axis=1)[:, found.shape[1] - 1 : found.shape[1]]
+    return float((found >= least - 1e-5).mean())
+
+
+def _normalized(vectors: np.ndarray) -> np.ndarray:
+    """``vectors`` with length 1; those of zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32, copy=False)
+
+
+def _even(vectors: np.ndarray) -> np.ndarray:
+    """``vectors`` with a column of zeros more if their number is odd: codes take the dimensions by pairs."""
+    return np.ascontiguousarray(np.pad(vectors, ((0, 0), (0, 1))) if vectors.shape[1] % 2 else vectors)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""Search by words: BM25, by the library bm25s, over texts of any source."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import Stemmer
+
+
+class WordIndex:
+    """BM25 with bm25s' defaults (Lucene's formula, English stop words) over stemmed words.
+
+    Words are stemmed: that raises MRR@10 by about 0.02 on four English retrieval sets.
+
+    Raises:
+        ValueError: for texts that hold nothing but stop words.
+    """
+
+    def __init__(self, index: bm25s.BM25) -> None:
+        self._index = index
+        self._stemmer = Stemmer.Stemmer("english")
+
+    @classmethod
+    def build(cls, texts: Iterable[str], *, show_progress: bool = False) -> "WordIndex":
+        """Index texts, numbered from 0. Memory grows with the number of their words, not with their letters."""
+        tokenizer = bm25s.tokenization.Tokenizer(stemmer=Stemmer.Stemmer("english"), stopwords="english")
+        words = tokenizer.tokenize(
+            texts, update_vocab=True, length=0, show_progress=False, return_as="tuple", allow_empty=False
+        )
+        if not any(words.ids):
+            raise ValueError("The texts hold no words but stop words, so there is nothing to search by word.")
+        index = bm25s.BM25()
+        index.index(words, show_progress=show_progress)
+        return cls(index)
+
+    @classmethod
+    def load(cls, folder: Path) -> "WordIndex":
+        """What :meth:`save` wrote, memory-mapped.
+
+        Raises:
+            ValueError: for files that are missing or damaged.
+        """
+        try:
+            return cls(bm25s.BM25.load(folder, mmap=True, show_progress=False))
+        except (OSError, ValueError, EOFError, KeyError) as error:
+            raise ValueError(f"{folder} is damaged ({error}).") from error
+
+    def save(self, folder: Path) -> None:
+        self._index.save(folder, show_progress=False)
+
+    def __len__(self) -> int:
+        return int(self._index.scores["num_docs"])
+
+    def search(self, queries: Sequence[str], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and numbers of the best texts for each query, both (n, min(top_k, texts)), best first.
+
+        A text that shares no word was not found: its number is -1.
+        """
+        words = bm25s.tokenize(list(queries), stemmer=self._stemmer, stopwords="english", return_ids=False, show_progress=False)
+        numbers, scores = self._index.retrieve(words, k=min(top_k, len(self)), show_progress=False)
+        return scores, np.where(scores > 0, numbers, -1)

@@ -1,0 +1,382 @@
+"""The FAISS index beside a folder of vectors: right answers, only what is needed is built, and trouble is named."""
+
+import json
+import logging
+import os
+import shutil
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from minibert.inference import index as module
+from minibert.inference.index import NEIGHBOURS, index_folder, number_of_lists, open_index
+from minibert.inference.vectors import (
+    Manifest,
+    Shard,
+    ShardWriter,
+    VectorFolder,
+    quantize,
+    shard_name,
+    to_float,
+    write_manifest,
+)
+
+ROWS, WIDTH = 1200, 15  # an odd width: codes take the dimensions by pairs
+
+
+def clustered(rows, seed, width=WIDTH):
+    """Vectors of length 1 around 20 centres."""
+    centres = np.random.default_rng(0).standard_normal((20, width), dtype=np.float32)
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(20, size=rows)] + 0.6 * rng.standard_normal((rows, width), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def make_folder(folder, vectors, *, precision="float32", rows_per_shard=500, texts=None, normalized=True, **fields):
+    """Write, or add to, a folder of vectors, without a model."""
+    folder.mkdir(exist_ok=True)
+    manifest = Manifest(
+        model="a-model",
+        fingerprint="f" * 64,
+        dimension=vectors.shape[1],
+        precision=precision,
+        normalized=normalized,
+        source={},
+        columns={"kept": texts is not None},
+        encoding={},
+        rows_per_shard=rows_per_shard,
+    )
+    if precision == "int8":
+        manifest.ranges = np.stack([vectors.min(0), vectors.max(0)]).tolist()
+    for name, value in {"complete": True, **fields}.items():
+        setattr(manifest, name, value)
+    for number, start in enumerate(range(0, len(vectors), rows_per_shard)):
+        part = quantize(vectors[start : start + rows_per_shard], manifest)
+        if not (folder / shard_name(number)).exists():
+            with ShardWriter(folder / shard_name(number), manifest, pa.int64()) as writer:
+                ids = pa.array(range(start, start + len(part)))
+                writer.write(ids, texts[start : start + len(part)] if texts else [], part)
+        manifest.shards.append(Shard(shard_name(number), start, len(part), start, len(part)))
+    manifest.rows = len(vectors)
+    write_manifest(folder, manifest)
+    return VectorFolder(folder)
+
+
+def best(queries, vectors, top_k):
+    """Cosines and rows of the nearest by a full matrix."""
+    cosines = queries @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T
+    rows = np.argsort(-cosines, axis=1)[:, :top_k]
+    return np.take_along_axis(cosines, rows, 1), rows
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Lists are made from 1,000 vectors on."""
+    monkeypatch.setattr(module, "EXACT_ROWS", 999)
+    monkeypatch.setattr(module, "_SAMPLE", 200)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A folder with lists, to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "EXACT_ROWS", 999)
+        patch.setattr(module, "_SAMPLE", 200)
+        folder = make_folder(tmp_path_factory.mktemp("built") / "vectors", clustered(ROWS, 1))
+        open_index(folder)
+    return folder.folder
+
+
+@pytest.fixture
+def folder(built, tmp_path):
+    return VectorFolder(shutil.copytree(built, tmp_path / "vectors"))
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """Names of the shards that are read to be indexed."""
+    names, real = [], module._map_shard
+    monkeypatch.setattr(module, "_map_shard", lambda folder, shard: names.append(shard.file) or real(folder, shard))
+    return names
+
+
+def state(folder):
+    return json.loads((index_folder(folder) / "index.json").read_text())
+
+
+# --- answers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
+@pytest.mark.parametrize("lists", [False, True])
+def test_the_nearest_are_those_of_the_full_matrix(tmp_path, small, precision, lists, monkeypatch):
+    if not lists:
+        monkeypatch.setattr(module, "EXACT_ROWS", ROWS)
+    vectors, queries = clustered(ROWS, 1), clustered(50, 2)
+    folder = make_folder(tmp_path / "vectors", vectors, precision=precision)
+    stored = to_float(quantize(vectors, folder.manifest), folder.manifest)
+    index = open_index(folder)
+    assert (index.state.lists is not None) == lists
+    scores, rows = index.search(3 * queries, 10)  # the length of a query says nothing
+    expected, _ = best(queries, stored, 10)
+    if precision in ("float32", "float16") and not lists:
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
+    # Scores are products with the vectors as they are stored, whatever the codes of the lists say.
+    np.testing.assert_allclose(scores, np.einsum("nd,nkd->nk", queries, stored[rows]), atol=1e-5)
+    # Lists are set by stored vectors; queries that were not rounded to bits as those were lie further away.
+    least = 1 if not lists else 0.93 if precision == "binary" else 0.97
+    assert np.mean(scores >= np.sort(queries @ stored.T)[:, -10:-9] - 1e-5) >= least
+    assert (np.diff(scores) <= 0).all()
+
+
+def test_lists_on_request_are_passed_by(folder):
+    queries = clustered(20, 3)
+    scores, _ = open_index(folder).search(queries, 10, exact=True)
+    np.testing.assert_allclose(scores, best(queries, clustered(ROWS, 1), 10)[0], atol=1e-6)
+
+
+def test_vectors_of_any_length_are_compared_by_cosine(tmp_path):
+    vectors = clustered(100, 1) * np.linspace(0.1, 9, 100, dtype=np.float32)[:, None]
+    vectors[7] = 0  # has no direction, and breaks nothing
+    folder = make_folder(tmp_path / "vectors", vectors, normalized=False)
+    scores, rows = open_index(folder).search(clustered(5, 2), 3)
+    vectors[7] = 1e-9
+    np.testing.assert_allclose(scores, best(clustered(5, 2), vectors, 3)[0], atol=1e-5)
+    assert 7 not in rows
+
+
+def test_more_neighbours_than_vectors_are_all_of_them(tmp_path):
+    folder = make_folder(tmp_path / "vectors", clustered(4, 1), rows_per_shard=3)
+    scores, rows = open_index(folder).search(clustered(2, 2), 99)
+    assert scores.shape == (2, 4) and sorted(rows[0]) == [0, 1, 2, 3]
+
+
+def test_recall_is_the_share_of_true_neighbours_found(folder):
+    index = open_index(folder)
+    with np.load(index_folder(folder) / index.state.lists.sample) as stored:
+        sample = module.Sample(**stored)
+    vectors = clustered(ROWS, 1)
+    for probes in (1, 2):
+        settings = module.replace(index.state.lists, probes=probes)
+        hits = 0
+        for row in sample.rows:
+            true = best(vectors[row : row + 1], vectors, NEIGHBOURS + 1)[1][0]
+            _, found = index._by_lists(vectors[row : row + 1], NEIGHBOURS + 1, settings)
+            hits += len((set(true) - {row}) & (set(found[0]) - {row}))
+        expected = hits / NEIGHBOURS / len(sample.rows)
+        assert module.sample_recall(index, settings, sample) == pytest.approx(expected, abs=1e-3)
+    assert 0.3 < expected < 1  # few probes miss some, or this test could not fail
+
+
+def test_settings_reach_the_recall_aimed_at(folder):
+    lists = open_index(folder).state.lists
+    assert lists.recall >= 0.99
+    assert 1 <= lists.probes <= lists.lists == number_of_lists(ROWS)
+    assert state(folder)["lists"]["recall"] == lists.recall
+
+
+def test_equal_vectors_do_not_lower_recall(tmp_path, small):
+    vectors = np.repeat(clustered(60, 1), 20, axis=0)
+    assert open_index(make_folder(tmp_path / "vectors", vectors)).state.lists.recall == 1
+
+
+def test_vectors_are_mapped_not_read(folder):
+    for part in open_index(folder)._parts:
+        assert not part.flags.owndata and not part.flags.writeable
+
+
+# --- building as little as possible ---------------------------------------------------------------------------------------
+
+
+def test_a_current_index_is_opened_as_it_is(folder, added):
+    before = {file: file.stat().st_mtime_ns for file in index_folder(folder).iterdir()}
+    open_index(folder)
+    assert not added
+    assert {file: file.stat().st_mtime_ns for file in index_folder(folder).iterdir()} == before
+
+
+def test_an_index_on_a_disk_that_cannot_be_written_is_searched(folder):
+    shard = folder.folder / folder.shards[0].file
+    os.utime(shard)  # as if copied: new times, the same content
+    index_folder(folder).chmod(0o555)
+    try:
+        assert len(open_index(folder)) == ROWS
+    finally:
+        index_folder(folder).chmod(0o755)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_new_shards_are_added_alone(tmp_path, small, added, exact, monkeypatch):
+    if exact:
+        monkeypatch.setattr(module, "EXACT_ROWS", 10**6)
+    vectors = clustered(1500, 1)
+    folder = make_folder(tmp_path / "vectors", vectors[:1000])
+    open_index(folder)
+    assert added == ["part-00000.parquet", "part-00001.parquet"]
+    monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("the lists were trained anew"))
+    folder = make_folder(tmp_path / "vectors", vectors)
+    index = open_index(folder)
+    assert added[2:] == ["part-00002.parquet"]
+    queries = vectors[1000:1100]
+    scores, rows = index.search(queries, 10)
+    assert (rows[:, 0] == np.arange(1000, 1100)).all()
+    assert np.mean(scores >= best(queries, vectors, 10)[0][:, -1:] - 1e-5) > 0.97
+    if not exact:  # the recall is that among all vectors, though only the new ones were compared
+        fresh = module._extend_sample(index, None, 0)
+        with np.load(index_folder(folder) / index.state.lists.sample) as stored:
+            sample = module.Sample(**stored)
+        scores, _ = index.search(vectors[sample.rows], NEIGHBOURS + 1, exact=True)
+        np.testing.assert_allclose(sample.scores, scores, atol=1e-6)
+        assert fresh.scores.shape == sample.scores.shape
+        assert len(list(index_folder(folder).glob("lists-*"))) == 1  # the earlier one is gone
+
+
+def test_a_folder_that_outgrows_exact_search_gets_lists(tmp_path, small, added):
+    vectors = clustered(1500, 1)
+    assert open_index(make_folder(tmp_path / "vectors", vectors[:500])).state.lists is None
+    assert open_index(make_folder(tmp_path / "vectors", vectors)).state.lists.trained_rows == 1500
+    assert len(added) == 3
+
+
+def test_a_folder_that_outgrows_its_lists_gets_others(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(module, "_GROWTH", 1.2)
+    vectors = clustered(1500, 1)
+    assert open_index(make_folder(tmp_path / "vectors", vectors[:1000])).state.lists.trained_rows == 1000
+    assert open_index(make_folder(tmp_path / "vectors", vectors)).state.lists.trained_rows == 1500
+
+
+def _cut(name):
+    def cut(folder):
+        (file,) = index_folder(folder).glob(name)
+        file.write_bytes(file.read_bytes()[:-50])
+
+    return cut
+
+
+def _scramble(name):
+    def scramble(folder):
+        (file,) = index_folder(folder).glob(name)
+        file.write_bytes(bytes(file.stat().st_size))
+
+    return scramble
+
+
+def _remove(name):
+    return lambda folder: next(index_folder(folder).glob(name)).unlink()
+
+
+def _half_built(folder):
+    """As a process killed while it wrote the lists leaves it."""
+    (index_folder(folder) / "index.json").unlink()
+    _cut("lists-*.faiss")(folder)
+    (index_folder(folder) / "lists-1200.faiss.tmp-77").write_bytes(b"half")
+
+
+def _other_vectors(folder):
+    """Encoded again with other weights: files of the same size."""
+    for file in folder.folder.glob("part-*.parquet"):
+        file.unlink()
+    make_folder(folder.folder, -clustered(ROWS, 1))
+
+
+def _fewer_shards(folder):
+    make_folder(folder.folder, clustered(ROWS, 1)[:1000])
+
+
+def _later_format(folder):
+    file = index_folder(folder) / "index.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 9'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_half_built, "was not finished, or is damaged"),
+        (_cut("index.json"), "was not finished, or is damaged"),
+        (_later_format, "was not finished, or is damaged"),
+        (_cut("lists-*.faiss"), "lists-1200.faiss is missing or damaged"),
+        (_scramble("lists-*.faiss"), "lists-1200.faiss is damaged"),
+        (_remove("sample-*.npz"), "sample-1200.npz is missing"),
+        (_remove("part-00001.arrow"), "part-00001.arrow is missing"),
+        (_scramble("part-00001.arrow"), "part-00001.arrow is damaged"),
+        (_other_vectors, "have changed since they were indexed"),
+        (_fewer_shards, "have changed since they were indexed"),
+    ],
+)
+def test_an_index_that_cannot_be_trusted_is_built_anew(folder, small, added, caplog, damage, message):
+    damage(folder)
+    folder = VectorFolder(folder.folder)
+    caplog.set_level(logging.WARNING, "minibert")
+    index = open_index(folder)
+    assert any(message in record.getMessage() for record in caplog.records)
+    assert len(added) == len(folder.shards)
+    vectors = to_float(np.concatenate([folder.read(shard) for shard in folder.shards]), folder.manifest)
+    assert (index.search(vectors[:100], 1)[1][:, 0] == np.arange(100)).all()
+    assert not list(index_folder(folder).glob("*.tmp-*"))
+
+
+def test_rebuilding_on_request(folder, small, added):
+    open_index(folder, rebuild=True)
+    assert len(added) == 3
+
+
+def test_a_build_that_fails_leaves_the_earlier_index(folder, small, monkeypatch):
+    vectors = np.concatenate([clustered(ROWS, 1), clustered(300, 2)])
+    for file in folder.folder.glob("part-00002*"):  # the last shard was not full
+        file.unlink()
+    make_folder(folder.folder, vectors[:1000])
+    earlier = open_index(VectorFolder(folder.folder))
+    grown = make_folder(folder.folder, vectors)
+    monkeypatch.setattr(faiss, "write_index", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
+    with pytest.raises(OSError, match="could not be written"):
+        open_index(grown)
+    assert state(folder)["rows"] == len(earlier) == 1000
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_vectors_is_refused(tmp_path):
+    for complete, message in ((True, "nothing to search"), (False, "no vectors yet")):
+        folder = make_folder(tmp_path / "vectors", clustered(0, 1), complete=complete)
+        with pytest.raises(ValueError, match=message):
+            open_index(folder)
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path):
+    make_folder(tmp_path / "vectors", clustered(ROWS, 1))
+    (tmp_path / "vectors" / "part-00001.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks part-00001.parquet"):
+        VectorFolder(tmp_path / "vectors")
+
+
+def test_a_shard_that_is_damaged_is_named(tmp_path):
+    folder = make_folder(tmp_path / "vectors", clustered(ROWS, 1))
+    shard = tmp_path / "vectors" / "part-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="part-00001.parquet is damaged"):
+        open_index(folder)
+
+
+@pytest.mark.parametrize("width", [WIDTH - 1, 2 * WIDTH])
+def test_vectors_of_another_width_are_refused(tmp_path, width):
+    folder = make_folder(tmp_path / "vectors", clustered(10, 1, width))
+    folder.manifest.dimension = WIDTH
+    with pytest.raises(ValueError, match=f"part-00000.parquet holds vectors of {width} numbers, its manifest says {WIDTH}"):
+        open_index(folder)
+
+
+def test_vectors_that_are_no_numbers_are_refused(tmp_path):
+    vectors = clustered(10, 1)
+    vectors[6, 3] = np.nan
+    with pytest.raises(ValueError, match="no number .row 6 of it"):
+        open_index(make_folder(tmp_path / "vectors", vectors))
+
+
+def test_int8_without_ranges_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "vectors", clustered(10, 1), precision="int8")
+    folder.manifest.ranges = None
+    with pytest.raises(ValueError, match="lacks the ranges"):
+        open_index(folder)
