@@ -89,6 +89,9 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 # --------------------------------------------------------------------------------------------------------- packing
 
 
+# Bytes of the largest activation that a CPU computes at once where no gradients are wanted: more leaves the cache, and glibc
+# takes memory beyond 32 MiB anew from the system each time, which costs more than filling it.
+_BYTES_AT_ONCE = 2**24
 # Attention scores per run of sequences, on average, from which half precision is the faster on a CPU.
 _LARGE_SCORES = 2**18
 
@@ -170,7 +173,8 @@ class Packing:
         round_up: bool = False,
     ):
         self.indices, self.cu_seqlens, self.max_length = indices, cu_seqlens, max_length
-        lengths = lengths or []
+        self.lengths = lengths = lengths or []
+        self.round_up = round_up
         self.extra = rounded(sum(lengths)) - sum(lengths) if round_up else 0
         # (sequences, longest) of every run of nearly equal lengths: a run shares one attention call
         runs = [*runs_of(lengths), *([[self.extra]] if self.extra else [])]
@@ -217,18 +221,35 @@ class Packing:
         indices = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order.tolist()])
         return cls(indices, lengths.tolist(), None, max_length, round_up)
 
+    def blocks(self, tokens: int) -> "list[Packing]":
+        """The same sequences in blocks of at most so many tokens; a longer sequence is a block of its own."""
+        blocks: list[list[int]] = [[]]
+        free = tokens
+        for length in self.lengths:
+            if blocks[-1] and length > free:
+                blocks.append([])
+                free = tokens
+            blocks[-1].append(length)
+            free -= length
+        if len(blocks) == 1:
+            return [self]
+        indices = torch.arange(sum(self.lengths)) if self.indices is None else self.indices
+        parts = zip(blocks, indices.split([sum(block) for block in blocks]), strict=True)
+        return [Packing(rows, block, None, block[-1], self.round_up) for block, rows in parts]
+
     def pack(self, tensor: Tensor) -> Tensor:
         """(B, L, …) -> (T, …), with the extra rows zero."""
         flat = tensor.flatten(0, 1)
         flat = flat if self.indices is None else flat[self.indices]
         return torch.cat([flat, flat.new_zeros(self.extra, *flat.shape[1:])]) if self.extra else flat
 
-    def unpack(self, tensor: Tensor, batch: int, length: int) -> Tensor:
-        """(T, C) -> (B, L, C); padding rows are zero."""
+    def unpack(self, tensor: Tensor, padded: Tensor | None) -> Tensor:
+        """Write the real rows of (T, C) to their places in ``padded`` (B * L, C); without it every row is in place."""
         tensor = tensor[: len(tensor) - self.extra]
-        if self.indices is not None:
-            tensor = tensor.new_zeros(batch * length, tensor.shape[-1]).index_copy(0, self.indices, tensor)
-        return tensor.view(batch, length, -1)
+        if padded is None:
+            return tensor
+        place = padded.index_copy if tensor.requires_grad else padded.index_copy_
+        return place(0, self.indices, tensor)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         """Attention of every sequence with itself: three (T, H, D) -> (T, H, D)."""
@@ -550,24 +571,41 @@ class MiniBertModel(MiniBertPreTrainedModel):
             else:
                 real = None if attention_mask is None else attention_mask.bool()
                 packing = Packing.from_mask(real, batch, length, inputs.device, round_up)
-            input_ids, token_type_ids, inputs_embeds, position_ids = (
-                None if x is None else packing.pack(x.expand(batch, *x.shape[1:]))
-                for x in (input_ids, token_type_ids, inputs_embeds, position_ids)
-            )
-        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (…, C)
-        mask = self._padded_mask(hidden_states, attention_mask, cu_seq_lens_q) if packing is None else None
+        given = (input_ids, token_type_ids, position_ids, inputs_embeds)
+        if packing is None:
+            embedded = self.embeddings(*given)  # (B, L, C)
+            mask = self._padded_mask(embedded, attention_mask, cu_seq_lens_q)
+            hidden_states = self._layers(embedded, position_ids, mask, **kwargs)
+        else:
+            hidden_states = self._packed(given, packing, batch, length, **kwargs)
+        pooled = self.pooler(hidden_states, attention_mask) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _layers(self, hidden_states: Tensor, position_ids: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
+        """Embedded tokens (…, C) through all layers."""
         rotary = None
         if self.config.position_embedding_type == "rotary":
-            assert position_ids is not None
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             rotary = rotary_angles(position_ids, head_dim, self.config.rope_theta)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, packing=packing, rotary=rotary, **kwargs)
-        hidden_states = self.final_norm(hidden_states)
-        if packing is not None:
-            hidden_states = packing.unpack(hidden_states, batch, length)
-        pooled = self.pooler(hidden_states, attention_mask) if self.pooler is not None else None
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+            hidden_states = layer(hidden_states, mask, rotary=rotary, **kwargs)
+        return self.final_norm(hidden_states)
+
+    def _packed(self, given: tuple[Tensor | None, ...], packing: Packing, batch: int, length: int, **kwargs) -> Tensor:
+        """Ids, segments, positions and embeddings (B, L, …) as given -> (B, L, C), where only real tokens are computed."""
+        training = torch.is_grad_enabled() or packing.cu_seqlens is not None
+        # Without gradients nothing is kept: on a CPU a few sequences at a time go through all layers, within the cache.
+        row = self.config.intermediate_size * compute_dtype(self.embeddings.word_embeddings.weight).itemsize
+        blocks = [packing] if training else packing.blocks(1 << max(1, _BYTES_AT_ONCE // row).bit_length() - 1)
+        whole = len(blocks) == 1 and packing.indices is None
+        padded = None
+        for block in blocks:
+            ids, segments, positions, embeds = (None if x is None else block.pack(x.expand(batch, *x.shape[1:])) for x in given)
+            states = self._layers(self.embeddings(ids, segments, positions, embeds), positions, None, packing=block, **kwargs)
+            if padded is None and not whole:
+                padded = states.new_zeros(batch * length, states.shape[-1])
+            padded = block.unpack(states, padded)
+        return padded.view(batch, length, -1)
 
     def _can_pack(self, inputs: Tensor, attention_mask: Tensor | None, kwargs: dict) -> bool:
         """Whether only real tokens are computed: not where every padded position must exist or shapes must be static."""

@@ -151,8 +151,24 @@ def test_packing_for_accelerators_equals_packing_for_the_cpu(batch):
     for device in ("cuda", "cpu"):  # the arithmetic of the one, on tensors of the other
         packing = Packing.from_mask(mask, 6, 12, torch.device(device))
         query, key, value = (packing.pack(x) for x in states)
-        results.append(packing.unpack(packing.attend(query, key, value, 0.0, 0.3).flatten(1), 6, 12))
+        context = packing.attend(query, key, value, 0.0, 0.3).flatten(1)
+        results.append(packing.unpack(context, torch.zeros(6 * 12, 4 * 8)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_sequences_change_no_answer(tiny, batch, dtype, monkeypatch):
+    model = MiniBertModel(MiniBertConfig(**tiny)).eval().to(dtype)
+    full = {name: value[:, :5] for name, value in batch.items()}  # every row real and in place
+    full["attention_mask"] = torch.ones_like(full["attention_mask"])
+    with torch.no_grad():
+        expected = [model(**inputs).last_hidden_state for inputs in (batch, full)]
+        calls = []
+        model.layers[0].register_forward_hook(lambda _, args, __: calls.append(args[0].shape[0]))
+        monkeypatch.setattr(modeling_minibert, "_BYTES_AT_ONCE", 16 * model.config.intermediate_size * dtype.itemsize)
+        found = [model(**inputs).last_hidden_state for inputs in (batch, full)]
+    torch.testing.assert_close(found, expected, atol=1e-5 if dtype is torch.float32 else 0.05, rtol=0)
+    assert len(calls) > 3 and max(calls) <= 16
 
 
 # ------------------------------------------------------------------------------------------------------- positions by hand
