@@ -1,5 +1,6 @@
 """Turn a BERT-family model into a MiniBERT of the same weights, and prove that it computes the same."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,6 +102,7 @@ def convert(
         config.save_pretrained(temporary)
         custom_object_save(empty(config, kind), temporary)  # the code that trust_remote_code=True runs
         tokenizer.save_pretrained(temporary)
+        folders.name_tokenizer_class(temporary)
         folders.copy_modules(folder, temporary)
         differences = proof.differences(
             (folder, getattr(transformers, family.class_name + kind)),
@@ -112,6 +114,9 @@ def convert(
             pooled=has_pooler and config.pooling == "cls" and kind not in POOLED,
         )
         proof.check(differences, f"The MiniBERT made of {source}")
+        # For the model's card: where the weights come from, unless that is a folder of this machine.
+        origin = {"base_model": None if Path(source).expanduser().exists() else str(source), "revision": revision}
+        (temporary / "conversion.json").write_text(json.dumps({**origin, "differences": differences}, indent=2) + "\n")
     return Report(
         source=str(source),
         output=str(output_dir),

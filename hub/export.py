@@ -46,6 +46,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
         parameters = folders.write_tensors(temporary / folders.WEIGHTS, tensors)
         theirs.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        folders.name_tokenizer_class(temporary)
         folders.copy_modules(folder, temporary)
         differences = proof.differences(
             (folder, getattr(modeling_minibert, f"MiniBert{kind}")),

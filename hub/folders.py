@@ -122,6 +122,15 @@ def max_length(folder: Path) -> int | None:
     return None
 
 
+def name_tokenizer_class(folder: Path) -> None:
+    """Give the tokenizer in ``folder`` the class name that every transformers knows, where its own is new in version 5."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.exists() else {}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same, by the name it had before
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
 class Checkpoint:
     """The tensors in a folder, read one at a time; ``names`` are those of all its files, or of the file ``name`` alone.
 
