@@ -38,12 +38,13 @@ def _user_errors() -> tuple[type[BaseException], ...]:
 
 
 @contextmanager
-def plain_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
+def plain_errors(debug: bool, interrupted: str = "", extra: str = "") -> Iterator[None]:
     """Turn errors of the input into one sentence and exit status 2, and Ctrl-C into exit status 130.
 
     Args:
         debug: let the error through, with its traceback.
         interrupted: what Ctrl-C leaves the user to do, such as how to resume.
+        extra: of this package, which brings the packages that the command needs.
     """
     try:
         yield
@@ -57,6 +58,11 @@ def plain_errors(debug: bool, interrupted: str = "") -> Iterator[None]:
             raise
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        if debug or not extra:
+            raise
+        typer.echo(f"Error: This command needs {error.name}; install it: pip install 'minibert[{extra}]'.", err=True)
+        raise typer.Exit(2) from None
     # The classes are looked up only when something was raised: naming them at import time would slow every --help.
     except _user_errors() as error:
         if debug:
@@ -666,6 +672,158 @@ def verify(
                     typer.echo(check.detail)
         if not found.ok:
             raise typer.Exit(1)
+
+
+plot = typer.Typer(
+    help="Draw attention, embeddings, training, similarities and tokens: as a page to explore (.html) or an image (.png).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(plot, name="plot")
+
+Model = Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")]
+PlotFile = Annotated[
+    Path, typer.Option("--out", metavar="FILE", help="File to write: .html opens anywhere without network, .png is an image.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column of texts, where a file has several.")]
+
+
+@contextmanager
+def _drawing(debug: bool) -> Iterator[None]:
+    """Errors in one sentence, and the libraries quiet."""
+    with plain_errors(debug, extra="plot"):
+        from transformers.utils.logging import set_verbosity_error
+
+        set_verbosity_error()
+        _hide_loading_bars()
+        yield
+
+
+def _save(picture: Any, out: Path, force: bool) -> None:
+    for note in picture.notes:
+        typer.echo(note, err=True)
+    typer.echo(f"The picture is in {picture.save(out, force=force)}.", err=True)
+
+
+@plot.command(epilog='Example:  minibert plot attention minilm "The cat sat on the mat because it was tired." --out cat.html')
+def attention(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="What the model reads.")],
+    out: PlotFile,
+    second: Annotated[str | None, typer.Argument(metavar="[SECOND TEXT]", help="Second text of a pair.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Only this layer, from 1.")] = None,
+    head: Annotated[int | None, typer.Option(help="Only this head, from 1.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens; the model's own limit is the most.")] = None,
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Draw who looks at whom, in every layer and head: as heat maps and as lines between two columns of tokens.
+
+    A page has a menu for the layer and one for the head. An image shows all of them small, or one of them with its tokens.
+    """
+    with _drawing(debug):
+        from minibert.inference import plot
+
+        plot.check_output(out, force=force)
+        options = {"layer": layer, "head": head, "max_tokens": max_tokens, "trust_remote_code": trust_remote_code}
+        _save(plot.attention(model, text, second, **options), out, force)
+
+
+@plot.command(epilog="Example:  minibert plot embeddings minilm reviews.csv --label-column stars --out reviews.html")
+def embeddings(
+    model: Model,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXTS...", help="A file or Hub data set of texts, or texts.")],
+    out: PlotFile,
+    column: TextColumn = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column that colours the points; the default is label, where a file has it.")
+    ] = None,
+    labels: Annotated[list[str] | None, typer.Option("--label", help="Label of a text given here; once for each.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show tokens, before and after the encoder.")] = False,
+    method: Annotated[
+        str, typer.Option(help="How wide vectors get into three dimensions: pca, tsne, or umap (pip install umap-learn).")
+    ] = "pca",
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many texts of a file, drawn at random.")] = 1000,
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Draw texts, or their tokens, as points in three dimensions."""
+    with _drawing(debug):
+        from minibert.inference import plot
+
+        plot.check_output(out, force=force)
+        read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
+        options = {"tokens": tokens, "method": method, "trust_remote_code": trust_remote_code}
+        _save(plot.embeddings(model, read, labels=labels or found, **options), out, force)
+
+
+@plot.command(epilog="Example:  minibert plot training runs/nano_imdb runs/mine --out curves.html")
+def training(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or of one stage, or a log.jsonl.")],
+    out: PlotFile,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Draw loss, metrics, learning rate and speed of training runs, several in one picture. They may still be going on."""
+    with _drawing(debug):
+        from minibert.inference import plot
+
+        plot.check_output(out, force=force)
+        _save(plot.training(runs), out, force)
+
+
+@plot.command(epilog='Example:  minibert plot similarity minilm questions.txt "how do I sort a list" --out similar.html')
+def similarity(
+    model: Model,
+    first: Annotated[str, typer.Argument(metavar="A", help="A file or Hub data set of texts, or a text.")],
+    out: PlotFile,
+    second: Annotated[str | None, typer.Argument(metavar="[B]", help="Likewise; unset compares A with itself.")] = None,
+    column: TextColumn = None,
+    split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many texts of a file, drawn at random.")] = 50,
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Draw how similar the texts of two lists are."""
+    with _drawing(debug):
+        from minibert.inference import plot
+
+        plot.check_output(out, force=force)
+        lists = [
+            plot.read_texts([data], column=column, split=split, limit=limit)[0] for data in (first, second) if data is not None
+        ]
+        _save(plot.similarity(model, *lists, trust_remote_code=trust_remote_code), out, force)
+
+
+@plot.command(epilog='Example:  minibert plot tokens minilm "Tokenization, unbelievably." --out tokens.html')
+def tokens(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="What is split.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="A .html or .png to write; unset prints a table.")] = None,
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show how a text is split into tokens: their ids, the words they belong to, and what the vocabulary lacks."""
+    with _drawing(debug):
+        from minibert.inference import plot
+
+        if out is not None:
+            plot.check_output(out, force=force)
+        picture = plot.tokens(model, text, trust_remote_code=trust_remote_code)
+        if as_json:
+            print_json({"model": model, "text": text, "tokens": picture.to_dicts()})
+        elif out is None:
+            typer.echo(f"{picture.table()}\n{picture.summary}")
+        if out is not None:
+            _save(picture, out, force)
 
 
 _EXAMPLE_QUESTIONS = (
