@@ -179,6 +179,7 @@ def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any],
         # The code is taken from the model, not from an earlier copy of it, and writes nothing where others would find it.
         environment |= {"HF_MODULES_CACHE": f"{place}/modules", "HF_HUB_OFFLINE": "1", "HF_TOKEN_PATH": f"{place}/token"}
         environment |= {"HF_HUB_CACHE": str(cache)} if cache else {}
+        environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         done = subprocess.run(
             [sys.executable, "-I", str(Path(__file__).resolve())],
             input=json.dumps({**asdict(request), "out": f"{place}/outputs.safetensors"}),
@@ -205,11 +206,8 @@ def _main() -> None:
     os.dup2(2, 1)
     sys.modules["minibert"] = None  # type: ignore[assignment]  # from here on, importing it fails
     try:
-        from safetensors.torch import save_file
-        from transformers import logging
-
-        logging.set_verbosity_error()
         found, opened = compute(Request(**request))
+        from safetensors.torch import save_file
 
         save_file(found, out)
         report: dict[str, Any] = {"opened": opened}

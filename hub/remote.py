@@ -4,10 +4,12 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -23,6 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
+from huggingface_hub.utils import logging as hub_logging
 
 from minibert.hub.safetensors_check import PICKLES
 
@@ -31,6 +34,7 @@ WANTED = ("*.json", "*.txt", "*.md", "*.model", "*.py", "*.jinja", "*.yaml", "*.
 _OWNED_BY_THE_HUB = (".gitattributes",)
 _ATTEMPTS = 4
 _LONGEST_WAIT = 60.0  # seconds; who is to wait longer is told so instead
+_PATIENCE = 30.0  # seconds for the first answer
 _Result = TypeVar("_Result")
 
 
@@ -93,12 +97,28 @@ def sentences(what: str, repo_id: str, revision: str | None = None) -> Iterator[
             hold the header with the token.
     """
     try:
-        yield
+        with _quiet():
+            yield
     except (HTTPError, OSError, RuntimeError) as error:
         cause = _cause(error)
         if cause is None:
             raise
         raise HubError(_sentence(cause, what, repo_id, revision)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's remarks on every attempt, which the sentence at the end sums up; bars are for people."""
+    level, hidden = hub_logging.get_verbosity(), not sys.stderr.isatty()
+    hub_logging.set_verbosity_error()
+    if hidden:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if hidden:
+            enable_progress_bars()
 
 
 def _cause(error: BaseException) -> BaseException | None:
@@ -119,9 +139,7 @@ def _sentence(error: BaseException, what: str, repo_id: str, revision: str | Non
         return f"The Hub ({_endpoint()}) did not answer in time while {what} {repo_id}; run the command again."
     if kind in ("ConnectError", "ProxyError", "UnsupportedProtocol", "InvalidURL"):
         return f"The Hub ({_endpoint()}) cannot be reached; check the connection, or HF_ENDPOINT if you set it."
-    if kind == "LocalProtocolError":
-        return "The token holds characters that no token has; log in with `hf auth login`, or correct HF_TOKEN."
-    return f"The connection broke while {what} {repo_id}; run the command again: what has arrived is not sent twice."
+    return f"The connection broke while {what} {repo_id}; run the command again: files that have arrived are kept."
 
 
 def _refusal(error: HfHubHTTPError, what: str, repo_id: str, revision: str | None) -> str:
@@ -156,7 +174,9 @@ def _refusal(error: HfHubHTTPError, what: str, repo_id: str, revision: str | Non
         when = f"in {seconds:.0f} seconds" if seconds is not None else "later"
         return f"The Hub had too many requests from you (429); run the command again {when}."
     if status >= 500:
-        return f"The Hub failed ({status}) while {what} {repo_id}; run the command again later: what has arrived is kept."
+        return (
+            f"The Hub failed ({status}) while {what} {repo_id}; run the command again later: files that have arrived are kept."
+        )
     return f"The Hub refused ({status}) {what} {repo_id}{said}."
 
 
@@ -208,12 +228,17 @@ class Hub:
 
     Args:
         token: the default is the one of the environment or of the last login.
+
+    Raises:
+        HubError: that can be no token.
     """
 
     def __init__(self, token: str | None = None):
         from importlib.metadata import version
 
         self.token = token
+        if not re.fullmatch(r"[!-~]*", token or get_token() or ""):  # the library would fail with the token in its message
+            raise HubError("The token holds characters that no token has; log in with `hf auth login`, or correct HF_TOKEN.")
         self._api = HfApi(token=token, library_name="minibert", library_version=version("minibert"))
 
     def commit(self, repo_id: str, revision: str | None = None) -> str:
@@ -224,7 +249,7 @@ class Hub:
         """
         with sentences("looking up", repo_id, revision):
             try:
-                return str(_patient(lambda: self._api.model_info(repo_id, revision=revision)).sha)
+                return str(_patient(lambda: self._api.model_info(repo_id, revision=revision, timeout=_PATIENCE)).sha)
             except RevisionNotFoundError:
                 refs = _patient(lambda: self._api.list_repo_refs(repo_id))
                 named = ", ".join(ref.name for ref in [*refs.branches, *refs.tags])
@@ -236,7 +261,7 @@ class Hub:
         """None: there is no such model; else whether it is private."""
         with sentences("looking up", repo_id):
             try:
-                return bool(_patient(lambda: self._api.model_info(repo_id)).private)
+                return bool(_patient(lambda: self._api.model_info(repo_id, timeout=_PATIENCE)).private)
             except RepositoryNotFoundError as error:
                 if isinstance(error, GatedRepoError) or not (self.token or get_token()):
                     raise
@@ -258,22 +283,24 @@ class Hub:
             if file.path not in _OWNED_BY_THE_HUB
         }
 
-    def download(self, repo_id: str, commit: str, cache: Path | None = None) -> Path:
+    def download(self, repo_id: str, commit: str, cache: Path | None = None, revision: str | None = None) -> Path:
         """The folder of a commit in ``cache`` (the default is the common one), without files that no model needs.
 
-        An interrupted download goes on where it stopped.
+        After an interruption only files that had not arrived whole are fetched again.
+
+        Args:
+            revision: what led to the commit, for the cache to know it when the Hub cannot be asked.
 
         Raises:
             HubError: it could not be completed.
         """
-        with sentences("downloading", repo_id, commit), _without_bars():
-            return Path(
-                _patient(
-                    lambda: snapshot_download(
-                        repo_id, revision=commit, cache_dir=cache, allow_patterns=list(WANTED), token=self.token
-                    )
-                )
-            )
+        with sentences("downloading", repo_id, commit):
+            for wanted in dict.fromkeys((revision or commit, commit)):
+                options = {"cache_dir": cache, "allow_patterns": list(WANTED), "token": self.token}
+                found = Path(_patient(partial(snapshot_download, repo_id, revision=wanted, **options)))
+                if found.name == commit:
+                    break  # else the branch has moved on in the meantime
+            return found
 
     def cached(self, repo_id: str, revision: str | None) -> Path | None:
         """The folder of ``revision`` in the common cache, where it is there as a whole and the Hub must not be asked."""
@@ -323,7 +350,7 @@ class Hub:
         """
         additions = [CommitOperationAdd(path, folder / path) for path in change]
         where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
-        with sentences("uploading to", repo_id, revision), _without_bars():
+        with sentences("uploading to", repo_id, revision):
             self._api.preupload_lfs_files(repo_id, additions, free_memory=False, **where)  # tries several times itself
             operations = [*additions, *(CommitOperationDelete(path) for path in remove)]
             return _patient(lambda: self._commit(repo_id, operations, message, parent, where, folder))
@@ -373,22 +400,7 @@ def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, P
             else "it holds no weights"
         )
         raise ValueError(f"{repo_id} is no model that can be used: {why}; ask its owner for safetensors.")
-    return commit, hub.download(repo_id, commit), files
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Bars are for people at a terminal."""
-    import sys
-
-    hidden = not sys.stderr.isatty()
-    if hidden:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hidden:
-            enable_progress_bars()
+    return commit, hub.download(repo_id, commit, revision=revision or "main"), files
 
 
 # --------------------------------------------------------------------------------------------------------- comparisons

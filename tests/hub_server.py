@@ -138,13 +138,15 @@ class HubServer:
 
     def start(self) -> "HubServer":
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.http.daemon_threads = True
+        self.http.daemon_threads, self.stopped = True, False
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
         return self
 
     def stop(self) -> None:
+        """Answer nothing more, on connections that are open neither."""
+        self.stopped = True
         self.http.shutdown()
         self.http.server_close()
         self.thread.join()
@@ -271,6 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def serve(self) -> None:
+        if self.hub.stopped:
+            return self.reset()
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         for self.phase, method, pattern in PHASES:
@@ -335,6 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault and self.phase == "download" and self.fault.after is not None:
             self.wfile.write(answer.data[: self.fault.after])
             self.wfile.flush()
+            time.sleep(0.05)  # else what was sent is lost with the connection
             raise Reset
         self.wfile.write(answer.data)
 
