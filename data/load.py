@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
@@ -218,11 +220,31 @@ def check_hub_name(source: DataSource) -> None:
 def _load_hub(source: DataSource, split: str) -> Dataset:
     check_hub_name(source)
     try:
-        return load_dataset(source.path, source.config, split=source.split or split, revision=source.revision)
+        dataset = _stream_hub(source, split) if source.streaming else _download_hub(source, split)
     except OSError as error:
         raise FileNotFoundError(
-            f"{source.path} is neither a file or folder (looked from {Path.cwd()}) nor a data set that the Hub gave us: {error}"
+            f"{source.path} is neither a file or folder (looked from {Path.cwd()}) nor a data set that the Hub gave us: "
+            f"{' '.join(str(error).split())}"
         ) from error
+    except (HTTPError, DatasetsError, RuntimeError, ValueError) as error:
+        where = f"{source.path}{f', configuration {source.config}' * bool(source.config)}"
+        raise ValueError(f"The data set {where} could not be read from the Hub: {' '.join(str(error).split())}") from error
+    return dataset
+
+
+def _download_hub(source: DataSource, split: str) -> Dataset:
+    dataset = load_dataset(source.path, source.config, split=source.split or split, revision=source.revision)
+    if files := dataset.cache_files:  # datasets names the folder of its cache after the commit
+        named = Path(files[0]["filename"]).parent.name
+        source._commit = named if re.fullmatch(r"[0-9a-f]{40}", named) else None
+    return dataset
+
+
+def _stream_hub(source: DataSource, split: str) -> Dataset:
+    """The first rows, read into memory."""
+    source._commit = HfApi().dataset_info(source.path, revision=source.revision).sha
+    stream = load_dataset(source.path, source.config, split=source.split or split, revision=source._commit, streaming=True)
+    return Dataset.from_list(list(stream.take(source.limit)), features=stream.features)
 
 
 def _same_types(parts: list[Dataset]) -> list[Dataset]:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 INSTALLED_DOCS = "installed-docs"
 _HUB_WITH_CONFIG = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
@@ -50,6 +50,17 @@ class DataSource(BaseModel):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
     columns: dict[str, str] | None = Field(None, description="Columns to rename: name found in the data to name wanted.")
     limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Read at most this many rows, from the start.")
+    streaming: bool = Field(
+        False, description="Of a Hub data set fetch the first rows alone, up to limit, instead of downloading all of it."
+    )
+
+    # Written by what reads the source; it is no field, so that a recipe stays what its author wrote.
+    _commit: str | None = PrivateAttr(None)
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of the Hub data set that was read; ``None`` before, and for everything else."""
+        return self._commit
 
     @model_validator(mode="before")
     @classmethod
@@ -65,3 +76,11 @@ class DataSource(BaseModel):
         if split is not None:
             split_parts(split)
         return split
+
+    @model_validator(mode="after")
+    def _streams_an_end(self) -> "DataSource":
+        if self.streaming and self.limit is None:
+            raise ValueError("streaming fetches the first rows alone, so say how many with limit:.")
+        if self.streaming and len(parts := split_parts(self.split or "train")) + sum(bool(rows) for _, rows in parts) > 1:
+            raise ValueError(f"split={self.split!r} cannot be streamed, since it is a slice or a sum; name one whole split.")
+        return self

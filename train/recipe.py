@@ -251,6 +251,8 @@ def _resolve(
 
 
 def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -> None:
+    from minibert.train.environment import describe  # needs torch, which reading a recipe does not
+
     _, module, function, alone = _KINDS[stage.kind]
     state.wait_for_everyone()  # nobody starts before everybody saw that the stage is not finished
     if state.is_main_process:
@@ -263,6 +265,8 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
     state.wait_for_everyone()
     if state.is_main_process:
         _write(context.output_dir / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False))
+        found = describe(stage, context, processes=1 if alone else state.num_processes)
+        _write(context.output_dir / "environment.json", json.dumps(found, indent=2, ensure_ascii=False))
         # Written last: a folder with this file is a finished stage.
         _write(context.output_dir / "stage.json", json.dumps(_dump(stage), indent=2, ensure_ascii=False))
     state.wait_for_everyone()
@@ -301,7 +305,7 @@ def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tup
             yield number, f"{where} is no longer there"
             continue
         stage = recipe.stages[number - 1]
-        after = _dump(stage)
+        before, after = _in_todays_fields(before, stage), _dump(stage)
         if (before["kind"], before["name"]) != (after["kind"], after["name"]):
             yield number, f"{where} is now {after['name']} (kind {after['kind']})"
             continue
@@ -309,10 +313,16 @@ def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tup
             before = {**before, "seed": old["seed"] if before.get("seed") is None else before["seed"]}
             after = {**after, "seed": recipe.seed if after["seed"] is None else after["seed"]}
         for name in sorted((before.keys() | after.keys()) - _FREE_FIELDS):
-            # A field that this version added was at its default in the older run.
-            default = type(stage).model_fields[name].default if name in after else None
-            if before.get(name, default) != after.get(name):
-                yield number, f"{where} {name} was {before.get(name, default)!r} and is {after.get(name)!r}"
+            if before.get(name) != after.get(name):
+                yield number, f"{where} {name} was {before.get(name)!r} and is {after.get(name)!r}"
+
+
+def _in_todays_fields(before: dict[str, Any], stage: BaseModel) -> dict[str, Any]:
+    """The arguments of an earlier run, where a field that this version added was at its default."""
+    try:
+        return _dump(type(stage).model_validate(before))
+    except ValidationError:  # of another kind, or with what is no longer accepted
+        return {name: field.default for name, field in type(stage).model_fields.items()} | before
 
 
 def _dump(stage: BaseModel) -> dict[str, Any]:

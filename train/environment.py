@@ -1,0 +1,64 @@
+"""What a stage was trained with, beside its recipe: the machine, the versions, and the exact data and weights from the Hub."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minibert.train.stage import StageContext
+
+_LIBRARIES = ("minibert", "torch", "transformers", "sentence-transformers", "datasets", "accelerate")
+
+
+def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, Any]:
+    """The content of ``environment.json``. Nothing in it names the machine or a folder on it.
+
+    Args:
+        stage: arguments of the stage, after it ran.
+        processes: how many took part.
+    """
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": _cores(),
+        "processes": processes,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "datasets": {
+            source.path: source.commit
+            for sources in (getattr(stage, "data", None), getattr(stage, "eval_data", None))
+            for source in sources or ()
+            if source.commit
+        },
+    }
+    if torch.cuda.is_available():
+        found["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    for name, key in (("model", "base_model"), ("teacher", "teacher")):
+        start = getattr(context, name)
+        if start and not Path(start).expanduser().exists():
+            found[key] = start
+    return found
+
+
+def _processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
