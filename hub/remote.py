@@ -312,7 +312,9 @@ class Hub:
     # --------------------------------------------------------------------------------------------------- writing
 
     def check_login(self, repo_id: str) -> None:
-        """Refuse to begin without a token."""
+        """Refuse to begin without a token, or without the network."""
+        if constants.is_offline_mode():
+            raise HubError(f"HF_HUB_OFFLINE is set, so that nothing can be written to {repo_id}; unset it.")
         if not (self.token or get_token()):
             raise HubError(
                 f"Writing to {repo_id} needs a login; run `hf auth login`, or set HF_TOKEN to a token that may write."

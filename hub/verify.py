@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
@@ -102,7 +100,15 @@ class _Model:
     @cached_property
     def empty(self) -> PreTrainedModel | None:
         """The model without memory for weights, of classes that are installed; None for a family that only its code knows."""
+        stored, layers = (
+            len(folders.Checkpoint(self.encoder).names),
+            self.raw.get("num_hidden_layers", self.raw.get("n_layers")),
+        )
+        if isinstance(layers, int) and layers > stored:  # which would take any time and memory to build
+            raise ValueError(f"config.json describes {layers:,} layers, but there are only {stored:,} tensors.")
         if self.raw.get("model_type") == MiniBertConfig.model_type:
+            if not hasattr(modeling_minibert, f"MiniBert{self.kind}"):
+                raise ValueError(f"config.json names the class {self.raw['architectures'][0]}, which MiniBERT lacks.")
             return empty(MiniBertConfig.from_pretrained(self.encoder), self.kind)
         if self.raw.get("model_type") not in CONFIG_MAPPING:
             return None
@@ -161,8 +167,7 @@ def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_f
             continue
         try:
             checks.append(Check(name, "ok", look(model)))
-        # What a damaged file can raise in the libraries that read it.
-        except (ValueError, OSError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
+        except Exception as error:  # damaged files make the libraries that read them raise anything: all of it is a finding
             checks.append(Check(name, "failed", _sentence(error, folder)))
         if name == "code" and "code" in vars(model):
             checks[-1].detail = model.code.diff
@@ -388,7 +393,7 @@ _CHECKS: tuple[tuple[str, Callable[[_Model], str], tuple[str, ...]], ...] = (
     ("code", _code, ("files",)),
     ("card", _card, ()),
     ("modules", _modules, ("files",)),
-    ("opens", _opens, ("files", "weights", "tokenizer", "code", "modules")),
+    ("opens", _opens, ("files", "weights", "tensors", "tokenizer", "code", "modules")),
 )
 
 
@@ -422,11 +427,9 @@ def _foreign_names(folder: Path, encoder: Path) -> list[str]:
     found = []
     known = configuration_minibert.AUTO_MAP
     raw = folders.read_json(encoder / "config.json")
-    found += [
-        f"config.json names {value} for {name}"
-        for name, value in (raw.get("auto_map") or {}).items()
-        if known.get(name) != value
-    ]
+    mapped = raw.get("auto_map") or {}
+    values = mapped.items() if isinstance(mapped, dict) else [("auto_map", mapped)]
+    found += [f"config.json names {value} for {name}" for name, value in values if known.get(name) != value]
     if raw.get("custom_pipelines"):
         found.append("config.json names custom_pipelines")
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
@@ -434,8 +437,8 @@ def _foreign_names(folder: Path, encoder: Path) -> list[str]:
             found.append(f"{name} names code")
     for module in folders.modules(folder):
         settings = folder / module["path"] / "config.json"
-        values = folders.read_json(settings) if settings.exists() and module["path"] else {}
-        names = [str(module.get("type", "")), str(values.get("activation_function", _LIBRARIES[0]))]
+        given = folders.read_json(settings) if settings.exists() and module["path"] else {}
+        names = [str(module.get("type", "")), str(given.get("activation_function", _LIBRARIES[0]))]
         found += [f"modules.json names {name}" for name in names if not name.startswith(_LIBRARIES)]
     return found
 

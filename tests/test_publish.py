@@ -429,6 +429,8 @@ def test_logins(hub, source, run, monkeypatch):
     assert "hf_bad" not in error and "characters that no token has" in error
     monkeypatch.delenv("HF_TOKEN")
     assert "needs a login; run `hf auth login`, or set HF_TOKEN" in run("push", source, "ann/model", status=2).stderr
+    monkeypatch.setattr(remote.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set, so that nothing can be written" in run("push", source, "ann/model", status=2).stderr
     assert not hub.repos
 
 

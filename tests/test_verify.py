@@ -1,0 +1,362 @@
+"""Verification: a sound model passes, every kind of damage fails the check that is for it, and nothing runs unasked."""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import minibert
+from minibert import modeling_minibert
+from minibert.cli import app
+from minibert.hub import isolated, remote, verify
+from minibert.hub.publish import build
+
+# The tiny models of the other file; tests are no package, so that none imports another by name.
+spec = importlib.util.spec_from_file_location("tiny_published", Path(__file__).with_name("test_publish.py"))
+tiny_published = importlib.util.module_from_spec(spec)
+NAMES = ["files", "weights", "tensors", "tied weights", "tokenizer", "code", "card", "modules", "opens"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tiny):
+    """An embedding model as it is published."""
+    spec.loader.exec_module(tiny_published)
+    source = tiny_published.make_model(tmp_path_factory.mktemp("source") / "model", tiny)
+    build(source, tmp_path_factory.mktemp("built") / "model")
+    return next(iter(tmp_path_factory.getbasetemp().glob("built*"))) / "model"
+
+
+@pytest.fixture
+def folder(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory, tiny, built):
+    """A masked-language model, whose weights are tied."""
+    source = tiny_published.make_model(tmp_path_factory.mktemp("words") / "model", tiny, "ForMaskedLM")
+    build(source, tmp_path_factory.mktemp("builtwords") / "model")
+    return next(iter(tmp_path_factory.getbasetemp().glob("builtwords*"))) / "model"
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Requests for a fresh process, none of which is started."""
+    requests = []
+
+    def run(request, cache=None):
+        requests.append(request)
+        return {"AutoModel.last_hidden_state": torch.ones(2)}, ["AutoModel"]
+
+    monkeypatch.setattr(isolated, "run", run)
+    return requests
+
+
+def edit(folder, name, **fields):
+    """Change fields of a JSON file; None drops one."""
+    found = {**json.loads((folder / name).read_text()), **fields}
+    (folder / name).write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+
+
+def edit_weights(folder, **tensors):
+    state = {**load_file(folder / "model.safetensors"), **tensors}
+    save_file({key: value for key, value in state.items() if value is not None}, folder / "model.safetensors", {"format": "pt"})
+
+
+def failures(folder, **how):
+    return {check.name: check.text for check in verify.checks_of(folder, **how) if check.state == "failed"}
+
+
+# What is sound
+
+
+def test_a_published_model_passes_in_a_process_of_its_own(folder):
+    done = CliRunner().invoke(app, ["hub", "verify", str(folder)])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"ok       {name}" for name in NAMES]
+    assert "AutoModel (MiniBertModel), pipeline('feature-extraction'), SentenceTransformer." in lines[-1]
+    assert "configuration_minibert.py, modeling_minibert.py are those of the installed release." in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice"])
+def test_every_class_is_whole(kind, tiny, tmp_path, built):
+    source = tiny_published.make_model(tmp_path / "source", tiny, kind)
+    build(source, tmp_path / "built", max_shard_size=20_000)
+    assert failures(tmp_path / "built") == {}
+
+
+def test_plain_models_are_known_too(built, tmp_path, tiny):
+    source = tiny_published.make_model(tmp_path / "source", tiny, "ForMaskedLM")
+    build(source, tmp_path / "plain", as_bert=True)
+    checks = {check.name: check.text for check in verify.checks_of(tmp_path / "plain")}
+    assert failures(tmp_path / "plain") == {} and checks["code"] == "It brings no code."
+    assert "of the expected shapes" in checks["tensors"]
+    edit(tmp_path / "plain", "config.json", num_hidden_layers=3)
+    assert "missing: bert.encoder.layer.2.attention" in failures(tmp_path / "plain")["tensors"]
+
+
+# What is damaged
+
+
+def test_pickles_are_named_and_nothing_else_is_looked_at(folder, opened):
+    (folder / "checkpoints").mkdir()
+    torch.save({}, folder / "checkpoints" / "optimizer.pt")
+    found = verify.verify(folder)
+    assert not found.ok and found.checks[0].text.startswith("checkpoints/optimizer.pt can run code when opened")
+    assert {check.name for check in found.checks if check.state == "skipped"} >= {"weights", "tensors", "opens"}
+    assert not opened
+
+
+def test_names_that_lead_out_of_the_folder(folder, opened):
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = "../other"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert "lies outside of the folder" in failures(folder, opens=True)["files"]
+    shutil.copy(Path(__file__), folder.parent / "secret.txt")
+    modules[1]["path"] = "1_Pooling"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "vocab.txt").symlink_to(folder.parent / "secret.txt")
+    assert "is a link to" in failures(folder, opens=True)["files"]
+    assert not opened
+
+
+def test_weights_that_are_cut_short(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-4])
+    found = failures(folder)
+    assert list(found) == ["weights"] and "model.safetensors is damaged" in found["weights"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"layers.0.attention.query.weight": None}, "missing: minibert.layers.0.attention.query.weight"),
+        ({"layers.0.attention.query.weight": torch.ones(32, 31)}, r"query.weight is [32, 31], not [32, 32]"),
+        (
+            {"layers.0.attention.query.weight": torch.full((32, 32), float("inf"))},
+            "not finite: layers.0.attention.query.weight",
+        ),
+        ({"layers.9.attention.query.weight": torch.ones(32, 32)}, "unknown: minibert.layers.9.attention.query.weight"),
+    ],
+)
+def test_tensors(folder, tensors, sentence):
+    stored = set(load_file(folder / "model.safetensors"))
+    assert next(iter(tensors)).replace("9", "0") in stored  # else the case tests nothing
+    edit_weights(folder, **tensors)
+    found = failures(folder)
+    assert list(found) == ["tensors"] and sentence in found["tensors"]
+
+
+def test_tied_weights(words, tmp_path):
+    folder = shutil.copytree(words, tmp_path / "model")
+    checks = {check.name: check.text for check in verify.checks_of(folder)}
+    assert checks["tied weights"] == "2 tensors are shared, and stored once or equal."
+    table = load_file(folder / "model.safetensors")["minibert.embeddings.word_embeddings.weight"]
+    edit_weights(folder, **{"lm_head.decoder.weight": table.clone()})
+    assert failures(folder) == {}
+    edit_weights(folder, **{"lm_head.decoder.weight": table + 1})
+    assert "lm_head.decoder.weight and minibert.embeddings.word_embeddings.weight differ" in failures(folder)["tied weights"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "check", "sentence"),
+    [
+        ("config.json", {"pad_token_id": 3}, "tokenizer", "the tokenizer pads with 0, but the model has pad_token_id=3"),
+        ("tokenizer_config.json", {"model_max_length": 99}, "tokenizer", "texts of 99 tokens are allowed, but the model has"),
+        (
+            "1_Pooling/config.json",
+            {"embedding_dimension": 7},
+            "modules",
+            "Pooling expects vectors of 7 numbers, but is given 32",
+        ),
+        ("config_sentence_transformers.json", {"similarity_fn_name": "best"}, "modules", "the similarity 'best' is unknown"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "no"}, "modules", "default prompt 'no' is not among"),
+        ("config.json", {"hidden_size": "x"}, "tensors", "hidden_size"),
+        (
+            "config.json",
+            {"architectures": ["MiniBertForNothing"]},
+            "tensors",
+            "the class MiniBertForNothing, which MiniBERT lacks",
+        ),
+        ("config.json", {"num_hidden_layers": 10**9}, "tensors", "describes 1,000,000,000 layers, but there are only"),
+        ("config.json", {"auto_map": ["x.Y"]}, "code", "config.json names ['x.Y'] for auto_map"),
+    ],
+)
+def test_settings_that_do_not_fit(folder, name, fields, check, sentence):
+    edit(folder, name, **fields)
+    found = failures(folder)
+    assert sentence in found.get(check, found), found
+
+
+def test_vocabulary_and_missing_parts(folder):
+    state = load_file(folder / "model.safetensors")
+    edit(folder, "config.json", vocab_size=20)
+    edit_weights(folder, **{"embeddings.word_embeddings.weight": state["embeddings.word_embeddings.weight"][:20].clone()})
+    assert "entries, but the model only vocab_size=20" in failures(folder)["tokenizer"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "1_Pooling" / "config.json").unlink()
+    (folder / "README.md").unlink()
+    found = failures(folder)
+    assert "There is no tokenizer" in found["tokenizer"] and "1_Pooling lacks config.json" in found["modules"]
+    assert found["card"] == "There is no card (README.md); hub push writes one."
+    (folder / "README.md").write_text("---\npipeline_tag: flying\n---\n")
+    assert "pipeline_tag='flying'" in failures(folder)["card"]
+
+
+# Code
+
+
+def add_code(folder, marker):
+    """Code in the model's files that leaves a trace when it runs."""
+    file = folder / "modeling_minibert.py"
+    file.write_text(file.read_text() + f"\nopen({str(marker)!r}, 'w').close()\n")
+
+
+def test_changed_code_is_shown_and_runs_only_when_trusted(folder, tmp_path):
+    marker = tmp_path / "ran"
+    add_code(folder, marker)
+    done = CliRunner().invoke(app, ["hub", "verify", str(folder)])
+    assert done.exit_code == 1 and not marker.exists()
+    assert (
+        "failed   code: It brings code that is not that of the installed release: modeling_minibert.py was changed"
+        in done.stdout
+    )
+    assert (
+        "--- installed/modeling_minibert.py\n+++ modeling_minibert.py\n" in done.stdout and f"+open('{marker}'" in done.stdout
+    )
+    assert "skipped  opens: Not looked at, because of: code." in done.stdout
+    trusted = CliRunner().invoke(app, ["hub", "verify", str(folder), "--trust-remote-code", "--json"])
+    assert trusted.exit_code == 0, trusted.output
+    found = json.loads(trusted.stdout)
+    assert found["ok"] and marker.exists() and found["checks"][5]["detail"].count("+open(") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        (
+            "config.json",
+            {"auto_map": {"AutoModel": "bob/other--modeling_minibert.MiniBertModel"}},
+            "bob/other--modeling_minibert",
+        ),
+        ("config.json", {"custom_pipelines": {"x": {"impl": "pipe.P"}}}, "config.json names custom_pipelines"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "tok.T"]}}, "tokenizer_config.json names code"),
+    ],
+)
+def test_code_that_only_a_name_leads_to(folder, opened, name, fields, reason):
+    edit(folder, name, **fields)
+    assert reason in failures(folder, opens=True)["code"] and not opened
+
+
+def test_code_in_modules_and_further_files(folder, opened):
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["type"] = "custom.Module"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "custom.py").write_text("print('hello')\n")
+    text = failures(folder, opens=True)["code"]
+    assert "modules.json names custom.Module" in text and "custom.py is no file of ours" in text
+    edit(folder, "2_Normalize/config.json", activation_function="os.system")
+    assert "modules.json names os.system" in failures(folder, opens=True)["code"]
+    assert not opened
+
+
+def test_the_installed_code_is_ours(folder):
+    code = verify.code_of(folder)
+    assert code.state == "ours" and set(code.files) == {"configuration_minibert.py", "modeling_minibert.py"}
+    assert code.files["modeling_minibert.py"] == remote.sha256(Path(modeling_minibert.__file__))
+
+
+# Opening
+
+
+def test_what_does_not_open_or_gives_no_numbers(folder, monkeypatch):
+    def fails(request, cache=None):
+        raise isolated.NotOpened("KeyError: 'x'")
+
+    monkeypatch.setattr(isolated, "run", fails)
+    assert "cannot be opened in a fresh process without minibert: KeyError" in failures(folder, opens=True)["opens"]
+    monkeypatch.setattr(isolated, "run", lambda request, cache=None: ({"AutoModel.x": torch.tensor([float("nan")])}, []))
+    assert "AutoModel.x is not finite" in failures(folder, opens=True)["opens"]
+
+
+def test_the_request_follows_the_model(folder, words, opened):
+    verify.verify(folder)
+    verify.verify(words)
+    embeds, masked = opened
+    assert (embeds.heads, embeds.embeds, embeds.trust, embeds.max_length) == (["AutoModel"], True, True, 24)
+    assert (masked.heads, masked.embeds) == (["AutoModel", "AutoModelForMaskedLM"], False)
+
+
+# Models on the Hub
+
+
+@pytest.fixture
+def hub(hub_server, tmp_path, monkeypatch, opened):
+    hub_server.patch(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    return hub_server
+
+
+@pytest.fixture
+def contents(built):
+    return {file.relative_to(built).as_posix(): file.read_bytes() for file in built.rglob("*") if file.is_file()}
+
+
+def test_a_model_on_the_hub(hub, contents, opened):
+    commit = hub.add_repo("ann/model", contents)
+    hub.add_repo("ann/model", {"config.json": b"{}"})
+    done = CliRunner().invoke(app, ["hub", "verify", f"ann/model@{commit}", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["ok"] and found["commit"] == commit and [check["name"] for check in found["checks"]] == NAMES
+    assert len(opened) == 1
+
+
+def test_a_pickle_on_the_hub_is_named_but_not_fetched(hub, contents):
+    hub.add_repo("ann/model", {**contents, "pytorch_model.bin": b"\0"})
+    found = verify.verify("ann/model")
+    assert not found.ok and "pytorch_model.bin can run code" in found.checks[0].text
+    assert not [path for phase, _, path, _ in hub.requests if phase == "download" and "pytorch" in path]
+
+
+def test_a_damaged_cache_is_found(hub, contents, tmp_path):
+    hub.add_repo("ann/model", contents)
+    assert verify.verify("ann/model").ok
+    (blob,) = (path.resolve() for path in (tmp_path / "home").rglob("snapshots/*/model.safetensors"))
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    os.chmod(blob, 0o644)
+    blob.write_bytes(bytes(data))
+    found = verify.verify("ann/model")
+    assert not found.ok and found.checks[0].name == "download" and "model.safetensors in" in found.checks[0].text
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nothing", "There is no model folder nothing"),
+        ("./nothing", "There is no model folder ./nothing"),
+        ("ann/nothing", "There is no model ann/nothing on the Hub"),
+        ("ann/nothing@", "nothing behind the @"),
+        ("ann/no thing", "is no name of a model"),
+    ],
+)
+def test_wrong_input_is_status_2(hub, name, sentence):
+    done = CliRunner().invoke(app, ["hub", "verify", name])
+    assert done.exit_code == 2 and sentence in done.stderr
+
+
+def test_a_hidden_model_needs_a_login(hub, contents, monkeypatch):
+    hub.add_repo("ann/model", contents, private=True)
+    assert verify.verify("ann/model").ok
+    monkeypatch.delenv("HF_TOKEN")
+    done = CliRunner().invoke(app, ["hub", "verify", "ann/model"])
+    assert done.exit_code == 2 and "log in with `hf auth login` or set HF_TOKEN" in done.stderr
+    assert minibert.__name__ not in done.stderr
