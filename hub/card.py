@@ -62,8 +62,6 @@ _TASKS = {
         "answers that need knowledge which is not in the texts.",
     ),
 }
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PIPELINES = sorted(
     {tag for tag, *_ in _TASKS.values()}
     | {
@@ -96,8 +94,6 @@ def build_card(
     """
     folder = Path(folder)
     _check_fields(fields, known_only=True)
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(_DTYPES)}.")
     if repo_id is not None:
         validate_repo_id(repo_id)
     model = _Model(folder, repo_id or "USER/NAME", dtype, Path(origin or folder))
@@ -144,7 +140,6 @@ class _Model:
         self.record = record.read(origin)
         check_weights(self.encoder)
         self.tensors = {name: entry for file in weight_files(self.encoder) for name, entry in read_header(file).items()}
-        self.dtype = dtype
         settings = self.encoder / "tokenizer_config.json"
         self.tokenizer: dict[str, Any] = folders.read_json(settings) if settings.exists() else {}
 
@@ -194,15 +189,9 @@ class _Model:
         return {"mode": mode, "normalize": "Normalize" in kinds} if mode in ("mean", "cls") and not prompt else None
 
     def sizes(self) -> Iterator[tuple[str, str]]:
-        counts = {name: math.prod(shape) for name, (_, shape) in self.tensors.items()}
-        yield "parameters", f"{sum(counts.values()):,}"
-        wanted = _DTYPES.get(self.dtype or "")
-        types = {name: wanted if wanted and dtype in _WIDTHS else dtype for name, (dtype, _) in self.tensors.items()}
-        yield "numbers", ", ".join(sorted(set(types.values())))
-        size = sum(file.stat().st_size for file in weight_files(self.encoder))
-        if wanted:  # the tensors alone, without the header
-            size = sum(count * _WIDTHS.get(types[name], 8) for name, count in counts.items())
-        yield "weights", f"{size / 1e6:.1f} MB"
+        yield "parameters", f"{sum(math.prod(shape) for _, shape in self.tensors.values()):,}"
+        yield "numbers", ", ".join(sorted({dtype for dtype, _ in self.tensors.values()}))
+        yield "weights", f"{sum(file.stat().st_size for file in weight_files(self.encoder)) / 1e6:.1f} MB"
         yield "vocabulary", f"{self.config.get('vocab_size', 0):,}"
         if self.max_length:
             yield "longest text", f"{self.max_length:,} tokens"

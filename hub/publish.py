@@ -404,6 +404,7 @@ def _write_model(source: Path, target: Path, dtype: str | None) -> None:
     assert isinstance(config, MiniBertConfig)
     config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    folders.name_tokenizer_class(target)
     folders.copy_modules(folder, target)
 
 

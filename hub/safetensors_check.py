@@ -223,7 +223,7 @@ def check_paths(folder: Path) -> None:
     _check_links(places)
     for place in dict.fromkeys((folder, encoder)):
         for name in ("config.json", "tokenizer_config.json"):
-            _check_auto_map(place / name)
+            _check_code(place / name)
     weight_files(encoder)
     for place in places:
         if place != encoder and place != folder and (pickles := pickled(place)) and not weight_files(place):
@@ -243,9 +243,18 @@ def _module_paths(folder: Path) -> Iterator[str]:
         yield path
 
 
-def _check_auto_map(file: Path) -> None:
+def _check_code(file: Path) -> None:
+    """Refuse an auto_map that names anything but Python files, and kernels from the Hub: transformers runs them unasked."""
     settings = _read_json(file) if file.exists() else {}
-    found = settings.get("auto_map") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is damaged (it holds no mapping); save or download the model again.")
+    for key, value in settings.items():
+        named = value.values() if isinstance(value, dict) else [value]
+        if key.endswith(("_implementation", "_implementation_internal")) and any("/" in str(name) for name in named):
+            raise ValueError(
+                f"{file} asks for {_short(value)} as its {key}, code from the Hub that opening it would run; delete that line."
+            )
+    found = settings.get("auto_map")
     if found is None:
         return
     if not isinstance(found, dict | list):
