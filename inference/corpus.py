@@ -466,8 +466,8 @@ class _Job:
                 yield block.first + place, text, name
                 continue
             if not self.skip:
-                where = f"row {block.first_in_part + place} of {block.part}"
-                number = "" if block.first == block.first_in_part else f"{block.first + place} of the input, "
+                where = f"{block.first_in_part + place} of {block.part}"
+                number = "" if block.first == block.first_in_part else f"{block.first + place} of the input, row "
                 raise ValueError(
                     f"Row {number}{where} {bad.reason} (rows are counted from 0); mend it, or leave such rows out with "
                     "--on-bad-row skip."
@@ -514,6 +514,7 @@ class _Job:
                     "Run the same command again to make what is missing."
                 )
         self.state.wait_for_everyone()
+        self.manifest = read_manifest(self.out)
 
     def _list_shards(self, complete: bool = False) -> None:
         """Write the manifest anew, with the shards from the first one to the last before one that is missing."""

@@ -1,0 +1,243 @@
+"""minibert.encode: the same vectors as sentence-transformers, whatever the batches, and what is left to it."""
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from transformers import BertConfig, BertModel
+
+import minibert
+from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
+from minibert.inference import encode as module
+from minibert.inference.encode import Encoder, choose_dtype, cut_windows, encode
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "two",
+    "dogs",
+    "ran",
+    "home",
+    "and",
+    "rain",
+    "fell",
+    "over",
+    "green",
+    "hills",
+    "near",
+    "old",
+    "town",
+]
+rng = np.random.default_rng(0)
+TEXTS = [" ".join(rng.choice(WORDS, size)) for size in rng.integers(1, 60, 30)] + ["", "  ", "unheard-of 中文 words"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_wordpiece(TEXTS, vocab_size=80, model_max_length=40)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, tiny, tokenizer):
+    """A model folder for each kind of positions and norms, and one of a BERT."""
+    root = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    shape = {**tiny, "vocab_size": len(tokenizer)}
+    models = {name: MiniBertModel(MiniBertConfig.preset(name, **shape)) for name in ("search-8x768", "modern-6x384")}
+    models["bert"] = BertModel(BertConfig(**shape))
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def assemble(folder, *, pooling="mean", after=(Normalize,), **pool_options):
+    transformer = Transformer(str(folder))
+    pool = Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling, **pool_options)
+    return SentenceTransformer(modules=[transformer, pool, *(kind() for kind in after)], device="cpu")
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(module, "WINDOW_TEXTS", 7)
+
+
+@pytest.mark.parametrize("preset", ["search-8x768", "modern-6x384"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("after", [(), (Normalize,)])
+def test_vectors_are_those_of_sentence_transformers(folders, small_windows, preset, pooling, after):
+    model = assemble(folders / preset, pooling=pooling, after=after)
+    encoder = Encoder(model, batch_tokens=64)
+    assert encoder.packed and encoder.normalized == bool(after)
+    np.testing.assert_allclose(encoder.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
+
+
+def test_a_folder_is_opened_in_the_chosen_numbers(folders):
+    folder = folders / "search-8x768"
+    exact = encode(str(folder), TEXTS, dtype="float32")
+    np.testing.assert_allclose(exact, assemble(folder).encode(TEXTS), atol=1e-5)
+    half = Encoder(folder, dtype="bfloat16")
+    assert half.dtype == "bfloat16" and "as asked" in half.choices["dtype"]
+    vectors = half.encode(TEXTS)
+    assert vectors.dtype == np.float32 and 0 < np.abs(vectors - exact).max() < 0.05
+    assert (vectors * exact).sum(axis=1).min() > 0.999
+    assert minibert.encode is encode and encode(folder, "the cat", dtype="float32").shape == (32,)
+    assert encode(folder, [], dtype="float32").shape == (0, 32)
+
+
+def test_batches_of_any_size_give_the_same(folders):
+    model = assemble(folders / "modern-6x384")
+    expected = encode(model, TEXTS)
+    for batch_tokens in (1, 41, 300):
+        np.testing.assert_allclose(encode(model, TEXTS, batch_tokens=batch_tokens), expected, atol=1e-6)
+
+
+def test_prompts_are_put_before_texts(folders):
+    model = assemble(folders / "search-8x768")
+    model.prompts = {"query": "two dogs "}
+    for options in ({"prompt": "rain fell "}, {"prompt_name": "query"}):
+        np.testing.assert_allclose(encode(model, TEXTS, **options), model.encode(TEXTS, **options), atol=1e-5)
+    model.default_prompt_name = "query"
+    np.testing.assert_allclose(encode(model, TEXTS), model.encode(TEXTS), atol=1e-5)
+    assert np.abs(encode(model, TEXTS) - encode(model, TEXTS, prompt="")).max() > 1e-3
+    with pytest.raises(ValueError, match="no prompt named 'nope'; it has"):
+        encode(model, TEXTS, prompt_name="nope")
+
+
+def test_vectors_of_length_one_on_request(folders):
+    model = assemble(folders / "search-8x768", after=())
+    assert np.abs(np.linalg.norm(encode(model, TEXTS), axis=1) - 1).max() > 0.1
+    vectors = encode(model, TEXTS, normalize=True)
+    np.testing.assert_allclose(vectors, model.encode(TEXTS, normalize_embeddings=True), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda root: assemble(root / "bert"), "no MiniBERT"),
+        (lambda root: assemble(root / "search-8x768", pooling="max"), "neither mean nor cls"),
+        (lambda root: assemble(root / "search-8x768", include_prompt=False), "leaves the prompt out"),
+        (lambda root: assemble(root / "search-8x768", after=(lambda: Dense(32, 8),)), "changed after the pooling"),
+        (lambda root: assemble(root / "search-8x768").__class__(str(root / "search-8x768"), truncate_dim=8), "changed after"),
+    ],
+)
+def test_other_models_are_left_to_sentence_transformers(folders, small_windows, make, reason):
+    model = make(folders)
+    encoder = Encoder(model, prompt="rain ")
+    assert not encoder.packed and reason in encoder.choices["path"]
+    assert encoder.encode(TEXTS).shape == (len(TEXTS), encoder.dimension)
+    np.testing.assert_allclose(encoder.encode(TEXTS), model.encode(TEXTS, prompt="rain "), atol=1e-5)
+    assert [part.shape for part in encoder.windows([[], ["cat"]])] == [(0, encoder.dimension), (1, encoder.dimension)]
+
+
+def test_a_bert_stays_in_float32_unless_asked(folders, monkeypatch):
+    monkeypatch.setattr(module, "choose_dtype", lambda dtype, device: ("bfloat16", "for the test"))
+    assert Encoder(folders / "bert").dtype == "float32"
+    assert Encoder(folders / "modern-6x384").dtype == "bfloat16"
+
+
+def test_texts_without_a_token_get_the_vector_they_get_elsewhere(folders, tmp_path, tiny):
+    words = train_word_level(TEXTS[:5], vocab_size=20)
+    MiniBertModel(MiniBertConfig.preset("nano-1x3", vocab_size=len(words))).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    model = assemble(tmp_path)
+    texts = ["", "the cat", "   ", "the"]
+    np.testing.assert_allclose(encode(model, texts), model.encode(texts), atol=1e-5)
+    assert encode(model, ["", " "]).shape == (2, 3)
+
+
+# --- long texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_long_text_only_the_start_is_tokenized(folders, monkeypatch):
+    model = assemble(folders / "search-8x768")
+    seen = []
+    start = module._start
+
+    def spy(text, limit):
+        seen.append(len(start(text, limit)))
+        return start(text, limit)
+
+    monkeypatch.setattr(module, "_start", spy)
+    long = "the cat sat " * 20_000
+    np.testing.assert_allclose(encode(model, [long]), model.encode([long]), atol=1e-5)
+    assert seen and max(seen) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 50_000,  # one word
+        " " * 50_000 + "the cat sat on a mat",  # nothing at the start
+        "cat" + " \n" * 50_000 + "dogs ran home",
+        "中" * 5_000,  # no white space, a token per character
+        ("y" * 3_000 + " ") * 60,  # words longer than the cut
+    ],
+)
+def test_a_cut_never_changes_a_vector(folders, text):
+    model = assemble(folders / "search-8x768")
+    np.testing.assert_allclose(encode(model, [text, "the cat"]), model.encode([text, "the cat"]), atol=1e-5)
+
+
+def test_texts_cut_on_the_left_are_read_whole(folders):
+    model = assemble(folders / "search-8x768")
+    model.tokenizer.truncation_side = "left"
+    long = "the cat sat " * 1000 + "rain fell"
+    np.testing.assert_allclose(encode(model, [long]), model.encode([long]), atol=1e-5)
+
+
+# --- memory, choices, refusals --------------------------------------------------------------------------------------------
+
+
+def test_windows_are_taken_one_ahead_of_the_vectors(folders):
+    taken = 0
+
+    def windows():
+        nonlocal taken
+        for _ in range(10):
+            taken += 1
+            yield ["the cat"] * 3
+
+    vectors = Encoder(assemble(folders / "search-8x768")).windows(windows())
+    for count in range(1, 4):
+        assert next(vectors).shape == (3, 32)
+        assert taken <= count + 1
+    vectors.close()
+
+
+def test_windows_hold_few_texts_and_few_characters(monkeypatch):
+    monkeypatch.setattr(module, "WINDOW_TEXTS", 3)
+    monkeypatch.setattr(module, "WINDOW_CHARACTERS", 10)
+    texts = ["a", "b", "c", "d", "e" * 9, "f", "g" * 50, "h"]
+    windows = list(cut_windows(texts))
+    assert [text for window in windows for text in window] == texts
+    assert [len(window) for window in windows] == [3, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [({"avx512_bf16": True, "avx2": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32"), ({}, "float32")],
+)
+def test_the_processor_decides_the_numbers(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    dtype, reason = choose_dtype("auto", "cpu")
+    assert dtype == expected and ("avx512_bf16" in reason) == (expected == "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["a", None], {}, "Text 1 is NoneType, not a string: None"),
+        (["a"], {"dtype": "int8"}, "dtype='int8' is unknown; use one of auto, float32"),
+        (["a"], {"batch_tokens": 0}, "batch_tokens=0"),
+    ],
+)
+def test_wrong_arguments_are_refused(folders, texts, options, message):
+    with pytest.raises(ValueError, match=message):
+        encode(assemble(folders / "search-8x768"), texts, **options)

@@ -1,0 +1,448 @@
+"""minibert encode: input of every kind, bad rows, killed and resumed runs, several processes, and what is refused."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from pyarrow import parquet
+from typer.testing import CliRunner
+
+from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert.cli import app
+from minibert.data import stream as stream_module
+from minibert.data.stream import open_stream
+from minibert.inference import corpus as module
+from minibert.inference.corpus import Plan, encode_corpus
+from minibert.inference.encode import encode
+from minibert.inference.vectors import VectorFolder, read_manifest, shard_name, to_float
+
+TEXTS = [f"the {color} {animal} sleeps" for color in ("red", "green", "blue") for animal in ("cat", "dog", "fish", "bird")]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = train_word_level(TEXTS, vocab_size=14)
+    for seed, name in enumerate(("model", "other")):
+        torch.manual_seed(seed)
+        config = MiniBertConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+        MiniBertModel(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def model(models):
+    return models / "model"
+
+
+@pytest.fixture(scope="session")
+def expected(model):
+    return encode(model, TEXTS, dtype="float32")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Parquet in row groups of 5 rows."""
+    file = tmp_path / "in.parquet"
+    parquet.write_table(
+        Dataset.from_dict({"text": TEXTS, "key": [f"k{row}" for row in range(12)]}).data.table, file, row_group_size=5
+    )
+    return file
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """Run ``minibert encode`` with the tiny model in float32."""
+
+    def run(data, *arguments, out=tmp_path / "out", model=model):
+        return CliRunner().invoke(app, ["encode", str(model), str(data), str(out), "--dtype", "float32", *map(str, arguments)])
+
+    return run
+
+
+def vectors_in(folder):
+    opened = VectorFolder(folder)
+    return np.concatenate([to_float(opened.read(shard), opened.manifest) for shard in opened.shards])
+
+
+# --- input and output -----------------------------------------------------------------------------------------------------
+
+
+def write(file, texts):
+    rows = Dataset.from_dict({"number": range(len(texts)), "body": texts})
+    if file.suffix == ".txt":
+        file.write_text("\n".join(texts), encoding="utf-8")
+    elif file.suffix in (".csv", ".tsv"):
+        rows.to_csv(file, sep="," if file.suffix == ".csv" else "\t")
+    elif file.suffix == ".parquet":
+        rows.to_parquet(file)
+    else:
+        rows.to_json(file, lines=file.suffix == ".jsonl")
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
+def test_every_kind_of_file_gives_the_same_vectors_in_order(run, tmp_path, expected, suffix):
+    done = run(write(tmp_path / f"in.{suffix}", TEXTS), "--rows-per-shard", 5, "--keep-text", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"] == len(TEXTS)
+    folder = VectorFolder(tmp_path / "out")
+    assert [shard.rows for shard in folder.shards] == [5, 5, 2] and folder.manifest.complete
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
+    assert folder.ids(range(12)) == list(range(12))
+    assert folder.texts([11, 0, 5]) == [TEXTS[11], TEXTS[0], TEXTS[5]]
+    assert np.concatenate([block for _, block in folder.blocks(start=3, size=4)]).shape == (9, 16)
+
+
+def test_a_folder_of_files_is_read_in_order_of_names(run, tmp_path, expected):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, start in enumerate(range(0, 12, 3)):
+        write(folder / f"{number}.{('jsonl', 'csv')[number % 2]}", TEXTS[start : start + 3])
+    assert run(folder, "--rows-per-shard", 4).exit_code == 0
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
+
+
+def test_a_hub_data_set_is_streamed(model, tmp_path, expected, monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
+
+    monkeypatch.setattr(stream_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(stream_module.HfApi, "dataset_info", lambda self, name: type("Info", (), {"sha": "abc"}))
+    encode_corpus(model, "owner/texts:small", tmp_path / "out", rows_per_shard=5, dtype="float32", split="test")
+    assert asked == [(("owner/texts", "small"), {"split": "test", "revision": "abc", "streaming": True})]
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
+    assert read_manifest(tmp_path / "out").source["revision"] == "abc"
+
+
+def test_ids_are_those_of_a_column(run, data, tmp_path):
+    assert run(data, "--id-column", "key", "--column", "text").exit_code == 0
+    assert VectorFolder(tmp_path / "out").ids([3, 1]) == ["k3", "k1"]
+
+
+def test_shards_are_read_by_pandas_and_datasets(run, data, tmp_path, expected):
+    run(data, "--column", "text", "--keep-text", "--rows-per-shard", 7)
+    frame = pd.read_parquet(sorted((tmp_path / "out").glob("*.parquet")))
+    assert frame["text"].tolist() == TEXTS
+    np.testing.assert_allclose(np.stack(frame["vector"]), expected, atol=1e-6)
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    np.testing.assert_allclose(rows.with_format("numpy")["vector"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "width"), [("float16", "float16", 16), ("int8", "int8", 16), ("binary", "int8", 2)]
+)
+def test_vectors_are_stored_in_fewer_bits(run, data, tmp_path, expected, precision, dtype, width):
+    assert run(data, "--column", "text", "--precision", precision, "--rows-per-shard", 5).exit_code == 0
+    folder = VectorFolder(tmp_path / "out")
+    stored = folder.read(folder.shards[0])
+    assert (stored.dtype, stored.shape) == (np.dtype(dtype), (5, width))
+    found = vectors_in(tmp_path / "out")
+    if precision == "binary":
+        np.testing.assert_array_equal(found > 0, expected > 0)
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+# --- bad rows -------------------------------------------------------------------------------------------------------------
+
+BAD = [{"t": "the cat"}, {"t": 3}, "no json", {"u": "the dog"}, {"t": None}, {"t": " "}, [1], {"t": "a bird"}]
+
+
+@pytest.fixture
+def bad(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in BAD]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+def test_bad_rows_are_skipped_and_named(run, bad, tmp_path):
+    done = run(bad, "--column", "t", "--on-bad-row", "skip", "--rows-per-shard", 3)
+    assert done.exit_code == 0, done.output
+    assert "6 rows were left out: 1 (is of type int, not a string), 2 (is no JSON object), 3 (has no text)" in done.stdout
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.skipped_rows[3:] == [[4, "has no text"], [5, "is empty"], [6, "is no JSON object"]]
+    assert [(shard.first_row, shard.rows, shard.first_input_row) for shard in manifest.shards] == [
+        (0, 1, 0),
+        (1, 0, 3),
+        (1, 1, 6),
+    ]
+    assert VectorFolder(tmp_path / "out").ids([0, 1]) == [0, 7]
+
+
+def test_bad_rows_are_refused_by_number_and_the_run_goes_on_when_they_may_be_skipped(run, bad, tmp_path):
+    done = run(bad, "--column", "t", "--rows-per-shard", 1)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"Row 1 of {bad} is of type int, not a string" in done.stderr
+    assert "--on-bad-row skip" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert run(bad, "--column", "t", "--rows-per-shard", 1, "--on-bad-row", "skip").exit_code == 0
+    assert VectorFolder(tmp_path / "out").ids([0, 1]) == [0, 7]
+
+
+def test_a_bad_row_of_a_later_file_is_named_in_both_ways(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\ntwo\n")
+    (folder / "b.txt").write_text("one\n\n")
+    assert f"Row 3 of the input, row 1 of {folder / 'b.txt'} is empty" in run(folder).stderr
+
+
+def test_a_text_of_a_million_characters_is_read(run, tmp_path, model):
+    long = "the red cat " * 90_000
+    (tmp_path / "in.csv").write_text(f"text\n{long}\n")
+    assert run(tmp_path / "in.csv").exit_code == 0
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), encode(model, [long[:10_000]], dtype="float32"), atol=1e-6)
+
+
+# --- killed and resumed ---------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("part-*")}
+
+
+def assert_same(one, other):
+    """The same shards with the same rows; products of matrices may differ in the last digit from process to process."""
+    assert sorted(contents(one)) == sorted(contents(other))
+    first, second = VectorFolder(one), VectorFolder(other)
+    assert first.manifest.complete and first.shards == second.shards
+    assert first.ids(range(len(first))) == second.ids(range(len(second)))
+    np.testing.assert_allclose(vectors_in(one), vectors_in(other), atol=1e-3 if first.manifest.precision == "int8" else 1e-6)
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_as_if_left_alone(model, data, tmp_path, start, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = {"column": "text", "rows_per_shard": 2, "dtype": "float32"}
+    encode_corpus(model, data, whole, **options)
+    write_parts, kills = module.ShardWriter.write, 0
+    monkeypatch.setattr(module.ShardWriter, "write", lambda *arguments: (time.sleep(0.05), write_parts(*arguments)))
+    for delay in (0.0, 0.02, 0.06, 0.13):
+        (child,) = start(1, lambda: encode_corpus(model, data, out, **options))
+        until = time.monotonic() + 30
+        shards = len(contents(out))
+        while child.is_alive() and len(contents(out)) == shards and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(delay)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
+    assert kills >= 2
+    before = {file: file.stat().st_mtime_ns for file in out.glob("part-*.parquet")}
+    assert before
+    summary = encode_corpus(model, data, out, **options)
+    assert summary.written == len(TEXTS) - 2 * len(before)
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert_same(out, whole)
+    assert encode_corpus(model, data, out, **options).written == 0
+
+
+def test_a_half_written_shard_is_made_anew(run, data, tmp_path):
+    options = ("--column", "text", "--rows-per-shard", 4)
+    run(data, *options)
+    out = tmp_path / "out"
+    good = contents(out)
+    (out / shard_name(1)).write_bytes(good[shard_name(1)][:-9])
+    (out / shard_name(2)).unlink()
+    (out / f"{shard_name(2)}.tmp-1").write_bytes(b"half")
+    done = run(data, *options, "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["written"] == 8
+    assert contents(out) == good
+
+
+def test_ctrl_c_says_how_to_resume(run, data, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.ShardWriter, "write", interrupt)
+    monkeypatch.setattr("sys.argv", ["minibert", "encode", "model", "in", "out"])
+    done = run(data, "--column", "text")
+    assert done.exit_code == 130 and "To resume: minibert encode model in out" in done.stderr
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_shards(run, data, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write = parquet.ParquetWriter.write_table
+    calls = iter((write, full))
+    monkeypatch.setattr(parquet.ParquetWriter, "write_table", lambda *a, **k: next(calls)(*a, **k))
+    done = run(data, "--column", "text", "--rows-per-shard", 6)
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+    assert "part-00001.parquet could not be written (No space left on device)" in done.stderr
+    assert "run the same command again to resume" in done.stderr
+    assert list(contents(tmp_path / "out")) == [shard_name(0)]
+    monkeypatch.undo()
+    assert run(data, "--column", "text", "--rows-per-shard", 6).exit_code == 0
+    assert vectors_in(tmp_path / "out").shape == (12, 16)
+
+
+def test_new_files_are_appended(run, tmp_path, expected):
+    folder, options = tmp_path / "in", ("--rows-per-shard", 4)
+    folder.mkdir()
+    write(folder / "1.txt", TEXTS[:6])
+    run(folder, *options)
+    before = contents(tmp_path / "out")
+    write(folder / "2.txt", TEXTS[6:])
+    assert "of the input" in run(folder, *options).stderr
+    done = run(folder, *options, "--append", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["written"] == 6
+    assert before.items() <= contents(tmp_path / "out").items()
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
+    assert VectorFolder(tmp_path / "out").ids([5, 6, 11]) == [5, 6, 11]
+    write(folder / "0.txt", TEXTS[:1])
+    assert "new files must be last by name" in run(folder, *options, "--append").stderr
+
+
+# --- several processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_processes_share_out_the_shards(model, data, tmp_path, start, precision):
+    options = {"column": "text", "rows_per_shard": 2, "dtype": "float32", "precision": precision}
+    encode_corpus(model, data, tmp_path / "one", **options)
+    both = start(2, lambda: encode_corpus(model, data, tmp_path / "two", **options))
+    assert start.finish(both) == [0, 0]
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_more_processes_than_shards(model, data, tmp_path, start, expected):
+    def work():
+        summary = encode_corpus(model, data, tmp_path / "out", column="text", rows_per_shard=8, dtype="float32")
+        assert "3, shards 2; 1 had nothing to do" in summary.choices["processes"]
+
+    assert start.finish(start(3, work)) == [0, 0, 0]
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
+
+
+def test_all_processes_stop_when_the_first_refuses(model, models, data, tmp_path, start):
+    encode_corpus(model, data, tmp_path / "out", column="text", dtype="float32")
+
+    def work():
+        with pytest.raises(ValueError, match="The first process could not begin|holds vectors of the model"):
+            encode_corpus(models / "other", data, tmp_path / "out", column="text", dtype="float32")
+
+    assert start.finish(start(2, work)) == [0, 0]
+
+
+def test_a_plan_deals_every_row_to_one_process():
+    for processes in (1, 3):
+        dealt = []
+        for process in range(processes):
+            plan, row = Plan(4, first_shard=2, first_row=7, done=frozenset({0, 1, 4}), process=process, processes=processes), 0
+            while row < 40:
+                first, row = plan.next_rows(row)
+                assert plan.shard_of(first) % processes == process
+                dealt += range(first, row)
+        wanted = set(range(7, 40)) - set(range(15, 19))
+        assert len(dealt) == len(set(dealt)) and wanted <= set(dealt) and min(dealt) == 7 and 15 not in dealt
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "json", "parquet"])
+def test_only_wanted_rows_are_read_whatever_the_file(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(stream_module, "_BLOCK", 3)
+    write(tmp_path / f"a.{suffix}", TEXTS[:7])
+    write(tmp_path / f"b.{suffix}", TEXTS[7:])
+    plan = Plan(2, done=frozenset({0}), process=1, processes=2)
+    blocks = list(open_stream(tmp_path).read(plan.next_rows))
+    rows = [block.first + place for block in blocks for place in range(len(block.texts))]
+    assert rows == [2, 3, 6, 7, 10, 11]
+    assert [text for block in blocks for text in block.texts] == [TEXTS[row] for row in rows]
+    assert all(block.first_in_part == block.first - 7 * block.part.endswith(f"b.{suffix}") for block in blocks)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_something_else_is_refused_with_both_names(run, models, data, tmp_path):
+    run(data, "--column", "text")
+    other = write(tmp_path / "other.parquet", TEXTS[:4])
+    for change, message in [
+        ({"model": models / "other"}, rf"vectors of the model {models / 'model'} .*, not {models / 'other'} "),
+        ({"precision": "int8"}, "vectors in float32, not int8"),
+        ({"data": other}, f"of the input {data}, not {other}"),
+        ({"id-column": "key"}, "of the columns .*'id': None.*, not .*'id': 'key'"),
+        ({"rows-per-shard": 3}, "in shards of 50000 rows, not 3"),
+        ({"prompt": "query: "}, "with prompt=None, not 'query: '"),
+    ]:
+        options = {"data": data, **change}
+        arguments = [word for name, value in options.items() if name not in ("data", "model") for word in (f"--{name}", value)]
+        column = ("--column", "body" if options["data"] == other else "text")
+        done = run(options["data"], *column, *arguments, **({"model": options["model"]} if "model" in options else {}))
+        assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+        assert re.search(message, done.stderr), done.stderr
+    forced = run(data, "--column", "text", "--precision", "int8", "--force")
+    assert forced.exit_code == 0 and read_manifest(tmp_path / "out").precision == "int8"
+
+
+def test_the_same_files_elsewhere_are_the_same_input(run, data, tmp_path):
+    run(data, "--column", "text")
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy(data, tmp_path / "moved" / data.name)
+    assert "Nothing was left to do" in run(moved, "--column", "text").stdout
+
+
+def test_two_runs_in_one_folder_are_refused(model, data, tmp_path, start):
+    out = tmp_path / "out"
+    out.mkdir()
+    with module.alone_in(out):
+
+        def work():
+            with pytest.raises(ValueError, match="Another run is encoding into"):
+                encode_corpus(model, data, out, column="text")
+
+        assert start.finish(start(1, work)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (b"", [], "in.csv is empty"),
+        (b"text\n", [], "has no rows"),
+        (b"a,b\nx,y\n", [], "could be in more than one of the columns a, b; name one with --column"),
+        (b"a,b\nx,y\n", ["--column", "c"], "There is no column named 'c'; there are a, b"),
+        (b"text\nx\n", ["--id-column", "c"], "There is no column 'c' to take ids from; there are text"),
+        (b"text\nna\xefve\n", [], "in.csv is not UTF-8: line 2 cannot be decoded"),
+        (b"text\nx\ny,z\n", [], "in.csv cannot be read as csv"),
+        (b"text\nx\n", ["--precision", "int4"], "precision='int4' is unknown; use one of float32, float16, int8, binary"),
+        (b"text\nx\n", ["--on-bad-row", "warn"], "on_bad_row='warn' is unknown; use refuse or skip"),
+        (b"text\nx\n", ["--rows-per-shard", "0"], "rows_per_shard=0"),
+        (b"text\nx\n", ["--split", "train[:5]"], "is more or less than one split"),
+        (b"text\nx\n", ["--prompt-name", "nope"], "The model has no prompt named 'nope'"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_status_2(run, tmp_path, content, arguments, message):
+    (tmp_path / "in.csv").write_bytes(content)
+    done = run(tmp_path / "in.csv", *arguments)
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_folder_with_other_things_in_it_is_not_written_to(run, data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    assert "holds other things (thesis.tex)" in run(data, "--column", "text", "--force").stderr
+    assert [file.name for file in out.iterdir()] == ["thesis.tex"]
+    assert "cannot be made" in run(data, "--column", "text", out=data).stderr
+
+
+def test_explain_says_what_was_chosen(run, data):
+    shown = run(data, "--column", "text", "--explain").stdout
+    assert "dtype: float32, as asked" in shown and "path: packed: no padding" in shown and "processes: 1, shards 1" in shown
