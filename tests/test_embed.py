@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -91,9 +92,19 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("step", [4, 6])  # inside an epoch, and at the end of one
-def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, step):
-    fields = {"eval_data": str(folder / "pairs.csv"), "gradient_accumulation_steps": 2, "epochs": 4}
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (4, {}),  # inside an epoch
+        (6, {}),  # at the end of one
+        (4, {"one_source_per_batch": True, "hard_negatives": 1, "max_steps": 12}),
+    ],
+)
+def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, step, more):
+    fields = {"eval_data": str(folder / "pairs.csv"), "gradient_accumulation_steps": 2, "epochs": 4, **more}
+    monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
+    if more:
+        fields["data"] = [str(folder / "pairs.csv")] * 2
     whole = run("whole", **fields)
     original = embed_module._Callback.on_step_end
 
@@ -106,7 +117,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt, match=f"Stopped at step {step} of 12, after saving a checkpoint"):
         run("broken", **fields)
     assert not (tmp_path / "broken" / "model.safetensors").exists()
-    monkeypatch.undo()
+    monkeypatch.setattr(embed_module._Callback, "on_step_end", original)
     resumed = run("broken", **fields)
     torch.testing.assert_close(weights(tmp_path / "broken"), weights(tmp_path / "whole"), atol=0, rtol=0)
     timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / "broken")]
@@ -162,6 +173,38 @@ def test_options(run, tmp_path, fields):
     assert len(model) == (2 if fields.get("normalize") is False else 3)
 
 
+def test_batches_of_one_source(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "other.csv").write_text(
+        "query,answer\n" + "\n".join(f"{answer},{query}" for query, answer in PAIRS), encoding="utf-8"
+    )
+    seen = []
+    original = embed_module._Trainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["anchor_attention_mask"].sum(dim=1).tolist())
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(embed_module._Trainer, "compute_loss", compute_loss)
+    metrics = run(data=[str(folder / "pairs.csv"), str(tmp_path / "other.csv")], one_source_per_batch=True, epochs=1)
+    assert metrics["train_rows"] == 2 * len(PAIRS)
+    # Queries of the first source have four tokens with the special ones, those of the other six.
+    assert sorted(len(set(lengths)) for lengths in seen) == [1] * 10
+    assert {lengths[0] for lengths in seen} == {4, 6}
+
+
+def test_hard_negatives_are_passages_like_the_right_one_and_mined_once(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
+    run(hard_negatives=2, max_steps=1)
+    mined = Dataset.load_from_disk(tmp_path / "run" / "negatives" / "0")
+    assert mined.column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    answers = dict(PAIRS)
+    for row in mined:
+        assert row["positive"] == answers[row["anchor"]]
+        assert {row["negative_1"], row["negative_2"]} <= set(answers.values()) - {row["positive"]}
+    monkeypatch.setattr(embed_module, "mine_hard_negatives", None)  # not needed again
+    run(hard_negatives=2, max_steps=2)
+
+
 def test_cached_and_plain_losses_agree(run, tmp_path):
     still = {"max_steps": 2, "model": {"preset": "nano-1x3", "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}}
     plain = run("plain", **still)
@@ -177,6 +220,8 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ("query,answer\na,b\nc,d\n", {"negative_column": "hard"}, "no column 'hard'; it has query, answer"),
         ("query,answer\na,b\nc,d\n", {"anchor_column": "question"}, "no column 'question'; it has query, answer"),
         ("query,answer\na,b\nc,\n", {}, "no value in column 'answer' of row 2"),
+        ("query,answer\na,b\nc,d\n", {"hard_negatives": 5}, "Only 0 of 2 pairs of wrong.csv have 5 hard negatives; lower"),
+        ("query,answer\na,b\nc,d\n", {"hard_negatives": 1, "negative_column": "b"}, "keep one of them"),
         ("query,answer\na,b\nc,d\n", {"max_length": 13}, "max_length=13 exceeds the model's max_position_embeddings=12"),
     ],
 )

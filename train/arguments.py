@@ -302,6 +302,9 @@ class EmbedStage(ModelStage, LoopArguments):
     anchor_column: str | None = Field(None, description="Column of queries; unset means the first column of strings.")
     positive_column: str | None = Field(None, description="Column of passages; unset means the second column of strings.")
     negative_column: str | None = Field(None, description="Column of hard negatives; unset means none are used.")
+    hard_negatives: NotNegative = Field(
+        0, description="Hard negatives per pair, mined by sentence-transformers with the model as it is before training."
+    )
     loss: Literal["mnrl", "cached_mnrl"] = Field(
         "mnrl", description="Multiple negatives ranking, plain or cached (large batches in little memory)."
     )
@@ -310,6 +313,9 @@ class EmbedStage(ModelStage, LoopArguments):
     gather_across_devices: bool = Field(False, description="Use the other processes' passages as negatives too.")
     batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
         "no_duplicates", description="no_duplicates keeps equal texts out of one batch, where they would be false negatives."
+    )
+    one_source_per_batch: bool = Field(
+        False, description="Fill each batch from one of the sources in data: texts alike are the harder negatives."
     )
     max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Vector that stands for a text; unset: the model's.")
@@ -322,6 +328,8 @@ class EmbedStage(ModelStage, LoopArguments):
     def _has_a_trainer_of_its_own(self) -> "EmbedStage":
         if self.fsdp or self.max_skipped_steps:
             raise ValueError("fsdp and max_skipped_steps are not there for embed, whose trainer lacks them; leave them out.")
+        if self.hard_negatives and self.negative_column:
+            raise ValueError("negative_column names hard negatives and hard_negatives mines some; keep one of them.")
         return self
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -25,6 +25,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.util import mine_hard_negatives
 from transformers import AutoModel, ProgressCallback, TrainerCallback
 
 from minibert.data.load import check_columns, load, text_columns
@@ -36,6 +37,8 @@ from minibert.train.stage import StageContext, load_model, load_tokenizer, seque
 
 logger = logging.getLogger(__name__)
 
+# A passage whose similarity to the query is within this share of the right one's may well answer the query too.
+_MARGIN = 0.05
 # What transformers calls the schedules that have another name there.
 _SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
@@ -54,14 +57,16 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
         FloatingPointError: when the loss is not a finite number.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved.
     """
-    pairs = training_pairs(args)
+    sources = training_pairs(args)
     evaluator = _evaluator(args)
     model = _starting_model(args, context)
+    if args.hard_negatives:
+        sources = _with_negatives(sources, model, args, context.output_dir / "negatives")
     callback = _Callback(args, context, model)
     trainer = _Trainer(
         model=model,
         args=_trainer_arguments(args, context),
-        train_dataset=pairs,
+        train_dataset=sources if args.one_source_per_batch else concatenate_datasets(list(sources.values())),
         loss=_loss(args, model),
         evaluator=evaluator,
         callbacks=[callback],
@@ -79,7 +84,7 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
         "epochs": round(trainer.state.epoch or 0.0, 4),
         **callback.load_best(),
         "train_loss": result.training_loss,
-        "train_rows": len(pairs),
+        "train_rows": sum(map(len, sources.values())),
         "train_seconds": callback.seconds,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
@@ -88,16 +93,61 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     return metrics
 
 
-def training_pairs(args: EmbedStage) -> Dataset:
-    """The training data with just its columns of queries, passages and (if named) negatives, in that order."""
-    dataset = load(args.data)
-    columns = _pair_columns(args, dataset, args.data)
-    if args.negative_column:
-        check_columns(dataset, [args.negative_column], args.data)
-        columns.append(args.negative_column)
-    if len(dataset) < 2:
-        raise ValueError("Training pairs are each other's negatives, so at least two rows are needed; the data has one.")
-    return dataset.select_columns(columns)
+def training_pairs(args: EmbedStage) -> dict[str, Dataset]:
+    """The training data with just its columns of queries, passages and (if named) negatives, in that order.
+
+    Returns:
+        One data set, or with ``one_source_per_batch`` one for each source, by its place and path.
+    """
+    apart = args.one_source_per_batch and len(args.data) > 1
+    groups = [[source] for source in args.data] if apart else [args.data]
+    found: dict[str, Dataset] = {}
+    for number, group in enumerate(groups):
+        dataset = load(group)
+        columns = _pair_columns(args, dataset, group)
+        if args.negative_column:
+            check_columns(dataset, [args.negative_column], group)
+            columns.append(args.negative_column)
+        if len(dataset) < 2:
+            raise ValueError(
+                f"Training pairs are each other's negatives, so at least two rows are needed; {group[0].path} has one."
+            )
+        names = dict(zip(columns, ("anchor", "positive", "negative"), strict=False))
+        found[f"{number} {Path(group[0].path).name}"] = dataset.select_columns(columns).rename_columns(names)
+    return found
+
+
+def _with_negatives(
+    sources: dict[str, Dataset], model: SentenceTransformer, args: EmbedStage, folder: Path
+) -> dict[str, Dataset]:
+    """Pairs with the passages that ``model`` holds for most alike the query without being almost as alike as the right one.
+
+    Mined once and kept in ``folder``, so that a run that resumes trains on the same; pairs with too few of them are left out.
+    """
+    state = PartialState()
+    mined: dict[str, Dataset] = {}
+    for number, (name, pairs) in enumerate(sources.items()):
+        kept = folder / str(number)
+        if state.is_main_process and not kept.exists():
+            found = mine_hard_negatives(
+                pairs,
+                model,
+                num_negatives=args.hard_negatives,
+                relative_margin=_MARGIN,
+                range_max=50 + args.hard_negatives,
+                output_format="n-tuple",
+                batch_size=args.eval_batch_size,
+                verbose=False,
+            )
+            if len(found) < 2:
+                raise ValueError(
+                    f"Only {len(found)} of {len(pairs)} pairs of {name.partition(' ')[2]} have {args.hard_negatives} hard "
+                    "negatives; lower hard_negatives, or start from a model that tells these texts apart."
+                )
+            checkpoint.write_folder(kept, lambda part, found=found: found.save_to_disk(part))
+        state.wait_for_everyone()
+        mined[name] = Dataset.load_from_disk(kept)
+    return mined
 
 
 def _pair_columns(args: EmbedStage, dataset: Dataset, sources: list[DataSource]) -> list[str]:
@@ -180,6 +230,7 @@ def _trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTrans
         fp16=args.precision == "fp16",
         torch_compile=args.compile,
         batch_sampler=args.batch_sampler,
+        multi_dataset_batch_sampler="proportional",
         logging_steps=args.log_steps,
         logging_nan_inf_filter=False,  # the default hides a loss that is not a number
         save_strategy="steps" if args.save_steps else "epoch",
