@@ -1,0 +1,90 @@
+"""The documented way of a folder of vectors into a vector database, run as it is written."""
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import minibert
+from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert.inference.load import fingerprint, load
+from minibert.inference.search import FolderSearcher
+from minibert.inference.vectors import Manifest, Shard, ShardWriter, shard_name, write_manifest
+
+PAGE = Path(minibert.__file__).parent / "docs" / "encoding-and-search.md"
+NOTES = ["how a list is sorted", "how do i read a table", "the cat sleeps", "sort the table", "paris is a city"]
+
+
+@pytest.fixture
+def notes(tmp_path, monkeypatch):
+    """The folder that the page's examples name, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_word_level(NOTES, vocab_size=20)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 0, "intermediate_size": 32}
+    config = MiniBertConfig(vocab_size=len(tokenizer), initializer_range=1.0, **sizes)
+    MiniBertModel(config).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    vectors = load("model").encode_document(NOTES)
+    folder = Path("notes-vectors")
+    folder.mkdir()
+    manifest = Manifest(
+        model="model",
+        fingerprint=fingerprint(Path("model")),
+        dimension=32,
+        precision="float32",
+        normalized=True,
+        source={},
+        columns={"kept": True},
+        encoding={},
+        rows_per_shard=3,
+        complete=True,
+        rows=len(NOTES),
+    )
+    for number, start in enumerate(range(0, len(NOTES), 3)):
+        part = vectors[start : start + 3]
+        with ShardWriter(folder / shard_name(number), manifest, pa.string()) as writer:
+            ids = pa.array([f"note-{row}" for row in range(start, start + len(part))])
+            writer.write(ids, NOTES[start : start + 3], part)
+        manifest.shards.append(Shard(shard_name(number), start, len(part), start, len(part)))
+    write_manifest(folder, manifest)
+    return folder
+
+
+def examples(word):
+    return [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL) if word in block]
+
+
+def test_the_example_loads_a_database_that_answers_as_we_do(notes, capsys):
+    qdrant = pytest.importorskip("qdrant_client")
+    (example,) = examples("qdrant_client")
+    printed = []
+    for _ in range(2):  # a second run changes nothing
+        names = {}
+        exec(example, names)
+        names["client"].close()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    hits = FolderSearcher(notes).search(["how do I sort a list"], 3)[0]
+    lines = [line.split(maxsplit=2) for line in printed[0].splitlines()]
+    assert [(id, text) for _, id, text in lines] == [(hit.id, hit.passage) for hit in hits]
+    np.testing.assert_allclose([float(score) for score, *_ in lines], [hit.score for hit in hits], atol=1e-4)
+    client = qdrant.QdrantClient(path="notes-qdrant")
+    assert client.count("notes").count == len(NOTES)
+    client.close()
+
+
+def test_the_example_of_search_from_python_runs(notes, capsys):
+    (example,) = examples("FolderSearcher")
+    exec(example, {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_figures_of_the_page_are_those_of_the_code():
+    page, index = PAGE.read_text(encoding="utf-8"), importlib.import_module("minibert.inference.index")
+    assert f"up to {index.EXACT_ROWS:,} " in page and f"{index._SAMPLE:,} of the stored vectors" in page
+    assert index._GROWTH == 4 and "fourfold growth" in page
