@@ -61,7 +61,9 @@ def plain_errors(debug: bool, interrupted: str = "", extra: str = "") -> Iterato
     except ModuleNotFoundError as error:
         if debug or not extra:
             raise
-        typer.echo(f"Error: This command needs {error.name}; install it: pip install 'minibert[{extra}]'.", err=True)
+        typer.echo(
+            f"Error: This command needs {str(error.name).split('.')[0]}; install it: pip install 'minibert[{extra}]'.", err=True
+        )
         raise typer.Exit(2) from None
     # The classes are looked up only when something was raised: naming them at import time would slow every --help.
     except _user_errors() as error:
@@ -215,8 +217,19 @@ def search(
         if queries and as_json:
             print_json([_answer(*pair) for pair in zip(queries, searcher.search(queries, top_k), strict=True)])
             return
-        for answer in _answers(searcher, asked, top_k):
-            typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _answer_lines(answer) + "\n")
+        with _until_unread():
+            for answer in _answers(searcher, asked, top_k):
+                typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _answer_lines(answer) + "\n")
+
+
+@contextmanager
+def _until_unread() -> Iterator[None]:
+    """End quietly when the reader of standard output, such as head, has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _asked(queries: list[str] | None, file: str | None) -> list[str] | None:
@@ -638,9 +651,8 @@ def pull(
         typer.echo(f"{len(done.files)} files, {size_text(sum(done.files.values()))}")
         for path, digest in done.code.items():
             typer.echo(f"sha256 {digest}  {path}")
-        if done.code:
-            ours = {"ours": "that of the installed release", "changed": "not that of the installed release"}[done.code_is]
-            typer.echo(f"its code is {ours}")
+        code = {"ours": "its code is that of the installed release", "none": "it brings no code"}
+        typer.echo(code.get(done.code_is, "its code is not that of the installed release: minibert hub verify shows the difference"))
         if done.left_out:
             typer.echo(f"left out: {', '.join(done.left_out)}")
 

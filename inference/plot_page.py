@@ -55,16 +55,23 @@ p {{ font-size: 0.9rem; margin: 0.3rem 0; color: #555; overflow-wrap: anywhere; 
 </html>
 """
 # A figure that has two arrangements in its ``meta`` takes the one that the window has room for, also when that changes.
+# The height goes to the element: a figure with a height of its own would keep its width too.
 _ARRANGE = """
 const figure = document.getElementById("{plot_id}");
+const all = figure.layout.meta;
 let arranged = null;
 const arrange = () => {
-    const wanted = window.innerWidth < 760 ? "narrow" : "wide";
-    const all = figure.layout.meta;
-    if (all && wanted !== arranged) {
-        arranged = wanted;
-        Plotly.update(figure, all[wanted].traces, all[wanted].layout, all.numbers);
-    }
+    const wanted = all && window.innerWidth < 760 ? "narrow" : "wide";
+    if (wanted === arranged) return;
+    arranged = wanted;
+    const {height, ...layout} = all ? all[wanted].layout : figure.layout;
+    figure.style.height = height + "px";
+    Plotly.update(
+        figure,
+        all ? all[wanted].traces : {},
+        {...(all ? layout : {}), width: null, height: null, autosize: true},
+        all ? all.numbers : []
+    );
 };
 window.addEventListener("resize", arrange);
 arrange();

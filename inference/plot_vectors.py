@@ -288,16 +288,21 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
     vectors = np.asarray(vectors, dtype=np.float64)
     if width <= 3 and method == "pca":
         return np.pad(vectors, ((0, 0), (0, 3 - width))), [f"dimension {number}" for number in (1, 2, 3)]
+    if method == "pca" and not np.ptp(vectors, axis=0).any():
+        return np.zeros((count, 3)), [f"component {number}" for number in (1, 2, 3)]
     if method == "pca":
         pca = PCA(n_components=min(3, count, width), svd_solver="full" if count * width < 10**6 else "auto", random_state=0)
         points = pca.fit_transform(vectors)
-        shares = [*np.nan_to_num(pca.explained_variance_ratio_), 0.0, 0.0][:3]
+        shares = [*pca.explained_variance_ratio_, 0.0, 0.0][:3]
         axes = [f"component {number} ({share:.0%})" for number, share in enumerate(shares, start=1)]
         return np.pad(points, ((0, 0), (0, 3 - points.shape[1]))), axes
     if count < 6:
         raise ValueError(f"--method {method} arranges neighbourhoods, of which {count} points have none; use pca.")
     if method == "tsne":
-        points = TSNE(3, perplexity=min(30.0, (count - 1) / 3), init="random", random_state=0).fit_transform(vectors)
+        settings: dict[str, Any] = {"init": "pca", "random_state": 0, "perplexity": min(30.0, (count - 1) / 3)}
+        # In three dimensions the approximation is the slower one for some hundred points, and the usual step too long.
+        settings |= {"method": "exact" if count <= 1000 else "barnes_hut", "learning_rate": max(10.0, count / 48)}
+        points = TSNE(3, **settings).fit_transform(vectors)
     else:
         from umap import UMAP
 

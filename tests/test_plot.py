@@ -1,0 +1,555 @@
+"""Pictures: the facts they show, what pages and images hold, what they refuse, and what the menus of a page do in a browser."""
+
+import io
+import json
+import re
+import shutil
+import sys
+from itertools import pairwise
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from typer.testing import CliRunner
+
+from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
+from minibert.cli import app
+from minibert.inference import plot, plot_attention
+from minibert.inference.load import load
+from minibert.inference.plot_attention import line_ends
+from minibert.inference.plot_page import token_labels
+from minibert.inference.plot_training import read_log
+from minibert.inference.plot_vectors import project
+
+TEXTS = ["the cat sleeps on the sofa", "a dog sleeps on the mat", "stocks fell today", "gold rose after the news"]
+EVIL = 'the </script><script>document.title="taken"</script> <b>cat</b> &amp; $x^2$ sleeps'
+NAMES = ("attention", "embeddings", "similarity", "tokens", "training")
+
+
+def shape_of(tokenizer, **more):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return {"vocab_size": len(tokenizer), **sizes, "max_position_embeddings": 40, "initializer_range": 0.4, **more}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of tiny models with the same tokenizer: ours, of width 3, and plain ones of transformers."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train_wordpiece([*TEXTS, EVIL] * 3, vocab_size=118)
+    tokenizer.model_max_length = 40
+    torch.manual_seed(0)
+    shape = shape_of(tokenizer)
+    made = {
+        "minibert": MiniBertModel(MiniBertConfig.preset("search-8x768", **shape)),
+        "nano": MiniBertModel(MiniBertConfig.preset("nano-1x3", vocab_size=len(tokenizer), initializer_range=1.0)),
+        "bert": BertModel(BertConfig(**shape)),
+        "distilbert": DistilBertModel(
+            DistilBertConfig(
+                vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40
+            )
+        ),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two stages, the second of which has a log."""
+    run = tmp_path_factory.mktemp("runs") / "toy"
+    (run / "1-tokenizer").mkdir(parents=True)
+    write_log(run / "2-classify" / "log.jsonl")
+    return run
+
+
+def write_log(path, offset=0.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for step in (10, 20, 30):
+        more = {"learning_rate": 0.1 / step, "grad_norm": 1.0, "tokens_per_second": 1000.0 + step, "seconds": 6.0 * step}
+        lines.append({"step": step, "epoch": step / 30, "loss": 3.0 - step / 20 + offset, **more})
+    lines.append({"step": 30, "epoch": 1.0, "eval_loss": 1.75, "eval_accuracy": 0.5})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def pictures(models, run_folder):
+    """One picture of each kind, of texts that try to be tags and formulas."""
+    return {
+        "attention": plot.attention(models / "minibert", EVIL, "a dog"),
+        "embeddings": plot.embeddings(models / "minibert", [*TEXTS, EVIL], labels=["a", "a", "b", "b", "<b>c</b>"]),
+        "similarity": plot.similarity(models / "minibert", [*TEXTS, EVIL]),
+        "tokens": plot.tokens(models / "minibert", EVIL),
+        "training": plot.training(run_folder),
+    }
+
+
+# Attention
+
+
+def recorded(folder, *texts):
+    """What the model itself returns."""
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager")
+    inputs = AutoTokenizer.from_pretrained(folder)(*texts, return_tensors="pt")
+    with torch.inference_mode():
+        return torch.cat(model(**inputs, output_attentions=True).attentions)
+
+
+@pytest.mark.parametrize("name", ["minibert", "nano", "bert", "distilbert"])
+def test_attention_is_what_the_model_returns(models, name):
+    picture = plot.attention(models / name, TEXTS[0], TEXTS[1])
+    expected = recorded(models / name, TEXTS[0], TEXTS[1])
+    assert picture.weights.shape == ((1, 1) if name == "nano" else (2, 4)) + (len(picture.tokens),) * 2
+    torch.testing.assert_close(torch.from_numpy(picture.weights), expected)
+    assert sum(picture.second) > 0 and len(picture.second) == len(picture.tokens)
+
+
+def test_attention_of_a_converted_model_is_that_of_its_source(models, tmp_path):
+    from minibert.hub.convert import convert
+
+    convert(models / "bert", tmp_path / "converted")
+    ours = plot.attention(tmp_path / "converted", TEXTS[0]).weights
+    np.testing.assert_allclose(ours, plot.attention(models / "bert", TEXTS[0]).weights, atol=1e-5)
+
+
+def test_menus_hold_the_weights_of_every_layer_and_head(models):
+    picture = plot.attention(models / "minibert", TEXTS[0])
+    figure = picture.interactive()
+    layers, heads = (menu.buttons for menu in figure.layout.updatemenus)
+    assert [button.label for button in layers] == ["layer 1", "layer 2"]
+    assert [button.label for button in heads] == ["head 1", "head 2", "head 3", "head 4"]
+    maps = [at for at, trace in enumerate(figure.data) if trace.type == "heatmap"]
+    for layer, button in enumerate(layers):
+        change, traces = button.args
+        for head, at in enumerate(maps):
+            np.testing.assert_array_equal(change["z"][traces.index(at)], picture.weights[layer, head])
+            drawn = [change["y"][traces.index(place)] for place in range(at + 1, at + 11)]
+            for ends, expected in zip(drawn, line_ends(picture.weights[layer, head])):
+                np.testing.assert_array_equal(ends, expected)
+    for head, button in enumerate(heads):
+        shown = [at for at in maps if button.args[0]["visible"][at]]
+        assert shown == [maps[head]]
+
+
+def test_one_layer_and_head_can_be_chosen(models):
+    whole = plot.attention(models / "minibert", TEXTS[0])
+    one = plot.attention(models / "minibert", TEXTS[0], layer=2, head=3)
+    np.testing.assert_array_equal(one.weights[0, 0], whole.weights[1, 2])
+    assert (one.layers, one.heads) == ([2], ["head 3"])
+    assert len(one.static().axes) > 1 and len(whole.static().axes) == 8
+
+
+def test_long_texts_are_cut_averaged_and_thinned_and_say_so(models, monkeypatch):
+    cut = plot.attention(models / "minibert", " ".join(TEXTS * 9))
+    assert len(cut.tokens) == 40 and "the first 40 are read" in cut.notes[0]
+    assert len(plot.attention(models / "minibert", " ".join(TEXTS), max_tokens=9).tokens) == 9
+    lines = line_ends(cut.weights[0, 0])
+    assert sum(len(ends) for ends in lines) / 3 <= plot_attention._LINES < 40**2
+    assert "strongest" in cut.lines_note and not plot.attention(models / "nano", "the cat").lines_note
+    strongest = cut.weights[0, 0].max()
+    row, column = (int(end) for end in lines[-1][:2])
+    assert cut.weights[0, 0][row, column] > 0.9 * strongest
+
+    monkeypatch.setattr(plot_attention, "_PAGE_WEIGHTS", 500)
+    mean = plot.attention(models / "minibert", TEXTS[0])
+    np.testing.assert_allclose(mean.weights[:, 0], recorded(models / "minibert", TEXTS[0]).mean(1), atol=1e-6)
+    assert mean.heads == ["mean of 4"] and "--layer" in mean.notes[0]
+
+
+# Embeddings and similarity
+
+
+def test_vectors_of_width_three_are_shown_as_they_are(models):
+    picture = plot.embeddings(models / "nano", TEXTS, labels=[1, 1, 2, 2])
+    (panel,) = picture.panels
+    np.testing.assert_allclose(panel.points, load(models / "nano", device="cpu").encode(TEXTS), atol=1e-6)
+    ones, twos = picture.interactive().data
+    assert (ones.name, twos.name) == ("1", "2") and list(twos.hovertext) == TEXTS[2:]
+    np.testing.assert_allclose(twos.x, panel.points[2:, 0], atol=1e-6)
+
+
+def test_tokens_are_shown_before_and_after_the_encoder(models):
+    picture = plot.embeddings(models / "nano", TEXTS[:2], tokens=True)
+    model, tokenizer = AutoModel.from_pretrained(models / "nano"), AutoTokenizer.from_pretrained(models / "nano")
+    found = [model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True) for text in TEXTS[:2]]
+    before, after = picture.panels
+    np.testing.assert_allclose(before.points, torch.cat([x.hidden_states[0][0] for x in found]).detach(), atol=1e-6)
+    np.testing.assert_allclose(after.points, torch.cat([x.last_hidden_state[0] for x in found]).detach(), atol=1e-6)
+    assert not np.allclose(before.points, after.points)
+    assert picture.names[:3] == ["[CLS]", "the", "cat"] and len(set(picture.labels)) == 2
+
+
+def test_wide_vectors_are_projected():
+    generator = np.random.default_rng(0)
+    plane = generator.normal(size=(30, 2)) @ generator.normal(size=(2, 20))
+    points, axes = project(plane)
+    assert axes[2] == "component 3 (0%)" and np.allclose(points[:, 2], 0)
+    between = np.linalg.norm(plane[:, None] - plane, axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(points[:, None] - points, axis=-1), between, atol=1e-9)
+    assert project(np.ones((2, 8)))[0].shape == (2, 3) and np.isfinite(project(np.ones((2, 8)))[0]).all()
+    clusters = np.repeat([[0.0] * 9, [50.0] * 9], 30, axis=0) + generator.normal(size=(60, 9))
+    points, axes = project(clusters, "tsne")
+    assert points.shape == (60, 3) and axes[0] == "t-SNE 1"
+    nearest = np.linalg.norm(points[:, None] - points, axis=-1) + np.diag([np.inf] * 60)
+    assert ((nearest.argmin(1) < 30) == (np.arange(60) < 30)).all()
+
+
+def test_similarity_is_the_cosine(models):
+    picture = plot.similarity(models / "minibert", TEXTS, TEXTS[:2])
+    vectors = load(models / "minibert", device="cpu").encode(TEXTS)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(picture.values, unit @ unit[:2].T, atol=1e-6)
+    assert picture.labelled and picture.interactive().data[0].text.shape == (4, 2)
+
+
+# Tokens
+
+
+def test_tokens_words_and_unknowns(tmp_path):
+    tokenizer = train_word_level(TEXTS, vocab_size=20)
+    tokenizer.save_pretrained(tmp_path / "only-a-tokenizer")
+    picture = plot.tokens(tmp_path / "only-a-tokenizer", "the zebra sleeps")
+    assert [token.id for token in picture.tokens] == tokenizer("the zebra sleeps")["input_ids"]
+    zebra = next(token for token in picture.tokens if token.text == "zebra")
+    assert zebra.unknown and zebra.word == 2 and sum(token.unknown for token in picture.tokens) == 1
+    assert "1 unknown" in picture.summary and "not in the vocabulary" in picture.table()
+    assert picture.tokens[0].word is None
+
+
+def test_pieces_of_a_word_share_its_number(models):
+    picture = plot.tokens(models / "minibert", "sleeps sleepsnews")
+    assert picture.tokens[1].word == 1 and picture.tokens[1].text == "sleeps"
+    parts = [token.text for token in picture.tokens if token.word == 2]
+    assert len(parts) > 1 and "".join(parts) == "sleepsnews"
+
+
+def test_boxes_do_not_overlap_and_keep_their_line(models):
+    boxes = list(plot.tokens(models / "minibert", " ".join(TEXTS * 5)).boxes())
+    assert boxes[-1][2] > 0
+    for (token, left, line), (_, next_left, next_line) in pairwise(boxes):
+        assert (next_left, next_line) in {(left + token.width, line), (0.0, line + 1)} and left + token.width <= 52
+
+
+def test_byte_level_tokens_are_readable():
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {name: number for number, name in enumerate(["Ġthe", "cafÃ©", "Ã", "<s>"])}
+    backend = Tokenizer(BPE(vocabulary, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    assert token_labels(tokenizer, [0, 1, 2, 3]) == ["▁the", "café", "Ã", "<s>"]
+
+
+# Training
+
+
+def test_curves_are_the_lines_of_the_log(run_folder):
+    picture = plot.training(run_folder)
+    (run,) = picture.runs
+    assert run.name == "toy/2-classify"
+    assert run.curve("loss", "step") == ([10, 20, 30], [2.5, 2.0, 1.5])
+    assert run.curve("loss", "minutes")[0] == [1.0, 2.0, 3.0]
+    assert run.curve("eval_accuracy", "minutes") == ([3.0], [0.5])
+    titles = [title for title, _ in picture.panels]
+    assert titles == ["loss", "accuracy", "learning rate", "tokens per second", "grad norm"]
+    assert picture.panels[0][1] == ["loss", "eval_loss"]
+
+
+def test_runs_are_overlaid_under_names_that_tell_them_apart(run_folder, tmp_path):
+    write_log(tmp_path / "toy" / "2-classify" / "log.jsonl", offset=1.0)
+    figure = plot.training([run_folder, tmp_path / "toy" / "2-classify"]).interactive()
+    losses = [trace for trace in figure.data if trace.xaxis == "x" and trace.mode == "lines"]
+    assert len(losses) == 2 and losses[0].name != losses[1].name
+    assert [list(trace.y) for trace in losses] == [[2.5, 2.0, 1.5], [3.5, 3.0, 2.5]]
+    assert losses[0].line.color != losses[1].line.color
+
+
+def test_a_log_that_is_being_written_can_be_read(tmp_path):
+    write_log(tmp_path / "log.jsonl")
+    with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 40, "loss": NaN, "seconds": 9}\n{"step": 50, "lo')
+    lines = read_log(tmp_path / "log.jsonl")
+    assert len(lines) == 5 and np.isnan(lines[-1]["loss"])
+    assert "NaN" not in re.sub(r"[A-Za-z]NaN|NaN[A-Za-z]|isNaN", "", plot.training(tmp_path).interactive().to_json())
+
+
+# Pages and images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_needs_no_network_and_holds_no_tags_of_texts(pictures, name):
+    page = pictures[name].page()
+    assert not re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="?\s*(?:https?:)?//', page)
+    assert "<script>document.title" not in page and "</script><script>d" not in page
+    ours = page[: page.index("<script")] + page[page.rindex("Plotly.newPlot(") :]
+    assert "<b>cat" not in ours.split("</main>")[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_shows_texts_as_they_are(pictures, name):
+    image = matplotlib.image.imread(io.BytesIO(pictures[name]._repr_png_()), format="png")
+    assert min(image.shape[:2]) > 100 and image.std() > 0.01
+    shown = [text.get_text() for text in pictures[name].static().findobj(matplotlib.text.Text)]
+    if name != "training":
+        assert any("<b>" in text or "</script>" in text or text == "$" for text in shown)
+
+
+def test_a_file_is_written_whole_and_never_by_accident(pictures, tmp_path):
+    picture = pictures["tokens"]
+    for name in ("a.html", "a.png"):
+        written = picture.save(tmp_path / name)
+        with pytest.raises(FileExistsError, match="--force"):
+            picture.save(written)
+        written.write_bytes(b"old")
+        assert len(picture.save(written, force=True).read_bytes()) > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.png"]
+    with pytest.raises(ValueError, match="none of .html, .png"):
+        picture.save(tmp_path / "a.jpg")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        picture.save(tmp_path / "nowhere" / "a.png")
+    with pytest.raises(IsADirectoryError):
+        (tmp_path / "folder.png").mkdir()
+        picture.save(tmp_path / "folder.png")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: plot.attention(m / "none", "the cat"), "no model folder"),
+        (lambda m: plot.attention(m / "minibert", "  "), "The text is empty"),
+        (lambda m: plot.attention(m / "minibert", "the cat", ""), "second text is empty"),
+        (lambda m: plot.attention(m / "minibert", "the cat", layer=3), "no layer 3; its layers are 1 to 2"),
+        (lambda m: plot.attention(m / "minibert", "the cat", head=0), "no head 0; its heads are 1 to 4"),
+        (lambda m: plot.attention(m / "minibert", "the cat", max_tokens=2), "max_tokens=2"),
+        (lambda m: plot.embeddings(m / "minibert", []), "no texts"),
+        (lambda m: plot.embeddings(m / "minibert", ["a", "", "b"]), "Text 2 is empty"),
+        (lambda m: plot.embeddings(m / "minibert", TEXTS, labels=["a"]), "4 text.s. need as many labels, not 1"),
+        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "'mds' is unknown; use one of pca, tsne, umap"),
+        (lambda m: plot.embeddings(m / "minibert", TEXTS[:2]), "three or more"),
+        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="tsne"), "use pca"),
+        (lambda m: plot.similarity(m / "minibert", TEXTS, []), "second list of texts is empty"),
+        (lambda m: plot.similarity(m / "minibert", ["\n"]), "Text 1 of the first list is empty"),
+        (lambda m: plot.tokens(m / "minibert", "\t"), "The text is empty"),
+        (lambda m: plot.tokens(m / "none", "the cat"), "no model folder"),
+        (lambda m: plot.training([]), "no run"),
+        (lambda m: plot.training(m / "none"), "There is no run"),
+        (lambda m: plot.training(m / "bert"), "holds no log.jsonl"),
+        (lambda m: plot.training(m / "bert" / "config.json"), "Line 1 of .* is no line of a training log"),
+    ],
+)
+def test_wrong_input_is_refused_in_words(models, call, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        call(models)
+
+
+def test_a_log_without_lines_or_with_a_damaged_one_is_refused(tmp_path):
+    (tmp_path / "log.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="no lines yet"):
+        plot.training(tmp_path)
+    write_log(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text("[1]\n" + (tmp_path / "log.jsonl").read_text(), encoding="utf-8")
+    with pytest.raises(ValueError, match="Line 1 of"):
+        plot.training(tmp_path)
+
+
+def test_umap_explains_itself_where_it_is_missing(models, monkeypatch):
+    monkeypatch.setattr("minibert.inference.plot_vectors.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install umap-learn"):
+        plot.embeddings(models / "minibert", TEXTS, method="umap")
+
+
+# The command
+
+
+@pytest.fixture
+def command(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.csv").write_text(
+        "body,label\n" + "".join(f"{text},{text[0]}\n" for text in TEXTS) + " ,x\n", encoding="utf-8"
+    )
+    return lambda *arguments: CliRunner().invoke(app, ["plot", *map(str, arguments)])
+
+
+def test_every_command_writes_a_file(command, models, run_folder, tmp_path):
+    model = models / "minibert"
+    for name, arguments in {
+        "attention.html": ["attention", model, TEXTS[0], TEXTS[1]],
+        "embeddings.html": ["embeddings", model, "texts.csv"],
+        "tokens-in-space.png": ["embeddings", model, TEXTS[0], "--tokens"],
+        "training.png": ["training", run_folder],
+        "similarity.png": ["similarity", model, "texts.csv", "a cat"],
+        "tokens.png": ["tokens", model, TEXTS[0]],
+    }.items():
+        done = command(*arguments, "--out", name)
+        assert done.exit_code == 0, done.output
+        data = (tmp_path / name).read_bytes()
+        assert data.startswith(b"<!doctype html>" if name.endswith(".html") else b"\x89PNG") and name in done.stderr
+    assert '"name":"s"' in (tmp_path / "embeddings.html").read_text(encoding="utf-8")  # a label of the file
+
+
+def test_tokens_are_printed_as_a_table_or_as_json(command, models):
+    done = command("tokens", models / "minibert", "the cat", "--json")
+    assert [token["token"] for token in json.loads(done.stdout)["tokens"]] == ["[CLS]", "the", "cat", "[SEP]"]
+    assert "4 tokens of 2 words, 0 unknown." in command("tokens", models / "minibert", "the cat").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attention", "none", "the cat", "--out", "x.html"], "no model folder none"),
+        (["attention", "MODEL", "", "--out", "x.html"], "text is empty"),
+        (["attention", "MODEL", "the cat", "--out", "x.svg"], "none of .html, .png"),
+        (["attention", "MODEL", "the cat", "--out", "texts.csv"], "none of .html, .png"),
+        (["attention", "MODEL", "the cat", "--out", "taken.png"], "--force"),
+        (["embeddings", "MODEL", "nothing.csv", "--out", "x.png"], "nothing.csv"),
+        (["embeddings", "MODEL", "texts.csv", "--label-column", "stars", "--out", "x.png"], "no column 'stars'"),
+        (["embeddings", "MODEL", "texts.csv", "--column", "stars", "--out", "x.png"], "name one (--column)"),
+        (["embeddings", "MODEL", "a b", "c d", "e f", "--label", "a", "--out", "x.png"], "as many labels"),
+        (["embeddings", "MODEL", "a b", "c d", "e f", "--column", "a", "--out", "x.png"], "no columns"),
+        (["similarity", "MODEL", "texts.csv", "", "--out", "x.png"], "empty"),
+        (["training", "none", "--out", "x.png"], "There is no run none"),
+        (["training", "MODEL", "--out", "x.png"], "holds no log.jsonl"),
+        (["tokens", "MODEL", " "], "text is empty"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(command, models, tmp_path, arguments, message):
+    (tmp_path / "taken.png").write_text("mine", encoding="utf-8")
+    done = command(*(models / "minibert" if argument == "MODEL" else argument for argument in arguments))
+    assert done.exit_code == 2 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "x.png").exists()
+    assert (tmp_path / "taken.png").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_missing_extra_explains_itself(command, models, monkeypatch):
+    import minibert.inference
+
+    monkeypatch.delattr(minibert.inference, "plot")
+    for name in [name for name in sys.modules if name.startswith("minibert.inference.plot")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    done = command("tokens", models / "minibert", "the cat")
+    assert done.exit_code == 2 and "needs plotly; install it: pip install 'minibert[plot]'" in done.stderr
+
+
+def test_every_plot_command_has_an_example():
+    for name in NAMES:
+        assert f"minibert plot {name}" in CliRunner().invoke(app, ["plot", name, "--help"]).stdout
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no Chromium or Chrome here to click in")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright, which drives a browser, is not installed")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser, pictures, tmp_path):
+    """Open the page of a picture in a window; errors, dialogs and whatever it asks of the network fail the test."""
+    wrong, tabs = [], []
+
+    def opened(name, width=1400):
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tabs.append(tab)
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.on("dialog", lambda dialog: wrong.append(dialog.message))
+        tab.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
+        tab.goto(pictures[name].save(tmp_path / f"{name}-{width}.html", force=True).as_uri())
+        tab.wait_for_function("document.querySelector('.js-plotly-plot')?._fullLayout !== undefined")
+        tab.evaluate("window.figure = document.querySelector('.js-plotly-plot')")
+        return tab
+
+    yield opened
+    for tab in tabs:
+        tab.close()
+    assert wrong == []
+
+
+def choose(tab, menu, item):
+    tab.locator(".updatemenu-header").nth(menu).click()
+    tab.locator(".updatemenu-dropdown-button", has_text=re.compile(f"^{item}$")).click()
+    tab.wait_for_timeout(100)
+
+
+SHOWN = """() => {
+    const heat = figure._fullData.filter((trace) => trace.type === "heatmap" && trace.visible === true);
+    return heat.map((trace) => Array.from(trace.z, (row) => Array.from(row)));
+}"""
+LINES = "() => Array.from(document.querySelectorAll('.x2y2 .js-line'), (line) => line.getAttribute('d')).join()"
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_menus_choose_layer_and_head(opened, pictures, width):
+    tab, weights = opened("attention", width), pictures["attention"].weights
+    drawn = set()
+    for menu, item, layer, head in [(None, "", 0, 0), (0, "layer 2", 1, 0), (1, "head 3", 1, 2), (0, "layer 1", 0, 2)]:
+        if menu is not None:
+            choose(tab, menu, item)
+        (shown,) = tab.evaluate(SHOWN)
+        np.testing.assert_allclose(shown, weights[layer, head], atol=1e-7)
+        drawn.add(tab.evaluate(LINES))
+    assert len(drawn) == 4 and "" not in drawn
+
+
+def test_the_page_arranges_itself_by_the_width_of_the_window(opened):
+    tab = opened("attention")
+    domains = "[figure._fullLayout.xaxis.domain, figure._fullLayout.yaxis2.domain]"
+    assert tab.evaluate(domains) == [[0, 0.46], [0, 1]]
+    tab.set_viewport_size({"width": 400, "height": 900})
+    tab.wait_for_function("figure._fullLayout.xaxis.domain[1] > 0.8")
+    assert tab.evaluate(domains)[1][1] < 0.5  # the lines are below
+    tab.wait_for_function("document.documentElement.scrollWidth <= 400", timeout=5000)
+
+
+def test_pointing_at_a_cell_shows_its_tokens_and_weight(opened, pictures):
+    tab, picture = opened("attention"), pictures["attention"]
+    box = tab.locator(".xy .heatmaplayer image, .xy .hm image").first.bounding_box()
+    tab.mouse.move(box["x"] + 2, box["y"] + 2)
+    tab.wait_for_selector(".hoverlayer .hovertext")
+    shown = tab.locator(".hoverlayer .hovertext").text_content()
+    assert "1 [CLS]" in shown and f"{picture.weights[0, 0, 0, 0]:.4f}" in shown
+
+
+def test_texts_are_shown_as_they_were_written(opened):
+    tab = opened("tokens")
+    shown = tab.locator(".textpoint").all_text_contents()
+    for sign in ("<", ">", "&", "$"):
+        assert sign in shown
+    assert EVIL[:20] in tab.locator("h1").inner_text() and "taken" not in tab.title().split(":")[0]
+    labels = opened("similarity").locator(".ytick").all_text_contents()
+    assert any(label.startswith("the </script><") for label in labels)
+
+
+def test_a_menu_changes_what_the_axis_of_training_counts(opened):
+    tab = opened("training")
+    first = "Array.from(figure._fullData[0].x)"
+    assert tab.evaluate(first) == [10, 20, 30]
+    choose(tab, 0, "minutes")
+    assert tab.evaluate(first) == [1, 2, 3]
+    choose(tab, 0, "epoch")
+    assert tab.evaluate(first) == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_points_in_space_are_drawn(opened, pictures):
+    tab = opened("embeddings", 400)
+    assert tab.evaluate("figure._fullData.map((trace) => trace.type)") == ["scatter3d"] * 3
+    names = tab.locator(".scene .annotation-text, .annotation-text").all_text_contents()
+    assert any("</script>" in name for name in names)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
