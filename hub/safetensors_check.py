@@ -5,6 +5,7 @@ still be wrong, but opening it costs no more memory than its files, and reads no
 """
 
 import json
+import math
 import os
 import re
 import stat
@@ -30,6 +31,13 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+# Names of sizes in configurations: of how many there are layers, how wide they are, and of tables as long as this and so wide,
+# which weights store or a model may compute.
+_LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+_WIDTHS = ("hidden_size", "dim", "d_model", "embedding_size")
+_STORED = ("vocab_size", "intermediate_size", "hidden_dim")
+_COMPUTED = ("max_position_embeddings", "type_vocab_size")
+_TABLE_LIMIT = 2**28
 # Files that opening a model reads; a link among them could show it any file of this machine.
 _READ = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
 # module.Class, with the folder of the module and the repository on the Hub that it is taken from before it, if any.
@@ -185,10 +193,31 @@ def check_weights(folder: Path) -> None:
             "another library must be saved as safetensors first, with transformers: "
             "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)."
         )
+    tensors: dict[str, tuple[str, list[int]]] = {}
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{folder} lacks {file.name}, a part of its weights; copy or download the model again.")
-        check_file(file)
+        tensors |= read_header(file)
+    if (folder / "config.json").exists():
+        _check_sizes(folder / "config.json", tensors)
+
+
+def _check_sizes(file: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
+    """Refuse a configuration of a model far larger than its weights, which would be built before anybody misses them."""
+    config = _read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged (it holds no mapping); save or download the model again.")
+    sizes = {name: value for name, value in config.items() if type(value) is int and value > 0}
+    numbers = sum(math.prod(shape) for _, shape in tensors.values())
+    width = min((sizes[name] for name in _WIDTHS if name in sizes), default=1)
+    most = {**dict.fromkeys(_WIDTHS, numbers), **dict.fromkeys(_LAYERS, len(tensors)), "num_labels": numbers}
+    most |= {**dict.fromkeys(_STORED, numbers // width), **dict.fromkeys(_COMPUTED, max(numbers, _TABLE_LIMIT) // width)}
+    for name, limit in most.items():
+        if sizes.get(name, 0) > limit:
+            raise ValueError(
+                f"{file} says {name}={_short(sizes[name])}, but its weights are {len(tensors):,} tensors of {numbers:,} "
+                "numbers in all, too few for such a model; save or download the model again."
+            )
 
 
 def pickled(folder: Path) -> list[str]:
@@ -204,6 +233,15 @@ def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") ->
 
 
 # --------------------------------------------------------------------------------------------------------------- names
+
+
+def check_model(folder: Path) -> None:
+    """All checks of this module: to be called before a model is opened.
+
+    Raises: as :func:`check_paths` and :func:`check_weights` do.
+    """
+    check_paths(folder)
+    check_weights(folder / next(_module_paths(folder)) if (folder / "modules.json").exists() else folder)
 
 
 def check_paths(folder: Path) -> None:

@@ -240,14 +240,23 @@ def _resolve(
 ) -> StageContext:
     named = getattr(stage, "seed", None)
     seed = seed if named is None else named
-    start = folders.get(stage.model, stage.model) if isinstance(stage.model, str) else model
+    start = _named_model(stage.model, folders) if isinstance(stage.model, str) else model
     if isinstance(stage.model, NewModel):
         start = None
-    teacher = folders.get(stage.teacher, stage.teacher) if isinstance(stage, DistillStage) else None
+    teacher = _named_model(stage.teacher, folders) if isinstance(stage, DistillStage) else None
     if isinstance(stage, DistillStage) and stage.student_layers:
         start = teacher
     own = folders.get(stage.tokenizer, stage.tokenizer) if stage.tokenizer else None
     return StageContext(folder, seed, start, own or (tokenizer or teacher if start is None else start), teacher)
+
+
+def _named_model(name: str, folders: dict[str, str]) -> str:
+    """The folder of the earlier stage ``name``; a folder or an id on the Hub stays, after a look at what the folder holds."""
+    if name not in folders and Path(name).is_dir():
+        from minibert.hub.safetensors_check import check_model  # its package needs torch, which reading a recipe does not
+
+        check_model(Path(name))
+    return folders.get(name, name)
 
 
 def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -> None:

@@ -75,7 +75,7 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
                     f"dropout={dropout} cannot be set: {context.model} is a {config.model_type} model, which names its dropout "
                     "otherwise; leave dropout out of the recipe."
                 )
-        model = auto_class.from_pretrained(context.model, trust_remote_code=False, **changes)
+        model = auto_class.from_pretrained(context.model, trust_remote_code=False, use_safetensors=True, **changes)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} entries but the model's vocabulary only vocab_size={model.config.vocab_size}; "
