@@ -652,7 +652,7 @@ def pull(
         for path, digest in done.code.items():
             typer.echo(f"sha256 {digest}  {path}")
         code = {"ours": "its code is that of the installed release", "none": "it brings no code"}
-        typer.echo(code.get(done.code_is, "its code is not that of the installed release: minibert hub verify shows the difference"))
+        typer.echo(code.get(done.code_is, "its code is not that of the installed release; minibert hub verify shows where"))
         if done.left_out:
             typer.echo(f"left out: {', '.join(done.left_out)}")
 
