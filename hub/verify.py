@@ -213,7 +213,8 @@ def _tensors(model: _Model) -> str:
             if checkpoint.shape(stored[name]) != expected[name]
         ]
         problems += [f"missing: {', '.join(missing)}"] * bool(missing) + [f"of another shape: {', '.join(wrong)}"] * bool(wrong)
-        if _is_ours(model) and (unknown := sorted(set(stored) - set(expected) - _of_other_classes(model))):
+        left = set(stored) - set(expected) if _is_ours(model) else set()
+        if left and (unknown := sorted(left - _of_other_classes(model))):
             problems.append(f"unknown: {', '.join(unknown)}")
     count, infinite = 0, []
     for name in checkpoint.names:
@@ -373,8 +374,8 @@ def request_for(folder: Path, *, trust: bool | None = None) -> isolated.Request:
     if isinstance(config.get("pad_token_id"), int) and config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
         positions[0] -= config["pad_token_id"] + 1
     return isolated.Request(
-        model=str(folder),
-        transformer=str(encoder) if encoder != folder else None,
+        model=str(folder.resolve()),
+        transformer=str(encoder.resolve()) if encoder != folder else None,
         heads=list(dict.fromkeys(["AutoModel", head])),
         embeds=bool(folders.modules(folder)),
         trust="auto_map" in config if trust is None else trust,
