@@ -131,8 +131,9 @@ def _retrieval(data: Path, context: StageContext, options: dict[str, Any]) -> di
     stage = EmbedStage(
         kind="embed",
         data=sources(data, questions * QUESTIONS_READ + TITLES, "train"),
-        **{"learning_rate": 5e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.1, "pooling": "mean"},
+        **{"learning_rate": 5e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.0, "pooling": "mean"},
         **{"precision": options["precision"], "batch_size": options["pair_batch"], "max_steps": options["pair_steps"]},
+        one_source_per_batch=True,
         save_steps=200,
     )
     metrics = embed(stage, context)
