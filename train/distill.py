@@ -289,6 +289,12 @@ def freeze(teacher: Any) -> Any:
     return teacher.eval().requires_grad_(False).to(processes().device)
 
 
+def in_precision(args: DistillStage) -> torch.autocast:
+    """The arithmetic of training, for a teacher: where it is half precision, that is exact enough of what a student learns."""
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(processes().device.type, dtype=dtype, enabled=args.precision != "fp32")
+
+
 def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
     """A copy of a MiniBERT ``teacher`` with some of its layers (Sanh et al. 2019 take every other one), trainable, in float32.
 
@@ -669,11 +675,12 @@ def distill_embedding(args: DistillStage, context: StageContext) -> dict[str, An
     _check_embedding(args, student, teacher, tokenizer)
     teacher.max_seq_length = min(length, teacher.max_seq_length or length)  # it reads as much as the student does
 
-    key = fingerprint(teacher, texts, teacher.max_seq_length, args.eval_batch_size)
+    key = fingerprint(teacher, texts, teacher.max_seq_length, args.eval_batch_size, args.precision)
     folder = context.output_dir / "checkpoints"
 
     def compute(some: range) -> np.ndarray:
-        return teacher.encode(texts[some.start : some.stop], batch_size=args.eval_batch_size, show_progress_bar=False)
+        with in_precision(args):
+            return teacher.encode(texts[some.start : some.stop], batch_size=args.eval_batch_size, show_progress_bar=False)
 
     # Hidden states are too many to keep, and with them come the vectors.
     vectors = None if args.hidden_weight else taught(folder, key, len(texts), compute)
