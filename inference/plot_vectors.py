@@ -153,7 +153,7 @@ class Embeddings(Picture):
             figure.layout[path] = value
 
     def draw(self) -> Figure:
-        figure = Figure(figsize=(6.6 * len(self.panels), 6.2), layout="constrained")
+        figure = Figure(figsize=(6.2 * len(self.panels), 5.4), layout="constrained")
         for at, panel in enumerate(self.panels):
             axes: Any = figure.add_subplot(1, len(self.panels), at + 1, projection="3d")
             for number, (label, places) in enumerate(self.kinds):
@@ -172,7 +172,7 @@ class Embeddings(Picture):
             axes.set_ylabel(panel.axes[1], fontsize=8)
             axes.set_zlabel(panel.axes[2], fontsize=8)
             axes.tick_params(labelsize=6)
-            axes.set_box_aspect(None, zoom=0.88)
+            axes.set_box_aspect(None, zoom=0.95)
             axes.set_title(panel.name if len(self.panels) > 1 else "", fontsize=9)
         if self.labels is not None:
             handles, labels = figure.axes[0].get_legend_handles_labels()
