@@ -32,9 +32,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = train_word_level(PASSAGES, vocab_size=25)
     torch.manual_seed(0)
-    config = MiniBertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=2, num_hidden_layers=0, initializer_range=1.0
-    )
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 0, "intermediate_size": 32}
+    config = MiniBertConfig(vocab_size=len(tokenizer), initializer_range=1.0, **sizes)
     MiniBertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
