@@ -595,10 +595,9 @@ def push(
     then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
     """
     with plain_errors(debug, "What was sent is kept; push again to complete it."):
-        from minibert.hub.publish import change_text, size_text
         from minibert.hub.publish import push as push_model
 
-        card = {name: value for name, value in (("license", licence), ("language", languages)) if value}
+        card: dict[str, Any] = {key: value for key, value in (("license", licence), ("language", languages)) if value}
         done = push_model(
             model,
             repo_id,
@@ -615,18 +614,24 @@ def push(
         )
         if as_json:
             print_json(done.to_dict())
-            return
-        if dry_run:
-            for path, size in done.files.items():
-                typer.echo(f"{size_text(size):>12}  {path}")
-            typer.echo(f"\n{done.card}")
-        for change in done.changes:
-            typer.echo(change_text(change))
-        typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
-        if not dry_run:
-            typer.echo(f"{done.repo_id} is at commit {done.commit}")
-        if done.pull_request:
-            typer.echo(f"pull request: {done.pull_request}")
+        else:
+            _print_published(done)
+
+
+def _print_published(done: Any) -> None:
+    from minibert.hub.publish import change_text, size_text
+
+    if done.commit is None:  # a dry run
+        for path, size in done.files.items():
+            typer.echo(f"{size_text(size):>12}  {path}")
+        typer.echo(f"\n{done.card}")
+    for change in done.changes:
+        typer.echo(change_text(change))
+    typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
+    if done.commit is not None:
+        typer.echo(f"{done.repo_id} is at commit {done.commit}")
+    if done.pull_request:
+        typer.echo(f"pull request: {done.pull_request}")
 
 
 @hub.command(epilog="Example:  minibert hub pull ann/tinybert@v1 tinybert")
