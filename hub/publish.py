@@ -139,21 +139,24 @@ def push(
         if dry_run:
             done.opened, done.difference = prove(folder, expected, f"The folder built from {source}")
             return done
-        branch = revision or "main"
-        known = None if (is_private := hub.exists(repo_id)) is None else _look(hub, repo_id, branch, folder)
-        if known is not None:
-            _check_replaced(repo_id, known, private=private and not is_private, allowed=force or create_pr)
-        if known is None or known.changes:
-            done.opened, done.difference = prove(folder, expected, f"The folder built from {source}")
-            report("Proved in a fresh process without minibert.")
-            _upload(hub, folder, done, branch, private=private, create_pr=create_pr)
-            report(f"Uploaded as commit {done.commit}.")
-        else:
-            done.commit = known.commit
-            report(f"Nothing to upload: commit {done.commit} holds these files.")
-        _prove_download(hub, folder, done, expected)
-        report("Downloaded that commit into an empty cache, and proved it again.")
+        target = _Target(hub, repo_id, revision or "main", private=private, create_pr=create_pr, force=force)
+        _send(target, folder, done, expected, report)
     return done
+
+
+def _send(target: "_Target", folder: Path, done: Published, expected: "_Expected", report: Callable[[str], None]) -> None:
+    """Prove, upload what the Hub lacks, and prove what it then has."""
+    known = target.look(folder)
+    if known is None or known.changes:
+        done.opened, done.difference = prove(folder, expected, f"The folder built from {done.source}")
+        report("Proved in a fresh process without minibert.")
+        target.upload(folder, known, done)
+        report(f"Uploaded as commit {done.commit}.")
+    else:
+        done.commit = target.keep(known)
+        report(f"Nothing to upload: commit {done.commit} holds these files.")
+    _prove_download(target.hub, folder, done, expected)
+    report("Downloaded that commit into an empty cache, and proved it again.")
 
 
 def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None) -> str:
@@ -174,55 +177,82 @@ def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype:
 
 @dataclass
 class _Known:
-    """What a branch holds: its commit, what must change for it to hold the folder, and whether anything is there."""
+    """What a branch holds.
+
+    Attributes:
+        commit: its newest; of a branch that is missing, that of main, where it would begin.
+        exists: whether the branch is there.
+        changes: what must change for it to hold the folder.
+    """
 
     commit: str
+    exists: bool
     changes: list[Change]
-    holds_files: bool
 
 
-def _look(hub: Hub, repo_id: str, branch: str, folder: Path) -> _Known:
-    branches = hub.branches(repo_id)
-    commit = branches.get(branch) or branches["main"]
-    files = hub.files(repo_id, commit)
-    # A branch that is still at main's commit has nothing of its own to lose.
-    own = branch == "main" or (branch in branches and commit != branches["main"])
-    changes = compare(folder, files)
-    if branch not in branches and not changes:
-        changes = []  # a new branch of the same files is no commit
-    return _Known(commit, changes, bool(files) and own)
+@dataclass
+class _Target:
+    """Where a push goes, and what it may do there."""
 
+    hub: Hub
+    repo_id: str
+    branch: str
+    private: bool
+    create_pr: bool
+    force: bool
 
-def _check_replaced(repo_id: str, known: _Known, *, private: bool, allowed: bool) -> None:
-    if private:
-        raise ValueError(
-            f"{repo_id} exists and is public, so that --private cannot hold; make it private in its settings on the Hub first, "
-            "or push to another name."
+    def look(self, folder: Path) -> _Known | None:
+        """What is there; None where the repository is missing.
+
+        Raises:
+            ValueError: it must not be replaced, or is public although it should be private.
+        """
+        is_private = self.hub.exists(self.repo_id)
+        if is_private is None:
+            return None
+        if self.private and not is_private:
+            raise ValueError(
+                f"{self.repo_id} exists and is public, so that --private cannot hold; make it private in its settings on the "
+                "Hub first, or push to another name."
+            )
+        branches = self.hub.branches(self.repo_id)
+        commit = branches.get(self.branch, branches["main"])
+        files = self.hub.files(self.repo_id, commit)
+        known = _Known(commit, self.branch in branches, compare(folder, files))
+        # A branch that is still at main's commit has nothing of its own to lose.
+        own = self.branch == "main" or commit != branches["main"]
+        if known.changes and files and own and not (self.force or self.create_pr):
+            listed = "\n".join(f"  {change_text(change)}" for change in known.changes)
+            raise ValueError(
+                f"{self.repo_id} holds something else already; look at what would change, and if it is meant push again with "
+                f"--force, or propose it with --create-pr.\n{listed}"
+            )
+        return known
+
+    def upload(self, folder: Path, known: _Known | None, done: Published) -> None:
+        """Make the commit on top of what was looked at, so that what came in between is not replaced unseen."""
+        if known is None:
+            self.hub.create(self.repo_id, private=self.private)
+            known = self.look(folder)
+            assert known is not None
+        self.keep(known)
+        done.changes = known.changes
+        done.commit, done.pull_request = self.hub.upload(
+            self.repo_id,
+            folder,
+            parent=known.commit,
+            change=[change.path for change in known.changes if change.kind != "removed"],
+            remove=[change.path for change in known.changes if change.kind == "removed"],
+            revision=None if self.branch == "main" else self.branch,
+            create_pr=self.create_pr,
+            message=f"A model published by minibert {version('minibert')}",
         )
-    if known.changes and known.holds_files and not allowed:
-        listed = "\n".join(f"  {change_text(change)}" for change in known.changes)
-        raise ValueError(
-            f"{repo_id} holds something else already; look at what would change, and if it is meant push again with --force, "
-            f"or propose it with --create-pr.\n{listed}"
-        )
 
-
-def _upload(hub: Hub, folder: Path, done: Published, branch: str, *, private: bool, create_pr: bool) -> None:
-    hub.create(done.repo_id, private=private)
-    if branch != "main" and branch not in hub.branches(done.repo_id):
-        hub.create_branch(done.repo_id, branch)
-    known = _look(hub, done.repo_id, branch, folder)
-    done.changes = known.changes
-    done.commit, done.pull_request = hub.upload(
-        done.repo_id,
-        folder,
-        parent=known.commit,
-        change=[change.path for change in known.changes if change.kind != "removed"],
-        remove=[change.path for change in known.changes if change.kind == "removed"],
-        revision=None if branch == "main" else branch,
-        create_pr=create_pr,
-        message=f"A model published by minibert {version('minibert')}",
-    )
+    def keep(self, known: _Known) -> str:
+        """Create the branch where it is missing; returns the commit that it is at."""
+        if not known.exists:
+            self.hub.create_branch(self.repo_id, self.branch, known.commit)
+        return known.commit
 
 
 def _prove_download(hub: Hub, folder: Path, done: Published, expected: "_Expected") -> None:

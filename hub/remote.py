@@ -325,10 +325,10 @@ class Hub:
         with sentences("creating", repo_id):
             _patient(lambda: self._api.create_repo(repo_id, private=private or None, exist_ok=True))
 
-    def create_branch(self, repo_id: str, branch: str) -> None:
-        """Create a branch of main where it is missing."""
-        with sentences("creating a branch of", repo_id, "main"):
-            _patient(lambda: self._api.create_branch(repo_id, branch=branch, exist_ok=True))
+    def create_branch(self, repo_id: str, branch: str, commit: str) -> None:
+        """Create a branch that begins at ``commit``, where it is missing."""
+        with sentences("creating a branch of", repo_id, commit):
+            _patient(lambda: self._api.create_branch(repo_id, branch=branch, revision=commit, exist_ok=True))
 
     def upload(
         self,

@@ -131,6 +131,10 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if not any((folder / name).exists() for name in ("config.json", "modules.json")):
+            raise FileNotFoundError(
+                f"{folder} is no model folder: it holds no config.json; of a run, name the folder of a stage."
+            )
         return Verification(str(model), None, checks_of(folder, trust=trust_remote_code, opens=True))
     if str(model).startswith(("/", ".", "~")) or folder.exists() or str(model).partition("@")[0].count("/") != 1:
         raise FileNotFoundError(

@@ -134,6 +134,12 @@ def test_a_push_is_one_commit_of_a_complete_folder(pushed):
     assert pushed.done.commit == pushed.server.commits("ann/model")[-1]
 
 
+def test_the_token_is_written_nowhere(pushed):
+    texts = [file.read_bytes() for file in pushed.home.rglob("*") if file.is_file()]
+    texts += [*pushed.server.files("ann/model").values(), str(pushed.done).encode(), str(pushed.said).encode()]
+    assert not [text for text in texts if b"hf_token" in text]
+
+
 def test_both_proofs_open_it_in_every_way_without_a_difference(pushed):
     assert pushed.done.difference == 0
     assert [way.split(" (")[0] for way in pushed.done.opened] == [
@@ -298,15 +304,32 @@ def test_a_branch_is_created_and_main_left_alone(hub, source, run):
     assert repo.refs == {"main": main, "v2": done["commit"]}
     assert set(hub.files("ann/model", "v2")) == set(done["files"])
     run("push", source, "ann/model", "--revision", "v2")
-    assert len(repo.commits) == 2
+    run("push", source, "ann/model", "--force")
+    run("push", source, "ann/model", "--revision", "v3")  # of what main holds already: a branch, but no commit
+    assert len(repo.commits) == 3 and repo.refs["v3"] == repo.refs["main"]
 
 
-def test_a_pull_request_leaves_the_branch_alone(hub, source, run):
+def test_what_came_in_between_is_not_replaced(hub, source, run, monkeypatch):
+    """Somebody commits while the proof runs, which takes a while."""
+    outputs = {"AutoModel.last_hidden_state": torch.ones(2, 3)}
+    hub.add_repo("ann/model", {})
+
+    def meanwhile(request, cache=None):
+        hub.add_repo("ann/model", {"theirs.txt": b"theirs"})
+        return outputs, ["AutoModel"]
+
+    monkeypatch.setattr(isolated, "run", meanwhile)
+    assert "changed by somebody else at the same time (412)" in run("push", source, "ann/model", status=2).stderr
+    assert set(hub.files("ann/model")) == {"theirs.txt"}
+
+
+def test_a_pull_request_leaves_the_branch_alone(hub, source, run, tmp_path):
     main = hub.add_repo("ann/model", {"config.json": b"{}"})
     done = run("push", source, "ann/model", "--create-pr").stdout
     assert f"pull request: {hub.url}/ann/model/discussions/1" in done
     assert hub.repos["models", "ann/model"].refs["main"] == main
     assert "model.safetensors" in hub.files("ann/model", "refs/pr/1")
+    run("pull", "ann/model@refs/pr/1", tmp_path / "out")
 
 
 def test_private_is_kept_or_refused(hub, source, run):
@@ -391,6 +414,13 @@ def test_a_failing_hub_is_asked_again(hub, source, run, phase):
     hub.fail(phase, 503, times=2)
     run("push", source, "ann/model")
     assert len(hub.commits("ann/model")) == 2
+
+
+@pytest.mark.parametrize("after", [0, 1000, 90_000])
+def test_a_connection_that_breaks_within_the_weights_is_made_again(hub, source, run, after):
+    hub.fail("lfs-upload", after=after)
+    run("push", source, "ann/model")
+    assert [status for phase, _, _, status in hub.requests if phase == "lfs-upload"] == [0, 200]
 
 
 def test_a_wish_to_wait_is_followed(hub, source, run):

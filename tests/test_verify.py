@@ -354,6 +354,11 @@ def test_wrong_input_is_status_2(hub, name, sentence):
     assert done.exit_code == 2 and sentence in done.stderr
 
 
+def test_a_run_is_no_model(tmp_path):
+    done = CliRunner().invoke(app, ["hub", "verify", str(tmp_path)])
+    assert done.exit_code == 2 and "of a run, name the folder of a stage" in done.stderr
+
+
 def test_a_hidden_model_needs_a_login(hub, contents, monkeypatch):
     hub.add_repo("ann/model", contents, private=True)
     assert verify.verify("ann/model").ok
