@@ -26,13 +26,8 @@ from minibert.inference.load import load
 from minibert.train.recipe import load_recipe, read_metrics, run_recipe
 
 WORDS = ["boat", "house", "river", "train", "garden", "letter", "winter", "bridge"]
-SHAPE = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "max_position_embeddings": 48,
-}
+SHAPE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+POSITIONS = {"max_position_embeddings": 48}
 HEADS = {
     "ForMaskedLM": "fill-mask",
     "ForPreTraining": "fill-mask",
@@ -56,6 +51,7 @@ def run(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs, reviews = (str(folder / f"{name}.jsonl") for name in data)
     loop = {"max_steps": 2, "batch_size": 4, "max_length": 24}
+    new = {"preset": "search-8x768", **SHAPE, **POSITIONS}
     stages = [
         {"kind": "tokenizer", "data": [pairs, reviews], "vocab_size": 90, "max_length": 24},
         {
