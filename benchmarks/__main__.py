@@ -233,4 +233,31 @@ def search(
     run(out, work, rows=rows, width=width, queries=queries, repeats=repeats, hnsw=hnsw, data=data, model=model)
 
 
+@app.command()
+def scale(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("scale.json"),
+    work: Annotated[Path, typer.Option(help="Folder for passages and vectors.")] = Path("runs/benchmark-scale"),
+    passages: Annotated[
+        int, typer.Option(min=16, help="Passages encoded for memory; an eighth of them for speed.")
+    ] = 1_000_000,
+    model: Annotated[str | None, typer.Option(help="Model folder; the default is a new one, 4 layers of width 128.")] = None,
+    words: Annotated[int, typer.Option(min=2, help="Words of a passage, on average.")] = 20,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Passages in a shard.")] = 50_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of one and of two processes, in turns.")] = 3,
+    precision: Annotated[str, typer.Option(help="Of the stored vectors.")] = "float16",
+) -> None:
+    """Memory and speed of encoding a large corpus; two processes beside one. Example: python -m benchmarks scale"""
+    from benchmarks.scale import run
+
+    run(
+        *(out, work),
+        passages=passages,
+        model=model,
+        words=words,
+        rows_per_shard=rows_per_shard,
+        repeats=repeats,
+        precision=precision,
+    )
+
+
 app(prog_name="python -m benchmarks")

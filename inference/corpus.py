@@ -186,10 +186,15 @@ def encode_corpus(
     state = processes()
     stream = open_stream(data, column, id_column=id_column, split=split)
     folder = find_model(model, trust_remote_code=trust_remote_code)
-    options = {"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name}
+    options: dict[str, Any] = {"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name}
     asked = _Asked(str(model), fingerprint(folder), precision, keep_text, rows_per_shard, dtype, options, stream)
     device = device or (str(state.device) if state.num_processes > 1 else None)
-    opening = {**options, "batch_tokens": batch_tokens, "device": device, "trust_remote_code": trust_remote_code}
+    opening: dict[str, Any] = {
+        **options,
+        "batch_tokens": batch_tokens,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
 
     def open_model(dtype: str) -> Encoder:
         return Encoder(folder, dtype=dtype, **opening)
@@ -314,7 +319,8 @@ class _Job:
 
     def _look(self, open_model: Callable[[str], Encoder], append: bool, force: bool) -> Encoder | None:
         clear_leftovers(self.out)
-        if force:
+        known = holds_vectors(self.out)
+        if known and force:
             remove_vectors(self.out)
         if holds_vectors(self.out):
             self.manifest = read_manifest(self.out)

@@ -225,7 +225,7 @@ class Encoder:
         bounds = F.pad(lengths.cumsum(0), (1, 0))
         positions = torch.arange(len(batch.ids)) - bounds[:-1].repeat_interleave(lengths)
         bounds = bounds.to(device)
-        encoder, pooling = self.model[0].auto_model, self.model[1]
+        encoder, pooling = _encoder_of(self.model), self.model[1]
         hidden = encoder(
             input_ids=torch.from_numpy(batch.ids)[None].to(device),
             position_ids=positions[None].to(device),
@@ -294,7 +294,7 @@ class _Tokenizer:
 
     def __init__(self, model: SentenceTransformer, prompt: str | None) -> None:
         self.tokenizer, self.prompt = model.tokenizer, prompt or ""
-        config = model[0].auto_model.config
+        config = _encoder_of(model).config
         self.max_length = self.tokenizer.model_max_length
         if config.position_embedding_type != "rotary":  # a table of positions ends
             self.max_length = min(self.max_length, config.max_position_embeddings)
@@ -350,6 +350,11 @@ def _check_texts(texts: Sequence[str]) -> None:
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}")
+
+
+def _encoder_of(model: SentenceTransformer) -> Any:
+    """The transformer that the first module holds."""
+    return model[0].auto_model
 
 
 def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
