@@ -237,9 +237,7 @@ def search(
 def scale(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("scale.json"),
     work: Annotated[Path, typer.Option(help="Folder for passages and vectors.")] = Path("runs/benchmark-scale"),
-    passages: Annotated[
-        int, typer.Option(min=16, help="Passages encoded for memory; an eighth of them for speed.")
-    ] = 1_000_000,
+    passages: Annotated[int, typer.Option(min=16, help="Passages for memory; an eighth of them for speed.")] = 1_000_000,
     model: Annotated[str | None, typer.Option(help="Model folder; the default is a new one, 4 layers of width 128.")] = None,
     words: Annotated[int, typer.Option(min=2, help="Words of a passage, on average.")] = 20,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Passages in a shard.")] = 50_000,
