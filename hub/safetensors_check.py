@@ -31,13 +31,9 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-# Names of sizes in configurations: of how many there are layers, how wide they are, and of tables as long as this and so wide,
-# which weights store or a model may compute.
-_LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
-_WIDTHS = ("hidden_size", "dim", "d_model", "embedding_size")
-_STORED = ("vocab_size", "intermediate_size", "hidden_dim")
-_COMPUTED = ("max_position_embeddings", "type_vocab_size")
-_TABLE_LIMIT = 2**28
+# A configuration may describe so many times the numbers that weights store, since layers can share them, and any model so small.
+_SHARED = 16
+_SMALL = 2**28
 # Files that opening a model reads; a link among them could show it any file of this machine.
 _READ = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
 # module.Class, with the folder of the module and the repository on the Hub that it is taken from before it, if any.
@@ -207,17 +203,22 @@ def _check_sizes(file: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
     config = _read_json(file)
     if not isinstance(config, dict):
         raise ValueError(f"{file} is damaged (it holds no mapping); save or download the model again.")
-    sizes = {name: value for name, value in config.items() if type(value) is int and value > 0}
-    numbers = sum(math.prod(shape) for _, shape in tensors.values())
-    width = min((sizes[name] for name in _WIDTHS if name in sizes), default=1)
-    most = {**dict.fromkeys(_WIDTHS, numbers), **dict.fromkeys(_LAYERS, len(tensors)), "num_labels": numbers}
-    most |= {**dict.fromkeys(_STORED, numbers // width), **dict.fromkeys(_COMPUTED, max(numbers, _TABLE_LIMIT) // width)}
-    for name, limit in most.items():
-        if sizes.get(name, 0) > limit:
-            raise ValueError(
-                f"{file} says {name}={_short(sizes[name])}, but its weights are {len(tensors):,} tensors of {numbers:,} "
-                "numbers in all, too few for such a model; save or download the model again."
-            )
+
+    def size(*names: str) -> int:
+        return max([0, *(config[name] for name in names if type(config.get(name)) is int)])
+
+    width, layers = size("hidden_size", "dim", "d_model"), size("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+    inner, labels = size("intermediate_size", "hidden_dim", "d_ff"), size("num_labels")
+    tables = size("vocab_size") + size("max_position_embeddings") + size("type_vocab_size")
+    # Also a layer or a label of no width takes memory.
+    described = layers * (4 * width * width + 3 * width * inner + 10_000) + tables * width + labels * (width + 100)
+    stored = sum(math.prod(shape) for _, shape in tensors.values())
+    if described > max(_SHARED * stored, _SMALL):
+        digits = int(described.bit_length() * math.log10(2))  # the number itself may be too long to print
+        raise ValueError(
+            f"{file} describes a model of about 10^{digits} numbers, but its weights hold {stored:,}; save or download the model "
+            "again."
+        )
 
 
 def pickled(folder: Path) -> list[str]:

@@ -56,7 +56,7 @@ def run(tmp_path_factory):
         {"kind": "tokenizer", "data": [pairs, reviews], "vocab_size": 90, "max_length": 24},
         {
             "kind": "classify",
-            "model": {"preset": "search-8x768", **SHAPE, **POSITIONS},
+            "model": new,
             "data": reviews,
             "eval_data": reviews,
             **loop,
