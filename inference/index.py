@@ -38,7 +38,7 @@ NEIGHBOURS = 10
 _SAMPLE = 1000
 _TARGET = 0.992
 # Queries are often further from their neighbours than passages from theirs, so codes alone never decide.
-_LEAST_CANDIDATES = 4
+_LEAST_CANDIDATES, _MOST_CANDIDATES = 4, 32
 _MAX_LISTS = 16_384
 _TRAINING_VECTORS_PER_LIST = 40  # FAISS asks for 39
 # Lists made for so many vectors serve this many times as many; then they are made anew.
@@ -243,8 +243,14 @@ def open_index(folder: VectorFolder, *, rebuild: bool = False, show_progress: bo
     earlier, _ = (None, None) if rebuild else _open_earlier(folder)
     if earlier and len(earlier.state.parts) == len(folder.shards):
         return earlier
-    home.mkdir(exist_ok=True)
-    with FileLock(home / ".lock"):  # of two processes that find it out of date one builds it
+    try:
+        home.mkdir(exist_ok=True)
+        lock = FileLock(home / ".lock").acquire()  # of two processes that find it out of date one builds it
+    except PermissionError as error:
+        raise PermissionError(
+            f"{home} holds no current index and cannot be written; make it writable, or search a copy of {folder.folder}."
+        ) from error
+    with lock:
         earlier, problem = (None, None) if rebuild else _open_earlier(folder)
         if problem:
             logger.warning("%s The index is built anew.", problem)
@@ -380,7 +386,7 @@ def _mapped(file: Path, part: Part, folder: VectorFolder) -> np.ndarray:
     """(rows, width): the vectors of a shard, memory-mapped."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        column = table.column("vector").chunk(0)
+        column = table.column("vector").combine_chunks()  # one chunk, so nothing is copied; none, if all its rows were skipped
         return column.flatten().to_numpy(zero_copy_only=True).reshape(part.rows, folder.manifest.width)
     except (pa.ArrowInvalid, KeyError, IndexError) as error:
         raise ValueError(f"{file} is damaged ({error}).") from error
@@ -444,11 +450,11 @@ def _extend_sample(index: VectorIndex, earlier: Path | None, rows_before: int) -
     """
     if earlier is None:
         rows = np.sort(np.random.default_rng(1).choice(len(index), min(_SAMPLE, len(index)), replace=False))
-        scores, neighbours = index.search(index.vectors(rows), NEIGHBOURS + 1, exact=True)
+        scores, neighbours = index.search(_sample_queries(index, rows), NEIGHBOURS + 1, exact=True)
         return Sample(rows, scores, neighbours)
     with np.load(earlier, allow_pickle=False) as stored:
         before = Sample(**stored)
-    after = index._exact(_normalized(index.vectors(before.rows)), NEIGHBOURS + 1, first_row=rows_before)
+    after = index._exact(_sample_queries(index, before.rows), NEIGHBOURS + 1, first_row=rows_before)
     both = faiss.ResultHeap(len(before.rows), NEIGHBOURS + 1, keep_max=True)
     for scores, neighbours in ((before.scores, before.neighbours), after):
         both.add_result(np.ascontiguousarray(scores), np.ascontiguousarray(neighbours))
@@ -456,28 +462,40 @@ def _extend_sample(index: VectorIndex, earlier: Path | None, rows_before: int) -
     return Sample(before.rows, both.D, both.I)
 
 
+def _sample_queries(index: VectorIndex, rows: np.ndarray) -> np.ndarray:
+    """(n, dimension): the vectors of a sample as queries, of length 1. Of bits they are random vectors that round to them,
+    for queries are not rounded."""
+    vectors = index.vectors(rows)
+    if index.state.precision == "binary":
+        vectors = vectors * np.abs(np.random.default_rng(2).standard_normal(vectors.shape, dtype=np.float32))
+    return _normalized(vectors)
+
+
 def choose_settings(index: VectorIndex, lists: Lists, sample: Sample) -> Lists:
-    """``lists`` with the fewest probes, then the fewest candidates, that find enough of the sample's true neighbours."""
-    probes, candidates = 1, 32
-    while True:
-        tried = replace(lists, probes=probes, candidates=candidates)
-        tried = replace(tried, recall=sample_recall(index, tried, sample))
-        if tried.recall >= _TARGET or probes >= lists.lists:
+    """``lists`` with about the fewest probes, then the fewest candidates, that find enough of the sample's true neighbours."""
+
+    def tried(probes: int, candidates: int) -> Lists:
+        settings = replace(lists, probes=probes, candidates=candidates)
+        return replace(settings, recall=sample_recall(index, settings, sample))
+
+    most, few = _MOST_CANDIDATES, 0
+    best = tried(1, most)
+    while best.recall < _TARGET and best.probes < lists.lists:
+        few, best = best.probes, tried(2 * best.probes, most)
+    while best.recall >= _TARGET and best.probes - few > max(1, best.probes // 8):
+        middle = tried((few + best.probes) // 2, most)
+        few, best = (few, middle) if middle.recall >= _TARGET else (middle.probes, best)
+    while best.candidates > _LEAST_CANDIDATES:
+        fewer = tried(best.probes, best.candidates // 2)
+        if fewer.recall < min(_TARGET, best.recall):
             break
-        probes *= 2
-    while candidates > _LEAST_CANDIDATES:
-        candidates //= 2
-        fewer = replace(tried, candidates=candidates)
-        fewer = replace(fewer, recall=sample_recall(index, fewer, sample))
-        if fewer.recall < min(_TARGET, tried.recall):
-            break
-        tried = fewer
-    return tried
+        best = fewer
+    return best
 
 
 def sample_recall(index: VectorIndex, settings: Lists, sample: Sample) -> float:
     """Share of the true neighbours that are found with these settings, equally near ones counting the same."""
-    queries = _normalized(index.vectors(sample.rows))
+    queries = _sample_queries(index, sample.rows)
     found, rows = index._by_lists(queries, sample.scores.shape[1], settings)
     # The vector itself is the neighbour that is always found, so it does not count.
     found = -np.sort(-np.where(rows == sample.rows[:, None], -np.inf, found), axis=1)[:, :NEIGHBOURS]
