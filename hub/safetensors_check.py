@@ -31,7 +31,7 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-# A configuration may describe so many times the numbers that weights store, since layers can share them, and any model so small.
+# A configuration may describe so many times the numbers that weights store, since layers can share them, or so many anyway.
 _SHARED = 16
 _SMALL = 2**28
 # Files that opening a model reads; a link among them could show it any file of this machine.
@@ -216,8 +216,8 @@ def _check_sizes(file: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
     if described > max(_SHARED * stored, _SMALL):
         digits = int(described.bit_length() * math.log10(2))  # the number itself may be too long to print
         raise ValueError(
-            f"{file} describes a model of about 10^{digits} numbers, but its weights hold {stored:,}; save or download the model "
-            "again."
+            f"{file} describes a model of about 10^{digits} numbers, but its weights hold {stored:,}; save or download the "
+            "model again."
         )
 
 
