@@ -349,28 +349,13 @@ def encode(
         from minibert.inference.corpus import encode_corpus
 
         _hide_loading_bars()
-        done = encode_corpus(
-            model,
-            data,
-            out,
-            column=column,
-            id_column=id_column,
-            split=split,
-            keep_text=keep_text,
-            precision=precision,
-            rows_per_shard=rows_per_shard,
-            on_bad_row=on_bad_row,
-            append=append,
-            force=force,
-            dtype=dtype,
-            batch_tokens=batch_tokens,
-            normalize=normalize,
-            prompt=prompt,
-            prompt_name=prompt_name,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            show_progress=sys.stderr.isatty(),
-        )
+        options: dict[str, Any] = {
+            **{"column": column, "id_column": id_column, "split": split, "on_bad_row": on_bad_row, "append": append},
+            **{"keep_text": keep_text, "precision": precision, "rows_per_shard": rows_per_shard, "force": force},
+            **{"dtype": dtype, "batch_tokens": batch_tokens, "device": device, "trust_remote_code": trust_remote_code},
+            **{"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name},
+        }
+        done = encode_corpus(model, data, out, show_progress=sys.stderr.isatty(), **options)
         if os.environ.get("RANK", "0") != "0":
             return  # of torchrun's processes one speaks
         if as_json:
@@ -745,8 +730,10 @@ def attention(
         from minibert.inference import plot
 
         plot.check_output(out, force=force)
-        options = {"layer": layer, "head": head, "max_tokens": max_tokens, "trust_remote_code": trust_remote_code}
-        _save(plot.attention(model, text, second, **options), out, force)
+        picture = plot.attention(
+            model, text, second, layer=layer, head=head, max_tokens=max_tokens, trust_remote_code=trust_remote_code
+        )
+        _save(picture, out, force)
 
 
 @plot.command(epilog="Example:  minibert plot embeddings minilm reviews.csv --label-column stars --out reviews.html")
@@ -775,8 +762,10 @@ def embeddings(
 
         plot.check_output(out, force=force)
         read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
-        options = {"tokens": tokens, "method": method, "trust_remote_code": trust_remote_code}
-        _save(plot.embeddings(model, read, labels=labels or found, **options), out, force)
+        picture = plot.embeddings(
+            model, read, labels=labels or found, tokens=tokens, method=method, trust_remote_code=trust_remote_code
+        )
+        _save(picture, out, force)
 
 
 @plot.command(epilog="Example:  minibert plot training runs/nano_imdb runs/mine --out curves.html")

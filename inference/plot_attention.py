@@ -330,20 +330,8 @@ def attention(
     check_text(text)
     if second is not None:
         check_text(second, "The second text")
-    encoder, tokenizer = open_encoder(model, trust_remote_code=trust_remote_code, attn_implementation="eager")
-    limit = max_length_of(encoder, tokenizer)
-    if max_tokens is not None and max_tokens < 4:
-        raise ValueError(f"max_tokens={max_tokens} leaves no words to look at; give 4 or more (--max-tokens).")
-    limit = min(limit, max_tokens or limit)
     pair = (text,) if second is None else (text, second)
-    whole = len(tokenizer(*pair, verbose=False)["input_ids"])
-    inputs = tokenizer(*pair, truncation=True, max_length=limit, return_tensors="pt")
-    with torch.inference_mode():
-        recorded = encoder(**inputs, output_attentions=True).attentions
-    if not recorded:
-        raise ValueError(f"{model} has no layers that give attention weights, so there is nothing to draw.")
-    weights = torch.cat(list(recorded)).float().numpy()  # (layers, heads, n, n)
-    notes = [f"The text has {whole} tokens; the first {limit} are read."] if whole > limit else []
+    weights, tokens, of_second, notes = _record(model, pair, max_tokens, trust_remote_code)
     layers, heads = list(range(1, len(weights) + 1)), [f"head {number}" for number in range(1, weights.shape[1] + 1)]
     if layer is not None:
         place = _place("layer", layer, len(layers), model)
@@ -358,16 +346,39 @@ def attention(
         )
         weights, heads = weights.mean(axis=1, keepdims=True), [f"mean of {len(heads)}"]
     where = "".join([f", layer {layer}" if layer else "", f", head {head}" if head else ""])
-    sequence = inputs.encodings[0].sequence_ids if inputs.encodings else [0] * weights.shape[-1]
     return Attention(
         title=f"Attention in {name_of(model)}{where}: {' + '.join(plain(part, 60) for part in pair)}",
         notes=tuple(notes),
-        tokens=token_labels(tokenizer, inputs["input_ids"][0].tolist()),
-        second=[number == 1 for number in sequence],
+        tokens=tokens,
+        second=of_second,
         weights=weights,
         layers=layers,
         heads=heads,
     )
+
+
+def _record(
+    model: str | Path, pair: tuple[str, ...], max_tokens: int | None, trust_remote_code: bool
+) -> tuple[np.ndarray, list[str], list[bool], list[str]]:
+    """Weights (layers, heads, n, n), the n tokens, whether each belongs to the second text, and what was cut."""
+    if max_tokens is not None and max_tokens < 4:
+        raise ValueError(f"max_tokens={max_tokens} leaves no words to look at; give 4 or more (--max-tokens).")
+    encoder, tokenizer = open_encoder(model, trust_remote_code=trust_remote_code, attn_implementation="eager")
+    limit = max_length_of(encoder, tokenizer)
+    limit = min(limit, max_tokens or limit)
+    whole = len(tokenizer(*pair, verbose=False)["input_ids"])
+    inputs = tokenizer(*pair, truncation=True, max_length=limit, return_tensors="pt")
+    with torch.inference_mode():
+        recorded = encoder(**inputs, output_attentions=True).attentions
+    if not recorded:
+        raise ValueError(f"{model} has no layers that give attention weights, so there is nothing to draw.")
+    ids = inputs["input_ids"][0].tolist()
+    sequence = inputs.encodings[0].sequence_ids if inputs.encodings else [0] * len(ids)
+    notes = [f"The text has {whole} tokens; the first {limit} are read."] if whole > limit else []
+    if whole > limit and len(pair) > 1:
+        notes = [f"The texts have {whole} tokens; {limit} are read, and the longer one is cut first."]
+    weights = torch.cat(list(recorded)).float().numpy()
+    return weights, token_labels(tokenizer, ids), [number == 1 for number in sequence], notes
 
 
 def _place(what: str, number: int, count: int, model: str | Path) -> int:

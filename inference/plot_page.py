@@ -157,7 +157,7 @@ def _as_written() -> Iterator[None]:
     """matplotlib settings under which a text between dollar signs is no formula, and rare scripts are drawn if possible."""
     installed = set(font_manager.get_font_names())
     more = [name for name in _MORE_FONTS if name in installed]
-    settings = {
+    settings: Any = {
         "text.parse_math": False,
         "text.usetex": False,
         "font.family": ["sans-serif", *more],

@@ -81,7 +81,7 @@ class Embeddings(Picture):
         figure = go.Figure()
         named, size = len(self.names) <= _NAMED, 5 if len(self.names) <= 300 else 3
         for at, panel in enumerate(self.panels):
-            scene = "scene" if at == 0 else f"scene{at + 1}"
+            scene = f"scene{at + 1 if at else ''}"
             for number, (label, places) in enumerate(self.kinds):
                 x, y, z = panel.points[places].astype(np.float32).T
                 marker = {"size": size, "color": _colour(number), "symbol": _SYMBOLS[number // len(COLOURS)]}
@@ -105,13 +105,9 @@ class Embeddings(Picture):
                 f"{axis}axis": {**axes, "tickfont": {"size": 9}, "title": {"text": name, "font": {"size": 11}}}
                 for axis, name in zip("xyz", panel.axes)
             }
-            scene = {
-                **titles,
-                "aspectmode": "cube",
-                "camera": camera,
-                "annotations": _names_beside(panel, self.names) if named else [],
-            }
-            figure.update_layout({f"scene{at + 1 if at else ''}": scene})
+            beside = _names_beside(panel, self.names) if named else []
+            space = {**titles, "aspectmode": "cube", "camera": camera, "annotations": beside}
+            figure.update_layout({f"scene{at + 1 if at else ''}": space})
         figure.update_layout(
             template="plotly_white",
             font={"color": INK},
@@ -133,7 +129,7 @@ class Embeddings(Picture):
         wide: dict[str, Any] = {"height": 620}
         narrow: dict[str, Any] = {"height": each * count + 60}
         for at, panel in enumerate(self.panels):
-            scene = "scene" if at == 0 else f"scene{at + 1}"
+            scene = f"scene{at + 1 if at else ''}"
             left, right = at / count, (at + 1) / count
             wide |= {f"{scene}.domain.x": [left, right], f"{scene}.domain.y": [0, 0.97]}
             narrow |= {f"{scene}.domain.x": [0, 1], f"{scene}.domain.y": [1 - right, 1 - left - 0.03]}

@@ -24,7 +24,7 @@ from minibert.inference.plot_training import read_log
 from minibert.inference.plot_vectors import project
 
 TEXTS = ["the cat sleeps on the sofa", "a dog sleeps on the mat", "stocks fell today", "gold rose after the news"]
-EVIL = 'the </script><script>document.title="taken"</script> <b>cat</b> &amp; $x^2$ sleeps'
+EVIL = '$x^2$ <b>cat</b> </script><script>document.title="taken"</script> &amp; sleeps'
 NAMES = ("attention", "embeddings", "similarity", "tokens", "training")
 
 
@@ -82,7 +82,7 @@ def pictures(models, run_folder):
     return {
         "attention": plot.attention(models / "minibert", EVIL, "a dog"),
         "embeddings": plot.embeddings(models / "minibert", [*TEXTS, EVIL], labels=["a", "a", "b", "b", "<b>c</b>"]),
-        "similarity": plot.similarity(models / "minibert", [*TEXTS, EVIL]),
+        "similarity": plot.similarity(models / "minibert", [*TEXTS, EVIL, "<b>cat</b>", "<a href='x'>$x^2$</a>"]),
         "tokens": plot.tokens(models / "minibert", EVIL),
         "training": plot.training(run_folder),
     }
@@ -295,9 +295,11 @@ def test_a_page_needs_no_network_and_holds_no_tags_of_texts(pictures, name):
 def test_an_image_shows_texts_as_they_are(pictures, name):
     image = matplotlib.image.imread(io.BytesIO(pictures[name]._repr_png_()), format="png")
     assert min(image.shape[:2]) > 100 and image.std() > 0.01
-    shown = [text.get_text() for text in pictures[name].static().findobj(matplotlib.text.Text)]
+    texts = pictures[name].static().findobj(matplotlib.text.Text)
+    assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())  # else $x^2$ would be a formula
+    shown = [text.get_text() for text in texts]
     if name != "training":
-        assert any("<b>" in text or "</script>" in text or text == "$" for text in shown)
+        assert any("$" in text for text in shown) and any("<" in text for text in shown)
 
 
 def test_a_file_is_written_whole_and_never_by_accident(pictures, tmp_path):
@@ -532,9 +534,9 @@ def test_texts_are_shown_as_they_were_written(opened):
     shown = tab.locator(".textpoint").all_text_contents()
     for sign in ("<", ">", "&", "$"):
         assert sign in shown
-    assert EVIL[:20] in tab.locator("h1").inner_text() and "taken" not in tab.title().split(":")[0]
+    assert EVIL[:40] in tab.locator("h1").inner_text() and tab.title() != "taken"
     labels = opened("similarity").locator(".ytick").all_text_contents()
-    assert any(label.startswith("the </script><") for label in labels)
+    assert "<b>cat</b>" in labels and "<a href='x'>$x^2$</a>" in labels
 
 
 def test_a_menu_changes_what_the_axis_of_training_counts(opened):
@@ -551,5 +553,5 @@ def test_points_in_space_are_drawn(opened, pictures):
     tab = opened("embeddings", 400)
     assert tab.evaluate("figure._fullData.map((trace) => trace.type)") == ["scatter3d"] * 3
     names = tab.locator(".scene .annotation-text, .annotation-text").all_text_contents()
-    assert any("</script>" in name for name in names)
+    assert any("$ <b>cat</b>" in name for name in names)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 400
