@@ -297,6 +297,15 @@ def test_other_content_needs_force_and_the_difference_is_shown(hub, source, tiny
     assert ".gitattributes" in hub.files("ann/model")  # which belongs to the Hub
 
 
+def test_other_content_of_the_same_size_is_other_content(hub, source, model_files, run):
+    data = {name: bytearray(model_files[name]) for name in ("config.json", "model.safetensors")}
+    for content in data.values():
+        content[-1] ^= 1
+    hub.add_repo("ann/model", {**model_files, **{name: bytes(content) for name, content in data.items()}})
+    error = run("push", source, "ann/model", status=2).stderr
+    assert [line.split()[:2] for line in error.splitlines()[2:]] == [["changed", name] for name in data]
+
+
 def test_a_branch_is_created_and_main_left_alone(hub, source, run):
     main = hub.add_repo("ann/model", {"config.json": b"{}"})
     done = json.loads(run("push", source, "ann/model", "--revision", "v2", "--json").stdout)
@@ -548,6 +557,15 @@ def test_a_broken_download_goes_on_where_it_stopped(hub, model_files, tmp_path, 
     assert fetched.count(("model.safetensors", 0)) == fetched.count(("model.safetensors", 200)) == 1
     assert len(fetched) == len(model_files) + 1  # the others came once
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == model_files["model.safetensors"]
+
+
+def test_a_file_that_is_not_what_the_hub_holds_is_not_handed_out(hub, model_files, tmp_path, run):
+    hub.add_repo("ann/model", model_files)
+    run("pull", "ann/model", tmp_path / "one")
+    (blob,) = (path.resolve() for path in (tmp_path / "home").rglob("snapshots/*/tokenizer.json"))
+    blob.write_bytes(blob.read_bytes()[:-1] + b" ")
+    assert "tokenizer.json of ann/model arrived damaged; delete" in run("pull", "ann/model", tmp_path / "two", status=2).stderr
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.parametrize("phase", ["info", "tree", "head", "download"])
