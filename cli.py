@@ -129,7 +129,7 @@ def train(
 
     With many processes: torchrun --nproc_per_node N -m minibert train RECIPE.
     """
-    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
+    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train"):
         from minibert.train.recipe import load_recipe, read_metrics, run_recipe
 
         _report_progress()
@@ -205,7 +205,7 @@ def search(
 
     The first search in a folder builds its index, and later ones add what is new to it.
     """
-    with plain_errors(debug):
+    with plain_errors(debug, extra="search"):
         _hide_loading_bars()
         _report_progress()
         asked = _asked(queries, queries_file)
@@ -345,7 +345,7 @@ def encode(
 
     With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode MODEL INPUT OUT.
     """
-    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
+    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="search"):
         from minibert.inference.corpus import encode_corpus
 
         _hide_loading_bars()
@@ -385,7 +385,7 @@ def evaluate(
     query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a classifier: classification.
     tokens, ner_tags, with a tagger: entity-level F1.
     """
-    with plain_errors(debug):
+    with plain_errors(debug, extra="search"):
         from minibert.inference.evaluate import evaluate as measure
         from minibert.inference.evaluate import figures_table
 
@@ -438,7 +438,7 @@ def predict(
     A classifier reads texts or pairs of them; a tagger texts or lists of words (tokens); question answering reads question
     and context; multiple choice a question and its choices.
     """
-    with plain_errors(debug):
+    with plain_errors(debug, extra="search"):
         from minibert.inference.predict import check_output, in_a_line, write
         from minibert.inference.predict import predict as predict_rows
 
@@ -505,7 +505,7 @@ def convert(
 
     Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
     """
-    with plain_errors(debug):
+    with plain_errors(debug, extra="search"):
         from minibert.hub.convert import convert as convert_model
 
         _report(convert_model(source, output_dir, dtype=dtype, revision=revision), as_json)
@@ -530,7 +530,7 @@ def export(
 
     Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
     """
-    with plain_errors(debug):
+    with plain_errors(debug, extra="search"):
         if to not in ("bert", "onnx"):
             raise ValueError(f"--to={to} is unknown; use bert or onnx.")
         if to == "onnx":
@@ -579,7 +579,7 @@ def push(
     The folder is built with card and code, opened in a fresh process without this package, and sent in one commit, which is
     then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
     """
-    with plain_errors(debug, "What was sent is kept; push again to complete it."):
+    with plain_errors(debug, "What was sent is kept; push again to complete it.", extra="search"):
         from minibert.hub.publish import push as push_model
 
         card: dict[str, Any] = {key: value for key, value in (("license", licence), ("language", languages)) if value}
@@ -629,7 +629,7 @@ def pull(
     debug: Debug = False,
 ) -> None:
     """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
-    with plain_errors(debug, "What has arrived is kept; pull again to complete it."):
+    with plain_errors(debug, "What has arrived is kept; pull again to complete it.", extra="search"):
         from minibert.hub.publish import pull as pull_model
         from minibert.hub.publish import size_text
 
@@ -658,7 +658,7 @@ def verify(
 
     A failed check is exit status 1.
     """
-    with plain_errors(debug):
+    with plain_errors(debug, extra="search"):
         from minibert.hub.verify import verify as verify_model
 
         _hide_loading_bars()
@@ -856,7 +856,7 @@ def quickstart(
     Some minutes on two CPU cores, nothing to download. It is the bundled recipe named quickstart: finished stages are
     skipped, so that asking again takes no training.
     """
-    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
+    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train,search"):
         from minibert.data.docstrings import load_passages
         from minibert.inference.evaluate import figures_table
         from minibert.inference.search import Searcher, check_queries
