@@ -472,7 +472,8 @@ def check_card(text: str) -> None:
         raise ValueError("The card's metadata is no mapping of fields; write one field: value on each line.")
     _check_fields(data)
     try:
-        results = ModelCard(text).data.eval_results
+        found = ModelCard(text).data
+        results = found.eval_results if isinstance(found, ModelCardData) else None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"The card's model-index cannot be read ({' '.join(str(error).split())}); it is a list of name and results, each "
