@@ -661,7 +661,6 @@ def verify(
     with plain_errors(debug, extra="search"):
         from minibert.hub.verify import verify as verify_model
 
-        _hide_loading_bars()
         found = verify_model(model, trust_remote_code=trust_remote_code)
         if as_json:
             print_json(found.to_dict())
