@@ -22,9 +22,10 @@ from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from minibert.data.stream import Bad, Rows, Stream, open_stream
-from minibert.inference.encode import WINDOW_CHARACTERS, WINDOW_TEXTS, Encoder
+from minibert.inference.encode import WINDOW_CHARACTERS, WINDOW_TEXTS, Encoder, EncoderOptions
 from minibert.inference.load import find_model, fingerprint
 from minibert.inference.vectors import (
     MANIFEST,
@@ -55,8 +56,8 @@ _CALIBRATION, _MARGIN = WINDOW_TEXTS, 0.05
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`encode_corpus` did: ``manifest`` of the folder, ``written`` vectors in ``seconds`` by this call, and what was
-    chosen (see :attr:`minibert.inference.encode.Encoder.choices`)."""
+    """What :func:`encode_corpus` did: ``manifest`` of the folder, ``written`` vectors in ``seconds`` by this call and all its
+    processes, and what was chosen (see :attr:`minibert.inference.encode.Encoder.choices`)."""
 
     manifest: Manifest
     written: int = 0
@@ -143,14 +144,8 @@ def encode_corpus(
     on_bad_row: str = "refuse",
     append: bool = False,
     force: bool = False,
-    batch_tokens: int | None = None,
-    dtype: str = "auto",
-    normalize: bool = False,
-    prompt: str | None = None,
-    prompt_name: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
     show_progress: bool = False,
+    **options: Unpack[EncoderOptions],
 ) -> Summary:
     """Encode the texts of ``data`` into ``out``, a folder of vectors, or go on where an earlier call was stopped.
 
@@ -158,7 +153,6 @@ def encode_corpus(
     same folder for all.
 
     Args:
-        model: a model folder, or the id of a model on the Hub.
         data: a file, a folder, a Hub data set (owner/name or owner/name:config), which is streamed, or rows read already.
         column: that of the texts; the default is as in :func:`minibert.data.stream.open_stream`.
         id_column: values to name the rows by; the default is their number in the input, from 0.
@@ -169,46 +163,35 @@ def encode_corpus(
         on_bad_row: ``refuse`` to go on at a row without a text, or ``skip`` it: its number appears in the manifest.
         append: ``data`` is that of before and more files behind it; encode these.
         force: replace vectors of another model, precision or input.
-
-    The rest is as in :func:`minibert.inference.encode.encode`.
+        options: as in :func:`minibert.inference.encode.encode`.
 
     Raises:
-        FileNotFoundError, ValueError: as opening the model and the data does; for an unusable row; for a folder that holds
-            something else.
+        FileNotFoundError, ValueError: as opening the model and the data does; for a row or a folder that cannot be used.
         OSError: the disk is full or not writable; shards that are whole stay.
     """
+    _check(precision, on_bad_row, rows_per_shard)
+    stream = open_stream(data, column, id_column=id_column, split=split)
+    asked = _Asked(model, stream, precision, keep_text, rows_per_shard, options)
+    job = _Job(Path(out), asked, on_bad_row == "skip", show_progress)
+    with job.alone():
+        encoder = job.prepare(append=append, force=force)
+        if job.manifest.complete:
+            return Summary(job.manifest)
+        started, before = time.perf_counter(), sum(notes["rows"] for notes in job.notes.values())
+        encoder = encoder or job.open_model(job.manifest.encoding["dtype"])
+        job.write(encoder)
+        job.finish()
+        choices = {**encoder.choices, "processes": job.shared()}
+        return Summary(job.manifest, job.manifest.rows - before, time.perf_counter() - started, choices)
+
+
+def _check(precision: str, on_bad_row: str, rows_per_shard: int) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)} (--precision).")
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; use refuse or skip (--on-bad-row).")
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard={rows_per_shard} holds nothing; give at least 1 (--rows-per-shard).")
-    state = processes()
-    stream = open_stream(data, column, id_column=id_column, split=split)
-    folder = find_model(model, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name}
-    asked = _Asked(str(model), fingerprint(folder), precision, keep_text, rows_per_shard, dtype, options, stream)
-    device = device or (str(state.device) if state.num_processes > 1 else None)
-    opening: dict[str, Any] = {
-        **options,
-        "batch_tokens": batch_tokens,
-        "device": device,
-        "trust_remote_code": trust_remote_code,
-    }
-
-    def open_model(dtype: str) -> Encoder:
-        return Encoder(folder, dtype=dtype, **opening)
-
-    job = _Job(Path(out), asked, on_bad_row == "skip", state, show_progress)
-    with job.alone():
-        encoder = job.prepare(open_model, append=append, force=force)
-        if job.manifest.complete:
-            return Summary(job.manifest)
-        started = time.perf_counter()
-        encoder = encoder or open_model(job.manifest.encoding["dtype"])
-        written = job.write(encoder)
-        job.finish()
-        return Summary(job.manifest, written, time.perf_counter() - started, {**encoder.choices, "processes": job.shared()})
 
 
 def processes() -> PartialState:
@@ -216,18 +199,30 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-@dataclass(frozen=True)
 class _Asked:
     """What the caller wants, to be held against what a folder holds."""
 
-    model: str
-    fingerprint: str
-    precision: str
-    keep_text: bool
-    rows_per_shard: int
-    dtype: str
-    options: dict[str, Any]
-    stream: Stream
+    def __init__(
+        self,
+        model: str | Path,
+        stream: Stream,
+        precision: str,
+        keep_text: bool,
+        rows_per_shard: int,
+        options: EncoderOptions,
+    ) -> None:
+        self.model, self.stream, self.precision = str(model), stream, precision
+        self.keep_text, self.rows_per_shard = keep_text, rows_per_shard
+        self.opening = options
+        self.folder = find_model(model, trust_remote_code=options.get("trust_remote_code", False))
+        self.fingerprint = fingerprint(self.folder)
+        self.dtype = options.get("dtype", "auto")
+        # What vectors depend on beside the model.
+        self.options: dict[str, Any] = {
+            "normalize": options.get("normalize", False),
+            "prompt": options.get("prompt"),
+            "prompt_name": options.get("prompt_name"),
+        }
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -280,10 +275,18 @@ class _Job:
 
     manifest: Manifest
 
-    def __init__(self, out: Path, asked: _Asked, skip: bool, state: PartialState, show_progress: bool) -> None:
-        self.out, self.asked, self.stream, self.skip, self.state = out, asked, asked.stream, skip, state
-        self.show_progress = show_progress and state.is_main_process
+    def __init__(self, out: Path, asked: _Asked, skip: bool, show_progress: bool) -> None:
+        self.out, self.asked, self.stream, self.skip = out, asked, asked.stream, skip
+        self.state = processes()
+        self.show_progress = show_progress and self.state.is_main_process
         self.notes: dict[int, dict[str, Any]] = {}  # of the shards that are there, by number
+
+    def open_model(self, dtype: str) -> Encoder:
+        """The model, in numbers that all processes compute with."""
+        options: EncoderOptions = {**self.asked.opening, "dtype": dtype}
+        if self.state.num_processes > 1:
+            options["device"] = options.get("device") or str(self.state.device)
+        return Encoder(self.asked.folder, **options)
 
     # --- the folder
 
@@ -300,12 +303,12 @@ class _Job:
         with alone_in(self.out):
             yield
 
-    def prepare(self, open_model: Callable[[str], Encoder], *, append: bool, force: bool) -> Encoder | None:
+    def prepare(self, *, append: bool, force: bool) -> Encoder | None:
         """Agree on what is there and what is to be done; the first process returns the model if it had to open it for that."""
         encoder, refusal = None, None
         if self.state.is_main_process:
             try:
-                encoder = self._look(open_model, append, force)
+                encoder = self._look(append, force)
             except (ValueError, OSError) as error:
                 refusal = error
         agreed = [None if refusal or not self.state.is_main_process else (self.manifest, self.notes)]
@@ -317,21 +320,19 @@ class _Job:
         self.manifest, self.notes = agreed[0]
         return encoder
 
-    def _look(self, open_model: Callable[[str], Encoder], append: bool, force: bool) -> Encoder | None:
+    def _look(self, append: bool, force: bool) -> Encoder | None:
         clear_leftovers(self.out)
         known = holds_vectors(self.out)
-        if known and force:
-            remove_vectors(self.out)
-        if holds_vectors(self.out):
+        if known and not force:
             self.manifest = read_manifest(self.out)
             self._check_same(append)
             self._find_shards()
             return None
-        if others := sorted(file.name for file in self.out.iterdir() if not file.name.startswith(".")):
-            raise ValueError(
-                f"{self.out} holds other things ({shorten(', '.join(others), 60)}); choose an empty or a new folder."
-            )
-        asked, encoder = self.asked, open_model(self.asked.dtype)
+        others = sorted(file.name for file in self.out.iterdir() if not file.name.startswith("."))
+        if others and not known:
+            shown = shorten(", ".join(others), 60)
+            raise ValueError(f"{self.out} holds other things ({shown}); choose an empty or a new folder.")
+        asked, encoder = self.asked, self.open_model(self.asked.dtype)
         self.manifest = Manifest(
             model=asked.model,
             fingerprint=asked.fingerprint,
@@ -345,6 +346,7 @@ class _Job:
         )
         if asked.precision == "int8":
             self.manifest.ranges = self._calibrate(encoder)
+        remove_vectors(self.out)  # now that nothing can be refused any more
         write_manifest(self.out, self.manifest)
         return encoder
 
@@ -394,9 +396,9 @@ class _Job:
 
     # --- the work
 
-    def write(self, encoder: Encoder) -> int:
-        """Write this process's shards; returns the number of vectors."""
-        manifest, written = self.manifest, 0
+    def write(self, encoder: Encoder) -> None:
+        """Write this process's shards."""
+        manifest = self.manifest
         plan = Plan(
             manifest.rows_per_shard,
             manifest.first_shard,
@@ -423,10 +425,8 @@ class _Job:
                             writer.about = window.notes
                             break  # the shard is whole now, not when the next one begins
                 self.notes[number] = {**window.notes, "rows": writer.rows}
-                written += writer.rows
                 if self.state.is_main_process:
                     self._list_shards()
-        return written
 
     def _windows(self, plan: Plan) -> Iterator[_Window]:
         """The rows of this process, in windows that end where shards do."""

@@ -5,7 +5,9 @@ is; what comes out is pooled from that row. Vectors are those of ``SentenceTrans
 or have modules other than pooling and normalization on top, are left to sentence-transformers.
 """
 
+import contextlib
 import copy
+import os
 import re
 import sys
 from collections import deque
@@ -14,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 2**24
 # Characters of a text per token that the model reads, at least, before the rest of the text is cut off unread.
 _CHARACTERS_PER_TOKEN = 16
 _SPACE = re.compile(r"\s")
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
 # Tokens computed at once.
 _BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
 
@@ -81,6 +84,18 @@ def encode(
     if isinstance(texts, str):
         return encoder.encode([texts])[0]
     return encoder.encode(texts, show_progress=show_progress)
+
+
+class EncoderOptions(TypedDict, total=False):
+    """The options of :func:`encode` that decide how a model is used, for functions that pass them on."""
+
+    batch_tokens: int | None
+    dtype: str
+    normalize: bool
+    prompt: str | None
+    prompt_name: str | None
+    device: str | None
+    trust_remote_code: bool
 
 
 class Batch(NamedTuple):
@@ -295,6 +310,7 @@ class _Tokenizer:
     def __init__(self, model: SentenceTransformer, prompt: str | None) -> None:
         self.tokenizer, self.prompt = model.tokenizer, prompt or ""
         config = _encoder_of(model).config
+        self.parallel = model.device.type != "cpu" or torch.get_num_threads() > 1
         self.max_length = self.tokenizer.model_max_length
         if config.position_embedding_type != "rotary":  # a table of positions ends
             self.max_length = min(self.max_length, config.max_position_embeddings)
@@ -323,7 +339,8 @@ class _Tokenizer:
         limit = _CHARACTERS_PER_TOKEN * self.max_length
         if fast.pre_tokenizer is None or self.tokenizer.truncation_side != "right":
             limit = sys.maxsize  # what stands far behind may matter
-        encodings = fast.encode_batch_fast([self.prompt + _start(text, limit) for text in texts])
+        with self._threads():
+            encodings = fast.encode_batch_fast([self.prompt + _start(text, limit) for text in texts])
         short = [row for row, text in enumerate(texts) if len(text) > limit and len(encodings[row]) < self.max_length]
         while short:  # of a text of long words or much white space, more is needed
             limit *= 4
@@ -332,6 +349,19 @@ class _Tokenizer:
                 encodings[row] = encoding
             short = [row for row in short if len(texts[row]) > limit and len(encodings[row]) < self.max_length]
         return encodings
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Tokenize in one thread where the process has but one to compute with, as when several share a machine: by itself the
+        library takes one for every core. Whoever set its variable is obeyed."""
+        if self.parallel or _PARALLELISM in os.environ:
+            yield
+            return
+        os.environ[_PARALLELISM] = "false"
+        try:
+            yield
+        finally:
+            del os.environ[_PARALLELISM]
 
 
 def _start(text: str, limit: int) -> str:

@@ -272,8 +272,8 @@ def holds_vectors(folder: Path) -> bool:
 
 
 def remove_vectors(folder: Path) -> None:
-    """Delete manifest and shards, and nothing else."""
-    for file in (folder / MANIFEST, *folder.glob("part-*.parquet")):
+    """Delete shards and manifest, and nothing else."""
+    for file in (*folder.glob("part-*.parquet"), folder / MANIFEST):  # in this order: a folder without manifest is not ours
         file.unlink(missing_ok=True)
 
 

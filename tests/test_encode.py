@@ -1,5 +1,7 @@
 """minibert.encode: the same vectors as sentence-transformers, whatever the batches, and what is left to it."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -218,6 +220,16 @@ def test_windows_hold_few_texts_and_few_characters(monkeypatch):
     windows = list(cut_windows(texts))
     assert [text for window in windows for text in window] == texts
     assert [len(window) for window in windows] == [3, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(1, "false"), (2, None)])
+def test_one_thread_tokenizes_where_one_computes(folders, monkeypatch, threads, expected):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    seen = []
+    monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
+    encode(assemble(folders / "search-8x768"), ["the cat"])
+    assert seen == [expected] and "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 @pytest.mark.parametrize(
