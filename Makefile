@@ -5,12 +5,13 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test lint docs clean
 
 help:
 	@echo "make quickstart   train a search model on the documentation of your Python packages and ask it questions"
 	@echo "make test         run the tests"
 	@echo "make lint         check style and types"
+	@echo "make docs         build the documentation into build/docs; dead links fail"
 	@echo "make clean        remove .venv and the caches"
 
 # torch goes first: with it in place, nothing else chooses another build of it.
@@ -33,6 +34,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	mkdir -p .venv/types && ln -sfn ../.. .venv/types/minibert
 	MYPYPATH=.venv/types $(BIN)/mypy --no-namespace-packages --exclude '/(benchmarks|docs|tests)/' -p minibert
+
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
