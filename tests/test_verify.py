@@ -186,7 +186,7 @@ def test_tied_weights(words, tmp_path):
             "tensors",
             "the class MiniBertForNothing, which MiniBERT lacks",
         ),
-        ("config.json", {"num_hidden_layers": 10**9}, "tensors", "describes 1,000,000,000 layers, but there are only"),
+        ("config.json", {"num_hidden_layers": 10**9}, "weights", "describes a model of about 10^13 numbers, but its"),
         ("config.json", {"auto_map": ["x.Y"]}, "code", "config.json names ['x.Y'] for auto_map"),
     ],
 )
