@@ -261,11 +261,12 @@ def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
     """
     if dtype != "auto":
         return dtype, "as asked"
-    if device.startswith("cuda"):
+    kind = torch.device(device).type  # Accelerate calls a processor cpu:0
+    if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bfloat16", "which this GPU computes natively") if native else ("float32", "this GPU has no bfloat16")
-    if device != "cpu":
-        return "float32", f"bfloat16 is not known to pay on {device}"
+    if kind != "cpu":
+        return "float32", f"bfloat16 is not known to pay on {kind}"
     # torch before 2.8 cannot tell
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     instructions = sorted(name for name, has in able.items() if has and "bf16" in name)

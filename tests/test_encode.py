@@ -238,6 +238,7 @@ def test_one_thread_tokenizes_where_one_computes(folders, monkeypatch, threads, 
 )
 def test_the_processor_decides_the_numbers(monkeypatch, able, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert choose_dtype("auto", "cpu:0") == choose_dtype("auto", "cpu")
     dtype, reason = choose_dtype("auto", "cpu")
     assert dtype == expected and ("avx512_bf16" in reason) == (expected == "bfloat16")
 
