@@ -1,54 +1,303 @@
-"""What the README and the documentation show is true: their examples run, their tables are those of the code."""
+"""What the README and the documentation show is true: examples run, command lines parse, links lead somewhere."""
 
+import contextlib
 import importlib.util
+import io
+import json
+import multiprocessing
+import os
 import re
-import subprocess
-import sys
+import shlex
+import traceback
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
+import threadpoolctl
 import torch
+import typer
 
 import minibert
-from minibert import MiniBertConfig
+from minibert import MiniBertConfig, MiniBertForSequenceClassification, MiniBertModel, train_wordpiece
+from minibert.cli import app
 from minibert.train.recipe import load_recipe
 
 ROOT = Path(minibert.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+FENCE = re.compile(
+    r"(?:^<!-- not run: (?P<reason>.+) -->\n)?^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+SHOWN = re.compile(r"\s*```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def test_python_examples_of_the_readme_run(tmp_path, tiny):
-    # The second example opens what `make quickstart` leaves; a tiny model stands in for it.
-    tokenizer = minibert.train_wordpiece(["read a table from a file", "invert a matrix"] * 2, vocab_size=60)
+class Block(NamedTuple):
+    """A fenced block of a page.
+
+    Args:
+        kind: what stands behind its first fence, such as python.
+        text: its lines.
+        reason: why it is not run, if a comment before it says so.
+        shown: the ``text`` block right after it, which is what it prints.
+    """
+
+    kind: str
+    text: str
+    reason: str | None
+    shown: str | None
+
+
+def blocks(page: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(page):
+        after = SHOWN.match(page, match.end())
+        found.append(Block(match["kind"], match["text"], match["reason"], after and after[1]))
+    return found
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", page)
+
+
+def examples(page: str) -> list[Block]:
+    return [block for block in blocks(page) if block.kind == "python" and not block.reason]
+
+
+# Examples
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory, tiny):
+    """A folder with small stand-ins for the models and files that the pages name."""
+    from minibert.inference.corpus import encode_corpus
+
+    room = tmp_path_factory.mktemp("room")
+    notes = ["read a table from a file", "invert a matrix", "sort a list", "a good film", "a bad one"]
+    tokenizer = train_wordpiece(notes * 2, vocab_size=60)
     torch.manual_seed(0)
     config = MiniBertConfig.preset("modern-6x384", **{**tiny, "vocab_size": len(tokenizer)})
-    folder = tmp_path / "runs" / "quickstart" / "2-embed"
-    minibert.MiniBertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        for shown in re.findall(r"print\(.*\)  # (.*)", block):
-            assert done.stdout.strip() == shown
+    for folder, model_class in (("quickstart/2-embed", MiniBertModel), ("mine/2-classify", MiniBertForSequenceClassification)):
+        model_class(config).save_pretrained(room / "runs" / folder)
+        tokenizer.save_pretrained(room / "runs" / folder)
+    (room / "notes.txt").write_text("\n".join(notes), encoding="utf-8")
+    (room / "notes.jsonl").write_text("".join(json.dumps({"body": note}) + "\n" for note in notes), encoding="utf-8")
+    encode_corpus(room / "runs/quickstart/2-embed", room / "notes.jsonl", room / "notes-vectors", keep_text=True)
+    return room
 
 
-def test_recipe_of_the_readme_is_a_recipe(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
-    recipe = load_recipe(str(tmp_path / "mine.yaml"), ["embed.learning_rate=5e-4"])
-    assert [stage.kind for stage in recipe.stages] == ["tokenizer", "embed", "evaluate"]
+def run_page(examples: list[Block], room: Path, printed: Path) -> None:
+    """Run a page's blocks in one session, in this process; leave what each printed, and the error that stopped them."""
+    os.chdir(room)
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)  # pools of threads do not survive a fork
+    session: dict[str, object] = {"__name__": "__main__"}
+    outputs, error = [], None
+    for block in examples:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            try:
+                exec(compile(block.text, "example", "exec"), session)
+            except BaseException:
+                error = f"{traceback.format_exc()}\nin:\n{block.text}"
+        outputs.append(output.getvalue())
+        if error:
+            break
+    printed.write_text(json.dumps([outputs, error]), encoding="utf-8")
 
 
-def test_links_lead_somewhere():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    for page in pages:
-        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def alike(shown: str, printed: str) -> bool:
+    """Whether the words and whole numbers are equal, and other numbers but for two of the last digit shown."""
+    number = re.compile(r"-?\d+\.\d*")
+    words, others = (" ".join(number.sub("#", text).split()).replace("[ ", "[") for text in (shown, printed))
+    close = (
+        abs(float(one) - float(other)) <= 2.01 * 10.0 ** -max(2, len(one.partition(".")[2]))
+        for one, other in zip(number.findall(shown), number.findall(printed))
+    )
+    return words == others and all(close)
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if examples(page)])
+def test_examples_run_and_print_what_is_shown(name, room, tmp_path):
+    page = examples(PAGES[name])
+    process = multiprocessing.get_context("fork").Process(target=run_page, args=(page, room, tmp_path / "printed.json"))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+    outputs, error = json.loads((tmp_path / "printed.json").read_text(encoding="utf-8"))
+    assert not error, error
+    for block, output in zip(page, outputs, strict=True):
+        if block.shown:
+            assert alike(block.shown, output), f"{block.text}\nshows:\n{block.shown}\nbut prints:\n{output}"
+        for value in re.findall(r"^print\(.*\)  # ([\d.]+)$", block.text, re.MULTILINE):
+            assert value in output.split()
+
+
+def test_an_example_that_is_not_run_says_why():
+    kinds = {block.kind for page in PAGES.values() for block in blocks(page) if block.kind.startswith("python")}
+    assert kinds <= {"python", "python notest"}, "say why in a comment before the block: <!-- not run: the reason -->"
+
+
+def test_what_an_example_prints_is_compared():
+    assert alike("tensor([0.84, 1.00]) of 3 texts", "tensor([ 0.85, 1.00])  of 3 texts")
+    assert not alike("tensor([0.84, 1.00])", "tensor([0.88, 1.00])")
+    assert not alike("3 texts", "4 texts")
+    page = "<!-- not run: hours -->\n```python\nx\n```\n```python\nprint(1)\n```\n\n```text\n1\n```\n"
+    assert [(block.reason, block.shown) for block in blocks(page)[:2]] == [("hours", None), (None, "1\n")]
+
+
+# Command lines
+
+
+def command_lines(page: str) -> list[str]:
+    """Every line of a shell in fenced or indented blocks, whole where a backslash continues it."""
+    shells = [block.text for block in blocks(page) if block.kind in ("", "console", "bash", "sh")]
+    indented = re.findall(r"^ {4}.*\S.*$", prose(page), re.MULTILINE)
+    text = "\n".join([*shells, *(line[4:] for line in indented)]).replace("\\\n", " ")
+    return [line.strip().removeprefix("$ ") for line in text.splitlines()]
+
+
+def words_of(line: str) -> list[str] | None:
+    """The words of ``minibert …`` behind launchers and before pipes and comments; None for other programs."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|>;&")
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in lexer:
+        if word[0] in "|>;&":
+            break
+        words.append(word)
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words.pop(0)
+    if words[:1] == ["torchrun"] or words[:2] == ["python", "-m"]:
+        words = words[words.index("-m") + 1 :]
+    return words if words[:1] == ["minibert"] else None
+
+
+MINIBERT = [
+    (name, line)
+    for name, page in PAGES.items()
+    for line in command_lines(page)
+    if ("minibert" in line and not line.startswith("#") and words_of(line))
+]
+
+
+def parse(arguments: list[str]):
+    """Read ``arguments`` as the command does, without running it; raises what it would print."""
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        name, *arguments = arguments
+        if name.startswith("-"):
+            assert name in {option for parameter in command.params for option in parameter.opts} | {"--help"}
+            return {}
+        command = command.commands[name]
+    return {} if "--help" in arguments else command.make_context(command.name, arguments).params
+
+
+@pytest.mark.parametrize(("name", "line"), MINIBERT, ids=[f"{name}: {line[:60]}" for name, line in MINIBERT])
+def test_command_lines_parse(name, line, tmp_path):
+    words = words_of(line)[1:]
+    parameters = parse(words)
+    if words[0] not in ("train", "quickstart") or "--help" in words:
+        return
+    recipe, changes = parameters.get("recipe", "quickstart"), parameters["overrides"] or []
+    if recipe.endswith(".yaml") and not recipe.startswith("recipes/"):  # the reader's own: the page shows it
+        shown = [block.text for block in blocks(PAGES[name]) if block.kind == "yaml" and "stages:" in block.text]
+        if not shown:
+            return
+        (tmp_path / "mine.yaml").write_text(shown[0], encoding="utf-8")
+        recipe = str(tmp_path / "mine.yaml")
+    assert load_recipe(str(ROOT / recipe) if recipe.startswith("recipes/") else recipe, changes).stages
+
+
+def test_there_are_command_lines_and_wrong_ones_are_seen():
+    assert len(MINIBERT) > 10
+    assert words_of("torchrun --nproc_per_node 2 -m minibert train x.yaml   # two") == ["minibert", "train", "x.yaml"]
+    assert words_of('minibert search vectors "a b" --json > answers.jsonl')[1:] == ["search", "vectors", "a b", "--json"]
+    with pytest.raises(KeyError):
+        parse(["fly"])
+    with pytest.raises(Exception, match="--colour"):
+        parse(["search", "model", "--colour", "red"])
+    with pytest.raises(Exception, match="Missing parameter: output_dir"):
+        parse(["hub", "pull", "ann/model"])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_in_sentences_exist(name):
+    for code in re.findall(r"`((?:python -m )?minibert [a-z][^`]*)`", prose(PAGES[name])):
+        words = code.replace("python -m ", "").split()[1:]
+        command = typer.main.get_command(app)
+        while hasattr(command, "commands") and words and re.fullmatch("[a-z]+", words[0]):
+            assert words[0] in command.commands, f"{name}: {code}"
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        assert {word.strip("[],.;:") for word in words if word.startswith("--")} <= known, f"{name}: {code}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_make_targets_recipes_and_benchmarks_exist(name):
+    page = PAGES[name]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    code = "\n".join([*command_lines(page), *re.findall(r"`([^`\n]+)`", prose(page))])
+    for target in re.findall(r"^make ([a-z]+)", code, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for recipe in re.findall(r"\brecipes/\w+\.yaml", page):
+        assert (ROOT / recipe).exists(), recipe
+    for benchmark in re.findall(r"python -m benchmarks (\w+)", page):
+        assert (ROOT / "benchmarks" / f"{benchmark}.py").exists(), benchmark
+
+
+RECIPES = [
+    (name, block.text)
+    for name, page in PAGES.items()
+    for block in blocks(page)
+    if block.kind == "yaml" and re.search(r"^stages:", block.text, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("name", "text"), RECIPES, ids=[name for name, _ in RECIPES])
+def test_recipes_are_recipes(name, text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "mine.yaml")).stages
+
+
+# Links
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-")
+        count = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in found)
+        found.append(f"{slug}-{count}" if count else slug)
+    return set(found)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    here = ROOT if name == "README.md" else ROOT / "docs"
+    for target, anchor in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)#?([^)\s]*)\)", prose(PAGES[name])):
+        file = here / target if target else here / name
+        assert file.exists(), f"{name}: {target}"
+        if anchor:
+            assert file.suffix == ".md" and anchor in anchors(file.read_text(encoding="utf-8")), f"{name}: {target}#{anchor}"
+
+
+def test_anchors_are_those_of_github():
+    assert anchors("# A `word`, twice\n## A word twice\n### [Out](x.md): `hub export`") == {
+        "a-word-twice",
+        "a-word-twice-1",
+        "out-hub-export",
+    }
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = {line for block in blocks(PAGES["index.md"]) if block.kind == "{toctree}" for line in block.text.split("\n")}
+    assert {Path(name).stem for name in PAGES} - {"README", "index"} == {line for line in listed if line and line[0] != ":"}
 
 
 def test_the_page_of_recipe_fields_is_up_to_date():
     spec = importlib.util.spec_from_file_location("fields", ROOT / "docs" / "fields.py")
     fields = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fields)
-    assert (ROOT / "docs" / "training.md").read_text(encoding="utf-8") == fields.page(), "run: python docs/fields.py"
+    assert PAGES["training.md"] == fields.page(), "run: python docs/fields.py"

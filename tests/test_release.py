@@ -1,0 +1,148 @@
+"""What is released: one version everywhere, the declared Pythons, a complete source archive, extras that explain themselves."""
+
+import configparser
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(importlib.import_module("minibert.configuration_minibert").__file__).parent
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
+EXTRAS = SETUP["options.extras_require"]
+PYTHONS = re.findall(r"Programming Language :: Python :: (3\.\d+)$", SETUP["metadata"]["classifiers"], re.MULTILINE)
+# What is imported by another name than it is installed by.
+MODULES = {"scikit-learn": "sklearn", "faiss-cpu": "faiss", "PyYAML": "yaml", "PyStemmer": "Stemmer"}
+# Typer and huggingface_hub bring these, so they are never missing.
+ALWAYS = {"pydantic", "yaml"}
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def modules_of(extra: str) -> set[str]:
+    """The modules that an extra brings, by the names they are imported by."""
+    names = [re.match(r"[\w-]+", line)[0] for line in EXTRAS[extra].split("\n") if line]
+    return {MODULES.get(name, name.replace("-", "_")) for name in names} - ALWAYS
+
+
+# One version
+
+
+def test_the_version_is_the_same_everywhere():
+    import minibert
+
+    version = SETUP["metadata"]["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert minibert.__version__ == version
+    assert yaml.safe_load(text("CITATION.cff"))["version"] == version
+    assert re.search(r"^## (\S+)", text("CHANGELOG.md"), re.MULTILINE)[1] == version
+
+
+def test_the_declared_pythons_are_tested():
+    workflow = yaml.safe_load(text(".github/workflows/ci.yml"))["jobs"]["run"]
+    assert workflow["strategy"]["matrix"]["python"] == PYTHONS
+    assert [step["run"] for step in workflow["steps"] if "run" in step] == [".ci/run"]
+    assert SETUP["options"]["python_requires"] == f">={PYTHONS[0]}"
+
+
+# The source archive
+
+
+def test_the_source_archive_is_complete(tmp_path):
+    copy = tmp_path / "minibert"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__"))
+    (copy / "tests" / "__pycache__").mkdir()
+    (copy / "tests" / "__pycache__" / "litter.pyc").write_text("litter", encoding="utf-8")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(copy)]
+    subprocess.run(command, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as source:
+        held = {name.partition("/")[2] for name in source.getnames()}
+    here = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    built = {"PKG-INFO", "setup.cfg"} | {name for name in held if ".egg-info" in name}
+    assert here - held == set()
+    assert {name for name in held if (copy / name).is_file()} <= here | built
+    assert "py.typed" in held and "hub/card.md" in held and "recipes/quickstart.yaml" in held
+
+
+# Extras
+
+# Commands, each with the extra that a message must name. Inputs need not exist where opening them needs the extra too.
+COMMANDS = {
+    "train quickstart": "train",
+    "quickstart": "train,search",
+    "search model --passages notes.txt red": "search",
+    "search vectors red": "search",
+    "encode model notes.txt vectors": "search",
+    "evaluate model notes.txt": "search",
+    "predict model notes.txt": "search",
+    "hub push model ann/model --dry-run": "search",
+    "hub export model out --to onnx": "export",
+    "plot tokens model red": "plot",
+    "plot attention model red --out attention.html": "plot",
+    "plot embeddings model red green --out embeddings.html": "plot",
+    "plot similarity model red green --out similarity.html": "plot",
+    "plot training runs/mine --out training.html": "plot",
+}
+# An interpreter in which some modules are not installed; it runs commands one after another.
+WITHOUT = """
+import importlib.machinery, json, sys
+finder, missing = importlib.machinery.PathFinder, set(sys.argv[1].split(","))
+
+
+class Without(finder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in missing else finder.find_spec(name, path, target)
+
+
+sys.meta_path = [Without if one is finder else one for one in sys.meta_path]
+sys.argv = ["minibert"]
+from typer.testing import CliRunner
+from minibert.cli import app
+
+told = {}
+for line in json.load(sys.stdin):
+    done = CliRunner().invoke(app, line.split())
+    told[line] = [done.exit_code, done.stderr, repr(done.exception)]
+print(json.dumps(told))
+"""
+
+
+def without(missing: set[str], lines: list[str], cwd: Path) -> dict[str, list]:
+    """Exit status, standard error and exception of every command line where ``missing`` modules are not installed."""
+    command = [sys.executable, "-c", WITHOUT, ",".join(sorted(missing))]
+    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, check=True, cwd=cwd)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def room(tmp_path):
+    shutil.copytree(ROOT / "tests" / "data" / "first-release" / "embed", tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("red apples\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_missing_extra_is_named_in_one_sentence(room):
+    missing = set.union(*(modules_of(extra) for extra in ("train", "search", "plot", "export")))
+    for line, (status, said, exception) in without(missing, list(COMMANDS), room).items():
+        assert status == 2, f"{line}: {exception}"
+        *_, last = said.strip().splitlines()
+        assert re.fullmatch(rf"Error: .* needs .*; install (it|them): pip install 'minibert\[{COMMANDS[line]}\]'\.", last), line
+
+
+def test_an_extra_is_enough_for_its_commands(room):
+    """Search without the modules that only other extras bring; what pip installs beside them is left in place."""
+    missing = set.union(*(modules_of(extra) for extra in ("train", "plot", "export"))) - modules_of("search")
+    lines = ["encode model notes.txt vectors", "search vectors red"]
+    for line, (status, said, exception) in without(missing, lines, room).items():
+        assert status == 0, f"{line}: {said} {exception}"
