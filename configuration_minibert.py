@@ -3,6 +3,7 @@
 This file travels with every checkpoint, next to ``modeling_minibert.py``; it may import only transformers and huggingface_hub.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import transformers
@@ -106,7 +107,7 @@ class MiniBertConfig(PreTrainedConfig):
         if problems:
             raise ValueError("This MiniBERT configuration cannot be built: " + " ".join(problems))
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1."
