@@ -132,6 +132,7 @@ def room(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named_in_one_sentence(room):
     missing = set.union(*(modules_of(extra) for extra in ("train", "search", "plot", "export")))
     for line, (status, said, exception) in without(missing, list(COMMANDS), room).items():
@@ -140,6 +141,7 @@ def test_a_missing_extra_is_named_in_one_sentence(room):
         assert re.fullmatch(rf"Error: .* needs .*; install (it|them): pip install 'minibert\[{COMMANDS[line]}\]'\.", last), line
 
 
+@pytest.mark.slow
 def test_an_extra_is_enough_for_its_commands(room):
     """Search without the modules that only other extras bring; what pip installs beside them is left in place."""
     missing = set.union(*(modules_of(extra) for extra in ("train", "plot", "export"))) - modules_of("search")
