@@ -1,7 +1,9 @@
 """The ``minibert`` command. Thin: every command imports what it needs when it runs, so that ``--help`` stays instant."""
 
+import errno
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -31,15 +33,38 @@ def main() -> None:
     app(prog_name="minibert")
 
 
-def _user_errors() -> tuple[type[BaseException], ...]:
+# What to do about what the system refuses. Libraries in other languages leave only its words, not its numbers.
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space there, or choose another place, and run it again."),
+    errno.EFBIG: "Choose a place that takes larger files, or raise the limit (ulimit -f), and run it again.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or choose another place."),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "Correct the path."),
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), and run it again.",
+}
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell the user about ``error``, or ``None`` for one that is a mistake of ours."""
     from huggingface_hub.errors import StrictDataclassError
 
-    return (ValueError, OSError, StrictDataclassError)
+    text = str(error)
+    # Torch and Rust's tokenizers raise their own class for whatever the system refused.
+    if isinstance(error, MemoryError) or re.search("can't allocate|Cannot allocate memory|out of memory", text):
+        return "There is not enough memory for this; take a smaller model, batch or file, or a machine that has more."
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        found = re.search(r"\(os error (\d+)\)", text)
+        number = int(found[1]) if found else None
+    if number in _ADVICE:
+        return f"{' '.join(text.split()).rstrip('.')}. {_ADVICE[number]}"
+    if isinstance(error, OSError):
+        return " ".join(text.split())  # of a library, possibly in paragraphs
+    return text if isinstance(error, ValueError | StrictDataclassError) else None
 
 
 @contextmanager
-def plain_errors(debug: bool, interrupted: str = "", extra: str = "") -> Iterator[None]:
-    """Turn errors of the input into one sentence and exit status 2, and Ctrl-C into exit status 130.
+def plain_errors(debug: bool, interrupted: str = "Nothing was written.", extra: str = "") -> Iterator[None]:
+    """Turn errors of the input or the system into one sentence and exit status 2, and Ctrl-C into exit status 130.
 
     Args:
         debug: let the error through, with its traceback.
@@ -65,11 +90,11 @@ def plain_errors(debug: bool, interrupted: str = "", extra: str = "") -> Iterato
             f"Error: This command needs {str(error.name).split('.')[0]}; install it: pip install 'minibert[{extra}]'.", err=True
         )
         raise typer.Exit(2) from None
-    # The classes are looked up only when something was raised: naming them at import time would slow every --help.
-    except _user_errors() as error:
-        if debug:
+    except Exception as error:  # which of them are the user's is looked up only now: their classes would slow every --help
+        # Nobody reads on from a closed pipe, which Typer ends quietly.
+        if debug or isinstance(error, BrokenPipeError) or (sentence := _sentence(error)) is None:
             raise
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {sentence}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -99,6 +124,7 @@ def _report_progress() -> None:
     """Show on standard error which stage runs, and keep the libraries to errors and the bars that take long."""
     import logging
 
+    from datasets.utils.logging import set_verbosity
     from transformers.utils import logging as transformers_logging
 
     handler = logging.StreamHandler()
@@ -106,6 +132,7 @@ def _report_progress() -> None:
     logger = logging.getLogger("minibert")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    set_verbosity(logging.CRITICAL)  # what it logs about an error stands in our sentence
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -151,12 +178,18 @@ def train(
 
 
 def _hide_loading_bars() -> None:
-    """Opening files and weights takes moments here; the bars worth seeing are those of the encoder."""
+    """Opening files and weights takes moments here; the bars worth seeing are those of the encoder.
+
+    What these libraries log about an error stands in its sentence already, or, of parts that a head adds, is no error.
+    """
     from datasets import disable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
+    from datasets.utils.logging import CRITICAL, set_verbosity
+    from transformers.utils import logging as transformers_logging
 
     disable_progress_bars()
-    disable_progress_bar()
+    set_verbosity(CRITICAL)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 @app.command(
@@ -205,7 +238,7 @@ def search(
 
     The first search in a folder builds its index, and later ones add what is new to it.
     """
-    with plain_errors(debug, extra="search"):
+    with plain_errors(debug, "The vectors are as they were; search again.", extra="search"):
         _hide_loading_bars()
         _report_progress()
         asked = _asked(queries, queries_file)
@@ -438,7 +471,7 @@ def predict(
     A classifier reads texts or pairs of them; a tagger texts or lists of words (tokens); question answering reads question
     and context; multiple choice a question and its choices.
     """
-    with plain_errors(debug, extra="search"):
+    with plain_errors(debug, f"{out} was not written." if out else "The remaining rows are missing.", extra="search"):
         from minibert.inference.predict import check_output, in_a_line, write
         from minibert.inference.predict import predict as predict_rows
 
@@ -661,6 +694,7 @@ def verify(
     with plain_errors(debug, extra="search"):
         from minibert.hub.verify import verify as verify_model
 
+        _hide_loading_bars()
         found = verify_model(model, trust_remote_code=trust_remote_code)
         if as_json:
             print_json(found.to_dict())

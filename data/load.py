@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Value, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets, config, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
@@ -154,6 +154,10 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         wanted = "+".join(named[name] + rows for name, rows in parts)
         return load_dataset(builder, data_files=data_files, split=wanted, **options)
     except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # the file is well: the system refused something
+            refused = error.__cause__
+            place = refused.filename or f"{config.HF_DATASETS_CACHE}, or {files[0]}"
+            raise OSError(refused.errno, refused.strerror, str(place)) from error
         raise ValueError(_why_unreadable(files, error)) from error
 
 
@@ -188,7 +192,7 @@ def _why_unreadable(files: list[Path], error: BaseException) -> str:
     cause = " ".join(str(error.__cause__ or error).split())
     if "corresponds to no data" in cause:
         return f"{names} has no rows; give a file that holds data."
-    return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {cause}"
+    return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {cause.rstrip('.')}. Mend it, or save it again."
 
 
 def first_line_not_utf8(file: Path) -> int | None:

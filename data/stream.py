@@ -82,7 +82,8 @@ class _Part:
             ) from error
         except (pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError, json.JSONDecodeError) as error:
             kind = Path(self.name).suffix.lstrip(".")
-            raise ValueError(f"{self.name} cannot be read as {kind}: {' '.join(str(error).split())}") from error
+            cause = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"{self.name} cannot be read as {kind}: {cause}. Mend it, or save it again.") from error
 
 
 @dataclass
@@ -186,7 +187,7 @@ def _choose_column(columns: dict[str, pa.DataType], column: str | None) -> str:
         raise ValueError(
             f"The texts could be in more than one of the columns {', '.join(columns)}; name one with --column."
             if strings
-            else f"No column holds texts; the columns are {', '.join(columns)}."
+            else f"No column holds texts; the columns are {', '.join(columns)}. Give data with one of strings."
         )
     return (usual or strings)[0]
 

@@ -194,7 +194,7 @@ def classification(
     numbers = problem_type_of(model.config) == REGRESSION and LABEL_COLUMN not in data.column_names
     column = SIMILARITY_COLUMNS[2] if numbers else LABEL_COLUMN
     if column not in data.column_names:
-        raise ValueError(f"{_found(data)}, and no column {column!r}, which a classifier is measured against.")
+        raise ValueError(f"{_found(data)}, and no column {column!r}, which a classifier is measured against; rename yours.")
     names = next((names for names in TEXT_COLUMNS if set(names) <= set(data.column_names)), None)
     if names is None:
         wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)

@@ -62,7 +62,7 @@ def read_passages(data: str | Path | Dataset, column: str | None = None, *, spli
             raise ValueError(
                 f"The passages could be in more than one of the columns {', '.join(data.column_names)}; name one with --column."
                 if strings
-                else f"No column holds texts; the columns are {', '.join(data.column_names)}."
+                else f"No column holds texts; the columns are {', '.join(data.column_names)}. Give data with one of strings."
             )
         column = (usual or strings)[0]
     elif column not in strings:

@@ -1,5 +1,6 @@
 """Recipes: read one, check all of it, and run its stages, skipping what is finished and resuming what is not."""
 
+import contextlib
 import difflib
 import importlib
 import json
@@ -212,6 +213,7 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
     # Without ``cpu``, Accelerate takes torchrun's processes on a machine without accelerator for unrelated ones.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name)
+    _check_models(recipe)
     if state.is_main_process:
         _open_run(run_dir, recipe, force)
     state.wait_for_everyone()
@@ -251,12 +253,49 @@ def _resolve(
 
 
 def _named_model(name: str, folders: dict[str, str]) -> str:
-    """The folder of the earlier stage ``name``; a folder or an id on the Hub stays, after a look at what the folder holds."""
-    if name not in folders and Path(name).is_dir():
-        from minibert.hub.safetensors_check import check_model  # its package needs torch, which reading a recipe does not
-
-        check_model(Path(name))
+    """The folder of the earlier stage ``name``; a folder or an id on the Hub stays."""
     return folders.get(name, name)
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Look at the models that stages name, before anything is written or downloaded.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: for what is neither a folder nor can be an id on the Hub.
+        ValueError: for a folder whose weights are damaged or pickled, or that brings code of its own.
+    """
+    from minibert.hub.safetensors_check import check_model  # its package needs torch, which reading a recipe does not
+
+    names = {stage.name for stage in recipe.stages}
+    asked = (getattr(stage, field, None) for stage in recipe.stages for field in ("model", "teacher"))
+    for name in dict.fromkeys(name for name in asked if isinstance(name, str) and name not in names):
+        folder = Path(name)
+        if folder.is_dir():
+            check_model(folder)
+            _check_code(folder)
+        elif folder.exists():
+            raise NotADirectoryError(f"{name} is a file; give the folder of a model, or the id (owner/name) of one on the Hub.")
+        elif name.count("/") > 1 or name.startswith(("/", ".", "~")) or ("/" in name and folder.parent.is_dir()):
+            raise FileNotFoundError(
+                f"There is no model folder {name} (looked from {Path.cwd()}); give a folder, the id (owner/name) of a model on "
+                "the Hub, or the name of an earlier stage."
+            )
+
+
+def _check_code(folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if not (folder / "config.json").exists():  # what is missing is said where it is read
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error}); save or download the model again.") from error
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder} brings Python code of its own, which training never runs; start from a model whose class transformers "
+            "or this package has."
+        )
 
 
 def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -> None:
@@ -270,7 +309,12 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
         context.output_dir.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
     if state.is_main_process or not alone:
-        metrics = getattr(importlib.import_module(module), function)(stage, context)
+        try:
+            metrics = getattr(importlib.import_module(module), function)(stage, context)
+        except BaseException:
+            with contextlib.suppress(OSError):  # of a stage that left nothing every argument may still change
+                context.output_dir.rmdir()
+            raise
     state.wait_for_everyone()
     if state.is_main_process:
         _write(context.output_dir / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False))
@@ -297,7 +341,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
         for number, stage in enumerate(old["stages"], start=1):
             if changes and number >= changes[0][0]:
                 shutil.rmtree(_stage_folder(run_dir, number, stage["name"]), ignore_errors=True)
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    elif run_dir.exists() and (not run_dir.is_dir() or any(path.name != "recipe.yaml.part" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
     whole = {"name": recipe.name, "seed": recipe.seed, "stages": [_dump(stage) for stage in recipe.stages]}
@@ -346,11 +390,14 @@ def _stage_folder(run_dir: Path, number: int, name: str) -> Path:
 def _write(path: Path, text: str) -> None:
     """Replace a file in one step: a crash or a full disk leaves the old one."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
