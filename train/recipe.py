@@ -75,6 +75,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+# What PyYAML raises: errors of its own, and those of Python's conversions (2026-99-99, !!int "", brackets without end).
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply overrides and check all of it.
 
@@ -116,7 +120,7 @@ def _read_yaml(path: str | Path) -> Any:
         text = file.read_bytes()
     try:
         return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _YAML_ERRORS as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -135,7 +139,7 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
         place = stages[names.index(keys.pop(0))]
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except _YAML_ERRORS:
         return f"the value of override {override!r} is not YAML; quote it."
     for key in keys[:-1]:
         if isinstance(place, dict):
@@ -345,7 +349,8 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
     whole = {"name": recipe.name, "seed": recipe.seed, "stages": [_dump(stage) for stage in recipe.stages]}
-    _write(record, yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+    readable = "\x85" not in json.dumps(whole, ensure_ascii=False)  # an end of line that PyYAML reads back as a space
+    _write(record, yaml.safe_dump(whole, sort_keys=False, allow_unicode=readable))
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
