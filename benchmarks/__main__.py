@@ -258,4 +258,24 @@ def scale(
     )
 
 
+@app.command()
+def soak(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("soak.json"),
+    work: Annotated[Path, typer.Option(help="Folder for texts and vectors.")] = Path("runs/benchmark-soak"),
+    minutes: Annotated[float, typer.Option(min=0, help="How long; at least one round is run.")] = 120,
+    model: Annotated[str | None, typer.Option(help="Model folder; the default is a new one, 2 layers of width 128.")] = None,
+    texts: Annotated[int, typer.Option(min=1, help="New texts in a round.")] = 500,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that use the model at once.")] = 8,
+    every: Annotated[float, typer.Option(min=0, help="Seconds between two samples of memory and open files.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
+) -> None:
+    """Encode mixed texts for hours: memory, open files, and vectors from several threads at once.
+
+    Example: python -m benchmarks soak --minutes 120
+    """
+    from benchmarks.soak import run
+
+    run(out, work, minutes=minutes, model=model, texts=texts, threads=threads, every=every, seed=seed)
+
+
 app(prog_name="python -m benchmarks")
