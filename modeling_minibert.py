@@ -89,9 +89,11 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 # --------------------------------------------------------------------------------------------------------- packing
 
 
-# Bytes of the largest activation that a CPU computes at once where no gradients are wanted: more leaves the cache, and glibc
-# takes memory beyond 32 MiB anew from the system each time, which costs more than filling it.
+# Bytes of the largest activation that a CPU computes at once where no gradients are wanted: more leaves the cache.
 _BYTES_AT_ONCE = 2**24
+# glibc gives every freed block above its largest so far (up to 32 MiB) back to the system, and keeps smaller ones: freeing one
+# of almost that size, which is never touched, keeps activations from being mapped anew at each layer (mallopt(3)).
+torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 # Attention scores per run of sequences, on average, from which half precision is the faster on a CPU.
 _LARGE_SCORES = 2**18
 
@@ -110,28 +112,32 @@ def rounded(count: int) -> int:
 
 
 def runs_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Runs of nearly equal ``lengths`` (ascending): up to 16 tokens, or an eighth, longer than the first of the run.
+    """Runs of nearly equal ``lengths`` (ascending): up to the next multiple of 16 of the first of the run, or, of long ones, up
+    to the last multiple of 16 that is at most an eighth longer.
 
-    >>> runs_of([3, 7, 19, 20, 200, 225, 226])
-    [[3, 7, 19], [20], [200, 225], [226]]
+    >>> runs_of([3, 7, 16, 17, 20, 200, 208, 225, 240, 241])
+    [[3, 7, 16], [17, 20], [200, 208], [225, 240], [241]]
     """
     runs: list[list[int]] = []
+    last = 0
     for length in lengths:
         if not length:
             continue
-        if not runs or length < runs[-1][0] or length > runs[-1][0] + max(16, runs[-1][0] // 8):
+        if not runs or length < runs[-1][0] or length > last:
             runs.append([])
+            last = max(-(-length // 16), (length + length // 8) // 16) * 16
         runs[-1].append(length)
     return runs
 
 
 class Spread(torch.autograd.Function):
-    """Rows (T, …) to their places ``slots`` (T,) in a larger tensor of zeros, (P, …)."""
+    """Rows (T, …) to their places ``slots`` (T,) in a larger tensor (P, …): its row p is row ``sources[p]``. Whatever stands
+    at the other places must not matter: their gradient is dropped."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, slots: Tensor, size: int) -> Tensor:
+    def forward(ctx, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
         ctx.save_for_backward(slots)
-        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, slots, rows)
+        return rows.index_select(0, sources)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,18 +182,20 @@ class Packing:
         self.lengths = lengths = lengths or []
         self.round_up = round_up
         self.extra = rounded(sum(lengths)) - sum(lengths) if round_up else 0
-        # (sequences, longest) of every run of nearly equal lengths: a run shares one attention call
+        # (sequences, length to pad to) of every run of nearly equal lengths: a run shares one attention call
         runs = [*runs_of(lengths), *([[self.extra]] if self.extra else [])]
-        self.runs = [(len(run), run[-1]) for run in runs]
-        self.masks: list[Tensor | None] = [None] * len(runs)  # (sequences, 1, 1, longest), -inf where a shorter one has ended
-        self.slots: Tensor | None = None  # (T,) places of the tokens when every run is padded to its longest
-        if any(run[0] != run[-1] for run in runs):
-            real = [torch.arange(run[-1]) < torch.tensor(run)[:, None] for run in runs]
-            self.slots = torch.cat([one.flatten() for one in real]).nonzero().squeeze(1)
-            self.masks = [
-                None if run[0] == run[-1] else torch.where(one, 0.0, -torch.inf)[:, None, None]
-                for run, one in zip(runs, real, strict=True)
-            ]
+        equal = all(run[0] == run[-1] for run in runs)
+        # In half precision torch's attention takes up to twice the time for lengths that are no multiple of 16.
+        self.runs = [(len(run), -(-run[-1] // 16) * 16 if round_up and not equal else run[-1]) for run in runs]
+        self.masks: list[Tensor | None] = [None] * len(runs)  # (sequences, 1, 1, length), -inf where a shorter one has ended
+        self.slots: Tensor | None = None  # (T,) places of the tokens when every run is padded
+        self.sources: Tensor | None = None  # (padded T,) token that stands at each place, 0 for padding
+        if not equal:
+            real = [torch.arange(length) < torch.tensor(run)[:, None] for run, (_, length) in zip(runs, self.runs, strict=True)]
+            places = torch.cat([one.flatten() for one in real])
+            self.slots = places.nonzero().squeeze(1)
+            self.sources = (places.cumsum(0) - 1) * places
+            self.masks = [None if one.all() else torch.where(one, 0.0, -torch.inf)[:, None, None] for one in real]
 
     @classmethod
     def from_mask(
@@ -248,6 +256,7 @@ class Packing:
         tensor = tensor[: len(tensor) - self.extra]
         if padded is None:
             return tensor
+        assert self.indices is not None
         place = padded.index_copy if tensor.requires_grad else padded.index_copy_
         return place(0, self.indices, tensor)
 
@@ -273,7 +282,7 @@ class Packing:
         if training and not large:
             query, key, value = wide(query), wide(key), wide(value)
         if self.slots is not None:
-            query, key, value = (Spread.apply(x, self.slots, sum(sizes)) for x in (query, key, value))
+            query, key, value = (Spread.apply(x, self.slots, self.sources) for x in (query, key, value))
         # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
         parts = zip(self.runs, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
         with torch.autocast("cpu", enabled=False):
@@ -605,6 +614,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
             if padded is None and not whole:
                 padded = states.new_zeros(batch * length, states.shape[-1])
             padded = block.unpack(states, padded)
+        assert padded is not None
         return padded.view(batch, length, -1)
 
     def _can_pack(self, inputs: Tensor, attention_mask: Tensor | None, kwargs: dict) -> bool:

@@ -141,6 +141,12 @@ def test_padding_inside_attention_equals_runs_of_equal_length():
     runs = Packing(None, lengths, None, 5).attend(query, key, value, 0.0, 0.3)
     padded = Packing(None, None, torch.tensor([0, 2, 7, 12], dtype=torch.int32), 5).attend(query, key, value, 0.0, 0.3)
     torch.testing.assert_close(runs, padded)
+    multiples = Packing(None, [2, 4, 5], None, 5, round_up=True)  # as in half precision: padded to 16
+    assert multiples.runs == [(3, 16)]
+    bounds = torch.tensor([0, 2, 6, 11], dtype=torch.int32)
+    query, key, value = (x[:11] for x in (query, key, value))
+    exact = Packing(None, None, bounds, 5).attend(query, key, value, 0.0, 0.3)
+    torch.testing.assert_close(multiples.attend(query, key, value, 0.0, 0.3), exact)
 
 
 def test_packing_for_accelerators_equals_packing_for_the_cpu(batch):
@@ -251,7 +257,8 @@ def test_rows_added_in_half_precision_change_nothing(config):
     mask = (torch.arange(20) < torch.tensor([[20], [13], [2], [6]])).long()
     ids = torch.randint(1, 101, (4, 20))
     packed = Packing.from_mask(mask.bool(), 4, 20, ids.device, round_up=True)
-    assert (int(mask.sum()), packed.extra) == (41, 1) and packed.runs[-1] == (1, 1)
+    assert (int(mask.sum()), packed.extra) == (41, 1)
+    assert packed.runs == [(3, 16), (1, 32), (1, 16)]  # padded to multiples of 16, the row added as a sequence of its own
     padded = copy.deepcopy(model)
     padded.config.unpad_inputs = False
     outputs = [one(ids, mask).last_hidden_state[mask.bool()] for one in (model, padded)]
@@ -323,11 +330,11 @@ def test_another_loss_function_is_given_the_logits(config, batch):
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
 def test_sequences_of_nearly_equal_length_share_a_call(dropout):
-    """Lengths 3 to 19 are one run, padded inside attention: the same vectors and gradients as one by one."""
+    """Lengths 3 to 16 are one run, padded inside attention: the same vectors and gradients as one by one."""
     torch.manual_seed(0)
-    lengths = [3, 7, 19, 40, 41, 60]
+    lengths = [3, 7, 16, 40, 41, 60]
     together = Packing(None, lengths, None, 60)
-    assert together.runs == [(3, 19), (2, 41), (1, 60)]
+    assert together.runs == [(3, 16), (2, 41), (1, 60)]
     tensors = [torch.randn(sum(lengths), 4, 8, requires_grad=True) for _ in range(3)]
     context = together.attend(*tensors, dropout, 0.3)
     parts = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)

@@ -10,6 +10,7 @@ import math
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _with_negatives(
                     f"Only {len(found)} of {len(pairs)} pairs of {name.partition(' ')[2]} have {args.hard_negatives} hard "
                     "negatives; lower hard_negatives, or start from a model that tells these texts apart."
                 )
-            checkpoint.write_folder(kept, lambda part, found=found: found.save_to_disk(part))
+            checkpoint.write_folder(kept, partial(Dataset.save_to_disk, found))
         state.wait_for_everyone()
         mined[name] = Dataset.load_from_disk(kept)
     return mined
