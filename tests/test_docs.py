@@ -134,7 +134,7 @@ def test_examples_run_and_print_what_is_shown(name, room, tmp_path):
 
 def test_an_example_that_is_not_run_says_why():
     kinds = {block.kind for page in PAGES.values() for block in blocks(page) if block.kind.startswith("python")}
-    assert kinds <= {"python", "python notest"}, "say why in a comment before the block: <!-- not run: the reason -->"
+    assert kinds <= {"python"}, "say why in a comment before the block: <!-- not run: the reason -->"
 
 
 def test_what_an_example_prints_is_compared():
