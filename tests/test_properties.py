@@ -49,7 +49,7 @@ def encoder(request, tmp_path_factory):
     return Encoder(folder, dtype="float32", device="cpu", batch_tokens=64, normalize=True)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(text=TEXTS)
 def test_any_text_has_a_finite_vector_of_length_1(encoder, text):
     vector = encoder.encode([text])[0]
@@ -57,7 +57,7 @@ def test_any_text_has_a_finite_vector_of_length_1(encoder, text):
     assert abs(np.linalg.norm(vector.astype(np.float64)) - 1) < 1e-5
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=st.lists(TEXTS, min_size=2, max_size=12), chance=st.randoms(use_true_random=False))
 def test_a_vector_is_the_text_s_alone(encoder, texts, chance):
     alone = np.stack([encoder.encode([text])[0] for text in texts])
@@ -70,7 +70,7 @@ def test_a_vector_is_the_text_s_alone(encoder, texts, chance):
     np.testing.assert_allclose(theirs, alone, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(text=TEXTS)
 def test_token_ids_are_of_the_vocabulary_and_as_many_as_the_model_reads(encoder, text):
     tokenizer = encoder.model.tokenizer
