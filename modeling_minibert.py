@@ -607,9 +607,10 @@ class MiniBertModel(MiniBertPreTrainedModel):
         row = self.config.intermediate_size * compute_dtype(self.embeddings.word_embeddings.weight).itemsize
         blocks = [packing] if training else packing.blocks(1 << max(1, _BYTES_AT_ONCE // row).bit_length() - 1)
         whole = len(blocks) == 1 and packing.indices is None
-        padded = None
+        padded: Tensor | None = None
         for block in blocks:
             ids, segments, positions, embeds = (None if x is None else block.pack(x.expand(batch, *x.shape[1:])) for x in given)
+            assert positions is not None
             states = self._layers(self.embeddings(ids, segments, positions, embeds), positions, None, packing=block, **kwargs)
             if padded is None and not whole:
                 padded = states.new_zeros(batch * length, states.shape[-1])

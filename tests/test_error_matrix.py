@@ -97,7 +97,7 @@ def _redirect(stdout: str, stderr: str) -> None:
     for logger in [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]:
         for handler in logger.handlers:  # they hold the standard error of when they were made
             if type(handler) is logging.StreamHandler:
-                handler.setStream(sys.stderr)
+                handler.stream = sys.stderr  # setStream would flush the old one first, which may be closed by now
 
 
 def _command(line: str, place: Path, prepare: tuple[Callable[[], object], ...]) -> int:
