@@ -278,4 +278,55 @@ def soak(
     run(out, work, minutes=minutes, model=model, texts=texts, threads=threads, every=every, seed=seed)
 
 
+@app.command()
+def distil(
+    data: Annotated[Path, typer.Option(help="Folder with the folders stsb, natural_questions_qed and squad_sentences.")],
+    teacher: Annotated[Path, typer.Option(help="Folder of the teacher, an embedding MiniBERT.")],
+    student: Annotated[list[Path], typer.Option(help="Folder of a student; repeat it.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("distil.json"),
+    queries: Annotated[int | None, typer.Option(help="Validation queries per retrieval set; unset means all.")] = None,
+    limit: Annotated[int, typer.Option(help="Texts that are encoded for the speed.")] = 500,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, in turns, after one that is not counted.")] = 5,
+) -> None:
+    """What students keep of their teacher: similarity, retrieval, sizes and texts per second.
+
+    Example: python -m benchmarks distil --data data --teacher minilm --student runs/distil_minilm/1-distill
+    """
+    from benchmarks.distil import run
+
+    run(data, teacher, student, out, queries=queries, limit=limit, repeats=repeats)
+
+
+@app.command()
+def finetune(
+    data: Annotated[Path, typer.Option(help="Folder with the pairs named in benchmarks/train.py and stsb, one folder each.")],
+    model: Annotated[Path, typer.Option(help="Folder of a sentence-transformers model of the BERT family.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write; runs it already holds are not repeated.")] = Path(
+        "finetune.json"
+    ),
+    work: Annotated[Path, typer.Option(help="Folder for the models.")] = Path("runs/benchmark-finetune"),
+    seeds: Annotated[int, typer.Option(min=0, help="Pairs of short runs, with seeds 0, 1, ….")] = 3,
+    paired_steps: Annotated[int, typer.Option(min=1, help="Steps of a short run.")] = 30,
+    steps: Annotated[int | None, typer.Option(help="Steps of the long run, ours alone; unset means one epoch, 0 none.")] = None,
+    batch: Annotated[int, typer.Option(help="Pairs in a step.")] = 64,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of both.")] = "bf16",
+    queries: Annotated[int | None, typer.Option(help="Validation queries per retrieval set; unset means all.")] = None,
+) -> None:
+    """A converted checkpoint trained on question-passage pairs, beside its original trained by sentence-transformers.
+
+    Example: python -m benchmarks finetune --data data --model all-MiniLM-L6-v2
+    """
+    from benchmarks.finetune import run
+
+    run(
+        *(data, model, out, work),
+        seeds=seeds,
+        paired_steps=paired_steps,
+        steps=steps,
+        batch=batch,
+        precision=precision,
+        queries=queries,
+    )
+
+
 app(prog_name="python -m benchmarks")
