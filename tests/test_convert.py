@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import minibert
 from minibert.cli import app
+from minibert.data.docstrings import load_pairs
 from minibert.hub import folders, proof
 from minibert.hub.convert import convert
 from minibert.hub.families import FAMILIES, REFUSED
@@ -246,9 +247,16 @@ def test_real_minilm(tmp_path):
     assert max(report.differences.values()) <= 1e-5
     ours, theirs = (SentenceTransformer(str(folder), device="cpu") for folder in (tmp_path / "out", get_model_path()))
     assert ours.max_seq_length == theirs.max_seq_length == 256
-    texts = [f"{word} {other} in {number} words, {word}!" for number, word in enumerate(WORDS[:10]) for other in WORDS[10:20]]
-    expected, found = (model.encode(texts, convert_to_tensor=True) for model in (theirs, ours))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    # 1,000 real sentences of all lengths, and what a search among descriptions finds.
+    pairs = load_pairs("validation")
+    queries = list(dict.fromkeys(pairs["query"]))[:1000]
+    passages = list(dict.fromkeys(text[:400] for text in pairs["answer"]))[:400]
+    assert len(queries) == 1000 and len(passages) == 400
+    vectors = [[model.encode(texts, convert_to_tensor=True) for texts in (queries, passages)] for model in (theirs, ours)]
+    for expected, found in zip(*vectors, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    first, second = ((of_queries @ of_passages.T).topk(10).indices for of_queries, of_passages in vectors)
+    assert torch.equal(first, second)
 
 
 # Memory

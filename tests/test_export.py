@@ -208,6 +208,9 @@ def test_the_script_of_the_documentation_is_this_one():
         ("Model", {"position_embedding_type": "rotary", "norm_position": "pre", "gated_mlp": True}, None),
         ("ForSequenceClassification", {"num_labels": 3, "type_vocab_size": 0, "pooling": "mean"}, {"logits"}),
         ("ForQuestionAnswering", {"scale_embeddings": True}, {"start_logits", "end_logits"}),
+        ("ForMaskedLM", {"tie_word_embeddings": False}, {"logits"}),
+        ("ForPreTraining", {}, {"prediction_logits", "seq_relationship_logits"}),
+        ("ForTokenClassification", {"num_labels": 5, "norm_position": "pre"}, {"logits"}),
         ("ForMultipleChoice", {"position_embedding_type": "sinusoidal"}, {"logits"}),
     ],
 )
