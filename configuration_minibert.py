@@ -101,7 +101,7 @@ class MiniBertConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.auto_map = dict(AUTO_MAP)
         problems = list(self._problems())
         if problems:

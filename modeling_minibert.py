@@ -10,6 +10,7 @@ works on both, and only attention needs to know which tokens belong together.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,16 @@ class MiniBertDropout(nn.Dropout):
         return drop(states, self.p) if self.training else states
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module: nn.Module | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
     """Attention spelled out: three (B, H, L, D) -> (B, L, H, D) and the weights (B, H, L, L)."""
     scores = (query * scaling) @ key.transpose(2, 3)  # (B, H, L, L)
     if attention_mask is not None:
@@ -135,12 +145,12 @@ class Spread(torch.autograd.Function):
     at the other places must not matter: their gradient is dropped."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
         ctx.save_for_backward(slots)
         return rows.index_select(0, sources)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
@@ -148,13 +158,13 @@ class Collect(torch.autograd.Function):
     """The rows at ``slots`` (T,), each named once: (P, …) -> (T, …). Its backward writes rows where that of indexing adds."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, slots: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(slots)
         ctx.size = len(rows)
         return rows.index_select(0, slots)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slots,) = ctx.saved_tensors
         return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, slots, grad), None
 
@@ -271,7 +281,7 @@ class Packing:
             return varlen_attn(query, key, value, bounds, bounds, longest, longest)  # type: ignore[return-value]
         return self._attend_padded(query, key, value, dropout, scaling)
 
-    def _attend_runs(self, query, key, value, dropout: float, scaling: float) -> Tensor:
+    def _attend_runs(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         sizes = [count * length for count, length in self.runs]
         # torch's CPU kernel has no dropout, and its backward is slow in half precision. Spelled out, large products are
         # fastest in half precision and small ones in float32 (see benchmarks/pieces.py).
@@ -297,7 +307,7 @@ class Packing:
         context = torch.cat(outputs) if outputs else query
         return (context if self.slots is None else Collect.apply(context, self.slots)).to(dtype)
 
-    def _attend_padded(self, query, key, value, dropout: float, scaling: float) -> Tensor:
+    def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         """For devices whose variable-length kernel lacks this dtype or dropout: pad inside attention only."""
         assert self.cu_seqlens is not None
         seqlens = self.cu_seqlens.diff()
@@ -406,7 +416,7 @@ class MiniBertAttention(nn.Module):
         attention_mask: Tensor | None = None,
         packing: Packing | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         inputs = narrow(hidden_states, self.query)
@@ -460,7 +470,7 @@ class MiniBertLayer(GradientCheckpointingLayer):
         self.mlp_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = MiniBertDropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if self.norm_first:
             update, _ = self.attention(self.attention_norm(hidden_states), attention_mask, **kwargs)
             hidden_states = hidden_states + self.dropout(update)
@@ -547,7 +557,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode a batch.
 
@@ -590,7 +600,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
         pooled = self.pooler(hidden_states, attention_mask) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
-    def _layers(self, hidden_states: Tensor, position_ids: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
+    def _layers(self, hidden_states: Tensor, position_ids: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
         """Embedded tokens (…, C) through all layers."""
         rotary = None
         if self.config.position_embedding_type == "rotary":
@@ -600,7 +610,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
             hidden_states = layer(hidden_states, mask, rotary=rotary, **kwargs)
         return self.final_norm(hidden_states)
 
-    def _packed(self, given: tuple[Tensor | None, ...], packing: Packing, batch: int, length: int, **kwargs) -> Tensor:
+    def _packed(self, given: tuple[Tensor | None, ...], packing: Packing, batch: int, length: int, **kwargs: Any) -> Tensor:
         """Ids, segments, positions and embeddings (B, L, …) as given -> (B, L, C), where only real tokens are computed."""
         training = torch.is_grad_enabled() or packing.cu_seqlens is not None
         # Without gradients nothing is kept: on a CPU a few sequences at a time go through all layers, within the cache.
@@ -618,7 +628,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
         assert padded is not None
         return padded.view(batch, length, -1)
 
-    def _can_pack(self, inputs: Tensor, attention_mask: Tensor | None, kwargs: dict) -> bool:
+    def _can_pack(self, inputs: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
         """Whether only real tokens are computed: not where every padded position must exist or shapes must be static."""
         records = any(
             kwargs.get(name, getattr(self.config, name, False)) for name in ("output_attentions", "output_hidden_states")
@@ -629,14 +639,14 @@ class MiniBertModel(MiniBertPreTrainedModel):
         ready_mask = attention_mask is not None and attention_mask.dim() != 2
         return self.config.unpad_inputs and kernel and not (records or tracing or ready_mask)
 
-    def _padded_mask(self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None):
+    def _padded_mask(self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Any:
         """The attention mask of the padded computation, in the form the chosen implementation wants."""
         only_same_document = None
         if cu_seqlens is not None:
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             document = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
 
-            def only_same_document(batch, head, query, key):
+            def only_same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return document[query] == document[key]
 
         return create_bidirectional_mask(
@@ -687,7 +697,7 @@ class WordLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         """``hidden`` (T, C) and ``weight`` (V, C) in the dtype to multiply in; ``bias`` (V,) in float32."""
         rows = max(1, _LOGITS_AT_ONCE[hidden.device.type == "cpu"] // weight.shape[0])
         loss, count = torch.zeros((), device=hidden.device), labels.shape[0]
@@ -708,7 +718,7 @@ class WordLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # the gradients are numbers already: a second derivative is refused, not silently wrong
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *((grad * saved).to(saved.dtype) for saved in ctx.saved_tensors), None
 
 
@@ -753,7 +763,7 @@ class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
         self.lm_head.decoder = new_embeddings
         self.lm_head.bias = new_embeddings.bias
 
-    def predict_words(self, hidden_states: Tensor, labels: Tensor | None, **kwargs) -> tuple[Tensor | None, Tensor | None]:
+    def predict_words(self, hidden_states: Tensor, labels: Tensor | None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
         """Loss and logits. While training only the labelled positions are computed, and no logits are returned."""
         if labels is not None and self.training:
             labelled = labels.flatten() != -100
@@ -789,7 +799,7 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MaskedLMOutput:
         """``labels`` (B, L): the word at each masked position, -100 elsewhere. Logits are (B, L, V), and None
         while training with labels: there nothing but the loss at the labelled positions is computed."""
@@ -835,7 +845,7 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MiniBertForPreTrainingOutput:
         """``labels`` as in :class:`MiniBertForMaskedLM`; ``next_sentence_label`` (B,): 0 follows, 1 does not. The loss is
         the sum of the given tasks' means."""
@@ -890,7 +900,7 @@ class MiniBertForSequenceClassification(MiniBertClassifierBase):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """``labels`` (B,) classes or numbers, or (B, num_labels) for several labels. Logits are (B, num_labels)."""
         outputs = self.minibert(
@@ -922,7 +932,7 @@ class MiniBertForTokenClassification(MiniBertClassifierBase):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> TokenClassifierOutput:
         """``labels`` (B, L), -100 where no label counts. Logits are (B, L, num_labels)."""
         outputs = self.minibert(
@@ -958,7 +968,7 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """``start_positions`` and ``end_positions`` (B,): first and last token of the answer. Logits are (B, L) each, and
         so low at padding that it is never an answer: the loss does not depend on how far a batch was padded."""
@@ -999,7 +1009,7 @@ class MiniBertForMultipleChoice(MiniBertClassifierBase):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
         """Inputs are (B, choices, L); ``labels`` (B,) is the right choice. Logits are (B, choices)."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds

@@ -241,17 +241,18 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
     if not path.exists():
         return *_find_hub(source, split), []
     if path.is_file():
-        files, name_of = [path], lambda file: file.name
+        files = [path]
     else:
         groups, name = group_by_split(path), SPLITS.get(split, split)
         if name not in groups:
             raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(groups))} (--split).")
-        files, name_of = groups[name], lambda file: file.relative_to(path).as_posix()
+        files = groups[name]
     if unknown := sorted({file.suffix for file in files} - _KINDS.keys()):
         raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(_KINDS)}.")
     if empty := [file for file in files if not file.stat().st_size]:
         raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
-    listing = [f"{name_of(file)} {file.stat().st_size}\n" for file in files]
+    root = path if path.is_dir() else path.parent
+    listing = [f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files]
     source_id = {"path": str(data), "files": len(files), "digest": digest(listing)}
     if path.is_dir():
         source_id["split"] = split

@@ -87,7 +87,7 @@ def read_words(rows: Dataset, column: str) -> list[list[str]]:
     """
     if not is_words(rows.features[column]):
         raise ValueError(f"Column {column!r} holds {rows.features[column]}; tagging needs a list of words in every row.")
-    sentences = rows[column][:]
+    sentences: list[list[str]] = rows[column][:]
     for row, words in enumerate(sentences, start=1):
         if words is None or None in words:
             raise ValueError(f"Row {row} has {column}={words!r}; every word must be there. Correct it or remove the row.")
@@ -260,7 +260,7 @@ def _differs_alone(tokenizer: Any) -> bool:
     their space: without it, every word would look like the end of another one."""
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    return inside[1:] != alone[1:]
+    return list(inside[1:]) != list(alone[1:])
 
 
 def _lost_words(encoded: Any, sentences: list[list[str]]) -> list[tuple[int, int]]:

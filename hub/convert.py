@@ -161,7 +161,7 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
 def _kind(raw: dict[str, Any], family: Family, checkpoint: folders.Checkpoint) -> str:
     """The class of the checkpoint without the family's name, such as ``"ForMaskedLM"``."""
     known = [f"{family.class_name}{kind}" for kind in family.classes]
-    named = (raw.get("architectures") or [None])[0]
+    named: str | None = (raw.get("architectures") or [None])[0]
     if named is None:
         heads = {kind for kind in family.classes if any(_belongs(name, kind, family) for name in checkpoint.names)}
         if not heads:
@@ -267,7 +267,8 @@ def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None)
 def empty(config: MiniBertConfig, kind: str) -> PreTrainedModel:
     """A model of the class without memory for its weights."""
     with torch.device("meta"):
-        return getattr(modeling_minibert, f"MiniBert{kind}")(config)
+        model: PreTrainedModel = getattr(modeling_minibert, f"MiniBert{kind}")(config)
+        return model
 
 
 def full(name: str, kind: str) -> str:

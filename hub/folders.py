@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from torch import Tensor
 
+from minibert.hub.safetensors_check import WEIGHTS as WEIGHTS  # also read as folders.WEIGHTS
 from minibert.hub.safetensors_check import (
-    WEIGHTS,
     check_file,
     check_paths,
     check_weights,
@@ -49,6 +50,8 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise FileNotFoundError(f"{source} is a file; give the folder of the model that it belongs to, or the id of one on the Hub.")
     here = f"There is no model folder {source} (looked from {Path.cwd()})"
     if folder.exists() or str(source).count("/") > 1 or str(source).startswith(("/", ".", "~")):
         raise FileNotFoundError(f"{here}; give a folder, or the id of a model on the Hub.")
@@ -154,11 +157,13 @@ class Checkpoint:
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as opened:
-            return opened.get_tensor(name)
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
 
     def shape(self, name: str) -> list[int]:
         with safe_open(self._files[name], framework="pt") as opened:
-            return opened.get_slice(name).get_shape()
+            shape: list[int] = opened.get_slice(name).get_shape()
+            return shape
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> int:
@@ -195,7 +200,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         ValueError: ``target`` is a file, or a folder with something in it.
     """
     check_output(target)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    beside = f".{target.name}.tmp-{socket.gethostname()}-"
+    _remove_left_over(target.parent, beside)
+    temporary = target.with_name(f"{beside}{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -205,6 +212,26 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_left_over(place: Path, beside: str) -> None:
+    """Delete the folders that killed processes of this machine left in ``place``, by their names: ``beside`` and their number."""
+    for folder in place.iterdir() if place.is_dir() else ():
+        number = folder.name.removeprefix(beside)
+        if folder.name.startswith(beside) and number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
 
 
 def check_output(target: Path) -> None:

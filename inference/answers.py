@@ -195,7 +195,9 @@ def _answer(
 
 
 @torch.no_grad()
-def _choice_logits(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int, max_length: int):
+def _choice_logits(
+    model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int, max_length: int
+) -> Tensor:
     """(pairs,) logits; each pair is a question with a single choice, whose score does not depend on its rivals."""
     model.eval()
     firsts, seconds = zip(*pairs, strict=True)
@@ -246,4 +248,5 @@ def _pad(tokenizer: Any) -> int:
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
-    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    limit = int(tokenizer.model_max_length)
+    return min(limit, getattr(model.config, "max_position_embeddings", limit))

@@ -10,6 +10,7 @@ import copy
 import os
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,7 +83,8 @@ def encode(
         trust_remote_code=trust_remote_code,
     )
     if isinstance(texts, str):
-        return encoder.encode([texts])[0]
+        vector: np.ndarray = encoder.encode([texts])[0]
+        return vector
     return encoder.encode(texts, show_progress=show_progress)
 
 
@@ -146,6 +148,8 @@ class Encoder:
         assert dimension is not None  # of every model that gives sentence embeddings
         self.dimension = dimension
         self.batch_tokens = batch_tokens or self._suitable_batch()
+        self._starting = threading.Lock()
+        self._computing: tuple[int, ThreadPoolExecutor] | None = None
         if self.packed:
             self._tokenizer = _Tokenizer(self.model, self.prompt)
 
@@ -228,11 +232,20 @@ class Encoder:
         """(count, dimension): the vectors of a window, from its batches. A text without a token gets zeros."""
         vectors = torch.zeros(count, self.dimension, device=self.model.device)
         for batch in batches:
-            vectors[torch.from_numpy(batch.rows).to(vectors.device)] = self._vectors(batch)
+            vectors[torch.from_numpy(batch.rows).to(vectors.device)] = self._worker().submit(self._vectors, batch).result()
         if self.normalized:
             vectors = F.normalize(vectors, dim=-1)
         return vectors.cpu().numpy()
 
+    def _worker(self) -> ThreadPoolExecutor:
+        """The one thread that computes, whoever asks: torch takes every core for one batch as it is, and memory that the
+        allocator keeps is kept once instead of once for every thread that encodes."""
+        with self._starting:
+            if self._computing is None or self._computing[0] != os.getpid():  # threads do not survive a fork
+                self._computing = (os.getpid(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute"))
+            return self._computing[1]
+
+    @torch.inference_mode()
     def _vectors(self, batch: Batch) -> Tensor:
         """(texts, C): the pooled vectors of one batch."""
         device = self.model.device
@@ -241,7 +254,7 @@ class Encoder:
         positions = torch.arange(len(batch.ids)) - bounds[:-1].repeat_interleave(lengths)
         bounds = bounds.to(device)
         encoder, pooling = _encoder_of(self.model), self.model[1]
-        hidden = encoder(
+        hidden: Tensor = encoder(
             input_ids=torch.from_numpy(batch.ids)[None].to(device),
             position_ids=positions[None].to(device),
             cu_seq_lens_q=bounds.int(),
@@ -341,7 +354,7 @@ class _Tokenizer:
         if fast.pre_tokenizer is None or self.tokenizer.truncation_side != "right":
             limit = sys.maxsize  # what stands far behind may matter
         with self._threads():
-            encodings = fast.encode_batch_fast([self.prompt + _start(text, limit) for text in texts])
+            encodings: list[Any] = fast.encode_batch_fast([self.prompt + _start(text, limit) for text in texts])
         short = [row for row, text in enumerate(texts) if len(text) > limit and len(encodings[row]) < self.max_length]
         while short:  # of a text of long words or much white space, more is needed
             limit *= 4

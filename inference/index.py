@@ -208,7 +208,8 @@ class VectorIndex:
         flat, places = np.unique(rows.clip(0), return_inverse=True)
         vectors = self.vectors(flat)[places.reshape(rows.shape)]  # (n, m, dimension)
         scores = np.matmul(vectors, queries[:, :, None])[:, :, 0]
-        return np.where(rows < 0, np.float32(-np.inf), scores)
+        found: np.ndarray = np.where(rows < 0, np.float32(-np.inf), scores)
+        return found
 
 
 def index_folder(folder: VectorFolder) -> Path:
@@ -387,7 +388,8 @@ def _mapped(file: Path, part: Part, folder: VectorFolder) -> np.ndarray:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         column = table.column("vector").combine_chunks()  # one chunk, so nothing is copied; none, if all its rows were skipped
-        return column.flatten().to_numpy(zero_copy_only=True).reshape(part.rows, folder.manifest.width)
+        vectors: np.ndarray = column.flatten().to_numpy(zero_copy_only=True)
+        return vectors.reshape(part.rows, folder.manifest.width)
     except (pa.ArrowInvalid, KeyError, IndexError) as error:
         raise ValueError(f"{file} is damaged ({error}).") from error
 
@@ -425,7 +427,7 @@ def number_of_lists(rows: int) -> int:
     >>> [number_of_lists(rows) for rows in (60_000, 1_000_000, 1_000_000_000)]
     [1024, 4096, 16384]
     """
-    return min(2 ** round(math.log2(4 * math.sqrt(rows))), _MAX_LISTS)
+    return min(1 << round(math.log2(4 * math.sqrt(rows))), _MAX_LISTS)
 
 
 def _train(index: VectorIndex) -> Any:

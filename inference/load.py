@@ -28,7 +28,7 @@ _DECIDING = (
     *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
 )
-_named: set[Path] = set()  # code files that were told to differ
+_named: set[Path] = set()  # folders whose code was told to differ
 
 
 def load(
@@ -117,7 +117,7 @@ def _download(model: str) -> Path:
 def _encoder_folder(folder: Path) -> Path:
     """Where the transformer lies: ``folder`` itself, or the folder of the first module of a sentence-transformers model."""
     if (folder / "modules.json").exists():
-        return folder / _read_json(folder / "modules.json")[0]["path"]
+        return folder / str(_read_json(folder / "modules.json")[0]["path"])
     if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
         raise FileNotFoundError(f"{folder} is not a model folder, but holds some; give one of {', '.join(stages)} in it.")
     return folder
@@ -134,14 +134,19 @@ def _read_json(file: Path) -> Any:
 
 def _compare_code(folder: Path) -> None:
     """Warn, once, where a checkpoint's code is not the installed code, which is what runs."""
-    for module in (configuration_minibert, modeling_minibert):
-        installed = Path(str(module.__file__))
-        carried = folder / installed.name
-        if carried.exists() and carried not in _named and not filecmp.cmp(carried, installed, shallow=False):
-            _named.add(carried)
-            logger.warning(
-                "%s differs from the installed minibert's; the installed one runs, which may compute something else.", carried
-            )
+    installed = [Path(str(module.__file__)) for module in (configuration_minibert, modeling_minibert)]
+    differing = [
+        file.name
+        for file in installed
+        if (folder / file.name).exists() and not filecmp.cmp(folder / file.name, file, shallow=False)
+    ]
+    if differing and folder.resolve() not in _named:
+        _named.add(folder.resolve())
+        logger.warning(
+            "%s %s from the installed minibert's; the installed code runs, which may compute something else.",
+            f"{folder / differing[0]}{''.join(f' and {name}' for name in differing[1:])}",
+            "differ" if len(differing) > 1 else "differs",
+        )
 
 
 def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:

@@ -136,10 +136,12 @@ def to_float(stored: np.ndarray, manifest: Manifest) -> np.ndarray:
     1 / sqrt(dimension)."""
     if manifest.precision == "binary":
         bits = np.unpackbits((stored.astype(np.int16) + 128).astype(np.uint8), axis=1, count=manifest.dimension)
-        return (bits.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(manifest.dimension))
+        signs: np.ndarray = (bits.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(manifest.dimension))
+        return signs
     if manifest.precision == "int8":
         low, high = np.array(manifest.ranges, dtype=np.float32)
-        return (stored.astype(np.float32) + 128.5) * ((high - low) / 255) + low
+        middles: np.ndarray = (stored.astype(np.float32) + 128.5) * ((high - low) / 255) + low
+        return middles
     return stored.astype(np.float32)
 
 
@@ -193,7 +195,7 @@ class VectorFolder:
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[Any]:
         """What names these rows: their number in the input, or the value of the input's id column."""
-        return self._take("id", rows).to_pylist()
+        return list(self._take("id", rows).to_pylist())
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The texts of these rows.
@@ -203,7 +205,7 @@ class VectorFolder:
         """
         if not self.has_texts:
             raise ValueError(f"{self.folder} holds no texts; encode with --keep-text to have them beside the vectors.")
-        return self._take("text", rows).to_pylist()
+        return list(self._take("text", rows).to_pylist())
 
     def _take(self, column: str, rows: Sequence[int] | np.ndarray) -> pa.ChunkedArray:
         """Values of ``column`` in these rows, in their order; only the row groups that hold them are read."""

@@ -281,7 +281,8 @@ def load_teacher(auto_class: Any, source: str, what: str) -> PreTrainedModel:
             f"{source} is not {what}: its weights lack {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. "
             "Give a teacher that was trained for it, or train one in an earlier stage."
         )
-    return freeze(teacher)
+    frozen: PreTrainedModel = freeze(teacher)
+    return frozen
 
 
 def freeze(teacher: Any) -> Any:
@@ -328,7 +329,7 @@ def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
 def same_tokens(ours: Any, theirs: Any) -> bool:
     """Whether two tokenizers make the same ids of a text."""
     probe = "Ünïcode “probe”: don't STOP at 42.5%, x_y — 漢字 [MASK]"
-    return ours.get_vocab() == theirs.get_vocab() and ours(probe)["input_ids"] == theirs(probe)["input_ids"]
+    return bool(ours.get_vocab() == theirs.get_vocab() and ours(probe)["input_ids"] == theirs(probe)["input_ids"])
 
 
 def fingerprint(model: nn.Module, *facts: Any) -> str:
@@ -369,7 +370,8 @@ def taught(folder: Path, key: str, rows: int, compute: Callable[[range], np.ndar
             for path in parts:
                 path.unlink()
         state.wait_for_everyone()
-    return np.load(whole, mmap_mode="r")
+    mapped: np.ndarray = np.load(whole, mmap_mode="r")
+    return mapped
 
 
 def _save(path: Path, blocks: Any, rows: int) -> None:
@@ -395,7 +397,8 @@ def teacher_figures(folder: Path, key: str, measure: Callable[[], dict[str, floa
     found = path.exists()
     state.wait_for_everyone()
     if found:
-        return json.loads(path.read_text(encoding="utf-8"))
+        kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
     with torch.no_grad():
         figures = measure()
     if state.is_main_process:
@@ -680,7 +683,9 @@ def distill_embedding(args: DistillStage, context: StageContext) -> dict[str, An
 
     def compute(some: range) -> np.ndarray:
         with in_precision(args):
-            return teacher.encode(texts[some.start : some.stop], batch_size=args.eval_batch_size, show_progress_bar=False)
+            return np.asarray(
+                teacher.encode(texts[some.start : some.stop], batch_size=args.eval_batch_size, show_progress_bar=False)
+            )
 
     # Hidden states are too many to keep, and with them come the vectors.
     vectors = None if args.hidden_weight else taught(folder, key, len(texts), compute)

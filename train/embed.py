@@ -263,7 +263,7 @@ class _Retrieval(BaseEvaluator):
     """Retrieval on held-out pairs: the figures of ``minibert evaluate``."""
 
     def __init__(self, pairs: Dataset, columns: list[str], batch_size: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.queries, self.answers = (list(pairs[name]) for name in columns)
         self.batch_size = batch_size
 
@@ -271,7 +271,8 @@ class _Retrieval(BaseEvaluator):
         from minibert.inference.evaluate import retrieval
 
         found = retrieval(model, self.queries, self.answers, baselines=False, batch_size=self.batch_size)
-        return found["systems"]["model"]
+        figures: dict[str, float] = found["systems"]["model"]
+        return figures
 
 
 def _evaluator(args: EmbedStage) -> _Retrieval | None:

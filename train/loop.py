@@ -176,7 +176,7 @@ class Phase:
     share: float = 1.0
 
 
-class Steps(Dataset):
+class Steps(Dataset[StepBatch]):
     """Item ``step`` is this process's :class:`StepBatch` of that optimizer step; any worker can make it, in any order."""
 
     def __init__(self, phases: Sequence[Phase], *, accumulation: int, seed: int, process: int, processes: int):
@@ -453,7 +453,16 @@ def fit(
 class _Run:
     """The objects of one call of :func:`fit`."""
 
-    def __init__(self, model, phases, arguments, output_dir, seed, metric_for_best, greater_is_better):
+    def __init__(
+        self,
+        model: nn.Module,
+        phases: Sequence[Phase],
+        arguments: LoopArguments,
+        output_dir: Path | str,
+        seed: int,
+        metric_for_best: str | None,
+        greater_is_better: bool,
+    ):
         self.arguments, self.seed, self.output_dir = arguments, seed, Path(output_dir)
         self.metric_for_best, self.sign = metric_for_best, 1 if greater_is_better else -1
         self.root = self.output_dir / "checkpoints"
@@ -482,7 +491,7 @@ class _Run:
             self.whole = _copy_and_shard(model, accelerator)
         if arguments.gradient_checkpointing:
             # transformers renamed it; older versions know only the second name.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         if arguments.compile:
             model.compile(dynamic=True)
@@ -727,7 +736,7 @@ class _Run:
         Raises:
             ValueError: it belongs to a run with other arguments or data; says which.
         """
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         # A field that this version added was at its default in an older run.
         defaults = {name: declared.default for name, declared in type(self.arguments).model_fields.items()}
         theirs = {**defaults, **state["identity"]}
@@ -781,7 +790,7 @@ class _Run:
 
     def gathered(self) -> nn.Module:
         """The model with all its weights; where they are sharded, a copy that every process must ask for at once."""
-        bare = self.accelerator.unwrap_model(self.model)
+        bare: nn.Module = self.accelerator.unwrap_model(self.model)
         if self.whole is None:
             return bare
         for full, shard in zip(self.whole.parameters(), bare.parameters(), strict=True):
@@ -814,7 +823,7 @@ class _Run:
             return "There is no checkpoint yet; the same command starts from the beginning."
         return f"Run the same command again to resume from step {self.saved_step} ({self.root})."
 
-    def _progress_bar(self) -> tqdm:
+    def _progress_bar(self) -> "tqdm[Any]":
         return tqdm(
             total=self.total,
             initial=self.progress.step,
@@ -838,7 +847,7 @@ def _copy_and_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         )
     for tensor in chain(model.parameters(), model.buffers()):
         torch.distributed.broadcast(tensor.detach(), src=0)
-    whole = accelerator.prepare_model(copy.deepcopy(model).cpu(), device_placement=False, evaluation_mode=True)
+    whole: nn.Module = accelerator.prepare_model(copy.deepcopy(model).cpu(), device_placement=False, evaluation_mode=True)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a block: MiniBertLayer, BertLayer, …

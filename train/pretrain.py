@@ -171,7 +171,8 @@ def _gather(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.n
     [7, 8, 0, 1, 2]
     """
     before = np.cumsum(lengths) - lengths
-    return tokens[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
+    gathered: np.ndarray = tokens[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
+    return gathered
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows

@@ -35,7 +35,9 @@ class TokenRows:
         self.ids, self.types, self.starts, self.labels, self.pad_token_id = ids, types, starts, labels, pad_token_id
 
     @classmethod
-    def from_texts(cls, rows: Dataset, columns, labels: np.ndarray, tokenizer: Any, max_length: int) -> "TokenRows":
+    def from_texts(
+        cls, rows: Dataset, columns: Sequence[str], labels: np.ndarray, tokenizer: Any, max_length: int
+    ) -> "TokenRows":
         """Tokenize ``columns`` (one, or two for pairs), cutting the longer text first where a row exceeds ``max_length``."""
         ids, types = [], []
         lengths: list[int] = []

@@ -97,7 +97,8 @@ def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
     rotary = getattr(config, "position_embedding_type", None) == "rotary"
     positions = getattr(config, "max_position_embeddings", None)
     if wanted is None:
-        return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        limit = int(tokenizer.model_max_length)
+        return min(limit, positions or limit)
     if positions and wanted > positions and not rotary:
         raise ValueError(
             f"max_length={wanted} exceeds the model's max_position_embeddings={positions}; shorten max_length, or give the "
