@@ -1,6 +1,8 @@
 """minibert.encode: the same vectors as sentence-transformers, whatever the batches, and what is left to it."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -230,6 +232,22 @@ def test_one_thread_tokenizes_where_one_computes(folders, monkeypatch, threads, 
     monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
     encode(assemble(folders / "search-8x768"), ["the cat"])
     assert seen == [expected] and "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_whoever_asks_one_thread_computes(folders, monkeypatch):
+    encoder = Encoder(assemble(folders / "search-8x768"))
+    seen, vectors_of = set(), Encoder._vectors
+
+    def watched(self, batch):
+        seen.add(threading.get_ident())
+        return vectors_of(self, batch)
+
+    monkeypatch.setattr(Encoder, "_vectors", watched)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(encoder.encode, [TEXTS] * 8))
+    assert len(seen) == 1 and all(np.array_equal(vectors, found[0]) for vectors in found)
+    monkeypatch.setattr(module.os, "getpid", lambda: -1)  # as in a child process, which has no thread of its parent
+    assert np.array_equal(encoder.encode(TEXTS), found[0]) and len(seen) == 2
 
 
 @pytest.mark.parametrize(
