@@ -101,7 +101,7 @@ def _classify(data: Path, context: StageContext, train: tuple[str, ...], held_ou
 def _nli(data: Path, context: StageContext, options: dict[str, Any]) -> dict[str, float]:
     return _classify(
         *(data, context, NLI, "snli"),
-        **{"epochs": 2, "batch_size": 32, "learning_rate": 3e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.1},
+        **{"epochs": 1, "batch_size": 32, "learning_rate": 3e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.1},
         **{"precision": options["precision"], "metric_for_best": "accuracy"},
     )
 
