@@ -227,6 +227,14 @@ def test_pieces_of_a_word_share_its_number(models):
     assert len(parts) > 1 and "".join(parts) == "sleepsnews"
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_damaged_file_beside_a_tokenizer_is_named(models, tmp_path, file):
+    folder = shutil.copytree(models / "minibert", tmp_path / "model")
+    (folder / file).write_text('{"vocab', encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"^\S*model/{file} is damaged \(.*\); save or download the model again\.$"):
+        plot.tokens(folder, "a word")
+
+
 def test_boxes_do_not_overlap_and_keep_their_line(models):
     boxes = list(plot.tokens(models / "minibert", " ".join(TEXTS * 5)).boxes())
     assert boxes[-1][2] > 0
