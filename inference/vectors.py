@@ -6,13 +6,11 @@ then renamed: what has its name is whole.
 """
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,17 +18,14 @@ import pyarrow as pa
 from pyarrow import parquet
 from sentence_transformers.util import quantize_embeddings
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from minibert.data import disk
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 PRECISIONS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "binary": pa.int8()}
 # What a shard says of itself, so that a manifest can be made anew from the shards alone.
 _KEY = b"minibert"
+_KEPT = "the shards before it are whole"
 
 
 @dataclass(frozen=True)
@@ -347,9 +342,9 @@ def whole_file(file: Path) -> Iterator[Path]:
     try:
         yield temporary
         with one_sentence(file):
-            _sync(temporary)
+            disk.sync(temporary)
             temporary.replace(file)
-            _sync(file.parent)
+            disk.sync(file.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -362,50 +357,11 @@ def clear_leftovers(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs from writing into ``folder``; the system lets go of it when this process ends, however that happens.
-
-    Raises:
-        ValueError: another run is at work there.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = folder / ".lock"
-    with one_sentence(path):
-        file = path.open("a+", encoding="utf-8")
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"Another run is encoding into {folder}; wait for it, or choose another folder.") from None
-            # Some file systems have no locks.
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """:func:`minibert.data.disk.alone_in` of a run that encodes."""
+    return disk.alone_in(folder, "encoding into", kept=_KEPT)
 
 
-@contextlib.contextmanager
-def one_sentence(file: Path) -> Iterator[None]:
-    """Disk trouble as one OSError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
-        raise OSError(
-            f"{file} could not be written ({reason}); the shards before it are whole. "
-            "Free or change the disk, then run the same command again to resume."
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def one_sentence(file: Path) -> contextlib.AbstractContextManager[None]:
+    """:func:`minibert.data.disk.one_sentence` of a run that encodes."""
+    return disk.one_sentence(file, _KEPT)

@@ -402,10 +402,11 @@ def test_the_same_files_elsewhere_are_the_same_input(run, data, tmp_path):
 def test_two_runs_in_one_folder_are_refused(model, data, tmp_path, start):
     out = tmp_path / "out"
     out.mkdir()
+    holder = os.getpid()
     with module.alone_in(out):
 
         def work():
-            with pytest.raises(ValueError, match="Another run is encoding into"):
+            with pytest.raises(ValueError, match=rf"^Process {holder} of .* is encoding into .*out; wait for it"):
                 encode_corpus(model, data, out, column="text")
 
         assert start.finish(start(1, work)) == [0]

@@ -4,27 +4,19 @@ A checkpoint is a folder ``step-00000120`` whose ``manifest.json`` lists the SHA
 process, the folders without ``.tmp`` in their names are whole; whatever damages a disk later, the hashes tell.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 
-from safetensors import SafetensorError
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from minibert.data import disk
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp"
+_KEPT = "what was saved before is untouched"
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -46,7 +38,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
                 shutil.rmtree(retired)
             else:
                 os.replace(temporary, target)
-            _sync(target.parent)
+            disk.sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -57,7 +49,7 @@ def seal(folder: Path) -> None:
     manifest = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*files, folder / MANIFEST, folder):
-        _sync(path)
+        disk.sync(path)
 
 
 def move_files(source: Path, target: Path) -> None:
@@ -71,7 +63,7 @@ def move_files(source: Path, target: Path) -> None:
                 shutil.rmtree(target / path.name, ignore_errors=True)
             os.replace(path, target / path.name)
         shutil.rmtree(source)
-        _sync(target)
+        disk.sync(target)
 
 
 def damage(folder: Path) -> str | None:
@@ -128,58 +120,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def one_sentence(target: Path) -> AbstractContextManager[None]:
+    """:func:`minibert.data.disk.one_sentence` of a training run."""
+    return disk.one_sentence(target, _KEPT)
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in ``folder``; the system lets go of it when this one ends, however that happens.
-
-    Who kills torchrun but not its processes has those still at work, and two runs would mix their logs and checkpoints.
-
-    Raises:
-        ValueError: another process is at work there; says which.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = folder / ".lock"
-    with one_sentence(path):
-        file = path.open("a+", encoding="utf-8")
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers that it forks do not hold it
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                raise ValueError(
-                    f"Process {file.read()} is training in {folder}; wait for it, stop it, or choose another output directory."
-                ) from None
-            # Some file systems have no locks.
-        file.truncate(0)
-        file.write(f"{os.getpid()} of {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def one_sentence(target: Path) -> Iterator[None]:
-    """Disk trouble, which safetensors reports as an error of its own, as one OSError that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(
-            f"{target} could not be written ({reason}); what was saved before is untouched. "
-            "Free or change the disk, then run the same command again to resume."
-        ) from error
+def alone_in(folder: Path) -> AbstractContextManager[None]:
+    """:func:`minibert.data.disk.alone_in` of a training run."""
+    return disk.alone_in(folder, "training in", kept=_KEPT)

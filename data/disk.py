@@ -1,0 +1,84 @@
+"""What all who write here ask of a disk: one writer in a folder, what is written is kept, and trouble said in one sentence."""
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from safetensors import SafetensorError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, doing: str, *, kept: str) -> Iterator[None]:
+    """Keep other processes from writing into ``folder``; the system lets go of it when this one ends, however that happens.
+
+    Who kills torchrun but not its processes has those still at work, and two runs would mix what they write.
+
+    Args:
+        doing: what this process does there, for the message of others: ``"training in"``.
+        kept: as :func:`one_sentence` has it.
+
+    Raises:
+        ValueError: another process is at work there; says which.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / ".lock"
+    with one_sentence(path, kept):
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers that it forks do not hold it
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                who = file.read() or "of another run"  # which has not written its number yet
+                raise ValueError(
+                    f"Process {who} is {doing} {folder}; wait for it, stop it, or choose another folder."
+                ) from None
+            # Some file systems have no locks.
+        file.truncate(0)
+        file.write(f"{os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_sentence(target: Path, kept: str) -> Iterator[None]:
+    """Disk trouble, which safetensors reports as an error of its own, as one OSError that says what to do.
+
+    Args:
+        kept: what is not lost, as a clause.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{target} could not be written ({reason}); {kept}. "
+            "Free or change the disk, then run the same command again to resume."
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk now."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
