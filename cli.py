@@ -665,6 +665,7 @@ def pull(
     with plain_errors(debug, "What has arrived is kept; pull again to complete it.", extra="search"):
         from minibert.hub.publish import pull as pull_model
         from minibert.hub.publish import size_text
+        from minibert.hub.releases import words
 
         done = pull_model(name, output_dir)
         if as_json:
@@ -674,8 +675,9 @@ def pull(
         typer.echo(f"{len(done.files)} files, {size_text(sum(done.files.values()))}")
         for path, digest in done.code.items():
             typer.echo(f"sha256 {digest}  {path}")
-        code = {"ours": "its code is that of the installed release", "none": "it brings no code"}
-        typer.echo(code.get(done.code_is, "its code is not that of the installed release; minibert hub verify shows where"))
+        changed = "its code is of no release of ours; minibert hub verify shows where it differs"
+        code = {"ours": f"its code is that of {words(done.release)}", "none": "it brings no code", "changed": changed}
+        typer.echo(code[done.code_is])
         if done.left_out:
             typer.echo(f"left out: {', '.join(done.left_out)}")
 

@@ -97,6 +97,8 @@ def build_card(
     if repo_id is not None:
         validate_repo_id(repo_id)
     model = _Model(folder, repo_id or "USER/NAME", dtype, Path(origin or folder))
+    _check_fields(model.record.fields, known_only=True)
+    fields = {**model.record.fields, **fields}
     template = resources.files("minibert.hub") / "card.md"
     card = ModelCard.from_template(
         _metadata(model, fields),

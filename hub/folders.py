@@ -51,7 +51,9 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise FileNotFoundError(f"{source} is a file; give the folder of the model that it belongs to, or the id of one on the Hub.")
+        raise FileNotFoundError(
+            f"{source} is a file; give the folder of the model that it belongs to, or the id of one on the Hub."
+        )
     here = f"There is no model folder {source} (looked from {Path.cwd()})"
     if folder.exists() or str(source).count("/") > 1 or str(source).startswith(("/", ".", "~")):
         raise FileNotFoundError(f"{here}; give a folder, or the id of a model on the Hub.")
@@ -215,7 +217,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _remove_left_over(place: Path, beside: str) -> None:
-    """Delete the folders that killed processes of this machine left in ``place``, by their names: ``beside`` and their number."""
+    """Delete what killed processes of this machine left in ``place``: folders named by ``beside`` and the process."""
     for folder in place.iterdir() if place.is_dir() else ():
         number = folder.name.removeprefix(beside)
         if folder.name.startswith(beside) and number.isdigit() and not _runs(int(number)):

@@ -66,7 +66,8 @@ class Pulled:
 
     Attributes:
         code: sha256 of every file of Python code, which opening the model could run, by path.
-        code_is: ``"ours"`` where that is the code of the installed release, ``"changed"``, or ``"none"``.
+        code_is: ``"ours"`` where that is the code of a release of ours or the installed one, ``"changed"``, or ``"none"``.
+        release: the version that the code is of; None where it is of no release.
         left_out: files of the commit that no model needs, or that are pickles.
     """
 
@@ -76,6 +77,7 @@ class Pulled:
     files: dict[str, int]
     code: dict[str, str]
     code_is: str
+    release: str | None
     left_out: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -351,6 +353,8 @@ def model_folder(model: str | Path) -> Path:
         FileNotFoundError: there is none, or its training is not finished.
     """
     folder = Path(model).expanduser()
+    if folder.is_file():
+        raise FileNotFoundError(f"{model} is a file; give the folder of a run, of a stage or of a model.")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no model folder {model} (looked from {Path.cwd()}); give the folder of a run, of a stage or of a model."
@@ -411,8 +415,7 @@ def build(
             _forget_this_machine(temporary / name)
         shutil.copy(_licence(source), temporary / "LICENSE")
         (temporary / "README.md").write_text(build_card(temporary, repo_id, origin=source, **fields), encoding="utf-8")
-        if recipe := record.read(source).recipe:
-            (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        record.write(record.read(source), temporary, fields)
         check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
         if failed := [check for check in verify.checks_of(temporary) if check.state == "failed"]:
             raise ValueError(f"{source} is not ready: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
@@ -546,6 +549,7 @@ def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pull
         files=sizes,
         code=code.files,
         code_is=code.state,
+        release=code.release,
         left_out=sorted(set(files) - set(sizes)),
     )
 

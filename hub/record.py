@@ -3,12 +3,19 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
 
+from minibert.hub.remote import sha256
+
+# What a published model keeps of its record; its recipe lies beside it.
+RECORD, RECIPE = "record.json", "recipe.yaml"
+# What a card tells of the figures and of the machine of a training.
+METRICS = ("train_rows", "train_tokens", "steps", "epochs", "train_seconds")
+ENVIRONMENT = ("accelerator", "processor", "cores", "processes", "versions")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DATA_FILES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt")
 # Fields of a recipe that name data or models, by a path of the training machine or by an id on the Hub.
@@ -41,6 +48,7 @@ class Record:
         environment: processor, versions and processes of that training.
         base_model: id on the Hub of the weights that it started from.
         recipe: the whole recipe, without paths of the training machine.
+        fields: what its publisher stated for the card, such as the licence.
     """
 
     stages: list[dict[str, Any]] = field(default_factory=list)
@@ -50,6 +58,7 @@ class Record:
     base_model: str | None = None
     teacher: str | None = None
     recipe: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
 
     def data(self) -> Iterator[dict[str, Any]]:
         """Every source that the weights were trained on, once."""
@@ -62,7 +71,7 @@ class Record:
 
 
 def read(folder: Path) -> Record:
-    """What is on record about the model in ``folder``: a stage of a run, or any other model.
+    """What is on record about the model in ``folder``: a stage of a run, a published model, or any other.
 
     Raises:
         ValueError: the record is damaged.
@@ -72,7 +81,7 @@ def read(folder: Path) -> Record:
     record = Record(metrics=metrics, environment=environment, base_model=converted.get("base_model"))
     recipe = _recipe_of(folder)
     if recipe is None:
-        return record
+        return _published(folder) or record
     stages = recipe["stages"]
     number = int(folder.resolve().name.partition("-")[0]) - 1
     record.recipe = yaml.safe_dump(_public(recipe, {stage["name"] for stage in stages}), sort_keys=False, allow_unicode=True)
@@ -95,6 +104,86 @@ def read(folder: Path) -> Record:
         source["on_hub"] = source["path"] in commits if environment else on_hub(source["path"])
         source["path"] = public_name(source["path"], known=source["on_hub"])
     return record
+
+
+def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
+    """Keep ``record`` in ``folder``, which holds the weights already, for :func:`read` to find it there, or nothing to keep.
+
+    Args:
+        fields: what the publisher states for the card.
+    """
+    names = {stage["name"] for stage in record.stages}
+    kept = {
+        "stages": [
+            {"kind": stage["kind"], "name": stage["name"], "model": _public(stage.get("model"), names, "model")}
+            | {"data": [_source(source, public=False) for source in stage.get("data", [])]}
+            for stage in record.stages
+        ],
+        "metrics": {name: record.metrics[name] for name in METRICS if name in record.metrics},
+        "environment": {name: record.environment[name] for name in ENVIRONMENT if name in record.environment},
+        "evaluations": [{**asdict(one), "data": _source(one.data)} for one in record.evaluations],
+        "base_model": record.base_model,
+        "teacher": None if record.teacher is None else public_name(record.teacher),
+        "fields": {**record.fields, **fields},
+    }
+    if record.recipe:
+        (folder / RECIPE).write_text(record.recipe, encoding="utf-8")
+    if any(kept.values()):
+        text = json.dumps({"weights": _weights(folder), **kept}, indent=2, ensure_ascii=False)
+        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def _source(source: dict[str, Any], *, public: bool = True) -> dict[str, Any]:
+    """What a card says of one source of data.
+
+    Args:
+        public: its path may be published as it is.
+    """
+    path = source["path"] if public else public_name(source["path"], known=source.get("on_hub", False))
+    known = {name: source[name] for name in ("config", "split", "revision", "on_hub") if source.get(name) is not None}
+    return {"path": path, **known}
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
+
+
+def _published(folder: Path) -> Record | None:
+    """The record that a published model brings; None where it brings none, or its weights are others by now."""
+    found = _read(folder / RECORD)
+    if not found or found.get("weights") != _weights(folder):
+        return None
+    names = ("stages", "metrics", "environment", "base_model", "teacher", "fields")
+    known = {name: found[name] for name in names if name in found}
+    try:
+        record = Record(**known, evaluations=[Evaluation(**one) for one in found.get("evaluations", [])])
+        problem = "; ".join(_malformed(record))
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise ValueError(f"{folder / RECORD} is damaged ({problem}); download the model again, or delete the file.")
+    recipe = folder / RECIPE
+    record.recipe = recipe.read_text(encoding="utf-8") if recipe.exists() else None
+    return record
+
+
+def _malformed(record: Record) -> Iterator[str]:
+    """What a record that came with a model holds and no record of ours does."""
+    for name in ("metrics", "environment", "fields"):
+        if not isinstance(getattr(record, name), dict):
+            yield f"{name} is no mapping"
+    for name in ("base_model", "teacher"):
+        if not isinstance(getattr(record, name), str | None):
+            yield f"{name} is no text"
+    names = [text for stage in record.stages for text in (stage["kind"], stage["name"])]
+    sources = [*record.data(), *(one.data for one in record.evaluations)]
+    names += [text for source in sources for text in (source["path"], source.get("config"), source.get("split"))]
+    if not all(isinstance(text, str | None) for text in names):
+        yield "a name is no text"
+    for one in record.evaluations:
+        figures = [value for system in (one.systems["model"], *one.systems.values()) for value in system.values()]
+        if not all(type(value) in (int, float) for value in (*one.rows.values(), *figures)):
+            yield "a figure is no number"
 
 
 def on_hub(name: str) -> bool:

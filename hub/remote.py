@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
 from minibert.hub.safetensors_check import PICKLES
@@ -35,6 +35,7 @@ _OWNED_BY_THE_HUB = (".gitattributes",)
 _ATTEMPTS = 4
 _LONGEST_WAIT = 60.0  # seconds; who is to wait longer is told so instead
 _PATIENCE = 30.0  # seconds for the first answer
+_SILENCE = 60.0  # seconds in which not one byte comes or goes; the library alone would wait for ever for what it writes
 _Result = TypeVar("_Result")
 
 
@@ -97,10 +98,12 @@ def sentences(what: str, repo_id: str, revision: str | None = None) -> Iterator[
             hold the header with the token.
     """
     try:
-        with _quiet():
+        with _quiet(), _limited():
             yield
     except (HTTPError, OSError, RuntimeError) as error:
         cause = _cause(error)
+        if cause is None and _of_storage(error):
+            raise HubError(_storage_sentence(error, what, repo_id)) from None
         if cause is None:
             raise
         raise HubError(_sentence(cause, what, repo_id, revision)) from None
@@ -121,12 +124,38 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
+@contextmanager
+def _limited() -> Iterator[None]:
+    """With a limit to the time that the Hub may be silent, where neither the library nor the user's own client sets one."""
+    session = get_session()
+    before = session.timeout
+    if before.read is None and before.write is None:
+        session.timeout = (_PATIENCE, _SILENCE, _SILENCE, None)  # to connect, read, write, and be given a connection
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
 def _cause(error: BaseException) -> BaseException | None:
     """The first error of the chain that comes from the Hub or the network; threads and caches wrap it in others."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, HTTPError | OfflineModeIsEnabled):
         found = found.__cause__
     return found
+
+
+def _of_storage(error: BaseException) -> bool:
+    """Whether ``error`` comes from hf_xet, which raises Python's own classes, and its own of a module of that name."""
+    return type(error) in (ConnectionError, TimeoutError, RuntimeError) or type(error).__module__.startswith("hf_xet")
+
+
+def _storage_sentence(error: BaseException, what: str, repo_id: str) -> str:
+    status = re.search(r"\(\d{3} [\w -]+\)", str(error))  # no more of it: it can hold signed addresses
+    return (
+        f"The storage of the Hub (xet) failed{f' {status[0]}' if status else ''} while {what} {repo_id}; run the command again "
+        "later, or with HF_HUB_DISABLE_XET=1, which does without it."
+    )
 
 
 def _sentence(error: BaseException, what: str, repo_id: str, revision: str | None) -> str:
@@ -136,7 +165,10 @@ def _sentence(error: BaseException, what: str, repo_id: str, revision: str | Non
         return _refusal(error, what, repo_id, revision)
     kind = type(error).__name__
     if "Timeout" in kind:
-        return f"The Hub ({_endpoint()}) did not answer in time while {what} {repo_id}; run the command again."
+        return (
+            f"The Hub ({_endpoint()}) did not answer in time while {what} {repo_id}; run the command again later: files that "
+            "have arrived are kept."
+        )
     if kind in ("ConnectError", "ProxyError", "UnsupportedProtocol", "InvalidURL"):
         return f"The Hub ({_endpoint()}) cannot be reached; check the connection, or HF_ENDPOINT if you set it."
     return f"The connection broke while {what} {repo_id}; run the command again: files that have arrived are kept."

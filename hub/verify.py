@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.hub import folders, isolated
+from minibert.hub import folders, isolated, releases
 from minibert.hub.card import check_card
 from minibert.hub.convert import empty, full
 from minibert.hub.remote import copy_plain, fetch, is_pickle, same, sha256, split_name
@@ -29,7 +30,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        state: ``"ok"``, ``"failed"``, or ``"skipped"`` where an earlier failure makes it meaningless.
+        state: ``"ok"``, ``"failed"``, or ``"skipped"`` where an earlier failure makes it meaningless or a library is lacking.
         text: what was found, in a sentence.
         detail: the difference between code files, where there is one.
     """
@@ -62,15 +63,21 @@ class Code:
 
     Attributes:
         files: sha256 of every file of code, by path.
-        state: ``"ours"`` for that of the installed release, ``"changed"``, or ``"none"``.
+        state: ``"ours"`` for that of a release of ours or the installed one, ``"changed"``, or ``"none"``.
+        release: the version that it is of; None where it is of no release.
         reasons: why it is not ours, in the words of its files.
         diff: from the installed files to those of the model, as ``diff -u`` shows it.
     """
 
     files: dict[str, str] = field(default_factory=dict)
     state: str = "none"
+    release: str | None = None
     reasons: list[str] = field(default_factory=list)
     diff: str | None = None
+
+    def __str__(self) -> str:
+        """Whose code it is, as the end of a sentence."""
+        return "of no release of ours" if self.state == "changed" else f"of {releases.words(self.release)}"
 
 
 class _Model:
@@ -130,6 +137,10 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
                 f"{folder} is no model folder: it holds no config.json; of a run, name the folder of a stage."
             )
         return Verification(str(model), None, checks_of(folder, trust=trust_remote_code, opens=True))
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"{model} is a file; give the folder of the model that it belongs to, or owner/name on the Hub."
+        )
     if str(model).startswith(("/", ".", "~")) or folder.exists() or str(model).partition("@")[0].count("/") != 1:
         raise FileNotFoundError(
             f"There is no model folder {model} (looked from {Path.cwd()}); give a folder, or owner/name[@revision] on the Hub."
@@ -165,11 +176,17 @@ def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_f
             continue
         try:
             checks.append(Check(name, "ok", look(model)))
+        except _Partly as found:
+            checks.append(Check(name, "skipped", str(found)))
         except Exception as error:  # damaged files make the libraries that read them raise anything: all of it is a finding
             checks.append(Check(name, "failed", _sentence(error, folder)))
         if name == "code" and "code" in vars(model):
             checks[-1].detail = model.code.diff
     return checks
+
+
+class _Partly(Exception):
+    """A check that could not be made as a whole; the text says what was found, and what is lacking."""
 
 
 def _sentence(error: BaseException, folder: Path) -> str:
@@ -336,8 +353,8 @@ def _code(model: _Model) -> str:
     if code.state == "none":
         return "It brings no code."
     if code.state == "ours":
-        return f"{', '.join(sorted(code.files))} are those of the installed release."
-    why = f"It brings code that is not that of the installed release: {'; '.join(code.reasons)}"
+        return f"{', '.join(sorted(code.files))} are those {code}."
+    why = f"It brings code {code}: {'; '.join(code.reasons)}"
     if not model.trust:
         raise ValueError(f"{why}; read it, and to run it all the same pass --trust-remote-code.")
     return f"{why}; run because you trust it."
@@ -347,13 +364,18 @@ def _opens(model: _Model) -> str:
     if model.code.state == "changed" and not model.trust:
         raise ValueError("Not opened, since that would run its code; see above.")
     request = request_for(model.folder)
+    lacking = request.embeds and find_spec("sentence_transformers") is None
+    request.embeds &= not lacking
     try:
         found, opened = isolated.run(request)
     except isolated.NotOpened as error:
         raise ValueError(f"It cannot be opened in a fresh process without minibert: {error}") from None
     if wrong := [name for name, value in found.items() if not bool(torch.isfinite(value).all())]:
         raise ValueError(f"In a fresh process without minibert {', '.join(wrong)} is not finite.")
-    return f"In a fresh process without minibert: {', '.join(opened)}."
+    how = f"In a fresh process without minibert: {', '.join(opened)}"
+    if lacking:
+        raise _Partly(f"{how}; not SentenceTransformer, which is not installed: pip install 'minibert[search]'.")
+    return f"{how}."
 
 
 def request_for(folder: Path, *, trust: bool | None = None) -> isolated.Request:
@@ -400,25 +422,34 @@ _CHECKS: tuple[tuple[str, Callable[[_Model], str], tuple[str, ...]], ...] = (
 
 
 def code_of(folder: Path) -> Code:
-    """The code that opening ``folder`` with trust_remote_code could run, compared with that of the installed release."""
+    """The code that opening ``folder`` with trust_remote_code could run, compared with that of every release of ours."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.py"))}
+    digests = {path: sha256(file) for path, file in files.items()}
     encoder = folders.encoder_folder(folder)
     reasons = [*_foreign_names(folder, encoder)]
-    diffs = []
-    for path, file in files.items():
-        installed = _OURS.get(file.name) if file.parent in (encoder, folder) else None
-        if installed is None:
-            reasons.append(f"{path} is no file of ours")
-        elif sha256(file) != sha256(installed):
-            reasons.append(f"{path} was changed")
-            diffs.append(_diff(installed, file, path))
+    ours = {path: file.name for path, file in files.items() if file.name in _OURS and file.parent in (encoder, folder)}
+    reasons += [f"{path} is no file of ours" for path in files if path not in ours]
+    installed = {path for path, name in ours.items() if digests[path] == sha256(_OURS[name])}
+    release = releases.release_of([(name, digests[path]) for path, name in ours.items()])
+    if release is None and len(installed) < len(ours):
+        reasons += _other_code(ours, digests, installed)
     runs = bool(files) or bool(reasons)
+    differing = {path: name for path, name in ours.items() if path not in installed} if reasons else {}
     return Code(
-        files={path: sha256(file) for path, file in files.items()},
+        files=digests,
         state="changed" if reasons else "ours" if runs else "none",
+        release=release,
         reasons=reasons,
-        diff="".join(diffs) or None,
+        diff="".join(_diff(_OURS[name], files[path], path) for path, name in differing.items()) or None,
     )
+
+
+def _other_code(ours: dict[str, str], digests: dict[str, str], installed: set[str]) -> list[str]:
+    """Why files named as ours, by path, are not the code of one release: which were changed, or of which each is."""
+    known = {path: releases.releases_of(name, digests[path]) for path, name in ours.items()}
+    if changed := [path for path in ours if not known[path] and path not in installed]:
+        return [f"{path} was changed" for path in changed]
+    return [f"{path} is that of {releases.words(found[-1] if found else None)}" for path, found in known.items()]
 
 
 def _foreign_names(folder: Path, encoder: Path) -> list[str]:

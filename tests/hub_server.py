@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+_sleep = time.sleep  # tests replace that of the module, so that attempts follow each other at once
 TOKEN = "hf_tokenOfAnnForTestsOnly"  # may write under ann/
 READ_TOKEN = "hf_tokenOfAnnThatReadsOnly"
 DATE = "2026-01-02T03:04:05.000Z"
@@ -43,6 +44,8 @@ PHASES = (
     ("info", "GET", r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?"),
     ("lfs-batch", "POST", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
     ("lfs-upload", "PUT", r"/lfs/(?P<oid>[0-9a-f]{64})"),
+    ("xet-token", "GET", r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/xet-write-token/(?P<revision>[^/]+)"),
+    ("xet-storage", "[A-Z]+", r"/xet/(?P<path>.+)"),
     ("head", "HEAD", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
     ("download", "GET", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
     ("other", "[A-Z]+", r"/.*"),
@@ -121,6 +124,7 @@ class HubServer:
     """See the module's text.
 
     Attributes:
+        xet: whether it has the storage of that name; see :meth:`_Handler.xet_storage`.
         requests: (phase, method, path, status) of every request so far; the status is 0 where the connection was reset.
         card_errors: what the check of a card's metadata finds wrong with the next ones.
     """
@@ -132,6 +136,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, str, int]] = []
         self.card_errors: list[str] = []
+        self.xet = False
         self.lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ running
@@ -167,6 +172,8 @@ class HubServer:
     def patch(self, monkeypatch, home, token: str | None = TOKEN, waiting: bool = False) -> None:
         """Make huggingface_hub, transformers and datasets of this process take this for the Hub, until the test ends.
 
+        Xet is off as long as the test does not call :meth:`use_xet`.
+
         Args:
             waiting: whether retries wait as long as they do outside tests.
         """
@@ -197,6 +204,17 @@ class HubServer:
                 monkeypatch.setattr(module, "time", _Impatient())
         HfFileSystem.clear_instance_cache()  # it would remember another test's server
         huggingface_hub.utils.close_session()
+
+    def use_xet(self, monkeypatch) -> None:
+        """Let huggingface_hub send large files as it does where hf_xet is installed: not through LFS."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import _xet
+
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+        monkeypatch.delenv("HF_HUB_DISABLE_XET")
+        monkeypatch.setenv("HF_XET_XORB_COMPRESSION_POLICY", "none")  # so that the bytes can be read here
+        monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
+        self.xet = True
 
     # ---------------------------------------------------------------------------------------------- contents
 
@@ -297,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> Answer:
         if self.fault and self.fault.delay:
-            time.sleep(self.fault.delay)
+            _sleep(self.fault.delay)
         self.body = self.read()
         if self.fault and self.fault.status:
             headers = {"X-Error-Message": "as the test wants it", **self.fault.headers}
@@ -519,6 +537,39 @@ class _Handler(BaseHTTPRequestHandler):
             raise _refuse(400, "The content is not what was announced")
         self.hub.objects[self.named["oid"]] = self.body
         raise Answer(200)
+
+    def xet_token(self) -> None:
+        self.repo(write=True)
+        if not self.hub.xet:
+            self.other()
+        until = str(int(time.time()) + 3600)
+        headers = {
+            "X_Xet_Cas_Url": f"{self.hub.url}/xet",
+            "X_Xet_Access_Token": "xet_forTestsOnly",
+            "X_Xet_Token_Expiration": until,
+        }
+        body = {"casUrl": headers["X_Xet_Cas_Url"], "accessToken": headers["X_Xet_Access_Token"], "exp": int(until)}
+        raise Answer(200, body, **headers)
+
+    def xet_storage(self) -> None:
+        """Store pieces of one file, sent together: each has a header of 8 bytes with its length and compression, here none.
+
+        Of the storage's API there is what takes uploads in its first version; the client does without the rest.
+        """
+        if self.headers.get("Authorization") != "Bearer xet_forTestsOnly":
+            raise _refuse(401, "no token of this storage")
+        if self.command == "POST" and self.named["path"].startswith("v1/xorbs/"):
+            data, at = b"", 0
+            while at < len(self.body):
+                length = int.from_bytes(self.body[at + 1 : at + 4], "little")
+                assert self.body[at] == self.body[at + 4] == 0, "another version, or compressed"
+                data += self.body[at + 8 : at + 8 + length]
+                at += 8 + length
+            self.hub.objects[hashlib.sha256(data).hexdigest()] = data
+            raise Answer(200, {"was_inserted": True})
+        if self.command == "POST" and self.named["path"].startswith("v1/shards"):
+            raise Answer(200, {"result": 1})
+        self.other()
 
     def commit(self) -> None:
         repo = self.repo(write=True)

@@ -16,10 +16,11 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 import minibert
 from minibert import MiniBertConfig, train_wordpiece
-from minibert.hub import record
+from minibert.hub import publish, record
 from minibert.hub.card import build_card, check_card
 from minibert.hub.convert import convert
 from minibert.inference.load import load
@@ -157,6 +158,55 @@ def test_a_copy_is_described_by_the_run_it_comes_from(run, tmp_path):
     assert build_card(tmp_path / "copy", "ann/x", origin=run / "3-embed") == build_card(run / "3-embed", "ann/x")
 
 
+def test_a_published_copy_keeps_its_record(run, tmp_path):
+    """What is pulled, and pushed again by somebody else, has the same figures, recipe, hardware and licence."""
+    stated = {"license": "mit", "language": ["en"], "tags": ["mine"]}
+    publish.build(run / "3-embed", tmp_path / "published", repo_id="ann/toy", **stated)
+    copy = shutil.copytree(tmp_path / "published", tmp_path / "elsewhere" / "pulled")
+    publish.build(copy, tmp_path / "again", repo_id="ann/toy")
+    for name in ("README.md", "record.json", "recipe.yaml"):
+        assert (tmp_path / "again" / name).read_text() == (copy / name).read_text()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert metadata(card)["license"] == "mit" and "| figure | this model | bm25 | untrained |" in card
+    assert metadata(build_card(copy, "bob/toy", license="apache-2.0"))["license"] == "apache-2.0"
+    publish.build(copy, tmp_path / "half", repo_id="bob/half", dtype="bfloat16")  # whose weights are others, from these
+    assert ModelCard((tmp_path / "half" / "README.md").read_text()).data.eval_results
+    assert str(tmp_path) not in (copy / "record.json").read_text() and "of-somebody" not in (copy / "record.json").read_text()
+
+
+def test_figures_of_other_weights_are_nobodys(run, tmp_path):
+    publish.build(run / "2-classify", tmp_path / "published")
+    assert ModelCard(build_card(tmp_path / "published", "ann/x")).data.eval_results
+    state = load_file(tmp_path / "published" / "model.safetensors")
+    name = next(iter(state))
+    save_file({**state, name: state[name] + 1}, tmp_path / "published" / "model.safetensors", {"format": "pt"})
+    card = build_card(tmp_path / "published", "ann/x")
+    assert "No recipe is on record" in card and "model-index" not in metadata(card)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stages": [3]}, "TypeError"),
+        ({"stages": [{"kind": "embed"}]}, "KeyError: 'name'"),
+        ({"metrics": [1]}, "metrics is no mapping"),
+        ({"base_model": 3}, "base_model is no text"),
+        ({"evaluations": [{"data": {"path": "a"}, "systems": {"bm25": {}}}]}, "KeyError: 'model'"),
+        ({"evaluations": [{"data": {"path": "a"}, "systems": {"model": {"f1": "good"}}}]}, "a figure is no number"),
+        ({"evaluations": [{"data": {"path": ["a"]}, "systems": {"model": {}}}]}, "a name is no text"),
+        ({"evaluations": [{"figures": 3}]}, "TypeError"),
+    ],
+)
+def test_a_malformed_record_of_others_is_a_sentence(heads, tmp_path, changes, words):
+    folder = shutil.copytree(heads / "ann" / "Model", tmp_path / "model")
+    record.write(record.Record(base_model="a/b"), folder, {})
+    file = folder / "record.json"
+    assert metadata(build_card(folder, "ann/x"))["base_model"] == "a/b"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=f"record.json is damaged .*{words}.*; download the model again, or delete"):
+        build_card(folder, "ann/x")
+
+
 def test_a_converted_model(tmp_path):
     tokenizer = train_wordpiece(["a text of a few words"] * 3, vocab_size=34, model_max_length=16, show_progress=False)
     transformers.BertModel(transformers.BertConfig(vocab_size=34, **SHAPE)).save_pretrained(tmp_path / "bert")
@@ -264,7 +314,7 @@ def test_every_head_has_its_task(heads, head):
 def test_the_template_is_in_the_package():
     setup = configparser.ConfigParser()
     setup.read(Path(importlib.import_module("minibert.configuration_minibert").__file__).parent / "setup.cfg")
-    assert setup["options.package_data"]["minibert.hub"] == "card.md"
+    assert "card.md" in setup["options.package_data"]["minibert.hub"].split()
 
 
 # ------------------------------------------------------------------------------------------------------------ metadata

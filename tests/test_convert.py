@@ -1,6 +1,8 @@
 """Conversion: every family with every head computes the same as a MiniBERT, and what cannot is refused by name."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -443,3 +445,37 @@ def test_names_are_inverted(name, kind):
         if name == "distilbert" and (key.startswith("lm_head") or (kind == "Model" and "pooler" in key)):
             continue  # one projection stands for two of ours, and the bare encoder has no pooler
         assert theirs is not None and family.ours(theirs, kind) == key
+
+
+# What a killed process leaves, and files that are no folders
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from minibert.hub.folders import new_folder
+with new_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")])
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.tmp-") and (left / "half").exists()
+    running = left.with_name(f"{left.name.rpartition('-')[0]}-{os.getppid()}")
+    others = [running, tmp_path / ".out.tmp-another-machine-1", tmp_path / ".outer.tmp-1", tmp_path / ".out.tmp-x"]
+    for folder in others:
+        folder.mkdir()
+    with folders.new_folder(tmp_path / "out") as temporary:
+        assert temporary.is_dir() and not left.exists()
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", *others}
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    done = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "model.safetensors"), str(tmp_path / "out")])
+    assert done.exit_code == 2 and list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
+    words = "is a file; give the folder of the model that it belongs to, or the id of one on the Hub."
+    assert done.stderr == f"Error: {tmp_path}/model.safetensors {words}\n"

@@ -532,7 +532,7 @@ ELSE = {
     ("hub verify", absent): "no model folder model .*give a folder, or owner/name",
     ("hub verify", empty_folder): "no config.json; of a run, name the folder of a stage",
     ("hub verify", only_a_pickle): "can run code when opened; .*delete them",
-    ("hub verify", own_code): "not that of the installed release: .*read it",
+    ("hub verify", own_code): "code of no release of ours: .*read it",
     ("hub verify", closed): "Permission denied",
     ("hub verify", larger_than_memory): "Cannot allocate memory",
 }

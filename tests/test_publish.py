@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 import minibert
 from minibert import MiniBertConfig, train_word_level
 from minibert.cli import app
-from minibert.hub import isolated, proof, publish, remote
+from minibert.hub import isolated, proof, publish, remote, verify
 from minibert.hub.publish import build, push
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "what is the capital of a short text ?", "others sleep , and one ."]
@@ -425,11 +426,69 @@ def test_a_failing_hub_is_asked_again(hub, source, run, phase):
     assert len(hub.commits("ann/model")) == 2
 
 
+@pytest.mark.parametrize("phase", ["create", "refs", "tree", "validate", "preupload", "lfs-batch", "lfs-upload", "commit"])
+def test_a_hub_that_never_answers_is_given_up(hub, source, run, monkeypatch, phase):
+    """It takes the connection, and all that is sent, and is silent; files that arrived before are not sent twice."""
+    monkeypatch.setattr(remote, "_SILENCE", 0.2)
+    monkeypatch.setattr(remote, "_PATIENCE", 0.2)
+    fault = hub.fail(phase, delay=20, times=1000)
+    assert f"The Hub ({hub.url}) did not answer in time while" in run("push", source, "ann/model", status=2).stderr
+    assert huggingface_hub.get_session().timeout.read is None  # which is the library's own, and not ours to change for good
+    fault.times = 0
+    run("push", source, "ann/model")
+    assert len(hub.commits("ann/model")) == 2
+
+
+def test_a_limit_of_the_users_own_stays(hub, source, run, monkeypatch):
+    huggingface_hub.get_session().timeout = 0.3
+    hub.fail("commit", delay=20, times=1000)
+    assert "did not answer in time" in run("push", source, "ann/model", status=2).stderr
+    assert huggingface_hub.get_session().timeout.read == 0.3
+
+
 @pytest.mark.parametrize("after", [0, 1000, 90_000])
 def test_a_connection_that_breaks_within_the_weights_is_made_again(hub, source, run, after):
     hub.fail("lfs-upload", after=after)
     run("push", source, "ann/model")
     assert [status for phase, _, _, status in hub.requests if phase == "lfs-upload"] == [0, 200]
+
+
+# Xet, which huggingface_hub uses instead of LFS where hf_xet is installed
+
+
+def test_weights_go_through_xet_where_it_is_there(hub, source, model_files, run, monkeypatch):
+    pytest.importorskip("hf_xet")
+    hub.use_xet(monkeypatch)
+    run("push", source, "ann/model")
+    assert hub.files("ann/model")["model.safetensors"] == model_files["model.safetensors"]
+    assert hub.count("xet-storage") >= 2 and hub.count("lfs-batch") == hub.count("lfs-upload") == 0
+    run("push", source, "ann/model")
+    assert len(hub.commits("ann/model")) == 2
+
+
+@pytest.mark.parametrize(
+    ("phase", "status", "said"),
+    [("xet-token", 404, "404 Not Found"), ("xet-token", 403, "403 Forbidden"), ("xet-storage", 400, "400 Bad Request")],
+)
+def test_a_storage_that_refuses_is_one_sentence(hub, source, run, monkeypatch, phase, status, said):
+    pytest.importorskip("hf_xet")
+    hub.use_xet(monkeypatch)
+    fault = hub.fail(phase, status, times=1000)
+    error = run("push", source, "ann/model", status=2).stderr
+    assert f"The storage of the Hub (xet) failed ({said}) while uploading to ann/model" in error and "xet_for" not in error
+    assert "HF_HUB_DISABLE_XET=1" in error and "model.safetensors" not in hub.files("ann/model")
+    fault.times = 0
+    run("push", source, "ann/model")
+    assert len(hub.commits("ann/model")) == 2
+
+
+def test_a_download_needs_no_xet(hub, model_files, tmp_path, run, monkeypatch):
+    """The Hub names xet for each file that it can give so; where it does not, plain HTTP serves."""
+    pytest.importorskip("hf_xet")
+    hub.use_xet(monkeypatch)
+    hub.add_repo("ann/model", model_files)
+    run("pull", "ann/model", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == model_files["model.safetensors"]
 
 
 def test_a_wish_to_wait_is_followed(hub, source, run):
@@ -535,7 +594,7 @@ def test_pull_is_one_commit_without_pickles(hub, model_files, tmp_path, run):
     done = run("pull", f"ann/model@{commit[:10]}", tmp_path / "out").stdout
     assert f"ann/model at commit {commit}" in done and "left out: photo.png, pytorch_model.bin" in done
     digest = remote.sha256(tmp_path / "out" / "modeling_minibert.py")
-    assert f"sha256 {digest}  modeling_minibert.py" in done and "its code is that of the installed release" in done
+    assert f"sha256 {digest}  modeling_minibert.py" in done and f"its code is that {verify.code_of(tmp_path / 'out')}" in done
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert written == set(model_files)
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
@@ -545,7 +604,7 @@ def test_pull_is_one_commit_without_pickles(hub, model_files, tmp_path, run):
 
 def test_pull_reports_changed_code(hub, model_files, tmp_path, run):
     hub.add_repo("ann/model", {**model_files, "modeling_minibert.py": b"# other\n"})
-    assert "its code is not that of the installed release" in run("pull", "ann/model", tmp_path / "out").stdout
+    assert "its code is of no release of ours; minibert hub verify shows" in run("pull", "ann/model", tmp_path / "out").stdout
     assert json.loads(run("pull", "ann/model", tmp_path / "two", "--json").stdout)["code_is"] == "changed"
 
 
@@ -617,4 +676,6 @@ def test_a_slow_hub_is_waited_for(hub, model_files, tmp_path, run):
     hub.add_repo("ann/model", model_files)
     for phase in ("info", "tree", "download"):
         hub.fail(phase, delay=0.2)
+    begin = time.monotonic()
     run("pull", "ann/model", tmp_path / "out")
+    assert time.monotonic() - begin > 0.6

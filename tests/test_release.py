@@ -1,9 +1,11 @@
 """What is released: one version everywhere, the declared Pythons, a complete source archive, extras that explain themselves."""
 
 import configparser
+import hashlib
 import importlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from minibert.hub import releases
 
 ROOT = Path(importlib.import_module("minibert.configuration_minibert").__file__).parent
 SETUP = configparser.ConfigParser()
@@ -71,7 +75,7 @@ def test_the_source_archive_is_complete(tmp_path):
     built = {"PKG-INFO", "setup.cfg"} | {name for name in held if ".egg-info" in name}
     assert here - held == set()
     assert {name for name in held if (copy / name).is_file()} <= here | built
-    assert "py.typed" in held and "hub/card.md" in held and "recipes/quickstart.yaml" in held
+    assert "py.typed" in held and {"hub/card.md", "hub/releases.json"} <= held and "recipes/quickstart.yaml" in held
 
 
 # Extras
@@ -148,3 +152,60 @@ def test_an_extra_is_enough_for_its_commands(room):
     lines = ["encode model notes.txt vectors", "search vectors red"]
     for line, (status, said, exception) in without(missing, lines, room).items():
         assert status == 0, f"{line}: {said} {exception}"
+
+
+# The record of the code of every release
+
+
+def test_earlier_releases_are_on_record_and_none_was_changed():
+    known = releases.known()
+    version, *earlier = re.findall(r"^## (\d\S+)", text("CHANGELOG.md"), re.MULTILINE)
+    assert set(earlier) <= known.keys() <= {version, *earlier}
+    for release, entry in known.items():
+        assert entry.keys() == {"released", "configuration_minibert.py", "modeling_minibert.py"}, release
+    for name in ("configuration_minibert.py", "modeling_minibert.py"):
+        if version in known:  # else it is in development
+            digest = hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+            assert known[version][name] == digest, f"{name} is no longer that of {version}: set the next version"
+
+
+@pytest.fixture
+def recorder():
+    file = ROOT / ".ci" / "record_release.py"
+    if not file.exists():
+        pytest.skip("the source archive is no place to release from")
+    return runpy.run_path(str(file))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What the record of a release is made of."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "releases.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "setup.cfg").write_text("[metadata]\nversion = 0.9.0\n", encoding="utf-8")
+    for name in ("configuration_minibert.py", "modeling_minibert.py"):
+        (tmp_path / name).write_text(f"# {name}\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_release_off_the_record_is_refused(recorder, tree):
+    with pytest.raises(ValueError, match="The record of minibert 0.9.0 lacks configuration_minibert.py and modeling_minibert"):
+        recorder["check"](tree)
+    recorder["record"](tree, "2026-01-02")
+    assert recorder["check"](tree) == "0.9.0"
+    (tree / "setup.cfg").write_text("[metadata]\nversion = 0.10.0\n", encoding="utf-8")
+    recorder["record"](tree, "2026-02-03")
+    assert list(json.loads((tree / "hub" / "releases.json").read_text())) == ["0.9.0", "0.10.0"]
+
+
+def test_released_code_does_not_change(recorder, tree):
+    recorder["record"](tree, "2026-01-02")
+    recorder["record"](tree, "2026-05-06")  # the same again changes nothing
+    before = (tree / "hub" / "releases.json").read_text()
+    assert "2026-01-02" in before and "2026-05-06" not in before
+    (tree / "modeling_minibert.py").write_text("# other\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="lacks modeling_minibert.py as it stands"):
+        recorder["check"](tree)
+    with pytest.raises(ValueError, match="0.9.0 was released on 2026-01-02 with other code; give .* the next version first"):
+        recorder["record"](tree, "2026-05-06")
+    assert (tree / "hub" / "releases.json").read_text() == before

@@ -234,14 +234,19 @@ def test_missing_model_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp
         load("runs/tiny")
 
 
-def test_code_that_is_not_the_installed_code_is_named(folder, caplog):
+def test_code_that_is_not_the_installed_code_is_named_once(folder, caplog, monkeypatch):
     load(folder)
     assert not caplog.messages
-    with (folder / "modeling_minibert.py").open("a") as file:
-        file.write("# changed\n")
+    for name in ("configuration_minibert.py", "modeling_minibert.py"):
+        with (folder / name).open("a") as file:
+            file.write("# changed\n")
     load(folder)
+    monkeypatch.chdir(folder.parent)
+    load(folder.name)  # the same by another path
     (message,) = caplog.messages
-    assert message.startswith(str(folder / "modeling_minibert.py")) and "the installed one runs" in message
+    assert message.startswith(
+        f"{folder}/configuration_minibert.py and modeling_minibert.py differ from the installed minibert's"
+    )
 
 
 # --- reading passages -----------------------------------------------------------------------------------------------------

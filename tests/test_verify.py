@@ -1,9 +1,12 @@
 """Verification: a sound model passes, every kind of damage fails the check that is for it, and nothing runs unasked."""
 
+import hashlib
 import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from typer.testing import CliRunner
 import minibert
 from minibert import modeling_minibert
 from minibert.cli import app
-from minibert.hub import isolated, remote, verify
+from minibert.hub import isolated, releases, remote, verify
 from minibert.hub.publish import build
 
 # The tiny models of the other file; tests are no package, so that none imports another by name.
@@ -83,7 +86,7 @@ def test_a_published_model_passes_in_a_process_of_its_own(folder, monkeypatch):
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"ok       {name}" for name in NAMES]
     assert "AutoModel (MiniBertModel), pipeline('feature-extraction'), SentenceTransformer." in lines[-1]
-    assert "configuration_minibert.py, modeling_minibert.py are those of the installed release." in done.stdout
+    assert f"configuration_minibert.py, modeling_minibert.py are those {verify.code_of(folder)}." in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice"])
@@ -225,10 +228,7 @@ def test_changed_code_is_shown_and_runs_only_when_trusted(folder, tmp_path):
     add_code(folder, marker)
     done = CliRunner().invoke(app, ["hub", "verify", str(folder)])
     assert done.exit_code == 1 and not marker.exists()
-    assert (
-        "failed   code: It brings code that is not that of the installed release: modeling_minibert.py was changed"
-        in done.stdout
-    )
+    assert "failed   code: It brings code of no release of ours: modeling_minibert.py was changed; read it" in done.stdout
     assert (
         "--- installed/modeling_minibert.py\n+++ modeling_minibert.py\n" in done.stdout and f"+open('{marker}'" in done.stdout
     )
@@ -366,3 +366,80 @@ def test_a_hidden_model_needs_a_login(hub, contents, monkeypatch):
     done = CliRunner().invoke(app, ["hub", "verify", "ann/model"])
     assert done.exit_code == 2 and "log in with `hf auth login` or set HF_TOKEN" in done.stderr
     assert minibert.__name__ not in done.stderr
+
+
+# Releases
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A record of two releases, of which the installed code is the second; returns the code of the first."""
+    installed = {name: remote.sha256(file) for name, file in verify._OURS.items()}
+    older = {name: file.read_bytes() + b"# as it was\n" for name, file in verify._OURS.items()}
+    first = {name: hashlib.sha256(data).hexdigest() for name, data in older.items()}
+    record = {"0.1.0": {"released": "2026-01-02", **first}, "0.2.0": {"released": "2026-03-04", **installed}}
+    monkeypatch.setattr(releases, "known", lambda: record)
+    return older
+
+
+def test_code_is_named_by_its_release(folder, recorded, opened):
+    assert verify.code_of(folder).release == "0.2.0"
+    assert "modeling_minibert.py are those of minibert 0.2.0." in texts(folder)["code"]
+    for name, data in recorded.items():
+        (folder / name).write_bytes(data)
+    checks = verify.verify(folder).checks
+    assert all(check.state == "ok" for check in checks) and opened  # a release of ours, so that it may run
+    assert "are those of minibert 0.1.0." in checks[5].text and checks[5].detail is None
+
+
+def test_files_of_two_releases_are_no_release(folder, recorded, opened):
+    (folder / "modeling_minibert.py").write_bytes(recorded["modeling_minibert.py"])
+    code = verify.code_of(folder)
+    assert code.state == "changed" and code.release is None
+    assert code.reasons == [
+        "configuration_minibert.py is that of minibert 0.2.0",
+        "modeling_minibert.py is that of minibert 0.1.0",
+    ]
+    assert code.diff.startswith("--- installed/modeling_minibert.py") and "+# as it was" in code.diff
+    assert "It brings code of no release of ours" in failures(folder, opens=True)["code"] and not opened
+
+
+def test_code_in_development_is_said_to_be_of_no_release(folder, monkeypatch):
+    monkeypatch.setattr(releases, "known", lambda: {})
+    assert f"of the installed minibert {minibert.__version__}, which is no release yet." in texts(folder)["code"]
+    assert verify.code_of(folder).state == "ours" and verify.code_of(folder).release is None
+
+
+def texts(folder):
+    return {check.name: check.text for check in verify.checks_of(folder)}
+
+
+WITHOUT = """
+import importlib.machinery, sys
+finder = importlib.machinery.PathFinder
+
+
+class Without(finder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "sentence_transformers" else finder.find_spec(name, path, target)
+
+
+sys.meta_path = [Without if one is finder else one for one in sys.meta_path]
+sys.argv = ["minibert"]
+from typer.testing import CliRunner
+from minibert.cli import app
+
+done = CliRunner().invoke(app, ["hub", "verify", "model"])
+print(done.output)
+sys.exit(done.exit_code)
+"""
+
+
+def test_without_sentence_transformers_all_else_is_checked_and_that_is_said(folder):
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 1, done.stderr  # who asked for a whole check did not get one
+    *sound, opens = done.stdout.strip().splitlines()
+    assert [line.split(":")[0] for line in sound] == [f"ok       {name}" for name in NAMES[:-1]]
+    assert opens.startswith("skipped  opens: In a fresh process without minibert: AutoTokenizer")
+    assert opens.endswith("not SentenceTransformer, which is not installed: pip install 'minibert[search]'.")
