@@ -7,13 +7,15 @@ or have modules other than pooling and normalization on top, are left to sentenc
 
 import contextlib
 import copy
+import ctypes
 import os
 import re
 import sys
-import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -38,6 +40,10 @@ WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 2**24
 _CHARACTERS_PER_TOKEN = 16
 _SPACE = re.compile(r"\s")
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
+# How often free memory is handed back: that takes milliseconds, and fetching it again some more.
+TRIM_SECONDS = 20.0
+_trimmed = time.monotonic()
+_malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 # Tokens computed at once.
 _BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
 
@@ -67,6 +73,11 @@ def encode(
         normalize: give vectors of length 1, also where the model has no such module.
         prompt: words to put before every text; ``prompt_name`` names one that the model brings.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
+
+    Example::
+
+        vectors = encode("runs/quickstart/2-embed", ["read a table", "sort a list"])
+        vectors @ vectors.T  # (2, 2) cosines: the vectors of this model have length 1
 
     Raises:
         FileNotFoundError, ValueError: as :func:`minibert.inference.load.load` does, for an unknown ``dtype`` or
@@ -148,8 +159,6 @@ class Encoder:
         assert dimension is not None  # of every model that gives sentence embeddings
         self.dimension = dimension
         self.batch_tokens = batch_tokens or self._suitable_batch()
-        self._starting = threading.Lock()
-        self._computing: tuple[int, ThreadPoolExecutor] | None = None
         if self.packed:
             self._tokenizer = _Tokenizer(self.model, self.prompt)
 
@@ -212,8 +221,10 @@ class Encoder:
                 if len(waiting) > 1:
                     count, batches = waiting.popleft()
                     yield self._compute(batches.result(), count)
+                    trim_memory()
             for count, batches in waiting:
                 yield self._compute(batches.result(), count)
+                trim_memory()
 
     def _encode_padded(self, texts: Sequence[str]) -> np.ndarray:
         _check_texts(texts)
@@ -231,19 +242,12 @@ class Encoder:
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
         """(count, dimension): the vectors of a window, from its batches. A text without a token gets zeros."""
         vectors = torch.zeros(count, self.dimension, device=self.model.device)
+        worker = _worker(str(vectors.device), os.getpid())
         for batch in batches:
-            vectors[torch.from_numpy(batch.rows).to(vectors.device)] = self._worker().submit(self._vectors, batch).result()
+            vectors[torch.from_numpy(batch.rows).to(vectors.device)] = worker.submit(self._vectors, batch).result()
         if self.normalized:
             vectors = F.normalize(vectors, dim=-1)
         return vectors.cpu().numpy()
-
-    def _worker(self) -> ThreadPoolExecutor:
-        """The one thread that computes, whoever asks: torch takes every core for one batch as it is, and memory that the
-        allocator keeps is kept once instead of once for every thread that encodes."""
-        with self._starting:
-            if self._computing is None or self._computing[0] != os.getpid():  # threads do not survive a fork
-                self._computing = (os.getpid(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute"))
-            return self._computing[1]
 
     @torch.inference_mode()
     def _vectors(self, batch: Batch) -> Tensor:
@@ -264,6 +268,27 @@ class Encoder:
             return hidden[bounds[:-1]]
         rows = torch.arange(len(hidden), device=device)
         return F.embedding_bag(rows, hidden, bounds[:-1], mode="mean")  # the fastest mean of pieces that torch has
+
+
+@cache
+def _worker(device: str, process: int) -> ThreadPoolExecutor:
+    """The one thread that computes on ``device``, whoever asks: torch takes every core for one batch as it is, and what an
+    allocator keeps it keeps for each thread. A forked process, which has no thread of its parent's, gets its own."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"compute-{device}")
+
+
+def trim_memory() -> bool:
+    """Hand back to the system what the allocator keeps free, at most every ``TRIM_SECONDS``; whether it was done.
+
+    Tensors of ever other sizes leave holes between them that glibc keeps: a process that encoded for an hour held three times
+    the memory that it needed. Other allocators are left alone.
+    """
+    global _trimmed
+    if _malloc_trim is None or time.monotonic() - _trimmed < TRIM_SECONDS:
+        return False
+    _trimmed = time.monotonic()
+    _malloc_trim(0)
+    return True
 
 
 def choose_dtype(dtype: str, device: str) -> tuple[str, str]:

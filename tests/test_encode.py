@@ -234,6 +234,18 @@ def test_one_thread_tokenizes_where_one_computes(folders, monkeypatch, threads, 
     assert seen == [expected] and "TOKENIZERS_PARALLELISM" not in os.environ
 
 
+def test_free_memory_is_handed_back_now_and_then(folders, monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr(module, "_malloc_trim", calls.append)
+    monkeypatch.setattr(module, "_trimmed", 0.0)
+    for _ in range(3):
+        encode(assemble(folders / "search-8x768"), ["the cat"])
+    assert calls == [0]
+    monkeypatch.setattr(module, "TRIM_SECONDS", 0.0)
+    encode(assemble(folders / "search-8x768"), ["the cat"])
+    assert calls == [0, 0]
+
+
 def test_whoever_asks_one_thread_computes(folders, monkeypatch):
     encoder = Encoder(assemble(folders / "search-8x768"))
     seen, vectors_of = set(), Encoder._vectors
