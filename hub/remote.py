@@ -126,15 +126,20 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """With a limit to the time that the Hub may be silent, where neither the library nor the user's own client sets one."""
-    session = get_session()
-    before = session.timeout
-    if before.read is None and before.write is None:
-        session.timeout = (_PATIENCE, _SILENCE, _SILENCE, None)  # to connect, read, write, and be given a connection
+    """With a limit to the time that the Hub may be silent, for requests whose maker set none."""
+    hooks = get_session().event_hooks["request"]
+    hooks.append(_limit)
     try:
         yield
     finally:
-        session.timeout = before
+        hooks.remove(_limit)
+
+
+def _limit(request: Any) -> None:
+    limits = request.extensions.setdefault("timeout", {})
+    for phase, seconds in (("connect", _PATIENCE), ("read", _SILENCE), ("write", _SILENCE)):
+        if limits.get(phase) is None:
+            limits[phase] = seconds
 
 
 def _cause(error: BaseException) -> BaseException | None:
