@@ -27,6 +27,10 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
         model: folder, or id on the Hub, of a MiniBERT.
         revision: branch, tag or commit of a model on the Hub.
 
+    Example::
+
+        export("my-minibert", "my-bert-again")  # the tensors of my-bert, bit for bit
+
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
         ValueError: it is no MiniBERT, it uses what BERT lacks (every such field is named), its tensors are not those of its

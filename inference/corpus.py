@@ -94,7 +94,8 @@ class Summary:
             more = f" and {manifest.skipped - 5:,} more" if manifest.skipped > 5 else ""
             yield f"{manifest.skipped:,} rows were left out: {first}{more}."
         size = f"{manifest.dimension} dimensions in {manifest.precision}"
-        yield f"{manifest.rows:,} vectors of {size}, in {len(manifest.shards):,} shards."
+        shards = len(manifest.shards)
+        yield f"{manifest.rows:,} vectors of {size}, in {shards:,} shard{'' if shards == 1 else 's'}."
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,12 @@ def encode_corpus(
         append: ``data`` is that of before and more files behind it; encode these.
         force: replace vectors of another model, precision or input.
         options: as in :func:`minibert.inference.encode.encode`.
+
+    Example::
+
+        done = encode_corpus("runs/quickstart/2-embed", "notes.jsonl", "notes-vectors", keep_text=True)
+        for line in done.lines():
+            print(line)
 
     Raises:
         FileNotFoundError, ValueError: as opening the model and the data does; for a row or a folder that cannot be used.

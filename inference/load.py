@@ -45,6 +45,11 @@ def load(
         trust_remote_code: run Python code that comes with the model. Models of this package and of transformers need none.
         dtype: numbers to compute with; the default is what the model's configuration says.
 
+    Example::
+
+        model = load("runs/quickstart/2-embed")
+        model.similarity(model.encode(["sort a list"]), model.encode(["invert a matrix", "order items"]))  # (1, 2)
+
     Raises:
         FileNotFoundError: for a model that is not here and not on the Hub, or a folder without weights or tokenizer.
         ValueError: for damaged, incomplete or pickled weights, weights that do not fit the configuration, or code that is not

@@ -323,6 +323,11 @@ def attention(
         layer: show only this layer, counted from 1; head: only this head, counted from 1.
         max_tokens: read only so many tokens; the model's own limit is the most.
 
+    Example::
+
+        picture = plot.attention("runs/quickstart/2-embed", "read a table from a file")
+        picture.save("attention.html", force=True)
+
     Raises:
         FileNotFoundError: there is no such model.
         ValueError: an empty text, a layer or head that the model does not have, or a model without attention weights.

@@ -160,6 +160,10 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
     Args:
         model: a model folder, the id (owner/name) of a model on the Hub, or a folder that holds a tokenizer only.
 
+    Example::
+
+        print(plot.tokens("runs/quickstart/2-embed", "uncommonness").table())
+
     Raises:
         FileNotFoundError: there is no such model.
         ValueError: the text is empty.

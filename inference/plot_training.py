@@ -180,6 +180,10 @@ def _dash(number: int, key: str) -> str:
 def training(runs: str | Path | Sequence[str | Path]) -> Training:
     """Curves of runs: folders of a run, of one of its stages, or log files. Runs that go on can be looked at too.
 
+    Example::
+
+        plot.training(["runs/quickstart", "runs/mine"]).save("training.html", force=True)
+
     Raises:
         FileNotFoundError: a run is not there, or holds no log.jsonl.
         ValueError: no run, or a log without lines or with a damaged one.

@@ -213,6 +213,11 @@ def embeddings(
         tokens: show the tokens of the texts: what enters the first layer beside what leaves the last.
         method: ``pca``, ``tsne`` or ``umap`` (which needs ``pip install umap-learn``).
 
+    Example::
+
+        picture = plot.embeddings("runs/quickstart/2-embed", open("notes.txt").read().splitlines())
+        picture.save("embeddings.html", force=True)
+
     Raises:
         FileNotFoundError: there is no such model.
         ValueError: no or empty texts, labels of another number, too few points, an unknown method or one that is not installed.
@@ -398,6 +403,10 @@ def similarity(
     model: str | Path, rows: Sequence[str], columns: Sequence[str] | None = None, *, trust_remote_code: bool = False
 ) -> Similarity:
     """Similarities (the model's own measure, mostly cosine) of two lists of texts, or of one with itself.
+
+    Example::
+
+        plot.similarity("runs/quickstart/2-embed", ["sort a list", "read a file"]).save("similarity.png", force=True)
 
     Raises:
         FileNotFoundError: there is no such model.

@@ -92,6 +92,11 @@ def predict(
         batch_size: texts (or windows of long ones) computed at once; memory does not grow with the number of rows.
         threshold: probability from which one of several labels is given.
 
+    Example::
+
+        for row in predict("runs/mine/2-classify", ["a good film"]):
+            print(row["label"], row["score"])
+
     Raises:
         FileNotFoundError: for a model or data that is neither here nor on the Hub.
         ValueError: for a model without such a head, columns that are not there, or (while going on) a row without a text.

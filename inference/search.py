@@ -123,6 +123,12 @@ class Searcher:
             does not grow with their number.
         batch_size: texts computed at once.
 
+    Example::
+
+        searcher = Searcher("runs/quickstart/2-embed", ["invert a matrix", "sort a list"])
+        (hits,) = searcher.search(["how do I order items"], top_k=1)
+        print(hits[0].passage, hits[0].score)
+
     Raises:
         ValueError: for no passages, and as :func:`minibert.inference.load.load` does.
     """
@@ -189,6 +195,12 @@ class FolderSearcher:
         hybrid: fuse the ranking by meaning with BM25's by words (reciprocal rank fusion); scores are then sums of
             ``1 / (60 + rank)``.
         rebuild: build the index from nothing.
+
+    Example::
+
+        searcher = FolderSearcher("notes-vectors", hybrid=True)
+        for hit in searcher.search(["how do I order items"])[0]:
+            print(hit.id, hit.score, hit.passage)
 
     Raises:
         FileNotFoundError: for a folder or model that is not there, or a missing shard.

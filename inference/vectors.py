@@ -143,6 +143,12 @@ def to_float(stored: np.ndarray, manifest: Manifest) -> np.ndarray:
 class VectorFolder:
     """A folder of vectors to read from, a block at a time: memory does not grow with their number.
 
+    Example::
+
+        folder = VectorFolder("notes-vectors")
+        for first_row, vectors in folder.blocks():
+            print(first_row, vectors.shape, folder.texts([first_row]))
+
     Raises:
         FileNotFoundError: for a folder without manifest, or one that lacks a shard.
         ValueError: for a damaged manifest or shard.

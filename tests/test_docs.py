@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import multiprocessing
 import os
 import re
 import shlex
+import textwrap
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,7 @@ import pytest
 import threadpoolctl
 import torch
 import typer
+from transformers import BertConfig, BertModel
 
 import minibert
 from minibert import MiniBertConfig, MiniBertForSequenceClassification, MiniBertModel, train_wordpiece
@@ -79,6 +82,14 @@ def room(tmp_path_factory, tiny):
     for folder, model_class in (("quickstart/2-embed", MiniBertModel), ("mine/2-classify", MiniBertForSequenceClassification)):
         model_class(config).save_pretrained(room / "runs" / folder)
         tokenizer.save_pretrained(room / "runs" / folder)
+        (room / "runs" / folder / "log.jsonl").write_text(
+            '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.0}\n', encoding="utf-8"
+        )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(room / "my-bert")
+    tokenizer.save_pretrained(room / "my-bert")
+    pairs = [{"query": f"how to {note}", "answer": note} for note in notes[:3]]
+    (room / "questions.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     (room / "notes.txt").write_text("\n".join(notes), encoding="utf-8")
     (room / "notes.jsonl").write_text("".join(json.dumps({"body": note}) + "\n" for note in notes), encoding="utf-8")
     encode_corpus(room / "runs/quickstart/2-embed", room / "notes.jsonl", room / "notes-vectors", keep_text=True)
@@ -130,6 +141,31 @@ def test_examples_run_and_print_what_is_shown(name, room, tmp_path):
             assert alike(block.shown, output), f"{block.text}\nshows:\n{block.shown}\nbut prints:\n{output}"
         for value in re.findall(r"^print\(.*\)  # ([\d.]+)$", block.text, re.MULTILINE):
             assert value in output.split()
+
+
+DOCUMENTED = re.findall(r"^\.\. auto(?:class|function):: ([\w.]+)$", PAGES["reference.md"], re.MULTILINE)
+
+
+def example_of(name: str) -> str | None:
+    """The example in a docstring, with the import that it needs."""
+    module, _, own = name.rpartition(".")
+    documented = getattr(importlib.import_module(module), own)
+    found = re.search(r"^Example::\n\n((?: {4}.*\n|\n)+)", inspect.getdoc(documented) + "\n", re.MULTILINE)
+    needed = "from minibert.inference import plot" if module == "minibert.inference.plot" else f"from {module} import {own}"
+    return found and f"{needed}\n{textwrap.dedent(found[1])}"
+
+
+def test_examples_of_the_reference_run(room, tmp_path):
+    page = {name: example_of(name) for name in DOCUMENTED}
+    given = {name for name, text in page.items() if text}
+    using = {name for name in DOCUMENTED if name.startswith("minibert.inference.")} - {"minibert.inference.vectors.Manifest"}
+    assert using | {"minibert.encode", "minibert.predict"} <= given
+    examples = [Block("python", text, None, None) for text in page.values() if text]
+    process = multiprocessing.get_context("fork").Process(target=run_page, args=(examples, room, tmp_path / "printed.json"))
+    process.start()
+    process.join(300)
+    outputs, error = json.loads((tmp_path / "printed.json").read_text(encoding="utf-8"))
+    assert not error and len(outputs) == len(examples), error
 
 
 def test_an_example_that_is_not_run_says_why():
