@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def convert(
         source: folder, or id of a model on the Hub; plain transformers or sentence-transformers.
         dtype: of the written weights, such as ``"bfloat16"``; the default keeps each as it is.
         revision: branch, tag or commit of a model on the Hub.
+
+    Example::
+
+        report = convert("my-bert", "my-minibert")
+        print(report.differences)
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
@@ -298,14 +304,6 @@ def _tensors(
     tensors: dict[str, Callable[[], Tensor]] = {}
     unused: dict[str, Callable[[], Tensor]] = {}
     missing, wrong = [], []
-
-    def reader(name: str, rows: slice = slice(None)) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            tensor = checkpoint[name][rows]
-            return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-
-        return read
-
     for key, parameter in empty(config, kind).state_dict().items():
         ours = full(key, kind)
         names = [family.theirs(ours, kind)]
@@ -323,22 +321,19 @@ def _tensors(
         if ours == POSITIONS and offset:
             # Positions are numbered from the padding's id on, so the first rows of the table are never looked up.
             rows, shape = slice(offset, None), [shape[0] - offset, *shape[1:]]
-            unused[found] = reader(stored[found], slice(0, offset))
+            unused[found] = partial(_read, checkpoint, stored[found], slice(0, offset), dtype)
         if shape != list(parameter.shape):
             wrong.append(f"{found} is {shape}, not {list(parameter.shape)}")
-        tensors[key] = reader(stored[found], rows)
-    unknown: list[str] = []
-    for name in sorted(left):
-        beside = next((found for other in (kind, *family.classes) if (found := family.ours(name, other))), None)
-        if name.endswith(_BUFFERS):
-            continue
-        # A part of the encoder that its configuration does not describe, such as a further layer, is as unknown.
-        if beside is None or (beside.startswith("minibert.") and not beside.startswith("minibert.pooler.")):
+        tensors[key] = partial(_read, checkpoint, stored[found], rows, dtype)
+    unknown = []
+    for name in sorted(name for name in left if not name.endswith(_BUFFERS)):
+        beside = _of_another_class(name, kind, family)
+        if beside is None:
             unknown.append(name)
-        elif kind != "Model" and beside not in tensors:  # of another class: kept, as the source keeps it
-            tensors[beside] = reader(stored[name])
+        elif kind != "Model" and beside not in tensors:  # kept, as the source keeps it
+            tensors[beside] = partial(_read, checkpoint, stored[name], slice(None), dtype)
         else:
-            unused[name] = reader(stored[name])
+            unused[name] = partial(_read, checkpoint, stored[name], slice(None), dtype)
     problems = [
         f"{what}: {', '.join(names)}"
         for what, names in (("unknown", unknown), ("missing", missing), ("of another shape", wrong))
@@ -347,6 +342,19 @@ def _tensors(
     if problems:
         raise ValueError(f"The weights are not those of a {family.class_name}{kind}; {'; '.join(problems)}.")
     return tensors, unused
+
+
+def _read(checkpoint: folders.Checkpoint, name: str, rows: slice, dtype: torch.dtype | None) -> Tensor:
+    tensor = checkpoint[name][rows]
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def _of_another_class(name: str, kind: str, family: Family) -> str | None:
+    """Our name of a tensor that the class ``kind`` did not ask for; None for one that no class of the family has."""
+    ours = next((found for other in (kind, *family.classes) if (found := family.ours(name, other))), None)
+    # A part of the encoder that its configuration does not describe, such as a further layer, is as unknown.
+    further = ours is not None and ours.startswith("minibert.") and not ours.startswith("minibert.pooler.")
+    return None if further else ours
 
 
 def _plain(name: str, family: Family) -> str:

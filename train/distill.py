@@ -463,6 +463,22 @@ def _finish(
 # ------------------------------------------------------------------------------------------------------------------- task
 
 
+def _task_student(
+    args: DistillStage, context: StageContext, teacher: PreTrainedModel, names: list[str]
+) -> tuple[PreTrainedModel, Any, int]:
+    """The student, its tokenizer, and how many tokens it reads."""
+    tokenizer = load_tokenizer(context)
+    if args.student_layers:
+        student = from_layers(teacher, args, context.teacher)
+    else:
+        changes = head_changes(context, names)
+        student = load_model(AutoModelForSequenceClassification, args, context, tokenizer, problem_type=SINGLE, **changes)
+    student = student.float()
+    student.config.problem_type = SINGLE
+    tokenizer.model_max_length = length = sequence_length(args.max_length, student.config, tokenizer)
+    return student, tokenizer, length
+
+
 def distill_task(args: DistillStage, context: StageContext) -> dict[str, Any]:
     """Objective ``task``: a classifier learns from labels and from a classifier that knows the same ones."""
     train = load(args.data, split="train")
@@ -472,16 +488,8 @@ def distill_task(args: DistillStage, context: StageContext) -> dict[str, Any]:
     teacher = load_teacher(AutoModelForSequenceClassification, str(context.teacher), "a classifier")
     labels, names, order = _shared_labels(train, args, teacher, str(context.teacher))
 
-    tokenizer = load_tokenizer(context)
-    if args.student_layers:
-        student = from_layers(teacher, args, context.teacher)
-    else:
-        changes = head_changes(context, names)
-        student = load_model(AutoModelForSequenceClassification, args, context, tokenizer, problem_type=SINGLE, **changes)
-    student = student.float()
-    tokenizer.model_max_length = length = sequence_length(args.max_length, student.config, tokenizer)
+    student, tokenizer, length = _task_student(args, context, teacher, names)
     student.config.text_columns = list(columns)
-    student.config.problem_type = SINGLE
 
     # The teacher has words of its own, and reads as much as the student does.
     theirs = AutoTokenizer.from_pretrained(context.teacher, trust_remote_code=False)
