@@ -5,6 +5,8 @@ This file travels with every checkpoint, next to ``configuration_minibert.py``, 
 Letters in shape comments: B batch, L length (padded), T real tokens of the whole batch, C hidden width, H heads,
 D head width, V vocabulary. A tensor of shape (…, C) is either (B, L, C), padded, or (T, C), packed: every block below
 works on both, and only attention needs to know which tokens belong together.
+
+A first reading may go from here to "positions", "blocks" and "model", and come back to "packing" for how padding is left out.
 """
 
 import math
@@ -99,7 +101,7 @@ def eager_attention_forward(
 # --------------------------------------------------------------------------------------------------------- packing
 
 
-# Bytes of the largest activation that a CPU computes at once where no gradients are wanted: more leaves the cache.
+# Bytes of the largest activation that a CPU computes at once where no gradients are kept: more leaves the cache.
 _BYTES_AT_ONCE = 2**24
 # glibc gives every freed block above its largest so far (up to 32 MiB) back to the system, and keeps smaller ones: freeing one
 # of almost that size, which is never touched, keeps activations from being mapped anew at each layer (mallopt(3)).
@@ -613,7 +615,6 @@ class MiniBertModel(MiniBertPreTrainedModel):
     def _packed(self, given: tuple[Tensor | None, ...], packing: Packing, batch: int, length: int, **kwargs: Any) -> Tensor:
         """Ids, segments, positions and embeddings (B, L, …) as given -> (B, L, C), where only real tokens are computed."""
         training = torch.is_grad_enabled() or packing.cu_seqlens is not None
-        # Without gradients nothing is kept: on a CPU a few sequences at a time go through all layers, within the cache.
         row = self.config.intermediate_size * compute_dtype(self.embeddings.word_embeddings.weight).itemsize
         blocks = [packing] if training else packing.blocks(1 << max(1, _BYTES_AT_ONCE // row).bit_length() - 1)
         whole = len(blocks) == 1 and packing.indices is None
@@ -801,8 +802,8 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """``labels`` (B, L): the word at each masked position, -100 elsewhere. Logits are (B, L, V), and None
-        while training with labels: there nothing but the loss at the labelled positions is computed."""
+        """``labels`` (B, L): the word at each masked position, -100 elsewhere. Logits are (B, L, V), and None while training
+        with labels."""
         outputs = self.minibert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
