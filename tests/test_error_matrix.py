@@ -528,7 +528,6 @@ ELSE = {
     ("hub convert", own_code): "is of the family evil, which cannot be converted. Convertible are bert",
     ("hub export", own_code): "no MiniBERT but evil; it needs no export",
     ("hub export onnx", own_code): "no MiniBERT but evil; it needs no export",
-    ("plot tokens", damaged_configuration): "config file at 'model/config.json' is not a valid JSON file",
     ("hub verify", absent): "no model folder model .*give a folder, or owner/name",
     ("hub verify", empty_folder): "no config.json; of a run, name the folder of a stage",
     ("hub verify", only_a_pickle): "can run code when opened; .*delete them",
