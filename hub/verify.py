@@ -350,6 +350,8 @@ def _modules(model: _Model) -> str:
 
 def _code(model: _Model) -> str:
     code = model.code
+    if code.state == "none" and model.raw.get("auto_map"):
+        raise ValueError("config.json names code (auto_map) that is not in the folder; hub push publishes the model with it.")
     if code.state == "none":
         return "It brings no code."
     if code.state == "ours":

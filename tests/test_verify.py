@@ -254,6 +254,12 @@ def test_code_that_only_a_name_leads_to(folder, opened, name, fields, reason):
     assert reason in failures(folder, opens=True)["code"] and not opened
 
 
+def test_code_that_is_named_but_not_there(folder, opened):
+    for file in folder.glob("*.py"):
+        file.unlink()
+    assert "names code (auto_map) that is not in the folder" in failures(folder, opens=True)["code"] and not opened
+
+
 def test_code_in_modules_and_further_files(folder, opened):
     modules = json.loads((folder / "modules.json").read_text())
     modules[2]["type"] = "custom.Module"
