@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,15 @@ def test_a_vector_is_the_text_s_alone(encoder, texts, chance):
     # And as sentence-transformers batches, with padding.
     theirs = encoder.model.encode(texts, batch_size=5, normalize_embeddings=True, show_progress_bar=False)
     np.testing.assert_allclose(theirs, alone, atol=1e-5, rtol=0)
+
+
+def test_eight_threads_with_one_encoder_get_what_one_gets(encoder):
+    texts = [[f"{'fox ' * (number % 7)}{thread} {number}" for number in range(30)] for thread in range(8)]
+    alone = [encoder.encode(some) for some in texts]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for together, expected in zip(pool.map(encoder.encode, texts), alone, strict=True):
+                np.testing.assert_array_equal(together, expected)
 
 
 @settings(max_examples=30)
