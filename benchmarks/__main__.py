@@ -66,6 +66,7 @@ def transfer(
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of training.")] = "bf16",
     pair_batch: Annotated[int, typer.Option(help="Questions and passages in a step of the retrieval task.")] = 128,
     pair_steps: Annotated[int | None, typer.Option(help="Steps of the retrieval task; unset means one pass.")] = None,
+    pair_rate: Annotated[float, typer.Option(help="Learning rate of the retrieval task.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Seed of new weights and of the order of rows.")] = 0,
 ) -> None:
     """The same fine-tuning with and without pretraining, and from BertModel with the pretrained weights.
@@ -81,6 +82,7 @@ def transfer(
         precision=precision,
         pair_batch=pair_batch,
         pair_steps=pair_steps,
+        pair_rate=pair_rate,
         seed=seed,
     )
 

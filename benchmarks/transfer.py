@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
@@ -45,6 +44,7 @@ def run(
     precision: str,
     pair_batch: int,
     pair_steps: int | None,
+    pair_rate: float,
     seed: int,
 ) -> None:
     """Fine-tune on every task from every start, print each result and write ``out``; finished runs of ``out`` are kept."""
@@ -53,7 +53,10 @@ def run(
     results: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"runs": []}
     results |= {"benchmark": "transfer", "machine": describe()}
     folders = _starts(pretrained, work / "starts", starts, seed)
-    options = {"precision": precision, "pair_batch": pair_batch, "pair_steps": pair_steps, "seed": seed}
+    options = {
+        **{"precision": precision, "pair_batch": pair_batch, "pair_steps": pair_steps, "pair_rate": pair_rate},
+        "seed": seed,
+    }
     for task in tasks:
         for start in starts:
             if any((done["task"], done["start"], done["seed"]) == (task, start, seed) for done in results["runs"]):
@@ -80,11 +83,8 @@ def _starts(pretrained: Path, work: Path, starts: list[str], seed: int) -> dict[
     if "bert" in starts:
         names = {name: getattr(config, name) for name in BertConfig.__annotations__ if hasattr(config, name)}
         theirs = BertModel(BertConfig(**names))
-        weights = load_file(pretrained / "model.safetensors")
-        bare = {key.removeprefix("minibert."): value for key, value in weights.items() if key.startswith("minibert.")}
-        encoder = {FAMILIES["bert"].theirs(key, "Model"): value for key, value in bare.items()}
-        missing = theirs.load_state_dict(encoder, strict=False)
-        assert not missing.unexpected_keys and all("pooler" in key for key in missing.missing_keys), missing
+        state = MiniBertModel.from_pretrained(pretrained).state_dict()
+        theirs.load_state_dict({FAMILIES["bert"].theirs(key, "Model"): value for key, value in state.items()}, strict=True)
         theirs.save_pretrained(folders["bert"])
         tokenizer.save_pretrained(folders["bert"])
     return folders
@@ -131,7 +131,7 @@ def _retrieval(data: Path, context: StageContext, options: dict[str, Any]) -> di
     stage = EmbedStage(
         kind="embed",
         data=sources(data, questions * QUESTIONS_READ + TITLES, "train"),
-        **{"learning_rate": 5e-4, "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.0, "pooling": "mean"},
+        **{"learning_rate": options["pair_rate"], "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.0, "pooling": "mean"},
         **{"precision": options["precision"], "batch_size": options["pair_batch"], "max_steps": options["pair_steps"]},
         one_source_per_batch=True,
         save_steps=200,
