@@ -26,6 +26,7 @@ from minibert.hub.safetensors_check import check_paths, check_weights
 TOLERANCE = 1e-6
 SHARD_SIZE = "5GB"
 CODE = tuple(Path(str(module.__file__)) for module in (configuration_minibert, modeling_minibert))
+CODE_LICENCE = "LICENSE.minibert"
 # Fields that say where a file lay or how it was opened on this machine.
 _OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
 _TEXTS = (".json", ".txt", ".md", ".yaml", ".py", ".jinja")
@@ -413,7 +414,7 @@ def build(
         _shard(temporary, max_shard_size)
         for name in ("config.json", "tokenizer_config.json"):
             _forget_this_machine(temporary / name)
-        shutil.copy(_licence(source), temporary / "LICENSE")
+        _write_licences(source, temporary, with_code=not as_bert)
         (temporary / "README.md").write_text(build_card(temporary, repo_id, origin=source, **fields), encoding="utf-8")
         record.write(record.read(source), temporary, fields)
         check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
@@ -484,10 +485,15 @@ def _forget_this_machine(file: Path) -> None:
         file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _licence(source: Path) -> Path:
-    """The licence in ``source``, else that of this package, under which its code travels."""
+def _write_licences(source: Path, target: Path, with_code: bool) -> None:
+    """The model's own licence, which only its publisher can give, and beside our code ours, which is of the code alone."""
     if (source / "LICENSE").exists():
-        return source / "LICENSE"
+        shutil.copy(source / "LICENSE", target / "LICENSE")
+    if with_code:
+        shutil.copy(_code_licence(), target / CODE_LICENCE)
+
+
+def _code_licence() -> Path:
     beside = CODE[0].with_name("LICENSE")
     if beside.exists():
         return beside

@@ -120,14 +120,14 @@ def run(hub_server):
 def test_a_push_is_one_commit_of_a_complete_folder(pushed):
     files = pushed.server.files("ann/model")
     module_files = {"modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
-    written = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE"}
+    written = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE.minibert"}
     written |= {"record.json"}  # of the licence and the language, which only the publisher knows
     assert set(files) - {"2_Normalize/config.json"} == {*CODE, *module_files, *written, ".gitattributes"}
     config = json.loads(files["config.json"])
     assert config["auto_map"] == minibert.configuration_minibert.AUTO_MAP
     for name in CODE:
         assert files[name] == Path(minibert.modeling_minibert.__file__).with_name(name).read_bytes()
-    assert files["LICENSE"].startswith(b"MIT License")
+    assert files["LICENSE.minibert"].startswith(b"MIT License")  # of the code; that of the weights is for their owner to give
     assert (
         b"license: mit" in files["README.md"]
         and b'SentenceTransformer("ann/model", trust_remote_code=True)' in files["README.md"]
@@ -226,9 +226,19 @@ def test_as_bert_needs_no_code(source, tmp_path):
     assert not list((tmp_path / "built").rglob("*.py"))
     assert json.loads((tmp_path / "built" / "config.json").read_text())["model_type"] == "bert"
     assert "trust_remote_code" not in (tmp_path / "built" / "README.md").read_text()
+    assert not list((tmp_path / "built").glob("LICENSE*"))  # no code of ours, so nothing that our licence is of
     texts = ["the quick fox", "a short text ."]
     ours, plain = (SentenceTransformer(str(folder)).encode(texts) for folder in (source, tmp_path / "built"))
     assert abs(ours - plain).max() < 1e-5
+
+
+def test_the_owners_licence_travels_with_the_model(source, tmp_path):
+    own = shutil.copytree(source, tmp_path / "own")
+    (own / "LICENSE").write_text("Whoever may read this may use it.")
+    for as_bert, names in ((False, {"LICENSE", "LICENSE.minibert"}), (True, {"LICENSE"})):
+        build(own, tmp_path / str(as_bert), repo_id="ann/model", as_bert=as_bert)
+        assert {file.name for file in (tmp_path / str(as_bert)).glob("LICENSE*")} == names
+        assert (tmp_path / str(as_bert) / "LICENSE").read_text() == "Whoever may read this may use it."
 
 
 def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
