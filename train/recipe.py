@@ -349,8 +349,13 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
     whole = {"name": recipe.name, "seed": recipe.seed, "stages": [_dump(stage) for stage in recipe.stages]}
+    _write(record, to_yaml(whole))
+
+
+def to_yaml(whole: dict[str, Any]) -> str:
+    """A recipe as it is kept: readable, and read back as the same."""
     readable = "\x85" not in json.dumps(whole, ensure_ascii=False)  # an end of line that PyYAML reads back as a space
-    _write(record, yaml.safe_dump(whole, sort_keys=False, allow_unicode=readable))
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=readable)
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
