@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -378,7 +379,7 @@ class _Tokenizer:
         limit = _CHARACTERS_PER_TOKEN * self.max_length
         if fast.pre_tokenizer is None or self.tokenizer.truncation_side != "right":
             limit = sys.maxsize  # what stands far behind may matter
-        with self._threads():
+        with contextlib.nullcontext() if self.parallel else _one_thread:
             encodings: list[Any] = fast.encode_batch_fast([self.prompt + _start(text, limit) for text in texts])
         short = [row for row, text in enumerate(texts) if len(text) > limit and len(encodings[row]) < self.max_length]
         while short:  # of a text of long words or much white space, more is needed
@@ -389,18 +390,29 @@ class _Tokenizer:
             short = [row for row in short if len(texts[row]) > limit and len(encodings[row]) < self.max_length]
         return encodings
 
-    @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Tokenize in one thread where the process has but one to compute with, as when several share a machine: by itself the
-        library takes one for every core. Whoever set its variable is obeyed."""
-        if self.parallel or _PARALLELISM in os.environ:
-            yield
-            return
-        os.environ[_PARALLELISM] = "false"
-        try:
-            yield
-        finally:
-            del os.environ[_PARALLELISM]
+
+class _OneThread:
+    """While any thread of this process is in it, the library tokenizes in one thread: by itself it takes one for every core,
+    also where the process has but one to compute with, as when several share a machine. Whoever set its variable is obeyed."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._set = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside and _PARALLELISM not in os.environ:
+                os.environ[_PARALLELISM], self._set = "false", True
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._set:
+                os.environ.pop(_PARALLELISM, None)
+                self._set = False
+
+
+_one_thread = _OneThread()
 
 
 def _start(text: str, limit: int) -> str:

@@ -262,6 +262,24 @@ def test_whoever_asks_one_thread_computes(folders, monkeypatch):
     assert np.array_equal(encoder.encode(TEXTS), found[0]) and len(seen) == 2
 
 
+def test_the_variable_of_the_tokenizer_is_gone_when_the_last_of_many_threads_leaves(folders, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    inside, seen = threading.Barrier(4, timeout=60), []
+
+    def start(text, limit):
+        inside.wait()  # all four are tokenizing
+        seen.append(os.environ.get("TOKENIZERS_PARALLELISM"))
+        return text
+
+    monkeypatch.setattr(module, "_start", start)
+    encoder = Encoder(assemble(folders / "search-8x768"))
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            list(pool.map(encoder.encode, [["the cat"]] * 4))
+    assert set(seen) == {"false"} and "TOKENIZERS_PARALLELISM" not in os.environ
+
+
 @pytest.mark.parametrize(
     ("able", "expected"),
     [({"avx512_bf16": True, "avx2": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32"), ({}, "float32")],
