@@ -55,8 +55,15 @@ def train(
 
 @app.command()
 def transfer(
-    data: Annotated[Path, typer.Option(help="Folder with the data sets named in benchmarks/transfer.py, one folder each.")],
-    pretrained: Annotated[Path, typer.Option(help="Folder of a pretrained MiniBERT with its tokenizer.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder with the data sets named in benchmarks/transfer.py, one folder each."
+        ),
+    ],
+    pretrained: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of a pretrained MiniBERT with its tokenizer.")
+    ],
     out: Annotated[Path, typer.Option(help="JSON file to write; runs it already holds are not repeated.")] = Path(
         "transfer.json"
     ),
@@ -282,9 +289,14 @@ def soak(
 
 @app.command()
 def distil(
-    data: Annotated[Path, typer.Option(help="Folder with the folders stsb, natural_questions_qed and squad_sentences.")],
-    teacher: Annotated[Path, typer.Option(help="Folder of the teacher, an embedding MiniBERT.")],
-    student: Annotated[list[Path], typer.Option(help="Folder of a student; repeat it.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder with the folders stsb, natural_questions_qed and squad_sentences."
+        ),
+    ],
+    teacher: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the teacher, an embedding MiniBERT.")],
+    student: Annotated[list[Path], typer.Option(exists=True, file_okay=False, help="Folder of a student; repeat it.")],
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("distil.json"),
     queries: Annotated[int | None, typer.Option(help="Validation queries per retrieval set; unset means all.")] = None,
     limit: Annotated[int, typer.Option(help="Texts that are encoded for the speed.")] = 500,
@@ -301,8 +313,15 @@ def distil(
 
 @app.command()
 def finetune(
-    data: Annotated[Path, typer.Option(help="Folder with the pairs named in benchmarks/train.py and stsb, one folder each.")],
-    model: Annotated[Path, typer.Option(help="Folder of a sentence-transformers model of the BERT family.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder with the pairs named in benchmarks/train.py and stsb, one folder each."
+        ),
+    ],
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of a sentence-transformers model of the BERT family.")
+    ],
     out: Annotated[Path, typer.Option(help="JSON file to write; runs it already holds are not repeated.")] = Path(
         "finetune.json"
     ),

@@ -12,17 +12,14 @@ from typing import Any
 
 import transformers
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig
 
 from benchmarks.encode import read_texts
 from benchmarks.machine import describe
-from benchmarks.train import sources
-from minibert.data.load import load
+from benchmarks.train import held_out_figures
 from minibert.inference.encode import Encoder
-from minibert.inference.evaluate import evaluate
 
 # Validation data, and the figure that a student is to keep.
-KEPT = {"stsb": "spearman", "natural_questions_qed": "ndcg@10", "squad_sentences": "ndcg@10"}
+KEPT = {"stsb": ("spearman",), "natural_questions_qed": ("ndcg@10",), "squad_sentences": ("ndcg@10",)}
 
 
 def run(data: Path, teacher: Path, students: list[Path], out: Path, *, queries: int | None, limit: int, repeats: int) -> None:
@@ -32,7 +29,8 @@ def run(data: Path, teacher: Path, students: list[Path], out: Path, *, queries: 
     rows: list[dict[str, Any]] = [{"model": _name(folder), "role": "student"} for folder in folders]
     rows[0]["role"] = "teacher"
     for row, folder in zip(rows, folders, strict=True):
-        row |= _sizes(folder) | _figures(data, folder, queries)
+        encoder = SentenceTransformer(str(folder), device="cpu")
+        row |= _sizes(encoder) | held_out_figures(data, encoder, KEPT, queries=queries)
         row |= {f"{name}_kept": row[name] / rows[0][name] for name in _figure_names()}
     for row, seconds in zip(rows, _seconds(folders, limit, repeats), strict=True):
         row["texts_per_second"] = limit / statistics.median(seconds)
@@ -50,28 +48,13 @@ def _name(folder: Path) -> str:
 
 
 def _figure_names() -> list[str]:
-    return [f"{name}_{figure}" for name, figure in KEPT.items()]
+    return [f"{name}_{figure}" for name, figures in KEPT.items() for figure in figures]
 
 
-def _figures(data: Path, folder: Path, queries: int | None) -> dict[str, float]:
-    encoder = SentenceTransformer(str(folder), device="cpu")
-    figures = {}
-    for name, figure in KEPT.items():
-        limit = queries if figure.startswith("ndcg") else None
-        found = evaluate(encoder, load(sources(data, (name,), "validation")), limit=limit, baselines=False)
-        figures[f"{name}_{figure}"] = found["systems"]["model"][figure]
-    return figures
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    model = SentenceTransformer(str(folder), device="cpu")[0].auto_model
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    layers = sum(parameter.numel() for parameter in model.layers.parameters())
-    return {
-        "layers": AutoConfig.from_pretrained(folder).num_hidden_layers,
-        "parameters": everything,
-        "encoder_parameters": layers,
-    }
+def _sizes(encoder: SentenceTransformer) -> dict[str, int]:
+    model = encoder[0].auto_model
+    everything, layers = (sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.layers))
+    return {"layers": model.config.num_hidden_layers, "parameters": everything, "encoder_parameters": layers}
 
 
 def _seconds(folders: list[Path], limit: int, repeats: int) -> list[list[float]]:

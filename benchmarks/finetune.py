@@ -14,13 +14,12 @@ from typing import Any
 
 import datasets
 import transformers
+import typer
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 
 from benchmarks.machine import describe
-from benchmarks.train import PAIRS, RETRIEVAL, sources
-from minibert.data.load import load
+from benchmarks.train import PAIRS, RETRIEVAL, held_out_figures, sources
 from minibert.hub.convert import convert
-from minibert.inference.evaluate import evaluate
 from minibert.train.arguments import EmbedStage
 from minibert.train.embed import _loss, _trainer_arguments, embed, training_pairs
 from minibert.train.recipe import load_recipe
@@ -45,6 +44,8 @@ def run(
     datasets.disable_progress_bars()
     results: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"runs": []}
     options = {"paired_steps": paired_steps, "steps": steps, "batch": batch, "precision": precision, "queries": queries}
+    if results.get("options", options) != options:
+        raise typer.BadParameter(f"{out} holds runs with other options ({results['options']}); give those, or another --out.")
     results |= {"benchmark": "finetune", "machine": describe(), "options": options}
     start = work / "start"
     if not start.exists():
@@ -107,12 +108,8 @@ def _train_theirs(stage: EmbedStage, folder: Path, seed: int, model: Path) -> fl
 def _measure(data: Path, folder: Path, queries: int | None) -> dict[str, float]:
     """MRR@10 on the four retrieval sets and Spearman's correlation on STS-B, all validation."""
     encoder = SentenceTransformer(str(folder), device="cpu")
-    figures = {}
-    for name in RETRIEVAL:
-        found = evaluate(encoder, load(sources(data, (name,), "validation")), limit=queries, baselines=False)
-        figures[f"{name}_mrr@10"] = found["systems"]["model"]["mrr@10"]
-    found = evaluate(encoder, load(sources(data, ("stsb",), "validation")), baselines=False)
-    return figures | {"stsb_spearman": found["systems"]["model"]["spearman"]}
+    wanted = {**dict.fromkeys(RETRIEVAL, ("mrr@10",)), "stsb": ("spearman",)}
+    return held_out_figures(data, encoder, wanted, queries=queries)
 
 
 def _ratios(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ PAIRS = (
     *("wiki_sections", "wiki_leads", "reuters_titles", "scitldr", "tldr_pages"),
 )
 RETRIEVAL = ("natural_questions_qed", "squad_sentences", "medquad", "wiki_sections")
+RETRIEVAL_FIGURES = dict.fromkeys(RETRIEVAL, ("mrr@10", "recall@10"))
 NLI_BATCH = 32
 
 
@@ -77,7 +78,7 @@ def run(data: Path, out: Path, work: Path, *, preset: str, seeds: int, only_ours
             sides.insert(seed % 2, ("bert", _train_theirs))
         for side, train in sides:
             figures = {"system": side, "seed": seed, **train(data, folder, work / "tokenizer", seed, **options)}
-            figures |= _measure(data, folder / side, queries, RETRIEVAL if options["pair_steps"] else ())
+            figures |= _measure(data, folder / side, queries, bool(options["pair_steps"]))
             results["runs"].append(figures)
             if "baselines" not in results and options["pair_steps"]:
                 results["baselines"] = _baselines(data, folder / side, queries)
@@ -88,6 +89,23 @@ def run(data: Path, out: Path, work: Path, *, preset: str, seeds: int, only_ours
 
 def sources(data: Path, names: tuple[str, ...], split: str) -> list[DataSource]:
     return [DataSource(path=str(data / name), split=split) for name in names]
+
+
+def held_out_figures(
+    data: Path, encoder: SentenceTransformer, wanted: dict[str, tuple[str, ...]], queries: int | None = None
+) -> dict[str, float]:
+    """Figures of ``encoder`` on validation splits, as ``NAME_FIGURE``.
+
+    Args:
+        wanted: names of figures by data set.
+        queries: of retrieval sets only the first so many are asked.
+    """
+    figures = {}
+    for name, keys in wanted.items():
+        limit = queries if "spearman" not in keys else None
+        found = evaluate(encoder, load(sources(data, (name,), "validation")), limit=limit, baselines=False)
+        figures |= {f"{name}_{key}": found["systems"]["model"][key] for key in keys}
+    return figures
 
 
 def _tokenizer(data: Path, folder: Path, max_length: int) -> Any:
@@ -204,14 +222,13 @@ def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **option
     return {"nli_seconds": between - started, "pairs_seconds": time.perf_counter() - between}
 
 
-def _measure(data: Path, folder: Path, queries: int, retrieval: tuple[str, ...]) -> dict[str, float]:
+def _measure(data: Path, folder: Path, queries: int, retrieval: bool) -> dict[str, float]:
     """Accuracy on SNLI validation, and retrieval among the distinct answers of each validation split."""
     snli = evaluate(folder / "nli", load(sources(data, ("snli",), "validation")))
     figures = {"snli_accuracy": snli["systems"]["model"]["accuracy"]}
-    encoder = SentenceTransformer(str(folder / "pairs"), device="cpu") if retrieval else None
-    for name in retrieval:
-        found = evaluate(encoder, load(sources(data, (name,), "validation")), limit=queries, baselines=False)
-        figures |= {f"{name}_{key}": found["systems"]["model"][key] for key in ("mrr@10", "recall@10")}
+    if retrieval:
+        encoder = SentenceTransformer(str(folder / "pairs"), device="cpu")
+        figures |= held_out_figures(data, encoder, RETRIEVAL_FIGURES, queries=queries)
     return figures
 
 

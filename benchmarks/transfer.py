@@ -14,15 +14,13 @@ import datasets
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.machine import describe
-from benchmarks.train import NLI, PAIRS, RETRIEVAL, sources
+from benchmarks.train import NLI, PAIRS, RETRIEVAL_FIGURES, held_out_figures, sources
 from minibert import MiniBertModel
-from minibert.data.load import load
-from minibert.hub.families import FAMILIES
-from minibert.inference.evaluate import evaluate
-from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage, TagStage
+from minibert.hub.export import export
+from minibert.train.arguments import ClassifyStage, EmbedStage, TagStage
 from minibert.train.classify import classify
 from minibert.train.embed import embed
 from minibert.train.stage import StageContext
@@ -53,19 +51,18 @@ def run(
     results: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"runs": []}
     results |= {"benchmark": "transfer", "machine": describe()}
     folders = _starts(pretrained, work / "starts", starts, seed)
-    options = {
-        **{"precision": precision, "pair_batch": pair_batch, "pair_steps": pair_steps, "pair_rate": pair_rate},
-        "seed": seed,
-    }
+    pairs = {"pair_batch": pair_batch, "pair_steps": pair_steps, "pair_rate": pair_rate}
+    options = {"precision": precision, **pairs, "seed": seed}
     for task in tasks:
         for start in starts:
-            if any((done["task"], done["start"], done["seed"]) == (task, start, seed) for done in results["runs"]):
+            wanted = {"task": task, "start": start, **options}
+            if any(wanted.items() <= done.items() for done in results["runs"]):
                 continue
             folder = work / f"{task}-{start}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             started = time.perf_counter()
             figures = TASKS[task](data, StageContext(folder, seed, str(folders[start]), str(folders[start])), options)
-            figures = {"task": task, "start": start, **options, "seconds": round(time.perf_counter() - started, 1), **figures}
+            figures = {**wanted, "seconds": round(time.perf_counter() - started, 1), **figures}
             results["runs"].append(figures)
             print(json.dumps(figures), flush=True)
             out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -81,12 +78,8 @@ def _starts(pretrained: Path, work: Path, starts: list[str], seed: int) -> dict[
         MiniBertModel(config).save_pretrained(folders["new"])
         tokenizer.save_pretrained(folders["new"])
     if "bert" in starts:
-        names = {name: getattr(config, name) for name in BertConfig.__annotations__ if hasattr(config, name)}
-        theirs = BertModel(BertConfig(**names))
-        state = MiniBertModel.from_pretrained(pretrained).state_dict()
-        theirs.load_state_dict({FAMILIES["bert"].theirs(key, "Model"): value for key, value in state.items()}, strict=True)
-        theirs.save_pretrained(folders["bert"])
-        tokenizer.save_pretrained(folders["bert"])
+        shutil.rmtree(folders["bert"], ignore_errors=True)
+        export(pretrained, folders["bert"])  # which names what BERT lacks, such as rotary positions
     return folders
 
 
@@ -138,11 +131,7 @@ def _retrieval(data: Path, context: StageContext, options: dict[str, Any]) -> di
     )
     metrics = embed(stage, context)
     encoder = SentenceTransformer(str(context.output_dir), device="cuda" if torch.cuda.is_available() else "cpu")
-    figures = {"steps": metrics["steps"]}
-    for name in RETRIEVAL:
-        found = evaluate(encoder, load([DataSource(path=str(data / name), split="validation")]), limit=1500, baselines=False)
-        figures |= {f"{name}_{key}": found["systems"]["model"][key] for key in ("mrr@10", "recall@10")}
-    return figures
+    return {"steps": metrics["steps"], **held_out_figures(data, encoder, RETRIEVAL_FIGURES, queries=1500)}
 
 
 TASKS = {"nli": _nli, "sst2": _sst2, "conll": _conll, "retrieval": _retrieval}

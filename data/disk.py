@@ -1,13 +1,17 @@
-"""What all who write here ask of a disk: one writer in a folder, what is written is kept, and trouble said in one sentence."""
+"""What all who write here share: one writer in a folder, what is written is kept and read back as it was, and trouble with the
+disk is said in one sentence."""
 
 import contextlib
 import errno
+import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 fcntl: ModuleType | None
@@ -82,3 +86,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def to_yaml(value: dict[str, Any]) -> str:
+    """A recipe as text that people can read, and that is read back as the same.
+
+    >>> yaml.safe_load(to_yaml({"path": "\x85.csv"}))
+    {'path': '\x85.csv'}
+    """
+    readable = "\x85" not in json.dumps(value, ensure_ascii=False)  # an end of line that PyYAML reads back as a space
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=readable)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from minibert.data.disk import to_yaml
 from minibert.hub.remote import sha256
 
 # What a published model keeps of its record; its recipe lies beside it.
@@ -84,7 +85,7 @@ def read(folder: Path) -> Record:
         return _published(folder) or record
     stages = recipe["stages"]
     number = int(folder.resolve().name.partition("-")[0]) - 1
-    record.recipe = yaml.safe_dump(_public(recipe, {stage["name"] for stage in stages}), sort_keys=False, allow_unicode=True)
+    record.recipe = to_yaml(_public(recipe, {stage["name"] for stage in stages}))
     path = _ancestors(stages, number)
     record.stages = [stages[at] for at in path]
     run = folder.resolve().parent

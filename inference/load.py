@@ -87,7 +87,7 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
         folder = _download(str(model))
     check_paths(folder)
     encoder = _encoder_folder(folder)
-    config = _read_json(encoder / "config.json")
+    config = read_json(encoder / "config.json")
     check_weights(encoder)
     if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the model's tokenizer into it.")
@@ -122,13 +122,18 @@ def _download(model: str) -> Path:
 def _encoder_folder(folder: Path) -> Path:
     """Where the transformer lies: ``folder`` itself, or the folder of the first module of a sentence-transformers model."""
     if (folder / "modules.json").exists():
-        return folder / str(_read_json(folder / "modules.json")[0]["path"])
+        return folder / str(read_json(folder / "modules.json")[0]["path"])
     if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
         raise FileNotFoundError(f"{folder} is not a model folder, but holds some; give one of {', '.join(stages)} in it.")
     return folder
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """What a file of a model folder holds.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing or damaged; says what to do.
+    """
     if not file.exists():
         raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
     try:
@@ -176,7 +181,7 @@ def fingerprint(model: Path) -> str:
 
     Two folders of the same content have the same one, wherever they lie.
     """
-    modules = _read_json(model / "modules.json") if (model / "modules.json").exists() else []
+    modules = read_json(model / "modules.json") if (model / "modules.json").exists() else []
     folders = sorted({model, *(model / module["path"] for module in modules)})
     digest = hashlib.sha256()
     for folder in folders:

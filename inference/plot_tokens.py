@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minibert.inference.load import _read_json, find_model
+from minibert.inference.load import find_model, read_json
 from minibert.inference.plot_page import INK, UNKNOWN, Picture, check_text, hover, markup, name_of, plain, token_labels
 
 # Characters that a line of boxes holds, and tokens that a picture holds.
@@ -199,5 +199,5 @@ def _open_tokenizer(model: str | Path, trust_remote_code: bool) -> PreTrainedTok
         folder = find_model(model, trust_remote_code=trust_remote_code)
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         if (folder / name).exists():
-            _read_json(folder / name)  # which says what is damaged, where transformers would not
+            read_json(folder / name)  # which says what is damaged, where transformers would not
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

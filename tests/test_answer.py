@@ -242,7 +242,7 @@ def test_windows_compete_and_their_lowest_null_score_counts(tokenizer):
 
     class TwoNulls(Oracle):
         def forward(self, input_ids, **others):
-            output = super().forward(input_ids, **others)
+            output = super().forward(input_ids, **others)  # of the parent: calling the module would come back here
             holds = (input_ids == ids["rome"]).any(dim=1)
             output.start_logits[:, 0] = torch.where(holds, 1.0, 30.0)
             return output

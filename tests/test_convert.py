@@ -355,7 +355,7 @@ def test_folders_that_are_refused(tmp_path):
     (tmp_path / "source" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="holds no model.safetensors"):
         convert(tmp_path / "source", tmp_path / "out")
-    torch.save(model.state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    torch.save(model.state_dict(), tmp_path / "source" / "pytorch_model.bin")  # to be refused unopened
     with pytest.raises(ValueError, match=r"only as a pickle \(pytorch_model.bin\).*save_pretrained"):
         convert(tmp_path / "source", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no model folder"):

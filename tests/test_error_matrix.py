@@ -267,7 +267,7 @@ class Bomb:
 
 def only_a_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))  # written for every command to refuse unopened
 
 
 def own_code(folder: Path) -> None:

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
+from minibert.data.disk import to_yaml
 from minibert.inference.encode import Encoder
 from minibert.train import arguments
-from minibert.train.recipe import _KINDS, _dump, load_recipe, to_yaml
+from minibert.train.recipe import _KINDS, _dump, load_recipe
 
 # Where a machine decides whether a change is good it must decide the same tomorrow; elsewhere every run looks further.
 settings.register_profile("minibert", deadline=None, derandomize="CI" in os.environ, database=None)

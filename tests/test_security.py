@@ -245,7 +245,7 @@ def test_large_headers_take_little_memory(tmp_path):
 
 
 class Bomb:
-    """Unpickled, it writes a file."""
+    """Unpickled, it writes a file, which shows that it was: the pickles that tests write are there to be refused."""
 
     def __init__(self, file):
         self.file = str(file)

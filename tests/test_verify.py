@@ -109,7 +109,7 @@ def test_plain_models_are_known_too(built, tmp_path, tiny):
 
 def test_pickles_are_named_and_nothing_else_is_looked_at(folder, opened):
     (folder / "checkpoints").mkdir()
-    torch.save({}, folder / "checkpoints" / "optimizer.pt")
+    torch.save({}, folder / "checkpoints" / "optimizer.pt")  # to be refused unopened
     found = verify.verify(folder)
     assert not found.ok and found.checks[0].text.startswith("checkpoints/optimizer.pt can run code when opened")
     assert {check.name for check in found.checks if check.state == "skipped"} >= {"weights", "tensors", "opens"}

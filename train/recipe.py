@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from minibert.data import disk
 from minibert.data.source import DataSource
 from minibert.train.arguments import (
     AnswerStage,
@@ -132,7 +133,8 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     keys = target.split(".")
     place: Any = raw
     if len(keys) > 1:
-        stages = [stage for stage in raw.get("stages") or [] if isinstance(stage, dict)]
+        listed = raw.get("stages")
+        stages = [stage for stage in listed if isinstance(stage, dict)] if isinstance(listed, list) else []
         names = [str(stage.get("name") or stage.get("kind")) for stage in stages]
         if keys[0] not in names:
             return f"override {override!r} names no stage of this recipe; its stages are {', '.join(names)}."
@@ -349,13 +351,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
     whole = {"name": recipe.name, "seed": recipe.seed, "stages": [_dump(stage) for stage in recipe.stages]}
-    _write(record, to_yaml(whole))
-
-
-def to_yaml(whole: dict[str, Any]) -> str:
-    """A recipe as it is kept: readable, and read back as the same."""
-    readable = "\x85" not in json.dumps(whole, ensure_ascii=False)  # an end of line that PyYAML reads back as a space
-    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=readable)
+    _write(record, disk.to_yaml(whole))
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
