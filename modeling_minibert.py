@@ -113,8 +113,8 @@ _LARGE_SCORES = 2**18
 def rounded(count: int) -> int:
     """The next number with at most five significant bits, at most a sixteenth larger.
 
-    On a CPU, products in half precision are compiled for every number of rows, which takes time and memory that is never
-    given back: batches of ever new sizes are better rounded up to few.
+    On a CPU, GELU and the products in half precision are compiled for every number of rows and kept, among memory that is
+    freed all the time and then cannot be given back: batches of ever new sizes are better rounded up to few.
 
     >>> [rounded(count) for count in (7, 31, 33, 1472, 1473, 8000)]
     [7, 31, 34, 1472, 1536, 8192]
@@ -177,28 +177,20 @@ class Packing:
     Args:
         indices: (T,) rows of the flattened batch, sequence after sequence; None when every row is real and in place.
         lengths: number of tokens of every sequence, in packed order, as Python numbers; None when ``cu_seqlens`` rules.
+            Rows without a meaning follow, ``extra`` of them, up to a :func:`rounded` number of rows.
         cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for variable-length kernels.
         max_length: tokens of the longest sequence.
-        round_up: add rows without a meaning at the end, up to a :func:`rounded` number of rows.
     """
 
-    def __init__(
-        self,
-        indices: Tensor | None,
-        lengths: Sequence[int] | None,
-        cu_seqlens: Tensor | None,
-        max_length: int,
-        round_up: bool = False,
-    ):
+    def __init__(self, indices: Tensor | None, lengths: Sequence[int] | None, cu_seqlens: Tensor | None, max_length: int):
         self.indices, self.cu_seqlens, self.max_length = indices, cu_seqlens, max_length
         self.lengths = lengths = lengths or []
-        self.round_up = round_up
-        self.extra = rounded(sum(lengths)) - sum(lengths) if round_up else 0
+        self.extra = rounded(sum(lengths)) - sum(lengths)
         # (sequences, length to pad to) of every run of nearly equal lengths: a run shares one attention call
         runs = [*runs_of(lengths), *([[self.extra]] if self.extra else [])]
         equal = all(run[0] == run[-1] for run in runs)
         # In half precision torch's attention takes up to twice the time for lengths that are no multiple of 16.
-        self.runs = [(len(run), -(-run[-1] // 16) * 16 if round_up and not equal else run[-1]) for run in runs]
+        self.runs = [(len(run), run[-1] if equal else -(-run[-1] // 16) * 16) for run in runs]
         self.masks: list[Tensor | None] = [None] * len(runs)  # (sequences, 1, 1, length), -inf where a shorter one has ended
         self.slots: Tensor | None = None  # (T,) places of the tokens when every run is padded
         self.sources: Tensor | None = None  # (padded T,) token that stands at each place, 0 for padding
@@ -210,9 +202,7 @@ class Packing:
             self.masks = [None if one.all() else torch.where(one, 0.0, -torch.inf)[:, None, None] for one in real]
 
     @classmethod
-    def from_mask(
-        cls, attention_mask: Tensor | None, batch: int, length: int, device: torch.device, round_up: bool = False
-    ) -> "Packing":
+    def from_mask(cls, attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
         """Pack the True positions of a (B, L) mask; None means that all are real."""
         if device.type != "cpu":
             if attention_mask is None:
@@ -221,25 +211,25 @@ class Packing:
             indices = attention_mask.flatten().nonzero().squeeze(1)  # the only synchronisation of the forward pass
             return cls(indices, None, bounds, length)
         if attention_mask is None or bool(attention_mask.all()):
-            return cls(None, [length] * batch, None, length, round_up)
+            return cls(None, [length] * batch, None, length)
         seqlens = attention_mask.sum(dim=1)
         # On a CPU sequences of nearly equal length share one attention call, so they are packed in order of length.
         order = torch.argsort(seqlens, stable=True)
         slots = attention_mask[order].flatten().nonzero().squeeze(1)
         indices = order[slots // length] * length + slots % length
-        return cls(indices, seqlens[order].tolist(), None, length, round_up)
+        return cls(indices, seqlens[order].tolist(), None, length)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int, round_up: bool = False) -> "Packing":
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int) -> "Packing":
         """Packed ecosystem input: one row that holds the sequences between the bounds ``cu_seqlens``."""
         if cu_seqlens.device.type != "cpu":
             return cls(None, None, cu_seqlens, max_length)
         lengths, order = torch.sort(cu_seqlens.diff(), stable=True)
         if bool((order.diff() > 0).all()):  # sorted already: every row is in place
-            return cls(None, lengths.tolist(), None, max_length, round_up)
+            return cls(None, lengths.tolist(), None, max_length)
         bounds = cu_seqlens.tolist()
         indices = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order.tolist()])
-        return cls(indices, lengths.tolist(), None, max_length, round_up)
+        return cls(indices, lengths.tolist(), None, max_length)
 
     def blocks(self, tokens: int) -> "list[Packing]":
         """The same sequences in blocks of at most so many tokens; a longer sequence is a block of its own."""
@@ -255,7 +245,7 @@ class Packing:
             return [self]
         indices = torch.arange(sum(self.lengths)) if self.indices is None else self.indices
         parts = zip(blocks, indices.split([sum(block) for block in blocks]), strict=True)
-        return [Packing(rows, block, None, block[-1], self.round_up) for block, rows in parts]
+        return [Packing(rows, block, None, block[-1]) for block, rows in parts]
 
     def pack(self, tensor: Tensor) -> Tensor:
         """(B, L, …) -> (T, …), with the extra rows zero."""
@@ -585,13 +575,11 @@ class MiniBertModel(MiniBertPreTrainedModel):
             position_ids = torch.arange(length, device=inputs.device).unsqueeze(0)
         packing = None
         if self._can_pack(inputs, attention_mask, kwargs):
-            half = compute_dtype(self.embeddings.word_embeddings.weight) in (torch.bfloat16, torch.float16)
-            round_up = half and inputs.device.type == "cpu"
             if cu_seq_lens_q is not None:
-                packing = Packing.from_cu_seqlens(cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max()), round_up)
+                packing = Packing.from_cu_seqlens(cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max()))
             else:
                 real = None if attention_mask is None else attention_mask.bool()
-                packing = Packing.from_mask(real, batch, length, inputs.device, round_up)
+                packing = Packing.from_mask(real, batch, length, inputs.device)
         given = (input_ids, token_type_ids, position_ids, inputs_embeds)
         if packing is None:
             embedded = self.embeddings(*given)  # (B, L, C)

@@ -81,7 +81,7 @@ def _attention() -> dict[str, dict[str, Callable[[], None]]]:
     longest = int(lengths.max())
     mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
     packing = Packing(None, lengths.tolist(), None, longest)
-    packed = torch.randn(int(lengths.sum()), 4, 64, requires_grad=True)
+    packed = torch.randn(int(lengths.sum()) + packing.extra, 4, 64, requires_grad=True)
     padded = torch.randn(64, 4, longest, 64, requires_grad=True)
     pieces = {}
     for dropout in (0.0, 0.1):

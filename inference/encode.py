@@ -11,7 +11,6 @@ import ctypes
 import os
 import re
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -216,16 +215,23 @@ class Encoder:
                 yield self._encode_padded(texts)
             return
         waiting: deque[tuple[int, Future[list[Batch]]]] = deque()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize") as thread:
+        worker = _worker("tokenize", os.getpid())
+        try:
             for texts in windows:
-                waiting.append((len(texts), thread.submit(self._tokenizer.batches, texts, self.batch_tokens)))
+                waiting.append((len(texts), worker.submit(self._tokenizer.batches, texts, self.batch_tokens)))
                 if len(waiting) > 1:
-                    count, batches = waiting.popleft()
-                    yield self._compute(batches.result(), count)
-                    trim_memory()
-            for count, batches in waiting:
-                yield self._compute(batches.result(), count)
-                trim_memory()
+                    yield self._next(waiting)
+            while waiting:
+                yield self._next(waiting)
+        finally:  # an error or an interruption leaves windows that nobody asks for any more
+            for _, batches in waiting:
+                batches.cancel()
+
+    def _next(self, waiting: deque[tuple[int, Future[list[Batch]]]]) -> np.ndarray:
+        count, batches = waiting.popleft()
+        vectors = self._compute(batches.result(), count)
+        trim_memory()
+        return vectors
 
     def _encode_padded(self, texts: Sequence[str]) -> np.ndarray:
         _check_texts(texts)
@@ -243,7 +249,7 @@ class Encoder:
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
         """(count, dimension): the vectors of a window, from its batches. A text without a token gets zeros."""
         vectors = torch.zeros(count, self.dimension, device=self.model.device)
-        worker = _worker(str(vectors.device), os.getpid())
+        worker = _worker(f"compute-{vectors.device}", os.getpid())
         for batch in batches:
             vectors[torch.from_numpy(batch.rows).to(vectors.device)] = worker.submit(self._vectors, batch).result()
         if self.normalized:
@@ -272,24 +278,23 @@ class Encoder:
 
 
 @cache
-def _worker(device: str, process: int) -> ThreadPoolExecutor:
-    """The one thread that computes on ``device``, whoever asks: torch takes every core for one batch as it is, and what an
-    allocator keeps it keeps for each thread. A forked process, which has no thread of its parent's, gets its own."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"compute-{device}")
+def _worker(task: str, process: int) -> ThreadPoolExecutor:
+    """The one thread of this process for ``task``, whoever asks: torch takes every core for one batch as it is, and so does the
+    tokenizer, while what an allocator keeps free it keeps for each thread. A forked process, which has no thread of its
+    parent's, gets its own."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=task)
 
 
-def trim_memory() -> bool:
-    """Hand back to the system what the allocator keeps free, at most every ``TRIM_SECONDS``; whether it was done.
+def trim_memory() -> None:
+    """Hand back to the system what the allocator keeps free, at most every ``TRIM_SECONDS``.
 
-    Tensors of ever other sizes leave holes between them that glibc keeps: a process that encoded for an hour held three times
-    the memory that it needed. Other allocators are left alone.
+    Tensors of ever other sizes leave holes between them, which glibc keeps (``benchmarks/soak.py`` shows it); other
+    allocators are left alone.
     """
     global _trimmed
-    if _malloc_trim is None or time.monotonic() - _trimmed < TRIM_SECONDS:
-        return False
-    _trimmed = time.monotonic()
-    _malloc_trim(0)
-    return True
+    if _malloc_trim is not None and time.monotonic() - _trimmed >= TRIM_SECONDS:
+        _trimmed = time.monotonic()
+        _malloc_trim(0)
 
 
 def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
@@ -379,7 +384,7 @@ class _Tokenizer:
         limit = _CHARACTERS_PER_TOKEN * self.max_length
         if fast.pre_tokenizer is None or self.tokenizer.truncation_side != "right":
             limit = sys.maxsize  # what stands far behind may matter
-        with contextlib.nullcontext() if self.parallel else _one_thread:
+        with contextlib.nullcontext() if self.parallel else _one_thread():
             encodings: list[Any] = fast.encode_batch_fast([self.prompt + _start(text, limit) for text in texts])
         short = [row for row, text in enumerate(texts) if len(text) > limit and len(encodings[row]) < self.max_length]
         while short:  # of a text of long words or much white space, more is needed
@@ -391,28 +396,18 @@ class _Tokenizer:
         return encodings
 
 
-class _OneThread:
-    """While any thread of this process is in it, the library tokenizes in one thread: by itself it takes one for every core,
-    also where the process has but one to compute with, as when several share a machine. Whoever set its variable is obeyed."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._set = threading.Lock(), 0, False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside and _PARALLELISM not in os.environ:
-                os.environ[_PARALLELISM], self._set = "false", True
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside and self._set:
-                os.environ.pop(_PARALLELISM, None)
-                self._set = False
-
-
-_one_thread = _OneThread()
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within, the library tokenizes in one thread: by itself it takes one for every core, also where the process has but one to
+    compute with, as when several share a machine. Whoever set its variable is obeyed; only the one worker comes here."""
+    if _PARALLELISM in os.environ:
+        yield
+        return
+    os.environ[_PARALLELISM] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(_PARALLELISM, None)
 
 
 def _start(text: str, limit: int) -> str:

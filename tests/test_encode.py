@@ -246,38 +246,64 @@ def test_free_memory_is_handed_back_now_and_then(folders, monkeypatch):
     assert calls == [0, 0]
 
 
-def test_whoever_asks_one_thread_computes(folders, monkeypatch):
+def test_whoever_asks_one_thread_tokenizes_and_one_computes(folders, monkeypatch):
     encoder = Encoder(assemble(folders / "search-8x768"))
-    seen, vectors_of = set(), Encoder._vectors
+    computing, tokenizing = set(), set()
+    vectors_of, batches_of = Encoder._vectors, module._Tokenizer.batches
 
-    def watched(self, batch):
-        seen.add(threading.get_ident())
-        return vectors_of(self, batch)
+    def watched(seen, function):
+        return lambda *arguments: (seen.add(threading.get_ident()), function(*arguments))[1]
 
-    monkeypatch.setattr(Encoder, "_vectors", watched)
+    monkeypatch.setattr(Encoder, "_vectors", watched(computing, vectors_of))
+    monkeypatch.setattr(module._Tokenizer, "batches", watched(tokenizing, batches_of))
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(encoder.encode, [TEXTS] * 8))
-    assert len(seen) == 1 and all(np.array_equal(vectors, found[0]) for vectors in found)
+    assert len(computing) == len(tokenizing) == 1 and computing != tokenizing
+    assert all(np.array_equal(vectors, found[0]) for vectors in found)
     monkeypatch.setattr(module.os, "getpid", lambda: -1)  # as in a child process, which has no thread of its parent
-    assert np.array_equal(encoder.encode(TEXTS), found[0]) and len(seen) == 2
+    assert np.array_equal(encoder.encode(TEXTS), found[0]) and len(computing) == len(tokenizing) == 2
 
 
-def test_the_variable_of_the_tokenizer_is_gone_when_the_last_of_many_threads_leaves(folders, monkeypatch):
+def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    inside, seen = threading.Barrier(4, timeout=60), []
-
-    def start(text, limit):
-        inside.wait()  # all four are tokenizing
-        seen.append(os.environ.get("TOKENIZERS_PARALLELISM"))
-        return text
-
-    monkeypatch.setattr(module, "_start", start)
+    seen = []
+    monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
     encoder = Encoder(assemble(folders / "search-8x768"))
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            list(pool.map(encoder.encode, [["the cat"]] * 4))
+        list(pool.map(encoder.encode, [["the cat"]] * 12))
     assert set(seen) == {"false"} and "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkeypatch):
+    encoder = Encoder(assemble(folders / "search-8x768"))
+    seen, started, go = [], threading.Event(), threading.Event()
+
+    def batches(self, texts, batch_tokens):
+        seen.append(list(texts))
+        started.set()
+        assert go.wait(60)
+        return []
+
+    monkeypatch.setattr(module._Tokenizer, "batches", batches)
+
+    def windows():
+        yield ["first"]
+        assert started.wait(60)  # the one thread is busy with it, so what is asked for next waits
+        yield ["second"]
+
+    def interrupted():
+        yield from windows()
+        raise KeyboardInterrupt
+
+    asked = encoder.windows(interrupted())
+    monkeypatch.setattr(encoder, "_next", lambda waiting: None)
+    next(asked)
+    with pytest.raises(KeyboardInterrupt):
+        next(asked)
+    go.set()
+    module._worker("tokenize", os.getpid()).submit(int).result()  # the thread has done what it had to do
+    assert seen == [["first"]]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_loss_and_gradients(name, unpad, inputs):
         torch.testing.assert_close(
             found[FAMILIES["bert"].ours(key, name.removeprefix("Bert"))].grad,
             parameter.grad,
-            atol=1e-4 * scale + 1e-9,
+            atol=1e-4 * scale + 1e-7,  # the gradient of what shifts every choice alike is zero but for rounding
             rtol=0,
             msg=lambda text, key=key: f"{key}: {text}",
         )

@@ -477,6 +477,7 @@ def opened(browser, pictures, tmp_path):
 
     def opened(name, width=1400):
         tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.set_default_timeout(120_000)  # on a busy machine Chromium takes its time
         tabs.append(tab)
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.on("dialog", lambda dialog: wrong.append(dialog.message))
