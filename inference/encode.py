@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -215,7 +216,7 @@ class Encoder:
                 yield self._encode_padded(texts)
             return
         waiting: deque[tuple[int, Future[list[Batch]]]] = deque()
-        worker = _worker("tokenize", os.getpid())
+        worker = _tokenizing(os.getpid())
         try:
             for texts in windows:
                 waiting.append((len(texts), worker.submit(self._tokenizer.batches, texts, self.batch_tokens)))
@@ -249,9 +250,9 @@ class Encoder:
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
         """(count, dimension): the vectors of a window, from its batches. A text without a token gets zeros."""
         vectors = torch.zeros(count, self.dimension, device=self.model.device)
-        worker = _worker(f"compute-{vectors.device}", os.getpid())
         for batch in batches:
-            vectors[torch.from_numpy(batch.rows).to(vectors.device)] = worker.submit(self._vectors, batch).result()
+            with _turn(str(vectors.device), os.getpid()):
+                vectors[torch.from_numpy(batch.rows).to(vectors.device)] = self._vectors(batch)
         if self.normalized:
             vectors = F.normalize(vectors, dim=-1)
         return vectors.cpu().numpy()
@@ -278,11 +279,18 @@ class Encoder:
 
 
 @cache
-def _worker(task: str, process: int) -> ThreadPoolExecutor:
-    """The one thread of this process for ``task``, whoever asks: torch takes every core for one batch as it is, and so does the
-    tokenizer, while what an allocator keeps free it keeps for each thread. A forked process, which has no thread of its
-    parent's, gets its own."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=task)
+def _tokenizing(process: int) -> ThreadPoolExecutor:
+    """The one thread of this process that tokenizes, whoever asks: the tokenizer takes every core as it is, and what an
+    allocator keeps free it keeps for each thread. A forked process, which has no thread of its parent's, gets its own."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+
+
+@cache
+def _turn(device: str, process: int) -> threading.Lock:
+    """Held while a batch is computed on ``device``, which takes all of it: threads that encode at once take turns. They compute
+    themselves, not one thread for all: OpenMP keeps helpers for each thread that ever computed, as the one that loaded the
+    model has, and lets them fall asleep between two calls once there are more of them than cores."""
+    return threading.Lock()
 
 
 def trim_memory() -> None:

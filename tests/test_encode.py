@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -246,22 +247,34 @@ def test_free_memory_is_handed_back_now_and_then(folders, monkeypatch):
     assert calls == [0, 0]
 
 
-def test_whoever_asks_one_thread_tokenizes_and_one_computes(folders, monkeypatch):
+def test_whoever_asks_one_thread_tokenizes_and_batches_are_computed_in_turns(folders, monkeypatch):
     encoder = Encoder(assemble(folders / "search-8x768"))
-    computing, tokenizing = set(), set()
+    tokenizing, computing, inside, most = set(), set(), [], []
     vectors_of, batches_of = Encoder._vectors, module._Tokenizer.batches
 
-    def watched(seen, function):
-        return lambda *arguments: (seen.add(threading.get_ident()), function(*arguments))[1]
+    def batches(self, *arguments):
+        tokenizing.add(threading.get_ident())
+        return batches_of(self, *arguments)
 
-    monkeypatch.setattr(Encoder, "_vectors", watched(computing, vectors_of))
-    monkeypatch.setattr(module._Tokenizer, "batches", watched(tokenizing, batches_of))
+    def vectors(self, batch):
+        computing.add(threading.get_ident())
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.01)
+        found = vectors_of(self, batch)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(module._Tokenizer, "batches", batches)
+    monkeypatch.setattr(Encoder, "_vectors", vectors)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(encoder.encode, [TEXTS] * 8))
-    assert len(computing) == len(tokenizing) == 1 and computing != tokenizing
+    assert len(tokenizing) == 1 and len(computing) == 4 and set(most) == {1}
     assert all(np.array_equal(vectors, found[0]) for vectors in found)
+    parent = os.getpid()
     monkeypatch.setattr(module.os, "getpid", lambda: -1)  # as in a child process, which has no thread of its parent
-    assert np.array_equal(encoder.encode(TEXTS), found[0]) and len(computing) == len(tokenizing) == 2
+    with module._turn("cpu", parent), ThreadPoolExecutor(1) as pool:  # and must not wait for what one of them held
+        assert np.array_equal(pool.submit(encoder.encode, TEXTS).result(60), found[0]) and len(tokenizing) == 2
 
 
 def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monkeypatch):
@@ -302,7 +315,7 @@ def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkey
     with pytest.raises(KeyboardInterrupt):
         next(asked)
     go.set()
-    module._worker("tokenize", os.getpid()).submit(int).result()  # the thread has done what it had to do
+    module._tokenizing(os.getpid()).submit(int).result()  # the thread has done what it had to do
     assert seen == [["first"]]
 
 
