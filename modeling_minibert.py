@@ -296,7 +296,7 @@ class Packing:
                 else:
                     context = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2)
                 outputs.append(context.flatten(0, 1))  # (count * length, H, D)
-        context = torch.cat(outputs) if outputs else query
+        context = outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else query
         return (context if self.slots is None else Collect.apply(context, self.slots)).to(dtype)
 
     def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:

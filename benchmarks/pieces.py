@@ -1,16 +1,18 @@
-"""The pieces of a training step that we do otherwise than torch, beside torch's own, forward and backward."""
+"""The pieces of a training step (forward and backward) and of encoding that we do otherwise than torch, beside torch's own."""
 
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.machine import describe
+from minibert.inference.onednn import BlockedLinear
 from minibert.modeling_minibert import Packing, WordLoss, drop
 
 
@@ -18,7 +20,8 @@ def run(out: Path, *, repeats: int) -> None:
     """Time each pair of pieces, interleaved; print medians in milliseconds and write ``out``."""
     torch.manual_seed(0)
     results = {"benchmark": "pieces", "machine": describe(), "repeats": repeats, "milliseconds": {}}
-    for name, pair in {**_dropout(), **_attention(), **_half_attention(), **_word_loss()}.items():
+    pairs = {**_dropout(), **_attention(), **_half_attention(), **_word_loss(), **_mlps()}
+    for name, pair in pairs.items():
         seconds: dict[str, list[float]] = {side: [] for side in pair}
         for _ in range(repeats + 2):
             for side, piece in pair.items():
@@ -89,4 +92,26 @@ def _attention() -> dict[str, dict[str, Callable[[], None]]]:
             "minibert": _backward(lambda x, p=dropout: packing.attend(x, x, x, p, 0.125), packed),
             "torch": _backward(lambda x, p=dropout: F.scaled_dot_product_attention(x, x, x, mask, p, scale=0.125), padded),
         }
+    return pieces
+
+
+def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
+    """The MLPs of six layers of width 384, without gradients, for the rows of one query and of a full batch."""
+    pieces = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        linears = [(nn.Linear(384, 1536).to(dtype), nn.Linear(1536, 384).to(dtype)) for _ in range(6)]
+        blocked = [(BlockedLinear(up, gelu=True), BlockedLinear(down)) for up, down in linears]
+        for rows in (12, 4096):
+            states = torch.randn(rows, 384, dtype=dtype)
+
+            def ours(states: Tensor = states, layers: list[Any] = blocked) -> None:
+                for up, down in layers:
+                    down(up(states))
+
+            @torch.no_grad()
+            def theirs(states: Tensor = states, layers: list[Any] = linears) -> None:
+                for up, down in layers:
+                    down(F.gelu(up(states)))
+
+            pieces[f"6 MLPs of {rows} rows, {str(dtype)[6:]}"] = {"minibert": ours, "torch": theirs}
     return pieces

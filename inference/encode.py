@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minibert.inference.load import load
+from minibert.inference.onednn import block_weights
 from minibert.modeling_minibert import MiniBertModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -124,7 +125,7 @@ class Encoder:
     """A model ready to encode any number of texts; arguments as in :func:`encode`.
 
     Attributes:
-        model: the sentence-transformers model.
+        model: the sentence-transformers model, which cannot be saved if it was opened here: its matrices may be laid out anew.
         dimension: of the vectors.
         normalized: whether the vectors have length 1.
         packed: whether batches are computed without padding, by this module.
@@ -162,6 +163,11 @@ class Encoder:
         self.batch_tokens = batch_tokens or self._suitable_batch()
         if self.packed:
             self._tokenizer = _Tokenizer(self.model, self.prompt)
+            owned = self.model is not model  # what a caller opened stays as it is
+            if owned:
+                _encoder_of(self.model).pooler = None  # computed for nobody: vectors are pooled from the tokens
+            if owned and block_weights(_encoder_of(self.model)):
+                self.choices["matrices"] = "laid out for oneDNN"
 
     def _open(
         self, model: str | Path | SentenceTransformer, dtype: str, device: str | None, trust_remote_code: bool

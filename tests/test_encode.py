@@ -1,6 +1,7 @@
 """minibert.encode: the same vectors as sentence-transformers, whatever the batches, and what is left to it."""
 
 import os
+import platform
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import minibert
 from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
 from minibert.inference import encode as module
 from minibert.inference.encode import Encoder, choose_dtype, cut_windows, encode
+from minibert.inference.onednn import BlockedLinear, block_weights
 
 WORDS = [
     "the",
@@ -286,6 +288,52 @@ def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monke
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(encoder.encode, [["the cat"]] * 12))
     assert set(seen) == {"false"} and "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["search-8x768", "modern-6x384"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path, name, dtype, tolerance):
+    opened = assemble(folders / name)
+    opened.save(str(tmp_path / name))
+    encoder = Encoder(tmp_path / name, dtype=dtype)
+    assert encoder.choices["matrices"] == "laid out for oneDNN" and "matrices" in encoder.explain()
+    matrices = [module for module in encoder.model[0].auto_model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert not matrices and any(isinstance(module, BlockedLinear) for module in encoder.model.modules())
+    expected = opened.encode(TEXTS)
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=tolerance)
+    np.testing.assert_allclose(encoder.model.encode(TEXTS), expected, atol=tolerance)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.isfinite(encoder.encode(TEXTS)).all()
+    with pytest.raises(NotImplementedError, match="cannot be saved"):
+        encoder.model.save(str(tmp_path / "again"))
+
+
+def test_a_model_that_the_caller_opened_stays_as_it_is(folders):
+    opened = assemble(folders / "search-8x768")
+    before = {name: tensor.clone() for name, tensor in opened.state_dict().items()}
+    assert "matrices" not in Encoder(opened).choices
+    assert "matrices" in Encoder(opened, dtype="float32").choices  # a copy, which is ours
+    after = opened.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert opened[0].auto_model.pooler is not None
+
+
+def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypatch):
+    model = MiniBertModel.from_pretrained(folders / "search-8x768").eval()
+    adapted = type("Adapted", (torch.nn.Linear,), {})
+    for module in (query := model.layers[0].attention.query), (up := model.layers[1].mlp.up):
+        module.__class__ = adapted
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "machine", lambda: "arm64")
+        assert not block_weights(model)
+    assert not any(isinstance(module, BlockedLinear) for module in model.modules())
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        assert block_weights(model)
+        torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=1e-5, rtol=0)
+    assert model.layers[0].attention.query is query and isinstance(model.layers[0].attention.key, BlockedLinear)
+    assert model.layers[1].mlp.up is up and isinstance(model.layers[0].mlp.up, BlockedLinear)
 
 
 def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkeypatch):

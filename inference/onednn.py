@@ -1,0 +1,54 @@
+"""Matrices in the layout that oneDNN multiplies in, for models that only encode, on a CPU.
+
+``nn.Linear`` brings its matrix into that layout at every call, and writes its bias into every row before the product. Done
+once, and with bias and GELU computed while a result is still in registers, one query takes about four fifths of the time, and
+thousands of texts nine tenths (``benchmarks/pieces.py``).
+"""
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minibert.modeling_minibert import MiniBertModel
+
+
+def block_weights(model: MiniBertModel) -> bool:
+    """Lay out the matrices of all layers of ``model`` in place; whether that was possible here.
+
+    The model then gives the vectors it gave, up to rounding, but can neither be saved nor trained, nor leave the CPU.
+    """
+    known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not known or platform.machine() not in ("x86_64", "AMD64") or model.device.type != "cpu":
+        return False
+    for layer in model.layers:
+        mlp: Any = layer.mlp
+        fuse = mlp.gate is None and model.config.hidden_act == "gelu"
+        for module in layer.modules():
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear:  # not one that is quantized or adapted
+                    setattr(module, name, BlockedLinear(child, gelu=fuse and child is mlp.up))
+        if isinstance(mlp.up, BlockedLinear) and fuse:
+            mlp.act = nn.Identity()
+    return True
+
+
+class BlockedLinear(nn.Module):
+    """(…, in) -> (…, out) as ``linear`` computes it, and its GELU if asked for. It keeps no other copy of the matrix."""
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False):
+        super().__init__()
+        # No parameters: a blocked tensor has no storage to save or to move.
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.activation = ("gelu", [], "none") if gelu else ("none", [], "")
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self.weight.dtype)  # autocast may have narrowed them
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, *self.activation)
+        return product
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("This model was laid out for encoding and cannot be saved; save the one it was made of.")
