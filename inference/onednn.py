@@ -42,7 +42,7 @@ class BlockedLinear(nn.Module):
         # No parameters: a blocked tensor has no storage to save or to move.
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.activation = ("gelu", [], "none") if gelu else ("none", [], "")
+        self.activation: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
