@@ -411,8 +411,7 @@ class MiniBertAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        inputs = narrow(hidden_states, self.query)
-        query, key, value = (linear(inputs).view(shape) for linear in (self.query, self.key, self.value))  # (…, H, D)
+        query, key, value = (x.view(shape) for x in self.project(hidden_states))  # (…, H, D)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         dropout = self.dropout if self.training else 0.0
@@ -429,6 +428,11 @@ class MiniBertAttention(nn.Module):
             context, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         context = context.reshape(hidden_states.shape)
         return self.output(narrow(context, self.output)), weights
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """(…, C) -> queries, keys and values of all heads, three (…, C)."""
+        inputs = narrow(hidden_states, self.query)
+        return tuple(linear(inputs) for linear in (self.query, self.key, self.value))
 
 
 class MiniBertMLP(nn.Module):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from minibert.modeling_minibert import MiniBertModel
 
+_PROJECTIONS = ("query", "key", "value")
+
 
 def block_weights(model: MiniBertModel) -> bool:
     """Lay out the matrices of all layers of ``model`` in place; whether that was possible here.
@@ -23,6 +25,7 @@ def block_weights(model: MiniBertModel) -> bool:
     if not known or platform.machine() not in ("x86_64", "AMD64") or model.device.type != "cpu":
         return False
     for layer in model.layers:
+        _project_together(layer.attention)
         mlp: Any = layer.mlp
         fuse = mlp.gate is None and model.config.hidden_act == "gelu"
         for module in layer.modules():
@@ -32,6 +35,20 @@ def block_weights(model: MiniBertModel) -> bool:
         if isinstance(mlp.up, BlockedLinear) and fuse:
             mlp.act = nn.Identity()
     return True
+
+
+def _project_together(attention: Any) -> None:
+    """Queries, keys and values of ``attention`` by one product: three cost a query twice as much."""
+    linears = [getattr(attention, name) for name in _PROJECTIONS]
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return
+    whole = nn.Linear(linears[0].in_features, 3 * linears[0].out_features, device="meta")
+    whole.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
+    whole.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    attention.together = BlockedLinear(whole)
+    attention.project = lambda hidden_states: attention.together(hidden_states).chunk(3, dim=-1)
+    for name in _PROJECTIONS:
+        setattr(attention, name, None)
 
 
 class BlockedLinear(nn.Module):

@@ -321,8 +321,8 @@ def test_a_model_that_the_caller_opened_stays_as_it_is(folders):
 def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypatch):
     model = MiniBertModel.from_pretrained(folders / "search-8x768").eval()
     adapted = type("Adapted", (torch.nn.Linear,), {})
-    for module in (query := model.layers[0].attention.query), (up := model.layers[1].mlp.up):
-        module.__class__ = adapted
+    for linear in (query := model.layers[0].attention.query), (up := model.layers[1].mlp.up):
+        linear.__class__ = adapted
     with monkeypatch.context() as patch:
         patch.setattr(platform, "machine", lambda: "arm64")
         assert not block_weights(model)
@@ -334,6 +334,7 @@ def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypa
         torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=1e-5, rtol=0)
     assert model.layers[0].attention.query is query and isinstance(model.layers[0].attention.key, BlockedLinear)
     assert model.layers[1].mlp.up is up and isinstance(model.layers[0].mlp.up, BlockedLinear)
+    assert isinstance(model.layers[1].attention.together, BlockedLinear) and model.layers[1].attention.query is None
 
 
 def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkeypatch):
