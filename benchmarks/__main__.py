@@ -216,6 +216,51 @@ def latency(
 
 
 @app.command()
+def growth(
+    out: Annotated[Path, typer.Option(help="JSON file to write; the plot lies beside it.")] = Path("growth.json"),
+    work: Annotated[Path, typer.Option(help="Folder for models with new weights.")] = Path("runs/benchmark-growth"),
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, in turns, after one that is not counted.")] = 5,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Numbers that both compute with.")] = "float32",
+) -> None:
+    """How cost grows with texts, their length, tokens at once and width, beside BertModel.
+
+    Example: python -m benchmarks growth --dtype bfloat16
+    """
+    from benchmarks.growth import draw, run
+
+    run(out, work, repeats=repeats, dtype=dtype)
+    draw(out, out.with_suffix(".png"))
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("gpu.json"),
+    preset: Annotated[list[str] | None, typer.Option(help="Shape; repeat it. Default: bert-base and search-8x768.")] = None,
+    device: Annotated[str, typer.Option(help="Such as cuda or cuda:1; cpu shows only that it runs.")] = "cuda",
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 64,
+    longest: Annotated[int, typer.Option(min=16, help="Tokens of the longest.")] = 512,
+    masked: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that training predicts.")] = 0.15,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, in turns, after two that are not counted.")] = 20,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")] = None,
+) -> None:
+    """Encoding and training on a GPU beside BertModel, on mixed lengths; no network needed.
+
+    Example: python -m benchmarks gpu
+    """
+    import torch
+
+    from benchmarks.gpu import run
+    from minibert.configuration_minibert import PRESETS
+
+    if unknown := set(preset or []) - set(PRESETS):
+        raise typer.BadParameter(f"there is no preset {', '.join(sorted(unknown))}; use one of {', '.join(PRESETS)}.")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU here that torch can use; --device cpu shows that the script runs.")
+    sizes = {"sequences": sequences, "longest": longest, "layers": layers}
+    run(out, presets=preset or ["bert-base", "search-8x768"], device=device, masked=masked, repeats=repeats, **sizes)
+
+
+@app.command()
 def search(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("search.json"),
     work: Annotated[Path, typer.Option(help="Folder for vectors; those of an earlier run are reused.")] = Path(
