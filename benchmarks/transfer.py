@@ -116,7 +116,8 @@ def _conll(data: Path, context: StageContext, options: dict[str, Any]) -> dict[s
         precision=options["precision"],
     )
     metrics = tag(stage, context)
-    return {name: metrics[f"eval_{name}"] for name in ("f1", "precision", "recall")} | {"steps": metrics["steps"]}
+    names = {f"entity_{name}": metrics[f"eval_{name}"] for name in ("f1", "precision", "recall")}
+    return names | {"steps": metrics["steps"]}
 
 
 def _retrieval(data: Path, context: StageContext, options: dict[str, Any]) -> dict[str, float]:
