@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,20 +97,19 @@ def _attention() -> dict[str, dict[str, Callable[[], None]]]:
 def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
     """The MLPs of six layers of width 384, without gradients, for the rows of one query and of a full batch."""
     pieces = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        linears = [(nn.Linear(384, 1536).to(dtype), nn.Linear(1536, 384).to(dtype)) for _ in range(6)]
-        blocked = [(BlockedLinear(up, gelu=True), BlockedLinear(down)) for up, down in linears]
-        for rows in (12, 4096):
-            states = torch.randn(rows, 384, dtype=dtype)
+    linears = [(nn.Linear(384, 1536).bfloat16(), nn.Linear(1536, 384).bfloat16()) for _ in range(6)]
+    blocked = [(BlockedLinear(up, gelu=True), BlockedLinear(down)) for up, down in linears]
+    for rows in (12, 4096):
+        states = torch.randn(rows, 384).bfloat16()
 
-            def ours(states: Tensor = states, layers: list[Any] = blocked) -> None:
-                for up, down in layers:
-                    down(up(states))
+        def ours(states: Tensor = states) -> None:
+            for up, down in blocked:
+                down(up(states))
 
-            @torch.no_grad()
-            def theirs(states: Tensor = states, layers: list[Any] = linears) -> None:
-                for up, down in layers:
-                    down(F.gelu(up(states)))
+        @torch.no_grad()
+        def theirs(states: Tensor = states) -> None:
+            for up, down in linears:
+                down(F.gelu(up(states)))
 
-            pieces[f"6 MLPs of {rows} rows, {str(dtype)[6:]}"] = {"minibert": ours, "torch": theirs}
+        pieces[f"6 MLPs of {rows} rows, bfloat16"] = {"minibert": ours, "torch": theirs}
     return pieces

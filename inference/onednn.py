@@ -1,4 +1,4 @@
-"""Matrices in the layout that oneDNN multiplies in, for models that only encode, on a CPU.
+"""Matrices in the layout that oneDNN multiplies in, for models that only encode, in half precision on a CPU.
 
 ``nn.Linear`` brings its matrix into that layout at every call, and writes its bias into every row before the product. Done
 once, and with bias and GELU computed while a result is still in registers, one query takes about four fifths of the time, and
@@ -19,10 +19,12 @@ _PROJECTIONS = ("query", "key", "value")
 def block_weights(model: MiniBertModel) -> bool:
     """Lay out the matrices of all layers of ``model`` in place; whether that was possible here.
 
-    The model then gives the vectors it gave, up to rounding, but can neither be saved nor trained, nor leave the CPU.
+    The model then gives the vectors it gave, up to rounding, but can neither be saved nor trained, nor leave the CPU. In
+    float32 it gains little, and oneDNN would keep a kernel for every number of rows where torch multiplies without.
     """
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if not known or platform.machine() not in ("x86_64", "AMD64") or model.device.type != "cpu":
+    suitable = model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
+    if not known or not suitable or platform.machine() not in ("x86_64", "AMD64"):
         return False
     for layer in model.layers:
         _project_together(layer.attention)
@@ -45,8 +47,8 @@ def _project_together(attention: Any) -> None:
     whole = nn.Linear(linears[0].in_features, 3 * linears[0].out_features, device="meta")
     whole.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
     whole.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
-    attention.together = BlockedLinear(whole)
-    attention.project = lambda hidden_states: attention.together(hidden_states).chunk(3, dim=-1)
+    together = attention.together = BlockedLinear(whole)
+    attention.project = lambda hidden_states: together(hidden_states).chunk(3, dim=-1)
     for name in _PROJECTIONS:
         setattr(attention, name, None)
 

@@ -291,7 +291,7 @@ def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monke
 
 
 @pytest.mark.parametrize("name", ["search-8x768", "modern-6x384"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
 def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path, name, dtype, tolerance):
     opened = assemble(folders / name)
     opened.save(str(tmp_path / name))
@@ -302,7 +302,7 @@ def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path,
     expected = opened.encode(TEXTS)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=tolerance)
     np.testing.assert_allclose(encoder.model.encode(TEXTS), expected, atol=tolerance)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=getattr(torch, dtype)):
         assert np.isfinite(encoder.encode(TEXTS)).all()
     with pytest.raises(NotImplementedError, match="cannot be saved"):
         encoder.model.save(str(tmp_path / "again"))
@@ -312,14 +312,15 @@ def test_a_model_that_the_caller_opened_stays_as_it_is(folders):
     opened = assemble(folders / "search-8x768")
     before = {name: tensor.clone() for name, tensor in opened.state_dict().items()}
     assert "matrices" not in Encoder(opened).choices
-    assert "matrices" in Encoder(opened, dtype="float32").choices  # a copy, which is ours
+    assert "matrices" in Encoder(opened, dtype="bfloat16").choices  # a copy, which is ours
+    assert "matrices" not in Encoder(opened, dtype="float32").choices
     after = opened.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert opened[0].auto_model.pooler is not None
 
 
 def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypatch):
-    model = MiniBertModel.from_pretrained(folders / "search-8x768").eval()
+    model = MiniBertModel.from_pretrained(folders / "search-8x768", dtype="bfloat16").eval()
     adapted = type("Adapted", (torch.nn.Linear,), {})
     for linear in (query := model.layers[0].attention.query), (up := model.layers[1].mlp.up):
         linear.__class__ = adapted
@@ -331,7 +332,7 @@ def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypa
     with torch.no_grad():
         expected = model(ids).last_hidden_state
         assert block_weights(model)
-        torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=5e-2, rtol=0)
     assert model.layers[0].attention.query is query and isinstance(model.layers[0].attention.key, BlockedLinear)
     assert model.layers[1].mlp.up is up and isinstance(model.layers[0].mlp.up, BlockedLinear)
     assert isinstance(model.layers[1].attention.together, BlockedLinear) and model.layers[1].attention.query is None
