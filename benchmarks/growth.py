@@ -104,7 +104,7 @@ def _widths() -> set[int]:
 
 
 def _systems(folder: Path, width: int, dtype: str) -> tuple[Encoder, SentenceTransformer]:
-    tokenizer = train_word_level([" ".join(_WORDS)], model_max_length=POSITIONS)
+    tokenizer = train_word_level([" ".join(_WORDS)], vocab_size=len(_WORDS) + 5, model_max_length=POSITIONS)
     if not (folder / "bert").exists():
         torch.manual_seed(0)
         shape = {"hidden_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": width // 32}
