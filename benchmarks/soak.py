@@ -6,6 +6,7 @@ stay, and must have the vectors of the first round in the last one.
 """
 
 import json
+import os
 import random
 import shutil
 import time
@@ -61,6 +62,7 @@ def run(out: Path, work: Path, *, minutes: float, model: str | None, texts: int,
         "benchmark": "soak",
         "machine": describe(),
         "options": {"minutes": minutes, "model": model or "nano", "texts": texts, "threads": threads, "seed": seed},
+        "malloc_arena_max": os.environ.get("MALLOC_ARENA_MAX"),  # read by glibc when the process starts
         "rounds": rounds,
         "texts_encoded": encoded,
         "largest_differences": worst,
