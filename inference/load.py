@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def load(
                 str(folder), device=device, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs
             )
             _check_complete(opened.transformers_model, folder)
-            return opened
+            return _without_cycle(opened)
         encoder = Transformer(str(folder), model_kwargs=model_kwargs, processor_kwargs=kwargs, config_kwargs=kwargs)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -74,7 +75,16 @@ def load(
         ) from error
     _check_complete(encoder.auto_model, folder)
     pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode=getattr(encoder.config, "pooling", "mean"))
-    return SentenceTransformer(modules=[encoder, pooling, Normalize()], device=device, similarity_fn_name="cosine")
+    return _without_cycle(
+        SentenceTransformer(modules=[encoder, pooling, Normalize()], device=device, similarity_fn_name="cosine")
+    )
+
+
+def _without_cycle(model: SentenceTransformer) -> SentenceTransformer:
+    """``model``, freed with its last user: its card holds it and it holds its card, so that Python would keep the weights of
+    every model that was ever opened until it looks for cycles among all objects, which it does less and less often."""
+    model.model_card_data.model = weakref.proxy(model)
+    return model
 
 
 def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:

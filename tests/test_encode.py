@@ -1,9 +1,11 @@
 """minibert.encode: the same vectors as sentence-transformers, whatever the batches, and what is left to it."""
 
+import gc
 import os
 import platform
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,6 +19,7 @@ import minibert
 from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
 from minibert.inference import encode as module
 from minibert.inference.encode import Encoder, choose_dtype, cut_windows, encode
+from minibert.inference.load import load
 from minibert.inference.onednn import BlockedLinear, block_weights
 
 WORDS = [
@@ -235,6 +238,21 @@ def test_one_thread_tokenizes_where_one_computes(folders, monkeypatch, threads, 
     monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
     encode(assemble(folders / "search-8x768"), ["the cat"])
     assert seen == [expected] and "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_a_model_goes_with_its_last_user(folders):
+    assemble(folders / "search-8x768").save_pretrained(str(folders / "modules"))
+    gc.disable()  # cycles would go too, some time or other
+    try:
+        for folder in (folders / "search-8x768", folders / "modules"):
+            for opened in (load, Encoder):
+                model = opened(folder)
+                model.encode(["the cat"])
+                gone = weakref.ref(model if opened is load else model.model)
+                del model
+                assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_free_memory_is_handed_back_now_and_then(folders, monkeypatch):
