@@ -359,7 +359,8 @@ class MiniBertEmbeddings(nn.Module):
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         if config.type_vocab_size > 0:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
-        self.norm = MiniBertLayerNorm(width, eps=config.layer_norm_eps) if config.norm_position == "post" else nn.Identity()
+        normed = config.norm_position == "post" or config.norm_embeddings
+        self.norm = MiniBertLayerNorm(width, eps=config.layer_norm_eps) if normed else nn.Identity()
         self.dropout = MiniBertDropout(config.hidden_dropout_prob)
         self.position_embedding_type = config.position_embedding_type
         self.max_positions = config.max_position_embeddings

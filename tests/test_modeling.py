@@ -200,6 +200,20 @@ def test_rotary_scores_depend_on_distance_only():
     assert not torch.allclose(score(3, 5), score(3, 6))
 
 
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_new_words_are_not_drowned_where_embeddings_are_normalised(tiny, norm_position):
+    torch.manual_seed(0)
+    shape = {**tiny, "norm_position": norm_position, "norm_embeddings": True, "scale_embeddings": False}
+    model = MiniBertModel(MiniBertConfig.preset("modern-6x384", **shape)).eval()
+    ids = torch.arange(5, 15)[None]
+    words = model.embeddings(ids, None, torch.arange(10)[None], None)[0]
+    expected = model.embeddings.word_embeddings(ids)[0]
+    torch.testing.assert_close(words, torch.nn.functional.layer_norm(expected, expected.shape[-1:], eps=1e-5))
+    hidden = model(ids).last_hidden_state[0]  # each token still resembles its own word most
+    alike = torch.cosine_similarity(hidden[:, None], words[None], dim=-1)
+    assert alike.argmax(dim=1).tolist() == list(range(10))
+
+
 # --------------------------------------------------------------------------------------------------------------- dropout
 
 
