@@ -68,7 +68,7 @@ def load_corpus(
     Raises:
         ValueError: when the data has no column of texts to choose, or holds no text.
     """
-    parts = [_documents(source, split, text_column, sample_by) for source in sources]
+    parts = [load_documents(source, split, text_column, sample_by) for source in sources]
     key = hashlib.blake2b(digest_size=12)
     for fact in (
         _VERSION,
@@ -102,8 +102,16 @@ def split_sentences(text: str, delimiters: str) -> list[str]:
     return [piece for piece in map(str.strip, pieces) if piece]
 
 
-def _documents(source: DataSource, split: str, column: str | None, sample_by: str) -> Dataset:
-    """The rows of ``source`` as documents, in one column ``text``."""
+def load_documents(source: DataSource, split: str, column: str | None, sample_by: str) -> Dataset:
+    """The rows of ``source`` as documents, in one column ``text``.
+
+    Args:
+        column: of the texts; None means ``text``, or the only column of strings.
+        sample_by: as in :func:`minibert.data.load.load`.
+
+    Raises:
+        ValueError: for a source without that column.
+    """
     rows = load([source], split=split, sample_by=sample_by)
     if column is None:
         texts = text_columns(rows)

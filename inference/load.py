@@ -6,7 +6,7 @@ import json
 import logging
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -83,7 +83,7 @@ def load(
 def _without_cycle(model: SentenceTransformer) -> SentenceTransformer:
     """``model``, freed with its last user: its card holds it and it holds its card, so that Python would keep the weights of
     every model that was ever opened until it looks for cycles among all objects, which it does less and less often."""
-    model.model_card_data.model = weakref.proxy(model)
+    model.model_card_data.model = cast(SentenceTransformer, weakref.proxy(model))
     return model
 
 

@@ -192,6 +192,16 @@ def test_batches_of_one_source(run, folder, tmp_path, monkeypatch):
     assert {lengths[0] for lengths in seen} == {4, 6}
 
 
+def test_it_learns_from_plain_text(run, folder, tmp_path):
+    texts = [f"{fruit} that is {colour} {fruit}. plain" for colour, fruit in itertools.product(COLOURS, FRUITS)]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    metrics = run(
+        make_pairs=True, data=str(tmp_path / "texts.txt"), eval_data=str(folder / "pairs.csv"), epochs=6, eval_steps=4, seed=3
+    )
+    assert metrics["train_rows"] == len(texts)
+    assert metrics["eval_mrr@10"] > 0.4  # of questions it has never seen; by chance it is 0.08
+
+
 def test_hard_negatives_are_passages_like_the_right_one_and_mined_once(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
     run(hard_negatives=2, max_steps=1)
@@ -222,6 +232,11 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ("query,answer\na,b\nc,\n", {}, "no value in column 'answer' of row 2"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 5}, "Only 0 of 2 pairs of wrong.csv have 5 hard negatives; lower"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 1, "negative_column": "b"}, "keep one of them"),
+        ("query,answer\na,b\nc,d\n", {"make_pairs": True}, "Name the one to train on with text_column"),
+        ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, and there are none"),
+        ("text\na b c d e\n", {"make_pairs": True}, "at least two rows are needed; .*wrong.csv has one"),
+        ("text\na b\nc d\n", {"make_pairs": True, "anchor_column": "text"}, "so anchor_column must be left out"),
+        ("query,answer\na,b\nc,d\n", {"text_column": "query"}, "text_column is there for make_pairs"),
         ("query,answer\na,b\nc,d\n", {"max_length": 13}, "max_length=13 exceeds the model's max_position_embeddings=12"),
     ],
 )

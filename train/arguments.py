@@ -297,8 +297,20 @@ class EmbedStage(ModelStage, LoopArguments):
     """Train sentence embeddings on pairs (or triplets) with in-batch negatives, by sentence-transformers' trainer."""
 
     kind: Literal["embed"]
-    data: DataSources = Field(description="Training pairs.")
+    data: DataSources = Field(description="Training pairs, or with make_pairs plain texts.")
     eval_data: DataSources | None = Field(None, description="Pairs to measure retrieval on; unset means none.")
+    make_pairs: bool = Field(
+        False,
+        description="Make the pairs of plain text: some words of each sentence ask for the sentence, at times with its "
+        "neighbours (languages that put spaces between words).",
+    )
+    text_column: str | None = Field(
+        None, description="make_pairs: column of texts; unset: text, or the only column of strings."
+    )
+    sample_by: Literal["line", "paragraph", "document"] = Field(
+        "paragraph",
+        description="make_pairs: what a text is in .txt files: a line, a paragraph (up to an empty line) or the file.",
+    )
     anchor_column: str | None = Field(None, description="Column of queries; unset means the first column of strings.")
     positive_column: str | None = Field(None, description="Column of passages; unset means the second column of strings.")
     negative_column: str | None = Field(None, description="Column of hard negatives; unset means none are used.")
@@ -330,6 +342,11 @@ class EmbedStage(ModelStage, LoopArguments):
             raise ValueError("fsdp and max_skipped_steps are not there for embed, whose trainer lacks them; leave them out.")
         if self.hard_negatives and self.negative_column:
             raise ValueError("negative_column names hard negatives and hard_negatives mines some; keep one of them.")
+        named = [name for name in ("anchor_column", "positive_column", "negative_column") if getattr(self, name)]
+        if self.make_pairs and named:
+            raise ValueError(f"make_pairs makes queries and passages of plain text, so {' and '.join(named)} must be left out.")
+        if self.text_column and not self.make_pairs:
+            raise ValueError("text_column is there for make_pairs; name columns of pairs by anchor_column and positive_column.")
         return self
 
 

@@ -29,8 +29,10 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.util import mine_hard_negatives
 from transformers import AutoModel, ProgressCallback, TrainerCallback
 
+from minibert.data.corpus import load_documents
 from minibert.data.load import check_columns, load, text_columns
 from minibert.data.source import DataSource
+from minibert.data.text_pairs import make_pairs
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
 from minibert.train.loop import Log, StopRequest
@@ -58,7 +60,7 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
         FloatingPointError: when the loss is not a finite number.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved.
     """
-    sources = training_pairs(args)
+    sources = training_pairs(args, context.seed)
     evaluator = _evaluator(args)
     model = _starting_model(args, context)
     if args.hard_negatives:
@@ -94,8 +96,11 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     return metrics
 
 
-def training_pairs(args: EmbedStage) -> dict[str, Dataset]:
+def training_pairs(args: EmbedStage, seed: int = 0) -> dict[str, Dataset]:
     """The training data with just its columns of queries, passages and (if named) negatives, in that order.
+
+    Args:
+        seed: of pairs that are made.
 
     Returns:
         One data set, or with ``one_source_per_batch`` one for each source, by its place and path.
@@ -104,7 +109,7 @@ def training_pairs(args: EmbedStage) -> dict[str, Dataset]:
     groups = [[source] for source in args.data] if apart else [args.data]
     found: dict[str, Dataset] = {}
     for number, group in enumerate(groups):
-        dataset = load(group)
+        dataset = _made_pairs(args, group, seed) if args.make_pairs else load(group)
         columns = _pair_columns(args, dataset, group)
         if args.negative_column:
             check_columns(dataset, [args.negative_column], group)
@@ -149,6 +154,11 @@ def _with_negatives(
         state.wait_for_everyone()
         mined[name] = Dataset.load_from_disk(kept)
     return mined
+
+
+def _made_pairs(args: EmbedStage, sources: list[DataSource], seed: int) -> Dataset:
+    parts = [load_documents(source, "train", args.text_column, args.sample_by) for source in sources]
+    return make_pairs(concatenate_datasets(parts), seed)
 
 
 def _pair_columns(args: EmbedStage, dataset: Dataset, sources: list[DataSource]) -> list[str]:

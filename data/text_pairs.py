@@ -1,0 +1,63 @@
+"""Pairs made of plain text, for a search model of texts that nobody has asked questions about yet."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from minibert.data.corpus import split_sentences
+
+_FEWEST_WORDS = 5  # shorter sentences say too little to be found by
+_KEPT = (0.15, 0.5)  # least and most of a sentence's words in its query
+_NEIGHBOUR = 0.3  # how often the sentence before, or the one after, belongs to the passage
+
+
+def pairs_of(text: str, chance: random.Random) -> Iterator[tuple[str, str]]:
+    """A query and a passage for every sentence of a text: some of its words, and the sentence, at times with those beside it.
+
+    Words are left out as in TSDAE (Wang et al. 2021, arXiv:2104.06979), which rebuilds the sentence from the rest of them; here
+    the rest has to find it among others, as the words have to that somebody types who remembers half of what he read.
+
+    >>> list(pairs_of("The quick brown fox jumps over the lazy dog. Why?", random.Random(1)))
+    [('The quick jumps', 'The quick brown fox jumps over the lazy dog.')]
+    """
+    for paragraph in text.split("\n"):
+        sentences = split_sentences(paragraph, ".!?")
+        for number, sentence in enumerate(sentences):
+            words = sentence.split()
+            if len(words) < _FEWEST_WORDS:
+                continue
+            kept = sorted(chance.sample(range(len(words)), max(3, round(len(words) * chance.uniform(*_KEPT)))))
+            first = number - (number > 0 and chance.random() < _NEIGHBOUR)
+            last = number + (chance.random() < _NEIGHBOUR)
+            yield " ".join(words[place].strip("\"'()[],.;:!?") for place in kept), " ".join(sentences[first : last + 1])
+
+
+def make_pairs(documents: Dataset, seed: int) -> Dataset:
+    """Columns ``anchor`` and ``positive`` of all ``documents`` (a column ``text``), the same for the same documents and seed.
+
+    Raises:
+        ValueError: when no document has a sentence of five words.
+    """
+
+    def of_batch(batch: dict[str, list[str | None]], numbers: Sequence[int]) -> dict[str, list[Any]]:
+        found = [
+            pair
+            for text, number in zip(batch["text"], numbers, strict=True)
+            for pair in pairs_of(text or "", random.Random(f"{seed} {number}"))
+        ]
+        return {"anchor": [query for query, _ in found], "positive": [passage for _, passage in found]}
+
+    pairs = documents.map(
+        of_batch, batched=True, with_indices=True, batch_size=100, remove_columns=documents.column_names, desc="make pairs"
+    )
+    if not len(pairs):
+        raise ValueError(
+            f"Pairs are made of sentences of at least {_FEWEST_WORDS} words, and there are none; give texts of whole "
+            "sentences, or pairs (without make_pairs)."
+        )
+    return pairs
+
+
+__all__ = ["make_pairs", "pairs_of"]
