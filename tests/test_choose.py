@@ -91,7 +91,7 @@ def choose(tmp_path, tokenizer_folder):
 def test_learns_through_a_recipe_and_keeps_its_best_checkpoint(tmp_path, tokenizer_folder, layout):
     rows = [layout(row) for row in questions()]
     values = {"kind": "choose", "model": PRESET, "tokenizer": tokenizer_folder, "data": write(tmp_path / "r.jsonl", rows)}
-    values |= {"eval_data": values["data"], "epochs": 12, "batch_size": 10, "learning_rate": 5e-3, "eval_steps": 6}
+    values |= {"eval_data": values["data"], "epochs": 20, "batch_size": 10, "learning_rate": 5e-3, "eval_steps": 6}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"name": "toy", "stages": [values]}), encoding="utf-8")
     run = run_recipe(load_recipe(tmp_path / "recipe.yaml"), output_dir=tmp_path / "run")
     metrics = read_metrics(run)["choose"]
