@@ -94,7 +94,7 @@ def _train_theirs(stage: EmbedStage, folder: Path, seed: int, model: Path) -> fl
     started = time.perf_counter()
     encoder = SentenceTransformer(str(model), device="cpu")
     encoder.max_seq_length = stage.max_length
-    pairs = training_pairs(stage)
+    pairs = training_pairs(stage, seed)
     SentenceTransformerTrainer(
         model=encoder,
         args=_trainer_arguments(stage, StageContext(folder, seed)),

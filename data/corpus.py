@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from minibert.data.source import DataSource
 
 _VERSION = 1  # of the files in the cache
 _BOUNDS = ("documents", "sentences")
-_DOCUMENTS_AT_ONCE = 100_000
 
 
 class Corpus:
@@ -206,18 +206,21 @@ def _blocks(parts: list[Dataset]) -> Iterator[tuple[np.ndarray, np.ndarray, np.n
 class Pieces:
     """Documents cut into pieces, and the short last pieces of documents put together into rows.
 
-    Attributes:
+    Attributes (kept beside the corpus and memory-mapped, as it is):
         starts, lengths: (pieces,) place and size of each piece in the corpus.
         rows: (rows + 1,) bounds in the pieces; the pieces of a row fit into it together with two special tokens each.
     """
 
     def __init__(self, corpus: Corpus, max_length: int):
-        blocks = [
-            _cut(np.asarray(corpus.documents[at : at + _DOCUMENTS_AT_ONCE + 1]), max_length)
-            for at in range(0, len(corpus.documents) - 1, _DOCUMENTS_AT_ONCE)
-        ]
-        self.starts, self.lengths = (np.concatenate([block[i] for block in blocks]) for i in (0, 1))
-        self.rows = np.concatenate([[0], np.cumsum(np.concatenate([block[2] for block in blocks]))])
+        def blocks() -> Iterator[tuple[np.ndarray, ...]]:
+            yield np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(1, np.int64)
+            pieces = 0
+            for bounds in _documents_in_blocks(corpus, 100_000):
+                starts, lengths, counts = _cut(bounds, max_length)
+                yield starts, lengths, pieces + np.cumsum(counts)
+                pieces += len(starts)
+
+        self.starts, self.lengths, self.rows = _kept(corpus.folder / f"pieces-{max_length}", blocks(), 3)
 
 
 def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -245,7 +248,7 @@ def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, n
 class Spans:
     """Runs of two or more consecutive sentences of a document that fit into a sequence as a pair of segments.
 
-    Attributes:
+    Attributes (kept beside the corpus and memory-mapped, as it is):
         bounds: (sentences + 1,) places in the corpus; a sentence longer than half a sequence counts as several.
         first, last: (spans,) sentences of each span, from ``first`` up to but not including ``last``.
         document: (spans,) the document of each span.
@@ -253,26 +256,81 @@ class Spans:
 
     def __init__(self, corpus: Corpus, max_length: int):
         assert corpus.sentences is not None
-        room = max_length - 3  # [CLS], [SEP] and [SEP]
-        longest = room // 2
-        starts, sizes = np.asarray(corpus.sentences[:-1]), np.diff(corpus.sentences)
-        parts = -(-sizes // longest)
-        offsets = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-        self.bounds = np.append(np.repeat(starts, parts) + longest * offsets, corpus.sentences[-1])
-        of_document = np.searchsorted(corpus.documents, self.bounds[:-1], side="right") - 1
-        sizes, owners = np.diff(self.bounds).tolist(), of_document.tolist()
-        spans, begin, used = [], 0, 0
-        for at in range(len(sizes) + 1):
-            over = at == len(sizes) or owners[at] != owners[begin]
-            if over or used + sizes[at] > room:
-                # A single sentence that is left over at the end of a document takes the one before it as well.
-                if at - begin == 1 and begin and owners[begin - 1] == owners[begin]:
-                    begin -= 1
-                if at - begin > 1:
-                    spans.append((begin, at))
-                begin, used = at, 0
-            if at < len(sizes):
-                used += sizes[at]
-        table = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        self.first, self.last = table[:, 0], table[:, 1]
-        self.document = of_document[self.first] if len(table) else np.zeros(0, np.int64)
+        sentences = corpus.sentences
+
+        def blocks() -> Iterator[tuple[np.ndarray, ...]]:
+            nothing = np.zeros(0, np.int64)
+            yield np.zeros(1, np.int64), nothing, nothing, nothing
+            found = documents = 0
+            for bounds in _documents_in_blocks(corpus, 1000):
+                begin, end = np.searchsorted(sentences, bounds[[0, -1]])
+                ends, first, last, document = _runs(np.asarray(sentences[begin : end + 1]), bounds, max_length)
+                yield ends, first + found, last + found, document + documents
+                found, documents = found + len(ends), documents + len(bounds) - 1
+
+        self.bounds, self.first, self.last, self.document = _kept(corpus.folder / f"spans-{max_length}", blocks(), 4)
+
+
+def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tuple[np.ndarray, ...]:
+    """Ends of the sentences between the bounds ``sentences``, and the spans of them: first, last and document.
+
+    >>> _runs(np.array([0, 4, 9, 12]), np.array([0, 9, 12]), max_length=13)
+    (array([ 4,  9, 12]), array([0]), array([2]), array([0]))
+    """
+    room = max_length - 3  # [CLS], [SEP] and [SEP]
+    longest = room // 2
+    lengths = np.diff(sentences)
+    parts = -(-lengths // longest)
+    offsets = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+    bounds = np.append(np.repeat(sentences[:-1], parts) + longest * offsets, sentences[-1])
+    of_document = np.searchsorted(documents, bounds[:-1], side="right") - 1
+    sizes, owners = np.diff(bounds).tolist(), of_document.tolist()
+    spans, begin, used = [], 0, 0
+    for at in range(len(sizes) + 1):
+        over = at == len(sizes) or owners[at] != owners[begin]
+        if over or used + sizes[at] > room:
+            # A single sentence that is left over at the end of a document takes the one before it as well.
+            if at - begin == 1 and begin and owners[begin - 1] == owners[begin]:
+                begin -= 1
+            if at - begin > 1:
+                spans.append((begin, at))
+            begin, used = at, 0
+        if at < len(sizes):
+            used += sizes[at]
+    first, last = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    return bounds[1:], first, last, of_document[first]
+
+
+def _documents_in_blocks(corpus: Corpus, size: int) -> Iterator[np.ndarray]:
+    """The bounds of ``size`` documents after the other; the last bound of a block is the first of the next."""
+    for at in range(0, len(corpus.documents) - 1, size):
+        yield np.asarray(corpus.documents[at : at + size + 1])
+
+
+def _kept(folder: Path, blocks: Iterable[tuple[np.ndarray, ...]], count: int) -> list[np.ndarray]:
+    """``count`` arrays, each its parts of all ``blocks`` end to end: written to ``folder`` the first time, and memory-mapped.
+
+    They have an entry for every few words of the text, so those of a large corpus would fill the memory.
+    """
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            whole = Path(temporary) / "whole"
+            whole.mkdir()
+            with ExitStack() as stack:
+                files = [stack.enter_context((whole / str(number)).open("wb")) for number in range(count)]
+                dtypes: list[str] = []
+                for block in blocks:
+                    dtypes = dtypes or [part.dtype.str for part in block]
+                    for file, part, dtype in zip(files, block, dtypes, strict=True):
+                        file.write(part.astype(dtype, copy=False).tobytes())
+            (whole / "dtypes.json").write_text(json.dumps(dtypes))
+            try:
+                whole.rename(folder)
+            except OSError:
+                if not folder.exists():  # if it does, another process was first, with the same
+                    raise
+    return [
+        # An empty file cannot be mapped.
+        np.memmap(path, dtype=dtype, mode="r") if (path := folder / str(number)).stat().st_size else np.zeros(0, dtype)
+        for number, dtype in enumerate(json.loads((folder / "dtypes.json").read_text()))
+    ]

@@ -55,7 +55,25 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
     if not shared:
         found = "; ".join(f"{source.path}: {', '.join(part.column_names)}" for source, part in zip(sources, parts, strict=True))
         raise ValueError(f"The data sets share no column, so they cannot be joined ({found}); rename columns with columns:.")
-    return concatenate_datasets(_same_types([part.select_columns(shared) for part in parts]))
+    return join([part.select_columns(shared) for part in parts])
+
+
+def join(parts: list[Dataset]) -> Dataset:
+    """Rows of ``parts``, which have the same columns, one after the other.
+
+    Columns that differ only in kind of number or string get one type; a ClassLabel survives when all agree on it.
+
+    Raises:
+        ValueError: when a column has a type that cannot become the first part's.
+    """
+    features = parts[0].features.copy()
+    for name, feature in features.items():
+        if any(part.features[name] != feature for part in parts) and isinstance(feature, ClassLabel):
+            features[name] = Value("int64")
+    try:
+        return concatenate_datasets([part.cast(features) if part.features != features else part for part in parts])
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"The data sets cannot be joined: a column has a different type in one of them ({error}).") from error
 
 
 def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
@@ -249,15 +267,3 @@ def _stream_hub(source: DataSource, split: str) -> Dataset:
     source._commit = HfApi().dataset_info(source.path, revision=source.revision).sha
     stream = load_dataset(source.path, source.config, split=source.split or split, revision=source._commit, streaming=True)
     return Dataset.from_list(list(stream.take(source.limit)), features=stream.features)
-
-
-def _same_types(parts: list[Dataset]) -> list[Dataset]:
-    """Give columns that differ only in kind of number or string one type; a ClassLabel survives when all agree on it."""
-    features = parts[0].features.copy()
-    for name, feature in features.items():
-        if any(part.features[name] != feature for part in parts) and isinstance(feature, ClassLabel):
-            features[name] = Value("int64")
-    try:
-        return [part.cast(features) if part.features != features else part for part in parts]
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"The data sets cannot be joined: a column has a different type in one of them ({error}).") from error

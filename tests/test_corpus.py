@@ -163,3 +163,33 @@ def test_spans_are_neighbouring_sentences_that_fit(tmp_path_factory, documents, 
         assert places <= covered or len(document) == 1 or not places & covered
         if len(document) > 1:
             assert places <= covered
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=12), st.integers(1, 4))
+def test_what_is_found_block_by_block_is_what_the_whole_gives(tmp_path_factory, documents, size):
+    whole, cut = (made(tmp_path_factory.mktemp("corpus"), documents) for _ in range(2))
+    expected = Spans(whole, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        in_blocks = corpora._documents_in_blocks
+        patch.setattr(corpora, "_documents_in_blocks", lambda corpus, _: in_blocks(corpus, size))
+        spans, pieces = Spans(cut, 16), Pieces(cut, 16)
+    for name in ("bounds", "first", "last", "document"):
+        assert np.array_equal(getattr(spans, name), getattr(expected, name))
+    tokens = [at for start, length in zip(pieces.starts, pieces.lengths, strict=True) for at in range(start, start + length)]
+    assert sorted(tokens) == list(range(cut.documents[-1])) and pieces.rows[-1] == len(pieces.starts)
+    for begin, end in itertools.pairwise(pieces.rows):
+        assert begin < end and (pieces.lengths[begin:end] + 2).sum() <= 16
+
+
+def test_pieces_and_spans_are_made_once_and_stay_on_disk(tmp_path, monkeypatch):
+    corpus = made(tmp_path, [[5, 7], [30], [2, 2, 2]])
+    first = Pieces(corpus, 16), Spans(corpus, 16)
+    monkeypatch.setattr(corpora, "_documents_in_blocks", lambda *_: pytest.fail("made again"))
+    again = Pieces(corpus, 16), Spans(corpus, 16)
+    for ours, theirs in zip(first, again, strict=True):
+        for name, array in vars(ours).items():
+            assert isinstance(array, np.memmap)
+            assert np.array_equal(array, getattr(theirs, name))
+    with pytest.raises(pytest.fail.Exception):
+        Pieces(corpus, 12)  # another length is another cut

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -16,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from minibert import train_word_level
 from minibert.train import embed as embed_module
 from minibert.train.arguments import EmbedStage
-from minibert.train.embed import embed
+from minibert.train.embed import embed, training_pairs
 from minibert.train.stage import StageContext
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
@@ -202,6 +204,16 @@ def test_it_learns_from_plain_text(run, folder, tmp_path):
     assert metrics["eval_mrr@10"] > 0.4  # of questions it has never seen; by chance it is 0.08
 
 
+def test_plain_text_comes_from_files_of_any_kind(tmp_path):
+    (tmp_path / "texts.txt").write_text("one two three four five\n", encoding="utf-8")
+    table = pa.table({"text": pa.array(["six seven eight nine ten"], pa.large_string())})
+    pq.write_table(table, tmp_path / "texts.parquet")
+    sources = [str(tmp_path / name) for name in ("texts.txt", "texts.parquet")]
+    stage = EmbedStage(kind="embed", data=sources, make_pairs=True)
+    (pairs,) = training_pairs(stage, 0).values()
+    assert pairs["positive"][:] == ["one two three four five", "six seven eight nine ten"]
+
+
 def test_hard_negatives_are_passages_like_the_right_one_and_mined_once(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
     run(hard_negatives=2, max_steps=1)
@@ -236,7 +248,8 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, and there are none"),
         ("text\na b c d e\n", {"make_pairs": True}, "at least two rows are needed; .*wrong.csv has one"),
         ("text\na b\nc d\n", {"make_pairs": True, "anchor_column": "text"}, "so anchor_column must be left out"),
-        ("query,answer\na,b\nc,d\n", {"text_column": "query"}, "text_column is there for make_pairs"),
+        ("query,answer\na,b\nc,d\n", {"text_column": "query"}, "text_column and sample_by are there for make_pairs"),
+        ("query,answer\na,b\nc,d\n", {"sample_by": "line"}, "text_column and sample_by are there for make_pairs"),
         ("query,answer\na,b\nc,d\n", {"max_length": 13}, "max_length=13 exceeds the model's max_position_embeddings=12"),
     ],
 )

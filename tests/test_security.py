@@ -272,7 +272,7 @@ def all_doors(folder, tmp_path):
 @pytest.mark.parametrize("door", ["find_model", "load", "checkpoint", "train"])
 def test_pickled_weights_are_never_opened(model, tmp_path, name, door):
     (model / "model.safetensors").unlink()
-    with (model / name).open("wb") as file:
+    with (model / name).open("wb") as file:  # to be refused unopened
         pickle.dump(Bomb(tmp_path / "exploded"), file)
     with pytest.raises(ValueError, match=f"only as a pickle \\({name}\\), which can run code"):
         all_doors(model, tmp_path)[door]()
@@ -281,7 +281,7 @@ def test_pickled_weights_are_never_opened(model, tmp_path, name, door):
 
 def test_a_pickle_beside_the_weights_is_left_alone(model, tmp_path):
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
-        with (model / name).open("wb") as file:
+        with (model / name).open("wb") as file:  # to be left unopened
             pickle.dump(Bomb(tmp_path / "exploded"), file)
     load(model, device="cpu").encode(["a text"])
     assert not (tmp_path / "exploded").exists()
@@ -289,7 +289,7 @@ def test_a_pickle_beside_the_weights_is_left_alone(model, tmp_path):
 
 def test_pickled_weights_of_a_module_are_never_opened(model, tmp_path):
     as_sentence_transformer(model, "2_Dense")
-    with (model / "2_Dense" / "pytorch_model.bin").open("wb") as file:
+    with (model / "2_Dense" / "pytorch_model.bin").open("wb") as file:  # to be refused unopened
         pickle.dump(Bomb(tmp_path / "exploded"), file)
     with pytest.raises(ValueError, match="2_Dense/pytorch_model.bin"):
         load(model, device="cpu")

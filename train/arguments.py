@@ -345,8 +345,11 @@ class EmbedStage(ModelStage, LoopArguments):
         named = [name for name in ("anchor_column", "positive_column", "negative_column") if getattr(self, name)]
         if self.make_pairs and named:
             raise ValueError(f"make_pairs makes queries and passages of plain text, so {' and '.join(named)} must be left out.")
-        if self.text_column and not self.make_pairs:
-            raise ValueError("text_column is there for make_pairs; name columns of pairs by anchor_column and positive_column.")
+        if not self.make_pairs and (self.text_column or self.sample_by != "paragraph"):
+            raise ValueError(
+                "text_column and sample_by are there for make_pairs: true; name columns of pairs by anchor_column and "
+                "positive_column."
+            )
         return self
 
 

@@ -30,7 +30,7 @@ from sentence_transformers.util import mine_hard_negatives
 from transformers import AutoModel, ProgressCallback, TrainerCallback
 
 from minibert.data.corpus import load_documents
-from minibert.data.load import check_columns, load, text_columns
+from minibert.data.load import check_columns, join, load, text_columns
 from minibert.data.source import DataSource
 from minibert.data.text_pairs import make_pairs
 from minibert.train import checkpoint
@@ -96,7 +96,7 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     return metrics
 
 
-def training_pairs(args: EmbedStage, seed: int = 0) -> dict[str, Dataset]:
+def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
     """The training data with just its columns of queries, passages and (if named) negatives, in that order.
 
     Args:
@@ -109,7 +109,11 @@ def training_pairs(args: EmbedStage, seed: int = 0) -> dict[str, Dataset]:
     groups = [[source] for source in args.data] if apart else [args.data]
     found: dict[str, Dataset] = {}
     for number, group in enumerate(groups):
-        dataset = _made_pairs(args, group, seed) if args.make_pairs else load(group)
+        if args.make_pairs:
+            documents = [load_documents(source, "train", args.text_column, args.sample_by) for source in group]
+            dataset = make_pairs(join(documents), seed)
+        else:
+            dataset = load(group)
         columns = _pair_columns(args, dataset, group)
         if args.negative_column:
             check_columns(dataset, [args.negative_column], group)
@@ -154,11 +158,6 @@ def _with_negatives(
         state.wait_for_everyone()
         mined[name] = Dataset.load_from_disk(kept)
     return mined
-
-
-def _made_pairs(args: EmbedStage, sources: list[DataSource], seed: int) -> Dataset:
-    parts = [load_documents(source, "train", args.text_column, args.sample_by) for source in sources]
-    return make_pairs(concatenate_datasets(parts), seed)
 
 
 def _pair_columns(args: EmbedStage, dataset: Dataset, sources: list[DataSource]) -> list[str]:

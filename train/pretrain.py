@@ -164,15 +164,15 @@ def _generator() -> np.random.Generator:
     return np.random.default_rng(np.random.randint(0, 2**32, size=4, dtype=np.uint32))
 
 
-def _gather(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """``tokens[start : start + length]`` of all pieces, end to end.
+def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Places ``start, start + 1, ...`` up to ``start + length`` of all pieces, end to end.
 
-    >>> _gather(np.arange(10), np.array([7, 0]), np.array([2, 3])).tolist()
+    >>> _places(np.array([7, 0]), np.array([2, 3])).tolist()
     [7, 8, 0, 1, 2]
     """
     before = np.cumsum(lengths) - lengths
-    gathered: np.ndarray = tokens[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
-    return gathered
+    places: np.ndarray = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+    return places
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows
@@ -194,7 +194,7 @@ class PackedRows:
     def collate(self, rows: np.ndarray) -> dict[str, Any]:
         """One row (1, T) that holds all pieces, each between [CLS] and [SEP], with the bounds that keep them apart."""
         rng, pieces = _generator(), self.pieces
-        chosen = _gather(np.arange(len(pieces.starts)), pieces.rows[rows], pieces.rows[rows + 1] - pieces.rows[rows])
+        chosen = _places(pieces.rows[rows], pieces.rows[rows + 1] - pieces.rows[rows])
         chosen = chosen[np.argsort(pieces.lengths[chosen], kind="stable")]  # equal lengths share an attention call on a CPU
         sizes = pieces.lengths[chosen] + 2
         bounds = np.concatenate([[0], np.cumsum(sizes)])
@@ -202,7 +202,7 @@ class PackedRows:
         ends = np.zeros(bounds[-1], dtype=bool)
         ends[bounds[:-1]] = ends[bounds[1:] - 1] = True
         ids[bounds[:-1]], ids[bounds[1:] - 1] = self.masking.cls, self.masking.sep
-        ids[~ends] = _gather(self.corpus.tokens, pieces.starts[chosen], sizes - 2)
+        ids[~ends] = self.corpus.tokens[_places(pieces.starts[chosen], sizes - 2)]
         seen, labels = self.masking(ids, rng)
         positions = np.arange(len(ids)) - np.repeat(bounds[:-1], sizes)
         batch = {"input_ids": seen, "position_ids": positions, "labels": labels}
