@@ -11,6 +11,7 @@ A first reading may go from here to "positions", "blocks" and "model", and come 
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,7 +288,8 @@ class Packing:
             query, key, value = (Spread.apply(x, self.slots, self.sources) for x in (query, key, value))
         # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
         parts = zip(self.runs, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
-        with torch.autocast("cpu", enabled=False):
+        # Leaving autocast costs a query more than its attention, and mostly there is none to leave.
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             for (count, length), mask, *qkv in parts:
                 mask = mask if mask is None else mask.to(query.dtype)
                 q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)

@@ -40,6 +40,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 2**24
 # Characters of a text per token that the model reads, at least, before the rest of the text is cut off unread.
 _CHARACTERS_PER_TOKEN = 16
+_FEW_TEXTS = 8  # so few are tokenized sooner than handed to another thread
 _SPACE = re.compile(r"\s")
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 # How often free memory is handed back: that takes milliseconds, and fetching it again some more.
@@ -225,6 +226,9 @@ class Encoder:
         worker = _tokenizing(os.getpid())
         try:
             for texts in windows:
+                if len(texts) <= _FEW_TEXTS and not waiting:
+                    yield self._finish(self._tokenizer.batches(texts, self.batch_tokens), len(texts))
+                    continue
                 waiting.append((len(texts), worker.submit(self._tokenizer.batches, texts, self.batch_tokens)))
                 if len(waiting) > 1:
                     yield self._next(waiting)
@@ -236,7 +240,10 @@ class Encoder:
 
     def _next(self, waiting: deque[tuple[int, Future[list[Batch]]]]) -> np.ndarray:
         count, batches = waiting.popleft()
-        vectors = self._compute(batches.result(), count)
+        return self._finish(batches.result(), count)
+
+    def _finish(self, batches: Sequence[Batch], count: int) -> np.ndarray:
+        vectors = self._compute(batches, count)
         trim_memory()
         return vectors
 
@@ -287,15 +294,16 @@ class Encoder:
 @cache
 def _tokenizing(process: int) -> ThreadPoolExecutor:
     """The one thread of this process that tokenizes, whoever asks: the tokenizer takes every core as it is, and what an
-    allocator keeps free it keeps for each thread. A forked process, which has no thread of its parent's, gets its own."""
+    allocator keeps free it keeps for each thread. A forked process, which has no thread of its parent's, gets its own.
+    Only a few texts are tokenized by who brings them."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
 
 @cache
-def _turn(device: str, process: int) -> threading.Lock:
-    """Held while a batch is computed on ``device``, which takes all of it: threads that encode at once take turns. They compute
-    themselves, not one thread for all: OpenMP keeps helpers for each thread that ever computed, as the one that loaded the
-    model has, and lets them fall asleep between two calls once there are more of them than cores."""
+def _turn(what: str, process: int) -> threading.Lock:
+    """Held while a batch is computed on a device, or by a tokenizer, which take all there is: threads that encode at once take
+    turns. They compute themselves, not one thread for all: OpenMP keeps helpers for each thread that ever computed, as the
+    one that loaded the model has, and lets them fall asleep between two calls once there are more of them than cores."""
     return threading.Lock()
 
 
@@ -381,7 +389,8 @@ class _Tokenizer:
             ValueError: naming the first text that is no string.
         """
         _check_texts(texts)
-        encodings = self._tokenize(texts)
+        with _turn("tokenizer", os.getpid()):
+            encodings = self._tokenize(texts)
         lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
         ends = lengths.cumsum()
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, count=int(lengths.sum()))
@@ -413,7 +422,7 @@ class _Tokenizer:
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Within, the library tokenizes in one thread: by itself it takes one for every core, also where the process has but one to
-    compute with, as when several share a machine. Whoever set its variable is obeyed; only the one worker comes here."""
+    compute with, as when several share a machine. Whoever set its variable is obeyed; only one thread at a time comes here."""
     if _PARALLELISM in os.environ:
         yield
         return

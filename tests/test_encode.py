@@ -291,20 +291,23 @@ def test_whoever_asks_one_thread_tokenizes_and_batches_are_computed_in_turns(fol
         found = list(pool.map(encoder.encode, [TEXTS] * 8))
     assert len(tokenizing) == 1 and len(computing) == 4 and set(most) == {1}
     assert all(np.array_equal(vectors, found[0]) for vectors in found)
+    np.testing.assert_allclose(encoder.encode(TEXTS[:2]), found[0][:2], atol=2e-2)
+    assert len(tokenizing) == 2 and threading.get_ident() in tokenizing  # a query or two are not worth another thread
     parent = os.getpid()
     monkeypatch.setattr(module.os, "getpid", lambda: -1)  # as in a child process, which has no thread of its parent
-    with module._turn("cpu", parent), ThreadPoolExecutor(1) as pool:  # and must not wait for what one of them held
-        assert np.array_equal(pool.submit(encoder.encode, TEXTS).result(60), found[0]) and len(tokenizing) == 2
+    with module._turn("cpu", parent), module._turn("tokenizer", parent), ThreadPoolExecutor(1) as pool:  # nor waits for them
+        assert np.array_equal(pool.submit(encoder.encode, TEXTS).result(60), found[0]) and len(tokenizing) == 3
 
 
-def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monkeypatch):
+@pytest.mark.parametrize("texts", [["the cat"], TEXTS])
+def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monkeypatch, texts):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     seen = []
     monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
     encoder = Encoder(assemble(folders / "search-8x768"))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(encoder.encode, [["the cat"]] * 12))
+        list(pool.map(encoder.encode, [texts] * 12))
     assert set(seen) == {"false"} and "TOKENIZERS_PARALLELISM" not in os.environ
 
 
@@ -361,7 +364,7 @@ def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkey
     seen, started, go = [], threading.Event(), threading.Event()
 
     def batches(self, texts, batch_tokens):
-        seen.append(list(texts))
+        seen.append(texts[0])
         started.set()
         assert go.wait(60)
         return []
@@ -369,9 +372,9 @@ def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkey
     monkeypatch.setattr(module._Tokenizer, "batches", batches)
 
     def windows():
-        yield ["first"]
+        yield ["first"] * 9
         assert started.wait(60)  # the one thread is busy with it, so what is asked for next waits
-        yield ["second"]
+        yield ["second"] * 9
 
     def interrupted():
         yield from windows()
@@ -384,7 +387,7 @@ def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkey
         next(asked)
     go.set()
     module._tokenizing(os.getpid()).submit(int).result()  # the thread has done what it had to do
-    assert seen == [["first"]]
+    assert seen == ["first"]
 
 
 @pytest.mark.parametrize(
