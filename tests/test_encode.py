@@ -235,7 +235,13 @@ def test_one_thread_tokenizes_where_one_computes(folders, monkeypatch, threads, 
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seen = []
-    monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
+
+    def start(text, limit):
+        seen.append(os.environ.get("TOKENIZERS_PARALLELISM"))
+        time.sleep(0.002)  # time for the others to come in between
+        return text
+
+    monkeypatch.setattr(module, "_start", start)
     encode(assemble(folders / "search-8x768"), ["the cat"])
     assert seen == [expected] and "TOKENIZERS_PARALLELISM" not in os.environ
 
@@ -299,12 +305,18 @@ def test_whoever_asks_one_thread_tokenizes_and_batches_are_computed_in_turns(fol
         assert np.array_equal(pool.submit(encoder.encode, TEXTS).result(60), found[0]) and len(tokenizing) == 3
 
 
-@pytest.mark.parametrize("texts", [["the cat"], TEXTS])
+@pytest.mark.parametrize("texts", [["the cat"] * 3, TEXTS])
 def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monkeypatch, texts):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     seen = []
-    monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
+
+    def start(text, limit):
+        seen.append(os.environ.get("TOKENIZERS_PARALLELISM"))
+        time.sleep(0.002)  # time for the others to come in between
+        return text
+
+    monkeypatch.setattr(module, "_start", start)
     encoder = Encoder(assemble(folders / "search-8x768"))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(encoder.encode, [texts] * 12))
