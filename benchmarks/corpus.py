@@ -59,7 +59,7 @@ def _watch(child: subprocess.Popen) -> int:
             peak = max(peak, sum(_private(one.pid) for one in family))
         except psutil.NoSuchProcess:
             pass
-        time.sleep(0.2)
+        time.sleep(0.01)  # workers that end copy for a moment what they shared with their parent
     return peak // 2**20
 
 
