@@ -1,7 +1,9 @@
 """Memory while a corpus is tokenized and read, against its size: generated text of two sizes, each in its own process."""
 
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,8 +25,11 @@ def run(out: Path, work: Path, *, megabytes: list[int]) -> None:
         text = folder / "corpus.txt"
         if not text.exists() or text.stat().st_size < size * 2**20:
             _generate(text, size * 2**20)
+        caches = {"HF_DATASETS_CACHE": str(folder / "datasets")}
+        shutil.rmtree(folder / "datasets", ignore_errors=True)  # or nothing would be read or tokenized
+        shutil.rmtree(folder / "cache", ignore_errors=True)
         command = [sys.executable, "-m", "benchmarks.corpus", str(text), str(folder / "cache")]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | caches)
         peak = _watch(child)
         output, _ = child.communicate()
         if child.returncode:
