@@ -3,6 +3,7 @@
 Tokenizing happens once, in several processes; what comes out is memory-mapped, so that a corpus may be larger than memory.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -150,21 +151,25 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
         scratch, whole = Path(temporary) / "scratch", Path(temporary) / "whole"
         scratch.mkdir()
         whole.mkdir()
-        tokenized = [
-            part.map(
-                _token_lists,
-                batched=True,
-                batch_size=200,
-                num_proc=min(workers, len(part)) if workers > 1 and len(part) > 1000 else None,
-                remove_columns=["text"],
-                fn_kwargs={"tokenizer": tokenizer, "delimiters": delimiters},
-                features=datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("ids", "lengths")}),
-                new_fingerprint=f"{folder.name}-{number}",
-                cache_file_name=str(scratch / f"{number}.arrow"),
-                desc="tokenize",
-            )
-            for number, part in enumerate(parts)
-        ]
+        gc.freeze()  # or every process would copy all that it shares with this one when it looks for garbage
+        try:
+            tokenized = [
+                part.map(
+                    _token_lists,
+                    batched=True,
+                    batch_size=200,
+                    num_proc=min(workers, len(part)) if workers > 1 and len(part) > 1000 else None,
+                    remove_columns=["text"],
+                    fn_kwargs={"tokenizer": tokenizer, "delimiters": delimiters},
+                    features=datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("ids", "lengths")}),
+                    new_fingerprint=f"{folder.name}-{number}",
+                    cache_file_name=str(scratch / f"{number}.arrow"),
+                    desc="tokenize",
+                )
+                for number, part in enumerate(parts)
+            ]
+        finally:
+            gc.unfreeze()
         counts = np.zeros(3, dtype=np.int64)  # documents, sentences, tokens
         for documents, sentences, ids in _blocks(tokenized):
             counts += [len(documents), len(sentences), len(ids)]
