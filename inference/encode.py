@@ -13,11 +13,12 @@ import re
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple, TypedDict
@@ -357,18 +358,28 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Texts of ``lengths`` in batches of at most ``batch_tokens`` tokens (but at least a text), the longest first; those
     within a batch ascend. Texts without a token are in none.
 
-    >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2]), 9)]
-    [[1], [4, 0, 3]]
+    They are as few as that allows and of nearly the same size: a last one of whatever is left would have another size in every
+    window, and oneDNN keeps megabytes of kernels for each size it meets.
+
+    >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2, 1]), 9)]
+    [[1], [3], [5, 4, 0]]
     """
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
-    batches, start, total = [], 0, 0
-    for place, length in enumerate(lengths[order].tolist()):
-        if total + length > batch_tokens and place > start:
-            batches.append(order[start:place][::-1])
-            start, total = place, 0
-        total += length
-    return [*batches, order[start:][::-1]] if len(order) else []
+    ends = np.concatenate([[0], lengths[order].cumsum()])
+
+    def cut(limit: int) -> list[int]:
+        """Bounds of batches, each as large as it may be."""
+        bounds = [0]
+        while bounds[-1] < len(order):
+            bounds.append(max(bounds[-1] + 1, int(ends.searchsorted(ends[bounds[-1]] + limit, side="right")) - 1))
+        return bounds
+
+    bounds = cut(batch_tokens)
+    if (fewest := len(bounds)) > 2:
+        limits = range(min(batch_tokens, int(ends[-1]) // (fewest - 1)), batch_tokens + 1)
+        bounds = cut(limits[bisect_left(limits, True, key=lambda limit: len(cut(limit)) <= fewest)])
+    return [order[start:end][::-1] for start, end in pairwise(bounds)]
 
 
 class _Tokenizer:

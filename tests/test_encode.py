@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from transformers import BertConfig, BertModel
@@ -21,6 +23,7 @@ from minibert.inference import encode as module
 from minibert.inference.encode import Encoder, choose_dtype, cut_windows, encode
 from minibert.inference.load import load
 from minibert.inference.onednn import BlockedLinear, block_weights
+from minibert.modeling_minibert import rounded
 
 WORDS = [
     "the",
@@ -424,3 +427,26 @@ def test_the_processor_decides_the_numbers(monkeypatch, able, expected):
 def test_wrong_arguments_are_refused(folders, texts, options, message):
     with pytest.raises(ValueError, match=message):
         encode(assemble(folders / "search-8x768"), texts, **options)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 20), max_size=40), st.integers(1, 60))
+def test_batches_hold_every_text_once_and_are_few(lengths, batch_tokens):
+    lengths = np.array(lengths, dtype=np.int64)
+    batches = module.cut_batches(lengths, batch_tokens)
+    assert sorted(row for batch in batches for row in batch.tolist()) == np.flatnonzero(lengths).tolist()
+    assert all(len(batch) == 1 or lengths[batch].sum() <= batch_tokens for batch in batches)
+    assert all((np.diff(lengths[batch]) >= 0).all() for batch in batches)
+    fewest, room = 0, 0  # each as full as it may be
+    for length in sorted(lengths[lengths > 0].tolist(), reverse=True):
+        if length > room:
+            fewest, room = fewest + 1, batch_tokens
+        room -= length
+    assert len(batches) == fewest
+
+
+def test_windows_of_any_texts_make_batches_of_few_sizes():
+    rng = np.random.default_rng(0)
+    windows = [rng.integers(5, rng.integers(20, 60), 4096) for _ in range(20)]
+    sizes = {rounded(int(window[batch].sum())) for window in windows for batch in module.cut_batches(window, 4096)}
+    assert sizes <= {3840, 3968, 4096}
