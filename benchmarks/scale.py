@@ -31,7 +31,11 @@ def run(
     out: Path, work: Path, *, passages: int, model: str | None, words: int, rows_per_shard: int, repeats: int, precision: str
 ) -> None:
     """Encode ``passages`` once for memory, and an eighth of them ``repeats`` times by one and by two processes of one thread
-    each, in turns; print and write ``out``."""
+    each, in turns; print and write ``out``.
+
+    One process of one thread tokenizes in another, and so keeps more than a core busy where one is free: it is also run with
+    a single core for all it does.
+    """
     work.mkdir(parents=True, exist_ok=True)
     corpus = _generate(work / f"passages-{passages}-{words}.parquet", passages, words)
     folder = model or str(_small_model(work / "model", corpus))
@@ -39,20 +43,30 @@ def run(
     part = _generate(work / f"passages-{passages // 8}-{words}.parquet", max(2, passages // 8), words)
     # As many shards for either process, so that neither waits.
     rows = -(-max(2, passages // 8) // 8)
-    rates: dict[int, list[float]] = {1: [], 2: []}
+    sides: dict[str, dict[str, Any]] = {
+        "one_process_one_core": {"processes": 1, "pinned": True},
+        "one_process_one_thread": {"processes": 1},
+        "two_processes_one_thread_each": {"processes": 2},
+    }
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
-        for count, found in rates.items():
-            done = _encode(folder, part, work / f"vectors-{count}", rows, precision, processes=count, threads=1)
-            found.append(done["passages_per_second"])
-            print(f"{count} process(es) of 1 thread: {found[-1]:,.0f} passages/s", flush=True)
+        for name, side in sides.items():
+            done = _encode(folder, part, work / f"vectors-{name}", rows, precision, threads=1, **side)
+            rates[name].append(done["passages_per_second"])
+            print(f"{name.replace('_', ' ')}: {rates[name][-1]:,.0f} passages/s", flush=True)
+
+    def ratio(name: str) -> float:
+        pairs = zip(rates[name], rates["two_processes_one_thread_each"], strict=True)
+        return round(statistics.median(two / one for one, two in pairs), 3)
+
     results = {
         "benchmark": "scale",
         "machine": describe(),
         "options": {"passages": passages, "words": words, "model": model or "nano", "rows_per_shard": rows_per_shard},
         "whole": whole,
-        "one_process_one_thread": rates[1],
-        "two_processes_one_thread_each": rates[2],
-        "ratio_two_processes_to_one": round(statistics.median(b / a for a, b in zip(rates[1], rates[2], strict=True)), 3),
+        **rates,
+        "ratio_two_processes_to_one_core": ratio("one_process_one_core"),
+        "ratio_two_processes_to_one": ratio("one_process_one_thread"),
     }
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
@@ -66,6 +80,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [f"{count:>16,}  {memory[count - 1]:>12,}" for count in sorted({1, *range(step, len(memory) + 1, step)})]
     lines.append(f"growth after the first shard: {memory[-1] - memory[0]:+,} MB")
     lines.append(f"{results['whole']['passages_per_second']:,.0f} passages/s with all threads")
+    lines.append(f"two processes of one thread to one on one core: {results['ratio_two_processes_to_one_core']:.2f}")
     lines.append(f"two processes of one thread to one: {results['ratio_two_processes_to_one']:.2f}")
     return "\n".join(lines)
 
@@ -114,8 +129,10 @@ def _encode(
     *,
     processes: int = 1,
     threads: int | None = None,
+    pinned: bool = False,
 ) -> dict[str, Any]:
-    """Run ``minibert encode``; its own figures, and resident memory after every shard where there is one process."""
+    """Run ``minibert encode``, if ``pinned`` on one core for all its threads; its own figures, and resident memory after every
+    shard where there is one process."""
     module = ["-m", "minibert", "encode", model, str(corpus), str(vectors), "--force", "--json"]
     module += ["--rows-per-shard", str(rows_per_shard), "--precision", precision]
     command = [sys.executable, *module]
@@ -124,6 +141,8 @@ def _encode(
         command = [sys.executable, *launcher, *module]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else dict(os.environ)
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if pinned:
+        psutil.Process(child.pid).cpu_affinity([0])
     memory: list[int] = []
     if processes == 1:
         threading.Thread(target=_watch, args=(child.pid, vectors, memory), daemon=True).start()
