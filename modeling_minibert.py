@@ -10,6 +10,7 @@ A first reading may go from here to "positions", "blocks" and "model", and come 
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -233,15 +234,26 @@ class Packing:
         return cls(indices, lengths.tolist(), None, max_length)
 
     def blocks(self, tokens: int) -> "list[Packing]":
-        """The same sequences in blocks of at most so many tokens; a longer sequence is a block of its own."""
-        blocks: list[list[int]] = [[]]
-        free = tokens
-        for length in self.lengths:
-            if blocks[-1] and length > free:
-                blocks.append([])
-                free = tokens
-            blocks[-1].append(length)
-            free -= length
+        """The same sequences in blocks of at most so many tokens; a longer sequence is a block of its own.
+
+        They are as few as that allows and nearly equal: a small last one would cost almost what a full one does.
+        """
+
+        def cut(limit: int) -> list[list[int]]:
+            blocks: list[list[int]] = [[]]
+            free = limit
+            for length in self.lengths:
+                if blocks[-1] and length > free:
+                    blocks.append([])
+                    free = limit
+                blocks[-1].append(length)
+                free -= length
+            return blocks
+
+        blocks = cut(tokens)
+        if (fewest := len(blocks)) > 1:
+            limits = [*range(tokens // 2, tokens, 32), tokens]
+            blocks = cut(limits[bisect_left(limits, True, key=lambda limit: len(cut(limit)) <= fewest)])
         if len(blocks) == 1:
             return [self]
         indices = torch.arange(sum(self.lengths)) if self.indices is None else self.indices

@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,6 +161,16 @@ def test_packing_for_accelerators_equals_packing_for_the_cpu(batch):
         context = packing.attend(query, key, value, 0.0, 0.3).flatten(1)
         results.append(packing.unpack(context, torch.zeros(6 * 12, 4 * 8)))
     torch.testing.assert_close(*results)
+
+
+def test_blocks_are_few_and_nearly_equal():
+    lengths = sorted(np.random.default_rng(0).integers(5, 300, 60).tolist())
+    packing = Packing(None, lengths, None, lengths[-1])
+    sizes = [[sum(block.lengths) for block in packing.blocks(tokens)] for tokens in (2048, 4096, 2**14)]
+    assert [len(found) for found in sizes] == [5, 3, 1]
+    for found, tokens in zip(sizes, (2048, 4096, 2**14), strict=True):
+        assert sum(found) == sum(lengths) and max(found) <= tokens and max(found) - min(found) <= 332  # a text, a step of 32
+    assert [block.lengths for block in Packing(None, [3, 9, 40], None, 40).blocks(8)] == [[3], [9], [40]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
