@@ -10,10 +10,10 @@ A first reading may go from here to "positions", "blocks" and "model", and come 
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -144,6 +144,28 @@ def runs_of(lengths: Sequence[int]) -> list[list[int]]:
     return runs
 
 
+def cut_evenly(lengths: Sequence[int], limit: int) -> list[int]:
+    """Bounds of groups of neighbouring ``lengths`` of at most ``limit`` in sum (but at least one), as few as that allows and of
+    nearly equal sums: a small last one would cost almost what a full one does, and on a CPU more kernels.
+
+    >>> cut_evenly([9, 4, 3, 2, 1], 9)
+    [0, 1, 2, 5]
+    """
+    ends = [0, *accumulate(lengths)]
+
+    def cut(size: int) -> list[int]:
+        bounds = [0]
+        while bounds[-1] < len(lengths):
+            bounds.append(max(bounds[-1] + 1, bisect_right(ends, ends[bounds[-1]] + size) - 1))
+        return bounds
+
+    fullest = cut(limit)
+    if len(fullest) <= 2:
+        return fullest
+    sizes = range(min(limit, ends[-1] // (len(fullest) - 1)), limit + 1)
+    return cut(sizes[bisect_left(sizes, True, key=lambda size: len(cut(size)) <= len(fullest))])
+
+
 class Spread(torch.autograd.Function):
     """Rows (T, …) to their places ``slots`` (T,) in a larger tensor (P, …): its row p is row ``sources[p]``. Whatever stands
     at the other places must not matter: their gradient is dropped."""
@@ -234,28 +256,11 @@ class Packing:
         return cls(indices, lengths.tolist(), None, max_length)
 
     def blocks(self, tokens: int) -> "list[Packing]":
-        """The same sequences in blocks of at most so many tokens; a longer sequence is a block of its own.
-
-        They are as few as that allows and nearly equal: a small last one would cost almost what a full one does.
-        """
-
-        def cut(limit: int) -> list[list[int]]:
-            blocks: list[list[int]] = [[]]
-            free = limit
-            for length in self.lengths:
-                if blocks[-1] and length > free:
-                    blocks.append([])
-                    free = limit
-                blocks[-1].append(length)
-                free -= length
-            return blocks
-
-        blocks = cut(tokens)
-        if (fewest := len(blocks)) > 1:
-            limits = [*range(tokens // 2, tokens, 32), tokens]
-            blocks = cut(limits[bisect_left(limits, True, key=lambda limit: len(cut(limit)) <= fewest)])
-        if len(blocks) == 1:
+        """The same sequences in blocks of at most so many tokens, nearly equal; a longer sequence is a block of its own."""
+        bounds = cut_evenly(self.lengths, tokens)
+        if len(bounds) <= 2:
             return [self]
+        blocks = [self.lengths[start:end] for start, end in pairwise(bounds)]
         indices = torch.arange(sum(self.lengths)) if self.indices is None else self.indices
         parts = zip(blocks, indices.split([sum(block) for block in blocks]), strict=True)
         return [Packing(rows, block, None, block[-1]) for block, rows in parts]
@@ -300,8 +305,7 @@ class Packing:
             query, key, value = (Spread.apply(x, self.slots, self.sources) for x in (query, key, value))
         # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
         parts = zip(self.runs, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
-        # Leaving autocast costs a query more than its attention, and mostly there is none to leave.
-        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+        with torch.autocast("cpu", enabled=False):
             for (count, length), mask, *qkv in parts:
                 mask = mask if mask is None else mask.to(query.dtype)
                 q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)

@@ -64,7 +64,7 @@ def _watch(child: subprocess.Popen) -> int:
             peak = max(peak, sum(_private(one.pid) for one in family))
         except psutil.NoSuchProcess:
             pass
-        time.sleep(0.01)  # workers that end copy for a moment what they shared with their parent
+        time.sleep(0.01)  # a peak may be short
     return peak // 2**20
 
 

@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ class Pieces:
                 yield starts, lengths, pieces + np.cumsum(counts)
                 pieces += len(starts)
 
-        self.starts, self.lengths, self.rows = _kept(corpus.folder / f"pieces-{max_length}", blocks(), 3)
+        self.starts, self.lengths, self.rows = _kept(corpus.folder / f"pieces-{max_length}", blocks())
 
 
 def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -273,7 +274,7 @@ class Spans:
                 yield ends, first + found, last + found, document + documents
                 found, documents = found + len(ends), documents + len(bounds) - 1
 
-        self.bounds, self.first, self.last, self.document = _kept(corpus.folder / f"spans-{max_length}", blocks(), 4)
+        self.bounds, self.first, self.last, self.document = _kept(corpus.folder / f"spans-{max_length}", blocks())
 
 
 def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tuple[np.ndarray, ...]:
@@ -312,8 +313,8 @@ def _documents_in_blocks(corpus: Corpus, size: int) -> Iterator[np.ndarray]:
         yield np.asarray(corpus.documents[at : at + size + 1])
 
 
-def _kept(folder: Path, blocks: Iterable[tuple[np.ndarray, ...]], count: int) -> list[np.ndarray]:
-    """``count`` arrays, each its parts of all ``blocks`` end to end: written to ``folder`` the first time, and memory-mapped.
+def _kept(folder: Path, blocks: Iterator[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    """Arrays of which every block has a part, end to end: written to ``folder`` the first time, and memory-mapped.
 
     They have an entry for every few words of the text, so those of a large corpus would fill the memory.
     """
@@ -321,13 +322,13 @@ def _kept(folder: Path, blocks: Iterable[tuple[np.ndarray, ...]], count: int) ->
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             whole = Path(temporary) / "whole"
             whole.mkdir()
+            first = next(blocks)  # all have its types
+            dtypes = [part.dtype.str for part in first]
             with ExitStack() as stack:
-                files = [stack.enter_context((whole / str(number)).open("wb")) for number in range(count)]
-                dtypes: list[str] = []
-                for block in blocks:
-                    dtypes = dtypes or [part.dtype.str for part in block]
+                files = [stack.enter_context((whole / str(number)).open("wb")) for number in range(len(first))]
+                for block in chain([first], blocks):
                     for file, part, dtype in zip(files, block, dtypes, strict=True):
-                        file.write(part.astype(dtype, copy=False).tobytes())
+                        file.write(np.ascontiguousarray(part, dtype))
             (whole / "dtypes.json").write_text(json.dumps(dtypes))
             try:
                 whole.rename(folder)

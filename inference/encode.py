@@ -13,7 +13,6 @@ import re
 import sys
 import threading
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +33,7 @@ from tqdm.auto import tqdm
 
 from minibert.inference.load import load
 from minibert.inference.onednn import block_weights
-from minibert.modeling_minibert import MiniBertModel
+from minibert.modeling_minibert import MiniBertModel, cut_evenly
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A window: texts tokenized and sorted by length together. More of them find more of equal length.
@@ -358,27 +357,15 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Texts of ``lengths`` in batches of at most ``batch_tokens`` tokens (but at least a text), the longest first; those
     within a batch ascend. Texts without a token are in none.
 
-    They are as few as that allows and of nearly the same size: a last one of whatever is left would have another size in every
-    window, and oneDNN keeps megabytes of kernels for each size it meets.
+    They are as few as that allows and of nearly the same size, whatever the window holds: oneDNN keeps kernels for every
+    number of rows that it meets.
 
     >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2, 1]), 9)]
     [[1], [3], [5, 4, 0]]
     """
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
-    ends = np.concatenate([[0], lengths[order].cumsum()])
-
-    def cut(limit: int) -> list[int]:
-        """Bounds of batches, each as large as it may be."""
-        bounds = [0]
-        while bounds[-1] < len(order):
-            bounds.append(max(bounds[-1] + 1, int(ends.searchsorted(ends[bounds[-1]] + limit, side="right")) - 1))
-        return bounds
-
-    bounds = cut(batch_tokens)
-    if (fewest := len(bounds)) > 2:
-        limits = range(min(batch_tokens, int(ends[-1]) // (fewest - 1)), batch_tokens + 1)
-        bounds = cut(limits[bisect_left(limits, True, key=lambda limit: len(cut(limit)) <= fewest)])
+    bounds = cut_evenly(lengths[order].tolist(), batch_tokens)
     return [order[start:end][::-1] for start, end in pairwise(bounds)]
 
 

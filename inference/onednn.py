@@ -34,8 +34,6 @@ def block_weights(model: MiniBertModel) -> bool:
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:  # not one that is quantized or adapted
                     setattr(module, name, BlockedLinear(child, gelu=fuse and child is mlp.up))
-                elif isinstance(child, nn.LayerNorm):
-                    child.float()  # which it would do at every call
         if isinstance(mlp.up, BlockedLinear) and fuse:
             mlp.act = nn.Identity()
     return True

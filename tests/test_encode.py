@@ -238,13 +238,7 @@ def test_one_thread_tokenizes_where_one_computes(folders, monkeypatch, threads, 
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seen = []
-
-    def start(text, limit):
-        seen.append(os.environ.get("TOKENIZERS_PARALLELISM"))
-        time.sleep(0.002)  # time for the others to come in between
-        return text
-
-    monkeypatch.setattr(module, "_start", start)
+    monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
     encode(assemble(folders / "search-8x768"), ["the cat"])
     assert seen == [expected] and "TOKENIZERS_PARALLELISM" not in os.environ
 
