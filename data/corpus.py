@@ -328,7 +328,7 @@ def _kept(folder: Path, blocks: Iterator[tuple[np.ndarray, ...]]) -> list[np.nda
                 files = [stack.enter_context((whole / str(number)).open("wb")) for number in range(len(first))]
                 for block in chain([first], blocks):
                     for file, part, dtype in zip(files, block, dtypes, strict=True):
-                        file.write(np.ascontiguousarray(part, dtype))
+                        file.write(part.astype(dtype, copy=False).tobytes())
             (whole / "dtypes.json").write_text(json.dumps(dtypes))
             try:
                 whole.rename(folder)
