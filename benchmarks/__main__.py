@@ -198,7 +198,9 @@ def encode(
 
 @app.command()
 def latency(
-    model: Annotated[Path, typer.Option(help="Folder of a sentence-transformers model of the BERT family.")],
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of a sentence-transformers model of the BERT family.")
+    ],
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("latency.json"),
     work: Annotated[Path, typer.Option(help="Folder for converted models.")] = Path("runs/benchmark-encode"),
     queries: Annotated[int, typer.Option(help="Single queries asked of each.")] = 300,
