@@ -185,6 +185,10 @@ def encode(
     work: Annotated[Path, typer.Option(help="Folder for converted models and the peers' environment.")] = Path(
         "runs/benchmark-encode"
     ),
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Take new weights of so many layers instead of the model's; its tokenizer stays.")
+    ] = None,
+    width: Annotated[int, typer.Option(min=64, help="Their width, with heads of 64.")] = 768,
     texts: Annotated[Path | None, typer.Option(help="File of texts; the default is the documentation installed here.")] = None,
     limit: Annotated[int, typer.Option(help="Texts to encode.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Texts per batch of SentenceTransformer.encode.")] = 32,
@@ -197,7 +201,10 @@ def encode(
     """
     from benchmarks.encode import draw, run
 
-    run(model, out, work, texts=texts, limit=limit, batch_size=batch_size, repeats=repeats, peers=peers)
+    if width % 64:
+        raise typer.BadParameter(f"--width {width} is no multiple of 64, the width of a head.")
+    shape = (layers, width) if layers else None
+    run(model, out, work, shape=shape, texts=texts, limit=limit, batch_size=batch_size, repeats=repeats, peers=peers)
     draw(out, out.with_suffix(".png"))
 
 

@@ -19,10 +19,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from benchmarks.machine import describe
+from minibert import MiniBertConfig, MiniBertModel
 from minibert.data.docstrings import load_pairs
 from minibert.hub.convert import convert
+from minibert.hub.export import export
 from minibert.inference.encode import Encoder
 from minibert.inference.search import read_passages
 
@@ -36,7 +39,7 @@ REFERENCE = _TORCH + "float32"
 class Peers:
     """The backends in the other environment, asked one at a time over a pipe."""
 
-    def __init__(self, model: Path, work: Path) -> None:
+    def __init__(self, model: Path, work: Path, graphs: Path) -> None:
         python = work / "peers" / "bin" / "python"
         if not (work / "peers" / "complete").exists():
             print(f"creating the environment of {PEERS.name} in {work / 'peers'} ...", flush=True)
@@ -45,7 +48,7 @@ class Peers:
             (work / "peers" / "complete").touch()
         script = Path(__file__).with_name("peer.py")
         self._process = subprocess.Popen(
-            [python, script, model.resolve(), work.resolve()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, script, model.resolve(), graphs.resolve()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, **question: Any) -> dict[str, Any]:
@@ -63,22 +66,34 @@ class Peers:
 
 
 def run(
-    model: Path, out: Path, work: Path, *, texts: Path | None, limit: int, batch_size: int, repeats: int, peers: bool
+    model: Path,
+    out: Path,
+    work: Path,
+    *,
+    shape: tuple[int, int] | None,
+    texts: Path | None,
+    limit: int,
+    batch_size: int,
+    repeats: int,
+    peers: bool,
 ) -> None:
     """Measure every system ``repeats`` times, print a table and write ``out``."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    work.mkdir(parents=True, exist_ok=True)
+    if shape is not None:
+        model = _reshaped(model, shape, work)
+    folder = work / model.name
+    folder.mkdir(parents=True, exist_ok=True)
     passages = read_texts(texts, limit)
     results = {"benchmark": "encode", "machine": describe(), "model": model.name, "texts": _describe(model, passages)}
     results |= {"batch_size": batch_size, "repeats": repeats}
-    systems = _our_systems(model, work, batch_size)
-    other = Peers(model, work) if peers else None
+    systems = _our_systems(model, folder, batch_size)
+    other = Peers(model, work, folder) if peers else None
     if other is not None:
         results["peers"] = other.ask(versions=True)["versions"]
         for backend in BACKENDS:
             other.ask(open=backend)
-            systems[f"sentence-transformers, {backend}"] = _peer(other, backend, work, passages, batch_size)
+            systems[f"sentence-transformers, {backend}"] = _peer(other, backend, folder, passages, batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     rates: list[float] = []
     vectors: dict[str, np.ndarray] = {}
@@ -123,6 +138,48 @@ def _describe(model: Path, passages: list[str]) -> dict[str, Any]:
         "width": width,
         "useful_gflop": round(operations / 1e9, 1),
     }
+
+
+def _reshaped(model: Path, shape: tuple[int, int], work: Path) -> Path:
+    """Folder of a BertModel of so many layers and so wide, with new weights and the tokenizer of ``model``."""
+    layers, width = shape
+    folder = work / f"{layers}x{width}"
+    if not folder.exists():
+        opened = SentenceTransformer(str(model), device="cpu")
+        sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // 64}
+        sizes |= {"intermediate_size": 4 * width, "vocab_size": len(opened.tokenizer)}
+        config = MiniBertConfig.preset("bert-base", **sizes, pooling="mean")
+        bert = new_bert(config, opened.tokenizer, work / f"{folder.name}-new")
+        bert.max_seq_length = opened.max_seq_length
+        bert.save(str(folder), create_model_card=False)
+        # In the words that the older library of the peers knows too.
+        modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+        listed = [
+            {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for number, (path, name) in enumerate(modules)
+        ]
+        (folder / "modules.json").write_text(json.dumps(listed), encoding="utf-8")
+        pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+    return folder
+
+
+def new_bert(config: MiniBertConfig, tokenizer: Any, folder: Path, **options: Any) -> SentenceTransformer:
+    """transformers' BertModel with new weights, as a sentence-transformers model whose tokens are averaged.
+
+    ``folder`` gets a MiniBERT with the same weights.
+
+    Args:
+        options: of BertModel.
+    """
+    if not (folder / "bert").exists():
+        torch.manual_seed(0)
+        MiniBertModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        export(folder, folder / "bert")
+    bert = Transformer(str(folder / "bert"), model_kwargs=options)
+    modules = [bert, Pooling(config.hidden_size, pooling_mode="mean"), Normalize()]
+    return SentenceTransformer(modules=modules, device="cpu")
 
 
 def _our_systems(model: Path, work: Path, batch_size: int) -> dict[str, Callable[[list[str]], tuple[float, np.ndarray]]]:

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
+from benchmarks.encode import new_bert
 from benchmarks.machine import describe
-from minibert import MiniBertConfig, MiniBertModel, train_word_level
-from minibert.hub.export import export
+from minibert import MiniBertConfig, train_word_level
 from minibert.inference.encode import Encoder
 
 WIDTH, LAYERS, POSITIONS = 256, 4, 512
@@ -105,17 +103,10 @@ def _widths() -> set[int]:
 
 def _systems(folder: Path, width: int, dtype: str) -> tuple[Encoder, SentenceTransformer]:
     tokenizer = train_word_level([" ".join(_WORDS)], vocab_size=len(_WORDS) + 5, model_max_length=POSITIONS)
-    if not (folder / "bert").exists():
-        torch.manual_seed(0)
-        shape = {"hidden_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": width // 32}
-        sizes = {"vocab_size": len(tokenizer), "intermediate_size": 4 * width, "max_position_embeddings": POSITIONS}
-        config = MiniBertConfig.preset("bert-base", **shape, **sizes, pooling="mean")
-        MiniBertModel(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        export(folder, folder / "bert")
-    bert = Transformer(str(folder / "bert"), model_kwargs={"dtype": dtype})
-    modules = [bert, Pooling(width, pooling_mode="mean"), Normalize()]
-    return Encoder(folder, dtype=dtype, device="cpu"), SentenceTransformer(modules=modules, device="cpu")
+    shape = {"hidden_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": width // 32}
+    sizes = {"vocab_size": len(tokenizer), "intermediate_size": 4 * width, "max_position_embeddings": POSITIONS}
+    bert = new_bert(MiniBertConfig.preset("bert-base", **shape, **sizes, pooling="mean"), tokenizer, folder, dtype=dtype)
+    return Encoder(folder, dtype=dtype, device="cpu"), bert
 
 
 def _times(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

@@ -45,6 +45,7 @@ def run(model: Path, out: Path, work: Path, *, queries: int, starts: int, texts:
     """Ask ``queries`` single queries of every system in turn, start each ``starts`` times, and write ``out``."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    work = work / model.name
     work.mkdir(parents=True, exist_ok=True)
     folders = {dtype: work / f"minibert-{dtype}" for dtype in ("float32", "bfloat16")}
     for dtype, folder in folders.items():
