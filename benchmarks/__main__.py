@@ -288,7 +288,12 @@ def search(
         bool, typer.Option(help="Measure a graph (HNSW) of the same vectors as well; it takes long to build.")
     ] = True,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with the folders natural_questions_qed and squad_sentences, for hybrid search.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder with the folders natural_questions_qed and squad_sentences, for hybrid search.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model to search --data with.")] = None,
 ) -> None:
@@ -298,6 +303,10 @@ def search(
     """
     from benchmarks.search import run
 
+    if (data is None) != (model is None):
+        raise typer.BadParameter("hybrid search needs both --data and --model; give the other one too, or neither.")
+    if not rows and data is None:
+        raise typer.BadParameter("--rows 0 leaves nothing to measure without --data and --model.")
     run(out, work, rows=rows, width=width, queries=queries, repeats=repeats, hnsw=hnsw, data=data, model=model)
 
 
