@@ -367,7 +367,9 @@ def encode(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens computed at once; unset suits the device.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Give vectors of length 1, whatever the model does.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Words to put before every text.")] = None,
-    prompt_name: Annotated[str | None, typer.Option(help="A prompt that the model brings, by name.")] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="A prompt that the model brings, by name; unset: its own for passages.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; unset means the best one present.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what was chosen, and why.")] = False,
     trust_remote_code: TrustRemoteCode = False,

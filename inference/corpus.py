@@ -6,6 +6,7 @@ on with the shards that are missing, and the manifest follows from the shards.
 """
 
 import contextlib
+import json
 import logging
 import time
 from collections import deque
@@ -85,7 +86,7 @@ class Summary:
         if explain:
             yield from (f"{name}: {choice}" for name, choice in self.choices.items())
         if not self.written:
-            yield "Nothing was left to do."
+            yield "Nothing was left to do." if manifest.rows else "No row could be used."
         else:
             rate = self.written / max(1e-9, self.seconds)
             yield f"{self.written:,} vectors were written in {self.seconds:,.1f} s, {rate:,.0f} per second."
@@ -102,30 +103,32 @@ class Summary:
 class Plan:
     """Which rows of the input make which shard of which process.
 
-    Shards from ``first_shard`` on take ``rows_per_shard`` rows each, beginning at ``first_row``; those in ``done`` are there.
+    ``starts`` are the shard and the row that the first call began with, and each that appended: from there on shards take
+    ``rows_per_shard`` rows each, and the last one what is left before the next start. Those in ``done`` are there.
 
-    >>> plan = Plan(10, done=frozenset({0, 1}), process=1, processes=2)
-    >>> plan.next_rows(0), plan.next_rows(40), plan.shard_of(57)
-    ((30, 40), (50, 60), 5)
+    >>> plan = Plan(10, starts=((0, 0), (2, 15)), done=frozenset({0, 2}), process=1, processes=2)
+    >>> plan.next_rows(0), plan.next_rows(15), plan.shard_of(14), plan.shard_of(36)
+    ((10, 15), (25, 35), 1, 4)
     """
 
     rows_per_shard: int
-    first_shard: int = 0
-    first_row: int = 0
+    starts: tuple[tuple[int, int], ...] = ((0, 0),)
     done: frozenset[int] = frozenset()
     process: int = 0
     processes: int = 1
 
     def shard_of(self, row: int) -> int:
-        return self.first_shard + (row - self.first_row) // self.rows_per_shard
+        first_shard, first_row = max(start for start in self.starts if start[1] <= row)
+        return first_shard + (row - first_row) // self.rows_per_shard
 
     def rows_of(self, shard: int) -> tuple[int, int]:
-        start = self.first_row + (shard - self.first_shard) * self.rows_per_shard
-        return start, start + self.rows_per_shard
+        first_shard, first_row = max(start for start in self.starts if start[0] <= shard)
+        start = first_row + (shard - first_shard) * self.rows_per_shard
+        return start, min([start + self.rows_per_shard, *(row for _, row in self.starts if row > start)])
 
     def next_rows(self, row: int) -> tuple[int, int]:
         """The first range of rows of this process that ends behind ``row``."""
-        shard = self.shard_of(max(row, self.first_row))
+        shard = self.shard_of(row)
         while shard in self.done or shard % self.processes != self.process:
             shard += 1
         return self.rows_of(shard)
@@ -164,7 +167,7 @@ def encode_corpus(
         on_bad_row: ``refuse`` to go on at a row without a text, or ``skip`` it: its number appears in the manifest.
         append: ``data`` is that of before and more files behind it; encode these.
         force: replace vectors of another model, precision or input.
-        options: as in :func:`minibert.inference.encode.encode`.
+        options: as in :func:`minibert.inference.encode.encode`; the default prompt is the model's own for passages, if any.
 
     Example::
 
@@ -177,6 +180,7 @@ def encode_corpus(
         OSError: the disk is full or not writable; shards that are whole stay.
     """
     _check(precision, on_bad_row, rows_per_shard)
+    _check_apart(data, Path(out))
     stream = open_stream(data, column, id_column=id_column, split=split)
     asked = _Asked(model, stream, precision, keep_text, rows_per_shard, options)
     job = _Job(Path(out), asked, on_bad_row == "skip", show_progress)
@@ -201,6 +205,15 @@ def _check(precision: str, on_bad_row: str, rows_per_shard: int) -> None:
         raise ValueError(f"rows_per_shard={rows_per_shard} holds nothing; give at least 1 (--rows-per-shard).")
 
 
+def _check_apart(data: str | Path | Dataset, out: Path) -> None:
+    """Refuse to write where is read: vectors would be taken for input, and input deleted with the vectors it stands among."""
+    if isinstance(data, Dataset) or not Path(data).exists():
+        return
+    here, there = Path(data).resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"The vectors would be written to {out}, where the input {data} is; choose a folder beside it.")
+
+
 def processes() -> PartialState:
     """Which process this is, and of how many; one that waits for the others' last shards is patient."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
@@ -220,8 +233,10 @@ class _Asked:
     ) -> None:
         self.model, self.stream, self.precision = str(model), stream, precision
         self.keep_text, self.rows_per_shard = keep_text, rows_per_shard
-        self.opening = options
         self.folder = find_model(model, trust_remote_code=options.get("trust_remote_code", False))
+        if options.get("prompt") is None and options.get("prompt_name") is None:
+            options = {**options, "prompt_name": _document_prompt(self.folder)}
+        self.opening = options
         self.fingerprint = fingerprint(self.folder)
         self.dtype = options.get("dtype", "auto")
         # What vectors depend on beside the model.
@@ -258,6 +273,14 @@ class _Asked:
             for name, value in options.items()
             if found.encoding.get(name) != value
         ]
+
+
+def _document_prompt(folder: Path) -> str | None:
+    """Name of the prompt that ``SentenceTransformer.encode_document`` puts before passages; None for a model without one."""
+    file = folder / "config_sentence_transformers.json"
+    prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {} if file.exists() else {}
+    name = next((name for name in ("document", "passage", "corpus") if name in prompts), None)
+    return name if prompts.get(name) else None
 
 
 def _without_path(source: dict[str, Any]) -> dict[str, Any]:
@@ -330,10 +353,8 @@ class _Job:
     def _look(self, append: bool, force: bool) -> Encoder | None:
         clear_leftovers(self.out)
         known = holds_vectors(self.out)
-        if known and not force:
-            self.manifest = read_manifest(self.out)
-            self._check_same(append)
-            self._find_shards()
+        # A manifest alone, of a run that ended before its first shard, binds nobody.
+        if known and any(self.out.glob("part-*.parquet")) and self._goes_on(append, force):
             return None
         others = sorted(file.name for file in self.out.iterdir() if not file.name.startswith("."))
         if others and not known:
@@ -353,19 +374,46 @@ class _Job:
         )
         if asked.precision == "int8":
             self.manifest.ranges = self._calibrate(encoder)
-        remove_vectors(self.out)  # now that nothing can be refused any more
+        self._check_first_rows()
+        remove_vectors(self.out)
         write_manifest(self.out, self.manifest)
         return encoder
 
-    def _check_same(self, append: bool) -> None:
-        """Refuse a folder that holds something else, or make room behind what it holds for what is to be appended."""
-        manifest, differences = self.manifest, self.asked.differences(self.manifest)
-        if not differences:
-            return
-        if not append or self.asked.differences(replace(manifest, source=self.stream.source)):
-            raise ValueError(
-                f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or replace them with --force."
-            )
+    def _check_first_rows(self) -> None:
+        """Refuse an input that fails at its first rows before vectors that it is to replace are gone."""
+        notes: dict[str, Any] = {"skipped": 0, "skipped_rows": []}
+        first = next(iter(self.stream.read()), None)
+        if first is None:
+            raise ValueError(f"{self.stream.source['path']} has no rows; give a file or split that holds data.")
+        deque(self._usable(first, notes), maxlen=0)
+
+    def _goes_on(self, append: bool, force: bool) -> bool:
+        """Whether the folder holds what was asked for, or its beginning: then room is made for what is to be appended.
+
+        Raises:
+            ValueError: for a folder that holds something else, unless ``force`` says to begin anew.
+        """
+        try:
+            self.manifest = manifest = read_manifest(self.out)
+            differences = self.asked.differences(manifest)
+            if differences and (not append or self.asked.differences(replace(manifest, source=self.stream.source))):
+                raise ValueError(
+                    f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or replace them with --force."
+                )
+            if force and (differences or manifest.complete):
+                return False
+        except ValueError:
+            if force:
+                return False
+            raise
+        self._find_shards()
+        if differences:
+            self._make_room()
+        return True
+
+    def _make_room(self) -> None:
+        """Behind the shards that are there, for the files that the input has beside those encoded before."""
+        manifest = self.manifest
         if not manifest.complete or not self.stream.begins_with(manifest.source):
             reason = "does not begin with what was encoded before: new files must be last by name"
             reason = (
@@ -373,7 +421,7 @@ class _Job:
             )
             raise ValueError(f"The input {self.stream.source['path']} {reason}.")
         last = manifest.shards[-1]
-        manifest.first_shard, manifest.first_row = len(manifest.shards), last.first_input_row + last.input_rows
+        manifest.starts.append([len(manifest.shards), last.first_input_row + last.input_rows])
         manifest.source, manifest.complete = self.stream.source, False
         write_manifest(self.out, manifest)
 
@@ -386,8 +434,10 @@ class _Job:
                 file.unlink()
             else:
                 self.notes[number_of(file)] = notes
-        if missing := [shard.file for shard in self.manifest.shards if number_of(Path(shard.file)) not in self.notes]:
-            logger.warning("%s is made anew, since it is gone.", ", ".join(missing))
+        named = {number_of(Path(shard.file)) for shard in self.manifest.shards}
+        if missing := sorted(named - self.notes.keys()):
+            logger.warning("%s is made anew, since it is gone.", ", ".join(map(shard_name, missing)))
+        if named != self.notes.keys():
             self.manifest.complete = False
         self._list_shards()
 
@@ -408,8 +458,7 @@ class _Job:
         manifest = self.manifest
         plan = Plan(
             manifest.rows_per_shard,
-            manifest.first_shard,
-            manifest.first_row,
+            tuple((shard, row) for shard, row in manifest.starts),
             frozenset(self.notes),
             self.state.process_index,
             self.state.num_processes,
@@ -520,12 +569,12 @@ class _Job:
             if not numbers:
                 (self.out / MANIFEST).unlink()
                 raise ValueError(f"{self.stream.source['path']} has no rows; give a file or split that holds data.")
-            self._list_shards(complete=True)
-            if gone := sorted(set(range(max(numbers) + 1)) - {number_of(Path(shard.file)) for shard in self.manifest.shards}):
+            if gone := sorted(set(range(max(numbers) + 1)) - set(numbers)):
                 raise OSError(
                     f"{self.out} lacks {shard_name(gone[0])}; the folder must be the same for all processes. "
                     "Run the same command again to make what is missing."
                 )
+            self._list_shards(complete=True)
         self.state.wait_for_everyone()
         self.manifest = read_manifest(self.out)
 

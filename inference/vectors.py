@@ -57,7 +57,7 @@ class Manifest:
         rows_per_shard: rows of the input that a shard takes.
         rows: vectors in all shards.
         skipped: rows of the input left out; ``skipped_rows`` are the first of them, each a number and a reason.
-        first_shard, first_row: what the input last appended begins with; shards and rows before it are of earlier calls.
+        starts: the shard and the row of the input that the first files begin with, and those appended by each later call.
         complete: whether the whole input has been read.
         ranges: lowest and highest value of every dimension, by which int8 was scaled.
         shards: in the order of the input.
@@ -76,8 +76,7 @@ class Manifest:
     rows: int = 0
     skipped: int = 0
     skipped_rows: list[list[Any]] = field(default_factory=list)
-    first_shard: int = 0
-    first_row: int = 0
+    starts: list[list[int]] = field(default_factory=lambda: [[0, 0]])
     complete: bool = False
     ranges: list[list[float]] | None = None
     shards: list[Shard] = field(default_factory=list)
@@ -105,9 +104,18 @@ def read_manifest(folder: str | Path) -> Manifest:
         if content["format"] != FORMAT:
             raise ValueError(f"{file} has format {content['format']}; this version reads format {FORMAT}: update minibert.")
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        if "starts" not in content:
+            content["starts"] = _starts(content)
         return Manifest(**{one.name: content[one.name] for one in fields(Manifest) if one.name in content})
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); encode into a new folder, or again with --force.") from error
+
+
+def _starts(content: dict[str, Any]) -> list[list[int]]:
+    """``starts`` of a manifest that only noted the last of them: shards that are not full are the last ones of a call."""
+    ends = [shard for shard in content["shards"][:-1] if shard.input_rows < content["rows_per_shard"]]
+    after = {(number_of(Path(shard.file)) + 1, shard.first_input_row + shard.input_rows) for shard in ends}
+    return sorted(map(list, {(0, 0), (content.get("first_shard", 0), content.get("first_row", 0)), *after}))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from pyarrow import parquet
+from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
@@ -209,6 +210,53 @@ def test_a_text_of_a_million_characters_is_read(run, tmp_path, model):
     np.testing.assert_allclose(vectors_in(tmp_path / "out"), encode(model, [long[:10_000]], dtype="float32"), atol=1e-6)
 
 
+def test_a_separator_at_the_end_of_every_row_shifts_no_column(tmp_path):
+    (tmp_path / "in.csv").write_text("id,text\n1,one,\n2,two,\n")
+    rows = next(open_stream(tmp_path / "in.csv", id_column="id").read())
+    assert (rows.texts, rows.ids) == (["one", "two"], ["1", "2"])
+
+
+@pytest.mark.parametrize("row", [3, 800])
+def test_a_row_with_more_values_than_columns_is_refused(tmp_path, row):
+    (tmp_path / "in.csv").write_text("id,text\n" + "1,one,\n" * row + "2,two,lost\n")
+    with pytest.raises(ValueError, match=rf"in.csv has 3 values in line {row + 2}, but 2 columns in its first line"):
+        list(open_stream(tmp_path / "in.csv", "text").read())
+    (tmp_path / "in.csv").write_text("id,text\n" + "1,one\n" * row + "2,two,lost\n")
+    with pytest.raises(ValueError, match=rf"in.csv cannot be read as csv: .* Expected 2 fields in line {row + 2}, saw 3"):
+        list(open_stream(tmp_path / "in.csv", "text").read())
+
+
+def test_half_a_pair_of_surrogates_is_a_bad_row(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n{"text": "bad \\ud800 one"}\n{"text": "pair \\ud83d\\ude00"}\n')
+    done = run(tmp_path / "in.jsonl")
+    assert done.exit_code == 2 and f"Row 1 of {tmp_path / 'in.jsonl'} is not valid Unicode" in done.stderr
+    assert run(tmp_path / "in.jsonl", "--on-bad-row", "skip").exit_code == 0
+    assert VectorFolder(tmp_path / "out").ids([0, 1]) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [
+        (["1", "true", "1.5", "-9223372036854775808"], [1, "is no whole number", "is no whole number", -(2**63)]),
+        (["1", "9223372036854775808", str(2**70)], [1, *["is not between -2**63 and 2**63 - 1"] * 2]),
+        (['"a"', '"\\udfff"', "1"], ["a", "is not valid Unicode", "is no string"]),
+    ],
+)
+def test_ids_that_cannot_be_stored_are_bad_rows(tmp_path, ids, found):
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "x", "id": {value}}}\n' for value in ids))
+    rows = next(open_stream(tmp_path / "in.jsonl", id_column="id").read())
+    reasons = [
+        value.reason.removeprefix("has an id that ") if isinstance(value, stream_module.Bad) else value for value in rows.ids
+    ]
+    assert reasons == found
+
+
+def test_ids_of_csv_are_strings_as_they_are_written(run, tmp_path):
+    (tmp_path / "in.csv").write_text("id,text\n1,a b\n007,c d\n")
+    assert run(tmp_path / "in.csv", "--id-column", "id").exit_code == 0
+    assert VectorFolder(tmp_path / "out").ids([0, 1]) == ["1", "007"]
+
+
 # --- killed and resumed ---------------------------------------------------------------------------------------------------
 
 
@@ -344,13 +392,13 @@ def test_a_plan_deals_every_row_to_one_process():
     for processes in (1, 3):
         dealt = []
         for process in range(processes):
-            plan, row = Plan(4, first_shard=2, first_row=7, done=frozenset({0, 1, 4}), process=process, processes=processes), 0
+            plan, row = Plan(4, ((0, 0), (2, 7)), done=frozenset({0, 4}), process=process, processes=processes), 0
             while row < 40:
                 first, row = plan.next_rows(row)
-                assert plan.shard_of(first) % processes == process
+                assert plan.shard_of(first) == plan.shard_of(row - 1) and plan.shard_of(first) % processes == process
                 dealt += range(first, row)
-        wanted = set(range(7, 40)) - set(range(15, 19))
-        assert len(dealt) == len(set(dealt)) and wanted <= set(dealt) and min(dealt) == 7 and 15 not in dealt
+        wanted = set(range(4, 40)) - set(range(15, 19))
+        assert len(dealt) == len(set(dealt)) and wanted <= set(dealt) and min(dealt) == 4 and 15 not in dealt
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "json", "parquet"])
@@ -443,7 +491,94 @@ def test_a_folder_with_other_things_in_it_is_not_written_to(run, data, tmp_path)
     (out / "thesis.tex").write_text("mine")
     assert "holds other things (thesis.tex)" in run(data, "--column", "text", "--force").stderr
     assert [file.name for file in out.iterdir()] == ["thesis.tex"]
-    assert "cannot be made" in run(data, "--column", "text", out=data).stderr
+    (tmp_path / "file").touch()
+    assert "cannot be made" in run(data, "--column", "text", out=tmp_path / "file").stderr
+
+
+def test_input_and_output_are_kept_apart(run, data, tmp_path):
+    """Vectors beneath the input would be read as input; input beneath the vectors would be deleted with them."""
+    run(data, "--column", "text", "--keep-text")
+    before = contents(tmp_path / "out")
+    shard = tmp_path / "out" / "part-00000.parquet"
+    for given, out in ((data, data), (tmp_path, tmp_path / "inside"), (shard, tmp_path / "out")):
+        done = run(given, "--column", "text", "--force", out=out)
+        assert done.exit_code == 2 and "choose a folder beside it" in done.stderr
+    assert contents(tmp_path / "out") == before and not (tmp_path / "inside").exists()
+
+
+def test_force_keeps_the_vectors_until_the_new_input_is_seen_to_be_usable(run, data, tmp_path):
+    run(data, "--column", "text")
+    before = contents(tmp_path / "out")
+    empty, nothing = tmp_path / "empty.csv", tmp_path / "null.jsonl"
+    empty.write_text("text\n")
+    nothing.write_text('{"text": null}\n{"text": "words"}\n')
+    for bad in (empty, nothing):
+        assert run(bad, "--column", "text", "--force").exit_code == 2
+        assert contents(tmp_path / "out") == before
+
+
+def test_force_goes_on_with_a_run_of_the_same(run, data, tmp_path):
+    options = ("--column", "text", "--rows-per-shard", 4)
+    run(data, *options)
+    (tmp_path / "out" / "part-00002.parquet").unlink()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    assert json.loads(run(data, *options, "--force", "--json").stdout)["written"] == 4
+    assert json.loads(run(data, *options, "--force", "--json").stdout)["written"] == 12
+
+
+def test_a_manifest_without_a_shard_binds_nobody(run, tmp_path):
+    file = tmp_path / "in.txt"
+    file.write_text("\n".join(TEXTS[:2]) + "\n")
+    assert run(file).exit_code == 0
+    (tmp_path / "out" / "part-00000.parquet").unlink()
+    file.write_text("\n".join(TEXTS[:3]) + "\n")
+    assert run(file, "--keep-text").exit_code == 0
+    assert vectors_in(tmp_path / "out").shape == (3, 16)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_shards_of_every_call_are_made_anew_where_they_belong(run, tmp_path, expected, number):
+    """Calls that appended cut the input elsewhere than one call would have."""
+    folder, options = tmp_path / "in", ("--rows-per-shard", 4)
+    folder.mkdir()
+    for count, (start, stop) in enumerate(((0, 6), (6, 9), (9, 12))):
+        write(folder / f"{count}.txt", TEXTS[start:stop])
+        assert run(folder, *options, "--append").exit_code == 0
+    whole = VectorFolder(tmp_path / "out").shards
+    shard = tmp_path / "out" / f"part-{number:05d}.parquet"
+    shard.write_bytes(shard.read_bytes()[:200])
+    done = run(folder, *options)
+    assert done.exit_code == 0, done.output
+    assert VectorFolder(tmp_path / "out").shards == whole
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
+    # A manifest as it was written once, without the beginnings of calls, says the same.
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["starts"] == [[0, 0], [2, 6], [3, 9]]
+    del manifest["starts"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"first_shard": 3, "first_row": 9}))
+    shard.unlink()
+    assert run(folder, *options).exit_code == 0
+    assert VectorFolder(tmp_path / "out").shards == whole
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
+
+
+def test_nothing_is_appended_behind_a_gap(run, tmp_path):
+    folder, options = tmp_path / "in", ("--rows-per-shard", 4)
+    folder.mkdir()
+    write(folder / "0.txt", TEXTS[:6])
+    run(folder, *options)
+    (tmp_path / "out" / "part-00000.parquet").unlink()
+    write(folder / "1.txt", TEXTS[6:])
+    assert "can be appended once what it was before is encoded" in run(folder, *options, "--append").stderr
+
+
+def test_passages_get_the_prompt_that_the_model_has_for_them(run, data, model, tmp_path):
+    opened = SentenceTransformer(str(model), trust_remote_code=False, prompts={"query": "red ", "document": "blue cat "})
+    opened.save(str(tmp_path / "prompted"), create_model_card=False)
+    assert run(data, "--column", "text", model=tmp_path / "prompted").exit_code == 0
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), opened.encode_document(TEXTS), atol=1e-6)
+    assert read_manifest(tmp_path / "out").encoding["prompt_name"] == "document"
 
 
 def test_explain_says_what_was_chosen(run, data):
