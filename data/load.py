@@ -1,10 +1,14 @@
 """Read the rows that a path names: a local file or folder, a data set on the Hub, or the documentation installed here."""
 
+import contextlib
+import csv
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from datasets import ClassLabel, Dataset, Value, concatenate_datasets, config, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import HfApi
@@ -12,8 +16,9 @@ from huggingface_hub.errors import HTTPError
 
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
-# Suffix of a file to the builder of ``datasets`` that reads it, and its options. Texts such as "NA" or "null" stay texts.
-CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
+# Texts such as "NA" or "null" stay texts; a comma at the end of every row is no reason to take the first column for an index.
+CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False}
+# Suffix of a file to the builder of ``datasets`` that reads it, and its options.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".jsonl": ("json", {}),
@@ -170,7 +175,8 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
     try:
         data_files = {named[name]: [str(file) for file in groups[name]] for name in named}
         wanted = "+".join(named[name] + rows for name, rows in parts)
-        return load_dataset(builder, data_files=data_files, split=wanted, **options)
+        with no_value_dropped():
+            return load_dataset(builder, data_files=data_files, split=wanted, **options)
     except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # the file is well: the system refused something
             refused = error.__cause__
@@ -206,11 +212,42 @@ def _not_utf8(files: list[Path]) -> str | None:
 def _why_unreadable(files: list[Path], error: BaseException) -> str:
     if problem := _not_utf8(files):
         return problem
+    if isinstance(error.__cause__, pd.errors.ParserWarning) and (problem := next(filter(None, map(row_too_wide, files)), None)):
+        return problem
     names = str(files[0]) if len(files) == 1 else f"One of {len(files)} files beside {files[0]}"
     cause = " ".join(str(error.__cause__ or error).split())
     if "corresponds to no data" in cause:
         return f"{names} has no rows; give a file that holds data."
     return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {cause.rstrip('.')}. Mend it, or save it again."
+
+
+@contextlib.contextmanager
+def no_value_dropped() -> Iterator[None]:
+    """Within, pandas raises a ``ParserWarning`` where it would drop values that no column of a CSV file is there for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        yield
+
+
+def row_too_wide(file: Path) -> str | None:
+    """What is wrong with the first row of a CSV file that has values beyond its last column, if there is one.
+
+    A separator at the end of the row is no value.
+    """
+    limit = csv.field_size_limit(2**31 - 1)  # texts may be of any length
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+            columns = len(next(filter(None, reader), []))
+            for row in reader:
+                if any(row[columns:]) or len(row) > columns + 1:
+                    return (
+                        f"{file} has {len(row)} values in line {reader.line_num}, but {columns} columns in its first line. "
+                        "Name every column there, or put texts that hold the separator in quotes."
+                    )
+    finally:
+        csv.field_size_limit(limit)
+    return None
 
 
 def first_line_not_utf8(file: Path) -> int | None:

@@ -19,7 +19,17 @@ from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import HfApi
 from pyarrow import parquet
 
-from minibert.data.load import BUILDERS, CSV_OPTIONS, SPLITS, as_dataset, check_hub_name, first_line_not_utf8, group_by_split
+from minibert.data.load import (
+    BUILDERS,
+    CSV_OPTIONS,
+    SPLITS,
+    as_dataset,
+    check_hub_name,
+    first_line_not_utf8,
+    group_by_split,
+    no_value_dropped,
+    row_too_wide,
+)
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 # Columns taken as the text when several hold strings.
@@ -80,7 +90,9 @@ class _Part:
             raise ValueError(
                 f"{self.name} is not UTF-8: line {line} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
             ) from error
-        except (pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError, json.JSONDecodeError) as error:
+        except (pd.errors.ParserWarning, pd.errors.ParserError, pd.errors.EmptyDataError, json.JSONDecodeError) as error:
+            if isinstance(error, pd.errors.ParserWarning) and (problem := row_too_wide(self.content)):
+                raise ValueError(problem) from error
             kind = Path(self.name).suffix.lstrip(".")
             cause = " ".join(str(error).split()).rstrip(".")
             raise ValueError(f"{self.name} cannot be read as {kind}: {cause}. Mend it, or save it again.") from error
@@ -169,6 +181,8 @@ def open_stream(
     if id_column is not None and id_column not in columns:
         raise ValueError(f"There is no column {id_column!r} to take ids from; there are {', '.join(columns)} (--id-column).")
     id_type = pa.int64() if id_column is None else columns[id_column]
+    if id_column is not None and parts[0].blocks is _read_csv:
+        id_type = pa.string()  # values of CSV are taken as they are written, so that 007 stays 007
     if not (pa.types.is_integer(id_type) or _is_string(id_type)):
         raise ValueError(f"Column {id_column!r} holds {id_type}; ids are strings or whole numbers (--id-column).")
     id_type = pa.string() if _is_string(id_type) else pa.int64()
@@ -200,17 +214,38 @@ def _is_string(kind: pa.DataType) -> bool:
 
 def _text(value: Any) -> str | Bad:
     if isinstance(value, str):
-        return value if value and not value.isspace() else Bad("is empty")
+        return (value if _is_unicode(value) else _NOT_UNICODE) if value and not value.isspace() else Bad("is empty")
     if isinstance(value, Bad):
         return value
     return Bad("has no text") if value is None else Bad(f"is of type {type(value).__name__}, not a string")
 
 
 def _id(value: Any, kind: pa.DataType) -> Any:
-    wanted, name = (str, "string") if kind == pa.string() else (int, "whole number")
-    if isinstance(value, wanted | Bad):
+    if isinstance(value, Bad):
         return value
-    return Bad("has no id" if value is None else f"has an id that is no {name}")
+    if value is None:
+        return Bad("has no id")
+    if kind == pa.string():
+        if not isinstance(value, str):
+            return Bad("has an id that is no string")
+        return value if _is_unicode(value) else Bad("has an id that is not valid Unicode")
+    if not isinstance(value, int) or isinstance(value, bool):
+        return Bad("has an id that is no whole number")
+    return value if -(2**63) <= value < 2**63 else Bad("has an id that is not between -2**63 and 2**63 - 1")
+
+
+_NOT_UNICODE = Bad("is not valid Unicode")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` is free of halves of a pair of surrogates, which JSON can write (\\ud800) and no tokenizer reads."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _behind(wanted: Wanted, first: int) -> Wanted:
@@ -396,7 +431,8 @@ def _csv_options(file: Path) -> dict[str, Any]:
 
 
 def _csv_columns(file: Path) -> dict[str, pa.DataType]:
-    found = pd.read_csv(file, nrows=_PEEK, **_csv_options(file))
+    with no_value_dropped():
+        found = pd.read_csv(file, nrows=_PEEK, **_csv_options(file))
     numbers = pd.api.types.is_numeric_dtype
     return {str(name): pa.float64() if numbers(found[name]) else pa.string() for name in found.columns}
 
@@ -404,7 +440,13 @@ def _csv_columns(file: Path) -> dict[str, pa.DataType]:
 def _read_csv(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
     """Every value as it is written; what is empty is missing."""
     with part.content.open("rb") as file:
-        for chunk in pd.read_csv(file, chunksize=_BLOCK, dtype=object, usecols=names, **_csv_options(part.content)):
+        # All columns, also those that nobody asked for: of some of them pandas would not say that a row has too many values.
+        chunks = pd.read_csv(file, chunksize=_BLOCK, dtype=object, **_csv_options(part.content))
+        while True:
+            with no_value_dropped():
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
             columns = [chunk[name].astype(object).where(chunk[name].notna(), None).tolist() for name in names]
             yield _Block(part.seen, columns, min(1.0, file.tell() / part.size))
             part.seen += len(chunk)

@@ -34,6 +34,13 @@ def test_every_kind_of_file(tmp_path, name, text):
     assert text_columns(rows) == ["text"]
 
 
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_separator_at_the_end_of_every_row_shifts_no_column(tmp_path, name, separator):
+    rows = ["id,text", "1,one,", "2,two,"]
+    (tmp_path / name).write_text("\n".join(rows).replace(",", separator), encoding="utf-8")
+    assert load([source(tmp_path / name)]).to_dict() == {"id": [1, 2], "text": ["one", "two"]}
+
+
 def test_lines_of_text_and_parquet(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
     assert load([source(tmp_path / "a.txt")])["text"][:] == ["one", "two"]
@@ -113,6 +120,8 @@ def test_string_forms():
         ("a.csv", b"text\nfine\nna\xefve\n", "not UTF-8: line 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8: line 2"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "cannot be read as jsonl"),
+        ("a.csv", b"id,text\n1,one,\n\n2,two,lost\n", r"a\.csv has 3 values in line 4, but 2 columns in its first line"),
+        ("a.csv", b"text\none,,\n", r"a\.csv has 3 values in line 2, but 1 columns"),
         ("a.parquet", b"PAR0", "cannot be read as parquet"),
         ("a.docx", b"word", r"\.docx is none of \.parquet"),
     ],
