@@ -84,7 +84,7 @@ def encode(
 
     Raises:
         FileNotFoundError, ValueError: as :func:`minibert.inference.load.load` does, for an unknown ``dtype`` or
-            ``prompt_name``, and for a text that is no string.
+            ``prompt_name``, a device that is not here, and a text that is no string or holds a lone surrogate.
     """
     encoder = Encoder(
         model,
@@ -149,6 +149,15 @@ class Encoder:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} (--dtype).")
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} computes nothing; give at least 1 (--batch-tokens).")
+        if prompt is not None and prompt_name is not None:
+            raise ValueError(
+                f"prompt={prompt!r} and prompt_name={prompt_name!r} both say what to put before the texts; give one of the two "
+                "(--prompt, --prompt-name)."
+            )
+        if prompt is not None and not is_unicode(prompt):
+            raise ValueError(f"The prompt {prompt!r} is not UTF-8; convert it (--prompt).")
+        if device is not None:
+            _check_device(device)
         self.choices: dict[str, str] = {}
         self.model = self._open(model, dtype, device, trust_remote_code).eval()
         self.prompt = _find_prompt(self.model, prompt, prompt_name)
@@ -201,7 +210,7 @@ class Encoder:
         """(texts, dimension) float32 vectors, in the order of ``texts``.
 
         Raises:
-            ValueError: naming the first text that is no string.
+            ValueError: naming the first text that is no string or holds a lone surrogate.
         """
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         done = 0
@@ -216,20 +225,24 @@ class Encoder:
         """(n, dimension) float32 vectors of every window of ``n`` texts; the next window is tokenized meanwhile.
 
         Raises:
-            ValueError: naming the first text that is no string.
+            ValueError: naming the first text that is no string or holds a lone surrogate.
         """
+        first = 0  # number of the window's first text
         if not self.packed:
             for texts in windows:
-                yield self._encode_padded(texts)
+                yield self._encode_padded(texts, first)
+                first += len(texts)
             return
         waiting: deque[tuple[int, Future[list[Batch]]]] = deque()
         worker = _tokenizing(os.getpid())
         try:
             for texts in windows:
                 if len(texts) <= _FEW_TEXTS and not waiting:
-                    yield self._finish(self._tokenizer.batches(texts, self.batch_tokens), len(texts))
+                    yield self._finish(self._tokenizer.batches(texts, self.batch_tokens, first), len(texts))
+                    first += len(texts)
                     continue
-                waiting.append((len(texts), worker.submit(self._tokenizer.batches, texts, self.batch_tokens)))
+                waiting.append((len(texts), worker.submit(self._tokenizer.batches, texts, self.batch_tokens, first)))
+                first += len(texts)
                 if len(waiting) > 1:
                     yield self._next(waiting)
             while waiting:
@@ -247,8 +260,8 @@ class Encoder:
         trim_memory()
         return vectors
 
-    def _encode_padded(self, texts: Sequence[str]) -> np.ndarray:
-        _check_texts(texts)
+    def _encode_padded(self, texts: Sequence[str], first: int) -> np.ndarray:
+        _check_texts(texts, first)
         if not len(texts):
             return np.empty((0, self.dimension), dtype=np.float32)
         return self.model.encode(
@@ -345,10 +358,11 @@ def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     """Cut ``texts`` into windows that are not too large, whatever the length of a text."""
     start = characters = 0
     for row, text in enumerate(texts):
-        characters += len(text) if isinstance(text, str) else 0
+        length = len(text) if isinstance(text, str) else 0  # what is no string is refused with its window
+        characters += length
         if row - start == WINDOW_TEXTS or (row > start and characters > WINDOW_CHARACTERS):
             yield texts[start:row]
-            start, characters = row, len(text)
+            start, characters = row, length
     if start < len(texts):
         yield texts[start:]
 
@@ -380,13 +394,13 @@ class _Tokenizer:
         if config.position_embedding_type != "rotary":  # a table of positions ends
             self.max_length = min(self.max_length, config.max_position_embeddings)
 
-    def batches(self, texts: Sequence[str], batch_tokens: int) -> list[Batch]:
-        """The texts of a window, tokenized, in batches.
+    def batches(self, texts: Sequence[str], batch_tokens: int, first: int) -> list[Batch]:
+        """The texts of a window, which are numbered from ``first``, tokenized, in batches.
 
         Raises:
-            ValueError: naming the first text that is no string.
+            ValueError: naming the first text that is no string or holds a lone surrogate.
         """
-        _check_texts(texts)
+        _check_texts(texts, first)
         with _turn("tokenizer", os.getpid()):
             encodings = self._tokenize(texts)
         lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
@@ -443,10 +457,40 @@ def _start(text: str, limit: int) -> str:
     return text[: space.start()] if space else text
 
 
-def _check_texts(texts: Sequence[str]) -> None:
-    for row, text in enumerate(texts):
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be tokenized: not with a lone surrogate, which Python puts where bytes were not UTF-8.
+
+    >>> is_unicode("café"), is_unicode(b"caf\\xe9".decode(errors="surrogateescape"))
+    (True, False)
+    """
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_texts(texts: Sequence[str], first: int) -> None:
+    for row, text in enumerate(texts, start=first):
         if not isinstance(text, str):
             raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}")
+        if not is_unicode(text):
+            raise ValueError(
+                f"Text {row} holds a lone surrogate, which is no character: {shorten(repr(text), 80)}; decode it by the "
+                "encoding it was written in, or replace such characters."
+            )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this computer, or this PyTorch, does not have, before a model is read for it."""
+    try:
+        torch.zeros(1, device=device).cpu()  # whatever the kind of device: "meta" takes numbers, but gives none back
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, ImportError) as error:
+        present = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or [get_device_name()]
+        raise ValueError(
+            f"device={device!r} cannot be used here; use one of {', '.join(dict.fromkeys(['cpu', *present]))} (--device)."
+        ) from error
 
 
 def _encoder_of(model: SentenceTransformer) -> Any:

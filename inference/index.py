@@ -9,6 +9,8 @@ the sample its recall is measured on, and ``index.json``, which names them all a
 does not count.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -25,11 +27,13 @@ from filelock import FileLock
 from pyarrow import parquet
 from tqdm.auto import tqdm
 
+from minibert.data import disk
 from minibert.inference.vectors import Shard, VectorFolder, to_float, whole_file
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+KEPT = "the vectors are whole"
 # A query takes some milliseconds against so many vectors of 384; building lists takes as long as thousands of such queries.
 EXACT_ROWS = 50_000
 # Neighbours whose recall is measured, on so many stored vectors, and the recall that the settings are chosen for. A little
@@ -244,14 +248,7 @@ def open_index(folder: VectorFolder, *, rebuild: bool = False, show_progress: bo
     earlier, _ = (None, None) if rebuild else _open_earlier(folder)
     if earlier and len(earlier.state.parts) == len(folder.shards):
         return earlier
-    try:
-        home.mkdir(exist_ok=True)
-        lock = FileLock(home / ".lock").acquire()  # of two processes that find it out of date one builds it
-    except PermissionError as error:
-        raise PermissionError(
-            f"{home} holds no current index and cannot be written; make it writable, or search a copy of {folder.folder}."
-        ) from error
-    with lock:
+    with alone_with_index(folder):
         earlier, problem = (None, None) if rebuild else _open_earlier(folder)
         if problem:
             logger.warning("%s The index is built anew.", problem)
@@ -261,6 +258,28 @@ def open_index(folder: VectorFolder, *, rebuild: bool = False, show_progress: bo
             _clear(home, earlier.state)
     logger.info(earlier.state.describe())
     return earlier
+
+
+@contextlib.contextmanager
+def alone_with_index(folder: VectorFolder) -> Iterator[None]:
+    """Keep other processes from building what belongs to the index of ``folder``: of two that find it out of date, one does.
+
+    Raises:
+        OSError: where nothing can be written.
+    """
+    home = index_folder(folder)
+    try:
+        with disk.one_sentence(home, KEPT):
+            home.mkdir(exist_ok=True)
+            lock = FileLock(home / ".lock").acquire()
+    except OSError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise PermissionError(
+            f"{home} holds no current index and cannot be written; make it writable, or search a copy of {folder.folder}."
+        ) from error
+    with lock:
+        yield
 
 
 def _read_state(home: Path) -> State | None:

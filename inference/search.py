@@ -1,11 +1,13 @@
 """Search passages by meaning: those of a file, encoded here and now, or those of a folder of vectors, by its index."""
 
+import contextlib
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +16,10 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
+from minibert.data import disk
 from minibert.data.load import as_dataset, text_columns
-from minibert.inference.index import index_folder, open_index
+from minibert.inference.encode import is_unicode
+from minibert.inference.index import KEPT, alone_with_index, index_folder, open_index
 from minibert.inference.load import find_model, fingerprint, load
 from minibert.inference.vectors import VectorFolder
 from minibert.inference.words import WordIndex
@@ -107,11 +111,14 @@ def check_queries(queries: Sequence[str]) -> None:
     """Refuse queries that ask nothing.
 
     Raises:
-        ValueError: naming the first query that is empty or blank.
+        ValueError: naming the first query that is empty, blank, or was not written in UTF-8.
     """
     for number, query in enumerate(queries, start=1):
         if not query.strip():
             raise ValueError(f"Query {number} is empty; say in words what to look for.")
+        if not is_unicode(query):
+            shown = shorten(repr(query), 80)
+            raise ValueError(f"Query {number} is not UTF-8: {shown}; convert it, for example with iconv -f latin1 -t utf8.")
 
 
 class Searcher:
@@ -303,13 +310,14 @@ def fuse(rankings: Sequence[np.ndarray], top_k: int) -> tuple[np.ndarray, np.nda
         rankings: row numbers, best first, (n, k) each; -1 is nothing.
 
     Returns:
-        scores and rows, both (n, top_k), best first, filled up with -1; of equal scores the one of the earlier ranking leads.
+        scores and rows, both (n, top_k) or of as many columns as the rankings have together, best first, filled up with -1;
+        of equal scores the one of the earlier ranking leads.
 
     >>> scores, rows = fuse([np.array([[7, 8, 9]]), np.array([[8, 5, -1]])], top_k=3)
     >>> rows.tolist(), scores.round(4).tolist()
     ([[8, 7, 5]], [[0.0325, 0.0164, 0.0161]])
     """
-    count = len(rankings[0])
+    count, top_k = len(rankings[0]), min(top_k, sum(ranking.shape[1] for ranking in rankings))
     scores, rows = np.zeros((count, top_k)), np.full((count, top_k), -1, dtype=np.int64)
     for query in range(count):
         total: dict[int, float] = {}
@@ -330,21 +338,27 @@ def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool
     """
     home = index_folder(folder) / f"words-{sha256(' '.join(shards).encode()).hexdigest()[:16]}"
     if home.exists():
-        try:
+        with contextlib.suppress(ValueError):  # which is told once nobody else can be replacing it
             return WordIndex.load(home)
-        except ValueError as error:
-            logger.warning("%s The word index is built anew.", error)
-    temporary = home.with_name(f"{home.name}.tmp-{os.getpid()}")
-    for earlier in home.parent.glob("words-*"):
-        shutil.rmtree(earlier)
-    try:
-        WordIndex.build(_texts_of(folder), show_progress=show_progress).save(temporary)
-        temporary.replace(home)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    logger.info("BM25 index of %s texts.", f"{len(folder):,}")
-    return WordIndex.load(home)
+    with alone_with_index(folder):
+        if home.exists():  # somebody else may just have built it
+            try:
+                return WordIndex.load(home)
+            except ValueError as error:
+                logger.warning("%s The word index is built anew.", error)
+        temporary = home.with_name(f"{home.name}.tmp-{os.getpid()}")
+        for earlier in home.parent.glob("words-*"):
+            shutil.rmtree(earlier)
+        try:
+            built = WordIndex.build(_texts_of(folder), show_progress=show_progress)
+            with disk.one_sentence(home, KEPT):
+                built.save(temporary)
+                temporary.replace(home)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        logger.info("BM25 index of %s texts.", f"{len(folder):,}")
+        return WordIndex.load(home)
 
 
 def _texts_of(folder: VectorFolder) -> Iterator[str]:

@@ -374,7 +374,7 @@ def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkey
     encoder = Encoder(assemble(folders / "search-8x768"))
     seen, started, go = [], threading.Event(), threading.Event()
 
-    def batches(self, texts, batch_tokens):
+    def batches(self, texts, batch_tokens, first):
         seen.append(texts[0])
         started.set()
         assert go.wait(60)
@@ -418,11 +418,29 @@ def test_the_processor_decides_the_numbers(monkeypatch, able, expected):
         (["a", None], {}, "Text 1 is NoneType, not a string: None"),
         (["a"], {"dtype": "int8"}, "dtype='int8' is unknown; use one of auto, float32"),
         (["a"], {"batch_tokens": 0}, "batch_tokens=0"),
+        (["a"] * 4096 + [None], {}, "Text 4096 is NoneType"),  # the first of a window
+        (["a"] * 5000 + [None], {}, "Text 5000 is NoneType"),
+        (["a", "\ud800"], {}, r"Text 1 holds a lone surrogate, which is no character: '.ud800'; decode it"),
+        (["a"], {"prompt": "caf\udce9 "}, r"The prompt 'caf.udce9 ' is not UTF-8"),
+        (["a"], {"prompt": "a", "prompt_name": "zzz"}, "prompt='a' and prompt_name='zzz' both say"),
     ],
 )
 def test_wrong_arguments_are_refused(folders, texts, options, message):
     with pytest.raises(ValueError, match=message):
         encode(assemble(folders / "search-8x768"), texts, **options)
+
+
+def test_texts_are_numbered_whatever_the_path_they_take(folders, small_windows):
+    padded = Encoder(assemble(folders / "bert"))
+    assert not padded.packed
+    with pytest.raises(ValueError, match="Text 8 is int"):
+        padded.encode(["a"] * 8 + [8])
+
+
+@pytest.mark.parametrize("device", ["foo", "", "meta", "hpu", "cuda:99", "mps:7"])
+def test_a_device_that_is_not_here_is_refused_before_the_model_is_opened(device):
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used here; use one of cpu.* .--device."):
+        Encoder("no-such-model", device=device)
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,8 +1,11 @@
 """Opening models for use, reading passages, and searching them from Python and from the command line."""
 
+import errno
 import json
 import logging
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pytest
@@ -370,6 +373,35 @@ def test_the_word_index_is_built_once_and_follows_the_shards(saved, vectors, mon
     assert len(list((vectors / "index").glob("words-*"))) == 1
 
 
+def test_of_two_that_need_the_word_index_one_builds_it(vectors, monkeypatch):
+    built, real = [], search.WordIndex.build
+
+    def slow(*args, **kwargs):
+        built.append(1)
+        time.sleep(0.5)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(search.WordIndex, "build", slow)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: FolderSearcher(vectors, hybrid=True), range(2)))
+    assert len(built) == 1
+    assert [searcher.search(["cat"], 1)[0][0].id for searcher in both] == ["a", "a"]
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_word_index(vectors, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(search.WordIndex, "save", full)
+    with pytest.raises(OSError, match=r"words-\w+ could not be written \(No space left on device\); the vectors are whole"):
+        FolderSearcher(vectors, hybrid=True)
+    assert not list((vectors / "index").glob("words-*"))
+
+
+def test_more_hits_than_rows_take_no_memory(vectors):
+    assert len(FolderSearcher(vectors, hybrid=True).search(["cat"], 10**9)[0]) == len(PASSAGES)
+
+
 def test_texts_of_stop_words_alone_are_refused_for_hybrid_search(saved, tmp_path):
     folder = write_vectors(tmp_path / "vectors", saved, ["the of", "and a"])
     with pytest.raises(ValueError, match="no words but stop words"):
@@ -539,6 +571,7 @@ def test_queries_for_a_folder_are_read_from_standard_input(run_index, vectors):
         (["--column", "text", "cat"], "--column is the column of --passages"),
         (["--model", "{tmp}/none", "cat"], "There is no model folder"),
         (["  "], "Query 1 is empty"),
+        (["cat", "caf\udce9"], "Query 2 is not UTF-8: 'caf\\udce9'; convert it"),
     ],
 )
 def test_bad_input_for_a_folder_is_one_sentence_and_status_2(run_index, vectors, tmp_path, options, message):
