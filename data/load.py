@@ -2,9 +2,10 @@
 
 import contextlib
 import csv
+import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, Value, concatenate_datasets, config, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
+
+logger = logging.getLogger(__name__)
 
 # Texts such as "NA" or "null" stay texts; a comma at the end of every row is no reason to take the first column for an index.
 CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False}
@@ -91,11 +95,25 @@ def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
     """
     if isinstance(data, Dataset):
         return data
-    if not str(data):
+    return load([source_named(data)], split=split)
+
+
+def source_named(data: str | Path) -> DataSource:
+    """What a name on the command line stands for.
+
+    Raises:
+        ValueError: for a name that is empty or no Unicode.
+    """
+    name = str(data)
+    if not name:
         raise ValueError(
             "The name of the data is empty; give a file, a folder, or the id (owner/name) of a data set on the Hub."
         )
-    return load([DataSource.model_validate(str(data))], split=split)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The name {name!r} is not UTF-8; rename the file or folder.") from error
+    return DataSource.model_validate(name)
 
 
 def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:
@@ -134,6 +152,7 @@ def _load_one(source: DataSource, split: str, sample_by: str = "line") -> Datase
             raise ValueError(f"{INSTALLED_DOCS} has no split {wanted!r}; it has train and validation.")
         dataset = load_pairs("train" if wanted == "train" else "validation")
     elif Path(source.path).expanduser().exists():
+        check_local(source)
         dataset = _load_local(Path(source.path).expanduser(), source.split, split, sample_by)
     else:
         dataset = _load_hub(source, split)
@@ -158,6 +177,9 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
                 f"{path} has no split {missing[0]!r}; it has {', '.join(sorted(groups))}. "
                 "Choose one with split:, or name a file."
             )
+        # The usual splits have their turn; files under other names may be meant to be rows of this one.
+        if split is None and (left_out := describe_groups(groups, {*SPLITS.values(), *(name for name, _ in parts)})):
+            logger.warning("Of the folder %s, %s is read; left out: %s. Choose with split:.", path, default_split, left_out)
     # Names of the reader's own: those of folders may hold characters that it refuses.
     named = {name: f"split{number}" for number, name in enumerate(dict.fromkeys(name for name, _ in parts))}
     files = list(dict.fromkeys(file for name in named for file in groups[name]))
@@ -200,6 +222,16 @@ def group_by_split(folder: Path) -> dict[str, list[Path]]:
         usual = next((SPLITS[name] for name in names if name in SPLITS), None)
         groups.setdefault(usual or names[0], []).append(file)
     return groups if groups.keys() & set(SPLITS.values()) else {"train": files}
+
+
+def describe_groups(groups: dict[str, list[Path]], but: Collection[str]) -> str:
+    """The splits that are in no ``but``, and how many files each has.
+
+    >>> describe_groups({"train": [Path("train.txt")], "more": [Path("more.txt")]}, ["train"])
+    'more (1 file)'
+    """
+    others = sorted((name, len(files)) for name, files in groups.items() if name not in but)
+    return ", ".join(f"{name} ({files} file{'s' * (files > 1)})" for name, files in others)
 
 
 def _not_utf8(files: list[Path]) -> str | None:
@@ -261,13 +293,31 @@ def first_line_not_utf8(file: Path) -> int | None:
     return None
 
 
+def check_local(source: DataSource) -> None:
+    """Refuse a configuration of what is here.
+
+    Raises:
+        ValueError: says that only data sets on the Hub have one.
+    """
+    if source.config is not None:
+        raise ValueError(
+            f"{source.path} is a file or folder here, which has no configuration {source.config!r}; name it without "
+            f"{':' + source.config!r}, or mean a data set on the Hub from another folder."
+        )
+
+
 def check_hub_name(source: DataSource) -> None:
     """Refuse what is likelier a local path mistyped than the id of a data set.
 
     Raises:
         FileNotFoundError: says so.
     """
-    if source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1 or Path(source.path).suffix in BUILDERS:
+    try:
+        validate_repo_id(source.path)
+        possible = Path(source.path).suffix not in BUILDERS
+    except HFValidationError:
+        possible = False
+    if not possible:
         raise FileNotFoundError(f"There is no file or folder {source.path} (looked from {Path.cwd()}).")
     if "/" in source.path and Path(source.path).parent.is_dir():  # a typo is likelier than an owner called like a folder here
         raise FileNotFoundError(

@@ -1,5 +1,6 @@
 """How a data set is named, in a recipe or on the command line. Light: what reads one is in ``minibert.data.load``."""
 
+import os
 import re
 from typing import Annotated, Any
 
@@ -32,7 +33,8 @@ def split_parts(split: str) -> list[tuple[str, str]]:
 
 
 class DataSource(BaseModel):
-    """Where rows come from. In YAML a plain string stands for ``path``, and ``owner/name:config`` names a Hub configuration.
+    """Where rows come from. In YAML a plain string stands for ``path``, and ``owner/name:config`` names a Hub configuration
+    unless there is a file of that name.
 
     >>> DataSource.model_validate("sentence-transformers/all-nli:pair-class").config
     'pair-class'
@@ -67,7 +69,8 @@ class DataSource(BaseModel):
     def _from_string(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        match = _HUB_WITH_CONFIG.fullmatch(value)
+        here = os.path.exists(os.path.expanduser(value))  # names of files may have a colon too
+        match = None if here else _HUB_WITH_CONFIG.fullmatch(value)
         return {"path": match[1], "config": match[2]} if match else {"path": value}
 
     @field_validator("split")

@@ -7,6 +7,7 @@ block. A row that cannot be used becomes a value that says why, so that who read
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,12 +26,17 @@ from minibert.data.load import (
     SPLITS,
     as_dataset,
     check_hub_name,
+    check_local,
+    describe_groups,
     first_line_not_utf8,
     group_by_split,
     no_value_dropped,
     row_too_wide,
+    source_named,
 )
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
+
+logger = logging.getLogger(__name__)
 
 # Columns taken as the text when several hold strings.
 USUAL_COLUMNS = ("text", "passage", "answer", "sentence")
@@ -86,13 +92,18 @@ class _Part:
         try:
             yield
         except UnicodeDecodeError as error:
+            if self.blocks not in (_read_text, _read_csv, _read_json):  # of the others no line can be named
+                raise ValueError(f"{self.name} holds a text that is not UTF-8. Mend it, or save it again.") from error
             line = first_line_not_utf8(self.content)
             raise ValueError(
                 f"{self.name} is not UTF-8: line {line} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
             ) from error
-        except (pd.errors.ParserWarning, pd.errors.ParserError, pd.errors.EmptyDataError, json.JSONDecodeError) as error:
-            if isinstance(error, pd.errors.ParserWarning) and (problem := row_too_wide(self.content)):
-                raise ValueError(problem) from error
+        except pd.errors.ParserWarning as error:
+            raise ValueError(row_too_wide(self.content) or f"{self.name} has rows with too many values.") from error
+        except (OSError, pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+            # What the system or the Hub refuses is no damage; pyarrow's words about damage come without a number.
+            if isinstance(error, OSError) and (error.errno is not None or not isinstance(self.content, Path)):
+                raise
             kind = Path(self.name).suffix.lstrip(".")
             cause = " ".join(str(error).split()).rstrip(".")
             raise ValueError(f"{self.name} cannot be read as {kind}: {cause}. Mend it, or save it again.") from error
@@ -184,7 +195,8 @@ def open_stream(
     if id_column is not None and parts[0].blocks is _read_csv:
         id_type = pa.string()  # values of CSV are taken as they are written, so that 007 stays 007
     if not (pa.types.is_integer(id_type) or _is_string(id_type)):
-        raise ValueError(f"Column {id_column!r} holds {id_type}; ids are strings or whole numbers (--id-column).")
+        kind = f"numbers with a fraction ({id_type})" if pa.types.is_floating(id_type) else id_type
+        raise ValueError(f"Column {id_column!r} holds {kind}; ids are strings or whole numbers (--id-column).")
     id_type = pa.string() if _is_string(id_type) else pa.int64()
     rows = sum(part.size for part in parts) if all(part.blocks in _COUNTED for part in parts) else None
     return Stream(source, column, id_column, id_type, rows, parts, listing)
@@ -267,14 +279,13 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
         table = as_dataset(data, split=split)
         source_id = {"path": "rows in memory" if data is table else str(data), "digest": table._fingerprint}
         return source_id, [_table_part(table)], []
-    if not str(data):
-        raise ValueError("The name of the input is empty; give a file, a folder, or the id (owner/name) of a data set.")
-    source = DataSource.model_validate(str(data))
+    source = source_named(data)
     if any(rows for _, rows in split_parts(split)) or "+" in split:
         raise ValueError(f"split={split!r} is more or less than one split; name one, such as train (--split).")
     path = Path(source.path).expanduser()
     if not path.exists():
         return *_find_hub(source, split), []
+    check_local(source)
     if path.is_file():
         files = [path]
     else:
@@ -282,6 +293,8 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
         if name not in groups:
             raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(groups))} (--split).")
         files = groups[name]
+        if left_out := describe_groups(groups, [name]):
+            logger.warning("Of the folder %s, the split %s is read; left out: %s. Choose with --split.", path, name, left_out)
     if unknown := sorted({file.suffix for file in files} - _KINDS.keys()):
         raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(_KINDS)}.")
     if empty := [file for file in files if not file.stat().st_size]:
@@ -336,14 +349,24 @@ def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
     return dict(zip(schema.names, schema.types, strict=True))
 
 
+_KINDS_OF_VALUES: tuple[tuple[type, pa.DataType], ...] = (
+    (str, pa.string()),
+    (bool, pa.bool_()),  # before int, which it is too
+    (int, pa.int64()),
+    (float, pa.float64()),
+    (list, pa.list_(pa.null())),
+    (dict, pa.struct([])),
+    (type(None), pa.null()),
+)
+
+
 def _types_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, pa.DataType]:
     """Columns of rows that bring no types: what the first value that is not missing suggests."""
     found: dict[str, pa.DataType] = {}
     for row in rows:
         for name, value in row.items():
             if found.get(name, pa.null()) == pa.null():
-                kinds = ((str, pa.string()), (bool, pa.bool_()), (int, pa.int64()), (type(None), pa.null()))
-                found[name] = next((kind for of, kind in kinds if isinstance(value, of)), pa.binary())
+                found[name] = next((kind for of, kind in _KINDS_OF_VALUES if isinstance(value, of)), pa.binary())
     return found
 
 
@@ -354,6 +377,8 @@ def _parquet_columns(file: Path) -> dict[str, pa.DataType]:
 def _read_parquet(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
     """Row groups without a wanted row are not read at all."""
     with parquet.ParquetFile(part.content) as file:
+        if double := [name for name in names if file.schema_arrow.names.count(name) > 1]:
+            raise ValueError(f"{part.name} has more than one column named {double[0]!r}; rename all but one.")
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows
             if wanted(part.seen)[0] >= part.seen + size:
@@ -397,33 +422,56 @@ def _is_array(file: Path) -> bool:
 
 def _json_columns(file: Path) -> dict[str, pa.DataType]:
     if _is_array(file):
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+        rows = _array(file)
     else:
         part = _Part(str(file), 1, _read_json, file, _json_columns)
         blocks = islice(_lines(part, lambda row: (0, _PEEK), blanks=False), 1)
         rows = [_parse(line) for _, lines, _ in blocks for line in lines]
-    return _types_of_rows([row for row in rows[:_PEEK] if isinstance(row, dict)])
+    columns = _types_of_rows([row for row in rows[:_PEEK] if isinstance(row, dict)])
+    if not columns:
+        raise ValueError(
+            f"{file} holds no JSON objects in its first {_PEEK} rows; give one object per line, such as "
+            '{"text": "a text"}, or an array of objects.'
+        )
+    return columns
 
 
-def _parse(line: str) -> Any:
+def _array(file: Path) -> list[Any]:
+    """The rows of a JSON file that is one array."""
+    text = file.read_text(encoding="utf-8-sig")
     try:
-        return json.loads(line)
+        rows: list[Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as a JSON array: {error}. Mend it, or save it again.") from error
+    return rows
+
+
+_NO_OBJECT = Bad("is no JSON object")
+
+
+def _parse(line: str) -> dict[str, Any] | Bad:
+    try:
+        row = json.loads(line)
     except json.JSONDecodeError:
-        return None
+        return _NO_OBJECT
+    except RecursionError:
+        return Bad("is nested too deeply")
+    except ValueError:  # Python converts no number of thousands of digits
+        return Bad("holds a number of too many digits")
+    return row if isinstance(row, dict) else _NO_OBJECT
 
 
 def _read_json(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
     """One object per line; an array is read whole."""
     if _is_array(part.content):
-        rows = json.loads(part.content.read_text(encoding="utf-8-sig"))
+        rows = [row if isinstance(row, dict) else _NO_OBJECT for row in _array(part.content)]
         blocks: Iterator[tuple[int, list[Any], float]] = iter([(0, rows, 1.0)])
         part.seen = len(rows)
     else:
         parsed = _lines(part, wanted, blanks=False)
         blocks = ((first, [_parse(line) for line in lines], share) for first, lines, share in parsed)
-    bad = Bad("is no JSON object")
     for first, rows, share in blocks:
-        yield _Block(first, [[row.get(name) if isinstance(row, dict) else bad for row in rows] for name in names], share)
+        yield _Block(first, [[row if isinstance(row, Bad) else row.get(name) for row in rows] for name in names], share)
 
 
 def _csv_options(file: Path) -> dict[str, Any]:

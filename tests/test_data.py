@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from minibert.data.load import check_columns, first_line_not_utf8, load, text_columns
+from minibert.data.load import as_dataset, check_columns, first_line_not_utf8, load, text_columns
 from minibert.data.source import DataSource
 
 
@@ -133,7 +133,7 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
     assert str(tmp_path / name) in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["missing.csv", "./missing", "a/b/c", "/nowhere/at/all"])
+@pytest.mark.parametrize("path", ["missing.csv", "./missing", "a/b/c", "/nowhere/at/all", "my notes", "~/missing", "a..b"])
 def test_missing_paths_fail_without_asking_the_hub(path):
     with pytest.raises(FileNotFoundError, match="There is no file or folder"):
         load([source(path)])
@@ -150,6 +150,33 @@ def test_a_name_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path, 
     (tmp_path / "data").mkdir()
     with pytest.raises(FileNotFoundError, match="no file or folder data/sick .*, but a folder data; correct the path"):
         load([source("data/sick")])
+
+
+def test_a_colon_in_the_name_of_a_file_names_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "app:2024.txt").write_text("a line\n", encoding="utf-8")
+    (tmp_path / "logs" / "app.txt").write_text("a line\n", encoding="utf-8")
+    assert load([source("logs/app:2024.txt")])["text"][:] == ["a line"]
+    with pytest.raises(ValueError, match="logs/app.txt is a file or folder here, which has no configuration 'small'; name it"):
+        load([source("logs/app.txt:small")])
+
+
+def test_a_name_that_is_not_utf8_is_one_sentence():
+    with pytest.raises(ValueError, match=r"^The name 'caf\\udce9.txt' is not UTF-8; rename the file or folder\.$"):
+        as_dataset("caf\udce9.txt", split="train")
+
+
+def test_files_under_unusual_names_are_left_out_with_a_warning(tmp_path, caplog):
+    for name in ("train", "more", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n", encoding="utf-8")
+    assert load([source(tmp_path)])["text"][:] == ["train"]
+    assert [record.getMessage() for record in caplog.records if record.name == "minibert.data.load"] == [
+        f"Of the folder {tmp_path}, train is read; left out: more (1 file). Choose with split:."
+    ]
+    caplog.clear()
+    load([source(tmp_path, split="train")])
+    assert "left out" not in caplog.text
 
 
 def test_wrong_columns_list_those_found(tmp_path):
