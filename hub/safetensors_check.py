@@ -4,6 +4,7 @@ Nothing here loads a tensor, runs code or follows a name: a folder that fails is
 still be wrong, but opening it costs no more memory than its files, and reads no file outside of its folder.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -352,3 +353,20 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
+
+
+@contextlib.contextmanager
+def shapes_that_fit(model: str | Path) -> Iterator[None]:
+    """Open ``model`` in here: a configuration that does not fit its weights is said in one sentence.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights in {model} do not have the shapes its config.json describes; save or download the model again."
+        ) from error

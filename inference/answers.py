@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minibert.data.questions import Window, choices_of, cut, find_choice_columns, texts_of, window_sizes
+from minibert.data.questions import ChoiceColumns, Window, choices_of, cut, find_choice_columns, texts_of, window_sizes
 
 MAX_ANSWER_LENGTH = 30  # tokens
 # Spans of a row that share the probability with "no answer"; the rest has next to none.
@@ -75,6 +75,24 @@ def answer_rows(
             yield _answer(context, spans, null_score, threshold, n_best)
 
 
+def choice_columns_of(
+    model: PreTrainedModel,
+    found: Sequence[str],
+    text_columns: Sequence[str] | None = None,
+    choice_columns: Sequence[str] | None = None,
+) -> ChoiceColumns:
+    """The columns given, those the model was trained with where they are all ``found``, or the usual ones.
+
+    Raises:
+        ValueError: listing the columns found.
+    """
+    own = getattr(model.config, "multiple_choice", None) or {}
+    trained = own if set(own.get("text_columns", ())) | set(own.get("choice_columns", ())) <= set(found) else {}
+    return find_choice_columns(
+        found, text_columns or trained.get("text_columns"), choice_columns or trained.get("choice_columns")
+    )
+
+
 def choose_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,13 +123,7 @@ def choose_rows(
     max_length = max_length or own.get("max_length") or _max_length(model, tokenizer)
     columns = None
     for first, some in _ahead(rows, batch_size):
-        if columns is None:
-            trained = own if set(own.get("text_columns", ())) | set(own.get("choice_columns", ())) <= set(some[0]) else {}
-            columns = find_choice_columns(
-                list(some[0]),
-                text_columns or trained.get("text_columns"),
-                choice_columns or trained.get("choice_columns"),
-            )
+        columns = columns or choice_columns_of(model, list(some[0]), text_columns, choice_columns)
         asked = list(choices_of(some, columns, first))
         pairs = [pair for row in asked for pair in row.pairs()]
         logits = _choice_logits(model, tokenizer, pairs, batch_size, max_length)

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.hub.safetensors_check import check_paths, check_weights, weight_files
+from minibert.hub.safetensors_check import check_paths, check_weights, shapes_that_fit, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def load(
     folder = find_model(model, trust_remote_code=trust_remote_code)
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     model_kwargs = kwargs if dtype is None else {**kwargs, "dtype": dtype}
-    try:
+    with shapes_that_fit(folder):
         if (folder / "modules.json").exists():
             opened = SentenceTransformer(
                 str(folder), device=device, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs
@@ -67,12 +67,6 @@ def load(
             _check_complete(opened.transformers_model, folder)
             return _without_cycle(opened)
         encoder = Transformer(str(folder), model_kwargs=model_kwargs, processor_kwargs=kwargs, config_kwargs=kwargs)
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(
-            f"The weights in {folder} do not have the shapes its config.json describes; save or download the model again."
-        ) from error
     _check_complete(encoder.auto_model, folder)
     pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode=getattr(encoder.config, "pooling", "mean"))
     return _without_cycle(

@@ -31,6 +31,7 @@ from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.questions import texts_of
 from minibert.data.tags import TOKEN_COLUMNS, cut_windows, entity_spans, holds_entities
+from minibert.hub.safetensors_check import shapes_that_fit
 from minibert.inference.load import _encoder_folder, find_model
 
 Row = Mapping[str, Any]
@@ -131,7 +132,8 @@ def open_with_head(
     head = head_of(AutoConfig.from_pretrained(folder, **kwargs))
     if head is None or head not in (heads or _HEADS):
         return None
-    opened, found = _HEADS[head].from_pretrained(folder, output_loading_info=True, **kwargs)
+    with shapes_that_fit(folder):
+        opened, found = _HEADS[head].from_pretrained(folder, output_loading_info=True, **kwargs)
     if missing := sorted(found["missing_keys"]):  # they would be random numbers
         what = "classifier" if head == CLASSIFIER else "head"
         raise ValueError(f"The weights in {folder} lack {', '.join(missing[:3])} of the {what}; save or download it again.")
@@ -382,15 +384,15 @@ def _choose(
     batch_size: int,
     threshold: float,
 ) -> Iterator[dict[str, Any]]:
-    from minibert.inference.answers import choose_rows
+    from minibert.inference.answers import choice_columns_of, choose_rows
 
     if wanted:
         raise ValueError("Multiple choice finds its columns by their usual names, or those it was trained with; rename them.")
+    columns = choice_columns_of(model, found)
+    read = [name for name in found if name in (*columns.texts, *columns.choices)]
     asked, shown = tee(rows)
     results = choose_rows(model, tokenizer, asked, batch_size=batch_size)
-    return (
-        {**{k: v for k, v in row.items() if k not in result}, **result} for result, row in zip(results, shown, strict=False)
-    )
+    return ({**{name: row.get(name) for name in read}, **result} for result, row in zip(results, shown, strict=False))
 
 
 _PREDICTORS: dict[str | None, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -411,7 +413,9 @@ def in_a_line(prediction: Row) -> str:
     'yes\\t0.9123\\tso good'
     """
     row = dict(prediction)
-    if "value" in row:
+    if "choice" in row:
+        found = [str(row.pop("choice")), row.pop("text")]
+    elif "value" in row:
         found = [f"{row.pop('value'):.4f}"]
     elif "labels" in row:
         found = [", ".join(row.pop("labels")) or "-"]
@@ -423,8 +427,6 @@ def in_a_line(prediction: Row) -> str:
         tagged = zip(words, tags, strict=True)
         spans = [f"{entity['entity_group']}: {entity['word']}" for entity in entities]
         found = ["; ".join(spans) or "-"] if all(map(_is_iob, tags)) else [" ".join(f"{word}/{tag}" for word, tag in tagged)]
-    elif "choice" in row:
-        found = [str(row.pop("choice")), row.pop("text")]
     else:
         found = [row.pop("text") or "-", f"{row.pop('score'):.4f}"]
         row = {"question": row["question"]}

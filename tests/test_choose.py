@@ -149,7 +149,8 @@ def test_batches_hold_every_choice_of_their_rows(tokenizer):
 
 @pytest.mark.parametrize("ours", [True, False], ids=["minibert", "bert"])
 def test_starts_from_a_classifier_and_from_a_chooser(choose, tmp_path, tokenizer, ours):
-    fields = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, **SHAPE, "num_labels": 3}
+    kind = {"num_labels": 3, "problem_type": "single_label_classification"}
+    fields = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, **SHAPE, **kind}
     config = MiniBertConfig.preset("bert-base", **fields) if ours else BertConfig(**fields)
     torch.manual_seed(0)
     classifier = (MiniBertForSequenceClassification if ours else BertForSequenceClassification)(config)

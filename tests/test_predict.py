@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from datetime import datetime
 
 import pyarrow.parquet as parquet
 import pytest
@@ -159,6 +160,16 @@ def test_answers_and_choices(model):
     asked = [{"question": "what is red", "choices": ["apples", "the garden"]}]
     (row,) = minibert.predict(model("ForMultipleChoice"), asked)
     assert row["text"] == asked[0]["choices"][row["choice"]] and sum(row["probabilities"]) == pytest.approx(1)
+
+
+def test_choices_are_shown_with_the_columns_that_were_read_and_no_others(model):
+    """A file to predict may be one that was trained on, with labels, dates and whatever else beside."""
+    asked = [
+        {"question": "what is red", "choices": ["apples", "the garden"], "label": 1, "when": datetime.now(), "value": b"x"}
+    ]
+    (row,) = minibert.predict(model("ForMultipleChoice"), asked)
+    assert list(row) == ["question", "choices", "choice", "text", "probabilities"]
+    assert module.in_a_line(row).startswith(f"{row['choice']}\t{row['text']}\twhat is red")
 
 
 # ------------------------------------------------------------------------------------------------------------------ files

@@ -1,13 +1,20 @@
 """Recipes: every problem is reported in the user's words; finished stages are skipped, changed ones refused."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
+from transformers import AutoModel
 
+from minibert import MiniBertConfig, MiniBertModel, train_word_level
 from minibert.train import recipe as recipe_module
 from minibert.train.arguments import ClassifyStage, EmbedStage, TokenizerStage
 from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
 TOKENIZER = {"kind": "tokenizer", "data": "texts.csv"}
 CLASSIFY = {"kind": "classify", "data": "pairs.csv", "model": {"preset": "nano-1x3"}}
@@ -159,6 +166,51 @@ def test_a_changed_recipe_is_refused_unless_forced(write, calls, tmp_path):
     assert [name for name, _ in calls] == ["classify", "embed"]
 
 
+def test_a_finished_result_is_kept_until_its_successor_is_there(write, calls, tmp_path, monkeypatch):
+    recipe = load_recipe(write(TOKENIZER, CLASSIFY))
+    run_dir = run_recipe(recipe, output_dir=tmp_path / "run")
+    changed = load_recipe(write(TOKENIZER, CLASSIFY), ["classify.learning_rate=3e-4"])
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe_module, "fake_stage", lambda args, context: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(changed, output_dir=run_dir, force=True)
+    assert (run_dir / "2-classify.replaced" / "model.safetensors").exists()
+    run_recipe(changed, output_dir=run_dir)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["1-tokenizer", "2-classify", "recipe.yaml"]
+
+
+def test_force_does_not_take_the_folder_of_a_run_that_is_at_work(write, calls, tmp_path):
+    run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY)), output_dir=tmp_path / "run")
+    script = f"""
+import time
+from pathlib import Path
+from minibert.train.checkpoint import alone_in
+with alone_in(Path({str(run_dir / "2-classify")!r})):
+    print("at work", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "at work\n"
+        changed = load_recipe(write(TOKENIZER, CLASSIFY), ["classify.learning_rate=3e-4"])
+        with pytest.raises(ValueError, match="is training in .*2-classify"):
+            run_recipe(changed, output_dir=run_dir, force=True)
+        other.kill()
+    assert (run_dir / "2-classify" / "stage.json").exists()
+
+
+def test_a_home_folder_is_understood_everywhere(write, calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "vocabulary").mkdir()
+    (tmp_path / "encoder").mkdir()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "encoder" / "model.safetensors")
+    recipe = load_recipe(write({**CLASSIFY, "model": "~/encoder", "tokenizer": "~/vocabulary"}, output_dir="~/runs/toy"))
+    assert run_recipe(recipe) == tmp_path / "runs" / "toy"
+    ((_, context),) = calls
+    assert (context.model, context.tokenizer) == (str(tmp_path / "encoder"), str(tmp_path / "vocabulary"))
+    with pytest.raises(FileNotFoundError, match="no tokenizer folder ~/nosuch"):
+        run_recipe(load_recipe(write({**CLASSIFY, "tokenizer": "~/nosuch"}, name="other")))
+
+
 def test_fields_that_do_not_change_the_result_may_change(write, calls, tmp_path):
     run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY)), output_dir=tmp_path / "run")
     calls.clear()
@@ -195,3 +247,23 @@ def test_the_tokenizer_stage_reads_every_text(write, tmp_path):
     assert {"red", "apples", "green", "pears", "blue", "plums"} <= set(tokenizer.get_vocab())
     assert tokenizer.model_max_length == 9
     assert read_metrics(run_dir)["tokenizer"] == {"rows": 3, "vocab_size": 11}
+
+
+def test_starts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path):
+    tokenizer = train_word_level(["red apples green pears"], vocab_size=9)
+    config = MiniBertConfig.preset("nano-1x3", vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match="max_length=2 leaves no room for text beside 2 special tokens; give at least 3"):
+        sequence_length(2, config, tokenizer)
+    assert sequence_length(3, config, tokenizer) == 3
+    tokenizer.save_pretrained(tmp_path)
+    MiniBertModel(config).save_pretrained(tmp_path)
+    context = StageContext(tmp_path / "out", 0, str(tmp_path), str(tmp_path))
+    stage = ClassifyStage(kind="classify", data="texts.csv")
+    load_model(AutoModel, stage, context, load_tokenizer(context))
+    found = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(found | {"intermediate_size": 7}))
+    with pytest.raises(ValueError, match="do not have the shapes its config.json describes"):
+        load_model(AutoModel, stage, context, tokenizer)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no tokenizer that can be opened"):
+        load_tokenizer(context)

@@ -41,7 +41,8 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
         _, expected = read_choices(held_out, columns, args.label_column, args.eval_data)
 
     tokenizer = load_tokenizer(context)
-    changes: dict[str, Any] = {"num_labels": 1}  # one score per choice
+    # One score per choice; and what kind of classifier the start was says nothing of this head.
+    changes: dict[str, Any] = {"num_labels": 1, "problem_type": None}
     if context.model is not None:
         start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
         # The head of a classifier has the same name but another shape: only then does a new one replace it.

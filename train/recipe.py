@@ -202,7 +202,8 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
     Args:
         output_dir: folder of the run; the default is the recipe's own, else ``runs/<name>``.
         resume: continue an interrupted stage at its last checkpoint; ``False`` starts that stage over.
-        force: run stages whose arguments changed since an earlier run, and those after them, again.
+        force: run stages whose arguments changed since an earlier run, and those after them, again. Results that were
+            finished lie in ``N-name.replaced`` until the run is finished.
 
     Returns:
         The folder of the run, with ``recipe.yaml`` and one folder per stage.
@@ -218,7 +219,7 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
     minibert.register()
     # Without ``cpu``, Accelerate takes torchrun's processes on a machine without accelerator for unrelated ones.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
-    run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name)
+    run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name).expanduser()
     _check_models(recipe)
     if state.is_main_process:
         _open_run(run_dir, recipe, force)
@@ -240,6 +241,9 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
         folders[stage.name] = str(folder)
         if not isinstance(stage, TokenizerStage | EvaluateStage):
             model = str(folder)
+    if state.is_main_process:
+        for folder in run_dir.glob("*.replaced"):
+            shutil.rmtree(folder, ignore_errors=True)
     return run_dir
 
 
@@ -254,17 +258,17 @@ def _resolve(
     teacher = _named_model(stage.teacher, folders) if isinstance(stage, DistillStage) else None
     if isinstance(stage, DistillStage) and stage.student_layers:
         start = teacher
-    own = folders.get(stage.tokenizer, stage.tokenizer) if stage.tokenizer else None
+    own = _named_model(stage.tokenizer, folders) if stage.tokenizer else None
     return StageContext(folder, seed, start, own or (tokenizer or teacher if start is None else start), teacher)
 
 
 def _named_model(name: str, folders: dict[str, str]) -> str:
     """The folder of the earlier stage ``name``; a folder or an id on the Hub stays."""
-    return folders.get(name, name)
+    return folders.get(name) or os.path.expanduser(name)
 
 
 def _check_models(recipe: Recipe) -> None:
-    """Look at the models that stages name, before anything is written or downloaded.
+    """Look at the models and tokenizers that stages name, before anything is written or downloaded.
 
     Raises:
         FileNotFoundError, NotADirectoryError: for what is neither a folder nor can be an id on the Hub.
@@ -273,18 +277,22 @@ def _check_models(recipe: Recipe) -> None:
     from minibert.hub.safetensors_check import check_model  # its package needs torch, which reading a recipe does not
 
     names = {stage.name for stage in recipe.stages}
-    asked = (getattr(stage, field, None) for stage in recipe.stages for field in ("model", "teacher"))
-    for name in dict.fromkeys(name for name in asked if isinstance(name, str) and name not in names):
-        folder = Path(name)
+    kinds = {"model": "model", "teacher": "model", "tokenizer": "tokenizer"}
+    asked = ((kind, getattr(stage, field, None)) for stage in recipe.stages for field, kind in kinds.items())
+    for kind, name in dict.fromkeys((kind, name) for kind, name in asked if isinstance(name, str) and name not in names):
+        folder = Path(name).expanduser()
         if folder.is_dir():
-            check_model(folder)
+            if kind == "model":
+                check_model(folder)
             _check_code(folder)
         elif folder.exists():
-            raise NotADirectoryError(f"{name} is a file; give the folder of a model, or the id (owner/name) of one on the Hub.")
+            raise NotADirectoryError(
+                f"{name} is a file; give the folder of a {kind}, or the id (owner/name) of one on the Hub."
+            )
         elif name.count("/") > 1 or name.startswith(("/", ".", "~")) or ("/" in name and folder.parent.is_dir()):
             raise FileNotFoundError(
-                f"There is no model folder {name} (looked from {Path.cwd()}); give a folder, the id (owner/name) of a model on "
-                "the Hub, or the name of an earlier stage."
+                f"There is no {kind} folder {name} (looked from {Path.cwd()}); give a folder, the id (owner/name) of a {kind} "
+                "on the Hub, or the name of an earlier stage."
             )
 
 
@@ -333,6 +341,8 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
 
 def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
     """Create the folder of a run, or check that what is there is this run and clear away what ``force`` gives up."""
+    from minibert.train import checkpoint  # needs torch, which reading a recipe does not
+
     record = run_dir / "recipe.yaml"
     if record.exists():
         old = yaml.load(record.read_text(encoding="utf-8"), Loader=_Loader)
@@ -344,14 +354,32 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
                 f"{run_dir} holds a run with other arguments: {'; '.join(text for _, text in changes)}. Choose another "
                 f"--output-dir, or run stage {changes[0][0]} and those after it again with --force (replaces their folders)."
             )
-        for number, stage in enumerate(old["stages"], start=1):
-            if changes and number >= changes[0][0]:
-                shutil.rmtree(_stage_folder(run_dir, number, stage["name"]), ignore_errors=True)
+        numbered = list(enumerate(old["stages"], start=1))
+        given_up = [_stage_folder(run_dir, n, stage["name"]) for n, stage in numbered if changes and n >= changes[0][0]]
+        with contextlib.ExitStack() as locks:
+            for folder in given_up:
+                if folder.exists():
+                    locks.enter_context(checkpoint.alone_in(folder))  # refuses while another run trains there
+            for folder in given_up:
+                _set_aside(folder)
     elif run_dir.exists() and (not run_dir.is_dir() or any(path.name != "recipe.yaml.part" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
     whole = {"name": recipe.name, "seed": recipe.seed, "stages": [_dump(stage) for stage in recipe.stages]}
     _write(record, disk.to_yaml(whole))
+
+
+def _set_aside(folder: Path) -> None:
+    """Make room for another result of a stage: a finished one is kept until the new run is finished."""
+    if (folder / "stage.json").exists():
+        shutil.rmtree(replaced := _replaced(folder), ignore_errors=True)
+        folder.rename(replaced)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".replaced")
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:

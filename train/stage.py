@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minibert.hub.safetensors_check import shapes_that_fit
 from minibert.train.arguments import ModelStage, NewModel
 
 
@@ -33,12 +34,17 @@ def load_tokenizer(context: StageContext, max_length: int | None = None) -> Any:
         max_length: longest sequence in tokens; ``None`` keeps the tokenizer's own.
 
     Raises:
-        OSError: when the folder or Hub id holds no tokenizer.
+        OSError, ValueError: when the folder or Hub id holds no tokenizer, or a damaged one.
     """
     from transformers import AutoTokenizer
 
     # trust_remote_code is always given: left out, a checkpoint that carries code asks a question on the terminal.
-    tokenizer = AutoTokenizer.from_pretrained(context.tokenizer, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(context.tokenizer, trust_remote_code=False)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{context.tokenizer} holds no tokenizer that can be opened ({str(error).splitlines()[0]}); save or train it again."
+        ) from error
     if max_length is not None:
         tokenizer.model_max_length = max_length
     return tokenizer
@@ -56,7 +62,8 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
 
     Raises:
         OSError: when the folder or Hub id holds no model.
-        ValueError: when the tokenizer has more entries than the model's vocabulary.
+        ValueError: when the tokenizer has more entries than the model's vocabulary, or weights do not fit the
+            configuration.
     """
     from transformers import AutoConfig, set_seed
 
@@ -75,7 +82,8 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
                     f"dropout={dropout} cannot be set: {context.model} is a {config.model_type} model, which names its dropout "
                     "otherwise; leave dropout out of the recipe."
                 )
-        model = auto_class.from_pretrained(context.model, trust_remote_code=False, use_safetensors=True, **changes)
+        with shapes_that_fit(str(context.model)):
+            model = auto_class.from_pretrained(context.model, trust_remote_code=False, use_safetensors=True, **changes)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} entries but the model's vocabulary only vocab_size={model.config.vocab_size}; "
@@ -91,8 +99,13 @@ def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
         wanted: the recipe's ``max_length``; ``None`` means as long as the tokenizer announces and the model takes.
 
     Raises:
-        ValueError: when ``wanted`` exceeds the model's positions.
+        ValueError: when ``wanted`` exceeds the model's positions, or leaves no room for text.
     """
+    special = tokenizer.num_special_tokens_to_add()
+    if wanted is not None and wanted <= special:
+        raise ValueError(
+            f"max_length={wanted} leaves no room for text beside {special} special tokens; give at least {special + 1}."
+        )
     # Rotary positions have no table that could be too short.
     rotary = getattr(config, "position_embedding_type", None) == "rotary"
     positions = getattr(config, "max_position_embeddings", None)
