@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Dataset, List, Value
+from datasets import ClassLabel, Dataset, Value
 
-from minibert.data.labels import is_text
+from minibert.data.labels import FoundNames, as_name, is_list, is_text
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ TAG_COLUMNS = ("ner_tags", "tags", "pos_tags", "labels")
 
 def is_words(feature: Any) -> bool:
     """Whether a column holds lists of strings."""
-    return isinstance(feature, List) and is_text(feature.feature)
+    return is_list(feature) and is_text(feature.feature)
 
 
 # ------------------------------------------------------------------------------------------------------------ tags, purely
@@ -101,13 +101,14 @@ def read_tags(
 
     Args:
         words: of the same rows; every word has one tag.
-        names: of the tags in order; unset: the ClassLabel's, or those found: O, then B- and I- of every type.
+        names: of the tags in order; unset: the ClassLabel's, or those found: O, then B- and I- of every type. Where they are
+            :class:`FoundNames`, numbers are read as names; beside all others they are positions.
 
     Raises:
         ValueError: a row with more or fewer tags than words, a tag that is not known or not IOB2; all with the row from 1.
     """
     feature, sentences = rows.features[column], rows[column][:]
-    inner = feature.feature if isinstance(feature, List) else None
+    inner = feature.feature if is_list(feature) else None
     numbered = isinstance(inner, ClassLabel) or (isinstance(inner, Value) and "int" in inner.dtype)
     if not numbered and not is_text(inner):
         raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of tags (strings or numbers) in every row.")
@@ -116,7 +117,10 @@ def read_tags(
             raise ValueError(f"Row {row} has {len(row_words)} words but {len(tags)} tags in {column!r}; every word needs one.")
         if tags is None or None in tags:
             raise ValueError(f"Row {row} has {column}={tags!r}; every word needs a tag. Correct it or remove the row.")
-    if numbered:
+    found = isinstance(names, FoundNames) or not (names or numbered)
+    if isinstance(names, FoundNames):
+        sentences = [[as_name(tag, inner) or str(tag) for tag in tags] for tags in sentences]
+    elif numbered:
         known = list(inner.names) if isinstance(inner, ClassLabel) else list(names or ())
         if not known:
             raise ValueError(f"Column {column!r} holds numbers without names; name the tags in order with labels: [O, B-…, …].")
@@ -134,7 +138,7 @@ def read_tags(
         elif converted:
             starts = dict.fromkeys(f"B-{name[2:]}" for name in names if name.startswith("I-"))
             names = [*names, *(start for start in starts if start not in names)]
-    names = list(names or sorted(used))
+    names = (FoundNames if found else list)(names or sorted(used))
     for row, tags in enumerate(sentences, start=1):
         if unknown := [tag for tag in tags if tag not in names]:
             raise ValueError(f"Row {row} has the tag {unknown[0]!r} in {column!r}; the tags are {', '.join(names)}.")
