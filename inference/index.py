@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import faiss
 import numpy as np
@@ -28,7 +29,7 @@ from pyarrow import parquet
 from tqdm.auto import tqdm
 
 from minibert.data import disk
-from minibert.inference.vectors import Shard, VectorFolder, to_float, whole_file
+from minibert.inference.vectors import Shard, VectorFolder, check_types, damage_named, to_float, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class Lists:
     probes: int
     candidates: int
     recall: float
+    file_sha256: str | None = None  # None in indexes of earlier versions, which are trusted
+    sample_sha256: str | None = None
 
 
 class Sample(NamedTuple):
@@ -289,7 +292,10 @@ def _read_state(home: Path) -> State | None:
             return None
         lists = content.pop("lists")
         parts = [Part(**part) for part in content.pop("parts")]
-        return State(**content, parts=parts, lists=Lists(**lists) if lists else None)
+        state = State(**content, parts=parts, lists=Lists(**lists) if lists else None)
+        for part in (state, *parts, *([state.lists] if state.lists else [])):
+            check_types(part)
+        return state
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # missing or damaged: as if it were not there
 
@@ -302,12 +308,17 @@ def _open_earlier(folder: VectorFolder) -> tuple[VectorIndex | None, str | None]
     if state is None:
         begun = home.exists() and any(home.glob("*.arrow*"))
         return None, f"The index in {home} was not finished, or is damaged." if begun else None
-    named = [(part.file, part.file_bytes) for part in state.parts]
+    # Of the mapped vectors only the size is looked at: reading them all would take longer than the search.
+    named: list[tuple[str, int, str | None]] = [(part.file, part.file_bytes, None) for part in state.parts]
     if lists := state.lists:
-        named += [(lists.file, lists.file_bytes), (lists.sample, lists.sample_bytes)]
-    for name, size in named:
-        if not (home / name).exists() or (home / name).stat().st_size != size:
-            return None, f"{home / name} is missing or damaged."
+        named += [
+            (lists.file, lists.file_bytes, lists.file_sha256),
+            (lists.sample, lists.sample_bytes, lists.sample_sha256),
+        ]
+    for name, size, digest in named:
+        file = home / name
+        if not file.exists() or file.stat().st_size != size or (digest is not None and _sha256(file) != digest):
+            return None, f"{file} is missing or damaged."
     pairs = zip(state.parts, folder.shards, strict=False)
     if (
         (state.fingerprint, state.precision, state.dimension) != (manifest.fingerprint, manifest.precision, manifest.dimension)
@@ -357,7 +368,7 @@ def _build(folder: VectorFolder, before: VectorIndex | None, show_progress: bool
     index = VectorIndex(folder, replace(state, rows=manifest.rows, parts=parts, lists=None))
     if manifest.rows > EXACT_ROWS:
         index.state = replace(index.state, lists=_make_lists(index, before, show_progress))
-    with whole_file(home / "index.json") as temporary:
+    with whole_file(home / "index.json", KEPT) as temporary:
         temporary.write_text(json.dumps(asdict(index.state), indent=1) + "\n", encoding="utf-8")
     return index
 
@@ -378,7 +389,7 @@ def _map_shard(folder: VectorFolder, shard: Shard) -> Part:
         raise ValueError(f"{source} holds a vector that is no number (row {int(np.argmin(finite))} of it); encode again.")
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
     table = pa.table({"vector": column})
-    with whole_file(target) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+    with whole_file(target, KEPT) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
         writer.write_table(table, max_chunksize=max(1, len(table)))
     return Part(
         shard.file,
@@ -394,11 +405,10 @@ def _map_shard(folder: VectorFolder, shard: Shard) -> Part:
 
 def _vector_type(file: Path) -> pa.FixedSizeListType | None:
     try:
-        kind = parquet.read_schema(file).field("vector").type
+        with damage_named(file):
+            kind = parquet.read_schema(file).field("vector").type
     except KeyError:
         return None
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it and encode again to make it anew.") from error
     return kind if isinstance(kind, pa.FixedSizeListType) else None
 
 
@@ -430,14 +440,20 @@ def _make_lists(index: VectorIndex, before: VectorIndex | None, show_progress: b
     sample = _extend_sample(index, sample_before, rows_before)
     made = Lists(f"lists-{rows}.faiss", 0, f"sample-{rows}.npz", 0, trained_rows, lists, 0, 0, 0.0)
     made = choose_settings(index, made, sample)
-    with whole_file(home / made.sample) as temporary, temporary.open("wb") as file:
+    with whole_file(home / made.sample, KEPT) as temporary, temporary.open("wb") as file:
         np.savez(file, **sample._asdict())
-    with whole_file(home / made.file) as temporary:
+    with whole_file(home / made.file, KEPT) as temporary:
         try:
             faiss.write_index(index._ivf, str(temporary))
         except RuntimeError as error:
-            raise OSError(f"{home / made.file} could not be written: {str(error).splitlines()[-1]}") from error
-    return replace(made, file_bytes=(home / made.file).stat().st_size, sample_bytes=(home / made.sample).stat().st_size)
+            raise OSError(str(error).splitlines()[-1]) from error
+    return replace(
+        made,
+        file_bytes=(home / made.file).stat().st_size,
+        sample_bytes=(home / made.sample).stat().st_size,
+        file_sha256=_sha256(home / made.file),
+        sample_sha256=_sha256(home / made.sample),
+    )
 
 
 def number_of_lists(rows: int) -> int:
@@ -469,18 +485,26 @@ def _extend_sample(index: VectorIndex, earlier: Path | None, rows_before: int) -
 
     Of an ``earlier`` sample only the rows from ``rows_before`` on are compared anew.
     """
-    if earlier is None:
+    before = None if earlier is None else _read_sample(earlier)
+    if before is None:
         rows = np.sort(np.random.default_rng(1).choice(len(index), min(_SAMPLE, len(index)), replace=False))
         scores, neighbours = index.search(_sample_queries(index, rows), NEIGHBOURS + 1, exact=True)
         return Sample(rows, scores, neighbours)
-    with np.load(earlier, allow_pickle=False) as stored:
-        before = Sample(**stored)
     after = index._exact(_sample_queries(index, before.rows), NEIGHBOURS + 1, first_row=rows_before)
     both = faiss.ResultHeap(len(before.rows), NEIGHBOURS + 1, keep_max=True)
     for scores, neighbours in ((before.scores, before.neighbours), after):
         both.add_result(np.ascontiguousarray(scores), np.ascontiguousarray(neighbours))
     both.finalize()
     return Sample(before.rows, both.D, both.I)
+
+
+def _read_sample(file: Path) -> Sample | None:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return Sample(**stored)
+    except (ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+        logger.warning("%s is damaged (%s) and is made anew.", file, error)
+        return None
 
 
 def _sample_queries(index: VectorIndex, rows: np.ndarray) -> np.ndarray:

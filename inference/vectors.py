@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import numpy as np
 import pyarrow as pa
@@ -106,9 +107,26 @@ def read_manifest(folder: str | Path) -> Manifest:
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         if "starts" not in content:
             content["starts"] = _starts(content)
-        return Manifest(**{one.name: content[one.name] for one in fields(Manifest) if one.name in content})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        manifest = Manifest(**{one.name: content[one.name] for one in fields(Manifest) if one.name in content})
+        for part in (manifest, *manifest.shards):
+            check_types(part)
+        return manifest
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); encode into a new folder, or again with --force.") from error
+
+
+def check_types(part: Any) -> None:
+    """Refuse an instance of a dataclass, made of JSON, whose fields are not of the types it names; what lists and dictionaries
+    hold is not looked at.
+
+    Raises:
+        TypeError: naming the first such field.
+    """
+    for one in fields(part):
+        value = getattr(part, one.name)
+        kinds = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
+        if not isinstance(value, tuple(get_origin(kind) or kind for kind in kinds)):
+            raise TypeError(f"{one.name} is {value!r}")
 
 
 def _starts(content: dict[str, Any]) -> list[list[int]]:
@@ -246,15 +264,26 @@ class VectorFolder:
     @contextlib.contextmanager
     def _open(self, shard: Shard) -> Iterator[parquet.ParquetFile]:
         file = self.folder / shard.file
-        try:
-            with parquet.ParquetFile(file) as opened:
-                if opened.metadata.num_rows != shard.rows:
-                    raise ValueError(
-                        f"{file} holds {opened.metadata.num_rows} rows, its manifest says {shard.rows}; encode again."
-                    )
-                yield opened
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file} is damaged ({error}); delete it and encode again to make it anew.") from error
+        with damage_named(file), parquet.ParquetFile(file) as opened:
+            if opened.metadata.num_rows != shard.rows:
+                raise ValueError(f"{file} holds {opened.metadata.num_rows} rows, its manifest says {shard.rows}; encode again.")
+            yield opened
+
+
+@contextlib.contextmanager
+def damage_named(file: Path) -> Iterator[None]:
+    """Say of a Parquet file that cannot be read which one it is.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's word, such as a missing permission, not the content
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is damaged ({reason}); delete it and encode again to make it anew.") from error
 
 
 def _matrix(column: pa.ChunkedArray | pa.FixedSizeListArray, width: int) -> np.ndarray:
@@ -275,7 +304,14 @@ def shard_name(number: int) -> str:
 
 
 def number_of(file: Path) -> int:
-    return int(file.stem.removeprefix("part-"))
+    """
+    Raises:
+        ValueError: for a file that has not the name of a shard.
+    """
+    number = file.stem.removeprefix("part-")
+    if not number.isdecimal():
+        raise ValueError(f"{file} is no shard: those are named like {shard_name(0)}. Move it out of the folder.")
+    return int(number)
 
 
 def holds_vectors(folder: Path) -> bool:
@@ -307,7 +343,7 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         self._stack = contextlib.ExitStack()
-        temporary = self._stack.enter_context(whole_file(self.file))
+        temporary = self._stack.enter_context(_renamed(self.file, _KEPT))
         with one_sentence(self.file):
             # Vectors do not compress; everything else does.
             codecs = {name: "none" if name == "vector" else "zstd" for name in self.schema.names}
@@ -347,15 +383,26 @@ def shard_notes(file: Path) -> dict[str, Any] | None:
         return {**json.loads(metadata.metadata[_KEY]), "rows": metadata.num_rows}
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return None
+    except OSError as error:
+        if error.errno is not None:  # the system's word, not the content
+            raise
+        return None
 
 
 @contextlib.contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A temporary name to write under: synced and renamed to ``file`` at the end, deleted after an exception."""
+def whole_file(file: Path, kept: str = _KEPT) -> Iterator[Path]:
+    """A temporary name to write under: synced and renamed to ``file`` at the end, deleted after an exception. Nothing but
+    writing belongs in there, for its trouble is said to be the disk's, with what is ``kept``."""
+    with _renamed(file, kept) as temporary, disk.one_sentence(file, kept):
+        yield temporary
+
+
+@contextlib.contextmanager
+def _renamed(file: Path, kept: str) -> Iterator[Path]:
     temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
     try:
         yield temporary
-        with one_sentence(file):
+        with disk.one_sentence(file, kept):
             disk.sync(temporary)
             temporary.replace(file)
             disk.sync(file.parent)

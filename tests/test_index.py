@@ -1,14 +1,17 @@
 """The FAISS index beside a folder of vectors: right answers, only what is needed is built, and trouble is named."""
 
+import errno
 import json
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from minibert.inference import index as module
 from minibert.inference.index import NEIGHBOURS, index_folder, number_of_lists, open_index
@@ -17,6 +20,7 @@ from minibert.inference.vectors import (
     Shard,
     ShardWriter,
     VectorFolder,
+    number_of,
     quantize,
     shard_name,
     to_float,
@@ -304,7 +308,7 @@ def _later_format(folder):
         (_cut("index.json"), "was not finished, or is damaged"),
         (_later_format, "was not finished, or is damaged"),
         (_cut("lists-*.faiss"), "lists-1200.faiss is missing or damaged"),
-        (_scramble("lists-*.faiss"), "lists-1200.faiss is damaged"),
+        (_scramble("lists-*.faiss"), "lists-1200.faiss is missing or damaged"),
         (_remove("sample-*.npz"), "sample-1200.npz is missing"),
         (_remove("part-00001.arrow"), "part-00001.arrow is missing"),
         (_scramble("part-00001.arrow"), "part-00001.arrow is damaged"),
@@ -324,6 +328,55 @@ def test_an_index_that_cannot_be_trusted_is_built_anew(folder, small, added, cap
     assert not list(index_folder(folder).glob("*.tmp-*"))
 
 
+def _change_byte(name):
+    def change(folder):
+        (file,) = index_folder(folder).glob(name)
+        content = bytearray(file.read_bytes())
+        content[len(content) * 3 // 4] ^= 1
+        file.write_bytes(content)
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["lists-*.faiss", "sample-*.npz"])
+def test_a_byte_that_changed_is_noticed(folder, small, caplog, name):
+    _change_byte(name)(folder)
+    open_index(folder)
+    assert f"{name.replace('*', '1200')} is missing or damaged" in caplog.text
+
+
+def _without_checksums(folder):
+    saved = state(folder)
+    saved["lists"] = {key: value for key, value in saved["lists"].items() if not key.endswith("_sha256")}
+    (index_folder(folder) / "index.json").write_text(json.dumps(saved))
+
+
+def test_an_index_without_checksums_is_opened_as_it_is(folder, small, added):
+    _without_checksums(folder)
+    assert len(open_index(folder)) == ROWS and not added
+
+
+def test_a_damaged_sample_of_an_index_without_checksums_is_made_anew(tmp_path, small, caplog):
+    vectors = clustered(1500, 1)
+    folder = make_folder(tmp_path / "vectors", vectors[:1000])
+    open_index(folder)
+    _without_checksums(folder)
+    _scramble("sample-*.npz")(folder)
+    index = open_index(make_folder(tmp_path / "vectors", vectors))
+    assert "sample-1000.npz is damaged" in caplog.text
+    assert len(index) == 1500 and index.state.lists.recall > 0.97
+
+
+@pytest.mark.parametrize("wrong", [{"rows": "x"}, {"parts": "x"}, {"lists": {"probes": 1}}, {"dimension": None}])
+def test_a_state_of_wrong_types_is_built_anew(folder, small, added, caplog, wrong):
+    saved = state(folder)
+    if "lists" in wrong:
+        wrong = {"lists": {**saved["lists"], "probes": "many"}}
+    (index_folder(folder) / "index.json").write_text(json.dumps({**saved, **wrong}))
+    assert len(open_index(folder)) == ROWS and len(added) == 3
+    assert "was not finished, or is damaged" in caplog.text
+
+
 def test_rebuilding_on_request(folder, small, added):
     open_index(folder, rebuild=True)
     assert len(added) == 3
@@ -337,7 +390,7 @@ def test_a_build_that_fails_leaves_the_earlier_index(folder, small, monkeypatch)
     earlier = open_index(VectorFolder(folder.folder))
     grown = make_folder(folder.folder, vectors)
     monkeypatch.setattr(faiss, "write_index", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
-    with pytest.raises(OSError, match="could not be written"):
+    with pytest.raises(OSError, match=r"lists-1500.faiss could not be written \(disk full\); the vectors are whole"):
         open_index(grown)
     assert state(folder)["rows"] == len(earlier) == 1000
 
@@ -367,6 +420,69 @@ def test_a_shard_that_is_damaged_is_named(tmp_path):
         open_index(folder)
 
 
+def _zero_start(content):
+    return content[:4] + bytes(396) + content[400:]
+
+
+def _zero_footer(content):
+    return content[:-300] + bytes(200) + content[-100:-8] + content[-8:]
+
+
+@pytest.mark.parametrize("damage", [_zero_start, _zero_footer])
+def test_a_shard_whose_pages_are_damaged_is_named(tmp_path, damage):
+    folder = make_folder(tmp_path / "vectors", clustered(ROWS, 1))
+    shard = tmp_path / "vectors" / "part-00001.parquet"
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(ValueError, match="part-00001.parquet is damaged .* delete it and encode again"):
+        folder.ids([600])
+
+
+def test_a_shard_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    folder = make_folder(tmp_path / "vectors", clustered(10, 1))
+    monkeypatch.setattr(parquet, "ParquetFile", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        folder.ids([1])
+
+
+@pytest.mark.parametrize("name", ["index.json", "part-00000.arrow"])
+def test_a_full_disk_names_what_it_did_not_take(tmp_path, monkeypatch, name):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = make_folder(tmp_path / "vectors", clustered(10, 1))
+    monkeypatch.setattr(*((Path, "write_text") if name == "index.json" else (pa.ipc, "new_file")), full)
+    with pytest.raises(OSError, match=rf"{name} could not be written \(No space left on device\); the vectors are whole"):
+        open_index(folder)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"encoding": None}, "encoding is None"),
+        ({"rows": "abc"}, "rows is 'abc'"),
+        ({"shards": [{"file": 7, "first_row": 0, "rows": 1, "first_input_row": 0, "input_rows": 1}]}, "file is 7"),
+        ({"shards": [None]}, "TypeError"),
+        (b"\xff\xfe", "invalid start byte"),
+    ],
+)
+def test_a_manifest_that_is_damaged_is_named(tmp_path, wrong, message):
+    make_folder(tmp_path / "vectors", clustered(10, 1))
+    file = tmp_path / "vectors" / "manifest.json"
+    changed = wrong if isinstance(wrong, bytes) else json.dumps({**json.loads(file.read_text()), **wrong}).encode()
+    file.write_bytes(changed)
+    with pytest.raises(ValueError, match=f"manifest.json is damaged .*{message}.*encode into a new folder"):
+        VectorFolder(tmp_path / "vectors")
+
+
+def test_what_is_no_shard_is_named():
+    assert number_of(Path("part-00012.parquet")) == 12
+    with pytest.raises(ValueError, match=r"part-00000 .copy..parquet is no shard: .* Move it out of the folder"):
+        number_of(Path("vectors/part-00000 (copy).parquet"))
+
+
 @pytest.mark.parametrize("width", [WIDTH - 1, 2 * WIDTH])
 def test_vectors_of_another_width_are_refused(tmp_path, width):
     folder = make_folder(tmp_path / "vectors", clustered(10, 1, width))
@@ -382,10 +498,21 @@ def test_vectors_that_are_no_numbers_are_refused(tmp_path):
         open_index(make_folder(tmp_path / "vectors", vectors))
 
 
-def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EACCES, "holds no current index and cannot be written; make it writable"),
+        (errno.EROFS, "holds no current index and cannot be written; make it writable, or search a copy"),
+        (errno.ENOSPC, r"index could not be written \(No space left on device\); the vectors are whole"),
+    ],
+)
+def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch, number, message):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
     folder = make_folder(tmp_path / "vectors", clustered(10, 1))
-    monkeypatch.setattr(module.FileLock, "acquire", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
-    with pytest.raises(PermissionError, match="holds no current index and cannot be written; make it writable"):
+    monkeypatch.setattr(module.FileLock, "acquire", refuse)
+    with pytest.raises(OSError, match=message):
         open_index(folder)
 
 
