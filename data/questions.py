@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ CHOICE_TEXTS = (("context", "question"), ("sent1", "sent2"), ("question",), ("co
 CHOICE_LISTS = ("choices", "endings", "options")
 _NUMBERED = re.compile(r"(choice|ending|option)_?(\d+)")
 _LONGEST_QUESTION = 64  # tokens, as in BERT
+_told: set[int] = set()  # values of max_question_length of which the log says that questions are cut
 
 
 # ------------------------------------------------------------------------------------------------------------------ windows
@@ -118,16 +118,13 @@ def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> li
     for question, offsets in zip(questions, encoded["offset_mapping"], strict=True):
         if len(offsets) > longest:
             question = question[: offsets[longest - 1][1]]
-            _warn_once(
-                f"Questions of more than max_question_length={longest} tokens are cut there; the first is {question!r} …"
-            )
+            if longest not in _told:
+                _told.add(longest)
+                logger.warning(
+                    "Questions of more than max_question_length=%d tokens are cut there; the first is %r …", longest, question
+                )
         short.append(question)
     return short
-
-
-@lru_cache(maxsize=32)
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int = 1) -> Iterator[tuple[str, ...]]:

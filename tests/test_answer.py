@@ -165,7 +165,8 @@ def test_long_questions_are_cut_and_the_context_is_not(tokenizer, caplog):
     question, context = "where " * 30, "well " * 9 + "rome"
     with caplog.at_level(logging.WARNING):
         windows = cut(tokenizer, [question], [context], WindowSizes(16, 2, 5))
-    assert "max_question_length=5 tokens are cut" in caplog.text
+        cut(tokenizer, ["lives " * 30, "has " * 30], [context, context], WindowSizes(16, 2, 5))
+    assert caplog.text.count("max_question_length=5 tokens are cut") == 1 and "'where where" in caplog.text
     assert all(window.first == 7 for window in windows)  # [CLS], five tokens, [SEP]
     assert windows[-1].offsets[-1, 1] == len(context)
 
@@ -401,6 +402,8 @@ GOOD = {"question": "where ?", "context": "in rome .", "answers": {"text": ["rom
             {"answers": {"text": ["rome"], "answer_start": []}},
             r"Row 2 of .* has answers=.*; it should be {text: .*as many of both",
         ),
+        ({"answers": {"text": [None], "answer_start": [3]}}, r"Row 2 of .* text should hold strings"),
+        ({"answers": {"text": ["rome"], "answer_start": [None]}}, r"Row 2 of .* answer_start for each the whole number"),
         ({"answers": None}, r"no value in column 'answers' of row 2"),
         ({"question": None}, r"no value in column 'question' of row 2"),
         ({"context": "in \u0007 .", "answers": {"text": ["\u0007"], "answer_start": [3]}}, r"Row 2 .* tokenizer keeps nothing"),
@@ -410,6 +413,16 @@ def test_refusals_name_the_row(answer, tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         answer([GOOD, {**GOOD, **row}])
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_places_of_answers_are_whole_numbers_however_written():
+    places = [{"text": ["rome"], "answer_start": [3.0]}, {"text": [], "answer_start": []}]
+    rows = Dataset.from_list([{**GOOD, "answers": answers} for answers in places])
+    assert stage.read_answers(rows, [SimpleNamespace(path="qa")]) == [[(3, "rome")], []]
+    for wrong in (3.5, "3", math.nan):
+        rows = Dataset.from_list([{**GOOD, "answers": {"text": ["rome"], "answer_start": [wrong]}}])
+        with pytest.raises(ValueError, match=r"Row 1 of qa has answers=.*; text should hold strings, and answer_start"):
+            stage.read_answers(rows, [SimpleNamespace(path="qa")])
 
 
 def test_refuses_data_of_another_kind_and_sizes_without_room(answer, tokenizer):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from minibert import train_word_level
@@ -153,8 +153,12 @@ def test_labels_in_every_form(values, feature, given, labels, names):
         ([0, 1, 2], {"labels": ["a", "b"]}, r"Row 3 has label=2; classes are numbered 0 to 1"),
         (["a", "b", "c"], {"labels": ["a", "b"]}, r"Row 3 has label='c'; it should be one of a, b"),
         (["a", "a", "a"], {}, r"single class 'a'"),
+        ([0, 0, 0], {}, r"single class '0'; a classifier needs at least two"),
+        ([0, 1, 5000], {}, r"holds the number 5000, which makes 5001 classes of 3 rows; .* or give labels"),
+        ([[0], [1, 5000], []], {}, r"holds the number 5000, which makes 5001 classes of 3 rows; .* or give labels"),
         ([0, None, 1], {}, r"no value in column 'label' of row 2"),
         ([[0], [1], [0]], {"problem_type": SINGLE}, r"not classes"),
+        ([[0], [1, 0], []], {"problem_type": SINGLE}, r"holds List.*, not classes"),
         ([0, 1, 0], {"problem_type": MULTI}, r"one label per row; multi_label_classification needs lists of classes"),
         ([["a"], ["b", "c"], []], {"labels": ["a", "b"]}, r"Row 2 has label=\['b', 'c'\]; each should be one of a, b"),
         ([[0], [1, -1], []], {}, r"Row 2 has label=\[1, -1\]; classes are numbered 0 to 1"),
@@ -166,6 +170,10 @@ def test_labels_in_every_form(values, feature, given, labels, names):
         (["a", "b", "a"], {"problem_type": REGRESSION}, r"regression needs a number in every row"),
         ([0.5, 2.5, 1], {"problem_type": REGRESSION, "labels": ["a", "b"]}, r"Regression predicts one number"),
         ([0, 1, 2], {"label_column": ["label", "more"]}, r"no column 'more'"),
+        ([0, 1, 2], {"labels": ["a", "b", "a"]}, r"labels\n.* a stands there more than once; give every name once"),
+        ([0, 1, 1], {"label_column": ["label", "label"]}, r"label_column\n.* label stands there more than once"),
+        ([0, 1, 1], {"epochs": float("inf")}, r"epochs\n.*finite number"),
+        ([0, 1, 1], {"weight_decay": float("nan")}, r"weight_decay\n.*finite number"),
         ([0, 1, 2], {"label_column": ["label"]}, r"Row 3 has label=2; with several columns each holds 0 or 1"),
         ([0, 1, 1], {"label_column": ["label"], "problem_type": SINGLE}, r"reads its labels from one column, not from label"),
         ([0.5, 2.5, 1], {"metric_for_best": "accuracy"}, r"use one of spearman, pearson, mse"),
@@ -230,6 +238,27 @@ def test_sets_of_labels_in_every_form(columns, given, values, names):
     rows = Dataset.from_dict(columns)
     wanted = "label" if "label" in columns else list(columns)
     assert [x.tolist() if isinstance(x, np.ndarray) else x for x in read_labels(rows, wanted, given)] == [MULTI, values, names]
+
+
+def test_numbers_beside_names_found_as_strings_are_names():
+    """A CSV file of the labels 1 and 2 holds numbers, even where that of training, which also had x, held strings."""
+    found = read_labels(Dataset.from_dict({"label": ["2", "1", "x"]}), "label").names
+    for values in ([2, 1], [2.0, 1.0], ["2", "1"]):
+        assert read_labels(Dataset.from_dict({"label": values}), "label", found).values.tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"Row 2 has label=0; it should be one of 1, 2, x"):
+        read_labels(Dataset.from_dict({"label": [1, 0]}), "label", found)
+    named = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=["x", "1"])}))
+    assert read_labels(named, "label", found).values.tolist() == [2, 0]
+
+    found = read_labels(Dataset.from_dict({"label": [["2"], ["1", "x"]]}), "label").names
+    assert read_labels(Dataset.from_dict({"label": [[2], [1, 2]]}), "label", found).values.tolist() == [[0, 1, 0], [1, 1, 0]]
+    with pytest.raises(ValueError, match=r"Row 1 has label=\[0\]; each should be one of 1, 2, x"):
+        read_labels(Dataset.from_dict({"label": [[0], [1]]}), "label", found)
+
+
+def test_lists_of_wide_offsets_are_lists():
+    rows = Dataset.from_dict({"label": [["b"], ["a", "b"]]}, features=Features({"label": LargeList(Value("string"))}))
+    assert read_labels(rows, "label").values.tolist() == [[0, 1], [1, 1]]
 
 
 def test_named_sets_may_be_numbered_in_another_order():

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from minibert import train_word_level, train_wordpiece
-from minibert.data.tags import cut_windows, entity_spans, read_tags, to_iob2
+from minibert.data.tags import cut_windows, entity_spans, read_tags, read_words, to_iob2
 from minibert.inference.evaluate import evaluate
 from minibert.inference.figures import tag_figures
 from minibert.train.arguments import TagStage
@@ -221,6 +221,21 @@ def test_iob1_is_read_as_iob2():
     assert entity_spans(["I-PER", "I-LOC", "O", "I-LOC"]) == [("PER", 0, 1), ("LOC", 1, 2), ("LOC", 3, 4)]
 
 
+def test_numbers_beside_tags_found_as_strings_are_names():
+    words = [["a", "b"]]
+    _, names = read_tags(Dataset.from_dict({"tags": [["2", "1", "x"]]}), "tags", [["a", "b", "c"]])
+    assert read_tags(Dataset.from_dict({"tags": [[2, 1]]}), "tags", words, names) == ([["2", "1"]], ["1", "2", "x"])
+    with pytest.raises(ValueError, match=r"Row 1 has the tag '0' in 'tags'; the tags are 1, 2, x"):
+        read_tags(Dataset.from_dict({"tags": [[1, 0]]}), "tags", words, names)
+    assert read_tags(Dataset.from_dict({"tags": [[1, 0]]}), "tags", words, ["1", "2"])[0] == [["2", "1"]]
+
+
+def test_lists_of_wide_offsets_are_lists():
+    wide = LargeList(Value("string"))
+    rows = Dataset.from_dict({"tokens": [["a", "b"]], "tags": [["N", "V"]]}, features=Features({"tokens": wide, "tags": wide}))
+    assert read_tags(rows, "tags", read_words(rows, "tokens")) == ([["N", "V"]], ["N", "V"])
+
+
 @pytest.mark.parametrize(
     ("columns", "changes", "message"),
     [
@@ -238,6 +253,7 @@ def test_iob1_is_read_as_iob2():
             r"holds numbers without names; name the tags in order with labels",
         ),
         ({"tokens": [["a"], ["b"]], "tags": [[0], [3]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the tag 3 in 'tags'; .* 0 to 1"),
+        ({"tokens": [["a"]], "tags": [["O"]]}, {"labels": ["O", "O"]}, r"labels\n.* O stands there more than once"),
         ({"tokens": [["a"], None], "tags": [["O"], ["O"]]}, {}, r"Row 2 has tokens=None; every word must be there"),
         ({"tokens": [["a"], ["a", None]], "tags": [["O"], ["O", "O"]]}, {}, r"Row 2 has tokens=\['a', None\]"),
         ({"tokens": [["a"], ["b"]], "tags": [["O"], None]}, {}, r"Row 2 has tags=None; every word needs a tag"),

@@ -98,7 +98,13 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
                 f"Row {number} of {where} has answers={entry!r}; it should be {{text: [...], answer_start: [...]}} with as "
                 "many of both, and empty lists where the question has no answer."
             )
+        starts = [_whole(start) for start in starts]
         for text, start in zip(texts, starts, strict=True):
+            if not isinstance(text, str) or start is None:
+                raise ValueError(
+                    f"Row {number} of {where} has answers={entry!r}; text should hold strings, and answer_start for each the "
+                    "whole number of its first character. Correct it, or remove the row."
+                )
             if not text or start < 0 or context[start : start + len(text)] != text:
                 there = context[max(0, start) : max(0, start) + max(1, len(text))]
                 raise ValueError(
@@ -107,6 +113,13 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
                 )
         answers.append(list(zip(starts, texts, strict=True)))
     return answers
+
+
+def _whole(start: Any) -> int | None:
+    """A place in a context, which pandas writes as 4.0 beside missing ones; None for what is no whole number."""
+    if isinstance(start, float) and start.is_integer():
+        return int(start)
+    return start if isinstance(start, int) and not isinstance(start, bool) else None
 
 
 class AnswerRows(TokenRows):

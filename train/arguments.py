@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from minibert.data.source import DataSource
 
@@ -12,10 +12,16 @@ NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def _named_once(names: Any) -> Any:
+    if isinstance(names, list) and (repeated := sorted({name for name in names if names.count(name) > 1})):
+        raise ValueError(f"{', '.join(repeated)} stands there more than once; give every name once.")
+    return names
+
+
 class Arguments(BaseModel):
     """Base of everything a recipe says: unknown fields are errors, and values are not silently converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 DataSources = Annotated[
@@ -197,6 +203,15 @@ class PretrainStage(ModelStage, LoopArguments):
             raise ValueError("mask_replace_prob and random_replace_prob add up to more than 1; lower one of them.")
         return self
 
+    @model_validator(mode="after")
+    def _measures_what_it_learns(self) -> "PretrainStage":
+        if self.metric_for_best == "next_sentence_accuracy" and not self.next_sentence:
+            raise ValueError(
+                "metric_for_best: next_sentence_accuracy needs next_sentence: true; add it, or pick loss, perplexity or "
+                "masked_accuracy."
+            )
+        return self
+
 
 class ClassifyStage(ModelStage, LoopArguments):
     """Fine-tune a classifier of single texts or of pairs: one label, several labels, or a number for each."""
@@ -225,6 +240,8 @@ class ClassifyStage(ModelStage, LoopArguments):
         "macro_f1, subset_accuracy or loss; regression spearman, pearson or mse. Unset means the first of these.",
     )
 
+    _names = field_validator("labels", "label_column")(_named_once)
+
 
 class TagStage(ModelStage, LoopArguments):
     """Fine-tune a tagger of words, such as named entities: lists of words, each word with a tag."""
@@ -245,6 +262,8 @@ class TagStage(ModelStage, LoopArguments):
         description="Metric that picks the checkpoint kept as the result: f1, precision, recall, accuracy or loss; for tags "
         "that mark no entities accuracy, macro_f1 or loss. Unset means the first of these.",
     )
+
+    _names = field_validator("labels")(_named_once)
 
 
 class AnswerStage(ModelStage, LoopArguments):
@@ -440,6 +459,8 @@ class DistillStage(ModelStage, LoopArguments):
         None, description="embedding: vector that stands for a text; unset: as the teacher does."
     )
     normalize: bool | None = Field(None, description="embedding: scale vectors to length 1; unset: as the teacher does.")
+
+    _names = field_validator("labels")(_named_once)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillStage":
