@@ -264,7 +264,7 @@ def test_lists_of_wide_offsets_are_lists():
         ({"tokens": [[], []], "tags": [[], []]}, {"labels": ["O", "B-X"]}, r"has no word in any row"),
         ({"tokens": [["a"]], "tags": [["B-X"]]}, {"metric_for_best": "macro_f1"}, r"use one of f1, precision, recall"),
         ({"tokens": [["a"]], "tags": [["B-X"]]}, {"max_length": 400}, r"max_length=400 exceeds the model's"),
-        ({"tokens": [["a"]], "tags": [["B-X"]]}, {"max_length": 2}, r"max_length=2 leaves no room for words"),
+        ({"tokens": [["a"]], "tags": [["B-X"]]}, {"max_length": 2}, r"max_length=2 leaves no room for text"),
     ],
 )
 def test_refusals_name_the_row_or_field(tag, tmp_path, columns, changes, message):
