@@ -109,11 +109,20 @@ def source_named(data: str | Path) -> DataSource:
         raise ValueError(
             "The name of the data is empty; give a file, a folder, or the id (owner/name) of a data set on the Hub."
         )
+    check_name(name)
+    return DataSource.model_validate(name)
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a file that is not UTF-8, for which Python has halves of pairs of surrogates.
+
+    Raises:
+        ValueError: naming it.
+    """
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"The name {name!r} is not UTF-8; rename the file or folder.") from error
-    return DataSource.model_validate(name)
 
 
 def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:

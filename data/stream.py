@@ -27,6 +27,7 @@ from minibert.data.load import (
     as_dataset,
     check_hub_name,
     check_local,
+    check_name,
     describe_groups,
     first_line_not_utf8,
     group_by_split,
@@ -299,6 +300,8 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
         raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(_KINDS)}.")
     if empty := [file for file in files if not file.stat().st_size]:
         raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
+    for file in files:
+        check_name(str(file))
     root = path if path.is_dir() else path.parent
     listing = [f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files]
     source_id = {"path": str(data), "files": len(files), "digest": digest(listing)}

@@ -118,6 +118,15 @@ def test_a_name_that_is_not_utf8_is_one_sentence():
         open_stream("caf\udce9.txt")
 
 
+def test_neither_is_one_in_a_folder(tmp_path):
+    try:
+        (tmp_path / "caf\udce9.txt").write_text("a\n")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    with pytest.raises(ValueError, match=r"caf\\udce9.txt' is not UTF-8; rename the file or folder\.$"):
+        open_stream(tmp_path)
+
+
 def test_files_that_are_left_out_are_told(tmp_path, caplog):
     for name in ("train.txt", "more.txt", "test-1.txt", "test/2.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
