@@ -268,10 +268,10 @@ def _until_unread() -> Iterator[None]:
 def _asked(queries: list[str] | None, file: str | None) -> list[str] | None:
     from minibert.inference.search import check_queries, read_queries
 
-    if queries and file:
+    if queries and file is not None:
         raise ValueError("There are queries on the command line and in --queries; give one of the two.")
     check_queries(queries or [])
-    return read_queries(file) if file else queries or None
+    return read_queries(file) if file is not None else queries or None
 
 
 def _passage_searcher(target: str, passages: str, column: str | None, trust_remote_code: bool, **of_index: Any) -> Any:

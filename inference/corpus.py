@@ -41,6 +41,7 @@ from minibert.inference.vectors import (
     quantize,
     read_manifest,
     remove_vectors,
+    shard_files,
     shard_name,
     shard_notes,
     write_manifest,
@@ -354,7 +355,7 @@ class _Job:
         clear_leftovers(self.out)
         known = holds_vectors(self.out)
         # A manifest alone, of a run that ended before its first shard, binds nobody.
-        if known and any(self.out.glob("part-*.parquet")) and self._goes_on(append, force):
+        if known and shard_files(self.out) and self._goes_on(append, force):
             return None
         others = sorted(file.name for file in self.out.iterdir() if not file.name.startswith("."))
         if others and not known:
@@ -427,7 +428,7 @@ class _Job:
 
     def _find_shards(self) -> None:
         """Note the shards that are whole; delete the others."""
-        for file in sorted(self.out.glob("part-*.parquet")):
+        for file in shard_files(self.out):
             notes = shard_notes(file)
             if notes is None or notes["fingerprint"] != self.manifest.fingerprint:
                 logger.warning("%s is half written or damaged, and is made anew.", file)
@@ -565,7 +566,7 @@ class _Job:
         """
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            numbers = [number_of(file) for file in self.out.glob("part-*.parquet")]
+            numbers = [number_of(file) for file in shard_files(self.out)]
             if not numbers:
                 (self.out / MANIFEST).unlink()
                 raise ValueError(f"{self.stream.source['path']} has no rows; give a file or split that holds data.")

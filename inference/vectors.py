@@ -304,14 +304,12 @@ def shard_name(number: int) -> str:
 
 
 def number_of(file: Path) -> int:
-    """
-    Raises:
-        ValueError: for a file that has not the name of a shard.
-    """
-    number = file.stem.removeprefix("part-")
-    if not number.isdecimal():
-        raise ValueError(f"{file} is no shard: those are named like {shard_name(0)}. Move it out of the folder.")
-    return int(number)
+    return int(file.stem.removeprefix("part-"))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder, by name; other files, such as copies that somebody made of them, are nobody's business."""
+    return sorted(file for file in folder.glob("part-*.parquet") if file.stem.removeprefix("part-").isdecimal())
 
 
 def holds_vectors(folder: Path) -> bool:
@@ -320,7 +318,7 @@ def holds_vectors(folder: Path) -> bool:
 
 def remove_vectors(folder: Path) -> None:
     """Delete shards and manifest, and nothing else."""
-    for file in (*folder.glob("part-*.parquet"), folder / MANIFEST):  # in this order: a folder without manifest is not ours
+    for file in (*shard_files(folder), folder / MANIFEST):  # in this order: a folder without manifest is not ours
         file.unlink(missing_ok=True)
 
 

@@ -563,6 +563,16 @@ def test_shards_of_every_call_are_made_anew_where_they_belong(run, tmp_path, exp
     np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
 
 
+def test_what_is_no_shard_is_left_alone(run, data, tmp_path):
+    run(data, "--column", "text", "--rows-per-shard", 5)
+    stray = tmp_path / "out" / "part-00000 (copy).parquet"
+    stray.write_bytes(b"mine")
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    for extra in ([], ["--force"]):
+        assert run(data, "--column", "text", "--rows-per-shard", 5, *extra).exit_code == 0
+    assert stray.read_bytes() == b"mine" and len(VectorFolder(tmp_path / "out")) == 12
+
+
 def test_nothing_is_appended_behind_a_gap(run, tmp_path):
     folder, options = tmp_path / "in", ("--rows-per-shard", 4)
     folder.mkdir()

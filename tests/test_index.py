@@ -20,7 +20,6 @@ from minibert.inference.vectors import (
     Shard,
     ShardWriter,
     VectorFolder,
-    number_of,
     quantize,
     shard_name,
     to_float,
@@ -475,12 +474,6 @@ def test_a_manifest_that_is_damaged_is_named(tmp_path, wrong, message):
     file.write_bytes(changed)
     with pytest.raises(ValueError, match=f"manifest.json is damaged .*{message}.*encode into a new folder"):
         VectorFolder(tmp_path / "vectors")
-
-
-def test_what_is_no_shard_is_named():
-    assert number_of(Path("part-00012.parquet")) == 12
-    with pytest.raises(ValueError, match=r"part-00000 .copy..parquet is no shard: .* Move it out of the folder"):
-        number_of(Path("vectors/part-00000 (copy).parquet"))
 
 
 @pytest.mark.parametrize("width", [WIDTH - 1, 2 * WIDTH])
