@@ -15,7 +15,8 @@ A recipe is a YAML file: a name and a list of stages, run in order by `minibert 
 A run lives in `runs/<name>/`: a copy of the recipe, and one folder per stage (`1-tokenizer/`, `2-embed/`, …) that is a
 complete model with `metrics.json`, `log.jsonl` and `checkpoints/`. Finished stages are skipped on the next run; an
 interrupted one continues at its last checkpoint; a recipe whose fields changed is refused with the list of changes unless
-`--force` is given. Under torchrun the same command uses all processes.
+`--force` is given; results that were finished then lie in `N-name.replaced` until the run is. Under torchrun the same command
+uses all processes.
 
 This page is made by `python docs/fields.py` from the models that check a recipe.
 """
