@@ -211,8 +211,8 @@ def _check_apart(data: str | Path | Dataset, out: Path) -> None:
     if isinstance(data, Dataset) or not Path(data).exists():
         return
     here, there = Path(data).resolve(), out.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"The vectors would be written to {out}, where the input {data} is; choose a folder beside it.")
+    if here == there or (here.is_dir() and here in there.parents) or there in here.parents:
+        raise ValueError(f"The vectors would be written to {out}, where the input {data} is. Choose another folder, beside it.")
 
 
 def processes() -> PartialState:

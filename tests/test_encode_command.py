@@ -502,7 +502,7 @@ def test_input_and_output_are_kept_apart(run, data, tmp_path):
     shard = tmp_path / "out" / "part-00000.parquet"
     for given, out in ((data, data), (tmp_path, tmp_path / "inside"), (shard, tmp_path / "out")):
         done = run(given, "--column", "text", "--force", out=out)
-        assert done.exit_code == 2 and "choose a folder beside it" in done.stderr
+        assert done.exit_code == 2 and "Choose another folder, beside it" in done.stderr
     assert contents(tmp_path / "out") == before and not (tmp_path / "inside").exists()
 
 
