@@ -21,6 +21,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.lib.format import open_memmap
 
+from minibert.data import disk
 from minibert.data.load import check_columns, load, text_columns
 from minibert.data.source import DataSource
 
@@ -169,6 +170,11 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
                 )
                 for number, part in enumerate(parts)
             ]
+        except Exception as error:
+            # datasets asks its processes once more while an interruption passes, and that this takes too long replaces it.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise
         finally:
             gc.unfreeze()
         counts = np.zeros(3, dtype=np.int64)  # documents, sentences, tokens
@@ -193,8 +199,17 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
 
 
 def _new_array(path: Path, size: int, dtype: Any) -> np.memmap:
-    """A memory-mapped array of zeros; it keeps one element if it would be empty, which cannot be mapped."""
-    return open_memmap(path, mode="w+", dtype=dtype, shape=(max(1, int(size)),))
+    """A memory-mapped array of zeros; it keeps one element if it would be empty, which cannot be mapped.
+
+    Raises:
+        OSError: for a disk without room for it.
+    """
+    with disk.one_sentence(path, "the tokenized text is made anew"):
+        array = open_memmap(path, mode="w+", dtype=dtype, shape=(max(1, int(size)),))
+        if hasattr(os, "posix_fallocate"):  # else a full disk would be told by a signal, which ends the process without a word
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _blocks(parts: list[Dataset]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -1,9 +1,12 @@
 """The corpus on disk: every token once, documents and sentences where they were."""
 
+import errno
 import itertools
+import os
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +45,29 @@ def made(tmp_path, documents):
     np.save(tmp_path / "documents.npy", np.cumsum([0, *map(sum, documents)]))
     np.save(tmp_path / "sentences.npy", np.cumsum([0, *sentences]))
     return Corpus(tmp_path)
+
+
+def test_an_interruption_of_several_processes_stays_one(read, monkeypatch):
+    def interrupted(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise TimeoutError
+
+    monkeypatch.setattr(Dataset, "map", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="asks for room where the system can be asked")
+def test_a_full_disk_is_told_and_nothing_stays_on_it(read, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="could not be written .No space left on device.; the tokenized text is made anew"):
+        read()
+    assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
 @pytest.mark.parametrize(
