@@ -172,7 +172,7 @@ def test_any_bytes_are_a_recipe_or_refused(content):
             "warmup_ratio": st.floats(0, 1),
             "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
             "adam_betas": st.tuples(st.floats(0, 1), st.floats(0, 1)).map(list),
-            "labels": st.lists(st.text(), min_size=1, max_size=3),
+            "labels": st.lists(st.text(), min_size=1, max_size=3, unique=True),
             "text_columns": st.lists(st.text(), min_size=1, max_size=2),
             "model": st.one_of(st.text(min_size=1), st.just({"preset": "nano-1x3", "hidden_dropout_prob": 0.25})),
             "seed": st.integers(0, 2**63),
