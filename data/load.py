@@ -119,10 +119,20 @@ def check_name(name: str) -> None:
     Raises:
         ValueError: naming it.
     """
+    if not is_unicode(name):
+        raise ValueError(f"The name {name!r} is not UTF-8; rename the file or folder.")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be tokenized: not with a lone surrogate, which Python puts where bytes were not UTF-8.
+
+    >>> is_unicode("café"), is_unicode(b"caf\\xe9".decode(errors="surrogateescape"))
+    (True, False)
+    """
     try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"The name {name!r} is not UTF-8; rename the file or folder.") from error
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:

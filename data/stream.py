@@ -31,6 +31,7 @@ from minibert.data.load import (
     describe_groups,
     first_line_not_utf8,
     group_by_split,
+    is_unicode,
     no_value_dropped,
     row_too_wide,
     source_named,
@@ -227,7 +228,7 @@ def _is_string(kind: pa.DataType) -> bool:
 
 def _text(value: Any) -> str | Bad:
     if isinstance(value, str):
-        return (value if _is_unicode(value) else _NOT_UNICODE) if value and not value.isspace() else Bad("is empty")
+        return (value if is_unicode(value) else _NOT_UNICODE) if value and not value.isspace() else Bad("is empty")
     if isinstance(value, Bad):
         return value
     return Bad("has no text") if value is None else Bad(f"is of type {type(value).__name__}, not a string")
@@ -241,24 +242,13 @@ def _id(value: Any, kind: pa.DataType) -> Any:
     if kind == pa.string():
         if not isinstance(value, str):
             return Bad("has an id that is no string")
-        return value if _is_unicode(value) else Bad("has an id that is not valid Unicode")
+        return value if is_unicode(value) else Bad("has an id that is not valid Unicode")
     if not isinstance(value, int) or isinstance(value, bool):
         return Bad("has an id that is no whole number")
     return value if -(2**63) <= value < 2**63 else Bad("has an id that is not between -2**63 and 2**63 - 1")
 
 
 _NOT_UNICODE = Bad("is not valid Unicode")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether ``text`` is free of halves of a pair of surrogates, which JSON can write (\\ud800) and no tokenizer reads."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _behind(wanted: Wanted, first: int) -> Wanted:

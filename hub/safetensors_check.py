@@ -163,7 +163,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
         return []
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{folder / INDEX} lists no weights; save or download the model again.")
@@ -201,7 +201,7 @@ def check_weights(folder: Path) -> None:
 
 def _check_sizes(file: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
     """Refuse a configuration of a model far larger than its weights, which would be built before anybody misses them."""
-    config = _read_json(file)
+    config = read_json(file)
     if not isinstance(config, dict):
         raise ValueError(f"{file} is damaged (it holds no mapping); save or download the model again.")
 
@@ -272,7 +272,7 @@ def check_paths(folder: Path) -> None:
 
 def _module_paths(folder: Path) -> Iterator[str]:
     file = folder / "modules.json"
-    listed = _read_json(file)
+    listed = read_json(file)
     if not isinstance(listed, list) or not listed or not all(isinstance(module, dict) for module in listed):
         raise ValueError(f"{file} does not list a model's modules; save or download the model again.")
     for module in listed:
@@ -285,7 +285,7 @@ def _module_paths(folder: Path) -> Iterator[str]:
 
 def _check_code(file: Path) -> None:
     """Refuse an auto_map that names anything but Python files, and kernels from the Hub: transformers runs them unasked."""
-    settings = _read_json(file) if file.exists() else {}
+    settings = read_json(file) if file.exists() else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{file} is damaged (it holds no mapping); save or download the model again.")
     for key, value in settings.items():
@@ -346,7 +346,7 @@ def _root(folder: Path) -> Path:
     return folder
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     if file.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{file} is larger than the {_JSON_LIMIT:,} bytes that are read; this is no model's.")
     try:

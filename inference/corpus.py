@@ -6,7 +6,6 @@ on with the shards that are missing, and the manifest follows from the shards.
 """
 
 import contextlib
-import json
 import logging
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from minibert.data.stream import Bad, Rows, Stream, open_stream
+from minibert.hub.safetensors_check import read_json
 from minibert.inference.encode import WINDOW_CHARACTERS, WINDOW_TEXTS, Encoder, EncoderOptions
 from minibert.inference.load import find_model, fingerprint
 from minibert.inference.vectors import (
@@ -279,7 +279,7 @@ class _Asked:
 def _document_prompt(folder: Path) -> str | None:
     """Name of the prompt that ``SentenceTransformer.encode_document`` puts before passages; None for a model without one."""
     file = folder / "config_sentence_transformers.json"
-    prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {} if file.exists() else {}
+    prompts = read_json(file).get("prompts") or {} if file.exists() else {}
     name = next((name for name in ("document", "passage", "corpus") if name in prompts), None)
     return name if prompts.get(name) else None
 
@@ -396,17 +396,17 @@ class _Job:
         """
         try:
             self.manifest = manifest = read_manifest(self.out)
-            differences = self.asked.differences(manifest)
-            if differences and (not append or self.asked.differences(replace(manifest, source=self.stream.source))):
-                raise ValueError(
-                    f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or replace them with --force."
-                )
-            if force and (differences or manifest.complete):
-                return False
         except ValueError:
-            if force:
+            if force:  # which needs nothing of what is damaged
                 return False
             raise
+        differences = self.asked.differences(manifest)
+        if force and (differences or manifest.complete):
+            return False
+        if differences and (not append or self.asked.differences(replace(manifest, source=self.stream.source))):
+            raise ValueError(
+                f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or replace them with --force."
+            )
         self._find_shards()
         if differences:
             self._make_room()

@@ -31,6 +31,7 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from minibert.data.load import is_unicode
 from minibert.inference.load import load
 from minibert.inference.onednn import block_weights
 from minibert.modeling_minibert import MiniBertModel, cut_evenly
@@ -455,18 +456,6 @@ def _start(text: str, limit: int) -> str:
         return text
     space = _SPACE.search(text, limit)
     return text[: space.start()] if space else text
-
-
-def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be tokenized: not with a lone surrogate, which Python puts where bytes were not UTF-8.
-
-    >>> is_unicode("café"), is_unicode(b"caf\\xe9".decode(errors="surrogateescape"))
-    (True, False)
-    """
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_texts(texts: Sequence[str], first: int) -> None:

@@ -17,8 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
 from minibert.data import disk
-from minibert.data.load import as_dataset, text_columns
-from minibert.inference.encode import is_unicode
+from minibert.data.load import as_dataset, is_unicode, text_columns
 from minibert.inference.index import KEPT, alone_with_index, index_folder, open_index
 from minibert.inference.load import find_model, fingerprint, load
 from minibert.inference.vectors import VectorFolder

@@ -242,7 +242,7 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
         if not isinstance(stage, TokenizerStage | EvaluateStage):
             model = str(folder)
     if state.is_main_process:
-        for folder in run_dir.glob("*.replaced"):
+        for folder in run_dir.glob("[0-9]*-*.replaced"):
             shutil.rmtree(folder, ignore_errors=True)
     return run_dir
 
@@ -372,14 +372,11 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
 def _set_aside(folder: Path) -> None:
     """Make room for another result of a stage: a finished one is kept until the new run is finished."""
     if (folder / "stage.json").exists():
-        shutil.rmtree(replaced := _replaced(folder), ignore_errors=True)
+        replaced = folder.with_name(f"{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replaced(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".replaced")
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
