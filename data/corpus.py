@@ -9,9 +9,12 @@ import json
 import os
 import re
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -155,25 +158,26 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
         whole.mkdir()
         gc.freeze()  # or every process would copy all that it shares with this one when it looks for garbage
         try:
-            tokenized = [
-                part.map(
-                    _token_lists,
-                    batched=True,
-                    batch_size=200,
-                    num_proc=min(workers, len(part)) if workers > 1 and len(part) > 1000 else None,
-                    remove_columns=["text"],
-                    fn_kwargs={"tokenizer": tokenizer, "delimiters": delimiters},
-                    features=datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("ids", "lengths")}),
-                    new_fingerprint=f"{folder.name}-{number}",
-                    cache_file_name=str(scratch / f"{number}.arrow"),
-                    desc="tokenize",
-                )
-                for number, part in enumerate(parts)
-            ]
+            with _sigterm_as_exit():
+                tokenized = [
+                    part.map(
+                        _token_lists,
+                        batched=True,
+                        batch_size=200,
+                        num_proc=min(workers, len(part)) if workers > 1 and len(part) > 1000 else None,
+                        remove_columns=["text"],
+                        fn_kwargs={"tokenizer": tokenizer, "delimiters": delimiters},
+                        features=datasets.Features(dict.fromkeys(("ids", "lengths"), datasets.List(datasets.Value("int32")))),
+                        new_fingerprint=f"{folder.name}-{number}",
+                        cache_file_name=str(scratch / f"{number}.arrow"),
+                        desc="tokenize",
+                    )
+                    for number, part in enumerate(parts)
+                ]
         except Exception as error:
             # datasets asks its processes once more while an interruption passes, and that this takes too long replaces it.
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from error
+            if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
+                raise error.__context__ from error
             raise
         finally:
             gc.unfreeze()
@@ -196,6 +200,19 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
         (whole / "corpus.json").write_text(json.dumps({"documents": int(counts[0]), "tokens": int(counts[2])}))
         shutil.rmtree(folder, ignore_errors=True)
         whole.rename(folder)
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM raises ``SystemExit`` in here: the processes that tokenize would outlive this one if it just ended."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _new_array(path: Path, size: int, dtype: Any) -> np.memmap:

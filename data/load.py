@@ -29,7 +29,7 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".csv": ("csv", CSV_OPTIONS),
     ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
-    ".txt": ("text", {}),
+    ".txt": ("text", {"encoding": "utf-8-sig"}),  # a byte order mark is no character of the first text
 }
 # Columns that hold the text to classify, or the pair of them, in the data sets people publish.
 TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
@@ -210,7 +210,7 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
     builder, options = BUILDERS[files[0].suffix]
     if builder == "text":
-        options = {"sample_by": sample_by}
+        options = {**options, "sample_by": sample_by}
     if builder == "json" and (problem := _not_utf8(files)):  # the JSON reader lets such bytes through; they fail much later
         raise ValueError(problem)
     try:

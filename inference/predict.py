@@ -171,11 +171,27 @@ def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
         batches = dataset.iter(_ROWS_AT_ONCE)
         rows = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
         return rows, dataset.column_names, len(dataset)
-    lines = (line.rstrip("\r\n") for line in sys.stdin) if str(data) == STANDARD_INPUT else iter(data)
+    lines = _standard_input() if str(data) == STANDARD_INPUT else iter(data)
     first = list(islice(lines, 1))
     given = ({"text": row} if isinstance(row, str) else row for row in chain(first, lines))
     names = [] if not first else ["text"] if isinstance(first[0], str) else list(first[0])
     return given, names, len(data) if isinstance(data, Sequence) and not isinstance(data, str) else None
+
+
+def _standard_input() -> Iterator[str]:
+    """The lines of standard input, without a byte order mark.
+
+    Raises:
+        ValueError: where they are not UTF-8.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(sys.stdin, start=1):
+            yield (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Standard input is not UTF-8 somewhere after line {number}; convert it, for example with iconv -t UTF-8."
+        ) from error
 
 
 def _choose_columns(found: Sequence[str], wanted: Sequence[str] | None, usual: Iterable[Sequence[str]], what: str) -> list[str]:

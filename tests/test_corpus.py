@@ -3,6 +3,10 @@
 import errno
 import itertools
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,16 +51,49 @@ def made(tmp_path, documents):
     return Corpus(tmp_path)
 
 
-def test_an_interruption_of_several_processes_stays_one(read, monkeypatch):
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_interruption_of_several_processes_stays_one(read, monkeypatch, number, raised):
     def interrupted(*_, **__):
         try:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         finally:
             raise TimeoutError
 
+    handlers = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
     monkeypatch.setattr(Dataset, "map", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         read()
+    assert signal.getsignal(signal.SIGTERM) is handlers[1]
+    signal.signal(signal.SIGINT, handlers[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
+def test_sigterm_ends_the_processes_that_tokenize(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "texts.jsonl").write_text('{"text": "a cat sat. it slept!"}\n' * 2000)
+    script = f"""
+import time
+from transformers import AutoTokenizer
+from minibert.data import corpus
+from minibert.data.source import DataSource
+
+def never(batch, **_):
+    print("at work", flush=True)
+    time.sleep(100)
+
+if __name__ == "__main__":
+    corpus._token_lists = never
+    tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r}, trust_remote_code=False)
+    corpus.load_corpus([DataSource(path={str(tmp_path / "texts.jsonl")!r})], tokenizer, cache_dir="cache", workers=2)
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
+        begun = [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert len(begun) >= 2 and not any(Path(f"/proc/{number}").exists() for number in begun)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="asks for room where the system can be asked")

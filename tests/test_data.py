@@ -41,6 +41,15 @@ def test_a_separator_at_the_end_of_every_row_shifts_no_column(tmp_path, name, se
     assert load([source(tmp_path / name)]).to_dict() == {"id": [1, 2], "text": ["one", "two"]}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.txt", "one\ntwo\n"), ("a.csv", "text\none\ntwo\n"), ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n')],
+)
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert load([source(tmp_path / name)]).to_dict() == {"text": ["one", "two"]}
+
+
 def test_lines_of_text_and_parquet(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
     assert load([source(tmp_path / "a.txt")])["text"][:] == ["one", "two"]

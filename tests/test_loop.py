@@ -313,6 +313,16 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, batches):
     assert left == right
 
 
+def test_damaged_lines_of_the_log_are_left_out_and_counted(tmp_path, caplog):
+    with pytest.raises(Crash):
+        fit(tmp_path, make=crashing_after(9))
+    kept = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(f'{{"st\n{kept}7\n{{"step": "2"}}\n')
+    fit(tmp_path)
+    assert "log.jsonl: 3 damaged lines were left out" in caplog.text
+    assert all(isinstance(line["step"], int) for line in log_lines(tmp_path))
+
+
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):
     best = {"evaluate": lambda _: {"accuracy": 0.5}, "metric_for_best": "accuracy"}
     first = fit(tmp_path, **best)

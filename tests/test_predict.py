@@ -237,6 +237,13 @@ def test_lines_of_standard_input_and_plain_output(classifier, tagger, command):
     assert command(classifier, "-", input="").stdout == ""
 
 
+def test_standard_input_in_other_encodings(classifier, command):
+    done = command(classifier, "-", "--json", input="red apples\ngreen\n".encode("utf-8-sig"))
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["red apples", "green"]
+    done = command(classifier, "-", input="red\ncaf\xe9\n".encode("latin-1"))
+    assert done.exit_code == 2 and "Standard input is not UTF-8" in done.stderr and "iconv" in done.stderr
+
+
 def test_out_is_replaced_only_when_asked(classifier, command, tmp_path):
     (tmp_path / "texts.txt").write_text("red\ngreen\n")
     assert "2 rows are in out.jsonl" in command(classifier, "texts.txt", "--out", "out.jsonl").output

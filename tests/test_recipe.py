@@ -152,6 +152,26 @@ def test_finished_stages_are_skipped_and_an_interrupted_one_runs(write, calls, t
     assert [name for name, _ in calls] == ["embed"]
 
 
+@pytest.mark.parametrize("content", ["name: [", "just words", "name: toy", "name: toy\nstages: [classify]", "\xff\xfe"])
+def test_a_damaged_record_of_a_run_is_one_sentence(write, calls, tmp_path, content):
+    recipe = load_recipe(write(TOKENIZER, CLASSIFY))
+    run_dir = run_recipe(recipe, output_dir=tmp_path / "run")
+    (run_dir / "recipe.yaml").write_bytes(content.encode("latin-1"))
+    for use in (lambda: run_recipe(recipe, output_dir=run_dir, force=True), lambda: read_metrics(run_dir)):
+        with pytest.raises(ValueError, match=r"recipe\.yaml is damaged.*choose another --output-dir"):
+            use()
+    assert (run_dir / "2-classify" / "stage.json").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "7", "\xff"])
+def test_damaged_figures_of_a_stage_are_one_sentence(write, calls, tmp_path, content):
+    run_dir = run_recipe(load_recipe(write(TOKENIZER)), output_dir=tmp_path / "run")
+    file = run_dir / "1-tokenizer" / "metrics.json"
+    file.unlink() if content is None else file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metrics\.json is gone or damaged; put it back, or delete .*1-tokenizer and run"):
+        read_metrics(run_dir)
+
+
 def test_a_changed_recipe_is_refused_unless_forced(write, calls, tmp_path):
     run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY, EMBED)), output_dir=tmp_path / "run")
     calls.clear()

@@ -362,12 +362,21 @@ class Log:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines of the log; the last one of a killed process may be torn, and is left out."""
+    """Lines of the log but for damaged ones; the last one of a killed process may be torn, which is nothing to speak of."""
     if not path.exists():
         return []
-    return [
-        line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if line.endswith("}\n")
-    ]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n") and _has_step(line)]
+    if damaged := sum(line.endswith("\n") for line in lines) - len(whole):
+        logger.warning("%s: %d damaged line%s left out.", path, damaged, " was" if damaged == 1 else "s were")
+    return whole
+
+
+def _has_step(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line)["step"], int)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
 
 
 class StopRequest:

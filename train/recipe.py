@@ -345,7 +345,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
 
     record = run_dir / "recipe.yaml"
     if record.exists():
-        old = yaml.load(record.read_text(encoding="utf-8"), Loader=_Loader)
+        old = _read_record(record)
         if old["name"] != recipe.name:
             raise ValueError(f"{run_dir} holds a run of the recipe {old['name']!r}; choose another --output-dir.")
         changes = list(_changes(old, recipe, run_dir))
@@ -431,14 +431,41 @@ def _write(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def _read_record(record: Path) -> dict[str, Any]:
+    """The recipe that a run was begun with.
+
+    Raises:
+        ValueError: for a file that is damaged.
+    """
+    try:
+        found = yaml.load(record.read_text(encoding="utf-8"), Loader=_Loader)
+        whole = isinstance(found["name"], str) and all({"kind", "name"} <= stage.keys() for stage in found["stages"])
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, LookupError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{record} is damaged, and without it nobody knows what run this is; put it back, or choose another --output-dir."
+        )
+    return dict(found)
+
+
 def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
-    """The figures of every finished stage of a run, by the stage's name."""
-    record = yaml.load((Path(run_dir) / "recipe.yaml").read_text(encoding="utf-8"), Loader=_Loader)
+    """The figures of every finished stage of a run, by the stage's name.
+
+    Raises:
+        ValueError: naming a file that is damaged.
+    """
     figures = {}
-    for number, stage in enumerate(record["stages"], start=1):
+    for number, stage in enumerate(_read_record(Path(run_dir) / "recipe.yaml")["stages"], start=1):
         folder = _stage_folder(Path(run_dir), number, stage["name"])
-        if (folder / "stage.json").exists():
-            figures[stage["name"]] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        if not (folder / "stage.json").exists():
+            continue
+        try:
+            figures[stage["name"]] = dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{folder / 'metrics.json'} is gone or damaged; put it back, or delete {folder} and run the recipe again."
+            ) from error
     return figures
 
 
