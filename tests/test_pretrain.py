@@ -6,9 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSequenceClassification, BertConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedTokenizerFast,
+)
 
-from minibert import MiniBertForMaskedLM, MiniBertModel, train_wordpiece
+from minibert import MiniBertForMaskedLM, MiniBertModel, train_word_level, train_wordpiece
 from minibert.data.corpus import load_corpus
 from minibert.data.source import DataSource
 from minibert.train.arguments import NewModel, PretrainStage, Recipe
@@ -127,6 +134,39 @@ def test_whole_words_are_masked_together(folder, tokenizer):
     assert abs(share - 0.15) < 4 * np.sqrt(0.15 * 0.85 / words)
     plain = Masking.of(tokenizer, arguments(folder))
     assert plain.continues is None
+
+
+def bpe(pre_tokenizer):
+    """A tokenizer of pairs of characters, trained on words that it cuts up."""
+    backend = Tokenizer(models.BPE(unk_token="[UNK]"))
+    if pre_tokenizer:
+        backend.pre_tokenizer = pre_tokenizer
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend.train_from_iterator(
+        ["a garden behind the house"], trainers.BpeTrainer(vocab_size=26, special_tokens=special, show_progress=False)
+    )
+    names = {f"{name[1:-1].lower()}_token": name for name in special}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize("pre_tokenizer", [pre_tokenizers.ByteLevel(), pre_tokenizers.Metaspace()])
+def test_words_of_other_tokenizers_are_masked_whole(folder, pre_tokenizer):
+    tokenizer = bpe(pre_tokenizer)
+    masking = Masking.of(tokenizer, arguments(folder, whole_word_mask=True))
+    ids = np.array([masking.cls, *tokenizer("garden behind house " * 300)["input_ids"], masking.sep])
+    words = [word for word in "".join(tokenizer.convert_ids_to_tokens(ids[1:-1])).replace("▁", "Ġ").split("Ġ") if word]
+    assert words == ["garden", "behind", "house"] * 300 and len(ids) > 1500
+    _, labels = masking(ids, np.random.default_rng(0))
+    word = np.cumsum(~masking.continues[ids])
+    chosen = [set((labels != -100)[word == number]) for number in np.unique(word)]
+    assert all(len(one) == 1 for one in chosen) and {True} in chosen
+
+
+def test_pieces_that_do_not_tell_words_apart(folder):
+    words = train_word_level(["Ġorġ ġie d-dar"], lowercase=False)  # Maltese: no mark of a byte-level tokenizer
+    assert not Masking.of(words, arguments(folder, whole_word_mask=True)).continues.any()
+    with pytest.raises(ValueError, match="do not say where a word begins.*leave whole_word_mask out"):
+        Masking.of(bpe(None), arguments(folder, whole_word_mask=True))
 
 
 def test_a_batch_always_has_a_label(folder, tokenizer):

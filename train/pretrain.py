@@ -1,5 +1,6 @@
 """The ``pretrain`` stage: masked language modelling from raw text, alone or with next-sentence prediction."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +14,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
 from minibert.data.corpus import Corpus, Pieces, Spans, load_corpus
-from minibert.tokenization_minibert import CONTINUING
 from minibert.train.arguments import DistillStage, PhaseArguments, PretrainStage
 from minibert.train.loop import Phase, fit, processes, seed_everything
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+
+_BEGINNINGS = ("Ġ", "▁")  # the space before a word, as byte-level and SentencePiece tokenizers write it
 
 
 def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class Masking:
         """What the recipe says, for a tokenizer.
 
         Raises:
-            ValueError: when the tokenizer lacks [MASK], [CLS] or [SEP].
+            ValueError: when the tokenizer lacks [MASK], [CLS] or [SEP], or does not tell words apart that are masked whole.
         """
         missing = [name for name in ("mask_token", "cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
         if missing:
@@ -135,8 +137,7 @@ class Masking:
         special[tokenizer.all_special_ids] = True
         continues = None
         if args.whole_word_mask:
-            tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-            continues = np.array([token.startswith(CONTINUING) for token in tokens]) & ~special
+            continues = _continues(tokenizer) & ~special
         return cls(tokenizer, special, continues, args.mlm_probability, args.mask_replace_prob, args.random_replace_prob)
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -157,6 +158,27 @@ class Masking:
         other = places[(fate >= self.mask_share) & (fate < self.mask_share + self.random_share)]
         seen[other] = rng.choice(self.words, size=len(other))
         return seen, labels
+
+
+def _continues(tokenizer: Any) -> np.ndarray:
+    """(V,) True for pieces that continue a word: marked so (WordPiece), or without the mark of a beginning (BPE, Unigram).
+
+    Raises:
+        ValueError: for a tokenizer whose pieces do not tell.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    if model["type"] == "WordLevel":
+        return np.zeros(len(tokens), dtype=bool)
+    if prefix := model.get("continuing_subword_prefix"):
+        return np.array([token.startswith(prefix) for token in tokens])
+    begins = np.array([token.startswith(_BEGINNINGS) for token in tokens])
+    if not begins.any():
+        raise ValueError(
+            "whole_word_mask: the pieces of this tokenizer do not say where a word begins (as ## does in WordPiece, Ġ or ▁ "
+            "elsewhere); leave whole_word_mask out."
+        )
+    return ~begins
 
 
 def _generator() -> np.random.Generator:
