@@ -74,6 +74,8 @@ def transfer(
     pair_batch: Annotated[int, typer.Option(help="Questions and passages in a step of the retrieval task.")] = 128,
     pair_steps: Annotated[int | None, typer.Option(help="Steps of the retrieval task; unset means one pass.")] = None,
     pair_rate: Annotated[float, typer.Option(help="Learning rate of the retrieval task.")] = 5e-4,
+    question_passes: Annotated[int, typer.Option(min=1, help="How often the retrieval task reads the questions.")] = 3,
+    articles: Annotated[int, typer.Option(min=0, help="Articles of wiki_text whose sentences it makes pairs of.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of new weights and of the order of rows.")] = 0,
 ) -> None:
     """The same fine-tuning with and without pretraining, and from BertModel with the pretrained weights.
@@ -90,6 +92,8 @@ def transfer(
         pair_batch=pair_batch,
         pair_steps=pair_steps,
         pair_rate=pair_rate,
+        question_passes=question_passes,
+        articles=articles,
         seed=seed,
     )
 

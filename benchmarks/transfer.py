@@ -20,14 +20,14 @@ from benchmarks.machine import describe
 from benchmarks.train import NLI, PAIRS, RETRIEVAL_FIGURES, held_out_figures, sources
 from minibert import MiniBertModel
 from minibert.hub.export import export
-from minibert.train.arguments import ClassifyStage, EmbedStage, TagStage
+from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage, PairSource, TagStage
 from minibert.train.classify import classify
 from minibert.train.embed import embed
 from minibert.train.stage import StageContext
 from minibert.train.tag import tag
 
-# Sets of real questions are read this often, those of titles and headings once.
-QUESTIONS_READ = 3
+_MIXTURE = {"question_passes": 3, "articles": 0}  # of runs that were written before it could be chosen
+# Sets of titles and headings are read once, however often those of real questions are.
 TITLES = ("wiki_sections", "wiki_leads", "reuters_titles", "scitldr", "tldr_pages")
 
 
@@ -43,6 +43,8 @@ def run(
     pair_batch: int,
     pair_steps: int | None,
     pair_rate: float,
+    question_passes: int,
+    articles: int,
     seed: int,
 ) -> None:
     """Fine-tune on every task from every start, print each result and write ``out``; finished runs of ``out`` are kept."""
@@ -52,11 +54,12 @@ def run(
     results |= {"benchmark": "transfer", "machine": describe()}
     folders = _starts(pretrained, work / "starts", starts, seed)
     pairs = {"pair_batch": pair_batch, "pair_steps": pair_steps, "pair_rate": pair_rate}
-    options = {"precision": precision, **pairs, "seed": seed}
+    mixture = {"question_passes": question_passes, "articles": articles}
+    options = {"precision": precision, **pairs, **mixture, "seed": seed}
     for task in tasks:
         for start in starts:
             wanted = {"task": task, "start": start, **options}
-            if any(wanted.items() <= done.items() for done in results["runs"]):
+            if any(wanted.items() <= (_MIXTURE | done).items() for done in results["runs"]):
                 continue
             folder = work / f"{task}-{start}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
@@ -122,9 +125,12 @@ def _conll(data: Path, context: StageContext, options: dict[str, Any]) -> dict[s
 
 def _retrieval(data: Path, context: StageContext, options: dict[str, Any]) -> dict[str, float]:
     questions = tuple(name for name in PAIRS if name not in TITLES)
+    pairs: list[DataSource] = sources(data, questions * options["question_passes"] + TITLES, "train")
+    if options["articles"]:
+        pairs.append(PairSource(path=str(data / "wiki_text"), limit=options["articles"], make_pairs=True))
     stage = EmbedStage(
         kind="embed",
-        data=sources(data, questions * QUESTIONS_READ + TITLES, "train"),
+        data=pairs,
         **{"learning_rate": options["pair_rate"], "warmup_ratio": 0.1, "max_length": 128, "dropout": 0.0, "pooling": "mean"},
         **{"precision": options["precision"], "batch_size": options["pair_batch"], "max_steps": options["pair_steps"]},
         one_source_per_batch=True,

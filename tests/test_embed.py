@@ -214,6 +214,25 @@ def test_plain_text_comes_from_files_of_any_kind(tmp_path):
     assert pairs["positive"][:] == ["one two three four five", "six seven eight nine ten"]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_questions_and_plain_text_in_one_stage(run, folder, tmp_path, apart):
+    (tmp_path / "texts.txt").write_text("\n\n".join(f"{number} two three four five" for number in range(7)), encoding="utf-8")
+    data = [str(folder / "pairs.csv"), {"path": str(tmp_path / "texts.txt"), "make_pairs": True}]
+    stage = EmbedStage(kind="embed", data=data, one_source_per_batch=apart, anchor_column="query")
+    pairs, made = training_pairs(stage, 0).values()
+    assert pairs["anchor"][:] == [query for query, _ in PAIRS] and len(made) == 7
+    assert made["positive"][:] == [f"{number} two three four five" for number in range(7)]
+    metrics = run(data=data, one_source_per_batch=apart, epochs=1)
+    assert metrics["train_rows"] == len(PAIRS) + 7 and metrics["steps"] > 0
+
+
+def test_a_source_may_be_of_pairs_where_the_stage_makes_them(folder, tmp_path):
+    (tmp_path / "texts.txt").write_text("one two three four five\n\nsix seven eight nine ten\n", encoding="utf-8")
+    data = [str(tmp_path / "texts.txt"), {"path": str(folder / "pairs.csv"), "make_pairs": False}]
+    first, second = training_pairs(EmbedStage(kind="embed", data=data, make_pairs=True), 0).values()
+    assert {len(first), len(second)} == {2, len(PAIRS)}
+
+
 def test_hard_negatives_are_passages_like_the_right_one_and_mined_once(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
     run(hard_negatives=2, max_steps=1)
@@ -248,6 +267,16 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, and there are none"),
         ("text\na b c d e\n", {"make_pairs": True}, "at least two rows are needed; .*wrong.csv has one"),
         ("text\na b\nc d\n", {"make_pairs": True, "anchor_column": "text"}, "so anchor_column must be left out"),
+        (
+            "text\na b\nc d\n",
+            {"data": [{"path": "a.csv", "make_pairs": True}], "positive_column": "b"},
+            "so positive_column must",
+        ),
+        (
+            "text\na b\nc d\n",
+            {"data": ["a.csv", {"path": "b.csv", "make_pairs": True}], "negative_column": "text"},
+            "so negative_column must be left out",
+        ),
         ("query,answer\na,b\nc,d\n", {"text_column": "query"}, "text_column and sample_by are there for make_pairs"),
         ("query,answer\na,b\nc,d\n", {"sample_by": "line"}, "text_column and sample_by are there for make_pairs"),
         ("query,answer\na,b\nc,d\n", {"max_length": 13}, "max_length=13 exceeds the model's max_position_embeddings=12"),
@@ -256,7 +285,7 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
 def test_refusals(run, tmp_path, text, fields, message):
     (tmp_path / "wrong.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        run(data=str(tmp_path / "wrong.csv"), **fields)
+        run(**{"data": str(tmp_path / "wrong.csv")} | fields)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(run, tmp_path):

@@ -24,9 +24,8 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-DataSources = Annotated[
-    list[DataSource], Field(min_length=1), BeforeValidator(lambda value: value if isinstance(value, list) else [value])
-]
+_OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+DataSources = Annotated[list[DataSource], Field(min_length=1), _OneOrMore]
 
 
 class NewModel(BaseModel):
@@ -312,16 +311,30 @@ class ChooseStage(ModelStage, LoopArguments):
     )
 
 
+class PairSource(DataSource):
+    """Where pairs come from, or the plain texts that they are made of."""
+
+    make_pairs: bool | None = Field(None, description="Make the pairs of plain text; unset means as the stage says.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_any_source(cls, value: Any) -> Any:
+        return value.model_dump() if type(value) is DataSource else value
+
+
 class EmbedStage(ModelStage, LoopArguments):
     """Train sentence embeddings on pairs (or triplets) with in-batch negatives, by sentence-transformers' trainer."""
 
     kind: Literal["embed"]
-    data: DataSources = Field(description="Training pairs, or with make_pairs plain texts.")
+    data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(
+        description="Training pairs, or with make_pairs plain texts."
+    )
     eval_data: DataSources | None = Field(None, description="Pairs to measure retrieval on; unset means none.")
     make_pairs: bool = Field(
         False,
         description="Make the pairs of plain text: some words of each sentence ask for the sentence, at times with its "
-        "neighbours (languages that put spaces between words).",
+        "neighbours (languages that put spaces between words). A source may say it for itself: "
+        "data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
     )
     text_column: str | None = Field(
         None, description="make_pairs: column of texts; unset: text, or the only column of strings."
@@ -361,15 +374,20 @@ class EmbedStage(ModelStage, LoopArguments):
             raise ValueError("fsdp and max_skipped_steps are not there for embed, whose trainer lacks them; leave them out.")
         if self.hard_negatives and self.negative_column:
             raise ValueError("negative_column names hard negatives and hard_negatives mines some; keep one of them.")
-        named = [name for name in ("anchor_column", "positive_column", "negative_column") if getattr(self, name)]
-        if self.make_pairs and named:
+        made = [self.makes_pairs_of(source) for source in self.data]
+        useless = ("negative_column",) if not all(made) else ("anchor_column", "positive_column", "negative_column")
+        if any(made) and (named := [name for name in useless if getattr(self, name)]):
             raise ValueError(f"make_pairs makes queries and passages of plain text, so {' and '.join(named)} must be left out.")
-        if not self.make_pairs and (self.text_column or self.sample_by != "paragraph"):
+        if not any(made) and (self.text_column or self.sample_by != "paragraph"):
             raise ValueError(
                 "text_column and sample_by are there for make_pairs: true; name columns of pairs by anchor_column and "
                 "positive_column."
             )
         return self
+
+    def makes_pairs_of(self, source: PairSource) -> bool:
+        """Whether ``source`` holds plain texts."""
+        return self.make_pairs if source.make_pairs is None else source.make_pairs
 
 
 # Fields of distill that serve only some of its objectives.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -69,7 +69,7 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     trainer = _Trainer(
         model=model,
         args=_trainer_arguments(args, context),
-        train_dataset=sources if args.one_source_per_batch else concatenate_datasets(list(sources.values())),
+        train_dataset=sources if args.one_source_per_batch else join(list(sources.values())),
         loss=_loss(args, model),
         evaluator=evaluator,
         callbacks=[callback],
@@ -103,18 +103,22 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
         seed: of pairs that are made.
 
     Returns:
-        One data set, or with ``one_source_per_batch`` one for each source, by its place and path.
+        With ``one_source_per_batch`` one data set for each source, else one of pairs and one of those made of plain texts, by
+        place and path.
     """
-    apart = args.one_source_per_batch and len(args.data) > 1
-    groups = [[source] for source in args.data] if apart else [args.data]
+    if args.one_source_per_batch:
+        groups = [[source] for source in args.data]
+    else:
+        groups = [[one for one in args.data if args.makes_pairs_of(one) == made] for made in (False, True)]
     found: dict[str, Dataset] = {}
-    for number, group in enumerate(groups):
-        if args.make_pairs:
+    for number, group in enumerate(filter(None, groups)):
+        if args.makes_pairs_of(group[0]):
             documents = [load_documents(source, "train", args.text_column, args.sample_by) for source in group]
             dataset = make_pairs(join(documents), seed)
+            columns = dataset.column_names
         else:
             dataset = load(group)
-        columns = _pair_columns(args, dataset, group)
+            columns = _pair_columns(args, dataset, group)
         if args.negative_column:
             check_columns(dataset, [args.negative_column], group)
             columns.append(args.negative_column)
