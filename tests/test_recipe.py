@@ -107,6 +107,18 @@ def test_a_single_problem_is_one_line(write):
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("embed.data=[{path: a.csv, makepairs: true}]", "no field data.0.makepairs; did you mean make_pairs?"),
+        ("tokenizer.data=[{path: a.csv, make_pairs: true}]", "no field data.0.make_pairs; the fields are path, config"),
+    ],
+)
+def test_only_sources_of_pairs_say_what_they_hold(write, override, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        load_recipe(write(TOKENIZER, {**EMBED, "model": "a"}), [override])
+
+
+@pytest.mark.parametrize(
     ("stages", "message"),
     [
         ([TOKENIZER, EMBED], "stage 2 .embed. has no model to start from"),

@@ -28,6 +28,7 @@ from minibert.train.arguments import (
     EvaluateStage,
     ModelStage,
     NewModel,
+    PairSource,
     PretrainStage,
     Recipe,
     TagStage,
@@ -179,7 +180,8 @@ def _in_words(problem: Any, raw: dict[str, Any]) -> str:
             kind = value.get("kind") if isinstance(value, dict) else value
             return f"{prefix}kind={kind!r} is unknown; use one of {', '.join(_KINDS)}."
         case "extra_forbidden":
-            known = DataSource if {"data", "eval_data"} & set(location) else model
+            of_pairs = model is EmbedStage and "data" in location
+            known = PairSource if of_pairs else DataSource if {"data", "eval_data"} & set(location) else model
             names = list(known.model_fields) if known else []
             close = difflib.get_close_matches(str(location[-1]), names, n=1)
             advice = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(names)}."
