@@ -13,7 +13,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from typing import Any
 
 import torch
@@ -98,6 +98,49 @@ def eager_attention_forward(
         scores = scores + attention_mask
     weights = drop(F.softmax(scores, dim=-1).to(query.dtype), dropout)  # summed in float32 whatever the dtype
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+# Whether bfloat16 attention is faster by whole products, a few sequences at a time, than by torch's kernel, whose products are
+# small ones: they want a processor with AMX.
+_WHOLE_PRODUCTS = not getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", True)
+# Fewest scores for which that is so, and most at once, which stay in the cache: of 2**23 each takes three times as long.
+_WHOLE_SCORES, _SCORES_AT_ONCE = 2**16, 2**20
+
+
+def in_whole_products(query: Tensor) -> bool:
+    """Whether :func:`whole_attention_forward` is the fastest for queries (B, H, L, D) on this processor."""
+    scores = query.shape[1] * query.shape[2] ** 2  # of a sequence
+    enough = len(query) * scores >= _WHOLE_SCORES
+    return _WHOLE_PRODUCTS and query.dtype == torch.bfloat16 and enough and scores <= 4 * _SCORES_AT_ONCE
+
+
+def powers_of_two(count: int, most: int) -> list[int]:
+    """Powers of two up to ``most`` whose sum is ``count``, largest first.
+
+    >>> powers_of_two(23, 9)
+    [8, 8, 4, 2, 1]
+    """
+    sizes = []
+    while sum(sizes) < count:
+        sizes.append(1 << min(most, count - sum(sizes)).bit_length() - 1)
+    return sizes
+
+
+def whole_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention spelled out for a CPU without gradients, as many sequences at a time as the cache holds scores of: three
+    (B, H, L, D), and a mask (B, 1, 1, L) to add -> (B, L, H, D)."""
+    most = _SCORES_AT_ONCE // (query.shape[1] * query.shape[2] ** 2)
+    sizes = powers_of_two(len(query), max(1, most))  # few shapes: see rounded
+    masks = repeat(None) if mask is None else mask.split(sizes)
+    contexts = []
+    for q, k, v, hidden in zip(query.split(sizes), key.split(sizes), value.split(sizes), masks, strict=False):
+        shape = q.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
+        if hidden is not None:
+            scores.unflatten(0, shape).add_(hidden)
+        contexts.append((F.softmax(scores, dim=-1) @ v).unflatten(0, shape).transpose(1, 2))
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
 # --------------------------------------------------------------------------------------------------------- packing
@@ -311,6 +354,8 @@ class Packing:
                 q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)
                 if dropout or (training and large):
                     context, _ = eager_attention_forward(None, q, k, v, mask, scaling, dropout)  # (count, length, H, D)
+                elif not training and in_whole_products(q):
+                    context = whole_attention_forward(q, k, v, mask, scaling)
                 else:
                     context = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2)
                 outputs.append(context.flatten(0, 1))  # (count * length, H, D)

@@ -19,7 +19,7 @@ def run(out: Path, *, repeats: int) -> None:
     """Time each pair of pieces, interleaved; print medians in milliseconds and write ``out``."""
     torch.manual_seed(0)
     results = {"benchmark": "pieces", "machine": describe(), "repeats": repeats, "milliseconds": {}}
-    pairs = {**_dropout(), **_attention(), **_half_attention(), **_word_loss(), **_mlps()}
+    pairs = {**_dropout(), **_attention(), **_half_attention(), **_encoding_attention(), **_word_loss(), **_mlps()}
     for name, pair in pairs.items():
         seconds: dict[str, list[float]] = {side: [] for side in pair}
         for _ in range(repeats + 2):
@@ -50,6 +50,20 @@ def _half_attention() -> dict[str, dict[str, Callable[[], None]]]:
     ours = _backward(lambda x: packing.attend(x, x, x, 0.0, 0.125).float(), packed)
     theirs = _backward(lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.125).float(), padded)
     return {"attention of 64 full sequences, bfloat16": {"minibert": ours, "torch": theirs}}
+
+
+def _encoding_attention() -> dict[str, dict[str, Callable[[], None]]]:
+    """4,096 tokens in sequences of equal length, 12 heads of width 32, in bfloat16 without gradients."""
+    pieces = {}
+    for length in (16, 64, 256):
+        packing = Packing(None, [length] * (4096 // length), None, length)
+        packed = torch.randn(3, 4096, 12, 32).bfloat16()
+        padded = packed.unflatten(1, (-1, length)).transpose(2, 3)
+        pieces[f"attention of 4,096 tokens by {length}, encoding"] = {
+            "minibert": torch.no_grad()(lambda packing=packing, x=packed: packing.attend(*x, 0.0, 0.18)),
+            "torch": torch.no_grad()(lambda x=padded: F.scaled_dot_product_attention(*x, scale=0.18)),
+        }
+    return pieces
 
 
 def _word_loss() -> dict[str, dict[str, Callable[[], None]]]:

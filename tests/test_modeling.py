@@ -395,6 +395,35 @@ def test_half_precision_attention_has_the_gradients_of_float32(dropout, monkeypa
             torch.testing.assert_close(ours, theirs, atol=5e-2, rtol=5e-2)
 
 
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [2, 5, 5], [1, 16, 16, 17, 30]])
+@pytest.mark.parametrize("at_once", [1, 300, 2**20])  # a sequence, some, all
+def test_whole_products_and_torchs_kernel_agree(lengths, at_once, monkeypatch):
+    torch.manual_seed(0)
+    packing = Packing(None, lengths, None, max(lengths))
+    qkv = torch.randn(3, sum(lengths) + packing.extra, 4, 8)
+    exact = packing.attend(*qkv, 0.0, 0.3)
+    monkeypatch.setattr(modeling_minibert, "_SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(modeling_minibert, "in_whole_products", lambda query: query.dtype == torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        whole = packing.attend(*qkv.bfloat16(), 0.0, 0.3)
+    assert whole.dtype == torch.bfloat16
+    torch.testing.assert_close(whole[: sum(lengths)].float(), exact[: sum(lengths)], atol=3e-2, rtol=3e-2)
+
+
+def test_whole_products_are_for_many_scores_in_bfloat16_without_amx(monkeypatch):
+    def chosen(shape, dtype=torch.bfloat16):
+        return modeling_minibert.in_whole_products(torch.empty(shape, dtype=dtype))
+
+    monkeypatch.setattr(modeling_minibert, "_WHOLE_PRODUCTS", True)
+    assert chosen((64, 12, 64, 32)) and chosen((1, 12, 512, 32)) and chosen((1, 12, 96, 32))
+    assert not chosen((1, 12, 16, 32))  # a query
+    assert not chosen((1, 12, 1024, 32))  # its scores leave the cache
+    assert not chosen((64, 12, 64, 32), torch.float32) and not chosen((64, 12, 64, 32), torch.float16)
+    monkeypatch.setattr(modeling_minibert, "_WHOLE_PRODUCTS", False)
+    assert not chosen((64, 12, 64, 32))
+
+
 @pytest.mark.parametrize(
     ("labels", "problem_type"),
     [
