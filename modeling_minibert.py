@@ -102,7 +102,7 @@ def eager_attention_forward(
 
 # Whether bfloat16 attention is faster by whole products, a few sequences at a time, than by torch's kernel, whose products are
 # small ones: they want a processor with AMX.
-_WHOLE_PRODUCTS = not getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", True)
+_WHOLE_PRODUCTS = hasattr(torch.cpu, "get_capabilities") and not torch.cpu.get_capabilities().get("amx_bf16", True)
 # Fewest scores for which that is so, and most at once, which stay in the cache: of 2**23 each takes three times as long.
 _WHOLE_SCORES, _SCORES_AT_ONCE = 2**16, 2**20
 
@@ -120,7 +120,7 @@ def powers_of_two(count: int, most: int) -> list[int]:
     >>> powers_of_two(23, 9)
     [8, 8, 4, 2, 1]
     """
-    sizes = []
+    sizes: list[int] = []
     while sum(sizes) < count:
         sizes.append(1 << min(most, count - sum(sizes)).bit_length() - 1)
     return sizes

@@ -22,8 +22,10 @@ def block_weights(model: MiniBertModel) -> bool:
     The model then gives the vectors it gave, up to rounding, but can neither be saved nor trained, nor leave the CPU. In
     float32 it gains little, and oneDNN would keep a kernel for every number of rows where torch multiplies without.
     """
-    known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    suitable = model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
+    known = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    # Which of them the processor has instructions for.
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(model.dtype)
+    suitable = model.device.type == "cpu" and supported is not None and getattr(torch.ops.mkldnn, supported, bool)()
     if not known or not suitable or platform.machine() not in ("x86_64", "AMD64"):
         return False
     model.requires_grad_(False)  # the products here have no backward

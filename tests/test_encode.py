@@ -320,8 +320,31 @@ def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monke
     assert set(seen) == {"false"} and "TOKENIZERS_PARALLELISM" not in os.environ
 
 
+def has_instructions(name):
+    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", bool)()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float16", "fp16"), ("bfloat16", "bf16")])
+def test_a_processor_without_the_instructions_computes_all_the_same(folders, dtype, name, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    encoder = Encoder(folders / "search-8x768", dtype=dtype)
+    assert encoder.dtype == dtype and "matrices" not in encoder.choices
+    exact = Encoder(folders / "search-8x768", dtype="float32").encode(TEXTS)
+    assert (encoder.encode(TEXTS) * exact).sum(axis=1).min() > 0.999
+
+
 @pytest.mark.parametrize("name", ["search-8x768", "modern-6x384"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(
+            "float16", 2e-3, marks=pytest.mark.skipif(not has_instructions("fp16"), reason="processor without float16")
+        ),
+        pytest.param(
+            "bfloat16", 2e-2, marks=pytest.mark.skipif(not has_instructions("bf16"), reason="processor without bfloat16")
+        ),
+    ],
+)
 def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path, name, dtype, tolerance):
     opened = assemble(folders / name)
     opened.save(str(tmp_path / name))

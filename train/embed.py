@@ -10,6 +10,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _with_negatives(
     return mined
 
 
-def _pair_columns(args: EmbedStage, dataset: Dataset, sources: list[DataSource]) -> list[str]:
+def _pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSource]) -> list[str]:
     named = [args.anchor_column, args.positive_column]
     free = iter(name for name in text_columns(dataset) if name not in {*named, args.negative_column})
     columns = [name for wanted in named if (name := wanted or next(free, None))]
