@@ -133,12 +133,12 @@ def whole_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Ten
     sizes = powers_of_two(len(query), max(1, most))  # few shapes: see rounded
     masks = repeat(None) if mask is None else mask.split(sizes)
     contexts = []
-    for q, k, v, hidden in zip(query.split(sizes), key.split(sizes), value.split(sizes), masks, strict=False):
+    for q, k, v, bias in zip(query.split(sizes), key.split(sizes), value.split(sizes), masks, strict=False):
         shape = q.shape[:2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
-        if hidden is not None:
-            scores.unflatten(0, shape).add_(hidden)
+        scores = torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
+        if bias is not None:
+            scores.unflatten(0, shape).add_(bias)
         contexts.append((F.softmax(scores, dim=-1) @ v).unflatten(0, shape).transpose(1, 2))
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
