@@ -103,7 +103,7 @@ def eager_attention_forward(
 # Whether bfloat16 attention is faster by whole products, a few sequences at a time, than by torch's kernel, whose products are
 # small ones: they want a processor with AMX.
 _WHOLE_PRODUCTS = hasattr(torch.cpu, "get_capabilities") and not torch.cpu.get_capabilities().get("amx_bf16", True)
-# Fewest scores for which that is so, and most at once, which stay in the cache: of 2**23 each takes three times as long.
+# Fewest scores for which that is so, and most at once, which stay in the cache: of 2**23 each takes twice as long.
 _WHOLE_SCORES, _SCORES_AT_ONCE = 2**16, 2**20
 
 

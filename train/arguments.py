@@ -375,7 +375,7 @@ class EmbedStage(ModelStage, LoopArguments):
         if self.hard_negatives and self.negative_column:
             raise ValueError("negative_column names hard negatives and hard_negatives mines some; keep one of them.")
         made = [self.makes_pairs_of(source) for source in self.data]
-        useless = ("negative_column",) if not all(made) else ("anchor_column", "positive_column", "negative_column")
+        useless = ("anchor_column", "positive_column", "negative_column") if all(made) else ("negative_column",)
         if any(made) and (named := [name for name in useless if getattr(self, name)]):
             raise ValueError(f"make_pairs makes queries and passages of plain text, so {' and '.join(named)} must be left out.")
         if not any(made) and (self.text_column or self.sample_by != "paragraph"):
