@@ -347,8 +347,20 @@ def check_hub_name(source: DataSource) -> None:
 
 def _load_hub(source: DataSource, split: str) -> Dataset:
     check_hub_name(source)
+    with hub_errors(source):
+        return _stream_hub(source, split) if source.streaming else _download_hub(source, split)
+
+
+@contextlib.contextmanager
+def hub_errors(source: DataSource) -> Iterator[None]:
+    """Say of a data set that the Hub does not give which one it is.
+
+    Raises:
+        FileNotFoundError: for one that is not there.
+        ValueError: for one that is, or that nobody could be asked about, and could not be read.
+    """
     try:
-        dataset = _stream_hub(source, split) if source.streaming else _download_hub(source, split)
+        yield
     except OSError as error:
         raise FileNotFoundError(
             f"{source.path} is neither a file or folder (looked from {Path.cwd()}) nor a data set that the Hub gave us: "
@@ -357,7 +369,6 @@ def _load_hub(source: DataSource, split: str) -> Dataset:
     except (HTTPError, DatasetsError, RuntimeError, ValueError) as error:
         where = f"{source.path}{f', configuration {source.config}' * bool(source.config)}"
         raise ValueError(f"The data set {where} could not be read from the Hub: {' '.join(str(error).split())}") from error
-    return dataset
 
 
 def _download_hub(source: DataSource, split: str) -> Dataset:

@@ -31,6 +31,7 @@ from minibert.data.load import (
     describe_groups,
     first_line_not_utf8,
     group_by_split,
+    hub_errors,
     is_unicode,
     no_value_dropped,
     row_too_wide,
@@ -307,14 +308,10 @@ def digest(listing: Sequence[str]) -> str:
 
 def _find_hub(source: DataSource, split: str) -> tuple[dict[str, Any], list[_Part]]:
     check_hub_name(source)
-    try:
+    with hub_errors(source):
         # The commit is pinned, so that rows have the same numbers when the work is resumed.
         revision = source.revision or HfApi().dataset_info(source.path).sha
         stream = load_dataset(source.path, source.config, split=split, revision=revision, streaming=True)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{source.path} is neither a file or folder (looked from {Path.cwd()}) nor a data set that the Hub gave us: {error}"
-        ) from error
     name = source.path if source.config is None else f"{source.path}:{source.config}"
     known = (stream.info.splits or {}).get(split)
     rows = (known.num_examples if known else 0) or 0

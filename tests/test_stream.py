@@ -6,8 +6,10 @@ import json
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from huggingface_hub.errors import HTTPError
 from pyarrow import parquet
 
+from minibert.data import stream as stream_module
 from minibert.data.stream import Bad, open_stream
 
 
@@ -101,6 +103,15 @@ def test_a_column_of_something_else_holds_no_ids(tmp_path, value, found):
 def test_what_can_be_no_id_on_the_hub_is_a_missing_file(name):
     with pytest.raises(FileNotFoundError, match=rf"^There is no file or folder {name} "):
         open_stream(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    def unreachable(*_, **__):
+        raise HTTPError("Name or service not known")
+
+    monkeypatch.setattr(stream_module.HfApi, "dataset_info", unreachable)
+    with pytest.raises(ValueError, match="^The data set owner/name could not be read from the Hub: Name or service not known"):
+        open_stream("owner/name")
 
 
 def test_a_colon_in_the_name_of_a_file_names_no_configuration(tmp_path, monkeypatch):
