@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minibert.hub import folders
+from minibert.hub.safetensors_check import opening
 
 TOLERANCE = 1e-4
 TEXTS = (
@@ -102,9 +103,10 @@ def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {}
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(
-        str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": dtype or torch.float32}
-    ).float()
+    with opening(folder):
+        model = SentenceTransformer(
+            str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": dtype or torch.float32}
+        ).float()
     vectors = model.encode([*TEXTS, LONG], convert_to_tensor=True, show_progress_bar=False)
     return {"sentence_embedding": vectors.float()}
 
@@ -129,7 +131,8 @@ def differences(
     found = []
     for folder, model_class in (source, result):
         with quiet():
-            model = model_class.from_pretrained(folders.encoder_folder(folder), dtype=dtype or torch.float32).float().eval()
+            with opening(folder):
+                model = model_class.from_pretrained(folders.encoder_folder(folder), dtype=dtype or torch.float32).float().eval()
             computed = outputs(model, inputs, segments=segments, pooled=pooled)
             del model
             computed |= embeddings(folder, dtype)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
@@ -37,6 +38,8 @@ _SHARED = 16
 _SMALL = 2**28
 # Files that opening a model reads; a link among them could show it any file of this machine.
 _READ = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
+# A lock for each process that opens models: a forked one has no thread of its parent's that could ever give back the other.
+_TURNS: dict[int, threading.RLock] = {}
 # module.Class, with the folder of the module and the repository on the Hub that it is taken from before it, if any.
 _CODE = re.compile(r"(?:[\w.-]+/[\w.-]+--)?(?:\w+/)*\w+\.\w+")
 
@@ -356,14 +359,19 @@ def read_json(file: Path) -> Any:
 
 
 @contextlib.contextmanager
-def shapes_that_fit(model: str | Path) -> Iterator[None]:
-    """Open ``model`` in here: a configuration that does not fit its weights is said in one sentence.
+def opening(model: str | Path) -> Iterator[None]:
+    """Open ``model`` in here, which one thread does at a time; a configuration that does not fit its weights is said in one
+    sentence.
+
+    While transformers builds a model, it replaces ``tie_weights`` of the class that all models share by a function that does
+    nothing; of two threads that do so at once, one may put that back for good, and every later model is left untied.
 
     Raises:
         ValueError: naming the model.
     """
     try:
-        yield
+        with _TURNS.setdefault(os.getpid(), threading.RLock()):
+            yield
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

@@ -50,6 +50,7 @@ _trimmed = time.monotonic()
 _malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 # Tokens computed at once.
 _BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
+_TURNS: dict[tuple[str, int], threading.Lock] = {}  # of what is computed, in which process
 
 
 def encode(
@@ -313,12 +314,11 @@ def _tokenizing(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
 
-@cache
 def _turn(what: str, process: int) -> threading.Lock:
     """Held while a batch is computed on a device, or by a tokenizer, which take all there is: threads that encode at once take
     turns. They compute themselves, not one thread for all: OpenMP keeps helpers for each thread that ever computed, as the
     one that loaded the model has, and lets them fall asleep between two calls once there are more of them than cores."""
-    return threading.Lock()
+    return _TURNS.setdefault((what, process), threading.Lock())  # which, unlike a cache, gives two threads the same one
 
 
 def trim_memory() -> None:

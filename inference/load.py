@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.hub.safetensors_check import check_paths, check_weights, shapes_that_fit, weight_files
+from minibert.hub.safetensors_check import check_paths, check_weights, opening, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def load(
     folder = find_model(model, trust_remote_code=trust_remote_code)
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     model_kwargs = kwargs if dtype is None else {**kwargs, "dtype": dtype}
-    with shapes_that_fit(folder):
+    with opening(folder):
         if (folder / "modules.json").exists():
             opened = SentenceTransformer(
                 str(folder), device=device, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert.data.load import as_dataset, text_columns
+from minibert.hub.safetensors_check import opening
 from minibert.inference.load import _encoder_folder, find_model
 
 SUFFIXES = (".html", ".png")
@@ -300,14 +301,8 @@ def open_encoder(
     Raises: as :func:`minibert.inference.load.load` does.
     """
     folder = _encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
-    try:
+    with opening(folder):
         encoder = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(
-            f"The weights in {folder} do not have the shapes its config.json describes; save or download the model again."
-        ) from error
     return encoder.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

@@ -31,7 +31,7 @@ from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.questions import texts_of
 from minibert.data.tags import TOKEN_COLUMNS, cut_windows, entity_spans, holds_entities
-from minibert.hub.safetensors_check import shapes_that_fit
+from minibert.hub.safetensors_check import opening
 from minibert.inference.load import _encoder_folder, find_model
 
 Row = Mapping[str, Any]
@@ -132,7 +132,7 @@ def open_with_head(
     head = head_of(AutoConfig.from_pretrained(folder, **kwargs))
     if head is None or head not in (heads or _HEADS):
         return None
-    with shapes_that_fit(folder):
+    with opening(folder):
         opened, found = _HEADS[head].from_pretrained(folder, output_loading_info=True, **kwargs)
     if missing := sorted(found["missing_keys"]):  # they would be random numbers
         what = "classifier" if head == CLASSIFIER else "head"

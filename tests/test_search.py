@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
@@ -221,6 +223,25 @@ def test_folder_that_cannot_be_opened_is_refused(folder, damage, message):
     damage(folder)
     with pytest.raises((ValueError, OSError), match=message):
         load(folder)
+
+
+def test_threads_that_open_models_at_once_take_turns(saved, monkeypatch):
+    """transformers replaces a method of the class of all models while it builds one; two at once left it replaced for good."""
+    built = MiniBertModel.__init__
+    tie_weights = PreTrainedModel.tie_weights
+
+    def slowly(self, config):
+        time.sleep(0.05 * len(threading.current_thread().name))  # they would begin together, and end one after the other
+        built(self, config)
+
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", tie_weights)  # put back whatever happens here
+    monkeypatch.setattr(MiniBertModel, "__init__", slowly)
+    threads = [threading.Thread(target=load, args=(saved,), name=name) for name in ("a", "bbbb")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert PreTrainedModel.tie_weights is tie_weights
 
 
 @pytest.mark.parametrize("model", ["nowhere", "./nowhere", "a/b/c", "owner/not-on-the-hub"])

@@ -40,6 +40,7 @@ from minibert.data.corpus import Corpus, load_corpus
 from minibert.data.labels import SINGLE, read_labels
 from minibert.data.load import check_columns, load, text_columns
 from minibert.data.source import DataSource
+from minibert.hub.safetensors_check import opening
 from minibert.inference.figures import FIGURES, SMALLER_IS_BETTER
 from minibert.train import classify, pretrain
 from minibert.train.arguments import DistillStage
@@ -271,11 +272,12 @@ def load_teacher(auto_class: Any, source: str, what: str) -> PreTrainedModel:
 
     Raises:
         OSError: no model, or none in safetensors.
-        ValueError: its weights lack a part, such as a head that was never trained.
+        ValueError: its weights lack a part, such as a head that was never trained, or do not fit its configuration.
     """
-    teacher, report = auto_class.from_pretrained(
-        source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-    )
+    with opening(source):
+        teacher, report = auto_class.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{source} is not {what}: its weights lack {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. "
@@ -674,14 +676,15 @@ def distill_embedding(args: DistillStage, context: StageContext) -> dict[str, An
     """Objective ``embedding``: texts without labels, and the vectors that a sentence-transformers model gives them."""
     texts = read_texts(args)
     held_out = [(name, load([source], split="validation")) for name, source in _named(args.eval_data or [])]
-    teacher = freeze(
-        SentenceTransformer(
-            str(context.teacher),
-            device=str(processes().device),
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
+    with opening(str(context.teacher)):
+        teacher = freeze(
+            SentenceTransformer(
+                str(context.teacher),
+                device=str(processes().device),
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
         )
-    )
     student, tokenizer, length = _embedding_student(args, context, teacher)
     _check_embedding(args, student, teacher, tokenizer)
     teacher.max_seq_length = min(length, teacher.max_seq_length or length)  # it reads as much as the student does

@@ -34,6 +34,7 @@ from minibert.data.corpus import load_documents
 from minibert.data.load import check_columns, join, load, text_columns
 from minibert.data.source import DataSource
 from minibert.data.text_pairs import make_pairs
+from minibert.hub.safetensors_check import opening
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
 from minibert.train.loop import Log, StopRequest
@@ -208,7 +209,8 @@ def sentence_model(
         tokenizer.save_pretrained(start)
     state.wait_for_everyone()
     trusting = {"trust_remote_code": False}
-    transformer = Transformer(str(start), model_kwargs=trusting, processor_kwargs=trusting, config_kwargs=trusting)
+    with opening(start):
+        transformer = Transformer(str(start), model_kwargs=trusting, processor_kwargs=trusting, config_kwargs=trusting)
     state.wait_for_everyone()
     if state.is_main_process:
         shutil.rmtree(start)

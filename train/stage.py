@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minibert.hub.safetensors_check import shapes_that_fit
+from minibert.hub.safetensors_check import opening
 from minibert.train.arguments import ModelStage, NewModel
 
 
@@ -82,7 +82,7 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
                     f"dropout={dropout} cannot be set: {context.model} is a {config.model_type} model, which names its dropout "
                     "otherwise; leave dropout out of the recipe."
                 )
-        with shapes_that_fit(str(context.model)):
+        with opening(str(context.model)):
             model = auto_class.from_pretrained(context.model, trust_remote_code=False, use_safetensors=True, **changes)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
