@@ -76,6 +76,13 @@ def transfer(
     pair_rate: Annotated[float, typer.Option(help="Learning rate of the retrieval task.")] = 5e-4,
     question_passes: Annotated[int, typer.Option(min=1, help="How often the retrieval task reads the questions.")] = 3,
     articles: Annotated[int, typer.Option(min=0, help="Articles of wiki_text whose sentences it makes pairs of.")] = 0,
+    skip_articles: Annotated[int, typer.Option(min=0, help="Articles before them, which an earlier run may have read.")] = 0,
+    hard_negatives: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Passages mined for each pair of natural_questions_qed, squad_sentences, medquad and wiki_sections."
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of new weights and of the order of rows.")] = 0,
 ) -> None:
     """The same fine-tuning with and without pretraining, and from BertModel with the pretrained weights.
@@ -94,6 +101,8 @@ def transfer(
         pair_rate=pair_rate,
         question_passes=question_passes,
         articles=articles,
+        skip_articles=skip_articles,
+        hard_negatives=hard_negatives,
         seed=seed,
     )
 

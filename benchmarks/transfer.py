@@ -20,13 +20,18 @@ from benchmarks.machine import describe
 from benchmarks.train import NLI, PAIRS, RETRIEVAL_FIGURES, held_out_figures, sources
 from minibert import MiniBertModel
 from minibert.hub.export import export
-from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage, PairSource, TagStage
+from minibert.train.arguments import ClassifyStage, EmbedStage, PairSource, TagStage
 from minibert.train.classify import classify
 from minibert.train.embed import embed
 from minibert.train.stage import StageContext
 from minibert.train.tag import tag
 
-_MIXTURE = {"question_passes": 3, "articles": 0}  # of runs that were written before it could be chosen
+_MIXTURE = {
+    "question_passes": 3,
+    "articles": 0,
+    "skip_articles": 0,
+    "hard_negatives": 0,
+}  # of runs that were written before it could be chosen
 # Sets of titles and headings are read once, however often those of real questions are.
 TITLES = ("wiki_sections", "wiki_leads", "reuters_titles", "scitldr", "tldr_pages")
 
@@ -45,6 +50,8 @@ def run(
     pair_rate: float,
     question_passes: int,
     articles: int,
+    skip_articles: int,
+    hard_negatives: int,
     seed: int,
 ) -> None:
     """Fine-tune on every task from every start, print each result and write ``out``; finished runs of ``out`` are kept."""
@@ -55,6 +62,7 @@ def run(
     folders = _starts(pretrained, work / "starts", starts, seed)
     pairs = {"pair_batch": pair_batch, "pair_steps": pair_steps, "pair_rate": pair_rate}
     mixture = {"question_passes": question_passes, "articles": articles}
+    mixture |= {"skip_articles": skip_articles, "hard_negatives": hard_negatives}
     options = {"precision": precision, **pairs, **mixture, "seed": seed}
     for task in tasks:
         for start in starts:
@@ -125,9 +133,15 @@ def _conll(data: Path, context: StageContext, options: dict[str, Any]) -> dict[s
 
 def _retrieval(data: Path, context: StageContext, options: dict[str, Any]) -> dict[str, float]:
     questions = tuple(name for name in PAIRS if name not in TITLES)
-    pairs: list[DataSource] = sources(data, questions * options["question_passes"] + TITLES, "train")
+    pairs = [
+        PairSource(
+            **source.model_dump(), hard_negatives=options["hard_negatives"] * (Path(source.path).name in RETRIEVAL_FIGURES)
+        )
+        for source in sources(data, questions * options["question_passes"] + TITLES, "train")
+    ]
     if options["articles"]:
-        pairs.append(PairSource(path=str(data / "wiki_text"), limit=options["articles"], make_pairs=True))
+        split = f"train[{options['skip_articles']}:]"
+        pairs.append(PairSource(path=str(data / "wiki_text"), split=split, limit=options["articles"], make_pairs=True))
     stage = EmbedStage(
         kind="embed",
         data=pairs,

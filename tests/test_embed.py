@@ -246,6 +246,20 @@ def test_hard_negatives_are_passages_like_the_right_one_and_mined_once(run, fold
     run(hard_negatives=2, max_steps=2)
 
 
+def test_a_source_may_ask_for_hard_negatives_itself(run, folder, tmp_path, monkeypatch):
+    """Texts are too many to mine where questions are worth it; a source that is read twice is mined once."""
+    monkeypatch.setattr(embed_module, "_MARGIN", None)
+    mined, mine = [], embed_module.mine_hard_negatives
+    monkeypatch.setattr(embed_module, "mine_hard_negatives", lambda pairs, *a, **k: mined.append(k) or mine(pairs, *a, **k))
+    (tmp_path / "texts.txt").write_text("\n\n".join(f"{number} two three four five" for number in range(9)), encoding="utf-8")
+    pairs = {"path": str(folder / "pairs.csv"), "hard_negatives": 2}
+    texts = {"path": str(tmp_path / "texts.txt"), "make_pairs": True}
+    metrics = run(data=[texts, pairs, pairs], one_source_per_batch=True, epochs=1, anchor_column="query")
+    assert [call["num_negatives"] for call in mined] == [2]
+    assert [folder.name for folder in (tmp_path / "run" / "negatives").iterdir()] == ["1"]
+    assert metrics["train_rows"] == 9 + 2 * len(PAIRS)
+
+
 def test_cached_and_plain_losses_agree(run, tmp_path):
     still = {"max_steps": 2, "model": {"preset": "nano-1x3", "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}}
     plain = run("plain", **still)
@@ -263,6 +277,11 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ("query,answer\na,b\nc,\n", {}, "no value in column 'answer' of row 2"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 5}, "Only 0 of 2 pairs of wrong.csv have 5 hard negatives; lower"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 1, "negative_column": "b"}, "keep one of them"),
+        (
+            "query,answer\na,b\nc,d\n",
+            {"data": ["a.csv", {"path": "b.csv", "hard_negatives": 2}]},
+            "The sources have 0 and 2 hard_negatives per pair, which do not fit into one batch; set one_source_per_batch: true",
+        ),
         ("query,answer\na,b\nc,d\n", {"make_pairs": True}, "Name the one to train on with text_column"),
         ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, and there are none"),
         ("text\na b c d e\n", {"make_pairs": True}, "at least two rows are needed; .*wrong.csv has one"),

@@ -315,6 +315,7 @@ class PairSource(DataSource):
     """Where pairs come from, or the plain texts that they are made of."""
 
     make_pairs: bool | None = Field(None, description="Make the pairs of plain text; unset means as the stage says.")
+    hard_negatives: NotNegative | None = Field(None, description="Hard negatives per pair; unset means as the stage says.")
 
     @model_validator(mode="before")
     @classmethod
@@ -347,7 +348,9 @@ class EmbedStage(ModelStage, LoopArguments):
     positive_column: str | None = Field(None, description="Column of passages; unset means the second column of strings.")
     negative_column: str | None = Field(None, description="Column of hard negatives; unset means none are used.")
     hard_negatives: NotNegative = Field(
-        0, description="Hard negatives per pair, mined by sentence-transformers with the model as it is before training."
+        0,
+        description="Hard negatives per pair, mined by sentence-transformers with the model as it is before training. With "
+        "one_source_per_batch a source may say it for itself.",
     )
     loss: Literal["mnrl", "cached_mnrl"] = Field(
         "mnrl", description="Multiple negatives ranking, plain or cached (large batches in little memory)."
@@ -372,8 +375,14 @@ class EmbedStage(ModelStage, LoopArguments):
     def _has_a_trainer_of_its_own(self) -> "EmbedStage":
         if self.fsdp or self.max_skipped_steps:
             raise ValueError("fsdp and max_skipped_steps are not there for embed, whose trainer lacks them; leave them out.")
-        if self.hard_negatives and self.negative_column:
+        mined = {self.hard_negatives_of(source) for source in self.data}
+        if any(mined) and self.negative_column:
             raise ValueError("negative_column names hard negatives and hard_negatives mines some; keep one of them.")
+        if len(mined) > 1 and not self.one_source_per_batch:
+            raise ValueError(
+                f"The sources have {' and '.join(map(str, sorted(mined)))} hard_negatives per pair, which do not fit into one "
+                "batch; set one_source_per_batch: true, or give all the same."
+            )
         made = [self.makes_pairs_of(source) for source in self.data]
         useless = ("anchor_column", "positive_column", "negative_column") if all(made) else ("negative_column",)
         if any(made) and (named := [name for name in useless if getattr(self, name)]):
@@ -388,6 +397,10 @@ class EmbedStage(ModelStage, LoopArguments):
     def makes_pairs_of(self, source: PairSource) -> bool:
         """Whether ``source`` holds plain texts."""
         return self.make_pairs if source.make_pairs is None else source.make_pairs
+
+    def hard_negatives_of(self, source: PairSource) -> int:
+        """How many are mined for each pair of ``source``."""
+        return self.hard_negatives if source.hard_negatives is None else source.hard_negatives
 
 
 # Fields of distill that serve only some of its objectives.

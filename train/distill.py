@@ -46,7 +46,7 @@ from minibert.train import classify, pretrain
 from minibert.train.arguments import DistillStage
 from minibert.train.checkpoint import one_sentence
 from minibert.train.embed import sentence_model
-from minibert.train.loop import fit, processes
+from minibert.train.loop import fit, in_precision, processes
 from minibert.train.rows import TokenRows, choose_metric, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
@@ -290,12 +290,6 @@ def load_teacher(auto_class: Any, source: str, what: str) -> PreTrainedModel:
 def freeze(teacher: Any) -> Any:
     """``teacher`` in evaluation mode, without gradients, on the device of this process."""
     return teacher.eval().requires_grad_(False).to(processes().device)
-
-
-def in_precision(args: DistillStage) -> torch.autocast:
-    """The arithmetic of training, for a teacher: where it is half precision, that is exact enough of what a student learns."""
-    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
-    return torch.autocast(processes().device.type, dtype=dtype, enabled=args.precision != "fp32")
 
 
 def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:

@@ -37,7 +37,7 @@ from minibert.data.text_pairs import make_pairs
 from minibert.hub.safetensors_check import opening
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
-from minibert.train.loop import Log, StopRequest
+from minibert.train.loop import Log, StopRequest, in_precision
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     sources = training_pairs(args, context.seed)
     evaluator = _evaluator(args)
     model = _starting_model(args, context)
-    if args.hard_negatives:
-        sources = _with_negatives(sources, model, args, context.output_dir / "negatives")
+    sources = _with_negatives(sources, model, args, context.output_dir / "negatives")
     callback = _Callback(args, context, model)
     trainer = _Trainer(
         model=model,
@@ -136,28 +135,36 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
 def _with_negatives(
     sources: dict[str, Dataset], model: SentenceTransformer, args: EmbedStage, folder: Path
 ) -> dict[str, Dataset]:
-    """Pairs with the passages that ``model`` holds for most alike the query without being almost as alike as the right one.
+    """Pairs with the passages that ``model`` holds for most alike the query without being almost as alike as the right one,
+    where ``args`` ask for them.
 
-    Mined once and kept in ``folder``, so that a run that resumes trains on the same; pairs with too few of them are left out.
+    Mined once and kept in ``folder``, so that a run that resumes trains on the same, as does a source that is given again.
+    Pairs with too few of them are left out.
     """
     state = PartialState()
-    mined: dict[str, Dataset] = {}
+    mined = dict(sources)
     for number, (name, pairs) in enumerate(sources.items()):
-        kept = folder / str(number)
+        # Sources that share a data set mine the same number.
+        source = args.data[number if args.one_source_per_batch else 0]
+        wanted = args.hard_negatives_of(source)
+        if not wanted:
+            continue
+        kept = folder / str(args.data.index(source) if args.one_source_per_batch else number)
         if state.is_main_process and not kept.exists():
-            found = mine_hard_negatives(
-                pairs,
-                model,
-                num_negatives=args.hard_negatives,
-                relative_margin=_MARGIN,
-                range_max=50 + args.hard_negatives,
-                output_format="n-tuple",
-                batch_size=args.eval_batch_size,
-                verbose=False,
-            )
+            with in_precision(args):
+                found = mine_hard_negatives(
+                    pairs,
+                    model,
+                    num_negatives=wanted,
+                    relative_margin=_MARGIN,
+                    range_max=50 + wanted,
+                    output_format="n-tuple",
+                    batch_size=args.eval_batch_size,
+                    verbose=False,
+                )
             if len(found) < 2:
                 raise ValueError(
-                    f"Only {len(found)} of {len(pairs)} pairs of {name.partition(' ')[2]} have {args.hard_negatives} hard "
+                    f"Only {len(found)} of {len(pairs)} pairs of {name.partition(' ')[2]} have {wanted} hard "
                     "negatives; lower hard_negatives, or start from a model that tells these texts apart."
                 )
             checkpoint.write_folder(kept, partial(Dataset.save_to_disk, found))

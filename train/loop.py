@@ -883,6 +883,12 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def in_precision(arguments: LoopArguments) -> torch.autocast:
+    """The arithmetic of training, for a model that only helps: in half precision, too, it is exact enough to learn from."""
+    dtype = torch.float16 if arguments.precision == "fp16" else torch.bfloat16
+    return torch.autocast(processes().device.type, dtype=dtype, enabled=arguments.precision != "fp32")
+
+
 def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     available = {tracker.name for tracker in get_available_trackers()}
     if unknown := sorted(set(arguments.trackers) - available):
