@@ -2,17 +2,22 @@
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.machine import describe
+from minibert import MiniBertConfig, MiniBertModel
 from minibert.inference.onednn import BlockedLinear
 from minibert.modeling_minibert import Packing, WordLoss, drop
+from minibert.train.loop import keep_memory
 
 
 def run(out: Path, *, repeats: int) -> None:
@@ -27,11 +32,43 @@ def run(out: Path, *, repeats: int) -> None:
                 started = time.perf_counter()
                 piece()
                 seconds[side].append(time.perf_counter() - started)
-        figures = {side: round(statistics.median(times[2:]) * 1000, 3) for side, times in seconds.items()}
-        ratios = [ours / theirs for ours, theirs in zip(seconds["minibert"][2:], seconds["torch"][2:], strict=True)]
-        results["milliseconds"][name] = {**figures, "ratio_median": round(statistics.median(ratios), 3)}
-        print(f"{name:44}" + "".join(f"{key:>14} {value:9.3f}" for key, value in results["milliseconds"][name].items()))
+        _add(results, name, {side: times[2:] for side, times in seconds.items()})
+    _add(results, "step of 512 texts of 128 tokens, bfloat16", _steps(min(repeats, 3)))
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _add(results: dict[str, Any], name: str, seconds: dict[str, list[float]]) -> None:
+    figures = {side: round(statistics.median(times) * 1000, 3) for side, times in seconds.items()}
+    ratios = [ours / theirs for ours, theirs in zip(seconds["minibert"], seconds["torch"], strict=True)]
+    results["milliseconds"][name] = {**figures, "ratio_median": round(statistics.median(ratios), 3)}
+    print(f"{name:44}" + "".join(f"{key:>14} {value:9.3f}" for key, value in results["milliseconds"][name].items()))
+
+
+def _steps(repeats: int) -> dict[str, list[float]]:
+    """Seconds of a training step in processes of their own, in turns: with freed memory kept, and as glibc does by itself."""
+    seconds: dict[str, list[float]] = {"minibert": [], "torch": []}
+    for _ in range(repeats):
+        for side, times in seconds.items():
+            command = [sys.executable, "-m", "benchmarks.pieces", side]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            times += json.loads(done.stdout)
+    return seconds
+
+
+def _time_steps(side: str) -> list[float]:
+    if side == "minibert":
+        keep_memory()
+    torch.manual_seed(0)
+    model = MiniBertModel(MiniBertConfig.preset("simple-4x256", vocab_size=1000)).train()
+    ids = torch.randint(5, 1000, (512, 128))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(ids).last_hidden_state.float().square().mean().backward()
+        model.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return seconds[2:]
 
 
 def _backward(forward: Callable[[Tensor], Tensor], states: Tensor) -> Callable[[], None]:
@@ -127,3 +164,7 @@ def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
 
         pieces[f"6 MLPs of {rows} rows, bfloat16"] = {"minibert": ours, "torch": theirs}
     return pieces
+
+
+if __name__ == "__main__":
+    print(json.dumps(_time_steps(sys.argv[1])))

@@ -7,6 +7,7 @@ third start is transformers' BertModel with the pretrained weights, so that it d
 import json
 import shutil
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def run(
             wanted = {"task": task, "start": start, **options}
             if any(wanted.items() <= (_MIXTURE | done).items() for done in results["runs"]):
                 continue
-            folder = work / f"{task}-{start}-{seed}"
-            shutil.rmtree(folder, ignore_errors=True)
+            # Named after its options, so that a run that was interrupted is continued, and no other one.
+            folder = work / f"{task}-{start}-{sha256(json.dumps(wanted).encode()).hexdigest()[:8]}"
             started = time.perf_counter()
             figures = TASKS[task](data, StageContext(folder, seed, str(folders[start]), str(folders[start])), options)
             figures = {**wanted, "seconds": round(time.perf_counter() - started, 1), **figures}

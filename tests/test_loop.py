@@ -747,3 +747,21 @@ def test_processes_skip_together_what_one_of_them_sees(tmp_path, start, finite_g
     assert start.finish(two) == [0, 0]
     assert json.loads((tmp_path / "two/metrics.json").read_text())["skipped_steps"] == metrics["skipped_steps"] == 3
     torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="not glibc")
+def test_memory_that_training_frees_is_not_mapped_again(tmp_path, start):
+    def pages(name):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**24)  # 64 MiB: 16,384 pages
+        (tmp_path / name).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+
+    def job():
+        pages("by itself")
+        fit(tmp_path / "run", epochs=1)
+        pages("kept")
+
+    assert start.finish(start(1, job)) == [0]
+    # A heap that grows for the first of them has every page of it once; huge pages make that fewer.
+    assert int((tmp_path / "kept").read_text()) < int((tmp_path / "by itself").read_text()) / 4

@@ -7,6 +7,7 @@ weights, optimizer state and the number of steps done are enough to continue bit
 
 import contextlib
 import copy
+import ctypes
 import json
 import logging
 import math
@@ -55,6 +56,8 @@ _FREE = {
     "cache_dir",
     "max_skipped_steps",  # a run that this limit stopped may go on with a higher one
 }
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 # ------------------------------------------------------------------------------------------------------- pure functions
@@ -452,6 +455,7 @@ def fit(
         phases = [Phase(train_dataset, collate, arguments.batch_size, arguments.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
         raise ValueError("There are no rows to train on; check the data and its limit.")
+    keep_memory()
     run = _Run(model, phases, arguments, output_dir, seed, metric_for_best, greater_is_better)
     with checkpoint.alone_in(run.output_dir) if run.accelerator.is_main_process else contextlib.nullcontext():
         run.resume()
@@ -881,6 +885,16 @@ def processes() -> PartialState:
     """Which process this is, and of how many. Without ``cpu``, Accelerate would take torchrun's processes on a machine
     without accelerator for unrelated ones."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def keep_memory() -> None:
+    """Keep what this process frees, on a CPU with glibc, until it ends or is asked to give it back (mallopt(3)).
+
+    By itself glibc returns blocks above 32 MiB at once, and the system clears and maps the next such activation page by page.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def in_precision(arguments: LoopArguments) -> torch.autocast:
