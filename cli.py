@@ -138,7 +138,13 @@ def _report_progress() -> None:
 
 
 def _in_a_line(metrics: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float | int))
+    """The numbers among ``metrics``: counts in full, others to four digits.
+
+    >>> _in_a_line({"train_rows": 34640, "train_loss": 1.55687, "train_seconds": 3614.21, "kept": "last"})
+    'train_rows 34640, train_loss 1.557, train_seconds 3614'
+    """
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+    return ", ".join(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 @app.command(epilog="Example:  minibert train recipes/tinybert.yaml embed.batch_size=128 --output-dir runs/larger-batch")
