@@ -159,7 +159,7 @@ def pieces(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pieces.json"),
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, interleaved.")] = 20,
 ) -> None:
-    """Dropout, attention and word loss of a training step, ours beside torch's. Example: python -m benchmarks pieces"""
+    """Dropout, attention, word loss and memory of a training step, ours beside torch's. Example: python -m benchmarks pieces"""
     from benchmarks.pieces import run
 
     run(out, repeats=repeats)

@@ -1,4 +1,5 @@
-"""The pieces of a training step (forward and backward) and of encoding that we do otherwise than torch, beside torch's own."""
+"""The pieces of a training step (forward and backward) and of encoding that we do otherwise than torch, beside torch's own,
+and a step with and without the memory that training keeps."""
 
 import json
 import statistics

@@ -21,18 +21,15 @@ from benchmarks.machine import describe
 from benchmarks.train import NLI, PAIRS, RETRIEVAL_FIGURES, held_out_figures, sources
 from minibert import MiniBertModel
 from minibert.hub.export import export
+from minibert.inference.load import fingerprint
 from minibert.train.arguments import ClassifyStage, EmbedStage, PairSource, TagStage
 from minibert.train.classify import classify
 from minibert.train.embed import embed
 from minibert.train.stage import StageContext
 from minibert.train.tag import tag
 
-_MIXTURE = {
-    "question_passes": 3,
-    "articles": 0,
-    "skip_articles": 0,
-    "hard_negatives": 0,
-}  # of runs that were written before it could be chosen
+# Of runs that were written before it could be chosen.
+_MIXTURE = {"question_passes": 3, "articles": 0, "skip_articles": 0, "hard_negatives": 0}
 # Sets of titles and headings are read once, however often those of real questions are.
 TITLES = ("wiki_sections", "wiki_leads", "reuters_titles", "scitldr", "tldr_pages")
 
@@ -62,16 +59,17 @@ def run(
     results |= {"benchmark": "transfer", "machine": describe()}
     folders = _starts(pretrained, work / "starts", starts, seed)
     pairs = {"pair_batch": pair_batch, "pair_steps": pair_steps, "pair_rate": pair_rate}
-    mixture = {"question_passes": question_passes, "articles": articles}
-    mixture |= {"skip_articles": skip_articles, "hard_negatives": hard_negatives}
+    texts = {"articles": articles, "skip_articles": skip_articles}
+    mixture = {"question_passes": question_passes, **texts, "hard_negatives": hard_negatives}
     options = {"precision": precision, **pairs, **mixture, "seed": seed}
     for task in tasks:
         for start in starts:
             wanted = {"task": task, "start": start, **options}
             if any(wanted.items() <= (_MIXTURE | done).items() for done in results["runs"]):
                 continue
-            # Named after its options, so that a run that was interrupted is continued, and no other one.
-            folder = work / f"{task}-{start}-{sha256(json.dumps(wanted).encode()).hexdigest()[:8]}"
+            # Named after all it depends on, so that a run that was interrupted is continued, and no other one.
+            identity = json.dumps([wanted, str(data.resolve()), fingerprint(folders[start])])
+            folder = work / f"{task}-{start}-{sha256(identity.encode()).hexdigest()[:8]}"
             started = time.perf_counter()
             figures = TASKS[task](data, StageContext(folder, seed, str(folders[start]), str(folders[start])), options)
             figures = {**wanted, "seconds": round(time.perf_counter() - started, 1), **figures}

@@ -1,7 +1,8 @@
 """Look at a model's files before anything opens them: headers of weights, and names that could lead out of the folder.
 
 Nothing here loads a tensor, runs code or follows a name: a folder that fails is refused with one sentence. What passes can
-still be wrong, but opening it costs no more memory than its files, and reads no file outside of its folder.
+still be wrong, but opening it costs no more memory than its files, and reads no file outside of its folder. :func:`opening`,
+in which every area opens its models, says what turns out wrong only then.
 """
 
 import contextlib

@@ -890,7 +890,8 @@ def processes() -> PartialState:
 def keep_memory() -> None:
     """Keep what this process frees, on a CPU with glibc, until it ends or is asked to give it back (mallopt(3)).
 
-    By itself glibc returns blocks above 32 MiB at once, and the system clears and maps the next such activation page by page.
+    By itself glibc returns blocks above 32 MiB at once, and the system clears and maps the next such activation page by page;
+    the modeling file, a guest in others' processes, only sees to it that smaller ones are kept.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_MAX, 0)
