@@ -13,7 +13,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -64,6 +64,46 @@ def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
     return tensor.to(compute_dtype(weight)) if isinstance(weight, Tensor) and weight.is_floating_point() else tensor
 
 
+# Dtypes that oneDNN multiplies in on this processor, bias and GELU computed while a result is still in registers.
+_HALF_PRODUCTS = {
+    dtype
+    for dtype, supported in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and hasattr(torch.ops.mkldnn, supported)
+    and getattr(torch.ops.mkldnn, supported)()
+}
+
+
+def can_fuse(linear: nn.Linear, inputs: Tensor) -> bool:
+    """Whether :func:`multiply` may leave the module aside, which may be quantized, adapted, hooked, offloaded or traced."""
+    return (
+        inputs.dtype in _HALF_PRODUCTS
+        and not torch.is_grad_enabled()
+        and type(inputs) is Tensor
+        and type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and linear.weight.dtype == inputs.dtype
+        and linear.weight.device.type == inputs.device.type == "cpu"
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    )
+
+
+def multiply(linear: nn.Linear, inputs: Tensor, gelu: bool = False) -> Tensor:
+    """(…, in) -> (…, out): ``linear``, and the GELU after it if asked for. In half precision a CPU without gradients takes a
+    quarter less time for it: ``nn.Linear`` writes its bias into every row before the product."""
+    if not can_fuse(linear, inputs):
+        return F.gelu(linear(inputs)) if gelu else linear(inputs)
+    after, form = ("gelu", "none") if gelu else ("none", "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, linear.weight, linear.bias, after, [], form)
+    return product
+
+
+def add(hidden_states: Tensor, update: Tensor) -> Tensor:
+    """Their sum in float32: a CPU takes twice as long to add tensors of two dtypes as to widen one first."""
+    return hidden_states + update if update.dtype == hidden_states.dtype else update.to(hidden_states.dtype).add_(hidden_states)
+
+
 def drop(states: Tensor, probability: float) -> Tensor:
     """Dropout, which on the CPU draws 16 random bits per element: torch draws a whole number each, one after another (see
     ``benchmarks/pieces.py``). The probability is rounded to a multiple of 2**-16."""
@@ -104,43 +144,58 @@ def eager_attention_forward(
 # small ones: they want a processor with AMX.
 _WHOLE_PRODUCTS = hasattr(torch.cpu, "get_capabilities") and not torch.cpu.get_capabilities().get("amx_bf16", True)
 # Fewest scores for which that is so, and most at once, which stay in the cache: of 2**23 each takes twice as long.
-_WHOLE_SCORES, _SCORES_AT_ONCE = 2**16, 2**20
+_WHOLE_SCORES, _SCORES_AT_ONCE = 2**16, 2**21
+# What stands for 1 there, so that sums of powers up to 2**127 stay finite, and how small they may be to keep their digits.
+_ONE, _SMALLEST_SUM = 2.0**-40, 2.0**-100
 
 
 def in_whole_products(query: Tensor) -> bool:
     """Whether :func:`whole_attention_forward` is the fastest for queries (B, H, L, D) on this processor."""
-    scores = query.shape[1] * query.shape[2] ** 2  # of a sequence
-    enough = len(query) * scores >= _WHOLE_SCORES
-    return _WHOLE_PRODUCTS and query.dtype == torch.bfloat16 and enough and scores <= 4 * _SCORES_AT_ONCE
-
-
-def powers_of_two(count: int, most: int) -> list[int]:
-    """Powers of two up to ``most`` whose sum is ``count``, largest first.
-
-    >>> powers_of_two(23, 9)
-    [8, 8, 4, 2, 1]
-    """
-    sizes: list[int] = []
-    while sum(sizes) < count:
-        sizes.append(1 << min(most, count - sum(sizes)).bit_length() - 1)
-    return sizes
+    scores = query.shape[2] ** 2  # of a head
+    enough = query.shape[0] * query.shape[1] * scores >= _WHOLE_SCORES
+    return _WHOLE_PRODUCTS and query.dtype == torch.bfloat16 and enough and scores <= 2 * _SCORES_AT_ONCE
 
 
 def whole_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Attention spelled out for a CPU without gradients, as many sequences at a time as the cache holds scores of: three
-    (B, H, L, D), and a mask (B, 1, 1, L) to add -> (B, L, H, D)."""
-    most = _SCORES_AT_ONCE // (query.shape[1] * query.shape[2] ** 2)
-    sizes = powers_of_two(len(query), max(1, most))  # few shapes: see rounded
-    masks = repeat(None) if mask is None else mask.split(sizes)
-    contexts = []
-    for q, k, v, bias in zip(query.split(sizes), key.split(sizes), value.split(sizes), masks, strict=False):
-        shape = q.shape[:2]
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        scores = torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
-        if bias is not None:
-            scores.unflatten(0, shape).add_(bias)
-        contexts.append((F.softmax(scores, dim=-1) @ v).unflatten(0, shape).transpose(1, 2))
-    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+    (B, H, L, D), and a mask (B, 1, 1, L), False for padding -> (B, L, H, D).
+
+    The softmax is left to the second product: powers of two of the scores multiply the values and a column of ones, whose
+    product is what they sum to. That takes a third of the time of a softmax, and padding costs nothing: its values are zero.
+    """
+    batch, heads, length, width = query.shape
+    if heads > 1 and heads * length**2 > _SCORES_AT_ONCE:  # a long sequence is as many of one head
+        alone = mask.expand(-1, heads, -1, -1).unsqueeze(2) if mask is not None else [None] * batch
+        rows = zip(query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2), alone, strict=True)  # each (H, 1, L, D)
+        return torch.stack([whole_attention_forward(*row, scaling).squeeze(2).transpose(0, 1) for row in rows])
+    at_once = max(1, _SCORES_AT_ONCE // (heads * length**2))
+    step = -(-batch // -(-batch // at_once))  # sequences in a part, all of them nearly equal
+    padded = rounded(step, bits=3)  # few shapes; what the last sequences hold does not matter
+    queries, keys = query.new_empty(padded, heads, length, width), query.new_empty(padded, heads, length, width)
+    values = value.new_empty(padded, heads, length, width + 1)
+    if mask is None:
+        values[..., width:] = _ONE
+    context = value.new_empty(batch, length, heads, width)
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        q, k, v, real = query[part], key[part], value[part], None if mask is None else mask[part]
+        count = len(q)
+        torch.mul(q, scaling / math.log(2), out=queries[:count])
+        keys[:count] = k
+        if real is None:
+            torch.mul(v, _ONE, out=values[:count, ..., :width])
+        else:
+            ones = real.transpose(2, 3) * values.new_tensor(_ONE)  # and 0 for padding
+            torch.mul(v, ones, out=values[:count, ..., :width])
+            values[:count, ..., width:] = ones
+        weights = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).exp2_()  # (padded * H, L, L)
+        sums = torch.bmm(weights, values.flatten(0, 1)).view_as(values)[:count]
+        smallest, largest = sums[..., width].aminmax()
+        if smallest > _SMALLEST_SUM and largest < math.inf:
+            torch.div(sums[..., :width], sums[..., width:], out=context[part].transpose(1, 2))
+        else:  # such scores are no powers of two in these numbers
+            context[part] = F.scaled_dot_product_attention(q, k, v, real, scale=scaling).transpose(1, 2)
+    return context
 
 
 # --------------------------------------------------------------------------------------------------------- packing
@@ -155,8 +210,8 @@ torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 _LARGE_SCORES = 2**18
 
 
-def rounded(count: int) -> int:
-    """The next number with at most five significant bits, at most a sixteenth larger.
+def rounded(count: int, bits: int = 5) -> int:
+    """The next number with at most so many significant bits: with five, at most a sixteenth larger.
 
     On a CPU, GELU and the products in half precision are compiled for every number of rows and kept, among memory that is
     freed all the time and then cannot be given back: batches of ever new sizes are better rounded up to few.
@@ -164,7 +219,7 @@ def rounded(count: int) -> int:
     >>> [rounded(count) for count in (7, 31, 33, 1472, 1473, 8000)]
     [7, 31, 34, 1472, 1536, 8192]
     """
-    step = 1 << max(0, count.bit_length() - 5)
+    step = 1 << max(0, count.bit_length() - bits)
     return -(-count // step) * step
 
 
@@ -258,7 +313,7 @@ class Packing:
         equal = all(run[0] == run[-1] for run in runs)
         # In half precision torch's attention takes up to twice the time for lengths that are no multiple of 16.
         self.runs = [(len(run), run[-1] if equal else -(-run[-1] // 16) * 16) for run in runs]
-        self.masks: list[Tensor | None] = [None] * len(runs)  # (sequences, 1, 1, length), -inf where a shorter one has ended
+        self.masks: list[Tensor | None] = [None] * len(runs)  # (sequences, 1, 1, length), False where a shorter one has ended
         self.slots: Tensor | None = None  # (T,) places of the tokens when every run is padded
         self.sources: Tensor | None = None  # (padded T,) token that stands at each place, 0 for padding
         if not equal:
@@ -266,7 +321,7 @@ class Packing:
             places = torch.cat([one.flatten() for one in real])
             self.slots = places.nonzero().squeeze(1)
             self.sources = (places.cumsum(0) - 1) * places
-            self.masks = [None if one.all() else torch.where(one, 0.0, -torch.inf)[:, None, None] for one in real]
+            self.masks = [None if one.all() else one[:, None, None] for one in real]
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
@@ -349,11 +404,14 @@ class Packing:
         # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
         parts = zip(self.runs, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
         with torch.autocast("cpu", enabled=False):
-            for (count, length), mask, *qkv in parts:
-                mask = mask if mask is None else mask.to(query.dtype)
+            for number, ((count, length), mask, *qkv) in enumerate(parts, start=1):
+                if self.extra and number == len(self.runs):
+                    outputs.append(qkv[2])  # anything will do for rows without a meaning
+                    continue
                 q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)
                 if dropout or (training and large):
-                    context, _ = eager_attention_forward(None, q, k, v, mask, scaling, dropout)  # (count, length, H, D)
+                    bias = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+                    context, _ = eager_attention_forward(None, q, k, v, bias, scaling, dropout)  # (count, length, H, D)
                 elif not training and in_whole_products(q):
                     context = whole_attention_forward(q, k, v, mask, scaling)
                 else:
@@ -491,12 +549,12 @@ class MiniBertAttention(nn.Module):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D)
             context, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         context = context.reshape(hidden_states.shape)
-        return self.output(narrow(context, self.output)), weights
+        return multiply(self.output, narrow(context, self.output)), weights
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """(…, C) -> queries, keys and values of all heads, three (…, C)."""
         inputs = narrow(hidden_states, self.query)
-        return tuple(linear(inputs) for linear in (self.query, self.key, self.value))
+        return tuple(multiply(linear, inputs) for linear in (self.query, self.key, self.value))
 
 
 class MiniBertMLP(nn.Module):
@@ -511,11 +569,12 @@ class MiniBertMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         inputs = narrow(hidden_states, self.up)
-        if self.gate is None:
-            inner = self.act(self.up(inputs))
-        else:
-            inner = self.act(self.gate(inputs)) * self.up(inputs)
-        return self.down(inner)
+        first = self.up if self.gate is None else self.gate
+        gelu = type(self.act) is GELUActivation and not self.act._forward_hooks and can_fuse(first, inputs)
+        inner = multiply(first, inputs, gelu=True) if gelu else self.act(multiply(first, inputs))
+        if self.gate is not None:
+            inner = inner * multiply(self.up, inputs)
+        return multiply(self.down, inner)
 
 
 class MiniBertLayer(GradientCheckpointingLayer):
@@ -533,11 +592,11 @@ class MiniBertLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if self.norm_first:
             update, _ = self.attention(self.attention_norm(hidden_states), attention_mask, **kwargs)
-            hidden_states = hidden_states + self.dropout(update)
-            return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+            hidden_states = add(hidden_states, self.dropout(update))
+            return add(hidden_states, self.dropout(self.mlp(self.mlp_norm(hidden_states))))
         update, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(update))
-        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+        hidden_states = self.attention_norm(add(hidden_states, self.dropout(update)))
+        return self.mlp_norm(add(hidden_states, self.dropout(self.mlp(hidden_states))))
 
 
 class MiniBertPooler(nn.Module):

@@ -395,8 +395,8 @@ def test_half_precision_attention_has_the_gradients_of_float32(dropout, monkeypa
             torch.testing.assert_close(ours, theirs, atol=5e-2, rtol=5e-2)
 
 
-@pytest.mark.parametrize("lengths", [[7, 7, 7], [2, 5, 5], [1, 16, 16, 17, 30]])
-@pytest.mark.parametrize("at_once", [1, 300, 2**20])  # a sequence, some, all
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [2, 5, 5], [1, 16, 16, 17, 30], [9] * 41])
+@pytest.mark.parametrize("at_once", [1, 300, 2**20])  # a head, some sequences, all
 def test_whole_products_and_torchs_kernel_agree(lengths, at_once, monkeypatch):
     torch.manual_seed(0)
     packing = Packing(None, lengths, None, max(lengths))
@@ -411,17 +411,86 @@ def test_whole_products_and_torchs_kernel_agree(lengths, at_once, monkeypatch):
     torch.testing.assert_close(whole[: sum(lengths)].float(), exact[: sum(lengths)], atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.parametrize("shift", [0.0, 60.0, -30.0, 500.0, -500.0])
+def test_whole_products_are_exact_whatever_the_scores(shift, monkeypatch):
+    """Scores of 60 and -30 are computed so; powers of two of larger ones leave the numbers, and torch's kernel takes over, also
+    where only padding has such a score."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 16, 8).bfloat16()
+    query[..., 0], key[..., 0] = 8.0, shift / 8  # softmax does not see what all scores have in common
+    mask = (torch.arange(16) < torch.tensor([[16], [11]]))[:, None, None]
+    exact = torch.nn.functional.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask, scale=1.0)
+    calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    context = modeling_minibert.whole_attention_forward(query, key, value, mask, 1.0)
+    torch.testing.assert_close(context.transpose(1, 2).float(), exact, atol=0.2, rtol=0.1)  # scores of 60 have steps of 0.25
+    assert bool(calls) == (abs(shift) > 100)
+    key[1, :, 11:, 0] = 1e4
+    assert modeling_minibert.whole_attention_forward(query, key, value, mask, 1.0).isfinite().all()
+
+
 def test_whole_products_are_for_many_scores_in_bfloat16_without_amx(monkeypatch):
     def chosen(shape, dtype=torch.bfloat16):
         return modeling_minibert.in_whole_products(torch.empty(shape, dtype=dtype))
 
     monkeypatch.setattr(modeling_minibert, "_WHOLE_PRODUCTS", True)
-    assert chosen((64, 12, 64, 32)) and chosen((1, 12, 512, 32)) and chosen((1, 12, 96, 32))
+    assert chosen((64, 12, 64, 32)) and chosen((1, 12, 512, 32)) and chosen((1, 12, 96, 32)) and chosen((1, 12, 2048, 32))
     assert not chosen((1, 12, 16, 32))  # a query
-    assert not chosen((1, 12, 1024, 32))  # its scores leave the cache
+    assert not chosen((1, 12, 4096, 32))  # its scores leave the cache
     assert not chosen((64, 12, 64, 32), torch.float32) and not chosen((64, 12, 64, 32), torch.float16)
     monkeypatch.setattr(modeling_minibert, "_WHOLE_PRODUCTS", False)
     assert not chosen((64, 12, 64, 32))
+
+
+half_products = pytest.mark.skipif(not modeling_minibert._HALF_PRODUCTS, reason="oneDNN multiplies no half precision here")
+
+
+@half_products
+@pytest.mark.parametrize(("gelu", "bias"), [(False, True), (True, True), (True, False)])
+def test_products_of_half_precision_are_those_of_the_module(gelu, bias, monkeypatch):
+    torch.manual_seed(0)
+    linear, inputs = torch.nn.Linear(24, 40, bias=bias).bfloat16(), torch.randn(2, 7, 24).bfloat16()
+    exact = torch.nn.functional.linear(inputs.float(), linear.weight.float(), None if not bias else linear.bias.float())
+    exact = torch.nn.functional.gelu(exact) if gelu else exact
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", None)
+        product = modeling_minibert.multiply(linear, inputs, gelu)
+        assert modeling_minibert.multiply(linear, inputs[:, :0], gelu).shape == (2, 0, 40)
+    torch.testing.assert_close(product.float(), exact, atol=1e-2, rtol=1e-2)
+    assert product.dtype == torch.bfloat16
+    product = modeling_minibert.multiply(linear, inputs.clone().requires_grad_(), gelu)  # the module, which has a backward
+    assert product.requires_grad
+    torch.testing.assert_close(product.float(), exact, atol=2e-2, rtol=2e-2)
+
+
+@half_products
+def test_products_leave_to_the_module_what_only_it_can_do():
+    class Adapted(torch.nn.Linear):
+        pass
+
+    inputs = torch.randn(3, 8)
+    plain, adapted, hooked, replaced = torch.nn.Linear(8, 8), Adapted(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+    replaced.forward = lambda inputs: inputs  # as Accelerate does to weights that are elsewhere
+    half = inputs.bfloat16()
+    with torch.no_grad():
+        assert modeling_minibert.can_fuse(plain.bfloat16(), half)
+        assert not any(modeling_minibert.can_fuse(one.bfloat16(), half) for one in (adapted, hooked, replaced))
+        assert not modeling_minibert.can_fuse(plain, inputs) and not modeling_minibert.can_fuse(plain, half.half())
+        without = torch.nn.functional.linear(half, hooked.weight, hooked.bias)
+        assert (modeling_minibert.multiply(hooked, half) - without > 0.9).all()
+    assert not modeling_minibert.can_fuse(plain, half)  # gradients may be wanted
+
+
+@half_products
+def test_hooks_see_the_products_of_a_model_that_encodes(config):
+    model = MiniBertModel(config).bfloat16().eval()
+    seen = []
+    model.layers[0].mlp.up.register_forward_hook(lambda module, inputs, output: seen.append("up"))
+    model.layers[1].mlp.act.register_forward_hook(lambda module, inputs, output: seen.append("act"))
+    with torch.no_grad():
+        model(torch.randint(1, 101, (2, 5)))
+    assert seen == ["up", "act"]
 
 
 @pytest.mark.parametrize(
