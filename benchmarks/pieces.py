@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertModel
 from minibert.inference.onednn import BlockedLinear
-from minibert.modeling_minibert import Packing, WordLoss, drop
+from minibert.modeling_minibert import Packing, WordLoss, drop, multiply, whole_attention_forward
 from minibert.train.loop import keep_memory
 
 
@@ -25,7 +25,7 @@ def run(out: Path, *, repeats: int) -> None:
     """Time each pair of pieces, interleaved; print medians in milliseconds and write ``out``."""
     torch.manual_seed(0)
     results = {"benchmark": "pieces", "machine": describe(), "repeats": repeats, "milliseconds": {}}
-    pairs = {**_dropout(), **_attention(), **_half_attention(), **_encoding_attention(), **_word_loss(), **_mlps()}
+    pairs = {**_dropout(), **_attention(), **_half_attention(), **_encoding_attention(), **_powers(), **_word_loss(), **_mlps()}
     for name, pair in pairs.items():
         seconds: dict[str, list[float]] = {side: [] for side in pair}
         for _ in range(repeats + 2):
@@ -91,17 +91,29 @@ def _half_attention() -> dict[str, dict[str, Callable[[], None]]]:
 
 
 def _encoding_attention() -> dict[str, dict[str, Callable[[], None]]]:
-    """4,096 tokens in sequences of equal length, 12 heads of width 32, in bfloat16 without gradients."""
+    """4,096 tokens in sequences of equal length, 12 heads of width 32, in bfloat16 without gradients: by whole products, which
+    are chosen where there is no AMX, and by torch's kernel."""
     pieces = {}
-    for length in (16, 64, 256):
-        packing = Packing(None, [length] * (4096 // length), None, length)
-        packed = torch.randn(3, 4096, 12, 32).bfloat16()
-        padded = packed.unflatten(1, (-1, length)).transpose(2, 3)
+    for length in (16, 64, 256, 1024):
+        packed = torch.randn(3, 4096, 12, 32).bfloat16().unflatten(1, (-1, length)).transpose(2, 3)
+        contiguous = packed.contiguous()
         pieces[f"attention of 4,096 tokens by {length}, encoding"] = {
-            "minibert": torch.no_grad()(lambda packing=packing, x=packed: packing.attend(*x, 0.0, 0.18)),
-            "torch": torch.no_grad()(lambda x=padded: F.scaled_dot_product_attention(*x, scale=0.18)),
+            "minibert": torch.no_grad()(lambda x=packed: whole_attention_forward(*x, None, 0.18)),
+            "torch": torch.no_grad()(lambda x=contiguous: F.scaled_dot_product_attention(*x, scale=0.18)),
         }
     return pieces
+
+
+def _powers() -> dict[str, dict[str, Callable[[], None]]]:
+    """Rows of 64 scores, as many as attention holds at once: a softmax, and the powers of two that stand in for it."""
+    scores = torch.randn(2**15, 64).bfloat16()
+    powers = torch.empty_like(scores)
+    return {
+        "softmax of 2**21 scores, bfloat16": {
+            "minibert": lambda: torch.exp2(scores, out=powers),
+            "torch": lambda: F.softmax(scores, dim=-1),
+        }
+    }
 
 
 def _word_loss() -> dict[str, dict[str, Callable[[], None]]]:
@@ -147,14 +159,20 @@ def _attention() -> dict[str, dict[str, Callable[[], None]]]:
 
 
 def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
-    """The MLPs of six layers of width 384, without gradients, for the rows of one query and of a full batch."""
+    """The MLPs of six layers of width 384, without gradients, for the rows of one query and of a full batch: as modules' own
+    matrices are multiplied, and laid out once for it."""
     pieces = {}
     linears = [(nn.Linear(384, 1536).bfloat16(), nn.Linear(1536, 384).bfloat16()) for _ in range(6)]
     blocked = [(BlockedLinear(up, gelu=True), BlockedLinear(down)) for up, down in linears]
     for rows in (12, 4096):
         states = torch.randn(rows, 384).bfloat16()
 
-        def ours(states: Tensor = states) -> None:
+        @torch.no_grad()
+        def own(states: Tensor = states) -> None:
+            for up, down in linears:
+                multiply(down, multiply(up, states, gelu=True))
+
+        def laid_out(states: Tensor = states) -> None:
             for up, down in blocked:
                 down(up(states))
 
@@ -163,7 +181,8 @@ def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
             for up, down in linears:
                 down(F.gelu(up(states)))
 
-        pieces[f"6 MLPs of {rows} rows, bfloat16"] = {"minibert": ours, "torch": theirs}
+        pieces[f"6 MLPs of {rows} rows, bfloat16"] = {"minibert": own, "torch": theirs}
+        pieces[f"6 MLPs of {rows} rows, laid out"] = {"minibert": laid_out, "torch": theirs}
     return pieces
 
 

@@ -1,8 +1,7 @@
 """Matrices in the layout that oneDNN multiplies in, for models that only encode, in half precision on a CPU.
 
-``nn.Linear`` brings its matrix into that layout at every call, and writes its bias into every row before the product. Done
-once, and with bias and GELU computed while a result is still in registers, one query takes about four fifths of the time, and
-thousands of texts nine tenths (``benchmarks/pieces.py``).
+A product with a matrix as it is brings it into that layout at every call. Done once, and with queries, keys and values in one
+product, a query takes less time (``benchmarks/pieces.py`` has the products by themselves), and thousands of texts a little.
 """
 
 import platform
