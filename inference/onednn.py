@@ -4,12 +4,12 @@ A product with a matrix as it is brings it into that layout at every call. Done 
 product, a query takes less time (``benchmarks/pieces.py`` has the products by themselves), and thousands of texts a little.
 """
 
-import platform
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minibert import modeling_minibert
 from minibert.modeling_minibert import MiniBertModel
 
 _PROJECTIONS = ("query", "key", "value")
@@ -21,11 +21,7 @@ def block_weights(model: MiniBertModel) -> bool:
     The model then gives the vectors it gave, up to rounding, but can neither be saved nor trained, nor leave the CPU. In
     float32 it gains little, and oneDNN would keep a kernel for every number of rows where torch multiplies without.
     """
-    known = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-    # Which of them the processor has instructions for.
-    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(model.dtype)
-    suitable = model.device.type == "cpu" and supported is not None and getattr(torch.ops.mkldnn, supported, bool)()
-    if not known or not suitable or platform.machine() not in ("x86_64", "AMD64"):
+    if model.device.type != "cpu" or model.dtype not in modeling_minibert.HALF_PRODUCTS:
         return False
     model.requires_grad_(False)  # the products here have no backward
     for layer in model.layers:

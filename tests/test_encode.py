@@ -2,7 +2,6 @@
 
 import gc
 import os
-import platform
 import threading
 import time
 import weakref
@@ -18,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from transformers import BertConfig, BertModel
 
 import minibert
-from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
+from minibert import MiniBertConfig, MiniBertModel, modeling_minibert, train_word_level, train_wordpiece
 from minibert.inference import encode as module
 from minibert.inference.encode import Encoder, choose_dtype, cut_windows, encode
 from minibert.inference.load import load
@@ -320,13 +319,9 @@ def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monke
     assert set(seen) == {"false"} and "TOKENIZERS_PARALLELISM" not in os.environ
 
 
-def has_instructions(name):
-    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", bool)()
-
-
-@pytest.mark.parametrize(("dtype", "name"), [("float16", "fp16"), ("bfloat16", "bf16")])
-def test_a_processor_without_the_instructions_computes_all_the_same(folders, dtype, name, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_processor_without_the_instructions_computes_all_the_same(folders, dtype, monkeypatch):
+    monkeypatch.setattr(modeling_minibert, "HALF_PRODUCTS", frozenset())
     encoder = Encoder(folders / "search-8x768", dtype=dtype)
     assert encoder.dtype == dtype and "matrices" not in encoder.choices
     exact = Encoder(folders / "search-8x768", dtype="float32").encode(TEXTS)
@@ -338,10 +333,16 @@ def test_a_processor_without_the_instructions_computes_all_the_same(folders, dty
     ("dtype", "tolerance"),
     [
         pytest.param(
-            "float16", 2e-3, marks=pytest.mark.skipif(not has_instructions("fp16"), reason="processor without float16")
+            "float16",
+            2e-3,
+            marks=pytest.mark.skipif(torch.float16 not in modeling_minibert.HALF_PRODUCTS, reason="processor without float16"),
         ),
         pytest.param(
-            "bfloat16", 2e-2, marks=pytest.mark.skipif(not has_instructions("bf16"), reason="processor without bfloat16")
+            "bfloat16",
+            2e-2,
+            marks=pytest.mark.skipif(
+                torch.bfloat16 not in modeling_minibert.HALF_PRODUCTS, reason="processor without bfloat16"
+            ),
         ),
     ],
 )
@@ -378,7 +379,7 @@ def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypa
     for linear in (query := model.layers[0].attention.query), (up := model.layers[1].mlp.up):
         linear.__class__ = adapted
     with monkeypatch.context() as patch:
-        patch.setattr(platform, "machine", lambda: "arm64")
+        patch.setattr(modeling_minibert, "HALF_PRODUCTS", frozenset())
         assert not block_weights(model)
     assert not any(isinstance(module, BlockedLinear) for module in model.modules())
     ids = torch.arange(1, 9)[None]

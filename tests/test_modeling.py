@@ -1,6 +1,7 @@
 """The encoder against itself: two roads, one answer."""
 
 import copy
+import platform
 import shutil
 
 import numpy as np
@@ -442,7 +443,9 @@ def test_whole_products_are_for_many_scores_in_bfloat16_without_amx(monkeypatch)
     assert not chosen((64, 12, 64, 32))
 
 
-half_products = pytest.mark.skipif(not modeling_minibert._HALF_PRODUCTS, reason="oneDNN multiplies no half precision here")
+half_products = pytest.mark.skipif(
+    torch.bfloat16 not in modeling_minibert.HALF_PRODUCTS, reason="oneDNN multiplies no half precision here"
+)
 
 
 @half_products
@@ -480,6 +483,11 @@ def test_products_leave_to_the_module_what_only_it_can_do():
         without = torch.nn.functional.linear(half, hooked.weight, hooked.bias)
         assert (modeling_minibert.multiply(hooked, half) - without > 0.9).all()
     assert not modeling_minibert.can_fuse(plain, half)  # gradients may be wanted
+
+
+def test_products_of_other_processors_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert modeling_minibert.half_products() == frozenset()
 
 
 @half_products
