@@ -144,7 +144,7 @@ def eager_attention_forward(
 
 # Whether bfloat16 attention is faster by whole products, a few sequences at a time, than by torch's kernel, whose products are
 # small ones: they want a processor with AMX.
-_WHOLE_PRODUCTS = hasattr(torch.cpu, "get_capabilities") and not torch.cpu.get_capabilities().get("amx_bf16", True)
+WHOLE_PRODUCTS = hasattr(torch.cpu, "get_capabilities") and not torch.cpu.get_capabilities().get("amx_bf16", True)
 # Fewest scores for which that is so, and most at once, which stay in the cache: of 2**24 each may take twice as long.
 _WHOLE_SCORES, _SCORES_AT_ONCE = 2**16, 2**21
 # What stands for 1 there, so that sums of powers up to 2**127 stay finite, and how small they may be to keep their digits.
@@ -155,7 +155,7 @@ def in_whole_products(query: Tensor) -> bool:
     """Whether :func:`whole_attention_forward` is the fastest for queries (B, H, L, D) on this processor."""
     scores = query.shape[2] ** 2  # of a head
     enough = query.shape[0] * query.shape[1] * scores >= _WHOLE_SCORES
-    return _WHOLE_PRODUCTS and query.dtype == torch.bfloat16 and enough and scores <= 2 * _SCORES_AT_ONCE
+    return WHOLE_PRODUCTS and query.dtype == torch.bfloat16 and enough and scores <= 2 * _SCORES_AT_ONCE
 
 
 def whole_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -31,6 +31,7 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from minibert import modeling_minibert
 from minibert.data.load import is_unicode
 from minibert.inference.load import load
 from minibert.inference.onednn import block_weights
@@ -180,6 +181,8 @@ class Encoder:
                 _encoder_of(self.model).pooler = None  # computed for nobody: vectors are pooled from the tokens
             if owned and block_weights(_encoder_of(self.model)):
                 self.choices["matrices"] = "laid out for oneDNN"
+            if modeling_minibert.WHOLE_PRODUCTS and self.model.device.type == "cpu" and self.dtype == "bfloat16":
+                self.choices["attention"] = "whole products, since this processor has no AMX"
 
     def _open(
         self, model: str | Path | SentenceTransformer, dtype: str, device: str | None, trust_remote_code: bool

@@ -328,6 +328,13 @@ def test_a_processor_without_the_instructions_computes_all_the_same(folders, dty
     assert (encoder.encode(TEXTS) * exact).sum(axis=1).min() > 0.999
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_attention_chosen_is_said(folders, whole, monkeypatch):
+    monkeypatch.setattr(modeling_minibert, "WHOLE_PRODUCTS", whole)
+    said = {dtype: Encoder(folders / "search-8x768", dtype=dtype).choices.get("attention") for dtype in ("bfloat16", "float32")}
+    assert said == {"bfloat16": "whole products, since this processor has no AMX" if whole else None, "float32": None}
+
+
 @pytest.mark.parametrize("name", ["search-8x768", "modern-6x384"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),

@@ -434,12 +434,12 @@ def test_whole_products_are_for_many_scores_in_bfloat16_without_amx(monkeypatch)
     def chosen(shape, dtype=torch.bfloat16):
         return modeling_minibert.in_whole_products(torch.empty(shape, dtype=dtype))
 
-    monkeypatch.setattr(modeling_minibert, "_WHOLE_PRODUCTS", True)
+    monkeypatch.setattr(modeling_minibert, "WHOLE_PRODUCTS", True)
     assert chosen((64, 12, 64, 32)) and chosen((1, 12, 512, 32)) and chosen((1, 12, 96, 32)) and chosen((1, 12, 2048, 32))
     assert not chosen((1, 12, 16, 32))  # a query
     assert not chosen((1, 12, 4096, 32))  # its scores leave the cache
     assert not chosen((64, 12, 64, 32), torch.float32) and not chosen((64, 12, 64, 32), torch.float16)
-    monkeypatch.setattr(modeling_minibert, "_WHOLE_PRODUCTS", False)
+    monkeypatch.setattr(modeling_minibert, "WHOLE_PRODUCTS", False)
     assert not chosen((64, 12, 64, 32))
 
 
