@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,11 +89,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def to_yaml(value: dict[str, Any]) -> str:
-    """A recipe as text that people can read, and that is read back as the same.
+class YamlLoader(yaml.SafeLoader):
+    """YAML that reads 1e-4 as a number (YAML 1.1, which PyYAML follows, takes it for a string)."""
 
-    >>> yaml.safe_load(to_yaml({"path": "\x85.csv"}))
-    {'path': '\x85.csv'}
+
+class _YamlDumper(yaml.SafeDumper):
+    """What :class:`YamlLoader` reads: a text such as 1e-4 gets quotes."""
+
+
+for _reads_or_writes in (YamlLoader, _YamlDumper):
+    _reads_or_writes.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def to_yaml(value: Any) -> str:
+    """A recipe, or a part of one, as text that people can read, and that :class:`YamlLoader` reads back as the same.
+
+    >>> yaml.load(to_yaml({"data": ["\x85.csv", "1e5"], "rate": 1e-5}), Loader=YamlLoader)
+    {'data': ['\x85.csv', '1e5'], 'rate': 1e-05}
     """
     readable = "\x85" not in json.dumps(value, ensure_ascii=False)  # an end of line that PyYAML reads back as a space
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=readable)
+    text: str = yaml.dump(value, Dumper=_YamlDumper, sort_keys=False, allow_unicode=readable)
+    return text

@@ -182,12 +182,13 @@ def test_any_bytes_are_a_recipe_or_refused(content):
     seed=st.integers(0, 2**31),
 )
 @example(sizes={"labels": ["\x85"]}, data=["\x85"], seed=0)  # ends a line in YAML
+@example(sizes={"labels": ["1e5"], "learning_rate": 1e-5}, data=["0E0"], seed=0)  # numbers to our YAML, not to YAML 1.1
 def test_a_recipe_written_down_is_the_same_recipe(sizes, data, seed):
     stages = [{"kind": "tokenizer", "data": data}, {"kind": "classify", "data": data, "model": {"preset": "nano-1x3"}, **sizes}]
     recipe = read(to_yaml({"name": "toy", "seed": seed, "stages": stages}).encode())
     assert recipe is not None
     whole = {"name": recipe.name, "seed": recipe.seed, "stages": [_dump(stage) for stage in recipe.stages]}  # as a run keeps it
     assert read(to_yaml(whole).encode()) == recipe
-    settings_given = [f"classify.{name}={yaml.safe_dump(value)}" for name, value in sizes.items()]
-    plain = yaml.safe_dump({"name": "toy", "seed": seed, "stages": [stages[0], {**stages[1], **dict.fromkeys(sizes)}]})
+    settings_given = [f"classify.{name}={to_yaml(value)}" for name, value in sizes.items()]
+    plain = to_yaml({"name": "toy", "seed": seed, "stages": [stages[0], {**stages[1], **dict.fromkeys(sizes)}]})
     assert read(plain.encode(), settings_given) == recipe  # said on the command line instead

@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -68,15 +67,6 @@ _FREE_FIELDS = {
 _PATIENCE = timedelta(hours=12)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number (YAML 1.1, which PyYAML follows, takes it for a string)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 # What PyYAML raises: errors of its own, and those of Python's conversions (2026-99-99, !!int "", brackets without end).
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
@@ -121,7 +111,7 @@ def _read_yaml(path: str | Path) -> Any:
     else:
         text = file.read_bytes()
     try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+        return yaml.load(text, Loader=disk.YamlLoader)  # a subclass of SafeLoader
     except _YAML_ERRORS as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
@@ -141,7 +131,7 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
             return f"override {override!r} names no stage of this recipe; its stages are {', '.join(names)}."
         place = stages[names.index(keys.pop(0))]
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=disk.YamlLoader)
     except _YAML_ERRORS:
         return f"the value of override {override!r} is not YAML; quote it."
     for key in keys[:-1]:
@@ -440,7 +430,7 @@ def _read_record(record: Path) -> dict[str, Any]:
         ValueError: for a file that is damaged.
     """
     try:
-        found = yaml.load(record.read_text(encoding="utf-8"), Loader=_Loader)
+        found = yaml.load(record.read_text(encoding="utf-8"), Loader=disk.YamlLoader)
         whole = isinstance(found["name"], str) and all({"kind", "name"} <= stage.keys() for stage in found["stages"])
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, LookupError, AttributeError):
         whole = False
