@@ -91,14 +91,15 @@ def can_fuse(linear: nn.Linear, inputs: Tensor) -> bool:
     )
 
 
-def multiply(linear: nn.Linear, inputs: Tensor, gelu: bool = False) -> Tensor:
-    """(…, in) -> (…, out): ``linear``, and the GELU after it if asked for. In half precision a CPU without gradients takes a
-    sixth less time for it: ``nn.Linear`` writes its bias into every row before the product."""
+def multiply(linear: nn.Linear, inputs: Tensor, act: nn.Module | None = None) -> Tensor:
+    """(…, in) -> (…, out): ``linear``, and the activation after it. In half precision a CPU without gradients takes a sixth
+    less time where that is GELU: ``nn.Linear`` writes its bias into every row before the product."""
     if not can_fuse(linear, inputs):
-        return F.gelu(linear(inputs)) if gelu else linear(inputs)
-    after, form = ("gelu", "none") if gelu else ("none", "")
+        return linear(inputs) if act is None else act(linear(inputs))
+    fused = type(act) is GELUActivation and not (act._forward_hooks or act._forward_pre_hooks)
+    after, form = ("gelu", "none") if fused else ("none", "")
     product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, linear.weight, linear.bias, after, [], form)
-    return product
+    return product if act is None or fused else act(product)
 
 
 def add(hidden_states: Tensor, update: Tensor) -> Tensor:
@@ -571,11 +572,10 @@ class MiniBertMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         inputs = narrow(hidden_states, self.up)
-        first = self.up if self.gate is None else self.gate
-        gelu = type(self.act) is GELUActivation and not self.act._forward_hooks and can_fuse(first, inputs)
-        inner = multiply(first, inputs, gelu=True) if gelu else self.act(multiply(first, inputs))
-        if self.gate is not None:
-            inner = inner * multiply(self.up, inputs)
+        if self.gate is None:
+            inner = multiply(self.up, inputs, self.act)
+        else:
+            inner = multiply(self.gate, inputs, self.act) * multiply(self.up, inputs)
         return multiply(self.down, inner)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.activations import GELUActivation
 
 import minibert
 from minibert import MiniBertConfig, MiniBertModel, modeling_minibert
@@ -452,18 +453,32 @@ half_products = pytest.mark.skipif(
 @pytest.mark.parametrize(("gelu", "bias"), [(False, True), (True, True), (True, False)])
 def test_products_of_half_precision_are_those_of_the_module(gelu, bias, monkeypatch):
     torch.manual_seed(0)
+    act = GELUActivation() if gelu else None
     linear, inputs = torch.nn.Linear(24, 40, bias=bias).bfloat16(), torch.randn(2, 7, 24).bfloat16()
     exact = torch.nn.functional.linear(inputs.float(), linear.weight.float(), None if not bias else linear.bias.float())
     exact = torch.nn.functional.gelu(exact) if gelu else exact
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", None)
-        product = modeling_minibert.multiply(linear, inputs, gelu)
-        assert modeling_minibert.multiply(linear, inputs[:, :0], gelu).shape == (2, 0, 40)
+        product = modeling_minibert.multiply(linear, inputs, act)
+        assert modeling_minibert.multiply(linear, inputs[:, :0], act).shape == (2, 0, 40)
     torch.testing.assert_close(product.float(), exact, atol=1e-2, rtol=1e-2)
     assert product.dtype == torch.bfloat16
-    product = modeling_minibert.multiply(linear, inputs.clone().requires_grad_(), gelu)  # the module, which has a backward
+    product = modeling_minibert.multiply(linear, inputs.clone().requires_grad_(), act)  # the module, which has a backward
     assert product.requires_grad
     torch.testing.assert_close(product.float(), exact, atol=2e-2, rtol=2e-2)
+
+
+@half_products
+def test_gelu_within_a_product_is_the_exact_one():
+    """Where it is small and negative bfloat16 tells it from its approximation by tanh."""
+    linear, inputs = torch.nn.Linear(1, 1, bias=False).bfloat16(), torch.linspace(-3.5, -1.5, 33).bfloat16()[:, None]
+    torch.nn.init.ones_(linear.weight)
+    exact = torch.nn.functional.gelu(inputs.float())
+    with torch.no_grad():
+        product = modeling_minibert.multiply(linear, inputs, GELUActivation())
+    torch.testing.assert_close(product.float(), exact, atol=1e-6, rtol=1e-2)
+    tanh = torch.nn.functional.gelu(inputs.float(), approximate="tanh")
+    assert not torch.allclose(tanh, exact, atol=1e-6, rtol=1e-2)
 
 
 @half_products
