@@ -11,9 +11,11 @@ A first reading may go from here to "positions", "blocks" and "model", and come 
 
 import math
 import platform
+import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -52,53 +54,134 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def onednn_dtypes() -> frozenset[torch.dtype]:
+    """Dtypes that oneDNN multiplies in on this processor, with bias and GELU in the same call."""
+    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return frozenset()
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    half = (dtype for dtype, name in asked.items() if getattr(torch.ops.mkldnn, name, bool)())
+    return frozenset([torch.float32, *half])
+
+
+ONEDNN_DTYPES = onednn_dtypes()
+
+
+def by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """(…, in) -> (…, out): the product by oneDNN's own call. ``weight`` may be laid out for it."""
+    after, form = ("gelu", "none") if gelu else ("none", "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, after, [], form)
+    return product
+
+
+@cache
+def product_rates() -> dict[str, float]:
+    """Billion operations per second of a product of a few hundred rows on this CPU, as torch multiplies in ``float32`` and
+    ``bfloat16``, and as oneDNN does in float32 (``onednn``): the fastest of several in turns, timed once in a process, which
+    takes some 20 ms.
+
+    What a processor is called, or has instructions for, does not tell. An Intel Xeon whose host keeps AMX to itself has those
+    for bfloat16 and takes twice as long with them as in float32; torch's own float32 products (MKL) leave half of the width of
+    another maker's processor unused.
+    """
+    rows, width, outputs = 256, 384, 768
+    made = {"device": "cpu", "dtype": torch.float32}
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        wide_pair = torch.ones(rows, width, **made), torch.ones(outputs, width, **made)
+        half_pair = [tensor.bfloat16() for tensor in wide_pair]
+        ways: dict[str, Callable[[], Tensor]] = {
+            "float32": lambda: F.linear(*wide_pair),
+            "bfloat16": lambda: F.linear(*half_pair),
+        }
+        if torch.float32 in ONEDNN_DTYPES:
+            ways["onednn"] = lambda: by_onednn(*wide_pair, None)
+        seconds = dict.fromkeys(ways, math.inf)
+        for _ in range(6):  # the first of which prepares
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way()
+                seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return {name: 2e-9 * rows * width * outputs / took for name, took in seconds.items()}
+
+
+def bfloat16_pays() -> bool:
+    """Whether this CPU multiplies faster in bfloat16 than in float32, and by enough to give digits for it."""
+    rates = product_rates()
+    return rates["bfloat16"] > 1.25 * max(rates["float32"], rates.get("onednn", 0.0))
+
+
+def onednn_pays() -> bool:
+    """Whether oneDNN is clearly the faster in float32. Otherwise torch keeps its own products, which need no kernel for each
+    number of rows."""
+    rates = product_rates()
+    return rates.get("onednn", 0.0) > 1.15 * rates["float32"]
+
+
+def is_watched() -> bool:
+    """Whether something follows every operation: a compiler, a trace, or a mode such as a counter of operations."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether ``linear`` is a matrix and a bias of a CPU that want no gradients, and nothing else: not quantized, adapted,
+    hooked, offloaded or watched. Then :func:`multiply` may leave the module aside."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and linear.weight.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+        and not is_watched()
+    )
+
+
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that products with ``weight`` are computed in."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+# Rows from which it matters how a CPU multiplies them: fewer take what reading, or widening, the matrix takes.
+_MANY_ROWS = 128
+
+
+def in_float32(linear: nn.Linear, inputs: Tensor) -> bool:
+    """Whether ``inputs`` are multiplied in float32 though the matrix is kept in bfloat16: faster here, and more exact."""
+    return (
+        linear.weight.dtype == torch.bfloat16
+        and inputs.numel() >= _MANY_ROWS * inputs.shape[-1]
+        and is_plain(linear)
+        and not torch.is_autocast_enabled("cpu")
+        and not bfloat16_pays()
+    )
+
+
 def narrow(tensor: Tensor, linear: nn.Linear) -> Tensor:
     """The dtype that ``linear`` multiplies in, so that a bfloat16 matrix meets bfloat16 inputs. Under autocast it is cast
     here once for all the layers that read it, where autocast would cast it for each."""
     weight = linear.weight  # a quantized layer keeps integers, or a method of this name, and takes what it gets
-    return tensor.to(compute_dtype(weight)) if isinstance(weight, Tensor) and weight.is_floating_point() else tensor
+    if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        return tensor
+    return wide(tensor) if in_float32(linear, tensor) else tensor.to(compute_dtype(weight))
 
 
-def half_products() -> frozenset[torch.dtype]:
-    """Dtypes of half precision that oneDNN multiplies in on this processor, bias and GELU in the same call."""
-    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return frozenset()
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return frozenset(dtype for dtype, name in asked.items() if getattr(torch.ops.mkldnn, name, bool)())
-
-
-HALF_PRODUCTS = half_products()
-
-
-def can_fuse(linear: nn.Linear, inputs: Tensor) -> bool:
-    """Whether :func:`multiply` may leave the module aside, which may be quantized, adapted, hooked, offloaded or traced."""
-    return (
-        inputs.dtype in HALF_PRODUCTS
-        and not torch.is_grad_enabled()
-        and type(inputs) is Tensor
-        and type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and linear.weight.dtype == inputs.dtype
-        and linear.weight.device.type == inputs.device.type == "cpu"
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    )
-
-
-def multiply(linear: nn.Linear, inputs: Tensor, act: nn.Module | None = None) -> Tensor:
-    """(…, in) -> (…, out): ``linear``, and the activation after it. In half precision a CPU without gradients takes a sixth
-    less time where that is GELU: ``nn.Linear`` writes its bias into every row before the product."""
-    if not can_fuse(linear, inputs):
+def multiply(linear: nn.Linear, states: Tensor, act: nn.Module | None = None) -> Tensor:
+    """(…, in) -> (…, out): ``linear``, in the dtype that :func:`narrow` finds, and the activation after it. In half precision a
+    CPU without gradients takes a sixth less time where that is GELU: ``nn.Linear`` writes its bias into every row before the
+    product."""
+    inputs = narrow(states, linear)
+    if not is_plain(linear) or type(inputs) is not Tensor:
         return linear(inputs) if act is None else act(linear(inputs))
+    weight, bias, dtype = linear.weight, linear.bias, inputs.dtype
+    if dtype == torch.float32:
+        weight, bias = wide(weight), None if bias is None else wide(bias)
+        direct = inputs.numel() >= _MANY_ROWS * inputs.shape[-1] and onednn_pays()
+    else:
+        direct = dtype in ONEDNN_DTYPES and dtype == weight.dtype  # under autocast it is not
+    if not direct:
+        product = F.linear(inputs, weight, bias)
+        return product if act is None else act(product)
     fused = type(act) is GELUActivation and not (act._forward_hooks or act._forward_pre_hooks)
-    after, form = ("gelu", "none") if fused else ("none", "")
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, linear.weight, linear.bias, after, [], form)
+    product = by_onednn(inputs, weight, bias, gelu=fused)
     return product if act is None or fused else act(product)
 
 
@@ -143,20 +226,26 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-# Whether bfloat16 attention is faster by whole products, a few sequences at a time, than by torch's kernel, whose products are
-# small ones: they want a processor with AMX.
-WHOLE_PRODUCTS = hasattr(torch.cpu, "get_capabilities") and not torch.cpu.get_capabilities().get("amx_bf16", True)
-# Fewest scores for which that is so, and most at once, which stay in the cache: of 2**24 each may take twice as long.
+# Whether the processor lacks AMX (torch before 2.8 cannot tell), which the small products of torch's attention kernel want.
+WITHOUT_AMX = hasattr(torch.cpu, "get_capabilities") and not torch.cpu.get_capabilities().get("amx_bf16", True)
+# Fewest scores for which whole products are faster, and most at once, which stay in the cache: of 2**24 each may take twice as
+# long.
 _WHOLE_SCORES, _SCORES_AT_ONCE = 2**16, 2**21
 # What stands for 1 there, so that sums of powers up to 2**127 stay finite, and how small they may be to keep their digits.
 _ONE, _SMALLEST_SUM = 2.0**-40, 2.0**-100
+
+
+def whole_products_pay() -> bool:
+    """Whether large products make attention in bfloat16 faster than torch's kernel, whose products are small ones."""
+    return WITHOUT_AMX and bfloat16_pays()
 
 
 def in_whole_products(query: Tensor) -> bool:
     """Whether :func:`whole_attention_forward` is the fastest for queries (B, H, L, D) on this processor."""
     scores = query.shape[2] ** 2  # of a head
     enough = query.shape[0] * query.shape[1] * scores >= _WHOLE_SCORES
-    return WHOLE_PRODUCTS and query.dtype == torch.bfloat16 and enough and scores <= 2 * _SCORES_AT_ONCE
+    suited = query.dtype == torch.bfloat16 and enough and scores <= 2 * _SCORES_AT_ONCE
+    return suited and whole_products_pay()
 
 
 def whole_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -552,11 +641,11 @@ class MiniBertAttention(nn.Module):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D)
             context, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         context = context.reshape(hidden_states.shape)
-        return multiply(self.output, narrow(context, self.output)), weights
+        return multiply(self.output, context), weights
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """(…, C) -> queries, keys and values of all heads, three (…, C)."""
-        inputs = narrow(hidden_states, self.query)
+        inputs = narrow(hidden_states, self.query)  # once for all three
         return tuple(multiply(linear, inputs) for linear in (self.query, self.key, self.value))
 
 
@@ -619,7 +708,7 @@ class MiniBertPooler(nn.Module):
         else:
             mask = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # (B, L, 1)
             pooled = (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
-        return wide(self.act(self.dense(narrow(pooled, self.dense))))
+        return wide(multiply(self.dense, pooled, self.act))
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -853,17 +942,17 @@ class MiniBertLMHead(nn.Module):
 
     def transform(self, hidden_states: Tensor) -> Tensor:
         """What precedes the product with the words: (…, C) -> (…, C)."""
-        return self.norm(self.act(self.dense(narrow(hidden_states, self.dense))))
+        return self.norm(multiply(self.dense, hidden_states, self.act))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return wide(self.decoder(narrow(self.transform(hidden_states), self.decoder)))
+        return wide(multiply(self.decoder, self.transform(hidden_states)))
 
     def loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross entropies of (T, C) with ``labels`` (T,), without the logits in memory."""
         if hidden_states.device.type == "cpu":
             hidden_states = F.pad(hidden_states, (0, 0, 0, rounded(len(labels)) - len(labels)))
-        states, decoder = narrow(self.transform(hidden_states), self.decoder), self.decoder
-        return WordLoss.apply(states, narrow(decoder.weight, decoder), wide(decoder.bias), labels)
+        weight, dtype = self.decoder.weight, compute_dtype(self.decoder.weight)
+        return WordLoss.apply(self.transform(hidden_states).to(dtype), weight.to(dtype), wide(self.decoder.bias), labels)
 
 
 class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
@@ -971,7 +1060,7 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         loss, logits = self.predict_words(outputs.last_hidden_state, labels)
-        follows = wide(self.next_sentence(narrow(outputs.pooler_output, self.next_sentence)))  # (B, 2)
+        follows = wide(multiply(self.next_sentence, outputs.pooler_output))  # (B, 2)
         if next_sentence_label is not None:
             next_loss = F.cross_entropy(follows, next_sentence_label.view(-1))
             loss = next_loss if loss is None else loss + next_loss
@@ -998,7 +1087,7 @@ class MiniBertClassifierBase(MiniBertPreTrainedModel):
         self.post_init()
 
     def classify(self, states: Tensor) -> Tensor:
-        return wide(self.classifier(narrow(self.dropout(states), self.classifier)))
+        return wide(multiply(self.classifier, self.dropout(states)))
 
 
 class MiniBertForSequenceClassification(MiniBertClassifierBase):
@@ -1093,7 +1182,7 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
         outputs = self.minibert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        logits = wide(self.qa_outputs(narrow(outputs.last_hidden_state, self.qa_outputs)))  # (B, L, 2)
+        logits = wide(multiply(self.qa_outputs, outputs.last_hidden_state))  # (B, L, 2)
         if attention_mask is not None and attention_mask.dim() == 2:
             logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
         start_logits, end_logits = (x.contiguous() for x in logits.unbind(dim=-1))

@@ -1,4 +1,4 @@
-"""Matrices in the layout that oneDNN multiplies in, for models that only encode, in half precision on a CPU.
+"""Matrices in the layout that oneDNN multiplies in, for models that only encode, on a CPU.
 
 A product with a matrix as it is brings it into that layout at every call. Done once, and with queries, keys and values in one
 product, a query takes less time (``benchmarks/pieces.py`` has the products by themselves), and thousands of texts a little.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert import modeling_minibert
-from minibert.modeling_minibert import MiniBertModel
+from minibert.modeling_minibert import MiniBertModel, by_onednn
 
 _PROJECTIONS = ("query", "key", "value")
 
@@ -18,10 +18,9 @@ _PROJECTIONS = ("query", "key", "value")
 def block_weights(model: MiniBertModel) -> bool:
     """Lay out the matrices of all layers of ``model`` in place; whether that was possible here.
 
-    The model then gives the vectors it gave, up to rounding, but can neither be saved nor trained, nor leave the CPU. In
-    float32 it gains little, and oneDNN would keep a kernel for every number of rows where torch multiplies without.
+    The model then gives the vectors it gave, up to rounding, but can neither be saved nor trained, nor leave the CPU.
     """
-    if model.device.type != "cpu" or model.dtype not in modeling_minibert.HALF_PRODUCTS:
+    if model.device.type != "cpu" or model.dtype not in modeling_minibert.ONEDNN_DTYPES:
         return False
     model.requires_grad_(False)  # the products here have no backward
     for layer in model.layers:
@@ -59,12 +58,11 @@ class BlockedLinear(nn.Module):
         # No parameters: a blocked tensor has no storage to save or to move.
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.activation: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+        self.gelu = gelu
 
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.weight.dtype)  # autocast may have narrowed them
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, *self.activation)
-        return product
+        return by_onednn(inputs, self.weight, self.bias, self.gelu)
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("This model was laid out for encoding and cannot be saved; save the one it was made of.")

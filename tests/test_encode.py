@@ -321,7 +321,7 @@ def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monke
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_processor_without_the_instructions_computes_all_the_same(folders, dtype, monkeypatch):
-    monkeypatch.setattr(modeling_minibert, "HALF_PRODUCTS", frozenset())
+    monkeypatch.setattr(modeling_minibert, "ONEDNN_DTYPES", frozenset())
     encoder = Encoder(folders / "search-8x768", dtype=dtype)
     assert encoder.dtype == dtype and "matrices" not in encoder.choices
     exact = Encoder(folders / "search-8x768", dtype="float32").encode(TEXTS)
@@ -330,7 +330,7 @@ def test_a_processor_without_the_instructions_computes_all_the_same(folders, dty
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_attention_chosen_is_said(folders, whole, monkeypatch):
-    monkeypatch.setattr(modeling_minibert, "WHOLE_PRODUCTS", whole)
+    monkeypatch.setattr(modeling_minibert, "whole_products_pay", lambda: whole)
     said = {dtype: Encoder(folders / "search-8x768", dtype=dtype).choices.get("attention") for dtype in ("bfloat16", "float32")}
     assert said == {"bfloat16": "whole products, since this processor has no AMX" if whole else None, "float32": None}
 
@@ -340,15 +340,22 @@ def test_the_attention_chosen_is_said(folders, whole, monkeypatch):
     ("dtype", "tolerance"),
     [
         pytest.param(
+            "float32",
+            1e-5,
+            marks=pytest.mark.skipif(
+                torch.float32 not in modeling_minibert.ONEDNN_DTYPES, reason="oneDNN's own call is not here"
+            ),
+        ),
+        pytest.param(
             "float16",
             2e-3,
-            marks=pytest.mark.skipif(torch.float16 not in modeling_minibert.HALF_PRODUCTS, reason="processor without float16"),
+            marks=pytest.mark.skipif(torch.float16 not in modeling_minibert.ONEDNN_DTYPES, reason="processor without float16"),
         ),
         pytest.param(
             "bfloat16",
             2e-2,
             marks=pytest.mark.skipif(
-                torch.bfloat16 not in modeling_minibert.HALF_PRODUCTS, reason="processor without bfloat16"
+                torch.bfloat16 not in modeling_minibert.ONEDNN_DTYPES, reason="processor without bfloat16"
             ),
         ),
     ],
@@ -363,7 +370,7 @@ def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path,
     expected = opened.encode(TEXTS)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=tolerance)
     np.testing.assert_allclose(encoder.model.encode(TEXTS), expected, atol=tolerance)
-    with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+    with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == "float32" else getattr(torch, dtype)):
         assert np.isfinite(encoder.encode(TEXTS)).all()
     with pytest.raises(NotImplementedError, match="cannot be saved"):
         encoder.model.save(str(tmp_path / "again"))
@@ -373,8 +380,8 @@ def test_a_model_that_the_caller_opened_stays_as_it_is(folders):
     opened = assemble(folders / "search-8x768")
     before = {name: tensor.clone() for name, tensor in opened.state_dict().items()}
     assert "matrices" not in Encoder(opened).choices
-    assert "matrices" in Encoder(opened, dtype="bfloat16").choices  # a copy, which is ours
-    assert "matrices" not in Encoder(opened, dtype="float32").choices
+    for dtype in ("bfloat16", "float32"):  # a copy, which is ours
+        assert "matrices" in Encoder(opened, dtype=dtype).choices
     after = opened.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert opened[0].auto_model.pooler is not None
@@ -386,7 +393,7 @@ def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypa
     for linear in (query := model.layers[0].attention.query), (up := model.layers[1].mlp.up):
         linear.__class__ = adapted
     with monkeypatch.context() as patch:
-        patch.setattr(modeling_minibert, "HALF_PRODUCTS", frozenset())
+        patch.setattr(modeling_minibert, "ONEDNN_DTYPES", frozenset())
         assert not block_weights(model)
     assert not any(isinstance(module, BlockedLinear) for module in model.modules())
     ids = torch.arange(1, 9)[None]
@@ -432,15 +439,14 @@ def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkey
     assert seen == ["first"]
 
 
-@pytest.mark.parametrize(
-    ("able", "expected"),
-    [({"avx512_bf16": True, "avx2": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32"), ({}, "float32")],
-)
-def test_the_processor_decides_the_numbers(monkeypatch, able, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+@pytest.mark.parametrize(("half", "expected"), [(300.0, "bfloat16"), (110.0, "float32"), (50.0, "float32")])
+def test_the_faster_numbers_are_chosen_and_said(monkeypatch, half, expected):
+    """Faster by enough, since digits are given for it."""
+    monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 100.0, "bfloat16": half})
     assert choose_dtype("auto", "cpu:0") == choose_dtype("auto", "cpu")
     dtype, reason = choose_dtype("auto", "cpu")
-    assert dtype == expected and ("avx512_bf16" in reason) == (expected == "bfloat16")
+    assert dtype == expected and f"{half / 100:.1f} times as fast" in reason
+    assert choose_dtype("bfloat16", "cpu") == ("bfloat16", "as asked")
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,10 @@ def test_unpadded_equals_padded_backward(name, config, batch):
             torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_arithmetic_grows_with_real_tokens_only(model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # what oneDNN multiplies directly is counted, too
+def test_arithmetic_grows_with_real_tokens_only(model, dtype):
+    model.to(dtype)
+
     def flops(length, padding):
         ids = torch.ones(4, length + padding, dtype=torch.long)
         mask = torch.ones_like(ids)
@@ -435,17 +438,21 @@ def test_whole_products_are_for_many_scores_in_bfloat16_without_amx(monkeypatch)
     def chosen(shape, dtype=torch.bfloat16):
         return modeling_minibert.in_whole_products(torch.empty(shape, dtype=dtype))
 
-    monkeypatch.setattr(modeling_minibert, "WHOLE_PRODUCTS", True)
+    monkeypatch.setattr(modeling_minibert, "WITHOUT_AMX", True)
+    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: True)
     assert chosen((64, 12, 64, 32)) and chosen((1, 12, 512, 32)) and chosen((1, 12, 96, 32)) and chosen((1, 12, 2048, 32))
     assert not chosen((1, 12, 16, 32))  # a query
     assert not chosen((1, 12, 4096, 32))  # its scores leave the cache
     assert not chosen((64, 12, 64, 32), torch.float32) and not chosen((64, 12, 64, 32), torch.float16)
-    monkeypatch.setattr(modeling_minibert, "WHOLE_PRODUCTS", False)
+    monkeypatch.setattr(modeling_minibert, "WITHOUT_AMX", False)
+    assert not chosen((64, 12, 64, 32))
+    monkeypatch.setattr(modeling_minibert, "WITHOUT_AMX", True)
+    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)  # an Intel Xeon whose AMX its host keeps to itself
     assert not chosen((64, 12, 64, 32))
 
 
 half_products = pytest.mark.skipif(
-    torch.bfloat16 not in modeling_minibert.HALF_PRODUCTS, reason="oneDNN multiplies no half precision here"
+    torch.bfloat16 not in modeling_minibert.ONEDNN_DTYPES, reason="oneDNN multiplies no half precision here"
 )
 
 
@@ -492,17 +499,94 @@ def test_products_leave_to_the_module_what_only_it_can_do():
     replaced.forward = lambda inputs: inputs  # as Accelerate does to weights that are elsewhere
     half = inputs.bfloat16()
     with torch.no_grad():
-        assert modeling_minibert.can_fuse(plain.bfloat16(), half)
-        assert not any(modeling_minibert.can_fuse(one.bfloat16(), half) for one in (adapted, hooked, replaced))
-        assert not modeling_minibert.can_fuse(plain, inputs) and not modeling_minibert.can_fuse(plain, half.half())
+        assert modeling_minibert.is_plain(plain.bfloat16())
+        assert not any(modeling_minibert.is_plain(one.bfloat16()) for one in (adapted, hooked, replaced))
         without = torch.nn.functional.linear(half, hooked.weight, hooked.bias)
         assert (modeling_minibert.multiply(hooked, half) - without > 0.9).all()
-    assert not modeling_minibert.can_fuse(plain, half)  # gradients may be wanted
+    assert not modeling_minibert.is_plain(plain)  # gradients may be wanted
+
+
+@pytest.fixture
+def slow_bfloat16(monkeypatch):
+    """A processor that multiplies faster in float32 than in bfloat16."""
+    monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 300.0, "bfloat16": 150.0})
+
+
+def test_matrices_in_bfloat16_are_widened_where_that_is_faster(slow_bfloat16):
+    torch.manual_seed(0)
+    linear, few, many = torch.nn.Linear(24, 40).bfloat16(), torch.randn(2, 63, 24), torch.randn(2, 64, 24)
+    exact = torch.nn.functional.linear(many, linear.weight.float(), linear.bias.float())
+    with torch.no_grad():
+        assert modeling_minibert.narrow(few, linear).dtype == torch.bfloat16  # widening would cost more than it gains
+        inputs = modeling_minibert.narrow(many, linear)
+        assert inputs.dtype == torch.float32 and modeling_minibert.multiply(linear, inputs).equal(exact)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert modeling_minibert.narrow(many, linear).dtype == torch.bfloat16  # as asked
+        handle = linear.register_forward_hook(lambda module, inputs, output: output)
+        assert modeling_minibert.narrow(many, linear).dtype == torch.bfloat16  # the module gets what it multiplies
+        handle.remove()
+    assert modeling_minibert.narrow(many, linear).dtype == torch.bfloat16  # gradients may be wanted
+    assert linear.weight.dtype == torch.bfloat16
+
+
+def test_a_bfloat16_model_is_exact_where_it_is_computed_in_float32(model, slow_bfloat16, monkeypatch):
+    """Its numbers are those of a float32 model of the same weights, padding or not."""
+    half, exact = model.bfloat16(), copy.deepcopy(model).float()
+    ids = torch.randint(5, 60, (9, 30))
+    mask = (torch.arange(30) < torch.arange(14, 32, 2)[:, None]).long()
+    with torch.no_grad():
+        for unpad in (True, False):
+            half.config.unpad_inputs = unpad
+            found, expected = (one(ids, mask).last_hidden_state[mask.bool()] for one in (half, exact))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 150.0, "bfloat16": 300.0})
+        assert (half(ids, mask).last_hidden_state[mask.bool()] - expected).abs().max() > 3e-5
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_in_bfloat16_work_where_it_is_slow(name, config, batch, slow_bfloat16, monkeypatch):
+    monkeypatch.setattr(modeling_minibert, "_MANY_ROWS", 1)
+    torch.manual_seed(0)
+    head = getattr(minibert, name)(config).eval()
+    inputs = labels_for(name, {key: value[[0, 1, 2, 3, 4, 4]] for key, value in batch.items()})
+    with torch.no_grad():
+        exact, half = head(**inputs), head.bfloat16()(**inputs)
+        torch.testing.assert_close(half.loss, exact.loss, atol=5e-2, rtol=5e-2)
+        assert half.loss.dtype == head.train()(**inputs).loss.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.float32 not in modeling_minibert.ONEDNN_DTYPES, reason="oneDNN's own call is not here")
+@pytest.mark.parametrize("act", [None, GELUActivation(), torch.nn.ReLU()])
+def test_float32_is_left_to_onednn_where_that_is_faster(act, monkeypatch):
+    torch.manual_seed(0)
+    linear, few, many = torch.nn.Linear(24, 40), torch.randn(2, 63, 24), torch.randn(2, 64, 24)
+    exact = linear(many) if act is None else act(linear(many))
+    monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 150.0, "onednn": 290.0, "bfloat16": 170.0})
+    assert modeling_minibert.onednn_pays() and not modeling_minibert.bfloat16_pays()
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", None)
+        torch.testing.assert_close(modeling_minibert.multiply(linear, many, act), exact, atol=1e-6, rtol=1e-5)
+        half = copy.deepcopy(linear).bfloat16()  # slow here, too
+        found = modeling_minibert.multiply(half, modeling_minibert.narrow(many, half), act)
+        assert found.dtype == torch.float32 and torch.allclose(found, exact, atol=2e-2)
+        with pytest.raises(TypeError):  # few rows are torch's
+            modeling_minibert.multiply(linear, few, act)
+    monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 280.0, "onednn": 290.0, "bfloat16": 900.0})
+    assert not modeling_minibert.onednn_pays() and modeling_minibert.bfloat16_pays()
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(modeling_minibert, "by_onednn", None)
+        modeling_minibert.multiply(linear, many, act)
+
+
+def test_rates_are_measured_once():
+    rates = modeling_minibert.product_rates()
+    assert {"float32", "bfloat16"} <= set(rates) <= {"float32", "bfloat16", "onednn"} and min(rates.values()) > 0
+    assert modeling_minibert.product_rates() is rates
 
 
 def test_products_of_other_processors_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    assert modeling_minibert.half_products() == frozenset()
+    assert modeling_minibert.onednn_dtypes() == frozenset()
 
 
 @half_products
