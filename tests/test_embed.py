@@ -175,6 +175,12 @@ def test_options(run, tmp_path, fields):
     assert len(model) == (2 if fields.get("normalize") is False else 3)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU trains here")
+def test_float16_on_a_cpu_is_refused_before_anything_is_read(run):
+    with pytest.raises(ValueError, match="precision: fp16 needs a GPU; use bf16 or fp32"):
+        run(precision="fp16", data="nowhere.csv")
+
+
 def test_batches_of_one_source(run, folder, tmp_path, monkeypatch):
     (tmp_path / "other.csv").write_text(
         "query,answer\n" + "\n".join(f"{answer},{query}" for query, answer in PAIRS), encoding="utf-8"

@@ -281,6 +281,16 @@ def test_bfloat16_checkpointing_and_float32_in_a_row(tmp_path):
     torch.testing.assert_close(weights(tmp_path / "b"), weights(tmp_path / "c"), rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU trains here")
+@pytest.mark.parametrize(("half", "said"), [(50.0, True), (300.0, False)])
+def test_bfloat16_that_does_not_pay_is_said(tmp_path, monkeypatch, caplog, half, said):
+    monkeypatch.setattr(loop.modeling_minibert, "product_rates", lambda: {"float32": 100.0, "bfloat16": half})
+    for precision in ("fp32", "bf16"):
+        assert "does not pay" not in caplog.text
+        fit(tmp_path / precision, precision=precision, max_steps=1)
+    assert ("bf16 does not pay on this processor" in caplog.text) == said
+
+
 # ------------------------------------------------------------------------------------------- interruptions and refusals
 
 

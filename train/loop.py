@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from minibert import modeling_minibert
 from minibert.train import checkpoint
 from minibert.train.arguments import LoopArguments
 
@@ -904,6 +905,22 @@ def in_precision(arguments: LoopArguments) -> torch.autocast:
     return torch.autocast(processes().device.type, dtype=dtype, enabled=arguments.precision != "fp32")
 
 
+def check_precision(arguments: LoopArguments) -> None:
+    """Refuse half precision that this machine cannot train in; say so where it only takes longer.
+
+    Raises:
+        ValueError: for float16 on a CPU.
+    """
+    if processes().device.type != "cpu":
+        return
+    if arguments.precision == "fp16":
+        raise ValueError("precision: fp16 needs a GPU; use bf16 or fp32 on this machine.")
+    if arguments.precision == "bf16" and not modeling_minibert.bfloat16_pays() and processes().is_main_process:
+        logger.warning(
+            "precision: bf16 does not pay on this processor, which multiplies faster in float32; use precision: fp32."
+        )
+
+
 def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     available = {tracker.name for tracker in get_available_trackers()}
     if unknown := sorted(set(arguments.trackers) - available):
@@ -912,8 +929,7 @@ def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     # One Accelerator per stage, and the next stage may want another precision: forget the settings, keep the processes.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    if arguments.precision == "fp16" and processes().device.type == "cpu":
-        raise ValueError("precision: fp16 needs a GPU; use bf16 or fp32 on this machine.")
+    check_precision(arguments)
     accelerator = Accelerator(
         cpu=processes().device.type == "cpu",
         mixed_precision={"fp32": "no"}.get(arguments.precision, arguments.precision),
