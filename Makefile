@@ -25,8 +25,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	$(BIN)/minibert quickstart
 
+# A process for each core, up to four; the tests of one file stay together, since they share what the first of them makes.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The editable install is invisible to the type checker; a link gives it the package under its own name.
 lint: $(INSTALLED)

@@ -72,13 +72,13 @@ def test_sigterm_ends_the_processes_that_tokenize(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "texts.jsonl").write_text('{"text": "a cat sat. it slept!"}\n' * 2000)
     script = f"""
-import time
+import os, time
 from transformers import AutoTokenizer
 from minibert.data import corpus
 from minibert.data.source import DataSource
 
 def never(batch, **_):
-    print("at work", flush=True)
+    os.write(1, b"at work\\n")  # at once, where two that print could mix their lines
     time.sleep(100)
 
 if __name__ == "__main__":
