@@ -6,7 +6,8 @@ Letters in shape comments: B batch, L length (padded), T real tokens of the whol
 D head width, V vocabulary. A tensor of shape (…, C) is either (B, L, C), padded, or (T, C), packed: every block below
 works on both, and only attention needs to know which tokens belong together.
 
-A first reading may go from here to "positions", "blocks" and "model", and come back to "packing" for how padding is left out.
+A first reading may go from here to "positions", "blocks" and "model", and come back to "products" and "dropout and attention"
+for how a CPU computes them fast, and to "packing" for how padding is left out.
 """
 
 import math
@@ -54,6 +55,9 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+# -------------------------------------------------------------------------------------------------------- products
+
+
 def onednn_dtypes() -> frozenset[torch.dtype]:
     """Dtypes that oneDNN multiplies in on this processor, with bias and GELU in the same call."""
     if platform.machine() not in ("x86_64", "AMD64") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -77,11 +81,10 @@ def by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = 
 def product_rates() -> dict[str, float]:
     """Billion operations per second of a product of a few hundred rows on this CPU, as torch multiplies in ``float32`` and
     ``bfloat16``, and as oneDNN does in float32 (``onednn``): the fastest of several in turns, timed once in a process, which
-    takes some 20 ms.
+    takes some tens of milliseconds.
 
-    What a processor is called, or has instructions for, does not tell. An Intel Xeon whose host keeps AMX to itself has those
-    for bfloat16 and takes twice as long with them as in float32; torch's own float32 products (MKL) leave half of the width of
-    another maker's processor unused.
+    What a processor has instructions for does not tell: an Intel Xeon whose host keeps AMX to itself has those for bfloat16,
+    and takes twice as long with them as in float32. Nor is MKL, by which torch multiplies in float32, made for every maker's.
     """
     rows, width, outputs = 256, 384, 768
     made = {"device": "cpu", "dtype": torch.float32}
@@ -110,10 +113,10 @@ def bfloat16_pays() -> bool:
 
 
 def onednn_pays() -> bool:
-    """Whether oneDNN is clearly the faster in float32. Otherwise torch keeps its own products, which need no kernel for each
-    number of rows."""
+    """Whether oneDNN is so much faster in float32 that every process finds it so: the two round differently. Otherwise torch
+    keeps its own products, which need no kernel for each number of rows."""
     rates = product_rates()
-    return rates.get("onednn", 0.0) > 1.15 * rates["float32"]
+    return rates.get("onednn", 0.0) > 1.3 * rates["float32"]
 
 
 def is_watched() -> bool:
@@ -188,6 +191,9 @@ def multiply(linear: nn.Linear, states: Tensor, act: nn.Module | None = None) ->
 def add(hidden_states: Tensor, update: Tensor) -> Tensor:
     """Their sum in float32: a CPU takes twice as long to add tensors of two dtypes as to widen one first."""
     return hidden_states + update if update.dtype == hidden_states.dtype else update.to(hidden_states.dtype).add_(hidden_states)
+
+
+# ------------------------------------------------------------------------------------------- dropout and attention
 
 
 def drop(states: Tensor, probability: float) -> Tensor:

@@ -13,6 +13,12 @@ def benchmarks() -> None:
     """Measure MiniBERT beside its peers, in one run, on one machine."""
 
 
+def _check_apart(model: Path, work: Path) -> None:
+    """Refuse a folder for converted models in which that of ``model`` would be the model itself."""
+    if (work / model.name).resolve() == model.resolve():
+        raise typer.BadParameter(f"--work {work} would put files into the model's own folder {model}; name another.")
+
+
 @app.command()
 def train(
     data: Annotated[Path, typer.Option(help="Folder with the data sets named in benchmarks/train.py, one folder each.")],
@@ -216,6 +222,7 @@ def encode(
 
     if width % 64:
         raise typer.BadParameter(f"--width {width} is no multiple of 64, the width of a head.")
+    _check_apart(model, work)
     shape = (layers, width) if layers else None
     run(model, out, work, shape=shape, texts=texts, limit=limit, batch_size=batch_size, repeats=repeats, peers=peers)
     draw(out, out.with_suffix(".png"))
@@ -239,6 +246,7 @@ def latency(
     """
     from benchmarks.latency import run
 
+    _check_apart(model, work)
     run(model, out, work, queries=queries, starts=starts, texts=texts, limit=limit)
 
 

@@ -95,18 +95,19 @@ def run(
             other.ask(open=backend)
             systems[f"sentence-transformers, {backend}"] = _peer(other, backend, folder, passages, batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in systems}
-    rates: list[float] = []
+    rates: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     vectors: dict[str, np.ndarray] = {}
     for number in range(repeats + 1):
         for name, system in systems.items():
             took, vectors[name] = system(passages)
             if number:
                 seconds[name].append(took)
-        rates.append(product_rate(results["texts"]["width"]))
+        for dtype, found in rates.items():
+            found.append(product_rate(results["texts"]["width"], getattr(torch, dtype)))
     if other is not None:
         other.close()
-    results["bfloat16_product_gflops"] = round(statistics.median(rates[1:]), 1)
-    results["systems"] = _rows(seconds, vectors, results["texts"], results["bfloat16_product_gflops"])
+    results["product_gflops"] = {dtype: round(statistics.median(found[1:]), 1) for dtype, found in rates.items()}
+    results["systems"] = _rows(seconds, vectors, results["texts"], max(results["product_gflops"].values()))
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     _table(results)
 
@@ -217,9 +218,9 @@ def _peer(peers: Peers, backend: str, work: Path, passages: list[str], batch_siz
     return system
 
 
-def product_rate(width: int) -> float:
-    """Billion operations per second of the bfloat16 product that a layer's first MLP matrix is, for 4,096 tokens."""
-    states, weight = torch.randn(4096, width).bfloat16(), torch.randn(4 * width, width).bfloat16()
+def product_rate(width: int, dtype: torch.dtype) -> float:
+    """Billion operations per second of the product that a layer's first MLP matrix is, for 4,096 tokens."""
+    states, weight = torch.randn(4096, width).to(dtype), torch.randn(4 * width, width).to(dtype)
     with torch.inference_mode():
         for _ in range(3):
             F.linear(states, weight)
@@ -253,7 +254,8 @@ def _rows(
 def _table(results: dict[str, Any]) -> None:
     texts = results["texts"]
     print(f"{texts['number']} texts, mean {texts['mean_tokens']} tokens; {results['machine']['processor']}, ", end="")
-    print(f"{results['machine']['threads']} threads; product rate {results['bfloat16_product_gflops']:.0f} GFLOP/s")
+    rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in results["product_gflops"].items())
+    print(f"{results['machine']['threads']} threads; product rate {rates}, the faster of which shares refer to")
     print(f"{'':52}{'texts/s':>9}{'slowest':>9}{'fastest':>9}{'times':>7}{'of rate':>9}{'cos worst':>11}{'mean':>10}")
     for name, row in results["systems"].items():
         low, high = row["slowest_and_fastest"]

@@ -18,7 +18,7 @@ from transformers.activations import GELUActivation
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertModel
 from minibert.inference.onednn import BlockedLinear
-from minibert.modeling_minibert import Packing, WordLoss, drop, multiply, whole_attention_forward
+from minibert.modeling_minibert import Packing, WordLoss, drop, multiply, product_rates, whole_attention_forward
 from minibert.train.loop import keep_memory
 
 
@@ -26,7 +26,13 @@ def run(out: Path, *, repeats: int) -> None:
     """Time each pair of pieces, interleaved; print medians in milliseconds and write ``out``."""
     torch.manual_seed(0)
     results = {"benchmark": "pieces", "machine": describe(), "repeats": repeats, "milliseconds": {}}
-    pairs = {**_dropout(), **_attention(), **_half_attention(), **_encoding_attention(), **_powers(), **_word_loss(), **_mlps()}
+    pieces = (_dropout, _attention, _half_attention, _encoding_attention, _powers, _word_loss, _products, _mlps)
+    pairs = {name: pair for piece in pieces for name, pair in piece().items()}
+    started = time.perf_counter()
+    results["product_gflops"] = {name: round(rate, 1) for name, rate in product_rates().items()}
+    results["product_gflops_measured_in_ms"] = round(1000 * (time.perf_counter() - started), 1)
+    rates = ", ".join(f"{rate:.0f} in {name}" for name, rate in results["product_gflops"].items())
+    print(f"GFLOP/s: {rates}; measured in {results['product_gflops_measured_in_ms']} ms")
     for name, pair in pairs.items():
         seconds: dict[str, list[float]] = {side: [] for side in pair}
         for _ in range(repeats + 2):
@@ -156,6 +162,25 @@ def _attention() -> dict[str, dict[str, Callable[[], None]]]:
             "minibert": _backward(lambda x, p=dropout: packing.attend(x, x, x, p, 0.125), packed),
             "torch": _backward(lambda x, p=dropout: F.scaled_dot_product_attention(x, x, x, mask, p, scale=0.125), padded),
         }
+    return pieces
+
+
+def _products() -> dict[str, dict[str, Callable[[], None]]]:
+    """One product of 4,096 rows without gradients, where this processor decides how it is computed."""
+    pieces = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        linear, states = nn.Linear(384, 1536).to(dtype), torch.randn(4096, 384)
+
+        @torch.no_grad()
+        def ours(linear: nn.Linear = linear, states: Tensor = states) -> None:
+            multiply(linear, states)
+
+        @torch.no_grad()
+        def theirs(linear: nn.Linear = linear, states: Tensor = states) -> None:
+            linear(states.to(linear.weight.dtype))
+
+        name = str(dtype).removeprefix("torch.")
+        pieces[f"product of 4,096 rows, matrix in {name}"] = {"minibert": ours, "torch": theirs}
     return pieces
 
 

@@ -110,7 +110,10 @@ class LoopArguments(Arguments):
     )
     decay_ratio: float = Field(0.1, gt=0, le=1, description="Share of the steps over which wsd decays.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them alone.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Arithmetic of forward and backward passes.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="Arithmetic of forward and backward passes. On a processor that is slow in bfloat16 the run says so.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     fsdp: bool = Field(
