@@ -87,16 +87,15 @@ def product_rates() -> dict[str, float]:
     and takes twice as long with them as in float32. Nor is MKL, by which torch multiplies in float32, made for every maker's.
     """
     rows, width, outputs = 256, 384, 768
-    made = {"device": "cpu", "dtype": torch.float32}
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        wide_pair = torch.ones(rows, width, **made), torch.ones(outputs, width, **made)
-        half_pair = [tensor.bfloat16() for tensor in wide_pair]
+        states, weight = (torch.ones(size, width, dtype=torch.float32, device="cpu") for size in (rows, outputs))
+        half_states, half_weight = states.bfloat16(), weight.bfloat16()
         ways: dict[str, Callable[[], Tensor]] = {
-            "float32": lambda: F.linear(*wide_pair),
-            "bfloat16": lambda: F.linear(*half_pair),
+            "float32": lambda: F.linear(states, weight),
+            "bfloat16": lambda: F.linear(half_states, half_weight),
         }
         if torch.float32 in ONEDNN_DTYPES:
-            ways["onednn"] = lambda: by_onednn(*wide_pair, None)
+            ways["onednn"] = lambda: by_onednn(states, weight, None)
         seconds = dict.fromkeys(ways, math.inf)
         for _ in range(6):  # the first of which prepares
             for name, way in ways.items():
@@ -174,7 +173,9 @@ def multiply(linear: nn.Linear, states: Tensor, act: nn.Module | None = None) ->
     inputs = narrow(states, linear)
     if not is_plain(linear) or type(inputs) is not Tensor:
         return linear(inputs) if act is None else act(linear(inputs))
-    weight, bias, dtype = linear.weight, linear.bias, inputs.dtype
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
+    dtype = inputs.dtype
     if dtype == torch.float32:
         weight, bias = wide(weight), None if bias is None else wide(bias)
         direct = inputs.numel() >= _MANY_ROWS * inputs.shape[-1] and onednn_pays()
