@@ -143,7 +143,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 # Rows from which it matters how a CPU multiplies them: fewer take what reading, or widening, the matrix takes.
-_MANY_ROWS = 128
+_MANY_ROWS = 64
 
 
 def in_float32(linear: nn.Linear, inputs: Tensor) -> bool:
