@@ -79,16 +79,16 @@ def by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = 
 
 @cache
 def product_rates() -> dict[str, float]:
-    """Billion operations per second of a product of a few hundred rows on this CPU, as torch multiplies in ``float32`` and
-    ``bfloat16``, and as oneDNN does in float32 (``onednn``): the fastest of several in turns, timed once in a process, which
-    takes some tens of milliseconds.
+    """Billion operations per second of a product of a thousand rows on this CPU (of few, laying out the matrix would count), as
+    torch multiplies in ``float32`` and ``bfloat16``, and as oneDNN does in float32 (``onednn``): the fastest of several in
+    turns, timed once in a process, which takes some tens of milliseconds.
 
     What a processor has instructions for does not tell: an Intel Xeon whose host keeps AMX to itself has those for bfloat16,
     and takes twice as long with them as in float32. Nor is MKL, by which torch multiplies in float32, made for every maker's.
     """
-    rows, width, outputs = 256, 384, 768
+    rows, width = 1024, 384
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        states, weight = (torch.ones(size, width, dtype=torch.float32, device="cpu") for size in (rows, outputs))
+        states, weight = (torch.ones(size, width, dtype=torch.float32, device="cpu") for size in (rows, width))
         half_states, half_weight = states.bfloat16(), weight.bfloat16()
         ways: dict[str, Callable[[], Tensor]] = {
             "float32": lambda: F.linear(states, weight),
@@ -97,12 +97,12 @@ def product_rates() -> dict[str, float]:
         if torch.float32 in ONEDNN_DTYPES:
             ways["onednn"] = lambda: by_onednn(states, weight, None)
         seconds = dict.fromkeys(ways, math.inf)
-        for _ in range(6):  # the first of which prepares
+        for _ in range(5):  # the first of which prepares
             for name, way in ways.items():
                 started = time.perf_counter()
                 way()
                 seconds[name] = min(seconds[name], time.perf_counter() - started)
-    return {name: 2e-9 * rows * width * outputs / took for name, took in seconds.items()}
+    return {name: 2e-9 * rows * width**2 / took for name, took in seconds.items()}
 
 
 def bfloat16_pays() -> bool:
@@ -150,8 +150,8 @@ def in_float32(linear: nn.Linear, inputs: Tensor) -> bool:
     """Whether ``inputs`` are multiplied in float32 though the matrix is kept in bfloat16: faster here, and more exact."""
     return (
         linear.weight.dtype == torch.bfloat16
+        and is_plain(linear)  # before shapes are looked at, which would bind what is compiled to them
         and inputs.numel() >= _MANY_ROWS * inputs.shape[-1]
-        and is_plain(linear)
         and not torch.is_autocast_enabled("cpu")
         and not bfloat16_pays()
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import GELUActivation
 
@@ -528,6 +529,15 @@ def test_matrices_in_bfloat16_are_widened_where_that_is_faster(slow_bfloat16):
         handle.remove()
     assert modeling_minibert.narrow(many, linear).dtype == torch.bfloat16  # gradients may be wanted
     assert linear.weight.dtype == torch.bfloat16
+
+
+def test_what_is_compiled_does_not_depend_on_how_many_rows_are_widened(slow_bfloat16):
+    linear, counter = torch.nn.Linear(24, 40).bfloat16(), CompileCounter()
+    compiled = torch.compile(lambda states: modeling_minibert.multiply(linear, states), backend=counter, dynamic=True)
+    with torch.no_grad():
+        for rows in (31, 200, 900):
+            assert compiled(torch.randn(rows, 24)).dtype == torch.bfloat16
+    assert counter.frame_count == 1
 
 
 def test_a_bfloat16_model_is_exact_where_it_is_computed_in_float32(model, slow_bfloat16, monkeypatch):
