@@ -73,7 +73,7 @@ ONEDNN_DTYPES = onednn_dtypes()
 def by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """(…, in) -> (…, out): the product by oneDNN's own call. ``weight`` may be laid out for it."""
     after, form = ("gelu", "none") if gelu else ("none", "")
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, after, [], form)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, after, [], form)
     return product
 
 
@@ -445,12 +445,13 @@ class Packing:
         """Packed ecosystem input: one row that holds the sequences between the bounds ``cu_seqlens``."""
         if cu_seqlens.device.type != "cpu":
             return cls(None, None, cu_seqlens, max_length)
-        lengths, order = torch.sort(cu_seqlens.diff(), stable=True)
-        if bool((order.diff() > 0).all()):  # sorted already: every row is in place
-            return cls(None, lengths.tolist(), None, max_length)
         bounds = cu_seqlens.tolist()
-        indices = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order.tolist()])
-        return cls(indices, lengths.tolist(), None, max_length)
+        lengths = [end - start for start, end in pairwise(bounds)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        indices = None  # of rows that are in place
+        if order != list(range(len(lengths))):
+            indices = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order])
+        return cls(indices, [lengths[i] for i in order], None, max_length)
 
     def blocks(self, tokens: int) -> "list[Packing]":
         """The same sequences in blocks of at most so many tokens, nearly equal; a longer sequence is a block of its own."""
@@ -480,7 +481,10 @@ class Packing:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         """Attention of every sequence with itself: three (T, H, D) -> (T, H, D)."""
         if self.cu_seqlens is None:
-            return self._attend_runs(query, key, value, dropout, scaling)
+            if not torch.is_autocast_enabled("cpu"):
+                return self._attend_runs(query, key, value, dropout, scaling)
+            with torch.autocast("cpu", enabled=False):  # whose dtype is that of the queries already
+                return self._attend_runs(query, key, value, dropout, scaling)
         half = query.dtype in (torch.bfloat16, torch.float16)
         if varlen_attn is not None and half and dropout == 0.0:
             bounds, longest = self.cu_seqlens, self.max_length
@@ -489,34 +493,40 @@ class Packing:
         return self._attend_padded(query, key, value, dropout, scaling)
 
     def _attend_runs(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
-        sizes = [count * length for count, length in self.runs]
         # torch's CPU kernel has no dropout, and its backward is slow in half precision. Spelled out, large products are
         # fastest in half precision and small ones in float32 (see benchmarks/pieces.py).
-        dtype, outputs = query.dtype, []
-        scores = query.shape[1] * sum(count * length**2 for count, length in self.runs)
-        large = dtype in (torch.bfloat16, torch.float16) and scores >= _LARGE_SCORES * len(self.runs)
-        training = torch.is_grad_enabled() and query.requires_grad
-        if training and not large:
-            query, key, value = wide(query), wide(key), wide(value)
+        dtype, training = query.dtype, torch.is_grad_enabled() and query.requires_grad
+        spelled_out = dropout > 0.0
+        if training:
+            scores = query.shape[1] * sum(count * length**2 for count, length in self.runs)
+            if dtype in (torch.bfloat16, torch.float16) and scores >= _LARGE_SCORES * len(self.runs):
+                spelled_out = True
+            else:
+                query, key, value = wide(query), wide(key), wide(value)
+
+        def attend(run: tuple[int, int], mask: Tensor | None, *qkv: Tensor) -> Tensor:
+            q, k, v = (x.view(*run, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (count, H, length, D)
+            if spelled_out:
+                bias = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+                context, _ = eager_attention_forward(None, q, k, v, bias, scaling, dropout)  # (count, length, H, D)
+            elif not training and in_whole_products(q):
+                context = whole_attention_forward(q, k, v, mask, scaling)
+            else:
+                context = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2)
+            return context.flatten(0, 1)  # (count * length, H, D)
+
         if self.slots is not None:
             query, key, value = (Spread.apply(x, self.slots, self.sources) for x in (query, key, value))
-        # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
-        parts = zip(self.runs, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
-        with torch.autocast("cpu", enabled=False):
-            for number, ((count, length), mask, *qkv) in enumerate(parts, start=1):
-                if self.extra and number == len(self.runs):
-                    outputs.append(qkv[2])  # anything will do for rows without a meaning
-                    continue
-                q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)
-                if dropout or (training and large):
-                    bias = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
-                    context, _ = eager_attention_forward(None, q, k, v, bias, scaling, dropout)  # (count, length, H, D)
-                elif not training and in_whole_products(q):
-                    context = whole_attention_forward(q, k, v, mask, scaling)
-                else:
-                    context = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2)
-                outputs.append(context.flatten(0, 1))  # (count * length, H, D)
-        context = outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else query
+        if len(self.runs) == 1:
+            context = attend(self.runs[0], self.masks[0], query, key, value)
+        elif self.runs:
+            # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
+            sizes = [count * length for count, length in self.runs]
+            parts = list(zip(self.runs, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True))
+            rest = [parts.pop()[4]] if self.extra else []  # anything will do for rows without a meaning
+            context = torch.cat([attend(*part) for part in parts] + rest)
+        else:
+            context = query
         return (context if self.slots is None else Collect.apply(context, self.slots)).to(dtype)
 
     def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
@@ -841,6 +851,17 @@ class MiniBertModel(MiniBertPreTrainedModel):
             padded = block.unpack(states, padded)
         assert padded is not None
         return padded.view(batch, length, -1)
+
+    def forward_packed(self, input_ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:
+        """What :meth:`forward` makes of sequences laid end to end, for callers who know them: ids and positions (T,) ->
+        ``last_hidden_state`` (T, C).
+
+        Raises:
+            ValueError: an id that is not in the vocabulary (checked on the CPU only).
+        """
+        given = (input_ids[None], None, position_ids[None], None)
+        self._check_inputs(given[0], given[2], None)
+        return self._packed(given, packing, 1, len(input_ids))[0]
 
     def _can_pack(self, inputs: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
         """Whether only real tokens are computed: not where every padded position must exist or shapes must be static."""

@@ -17,7 +17,7 @@ from transformers.activations import GELUActivation
 
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertModel
-from minibert.inference.onednn import BlockedLinear
+from minibert.inference.layers import LaidOutLinear
 from minibert.modeling_minibert import Packing, WordLoss, drop, multiply, product_rates, whole_attention_forward
 from minibert.train.loop import keep_memory
 
@@ -186,10 +186,10 @@ def _products() -> dict[str, dict[str, Callable[[], None]]]:
 
 def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
     """The MLPs of six layers of width 384, without gradients, for the rows of one query and of a full batch: as modules' own
-    matrices are multiplied, and laid out once for it."""
+    matrices are multiplied, and laid out once for it; of a query in float32, also by copies in float16."""
     pieces, act = {}, GELUActivation()
     linears = [(nn.Linear(384, 1536).bfloat16(), nn.Linear(1536, 384).bfloat16()) for _ in range(6)]
-    blocked = [(BlockedLinear(up, gelu=True), BlockedLinear(down)) for up, down in linears]
+    blocked = [(LaidOutLinear(up, gelu=True), LaidOutLinear(down)) for up, down in linears]
     for rows in (12, 4096):
         states = torch.randn(rows, 384).bfloat16()
 
@@ -209,6 +209,22 @@ def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
 
         pieces[f"6 MLPs of {rows} rows, bfloat16"] = {"minibert": own, "torch": theirs}
         pieces[f"6 MLPs of {rows} rows, laid out"] = {"minibert": laid_out, "torch": theirs}
+    exact = [(nn.Linear(384, 1536), nn.Linear(1536, 384)) for _ in range(6)]
+    for halve, how in ((False, "laid out"), (True, "float16 copies")):
+        ready = [(LaidOutLinear(up, gelu=True, halve=halve), LaidOutLinear(down, halve=halve)) for up, down in exact]
+        query = torch.randn(12, 384)
+
+        @torch.no_grad()
+        def ours(ready: list[tuple[LaidOutLinear, LaidOutLinear]] = ready, query: Tensor = query) -> None:
+            for up, down in ready:
+                down(up(query))
+
+        @torch.no_grad()
+        def torchs(query: Tensor = query) -> None:
+            for up, down in exact:
+                down(F.gelu(up(query)))
+
+        pieces[f"6 MLPs of 12 rows, float32, {how}"] = {"minibert": ours, "torch": torchs}
     return pieces
 
 

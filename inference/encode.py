@@ -33,9 +33,9 @@ from tqdm.auto import tqdm
 
 from minibert import modeling_minibert
 from minibert.data.load import is_unicode
+from minibert.inference.layers import can_halve, lay_out
 from minibert.inference.load import load
-from minibert.inference.onednn import block_weights
-from minibert.modeling_minibert import MiniBertModel, cut_evenly
+from minibert.modeling_minibert import MiniBertModel, Packing, cut_evenly
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A window: texts tokenized and sorted by length together. More of them find more of equal length.
@@ -180,8 +180,10 @@ class Encoder:
             owned = self.model is not model  # what a caller opened stays as it is
             if owned:
                 _encoder_of(self.model).pooler = None  # computed for nobody: vectors are pooled from the tokens
-            if owned and block_weights(_encoder_of(self.model)):
-                self.choices["matrices"] = "laid out for oneDNN"
+            if owned and lay_out(_encoder_of(self.model), halve=dtype == "auto"):
+                half = dtype == "auto" and can_halve(getattr(torch, self.dtype))
+                also = ", and in float16 for queries, which take as long as reading them does" if half else ""
+                self.choices["matrices"] = "laid out for oneDNN" + also
             if self.model.device.type == "cpu" and self.dtype == "bfloat16" and modeling_minibert.whole_products_pay():
                 self.choices["attention"] = "whole products, since this processor has no AMX"
 
@@ -281,33 +283,33 @@ class Encoder:
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
         """(count, dimension): the vectors of a window, from its batches. A text without a token gets zeros."""
-        vectors = torch.zeros(count, self.dimension, device=self.model.device)
+        device = self.model.device
+        vectors = torch.zeros(count, self.dimension, device=device)
         for batch in batches:
-            with _turn(str(vectors.device), os.getpid()):
-                vectors[torch.from_numpy(batch.rows).to(vectors.device)] = self._vectors(batch)
+            with _turn(str(device), os.getpid()):
+                vectors.index_copy_(0, torch.from_numpy(batch.rows).to(device), self._vectors(batch))
         if self.normalized:
             vectors = F.normalize(vectors, dim=-1)
         return vectors.cpu().numpy()
 
-    @torch.inference_mode()
     def _vectors(self, batch: Batch) -> Tensor:
         """(texts, C): the pooled vectors of one batch."""
-        device = self.model.device
-        lengths = torch.from_numpy(batch.lengths)
-        bounds = F.pad(lengths.cumsum(0), (1, 0))
-        positions = torch.arange(len(batch.ids)) - bounds[:-1].repeat_interleave(lengths)
-        bounds = bounds.to(device)
-        encoder, pooling = _encoder_of(self.model), self.model[1]
-        hidden: Tensor = encoder(
-            input_ids=torch.from_numpy(batch.ids)[None].to(device),
-            position_ids=positions[None].to(device),
-            cu_seq_lens_q=bounds.int(),
-            max_length_q=int(batch.lengths[-1]),
-        ).last_hidden_state[0]  # (T, C)
-        if pooling.pooling_mode == "cls":
-            return hidden[bounds[:-1]]
+        device, lengths = self.model.device, batch.lengths
+        starts = lengths.cumsum() - lengths
+        ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(np.arange(len(batch.ids)) - starts.repeat(lengths))
+        bounds = None  # which a CPU does not need
+        if device.type != "cpu":
+            ids, positions = ids.to(device), positions.to(device)
+            bounds = torch.from_numpy(np.append(starts, len(batch.ids))).to(device, torch.int32)
+        packing = Packing(None, lengths.tolist() if bounds is None else None, bounds, int(lengths[-1]))
+        hidden: Tensor = _encoder_of(self.model).forward_packed(ids, positions, packing)  # (T, C)
+        first = torch.from_numpy(starts).to(device)
+        if self.model[1].pooling_mode == "cls":
+            return hidden[first]
+        if len(lengths) == 1:
+            return hidden.mean(dim=0, keepdim=True)
         rows = torch.arange(len(hidden), device=device)
-        return F.embedding_bag(rows, hidden, bounds[:-1], mode="mean")  # the fastest mean of pieces that torch has
+        return F.embedding_bag(rows, hidden, first, mode="mean")  # the fastest mean of pieces that torch has
 
 
 @cache

@@ -1,5 +1,6 @@
 """minibert.encode: the same vectors as sentence-transformers, whatever the batches, and what is left to it."""
 
+import copy
 import gc
 import os
 import threading
@@ -20,9 +21,9 @@ import minibert
 from minibert import MiniBertConfig, MiniBertModel, modeling_minibert, train_word_level, train_wordpiece
 from minibert.inference import encode as module
 from minibert.inference.encode import Encoder, choose_dtype, cut_windows, encode
+from minibert.inference.layers import LaidOutLayer, LaidOutLinear, can_halve, lay_out
 from minibert.inference.load import load
-from minibert.inference.onednn import BlockedLinear, block_weights
-from minibert.modeling_minibert import rounded
+from minibert.modeling_minibert import MiniBertLayer, Packing, rounded
 
 WORDS = [
     "the",
@@ -335,17 +336,14 @@ def test_the_attention_chosen_is_said(folders, whole, monkeypatch):
     assert said == {"bfloat16": "whole products, since this processor has no AMX" if whole else None, "float32": None}
 
 
+needs_onednn = pytest.mark.skipif(torch.float32 not in modeling_minibert.ONEDNN_DTYPES, reason="oneDNN's own call is not here")
+
+
 @pytest.mark.parametrize("name", ["search-8x768", "modern-6x384"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
-        pytest.param(
-            "float32",
-            1e-5,
-            marks=pytest.mark.skipif(
-                torch.float32 not in modeling_minibert.ONEDNN_DTYPES, reason="oneDNN's own call is not here"
-            ),
-        ),
+        pytest.param("float32", 1e-5, marks=needs_onednn),
         pytest.param(
             "float16",
             2e-3,
@@ -360,13 +358,13 @@ def test_the_attention_chosen_is_said(folders, whole, monkeypatch):
         ),
     ],
 )
-def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path, name, dtype, tolerance):
+def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path, monkeypatch, name, dtype, tolerance):
+    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: True)
     opened = assemble(folders / name)
     opened.save(str(tmp_path / name))
     encoder = Encoder(tmp_path / name, dtype=dtype)
     assert encoder.choices["matrices"] == "laid out for oneDNN" and "matrices" in encoder.explain()
-    matrices = [module for module in encoder.model[0].auto_model.layers.modules() if isinstance(module, torch.nn.Linear)]
-    assert not matrices and any(isinstance(module, BlockedLinear) for module in encoder.model.modules())
+    assert all(type(layer) is LaidOutLayer for layer in encoder.model[0].auto_model.layers)
     expected = opened.encode(TEXTS)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=tolerance)
     np.testing.assert_allclose(encoder.model.encode(TEXTS), expected, atol=tolerance)
@@ -376,8 +374,9 @@ def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path,
         encoder.model.save(str(tmp_path / "again"))
 
 
-def test_a_model_that_the_caller_opened_stays_as_it_is(folders):
+def test_a_model_that_the_caller_opened_stays_as_it_is(folders, monkeypatch):
     opened = assemble(folders / "search-8x768")
+    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: True)
     before = {name: tensor.clone() for name, tensor in opened.state_dict().items()}
     assert "matrices" not in Encoder(opened).choices
     for dtype in ("bfloat16", "float32"):  # a copy, which is ours
@@ -387,25 +386,90 @@ def test_a_model_that_the_caller_opened_stays_as_it_is(folders):
     assert opened[0].auto_model.pooler is not None
 
 
+@needs_onednn
 def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypatch):
-    model = MiniBertModel.from_pretrained(folders / "search-8x768", dtype="bfloat16").eval()
+    model = MiniBertModel.from_pretrained(folders / "search-8x768").eval()
+    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)
+    assert not lay_out(copy.deepcopy(model).bfloat16())  # which is computed in float32
     adapted = type("Adapted", (torch.nn.Linear,), {})
-    for linear in (query := model.layers[0].attention.query), (up := model.layers[1].mlp.up):
-        linear.__class__ = adapted
+    model.layers[1].mlp.up.__class__ = adapted
+    hooked = copy.deepcopy(model)
+    hooked.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert lay_out(hooked) and not any(type(layer) is LaidOutLayer for layer in hooked.layers)
     with monkeypatch.context() as patch:
         patch.setattr(modeling_minibert, "ONEDNN_DTYPES", frozenset())
-        assert not block_weights(model)
-    assert not any(isinstance(module, BlockedLinear) for module in model.modules())
-    ids = torch.arange(1, 9)[None]
+        assert not lay_out(model)
+    layers, ids = list(model.layers), torch.arange(1, 9)[None]
     with torch.no_grad():
         expected = model(ids).last_hidden_state
-    assert block_weights(model)
+    assert lay_out(model)
+    assert type(model.layers[0]) is LaidOutLayer and list(model.layers)[1:2] == layers[1:2] and type(layers[1]) is MiniBertLayer
     found = model(ids).last_hidden_state
     assert not found.requires_grad  # such products have no backward
-    torch.testing.assert_close(found, expected, atol=5e-2, rtol=0)
-    assert model.layers[0].attention.query is query and isinstance(model.layers[0].attention.key, BlockedLinear)
-    assert model.layers[1].mlp.up is up and isinstance(model.layers[0].mlp.up, BlockedLinear)
-    assert isinstance(model.layers[1].attention.together, BlockedLinear) and model.layers[1].attention.query is None
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("preset", ["search-8x768", "modern-6x384", "simple-4x256"])  # all kinds of norms and MLPs
+def test_layers_laid_out_compute_what_they_computed(preset, tiny, batch):
+    torch.manual_seed(0)
+    model = MiniBertModel(MiniBertConfig.preset(preset, **tiny)).eval()
+    packed = {"input_ids": torch.arange(1, 13)[None], "position_ids": torch.tensor([[0, 1, 2, *range(9)]])}
+    bounds = torch.tensor([0, 3, 12], dtype=torch.int32)
+    inputs = [batch, {**packed, "cu_seq_lens_q": bounds, "max_length_q": 9}, {**batch, "output_hidden_states": True}]
+    with torch.no_grad():
+        before = [copy.deepcopy(model)(**given) for given in inputs]
+        assert lay_out(model) and all(type(layer) is LaidOutLayer for layer in model.layers)
+        after = [model(**given) for given in inputs]
+        alone = model.forward_packed(packed["input_ids"][0], packed["position_ids"][0], Packing(None, [3, 9], None, 9))
+    real = batch["attention_mask"].bool()
+    for old, new in zip(before, after, strict=True):
+        rows = real if old.last_hidden_state.shape[:2] == real.shape else torch.ones(1, 12, dtype=torch.bool)
+        torch.testing.assert_close(new.last_hidden_state[rows], old.last_hidden_state[rows], atol=1e-5, rtol=1e-5)
+    assert len(after[2].hidden_states) == len(before[2].hidden_states) == model.config.num_hidden_layers + 1
+    for old, new in zip(before[2].hidden_states, after[2].hidden_states, strict=True):
+        torch.testing.assert_close(new[real], old[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone, before[1].last_hidden_state[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not can_halve(torch.float32), reason="torch without FBGEMM")
+@needs_onednn
+def test_a_query_is_multiplied_by_matrices_in_float16(folders, monkeypatch):
+    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)
+    chosen, exact = Encoder(folders / "modern-6x384"), Encoder(folders / "modern-6x384", dtype="float32")
+    assert "in float16 for queries" in chosen.choices["matrices"] and "float16" not in exact.choices["matrices"]
+
+    def copies(encoder):
+        layers = encoder.model[0].auto_model.layers
+        return [linear.half is not None for layer in layers for linear in vars(layer).values() if type(linear) is LaidOutLinear]
+
+    query, many = "the cat sat", ["two dogs ran home " * 5] * 4
+    np.testing.assert_array_equal(chosen.encode(many), exact.encode(many))
+    assert not any(copies(chosen))  # whoever encodes a corpus needs no memory for them
+    found, expected = chosen.encode([query]), exact.encode([query])
+    assert all(copies(chosen)) and not any(copies(exact))
+    assert not np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_array_equal(chosen.encode(many), exact.encode(many))
+
+
+@pytest.mark.skipif(not can_halve(torch.float32), reason="torch without FBGEMM")
+@needs_onednn
+def test_only_matrices_that_float16_can_hold_are_kept_in_it():
+    torch.manual_seed(0)
+    linear, states = torch.nn.Linear(16, 8), torch.randn(2, 3, 16)
+    rounded_linear = copy.deepcopy(linear)
+    rounded_linear.weight.data = linear.weight.data.half().float()
+    with torch.no_grad():
+        laid_out = LaidOutLinear(linear, gelu=True, halve=True)
+        torch.testing.assert_close(laid_out(states), torch.nn.functional.gelu(rounded_linear(states)), atol=1e-6, rtol=1e-6)
+        many = torch.randn(4, 8, 16)  # 32 rows
+        torch.testing.assert_close(laid_out(many), torch.nn.functional.gelu(linear(many)), atol=1e-6, rtol=1e-6)
+        linear.weight.data[0, 0] = 7e4
+        laid_out = LaidOutLinear(linear, halve=True)
+        torch.testing.assert_close(laid_out(states), linear(states))
+        assert laid_out.half is None
+    assert not can_halve(torch.bfloat16)
 
 
 def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkeypatch):
