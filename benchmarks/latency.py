@@ -61,14 +61,17 @@ def run(model: Path, out: Path, work: Path, *, queries: int, starts: int, texts:
     encoder = Encoder(folders["float32"], device="cpu")
     systems["minibert.encode, auto"] = lambda query: encoder.encode([query])
     rows = _latency(systems, queries)
+    read = read_texts(texts, limit)
+    for name, cosine in _worst_cosines(systems, [" ".join(text.split()[:8]) for text in read]).items():
+        rows[name]["worst_cosine"] = cosine
     given = work / "texts.json"
-    given.write_text(json.dumps(read_texts(texts, limit)), encoding="utf-8")
+    given.write_text(json.dumps(read), encoding="utf-8")
     for name, measured in _starts(model, folders, given, starts).items():
         rows[name] |= measured
     results = {"benchmark": "latency", "machine": describe(), "model": model.name, "queries": queries, "starts": starts}
     out.write_text(json.dumps({**results, "systems": rows}, indent=1) + "\n", encoding="utf-8")
     for name, row in rows.items():
-        print(f"{name:46}" + "".join(f"{key:>22} {value:8.2f}" for key, value in row.items()))
+        print(f"{name:46}" + "".join(f"{key:>22} {value:{'.7f' if 'cosine' in key else '8.2f'}}" for key, value in row.items()))
 
 
 def _latency(systems: dict[str, Callable[[str], Any]], queries: int) -> dict[str, dict[str, float]]:
@@ -88,6 +91,13 @@ def _latency(systems: dict[str, Callable[[str], Any]], queries: int) -> dict[str
             "ratio": round(statistics.median(ratios), 3),
         }
     return rows
+
+
+def _worst_cosines(systems: dict[str, Callable[[str], Any]], queries: list[str]) -> dict[str, float]:
+    """The vector furthest from theirs, of queries of a few words, each encoded alone."""
+    vectors = {name: np.stack([np.asarray(ask(query)).ravel() for query in queries]) for name, ask in systems.items()}
+    vectors = {name: found / np.linalg.norm(found, axis=1, keepdims=True) for name, found in vectors.items()}
+    return {name: round(float((found * vectors[THEIRS]).sum(axis=1).min()), 7) for name, found in vectors.items()}
 
 
 def _starts(model: Path, folders: dict[str, Path], texts: Path, starts: int) -> dict[str, dict[str, float]]:

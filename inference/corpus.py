@@ -317,7 +317,7 @@ class _Job:
         options: EncoderOptions = {**self.asked.opening, "dtype": dtype}
         if self.state.num_processes > 1:
             options["device"] = options.get("device") or str(self.state.device)
-        return Encoder(self.asked.folder, **options)
+        return Encoder(self.asked.folder, for_corpus=True, **options)
 
     # --- the folder
 

@@ -28,7 +28,7 @@ def lay_out(model: MiniBertModel, halve: bool = False) -> bool:
     that is more than its matrices (quantized, adapted, hooked) stays as it is.
 
     Args:
-        halve: multiply fewer than 32 rows (a query) by float16 copies of float32 matrices, where :func:`can_halve`.
+        halve: multiply fewer than 32 rows (a query) by float16 copies of float32 matrices, which :func:`can_halve` must allow.
     """
     if model.device.type != "cpu" or model.dtype not in modeling_minibert.ONEDNN_DTYPES:
         return False
@@ -38,7 +38,7 @@ def lay_out(model: MiniBertModel, halve: bool = False) -> bool:
     layer: Any
     for number, layer in enumerate(model.layers):
         if _is_plain(layer):
-            model.layers[number] = LaidOutLayer(layer, halve=halve and can_halve(model.dtype))
+            model.layers[number] = LaidOutLayer(layer, halve=halve)
     return True
 
 

@@ -437,7 +437,8 @@ def test_layers_laid_out_compute_what_they_computed(preset, tiny, batch):
 def test_a_query_is_multiplied_by_matrices_in_float16(folders, monkeypatch):
     monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)
     chosen, exact = Encoder(folders / "modern-6x384"), Encoder(folders / "modern-6x384", dtype="float32")
-    assert "in float16 for queries" in chosen.choices["matrices"] and "float16" not in exact.choices["matrices"]
+    assert "for a query in float16" in chosen.choices["matrices"] and "float16" not in exact.choices["matrices"]
+    assert "float16" not in Encoder(folders / "modern-6x384", for_corpus=True).choices["matrices"]
 
     def copies(encoder):
         layers = encoder.model[0].auto_model.layers

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert.train import loop
 from minibert.train import recipe as recipe_module
 from minibert.train.arguments import ClassifyStage, EmbedStage, TokenizerStage
 from minibert.train.recipe import load_recipe, read_metrics, run_recipe
@@ -209,6 +210,25 @@ def test_a_finished_result_is_kept_until_its_successor_is_there(write, calls, tm
     assert (run_dir / "2-classify.replaced" / "model.safetensors").exists()
     run_recipe(changed, output_dir=run_dir)
     assert sorted(path.name for path in run_dir.iterdir()) == ["1-tokenizer", "2-classify", "recipe.yaml"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="which computes in fp16")
+def test_precision_that_cannot_be_had_is_refused_before_anything_is_replaced(write, calls, tmp_path, monkeypatch):
+    half = load_recipe(write(TOKENIZER, CLASSIFY), ["classify.precision=fp16"])
+    with pytest.raises(ValueError, match="precision: fp16 needs a GPU; use bf16 or fp32 on this machine"):
+        run_recipe(half, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not calls
+    run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY)), output_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="precision: fp16 needs a GPU"):
+        run_recipe(half, output_dir=run_dir, force=True)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["1-tokenizer", "2-classify", "recipe.yaml"]
+    assert (run_dir / "2-classify" / "stage.json").exists()
+    with monkeypatch.context() as patch:  # finished where there is a GPU
+        patch.setattr(loop, "check_precision", lambda arguments: None)
+        run_recipe(half, output_dir=run_dir, force=True)
+    calls.clear()
+    run_recipe(half, output_dir=run_dir)
+    assert not calls
 
 
 def test_force_does_not_take_the_folder_of_a_run_that_is_at_work(write, calls, tmp_path):

@@ -37,7 +37,7 @@ from minibert.data.text_pairs import make_pairs
 from minibert.hub.safetensors_check import opening
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
-from minibert.train.loop import Log, StopRequest, check_precision, in_precision, keep_memory
+from minibert.train.loop import Log, StopRequest, check_precision, in_precision, keep_memory, warn_of_precision
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved.
     """
     check_precision(args)
+    warn_of_precision(args)
     keep_memory()
     sources = training_pairs(args, context.seed)
     evaluator = _evaluator(args)

@@ -906,16 +906,19 @@ def in_precision(arguments: LoopArguments) -> torch.autocast:
 
 
 def check_precision(arguments: LoopArguments) -> None:
-    """Refuse half precision that this machine cannot train in; say so where it only takes longer.
+    """Refuse half precision that this machine cannot train in.
 
     Raises:
         ValueError: for float16 on a CPU.
     """
-    if processes().device.type != "cpu":
-        return
-    if arguments.precision == "fp16":
+    if arguments.precision == "fp16" and processes().device.type == "cpu":
         raise ValueError("precision: fp16 needs a GPU; use bf16 or fp32 on this machine.")
-    if arguments.precision == "bf16" and not modeling_minibert.bfloat16_pays() and processes().is_main_process:
+
+
+def warn_of_precision(arguments: LoopArguments) -> None:
+    """Say so where half precision only takes longer."""
+    asked = arguments.precision == "bf16" and processes().device.type == "cpu" and processes().is_main_process
+    if asked and not modeling_minibert.bfloat16_pays():
         logger.warning(
             "precision: bf16 does not pay on this processor, which multiplies faster in float32; use precision: fp32."
         )
@@ -930,6 +933,7 @@ def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     check_precision(arguments)
+    warn_of_precision(arguments)
     accelerator = Accelerator(
         cpu=processes().device.type == "cpu",
         mixed_precision={"fp32": "no"}.get(arguments.precision, arguments.precision),

@@ -25,6 +25,7 @@ from minibert.train.arguments import (
     DistillStage,
     EmbedStage,
     EvaluateStage,
+    LoopArguments,
     ModelStage,
     NewModel,
     PairSource,
@@ -333,29 +334,36 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
 
 def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
     """Create the folder of a run, or check that what is there is this run and clear away what ``force`` gives up."""
-    from minibert.train import checkpoint  # needs torch, which reading a recipe does not
+    from minibert.train import checkpoint  # these need torch, which reading a recipe does not
+    from minibert.train.loop import check_precision
 
     record = run_dir / "recipe.yaml"
+    earlier: list[dict[str, Any]] = []
+    changes: list[tuple[int, str]] = []
     if record.exists():
         old = _read_record(record)
         if old["name"] != recipe.name:
             raise ValueError(f"{run_dir} holds a run of the recipe {old['name']!r}; choose another --output-dir.")
-        changes = list(_changes(old, recipe, run_dir))
+        earlier, changes = old["stages"], list(_changes(old, recipe, run_dir))
         if changes and not force:
             raise ValueError(
                 f"{run_dir} holds a run with other arguments: {'; '.join(text for _, text in changes)}. Choose another "
                 f"--output-dir, or run stage {changes[0][0]} and those after it again with --force (replaces their folders)."
             )
-        numbered = list(enumerate(old["stages"], start=1))
-        given_up = [_stage_folder(run_dir, n, stage["name"]) for n, stage in numbered if changes and n >= changes[0][0]]
-        with contextlib.ExitStack() as locks:
-            for folder in given_up:
-                if folder.exists():
-                    locks.enter_context(checkpoint.alone_in(folder))  # refuses while another run trains there
-            for folder in given_up:
-                _set_aside(folder)
     elif run_dir.exists() and (not run_dir.is_dir() or any(path.name != "recipe.yaml.part" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
+    again = changes[0][0] if changes else len(recipe.stages) + 1  # the first stage whose result is given up
+    for number, stage in enumerate(recipe.stages, start=1):
+        finished = number < again and (_stage_folder(run_dir, number, stage.name) / "stage.json").exists()
+        if isinstance(stage, LoopArguments) and not finished:
+            check_precision(stage)
+    given_up = [_stage_folder(run_dir, n, stage["name"]) for n, stage in enumerate(earlier, start=1) if n >= again]
+    with contextlib.ExitStack() as locks:
+        for folder in given_up:
+            if folder.exists():
+                locks.enter_context(checkpoint.alone_in(folder))  # refuses while another run trains there
+        for folder in given_up:
+            _set_aside(folder)
     run_dir.mkdir(parents=True, exist_ok=True)
     whole = {"name": recipe.name, "seed": recipe.seed, "stages": [_dump(stage) for stage in recipe.stages]}
     _write(record, disk.to_yaml(whole))
