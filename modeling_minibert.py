@@ -504,7 +504,7 @@ class Packing:
             else:
                 query, key, value = wide(query), wide(key), wide(value)
 
-        def attend(run: tuple[int, int], mask: Tensor | None, *qkv: Tensor) -> Tensor:
+        def attend_run(run: tuple[int, int], mask: Tensor | None, *qkv: Tensor) -> Tensor:
             q, k, v = (x.view(*run, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (count, H, length, D)
             if spelled_out:
                 bias = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
@@ -518,13 +518,13 @@ class Packing:
         if self.slots is not None:
             query, key, value = (Spread.apply(x, self.slots, self.sources) for x in (query, key, value))
         if len(self.runs) == 1:
-            context = attend(self.runs[0], self.masks[0], query, key, value)
+            context = attend_run(self.runs[0], self.masks[0], query, key, value)
         elif self.runs:
             # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
             sizes = [count * length for count, length in self.runs]
             parts = list(zip(self.runs, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True))
             rest = [parts.pop()[4]] if self.extra else []  # anything will do for rows without a meaning
-            context = torch.cat([attend(*part) for part in parts] + rest)
+            context = torch.cat([attend_run(*part) for part in parts] + rest)
         else:
             context = query
         return (context if self.slots is None else Collect.apply(context, self.slots)).to(dtype)

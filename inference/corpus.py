@@ -317,7 +317,8 @@ class _Job:
         options: EncoderOptions = {**self.asked.opening, "dtype": dtype}
         if self.state.num_processes > 1:
             options["device"] = options.get("device") or str(self.state.device)
-        return Encoder(self.asked.folder, for_corpus=True, **options)
+        # Without copies, no vector depends on where the corpus is cut.
+        return Encoder(self.asked.folder, query_copies=False, **options)
 
     # --- the folder
 

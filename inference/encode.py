@@ -75,8 +75,8 @@ def encode(
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
         batch_tokens: tokens computed at once; the default suits the device.
         dtype: numbers to compute with: ``float32``, ``bfloat16``, ``float16``, or ``auto``, which is bfloat16 where the
-            processor multiplies faster in it (timed once in a process) and else float32, where a query reads the matrices in
-            float16. An opened model is by default taken as it is.
+            processor multiplies faster in it (timed once in a process) and else float32. An opened model is by default taken
+            as it is.
         normalize: give vectors of length 1, also where the model has no such module.
         prompt: words to put before every text; ``prompt_name`` names one that the model brings.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
@@ -99,6 +99,7 @@ def encode(
         prompt_name=prompt_name,
         device=device,
         trust_remote_code=trust_remote_code,
+        query_copies=False,  # which pay for who asks again
     )
     if isinstance(texts, str):
         vector: np.ndarray = encoder.encode([texts])[0]
@@ -130,8 +131,8 @@ class Encoder:
     """A model ready to encode any number of texts; arguments as in :func:`encode`.
 
     Args:
-        for_corpus: compute few tokens as many are, so that no vector depends on where a corpus is cut. Otherwise, where
-            ``dtype="auto"`` takes float32, fewer than 32 tokens (a query) are multiplied by float16 copies of the matrices.
+        query_copies: where ``dtype="auto"`` takes float32, multiply fewer than 32 tokens (a query) by copies of the matrices in
+            float16, which take half the time to read. They are made at the first query, which waits for that.
 
     Attributes:
         model: the sentence-transformers model, which cannot be saved if it was opened here: its matrices may be laid out anew.
@@ -152,7 +153,7 @@ class Encoder:
         prompt_name: str | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
-        for_corpus: bool = False,
+        query_copies: bool = True,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} (--dtype).")
@@ -185,7 +186,7 @@ class Encoder:
             owned = self.model is not model  # what a caller opened stays as it is
             if owned:
                 _encoder_of(self.model).pooler = None  # computed for nobody: vectors are pooled from the tokens
-            halve = dtype == "auto" and not for_corpus and can_halve(getattr(torch, self.dtype))
+            halve = query_copies and dtype == "auto" and can_halve(getattr(torch, self.dtype))
             if owned and lay_out(_encoder_of(self.model), halve=halve):
                 self.choices["matrices"] = "laid out for oneDNN" + ("; for a query in float16" if halve else "")
             if self.model.device.type == "cpu" and self.dtype == "bfloat16" and modeling_minibert.whole_products_pay():

@@ -419,6 +419,7 @@ def test_layers_laid_out_compute_what_they_computed(preset, tiny, batch):
     inputs = [batch, {**packed, "cu_seq_lens_q": bounds, "max_length_q": 9}, {**batch, "output_hidden_states": True}]
     with torch.no_grad():
         before = [copy.deepcopy(model)(**given) for given in inputs]
+        gpu = model.forward_packed(packed["input_ids"][0], packed["position_ids"][0], Packing(None, None, bounds, 9))
         assert lay_out(model) and all(type(layer) is LaidOutLayer for layer in model.layers)
         after = [model(**given) for given in inputs]
         alone = model.forward_packed(packed["input_ids"][0], packed["position_ids"][0], Packing(None, [3, 9], None, 9))
@@ -429,7 +430,10 @@ def test_layers_laid_out_compute_what_they_computed(preset, tiny, batch):
     assert len(after[2].hidden_states) == len(before[2].hidden_states) == model.config.num_hidden_layers + 1
     for old, new in zip(before[2].hidden_states, after[2].hidden_states, strict=True):
         torch.testing.assert_close(new[real], old[real], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(alone, before[1].last_hidden_state[0], atol=1e-5, rtol=1e-5)
+    for found in (alone, gpu):  # as minibert.encode asks on a CPU and on a GPU
+        torch.testing.assert_close(found, before[1].last_hidden_state[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="Token id 101 is not in the model's vocabulary"):
+        model.forward_packed(torch.tensor([101]), torch.tensor([0]), Packing(None, [1], None, 1))
 
 
 @pytest.mark.skipif(not can_halve(torch.float32), reason="torch without FBGEMM")
@@ -438,7 +442,7 @@ def test_a_query_is_multiplied_by_matrices_in_float16(folders, monkeypatch):
     monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)
     chosen, exact = Encoder(folders / "modern-6x384"), Encoder(folders / "modern-6x384", dtype="float32")
     assert "for a query in float16" in chosen.choices["matrices"] and "float16" not in exact.choices["matrices"]
-    assert "float16" not in Encoder(folders / "modern-6x384", for_corpus=True).choices["matrices"]
+    assert "float16" not in Encoder(folders / "modern-6x384", query_copies=False).choices["matrices"]
 
     def copies(encoder):
         layers = encoder.model[0].auto_model.layers
@@ -451,6 +455,9 @@ def test_a_query_is_multiplied_by_matrices_in_float16(folders, monkeypatch):
     assert all(copies(chosen)) and not any(copies(exact))
     assert not np.array_equal(found, expected)
     np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_array_equal(
+        encode(folders / "modern-6x384", [query]), Encoder(folders / "modern-6x384", dtype="float32").encode([query])
+    )
     np.testing.assert_array_equal(chosen.encode(many), exact.encode(many))
 
 
