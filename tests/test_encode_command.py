@@ -18,7 +18,7 @@ from pyarrow import parquet
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
-from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert import MiniBertConfig, MiniBertModel, modeling_minibert, train_word_level
 from minibert.cli import app
 from minibert.data import stream as stream_module
 from minibert.data.stream import open_stream
@@ -104,6 +104,12 @@ def test_every_kind_of_file_gives_the_same_vectors_in_order(run, tmp_path, expec
     assert folder.ids(range(12)) == list(range(12))
     assert folder.texts([11, 0, 5]) == [TEXTS[11], TEXTS[0], TEXTS[5]]
     assert np.concatenate([block for _, block in folder.blocks(start=3, size=4)]).shape == (9, 16)
+
+
+def test_few_tokens_are_computed_as_many_are(model, tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)  # so float32 is chosen
+    encode_corpus(model, write(tmp_path / "in.txt", TEXTS), tmp_path / "out", rows_per_shard=1, show_progress=False)
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
 
 
 def test_a_folder_of_files_is_read_in_order_of_names(run, tmp_path, expected):
