@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,45 +187,33 @@ def _products() -> dict[str, dict[str, Callable[[], None]]]:
 
 def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
     """The MLPs of six layers of width 384, without gradients, for the rows of one query and of a full batch: as modules' own
-    matrices are multiplied, and laid out once for it; of a query in float32, also by copies in float16."""
+    matrices are multiplied, laid out once for it, and, of a query in float32, by copies in float16."""
     pieces, act = {}, GELUActivation()
-    linears = [(nn.Linear(384, 1536).bfloat16(), nn.Linear(1536, 384).bfloat16()) for _ in range(6)]
-    blocked = [(LaidOutLinear(up, gelu=True), LaidOutLinear(down)) for up, down in linears]
-    for rows in (12, 4096):
-        states = torch.randn(rows, 384).bfloat16()
+    for dtype, rows in ((torch.bfloat16, 12), (torch.bfloat16, 4096), (torch.float32, 12)):
+        linears = [(nn.Linear(384, 1536).to(dtype), nn.Linear(1536, 384).to(dtype)) for _ in range(6)]
+        states = torch.randn(rows, 384).to(dtype)
 
         @torch.no_grad()
-        def own(states: Tensor = states) -> None:
+        def own(linears: list[Any] = linears, states: Tensor = states) -> None:
             for up, down in linears:
                 multiply(down, multiply(up, states, act))
 
-        def laid_out(states: Tensor = states) -> None:
-            for up, down in blocked:
+        @torch.no_grad()
+        def laid_out(linears: list[Any], states: Tensor = states) -> None:
+            for up, down in linears:
                 down(up(states))
 
         @torch.no_grad()
-        def theirs(states: Tensor = states) -> None:
+        def theirs(linears: list[Any] = linears, states: Tensor = states) -> None:
             for up, down in linears:
                 down(F.gelu(up(states)))
 
-        pieces[f"6 MLPs of {rows} rows, bfloat16"] = {"minibert": own, "torch": theirs}
-        pieces[f"6 MLPs of {rows} rows, laid out"] = {"minibert": laid_out, "torch": theirs}
-    exact = [(nn.Linear(384, 1536), nn.Linear(1536, 384)) for _ in range(6)]
-    for halve, how in ((False, "laid out"), (True, "float16 copies")):
-        ready = [(LaidOutLinear(up, gelu=True, halve=halve), LaidOutLinear(down, halve=halve)) for up, down in exact]
-        query = torch.randn(12, 384)
-
-        @torch.no_grad()
-        def ours(ready: list[tuple[LaidOutLinear, LaidOutLinear]] = ready, query: Tensor = query) -> None:
-            for up, down in ready:
-                down(up(query))
-
-        @torch.no_grad()
-        def torchs(query: Tensor = query) -> None:
-            for up, down in exact:
-                down(F.gelu(up(query)))
-
-        pieces[f"6 MLPs of 12 rows, float32, {how}"] = {"minibert": ours, "torch": torchs}
+        name = f"6 MLPs of {rows} rows, {str(dtype).removeprefix('torch.')}"
+        pieces[name] = {"minibert": own, "torch": theirs}
+        for halve in (False, True) if dtype == torch.float32 else (False,):
+            ready = [(LaidOutLinear(up, gelu=True, halve=halve), LaidOutLinear(down, halve=halve)) for up, down in linears]
+            how = "float16 copies" if halve else "laid out"
+            pieces[f"{name}, {how}"] = {"minibert": partial(laid_out, ready), "torch": theirs}
     return pieces
 
 

@@ -444,7 +444,7 @@ MOMENTS = {  # a command, the function in which it is interrupted, the call of i
     f"quickstart {OVERRIDES} --output-dir out": ("minibert.train.recipe:train_tokenizer", 1, "To resume: minibert quickstart"),
     "search model --passages texts.txt cat": (FORWARD, 1, "search again"),
     "search vectors cat": (FORWARD, 1, "search again"),
-    "encode model texts.txt out --rows-per-shard 4": (FORWARD, 2, "To resume: minibert encode model texts.txt out"),
+    "encode model texts.txt out --rows-per-shard 4": (f"{FORWARD}_packed", 2, "To resume: minibert encode model texts.txt out"),
     "evaluate model labels.csv": ("minibert.modeling_minibert:MiniBertForSequenceClassification.forward", 1, "Nothing was"),
     "predict model texts.txt --out out.jsonl": (
         "minibert.modeling_minibert:MiniBertForSequenceClassification.forward",
