@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from minibert import modeling_minibert
-from minibert.modeling_minibert import MiniBertLayer, MiniBertModel, Packing, add, by_onednn, rotate, wide
+from minibert.modeling_minibert import MiniBertLayer, MiniBertModel, Packing, add, by_onednn, is_plain, rotate, wide
 
 # Rows below which reading a float32 matrix takes longer than multiplying by it.
 _FEW_ROWS = 32
 
 
+@torch.no_grad()
 def lay_out(model: MiniBertModel, halve: bool = False) -> bool:
     """Replace the layers of ``model`` by :class:`LaidOutLayer`; whether that was possible here.
 
@@ -37,16 +38,19 @@ def lay_out(model: MiniBertModel, halve: bool = False) -> bool:
     model.requires_grad_(False)  # the products here have no backward
     layer: Any
     for number, layer in enumerate(model.layers):
-        if _is_plain(layer):
+        if _can_replace(layer):
             model.layers[number] = LaidOutLayer(layer, halve=halve)
     return True
 
 
-def _is_plain(layer: MiniBertLayer) -> bool:
+def _can_replace(layer: nn.Module) -> bool:
+    """Whether all that ``layer`` does is what :class:`LaidOutLayer` does."""
+    if type(layer) is not MiniBertLayer:
+        return False
     attention, mlp = layer.attention, layer.mlp
     linears = [attention.query, attention.key, attention.value, attention.output, mlp.up, mlp.gate, mlp.down]
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
-    return not hooked and all(type(linear) is nn.Linear for linear in linears if linear is not None)
+    changed = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in layer.modules())
+    return not changed and all(is_plain(linear) for linear in linears if linear is not None)
 
 
 def can_halve(dtype: torch.dtype) -> bool:

@@ -396,6 +396,9 @@ def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypa
     hooked = copy.deepcopy(model)
     hooked.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert lay_out(hooked) and not any(type(layer) is LaidOutLayer for layer in hooked.layers)
+    offloaded = copy.deepcopy(model)
+    offloaded.layers[0].attention.forward = lambda *given, **named: given
+    assert lay_out(offloaded) and type(offloaded.layers[0]) is MiniBertLayer
     with monkeypatch.context() as patch:
         patch.setattr(modeling_minibert, "ONEDNN_DTYPES", frozenset())
         assert not lay_out(model)
