@@ -163,7 +163,8 @@ def train(
     With many processes: torchrun --nproc_per_node N -m minibert train RECIPE.
     """
     with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train"):
-        from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+        from minibert.train.recipe import load_recipe
+        from minibert.train.run import read_metrics, run_recipe
 
         _report_progress()
         run_dir = run_recipe(load_recipe(recipe, overrides or []), output_dir=output_dir, force=force)
@@ -177,7 +178,7 @@ def train(
                 typer.echo(f"{stage}: {_in_a_line(metrics)}")
                 for name, result in metrics.items():
                     if isinstance(result, dict) and "systems" in result:
-                        from minibert.inference.evaluate import figures_table
+                        from minibert.evaluation.evaluate import figures_table
 
                         typer.echo(f"{name}\n{figures_table(result)}")
             typer.echo(f"The run is in {run_dir}.")
@@ -272,7 +273,7 @@ def _until_unread() -> Iterator[None]:
 
 
 def _asked(queries: list[str] | None, file: str | None) -> list[str] | None:
-    from minibert.inference.search import check_queries, read_queries
+    from minibert.search.search import check_queries, read_queries
 
     if queries and file is not None:
         raise ValueError("There are queries on the command line and in --queries; give one of the two.")
@@ -281,7 +282,7 @@ def _asked(queries: list[str] | None, file: str | None) -> list[str] | None:
 
 
 def _passage_searcher(target: str, passages: str, column: str | None, trust_remote_code: bool, **of_index: Any) -> Any:
-    from minibert.inference.search import Searcher, read_passages
+    from minibert.search.search import Searcher, read_passages
 
     if given := [name for name, value in of_index.items() if value]:
         raise ValueError(
@@ -293,8 +294,8 @@ def _passage_searcher(target: str, passages: str, column: str | None, trust_remo
 
 
 def _folder_searcher(folder: str, column: str | None, trust_remote_code: bool, **options: Any) -> Any:
-    from minibert.inference.search import FolderSearcher
-    from minibert.inference.vectors import MANIFEST
+    from minibert.search.search import FolderSearcher
+    from minibert.search.vectors import MANIFEST
 
     if column is not None:
         raise ValueError("--column is the column of --passages; a folder of vectors has its texts already.")
@@ -387,7 +388,7 @@ def encode(
     With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode MODEL INPUT OUT.
     """
     with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="search"):
-        from minibert.inference.corpus import encode_corpus
+        from minibert.search.encode_corpus import encode_corpus
 
         _hide_loading_bars()
         options: dict[str, Any] = {
@@ -427,8 +428,8 @@ def evaluate(
     tokens, ner_tags, with a tagger: entity-level F1.
     """
     with plain_errors(debug, extra="search"):
-        from minibert.inference.evaluate import evaluate as measure
-        from minibert.inference.evaluate import figures_table
+        from minibert.evaluation.evaluate import evaluate as measure
+        from minibert.evaluation.evaluate import figures_table
 
         _hide_loading_bars()
         result = measure(
@@ -575,7 +576,7 @@ def export(
         if to not in ("bert", "onnx"):
             raise ValueError(f"--to={to} is unknown; use bert or onnx.")
         if to == "onnx":
-            from minibert.hub.onnx_export import export_onnx
+            from minibert.hub.onnx import export_onnx
 
             _report(export_onnx(model, output_dir, quantize=quantize, revision=revision), as_json)
             return
@@ -621,7 +622,7 @@ def push(
     then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
     """
     with plain_errors(debug, "What was sent is kept; push again to complete it.", extra="search"):
-        from minibert.hub.publish import push as push_model
+        from minibert.hub.push import push as push_model
 
         card: dict[str, Any] = {key: value for key, value in (("license", licence), ("language", languages)) if value}
         done = push_model(
@@ -645,7 +646,7 @@ def push(
 
 
 def _print_published(done: Any) -> None:
-    from minibert.hub.publish import change_text, size_text
+    from minibert.hub.push import change_text, size_text
 
     if done.commit is None:  # a dry run
         for path, size in done.files.items():
@@ -671,8 +672,8 @@ def pull(
 ) -> None:
     """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
     with plain_errors(debug, "What has arrived is kept; pull again to complete it.", extra="search"):
-        from minibert.hub.publish import pull as pull_model
-        from minibert.hub.publish import size_text
+        from minibert.hub.pull import pull as pull_model
+        from minibert.hub.push import size_text
         from minibert.hub.releases import words
 
         done = pull_model(name, output_dir)
@@ -770,7 +771,7 @@ def attention(
     A page has a menu for the layer and one for the head. An image shows all of them small, or one of them with its tokens.
     """
     with _drawing(debug):
-        from minibert.inference import plot
+        from minibert import plot
 
         plot.check_output(out, force=force)
         picture = plot.attention(
@@ -801,7 +802,7 @@ def embeddings(
 ) -> None:
     """Draw texts, or their tokens, as points in three dimensions."""
     with _drawing(debug):
-        from minibert.inference import plot
+        from minibert import plot
 
         plot.check_output(out, force=force)
         read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
@@ -820,7 +821,7 @@ def training(
 ) -> None:
     """Draw loss, metrics, learning rate and speed of training runs, several in one picture. They may still be going on."""
     with _drawing(debug):
-        from minibert.inference import plot
+        from minibert import plot
 
         plot.check_output(out, force=force)
         _save(plot.training(runs), out, force)
@@ -841,7 +842,7 @@ def similarity(
 ) -> None:
     """Draw how similar the texts of two lists are."""
     with _drawing(debug):
-        from minibert.inference import plot
+        from minibert import plot
 
         plot.check_output(out, force=force)
         lists = [
@@ -862,7 +863,7 @@ def tokens(
 ) -> None:
     """Show how a text is split into tokens: their ids, the words they belong to, and what the vocabulary lacks."""
     with _drawing(debug):
-        from minibert.inference import plot
+        from minibert import plot
 
         if out is not None:
             plot.check_output(out, force=force)
@@ -901,9 +902,10 @@ def quickstart(
     """
     with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train,search"):
         from minibert.data.docstrings import load_passages
-        from minibert.inference.evaluate import figures_table
-        from minibert.inference.search import Searcher, check_queries
-        from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+        from minibert.evaluation.evaluate import figures_table
+        from minibert.search.search import Searcher, check_queries
+        from minibert.train.recipe import load_recipe
+        from minibert.train.run import read_metrics, run_recipe
 
         check_queries(queries or [])
         _report_progress()

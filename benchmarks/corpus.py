@@ -80,11 +80,11 @@ def _private(pid: int) -> int:
 def _read(text: str, cache: str) -> None:
     """Tokenize, then read a thousand batches; prints what was found as JSON."""
     from minibert import train_wordpiece
-    from minibert.data.corpus import load_corpus
     from minibert.data.source import DataSource
+    from minibert.data.tokenized_corpus import load_corpus
     from minibert.train.arguments import PretrainStage
     from minibert.train.loop import Phase, Steps
-    from minibert.train.pretrain import Masking, PackedRows
+    from minibert.train.stages.pretrain import Masking, PackedRows
 
     with open(text, encoding="utf-8") as lines:
         tokenizer = train_wordpiece((line for line, _ in zip(lines, range(20_000), strict=False)), vocab_size=20_000)

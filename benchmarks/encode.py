@@ -27,7 +27,7 @@ from minibert.data.docstrings import load_pairs
 from minibert.hub.convert import convert
 from minibert.hub.export import export
 from minibert.inference.encode import Encoder
-from minibert.inference.search import read_passages
+from minibert.search.search import read_passages
 
 PEERS = Path(__file__).parent / "peers.txt"
 BACKENDS = ("onnx", "onnx-int8", "openvino")

@@ -21,9 +21,9 @@ from benchmarks.machine import describe
 from benchmarks.train import PAIRS, RETRIEVAL, held_out_figures, sources
 from minibert.hub.convert import convert
 from minibert.train.arguments import EmbedStage
-from minibert.train.embed import _loss, _trainer_arguments, embed, training_pairs
 from minibert.train.recipe import load_recipe
 from minibert.train.stage import StageContext
+from minibert.train.stages.embed import _loss, _trainer_arguments, embed, training_pairs
 
 
 def run(

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from benchmarks.machine import describe
 from minibert.data.load import load
 from minibert.train.arguments import Recipe
-from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import read_metrics, run_recipe
 
 # Name of a row of the table: the recipe, the folder of its data, and the fields that differ from the recipe.
 SYSTEMS: dict[str, tuple[str, str, tuple[str, ...]]] = {

@@ -18,7 +18,7 @@ from transformers.activations import GELUActivation
 
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertModel
-from minibert.inference.layers import LaidOutLinear
+from minibert.inference.cpu import LaidOutLinear
 from minibert.modeling_minibert import Packing, WordLoss, drop, multiply, product_rates, whole_attention_forward
 from minibert.train.loop import keep_memory
 

@@ -34,8 +34,8 @@ from minibert import MiniBertConfig, train_wordpiece
 from minibert.data.load import load
 from minibert.data.source import DataSource
 from minibert.train.arguments import PretrainStage
-from minibert.train.pretrain import pretrain
 from minibert.train.stage import StageContext
+from minibert.train.stages.pretrain import pretrain
 
 WARM_UP = 4  # steps that are not timed
 

@@ -21,10 +21,10 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from benchmarks.corpus import _private
 from benchmarks.machine import describe
 from minibert.data.load import as_dataset
-from minibert.inference import index as index_module
-from minibert.inference.index import NEIGHBOURS, VectorIndex, index_folder, open_index
-from minibert.inference.search import FolderSearcher
-from minibert.inference.vectors import Manifest, Shard, ShardWriter, VectorFolder, shard_name, write_manifest
+from minibert.search import index as index_module
+from minibert.search.index import NEIGHBOURS, VectorIndex, index_folder, open_index
+from minibert.search.search import FolderSearcher
+from minibert.search.vectors import Manifest, Shard, ShardWriter, VectorFolder, shard_name, write_manifest
 
 SHARD = 50_000
 HYBRID = ("natural_questions_qed", "squad_sentences")

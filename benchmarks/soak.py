@@ -21,8 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertModel, train_wordpiece
-from minibert.inference.corpus import encode_corpus
 from minibert.inference.encode import Encoder
+from minibert.search.encode_corpus import encode_corpus
 
 _SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
 _ODD = ("", " ", "\x00\x1b[0m", "🙂" * 300, "中文 " * 50, "a" * 20_000, "[SEP] [MASK]", "e\u0301\u200d\ufeff", "\t\r\n")

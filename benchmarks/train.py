@@ -27,13 +27,13 @@ from transformers import BertConfig, BertForSequenceClassification
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertForSequenceClassification, train_wordpiece
 from minibert.data.load import load
+from minibert.evaluation.evaluate import evaluate
 from minibert.hub.families import FAMILIES
-from minibert.inference.evaluate import evaluate
 from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage
-from minibert.train.classify import classify
-from minibert.train.embed import _trainer_arguments, embed
 from minibert.train.loop import rows_of_step
 from minibert.train.stage import StageContext
+from minibert.train.stages.classify import classify
+from minibert.train.stages.embed import _trainer_arguments, embed
 
 NLI = ("nli_new_protocols", "nli_cad", "sick")
 PAIRS = (

@@ -23,10 +23,10 @@ from minibert import MiniBertModel
 from minibert.hub.export import export
 from minibert.inference.load import fingerprint
 from minibert.train.arguments import ClassifyStage, EmbedStage, PairSource, TagStage
-from minibert.train.classify import classify
-from minibert.train.embed import embed
 from minibert.train.stage import StageContext
-from minibert.train.tag import tag
+from minibert.train.stages.classify import classify
+from minibert.train.stages.embed import embed
+from minibert.train.stages.tag import tag
 
 # Of runs that were written before it could be chosen.
 _MIXTURE = {"question_passes": 3, "articles": 0, "skip_articles": 0, "hard_negatives": 0}

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from minibert.data.corpus import split_sentences
+from minibert.data.tokenized_corpus import split_sentences
 
 _FEWEST_WORDS = 5  # shorter sentences say too little to be found by
 _KEPT = (0.15, 0.5)  # least and most of a sentence's words in its query

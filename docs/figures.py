@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from minibert import plot
 from minibert.hub.convert import convert
-from minibert.inference import plot
 
 FOLDER = Path(__file__).with_name("figures")
 RUNS = Path(__file__).parent.parent / "runs"

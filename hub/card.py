@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-from minibert.hub import folders, record
-from minibert.hub.safetensors_check import check_paths, check_weights, read_header, weight_files
+from minibert.files.model_folder import check_paths, check_weights, read_header, weight_files
+from minibert.hub import folders, provenance
 
 # Ending of the class in config.json: the Hub's name of the task, what the model is good for, and what it is not.
 _TASKS = {
@@ -139,7 +139,7 @@ class _Model:
         )
         self.architecture = architecture
         self.task = _TASKS[self.kind]
-        self.record = record.read(origin)
+        self.record = provenance.read(origin)
         check_weights(self.encoder)
         self.tensors = {name: entry for file in weight_files(self.encoder) for name, entry in read_header(file).items()}
         settings = self.encoder / "tokenizer_config.json"
@@ -269,7 +269,7 @@ def _first(stages: list[dict[str, Any]]) -> dict[str, Any]:
 def _sources(sources: list[dict[str, Any]]) -> str:
     names = []
     for source in sources:
-        name = f"`{record.public_name(source['path'], known=source.get('on_hub', False))}`"
+        name = f"`{provenance.public_name(source['path'], known=source.get('on_hub', False))}`"
         name += f" {source['config']}" if source.get("config") else ""
         name += f", split {source['split']}" if source.get("split") else ""
         names.append(name + (f" at {source['revision']}" if source.get("revision") else ""))
@@ -295,7 +295,7 @@ def _facts(model: _Model) -> Iterator[tuple[str, str]]:
         yield "versions", _cell(", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
-def _table(evaluation: record.Evaluation) -> dict[str, Any]:
+def _table(evaluation: provenance.Evaluation) -> dict[str, Any]:
     systems = list(evaluation.systems)
     names = list(evaluation.systems["model"])
     rows = [[f"`{name}`", *(_number(evaluation.systems[system].get(name)) for system in systems)] for name in names]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.dynamic_module_utils import custom_object_save
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.hub import folders, proof
+from minibert.hub import folders, parity
 from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
 
 # Tensors that a model of this family no longer has a use for, under their own names, so that export can give them back.
@@ -110,7 +110,7 @@ def convert(
         tokenizer.save_pretrained(temporary)
         folders.name_tokenizer_class(temporary)
         folders.copy_modules(folder, temporary)
-        differences = proof.differences(
+        differences = parity.differences(
             (folder, getattr(transformers, family.class_name + kind)),
             (temporary, getattr(modeling_minibert, f"MiniBert{kind}")),
             tokenizer,
@@ -119,7 +119,7 @@ def convert(
             dtype=wanted,
             pooled=has_pooler and config.pooling == "cls" and kind not in POOLED,
         )
-        proof.check(differences, f"The MiniBERT made of {source}")
+        parity.check(differences, f"The MiniBERT made of {source}")
         # For the model's card: where the weights come from, unless that is a folder of this machine.
         origin = {"base_model": None if Path(source).expanduser().exists() else str(source), "revision": revision}
         (temporary / "conversion.json").write_text(json.dumps({**origin, "differences": differences}, indent=2) + "\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.hub import folders, proof
+from minibert.hub import folders, parity
 from minibert.hub.convert import CARRIED, POSITIONS, UNUSED, Report, empty, full, open_tokenizer
 from minibert.hub.families import FAMILIES, POOLED, Family
 from minibert.modeling_minibert import sinusoidal_table
@@ -52,7 +52,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
         tokenizer.save_pretrained(temporary)
         folders.name_tokenizer_class(temporary)
         folders.copy_modules(folder, temporary)
-        differences = proof.differences(
+        differences = parity.differences(
             (folder, getattr(modeling_minibert, f"MiniBert{kind}")),
             (temporary, getattr(transformers, family.class_name + kind)),
             tokenizer,
@@ -60,7 +60,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
             segments=getattr(theirs, "type_vocab_size", 0),
             pooled=pooled and config.pooling == "cls" and config.pooler_act == "tanh",
         )
-        proof.check(differences, f"The {family.model_type} made of {model}")
+        parity.check(differences, f"The {family.model_type} made of {model}")
     return Report(
         source=str(model),
         output=str(output_dir),

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from torch import Tensor
 
-from minibert.hub.safetensors_check import WEIGHTS as WEIGHTS  # also read as folders.WEIGHTS
-from minibert.hub.safetensors_check import (
+from minibert.files.model_folder import WEIGHTS as WEIGHTS  # also read as folders.WEIGHTS
+from minibert.files.model_folder import (
     check_file,
     check_paths,
     check_weights,

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
-from minibert.hub.safetensors_check import PICKLES
+from minibert.files.model_folder import PICKLES
 
 # What a model consists of; nothing else is downloaded, above all no pickle.
 WANTED = ("*.json", "*.txt", "*.md", "*.model", "*.py", "*.jinja", "*.yaml", "*.safetensors", "LICENSE*", "NOTICE*")

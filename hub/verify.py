@@ -14,11 +14,11 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
+from minibert.files.model_folder import check_file, check_paths, check_weights
 from minibert.hub import folders, isolated, releases
 from minibert.hub.card import check_card
 from minibert.hub.convert import empty, full
 from minibert.hub.remote import copy_plain, fetch, is_pickle, same, sha256, split_name
-from minibert.hub.safetensors_check import check_file, check_paths, check_weights
 
 _OURS = {Path(str(module.__file__)).name: Path(str(module.__file__)) for module in (configuration_minibert, modeling_minibert)}
 _LIBRARIES = ("sentence_transformers.", "torch.nn.")

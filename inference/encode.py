@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from minibert import modeling_minibert
 from minibert.data.load import is_unicode
-from minibert.inference.layers import can_halve, lay_out
+from minibert.inference.cpu import can_halve, lay_out
 from minibert.inference.load import load
 from minibert.modeling_minibert import MiniBertModel, Packing, cut_evenly
 

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.hub.safetensors_check import check_paths, check_weights, opening, weight_files
+from minibert.files.model_folder import check_paths, check_weights, opening, weight_files
 
 logger = logging.getLogger(__name__)
 

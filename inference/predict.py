@@ -31,7 +31,7 @@ from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.questions import texts_of
 from minibert.data.tags import TOKEN_COLUMNS, cut_windows, entity_spans, holds_entities
-from minibert.hub.safetensors_check import opening
+from minibert.files.model_folder import opening
 from minibert.inference.load import _encoder_folder, find_model
 
 Row = Mapping[str, Any]

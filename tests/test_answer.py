@@ -17,10 +17,11 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfi
 from minibert import MiniBertConfig, MiniBertForQuestionAnswering, MiniBertModel, train_word_level, train_wordpiece
 from minibert.data.questions import Window, WindowSizes, cut, window_sizes
 from minibert.inference.answers import answer_rows, best_spans, find_spans
-from minibert.train import answer as stage
 from minibert.train.arguments import AnswerStage
-from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import read_metrics, run_recipe
 from minibert.train.stage import StageContext
+from minibert.train.stages import answer as stage
 
 NAMES, PLACES = ("ann", "bob", "eve", "tom"), ("rome", "oslo", "lima", "bonn")
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}

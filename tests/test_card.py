@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 
 import minibert
 from minibert import MiniBertConfig, train_wordpiece
-from minibert.hub import publish, record
+from minibert.hub import provenance
+from minibert.hub import push as publish
 from minibert.hub.card import build_card, check_card
 from minibert.hub.convert import convert
 from minibert.inference.load import load
-from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import read_metrics, run_recipe
 
 WORDS = ["boat", "house", "river", "train", "garden", "letter", "winter", "bridge"]
 SHAPE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -199,7 +201,7 @@ def test_figures_of_other_weights_are_nobodys(run, tmp_path):
 )
 def test_a_malformed_record_of_others_is_a_sentence(heads, tmp_path, changes, words):
     folder = shutil.copytree(heads / "ann" / "Model", tmp_path / "model")
-    record.write(record.Record(base_model="a/b"), folder, {})
+    provenance.write(provenance.Record(base_model="a/b"), folder, {})
     file = folder / "record.json"
     assert metadata(build_card(folder, "ann/x"))["base_model"] == "a/b"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -242,16 +244,16 @@ def stage(kind, name=None, **fields):
     ],
 )
 def test_the_stages_a_model_went_through(stages, at, path):
-    assert record._ancestors(stages, at) == path
+    assert provenance._ancestors(stages, at) == path
 
 
 def test_ids_stay_and_paths_lose_their_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert record.public_name("owner/name") == "owner/name"
+    assert provenance.public_name("owner/name") == "owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert record.public_name("owner/name") == "name"
+    assert provenance.public_name("owner/name") == "name"
     for name in ("/home/anna/data/reviews.csv", "~/data/reviews.csv", "data/reviews.csv", "C:\\Users\\anna\\reviews.csv"):
-        assert record.public_name(name) == "reviews.csv"
+        assert provenance.public_name(name) == "reviews.csv"
 
 
 def test_what_is_no_finished_model_is_refused(tmp_path, run):

@@ -22,10 +22,11 @@ from minibert import (
 )
 from minibert.data.questions import Choices, choices_of, find_choice_columns
 from minibert.inference.answers import choose_rows
-from minibert.train import choose as stage
 from minibert.train.arguments import ChooseStage
-from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import read_metrics, run_recipe
 from minibert.train.stage import StageContext
+from minibert.train.stages import choose as stage
 
 ANIMALS, THINGS = ("cat", "dog", "owl", "cow"), ("cup", "pen", "key", "box")
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}

@@ -10,11 +10,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from minibert import train_word_level
 from minibert.data.labels import MULTI, REGRESSION, SINGLE, read_labels
-from minibert.inference.figures import classification_figures
+from minibert.evaluation.metrics import classification_figures
 from minibert.train.arguments import ClassifyStage
-from minibert.train.classify import classify as classify_stage
 from minibert.train.rows import TokenRows
 from minibert.train.stage import StageContext
+from minibert.train.stages.classify import classify as classify_stage
 
 ANIMALS, THINGS = ("cat", "dog", "owl"), ("cup", "pen", "key")
 PRESET = {

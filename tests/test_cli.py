@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from minibert.cli import app
-from minibert.train import recipe as recipe_module
+from minibert.train.stages import tokenizer
 
 GOOD = "name: toy\nstages:\n- {kind: tokenizer, data: texts.csv}\n"
 
@@ -29,7 +29,7 @@ def command(tmp_path, monkeypatch):
         def stage(args, context):
             raise error
 
-        monkeypatch.setattr(recipe_module, "train_tokenizer", stage)
+        monkeypatch.setattr(tokenizer, "train_tokenizer", stage)
 
     command.fail_with = fail_with
     return command

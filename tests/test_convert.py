@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import minibert
 from minibert.cli import app
 from minibert.data.docstrings import load_pairs
-from minibert.hub import folders, proof
+from minibert.hub import folders, parity
 from minibert.hub.convert import convert
 from minibert.hub.families import FAMILIES, REFUSED
 
@@ -266,7 +266,7 @@ def test_real_minilm(tmp_path):
 PEAK = """
 import sys, threading, time
 from pathlib import Path
-import minibert.hub.proof
+import minibert.hub.parity
 from minibert.hub.convert import convert
 
 def own():  # memory of the process itself, without pages of files that the system may drop
@@ -428,9 +428,9 @@ def test_written_tensors_are_what_the_library_reads(tmp_path):
 
 
 def test_no_number_is_no_equality():
-    worsts = proof.compare({"x 0": torch.tensor([float("nan")])}, {"x 0": torch.tensor([1.0])})
-    with pytest.raises(proof.Mismatch, match="x by nan"):
-        proof.check(worsts, "It")
+    worsts = parity.compare({"x 0": torch.tensor([float("nan")])}, {"x 0": torch.tensor([1.0])})
+    with pytest.raises(parity.Mismatch, match="x by nan"):
+        parity.check(worsts, "It")
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda value: value)

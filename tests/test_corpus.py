@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import train_word_level
-from minibert.data import corpus as corpora
-from minibert.data.corpus import Corpus, Pieces, Spans, load_corpus, split_sentences
+from minibert.data import tokenized_corpus as corpora
 from minibert.data.source import DataSource
+from minibert.data.tokenized_corpus import Corpus, Pieces, Spans, load_corpus, split_sentences
 
 DOCUMENTS = ["a cat sat. it slept!", "b", "", "one two three four five six. seven eight? nine ten", "a b c d e f g h i j"]
 
@@ -74,7 +74,7 @@ def test_sigterm_ends_the_processes_that_tokenize(tmp_path, tokenizer):
     script = f"""
 import os, time
 from transformers import AutoTokenizer
-from minibert.data import corpus
+from minibert.data import tokenized_corpus
 from minibert.data.source import DataSource
 
 def never(batch, **_):

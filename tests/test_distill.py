@@ -14,13 +14,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
-from minibert.train import distill as module
 from minibert.train.arguments import DistillStage, Recipe
-from minibert.train.distill import distill
-from minibert.train.embed import sentence_model
 from minibert.train.loop import StopRequest
-from minibert.train.recipe import _resolve, load_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import _resolve
 from minibert.train.stage import StageContext
+from minibert.train.stages import distill as module
+from minibert.train.stages.distill import distill
+from minibert.train.stages.embed import sentence_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 FRUITS = ("apple", "pear", "plum", "fig", "lime", "kiwi")

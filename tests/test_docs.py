@@ -72,7 +72,7 @@ def examples(page: str) -> list[Block]:
 @pytest.fixture(scope="module")
 def room(tmp_path_factory, tiny):
     """A folder with small stand-ins for the models and files that the pages name."""
-    from minibert.inference.corpus import encode_corpus
+    from minibert.search.encode_corpus import encode_corpus
 
     room = tmp_path_factory.mktemp("room")
     notes = ["read a table from a file", "invert a matrix", "sort a list", "a good film", "a bad one"]
@@ -151,14 +151,14 @@ def example_of(name: str) -> str | None:
     module, _, own = name.rpartition(".")
     documented = getattr(importlib.import_module(module), own)
     found = re.search(r"^Example::\n\n((?: {4}.*\n|\n)+)", inspect.getdoc(documented) + "\n", re.MULTILINE)
-    needed = "from minibert.inference import plot" if module == "minibert.inference.plot" else f"from {module} import {own}"
+    needed = "from minibert import plot" if module == "minibert.plot" else f"from {module} import {own}"
     return found and f"{needed}\n{textwrap.dedent(found[1])}"
 
 
 def test_examples_of_the_reference_run(room, tmp_path):
     page = {name: example_of(name) for name in DOCUMENTED}
     given = {name for name, text in page.items() if text}
-    using = {name for name in DOCUMENTED if name.startswith("minibert.inference.")} - {"minibert.inference.vectors.Manifest"}
+    using = {name for name in DOCUMENTED if name.startswith("minibert.inference.")} - {"minibert.search.vectors.Manifest"}
     assert using | {"minibert.encode", "minibert.predict"} <= given
     examples = [Block("python", text, None, None) for text in page.values() if text]
     process = multiprocessing.get_context("fork").Process(target=run_page, args=(examples, room, tmp_path / "printed.json"))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from minibert import train_word_level
-from minibert.train import embed as embed_module
 from minibert.train.arguments import EmbedStage
-from minibert.train.embed import embed, training_pairs
 from minibert.train.stage import StageContext
+from minibert.train.stages import embed as embed_module
+from minibert.train.stages.embed import embed, training_pairs
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 FRUITS = ("apple", "pear", "plum", "fig", "lime", "kiwi")

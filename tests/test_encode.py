@@ -20,8 +20,8 @@ from transformers import BertConfig, BertModel
 import minibert
 from minibert import MiniBertConfig, MiniBertModel, modeling_minibert, train_word_level, train_wordpiece
 from minibert.inference import encode as module
+from minibert.inference.cpu import LaidOutLayer, LaidOutLinear, can_halve, lay_out
 from minibert.inference.encode import Encoder, choose_dtype, cut_windows, encode
-from minibert.inference.layers import LaidOutLayer, LaidOutLinear, can_halve, lay_out
 from minibert.inference.load import load
 from minibert.modeling_minibert import MiniBertLayer, Packing, rounded
 

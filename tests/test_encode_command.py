@@ -22,10 +22,10 @@ from minibert import MiniBertConfig, MiniBertModel, modeling_minibert, train_wor
 from minibert.cli import app
 from minibert.data import stream as stream_module
 from minibert.data.stream import open_stream
-from minibert.inference import corpus as module
-from minibert.inference.corpus import Plan, encode_corpus
 from minibert.inference.encode import encode
-from minibert.inference.vectors import VectorFolder, read_manifest, shard_name, to_float
+from minibert.search import encode_corpus as module
+from minibert.search.encode_corpus import Plan, encode_corpus
+from minibert.search.vectors import VectorFolder, read_manifest, shard_name, to_float
 
 TEXTS = [f"the {color} {animal} sleeps" for color in ("red", "green", "blue") for animal in ("cat", "dog", "fish", "bird")]
 

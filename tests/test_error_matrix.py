@@ -36,8 +36,8 @@ from minibert import MiniBertConfig, MiniBertForSequenceClassification, cli, tra
 
 # What the commands import when they run, so that no child has to.
 for _module in (
-    *("hub.convert", "hub.export", "hub.onnx_export", "hub.publish", "hub.verify", "inference.corpus", "inference.evaluate"),
-    *("inference.plot", "inference.predict", "inference.search", "train.classify", "train.embed", "train.recipe"),
+    *("hub.convert", "hub.export", "hub.onnx", "hub.push", "hub.verify", "search.encode_corpus", "evaluation.evaluate"),
+    *("plot", "inference.predict", "search.search", "train.stages.classify", "train.stages.embed", "train.recipe"),
 ):
     importlib.import_module(f"minibert.{_module}")
 for _module in ("faiss", "matplotlib.pyplot", "plotly.graph_objects", "sklearn.decomposition"):
@@ -454,12 +454,12 @@ MOMENTS = {  # a command, the function in which it is interrupted, the call of i
     "plot attention model 'the cat' --out out.html": (FORWARD, 1, "Nothing was written"),
     "plot embeddings model texts.txt --out out.html": (FORWARD, 1, "Nothing was written"),
     "plot similarity model texts.txt --out out.html": (FORWARD, 1, "Nothing was written"),
-    "plot tokens model 'the cat' --out out.html": ("minibert.inference.plot:tokens", 1, "Nothing was written"),
-    "plot training run --out out.html": ("minibert.inference.plot:training", 1, "Nothing was written"),
-    "hub convert bert out": ("minibert.hub.proof:differences", 1, "Nothing was written"),
-    "hub export model out": ("minibert.hub.proof:differences", 1, "Nothing was written"),
-    "hub push model ann/other": ("minibert.hub.publish:build", 1, "push again to complete it"),
-    "hub pull ann/model out": ("minibert.hub.publish:check_paths", 1, "pull again to complete it"),
+    "plot tokens model 'the cat' --out out.html": ("minibert.plot:tokens", 1, "Nothing was written"),
+    "plot training run --out out.html": ("minibert.plot:training", 1, "Nothing was written"),
+    "hub convert bert out": ("minibert.hub.parity:differences", 1, "Nothing was written"),
+    "hub export model out": ("minibert.hub.parity:differences", 1, "Nothing was written"),
+    "hub push model ann/other": ("minibert.hub.push:build", 1, "push again to complete it"),
+    "hub pull ann/model out": ("minibert.hub.push:check_paths", 1, "pull again to complete it"),
     "hub verify model": ("minibert.hub.verify:checks_of", 1, "Nothing was written"),
 }
 

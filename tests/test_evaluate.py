@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from minibert import MiniBertConfig, MiniBertForSequenceClassification, MiniBertModel, train_word_level
 from minibert.cli import app
-from minibert.inference import evaluate as module
-from minibert.inference.evaluate import evaluate, figures_table, retrieval, untrained
+from minibert.evaluation import evaluate as module
+from minibert.evaluation.evaluate import evaluate, figures_table, retrieval, untrained
 from minibert.inference.load import load
 
 ANSWERS = [

@@ -216,7 +216,7 @@ def test_the_script_of_the_documentation_is_this_one():
 )
 def test_graphs_of_every_shape(kind, fields, outputs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    from minibert.hub.onnx_export import export_onnx
+    from minibert.hub.onnx import export_onnx
 
     model = ours(tmp_path / "model", kind, **fields)
     report = export_onnx(tmp_path / "model", tmp_path / "out")
@@ -245,7 +245,7 @@ def test_a_graph_of_sentence_embeddings_and_its_small_form(tmp_path):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    from minibert.hub.onnx_export import export_onnx
+    from minibert.hub.onnx import export_onnx
 
     ours(tmp_path / "plain")
     model = SentenceTransformer(modules=[Transformer(str(tmp_path / "plain")), Pooling(32, pooling_mode="mean"), Normalize()])

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from minibert.data.load import as_dataset, load
 from minibert.data.source import DataSource
 from minibert.hub.card import build_card
-from minibert.train.recipe import load_recipe, run_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import run_recipe
 
 NLI, QUESTIONS = "sentence-transformers/all-nli", "sentence-transformers/natural-questions"
 LABELS = ["entailment", "neutral", "contradiction"]

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from minibert.inference import index as module
-from minibert.inference.index import NEIGHBOURS, index_folder, number_of_lists, open_index
-from minibert.inference.vectors import (
+from minibert.search import index as module
+from minibert.search.index import NEIGHBOURS, index_folder, number_of_lists, open_index
+from minibert.search.vectors import (
     Manifest,
     Shard,
     ShardWriter,

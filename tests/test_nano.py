@@ -5,7 +5,8 @@ import random
 import datasets
 import pytest
 
-from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import read_metrics, run_recipe
 
 GOOD, BAD = ("fine", "lovely", "splendid", "touching"), ("dull", "awful", "tedious", "clumsy")
 PLAIN = ("the", "film", "has", "some", "actors", "who", "walk", "through", "rooms", "until", "it", "ends")

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 ROOT = Path(importlib.import_module("minibert.configuration_minibert").__file__).parent
 ROOT_MODULES = {"__init__", "__main__", "cli", "configuration_minibert", "modeling_minibert", "tokenization_minibert"}
-SUBPACKAGES = ("train", "hub", "inference", "data", "recipes")
+SUBPACKAGES = (*("train", "train.stages", "hub", "evaluation", "files", "inference", "plot", "search", "data", "recipes"),)
 FILES = sorted([*ROOT.glob("*.py"), *(path for name in SUBPACKAGES for path in (ROOT / name).glob("*.py"))])
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -97,9 +97,9 @@ MAY_IMPORT = {
 
 
 # What a stage may call of inference, to measure the model it trains as it will be used.
-EVALUATION = ("minibert.inference.evaluate", "minibert.inference.answers", "minibert.inference.figures")
+EVALUATION = ("minibert.evaluation.evaluate", "minibert.inference.answers", "minibert.evaluation.metrics")
 # What everybody who opens a model calls first.
-CHECKS = "minibert.hub.safetensors_check"
+CHECKS = "minibert.files.model_folder"
 
 
 def areas_imported(path: Path) -> set[str]:
@@ -130,11 +130,11 @@ def test_imports_run_one_way(path):
     [
         ("train/loop.py", "from minibert.inference.load import load", False),
         ("train/loop.py", "from minibert.inference import load", False),
-        ("train/loop.py", "from minibert.inference.evaluate import evaluate", True),
+        ("train/loop.py", "from minibert.evaluation.evaluate import evaluate", True),
         ("train/loop.py", "from minibert.inference import evaluate", True),
         ("train/loop.py", "from minibert import MiniBertModel", True),
-        ("inference/search.py", "def f():\n    import minibert.train.stage", False),
-        ("inference/search.py", "from minibert.data.load import load", True),
+        ("search/search.py", "def f():\n    import minibert.train.stage", False),
+        ("search/search.py", "from minibert.data.load import load", True),
         ("data/load.py", "from minibert.train.arguments import Recipe", False),
         ("data/load.py", "from minibert import MiniBertConfig", False),
         ("hub/push.py", "from minibert import inference", False),

@@ -14,14 +14,15 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 from typer.testing import CliRunner
 
-from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
+import minibert
+from minibert import MiniBertConfig, MiniBertModel, plot, train_word_level, train_wordpiece
 from minibert.cli import app
-from minibert.inference import plot, plot_attention
 from minibert.inference.load import load
-from minibert.inference.plot_attention import line_ends
-from minibert.inference.plot_page import token_labels
-from minibert.inference.plot_training import read_log
-from minibert.inference.plot_vectors import project
+from minibert.plot import attention_maps as plot_attention
+from minibert.plot.attention_maps import line_ends
+from minibert.plot.page import token_labels
+from minibert.plot.training_curves import read_log
+from minibert.plot.vector_maps import project
 
 TEXTS = ["the cat sleeps on the sofa", "a dog sleeps on the mat", "stocks fell today", "gold rose after the news"]
 EVIL = '$x^2$ <b>cat</b> </script><script>document.title="taken"</script> &amp; sleeps'
@@ -372,7 +373,7 @@ def test_a_log_without_lines_or_with_a_damaged_one_is_refused(tmp_path):
 
 
 def test_umap_explains_itself_where_it_is_missing(models, monkeypatch):
-    monkeypatch.setattr("minibert.inference.plot_vectors.find_spec", lambda name: None)
+    monkeypatch.setattr("minibert.plot.vector_maps.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install umap-learn"):
         plot.embeddings(models / "minibert", TEXTS, method="umap")
 
@@ -440,10 +441,8 @@ def test_the_command_refuses_in_one_sentence(command, models, tmp_path, argument
 
 
 def test_a_missing_extra_explains_itself(command, models, monkeypatch):
-    import minibert.inference
-
-    monkeypatch.delattr(minibert.inference, "plot")
-    for name in [name for name in sys.modules if name.startswith("minibert.inference.plot")]:
+    monkeypatch.delattr(minibert, "plot", raising=False)
+    for name in [name for name in sys.modules if name.startswith("minibert.plot")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     done = command("tokens", models / "minibert", "the cat")

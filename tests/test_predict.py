@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import minibert
 from minibert.cli import app
 from minibert.data.tags import to_iob2
+from minibert.evaluation.evaluate import evaluate
 from minibert.inference import predict as module
-from minibert.inference.evaluate import evaluate
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXTS = ["red apples fall", "green", "the red pears and the green apples of the garden", "apples"]

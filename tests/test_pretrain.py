@@ -16,13 +16,13 @@ from transformers import (
 )
 
 from minibert import MiniBertForMaskedLM, MiniBertModel, train_word_level, train_wordpiece
-from minibert.data.corpus import load_corpus
 from minibert.data.source import DataSource
+from minibert.data.tokenized_corpus import load_corpus
 from minibert.train.arguments import NewModel, PretrainStage, Recipe
 from minibert.train.loop import seed_everything
-from minibert.train.pretrain import Masking, PackedRows, SentencePairs, pretrain
-from minibert.train.recipe import run_recipe
+from minibert.train.run import run_recipe
 from minibert.train.stage import StageContext
+from minibert.train.stages.pretrain import Masking, PackedRows, SentencePairs, pretrain
 
 PRESET = {
     "preset": "simple-4x256",

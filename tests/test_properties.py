@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
-from minibert.data.disk import to_yaml
+from minibert.files.disk import to_yaml
 from minibert.inference.encode import Encoder
 from minibert.train import arguments
-from minibert.train.recipe import _KINDS, _dump, load_recipe
+from minibert.train.recipe import KINDS, load_recipe
+from minibert.train.run import _dump
 
 # Where a machine decides whether a change is good it must decide the same tomorrow; elsewhere every run looks further.
 settings.register_profile("minibert", deadline=None, derandomize="CI" in os.environ, database=None)
@@ -92,10 +93,10 @@ def test_token_ids_are_of_the_vocabulary_and_as_many_as_the_model_reads(encoder,
 
 # ------------------------------------------------------------------------------------------------------------- recipes
 
-WORDS = sorted({name for kind, *_ in _KINDS.values() for name in kind.model_fields} | {"stages", "seed", "preset", "path"})
+WORDS = sorted({name for kind, *_ in KINDS.values() for name in kind.model_fields} | {"stages", "seed", "preset", "path"})
 SCALARS = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), st.binary(max_size=4)),
-    st.sampled_from([*_KINDS, "bert-base", "a/b", "data.csv", "train[:10%]", 1, 0.1]),
+    st.sampled_from([*KINDS, "bert-base", "a/b", "data.csv", "train[:10%]", 1, 0.1]),
 )
 KEYS = st.one_of(st.sampled_from(WORDS), st.text(max_size=5), st.integers(), st.none(), st.booleans())
 VALUES = st.recursive(
@@ -103,7 +104,7 @@ VALUES = st.recursive(
 )
 STAGES = st.builds(
     lambda kind, more: {**more, "kind": kind, "data": "data.csv"},
-    st.one_of(st.sampled_from(list(_KINDS)), VALUES),
+    st.one_of(st.sampled_from(list(KINDS)), VALUES),
     st.dictionaries(KEYS, VALUES, max_size=4),
 )
 RECIPES = st.one_of(
@@ -115,7 +116,7 @@ RECIPES = st.one_of(
     ),
 )
 PATHS = st.lists(
-    st.one_of(st.sampled_from([*_KINDS, *WORDS, "0", "1", "-1", "²", ""]), st.text(max_size=4)), min_size=1, max_size=5
+    st.one_of(st.sampled_from([*KINDS, *WORDS, "0", "1", "-1", "²", ""]), st.text(max_size=4)), min_size=1, max_size=5
 )
 OVERRIDES = st.one_of(
     st.text(max_size=20),

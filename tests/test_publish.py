@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 import minibert
 from minibert import MiniBertConfig, train_word_level
 from minibert.cli import app
-from minibert.hub import isolated, proof, publish, remote, verify
-from minibert.hub.publish import build, push
+from minibert.hub import isolated, parity, remote, verify
+from minibert.hub import push as publish
+from minibert.hub.push import build, push
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "what is the capital of a short text ?", "others sleep , and one ."]
 CODE = {"configuration_minibert.py", "modeling_minibert.py"}
@@ -395,7 +396,7 @@ def test_a_folder_that_does_not_open_is_not_uploaded(hub, source, run, monkeypat
 
 @pytest.mark.parametrize("value", [1.0 + 3e-6, float("nan")])
 def test_differences_above_a_millionth_are_differences(value):
-    with pytest.raises(proof.Mismatch, match=r"vectors\[0\] is 1 here"):
+    with pytest.raises(parity.Mismatch, match=r"vectors\[0\] is 1 here"):
         publish._largest_difference({"vectors": torch.ones(1)}, {"vectors": torch.tensor([value])}, "It")
     assert publish._largest_difference({"v": torch.ones(1)}, {"v": torch.tensor([1 + 5e-7])}, "It") < 1e-6
 

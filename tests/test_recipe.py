@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
-from minibert.train import loop
-from minibert.train import recipe as recipe_module
+from minibert.train import run as run_module
 from minibert.train.arguments import ClassifyStage, EmbedStage, TokenizerStage
-from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import read_metrics, run_recipe
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
 TOKENIZER = {"kind": "tokenizer", "data": "texts.csv"}
@@ -42,9 +42,9 @@ def calls(monkeypatch):
         (context.output_dir / "model.safetensors").write_text("weights")
         return {"loss": float(len(ran))}
 
-    monkeypatch.setattr(recipe_module, "fake_stage", stage, raising=False)
-    kinds = {kind: (entry[0], "minibert.train.recipe", "fake_stage", entry[3]) for kind, entry in recipe_module._KINDS.items()}
-    monkeypatch.setattr(recipe_module, "_KINDS", kinds)
+    monkeypatch.setattr(run_module, "fake_stage", stage, raising=False)
+    kinds = {kind: (entry[0], "minibert.train.run", "fake_stage", entry[3]) for kind, entry in run_module.KINDS.items()}
+    monkeypatch.setattr(run_module, "KINDS", kinds)
     return ran
 
 
@@ -204,7 +204,7 @@ def test_a_finished_result_is_kept_until_its_successor_is_there(write, calls, tm
     run_dir = run_recipe(recipe, output_dir=tmp_path / "run")
     changed = load_recipe(write(TOKENIZER, CLASSIFY), ["classify.learning_rate=3e-4"])
     with monkeypatch.context() as patch:
-        patch.setattr(recipe_module, "fake_stage", lambda args, context: 1 / 0)
+        patch.setattr(run_module, "fake_stage", lambda args, context: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_recipe(changed, output_dir=run_dir, force=True)
     assert (run_dir / "2-classify.replaced" / "model.safetensors").exists()
@@ -224,7 +224,7 @@ def test_precision_that_cannot_be_had_is_refused_before_anything_is_replaced(wri
     assert sorted(path.name for path in run_dir.iterdir()) == ["1-tokenizer", "2-classify", "recipe.yaml"]
     assert (run_dir / "2-classify" / "stage.json").exists()
     with monkeypatch.context() as patch:  # finished where there is a GPU
-        patch.setattr(loop, "check_precision", lambda arguments: None)
+        patch.setattr(run_module, "check_precision", lambda arguments: None)
         run_recipe(half, output_dir=run_dir, force=True)
     calls.clear()
     run_recipe(half, output_dir=run_dir)

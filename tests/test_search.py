@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
 from minibert.cli import app
-from minibert.inference import search
 from minibert.inference.load import fingerprint, load
-from minibert.inference.search import FolderSearcher, Searcher, read_passages, read_queries
-from minibert.inference.vectors import Manifest, Shard, ShardWriter, VectorFolder, shard_name, write_manifest
+from minibert.search import search
+from minibert.search.search import FolderSearcher, Searcher, read_passages, read_queries
+from minibert.search.vectors import Manifest, Shard, ShardWriter, VectorFolder, shard_name, write_manifest
 
 PASSAGES = [
     "the cat sleeps on the sofa",

@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minibert import MiniBertConfig, MiniBertForSequenceClassification, train_wordpiece
-from minibert.hub import folders, safetensors_check
-from minibert.hub.safetensors_check import HEADER_LIMIT, check_file, check_model, check_paths, read_header
+from minibert.files import model_folder
+from minibert.files.model_folder import HEADER_LIMIT, check_file, check_model, check_paths, read_header
+from minibert.hub import folders
 from minibert.inference.load import find_model, load
-from minibert.train.recipe import load_recipe, run_recipe
+from minibert.train.recipe import load_recipe
+from minibert.train.run import run_recipe
 
 TENSORS = {
     "layers.0.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -229,7 +231,7 @@ def test_large_headers_take_little_memory(tmp_path):
     with files[0].open("r+b") as sparse:
         sparse.truncate(100_000_000)
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, safetensors_check.__file__, *map(str, files)],
+        [sys.executable, "-c", LIMITED, model_folder.__file__, *map(str, files)],
         capture_output=True,
         text=True,
         check=False,

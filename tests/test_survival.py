@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from minibert import train_wordpiece
 from minibert.train import checkpoint, loop
 from minibert.train.arguments import Recipe
-from minibert.train.recipe import read_metrics, run_recipe
+from minibert.train.run import read_metrics, run_recipe
 
 WORDS = ["the", "cat", "dog", "bird", "fish", "saw", "heard", "liked", "small", "large", "house", "garden", "under", "behind"]
 

@@ -13,14 +13,15 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrai
 
 from minibert import train_word_level, train_wordpiece
 from minibert.data.tags import cut_windows, entity_spans, read_tags, read_words, to_iob2
-from minibert.inference.evaluate import evaluate
-from minibert.inference.figures import tag_figures
+from minibert.evaluation.evaluate import evaluate
+from minibert.evaluation.metrics import tag_figures
 from minibert.train.arguments import TagStage
-from minibert.train.recipe import load_recipe, read_metrics, run_recipe
+from minibert.train.recipe import load_recipe
 from minibert.train.rows import compute_outputs
+from minibert.train.run import read_metrics, run_recipe
 from minibert.train.stage import StageContext
-from minibert.train.tag import TagRows, evaluator
-from minibert.train.tag import tag as tag_stage
+from minibert.train.stages.tag import TagRows, evaluator
+from minibert.train.stages.tag import tag as tag_stage
 
 NAMES, PLACES, OTHER = ("ann", "bob", "cid"), ("rome", "oslo", "lima"), ("saw", "in", "and", "left")
 PRESET = {

@@ -12,8 +12,8 @@ import torch
 import minibert
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
 from minibert.inference.load import fingerprint, load
-from minibert.inference.search import FolderSearcher
-from minibert.inference.vectors import Manifest, Shard, ShardWriter, shard_name, write_manifest
+from minibert.search.search import FolderSearcher
+from minibert.search.vectors import Manifest, Shard, ShardWriter, shard_name, write_manifest
 
 PAGE = Path(minibert.__file__).parent / "docs" / "encoding-and-search.md"
 NOTES = ["how a list is sorted", "how do i read a table", "the cat sleeps", "sort the table", "paris is a city"]
@@ -85,6 +85,6 @@ def test_the_example_of_search_from_python_runs(notes, capsys):
 
 
 def test_the_figures_of_the_page_are_those_of_the_code():
-    page, index = PAGE.read_text(encoding="utf-8"), importlib.import_module("minibert.inference.index")
+    page, index = PAGE.read_text(encoding="utf-8"), importlib.import_module("minibert.search.index")
     assert f"up to {index.EXACT_ROWS:,} " in page and f"{index._SAMPLE:,} of the stored vectors" in page
     assert index._GROWTH == 4 and "fourfold growth" in page

@@ -16,7 +16,7 @@ import minibert
 from minibert import modeling_minibert
 from minibert.cli import app
 from minibert.hub import isolated, releases, remote, verify
-from minibert.hub.publish import build
+from minibert.hub.push import build
 
 # The tiny models of the other file; tests are no package, so that none imports another by name.
 spec = importlib.util.spec_from_file_location("tiny_published", Path(__file__).with_name("test_publish.py"))

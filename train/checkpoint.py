@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from minibert.data import disk
+from minibert.files import disk
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp"
@@ -121,10 +121,10 @@ def _sha256(path: Path) -> str:
 
 
 def one_sentence(target: Path) -> AbstractContextManager[None]:
-    """:func:`minibert.data.disk.one_sentence` of a training run."""
+    """:func:`minibert.files.disk.one_sentence` of a training run."""
     return disk.one_sentence(target, _KEPT)
 
 
 def alone_in(folder: Path) -> AbstractContextManager[None]:
-    """:func:`minibert.data.disk.alone_in` of a training run."""
+    """:func:`minibert.files.disk.alone_in` of a training run."""
     return disk.alone_in(folder, "training in", kept=_KEPT)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minibert.hub.safetensors_check import opening
+from minibert.files.model_folder import opening
 from minibert.train.arguments import ModelStage, NewModel
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from sentence_transformers.util import quantize_embeddings
 
-from minibert.data import disk
+from minibert.files import disk
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -417,10 +417,10 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """:func:`minibert.data.disk.alone_in` of a run that encodes."""
+    """:func:`minibert.files.disk.alone_in` of a run that encodes."""
     return disk.alone_in(folder, "encoding into", kept=_KEPT)
 
 
 def one_sentence(file: Path) -> contextlib.AbstractContextManager[None]:
-    """:func:`minibert.data.disk.one_sentence` of a run that encodes."""
+    """:func:`minibert.files.disk.one_sentence` of a run that encodes."""
     return disk.one_sentence(file, _KEPT)

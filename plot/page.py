@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert.data.load import as_dataset, text_columns
-from minibert.hub.safetensors_check import opening
+from minibert.files.model_folder import opening
 from minibert.inference.load import _encoder_folder, find_model
 
 SUFFIXES = (".html", ".png")

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from minibert.inference.plot_page import (
+from minibert.inference.predict import max_length_of
+from minibert.plot.page import (
     COLOURS,
     INK,
     Picture,
@@ -23,7 +24,6 @@ from minibert.inference.plot_page import (
     ticks,
     token_labels,
 )
-from minibert.inference.predict import max_length_of
 
 # Numbers in a page, 4 bytes each: with more, browsers become slow, so that heads are averaged.
 _PAGE_WEIGHTS = 4_000_000

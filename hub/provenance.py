@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from minibert.data.disk import to_yaml
+from minibert.files.disk import to_yaml
 from minibert.hub.remote import sha256
 
 # What a published model keeps of its record; its recipe lies beside it.

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from minibert.data.labels import read_labels
 from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
-from minibert.inference.figures import FIGURES, SMALLER_IS_BETTER, classification_figures
+from minibert.evaluation.metrics import FIGURES, SMALLER_IS_BETTER, classification_figures
 from minibert.train.arguments import ClassifyStage
 from minibert.train.loop import fit, processes
 from minibert.train.rows import TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data

@@ -14,7 +14,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from minibert.inference.load import load
-from minibert.inference.plot_page import (
+from minibert.inference.predict import max_length_of
+from minibert.plot.page import (
     COLOURS,
     INK,
     Picture,
@@ -27,7 +28,6 @@ from minibert.inference.plot_page import (
     ticks,
     token_labels,
 )
-from minibert.inference.predict import max_length_of
 
 METHODS = ("pca", "tsne", "umap")
 # Points that have their name beside them, and kinds of labels that have a colour of their own.

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minibert.data.labels import REGRESSION, SINGLE, read_labels
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.tags import find_tag_columns, read_tags, read_words
-from minibert.inference.figures import classification_figures, tag_figures
+from minibert.evaluation.metrics import classification_figures, tag_figures
+from minibert.inference.bm25 import WordIndex
 from minibert.inference.load import load
 from minibert.inference.predict import (
     CLASSIFIER,
@@ -32,7 +33,6 @@ from minibert.inference.predict import (
     problem_type_of,
     tag_sentences,
 )
-from minibert.inference.words import WordIndex
 
 RETRIEVAL_COLUMNS = (("query", "answer"), ("question", "answer"), ("query", "passage"), ("anchor", "positive"))
 SIMILARITY_COLUMNS = ("sentence1", "sentence2", "score")

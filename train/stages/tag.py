@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification
 
 from minibert.data.load import load
 from minibert.data.tags import cut_windows, find_tag_columns, holds_entities, read_tags, read_words
-from minibert.inference.figures import SMALLER_IS_BETTER, tag_figures
+from minibert.evaluation.metrics import SMALLER_IS_BETTER, tag_figures
 from minibert.train.arguments import TagStage
 from minibert.train.loop import fit, processes
 from minibert.train.rows import TOKENIZED_AT_ONCE, TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data

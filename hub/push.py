@@ -1,4 +1,4 @@
-"""Publish a model: build its complete folder, prove it, upload it in one commit, download that and prove it again. And pull."""
+"""Publish a model: build its complete folder, prove it, upload it in one commit, download that and prove it again."""
 
 import getpass
 import json
@@ -16,12 +16,12 @@ import yaml
 from torch import Tensor
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.hub import folders, isolated, proof, record, remote, verify
+from minibert.files.model_folder import check_paths, check_weights
+from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
 from minibert.hub.convert import UNUSED, open_tokenizer
 from minibert.hub.export import export, open_minibert
-from minibert.hub.remote import Change, Hub, compare, copy_plain, sha256, split_name
-from minibert.hub.safetensors_check import check_paths, check_weights
+from minibert.hub.remote import Change, Hub, compare, sha256, split_name
 
 TOLERANCE = 1e-6
 SHARD_SIZE = "5GB"
@@ -56,30 +56,6 @@ class Published:
     changes: list[Change] = field(default_factory=list)
     commit: str | None = None
     pull_request: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass
-class Pulled:
-    """What :func:`pull` fetched.
-
-    Attributes:
-        code: sha256 of every file of Python code, which opening the model could run, by path.
-        code_is: ``"ours"`` where that is the code of a release of ours or the installed one, ``"changed"``, or ``"none"``.
-        release: the version that the code is of; None where it is of no release.
-        left_out: files of the commit that no model needs, or that are pickles.
-    """
-
-    repo_id: str
-    commit: str
-    output: str
-    files: dict[str, int]
-    code: dict[str, str]
-    code_is: str
-    release: str | None
-    left_out: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,7 +111,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="minibert-") as place:
         folder = Path(place, "model")
         build(source, folder, repo_id=repo_id, dtype=dtype, as_bert=as_bert, max_shard_size=shard_size, **fields)
-        files = {path: (folder / path).stat().st_size for path in _paths(folder)}
+        files = {path: (folder / path).stat().st_size for path in paths_in(folder)}
         done = Published(str(source), repo_id, files, (folder / "README.md").read_text(encoding="utf-8"))
         report(f"Built from {source}: {len(files)} files, {size_text(sum(files.values()))}.")
         expected = _expected(source, folder, dtype, as_bert)
@@ -262,9 +238,9 @@ def _prove_download(hub: Hub, folder: Path, done: Published, expected: "_Expecte
     what = f"Commit {done.commit} of {done.repo_id}, which is on the Hub,"
     with tempfile.TemporaryDirectory(prefix="minibert-") as place:
         fetched = hub.download(done.repo_id, str(done.commit), Path(place))
-        for path in _paths(folder):
+        for path in paths_in(folder):
             if not (fetched / path).exists() or sha256(fetched / path) != sha256(folder / path):
-                raise proof.Mismatch(f"{what} holds another {path} than was sent; push again, and report it if that recurs.")
+                raise parity.Mismatch(f"{what} holds another {path} than was sent; push again, and report it if that recurs.")
         done.opened, done.difference = prove(
             folder, expected, what, hub_name=(done.repo_id, str(done.commit)), cache=Path(place)
         )
@@ -289,7 +265,7 @@ def _expected(source: Path, folder: Path, dtype: str | None, as_bert: bool) -> _
         **{**asdict(request), "model": str(opened), "transformer": str(folders.encoder_folder(opened)), "trust": False}
     )
     own.dtype = dtype
-    with proof.quiet():
+    with parity.quiet():
         return _Expected(request, isolated.compute(own)[0])
 
 
@@ -318,7 +294,7 @@ def prove(
     try:
         found, opened = isolated.run(request, cache=cache)
     except isolated.NotOpened as error:
-        raise proof.Mismatch(f"{what} cannot be opened in a fresh process without minibert: {error}") from None
+        raise parity.Mismatch(f"{what} cannot be opened in a fresh process without minibert: {error}") from None
     return opened, _largest_difference(expected.outputs, found, what)
 
 
@@ -329,14 +305,14 @@ def _largest_difference(here: dict[str, Tensor], there: dict[str, Tensor], what:
         found = there.get(name)
         if found is None or found.shape != expected.shape:
             shape = "missing" if found is None else f"of shape {list(found.shape)}, not {list(expected.shape)},"
-            raise proof.Mismatch(f"{what} computes something else in a fresh process: {name} is {shape} there.")
+            raise parity.Mismatch(f"{what} computes something else in a fresh process: {name} is {shape} there.")
         if not expected.numel():
             continue
         differences = (expected - found).abs()
         wrong = ~(differences <= TOLERANCE * expected.abs().clamp(min=1))  # what is no number is wrong too
         if wrong.any():
             first = tuple(wrong.nonzero()[0].tolist())
-            raise proof.Mismatch(
+            raise parity.Mismatch(
                 f"{what} computes something else in a fresh process: {name}{list(first)} is {float(expected[first]):.6g} here "
                 f"and {float(found[first]):.6g} there."
             )
@@ -416,7 +392,7 @@ def build(
             _forget_this_machine(temporary / name)
         _write_licences(source, temporary, with_code=not as_bert)
         (temporary / "README.md").write_text(build_card(temporary, repo_id, origin=source, **fields), encoding="utf-8")
-        record.write(record.read(source), temporary, fields)
+        provenance.write(provenance.read(source), temporary, fields)
         check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
         if failed := [check for check in verify.checks_of(temporary) if check.state == "failed"]:
             raise ValueError(f"{source} is not ready: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
@@ -523,47 +499,10 @@ def check_private(folder: Path, places: Iterable[Path]) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- pull
-
-
-def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pulled:
-    """Download the model ``USER/NAME[@REVISION]`` into a new folder, as the one commit that its revision means now.
-
-    Nothing of it is opened or run. Without the network (``HF_HUB_OFFLINE=1``) it comes from the cache.
-
-    Raises:
-        ValueError: the name is none, the folder is not empty, or what the Hub holds is damaged, pickled or leads elsewhere.
-        HubError: the Hub refused, or could not be reached.
-    """
-    repo_id, revision = split_name(name)
-    output_dir = Path(output_dir)
-    folders.check_output(output_dir)
-    commit, fetched, files = remote.fetch(repo_id, revision, token)
-    with folders.new_folder(output_dir) as temporary:
-        copy_plain(fetched, temporary, link=False)
-        for path in _paths(temporary):
-            if path in files and not remote.same(temporary / path, files[path]):
-                raise ValueError(f"{path} of {repo_id} arrived damaged; delete {fetched} and pull again.")
-        check_paths(temporary)
-        check_weights(folders.encoder_folder(temporary))
-        sizes = {path: (temporary / path).stat().st_size for path in _paths(temporary)}
-        code = verify.code_of(temporary)
-    return Pulled(
-        repo_id=repo_id,
-        commit=commit,
-        output=str(output_dir),
-        files=sizes,
-        code=code.files,
-        code_is=code.state,
-        release=code.release,
-        left_out=sorted(set(files) - set(sizes)),
-    )
-
-
 # --------------------------------------------------------------------------------------------------------------- texts
 
 
-def _paths(folder: Path) -> list[str]:
+def paths_in(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
@@ -604,4 +543,4 @@ def change_text(change: Change) -> str:
     return f"{change.kind:7}  {change.path}  {' -> '.join(sizes)}"
 
 
-__all__ = ["Published", "Pulled", "build", "pull", "push"]
+__all__ = ["Published", "build", "push"]

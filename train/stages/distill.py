@@ -36,19 +36,19 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from minibert.data.corpus import Corpus, load_corpus
 from minibert.data.labels import SINGLE, read_labels
 from minibert.data.load import check_columns, load, text_columns
 from minibert.data.source import DataSource
-from minibert.hub.safetensors_check import opening
-from minibert.inference.figures import FIGURES, SMALLER_IS_BETTER
-from minibert.train import classify, pretrain
+from minibert.data.tokenized_corpus import Corpus, load_corpus
+from minibert.evaluation.metrics import FIGURES, SMALLER_IS_BETTER
+from minibert.files.model_folder import opening
 from minibert.train.arguments import DistillStage
 from minibert.train.checkpoint import one_sentence
-from minibert.train.embed import sentence_model
 from minibert.train.loop import fit, in_precision, processes
 from minibert.train.rows import TokenRows, choose_metric, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stages import classify, pretrain
+from minibert.train.stages.embed import sentence_model
 
 # Rows that a teacher computes between two writes: what an interrupted run does not compute again.
 TAUGHT_AT_ONCE = 16384
@@ -832,7 +832,7 @@ def evaluator(
     """A function that measures vectors on data sets by name, as ``minibert evaluate`` does, at full length and as prefixes."""
 
     def measure(model: SentenceTransformer) -> dict[str, float]:
-        from minibert.inference.evaluate import evaluate
+        from minibert.evaluation.evaluate import evaluate
 
         figures: dict[str, float] = {}
         for size in (None, *dims):

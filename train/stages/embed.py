@@ -30,11 +30,11 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.util import mine_hard_negatives
 from transformers import AutoModel, ProgressCallback, TrainerCallback
 
-from minibert.data.corpus import load_documents
 from minibert.data.load import check_columns, join, load, text_columns
 from minibert.data.source import DataSource
 from minibert.data.text_pairs import make_pairs
-from minibert.hub.safetensors_check import opening
+from minibert.data.tokenized_corpus import load_documents
+from minibert.files.model_folder import opening
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
 from minibert.train.loop import Log, StopRequest, check_precision, in_precision, keep_memory, warn_of_precision
@@ -294,7 +294,7 @@ class _Retrieval(BaseEvaluator):
         self.batch_size = batch_size
 
     def __call__(self, model: Any, *_: Any, **__: Any) -> dict[str, float]:
-        from minibert.inference.evaluate import retrieval
+        from minibert.evaluation.evaluate import retrieval
 
         found = retrieval(model, self.queries, self.answers, baselines=False, batch_size=self.batch_size)
         figures: dict[str, float] = found["systems"]["model"]

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minibert.inference.load import find_model, read_json
-from minibert.inference.plot_page import INK, UNKNOWN, Picture, check_text, hover, markup, name_of, plain, token_labels
+from minibert.plot.page import INK, UNKNOWN, Picture, check_text, hover, markup, name_of, plain, token_labels
 
 # Characters that a line of boxes holds, and tokens that a picture holds.
 _LINE, _MOST = 52, 1000

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from minibert.inference.plot_page import COLOURS, INK, Picture, markup, plain
+from minibert.plot.page import COLOURS, INK, Picture, markup, plain
 
 LOG = "log.jsonl"
 # What the horizontal axis may count, and the key of a line that holds it.

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from minibert.data.stream import Bad, Rows, Stream, open_stream
-from minibert.hub.safetensors_check import read_json
+from minibert.files.model_folder import read_json
 from minibert.inference.encode import WINDOW_CHARACTERS, WINDOW_TEXTS, Encoder, EncoderOptions
 from minibert.inference.load import find_model, fingerprint
-from minibert.inference.vectors import (
+from minibert.search.vectors import (
     MANIFEST,
     PRECISIONS,
     Manifest,

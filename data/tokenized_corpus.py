@@ -24,9 +24,9 @@ import numpy as np
 from datasets import Dataset
 from numpy.lib.format import open_memmap
 
-from minibert.data import disk
 from minibert.data.load import check_columns, load, text_columns
 from minibert.data.source import DataSource
+from minibert.files import disk
 
 _VERSION = 1  # of the files in the cache
 _BOUNDS = ("documents", "sentences")

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from minibert.files.model_folder import opening
 from minibert.hub import folders
-from minibert.hub.safetensors_check import opening
 
 TOLERANCE = 1e-4
 TEXTS = (

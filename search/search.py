@@ -16,12 +16,12 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
-from minibert.data import disk
 from minibert.data.load import as_dataset, is_unicode, text_columns
-from minibert.inference.index import KEPT, alone_with_index, index_folder, open_index
+from minibert.files import disk
+from minibert.inference.bm25 import WordIndex
 from minibert.inference.load import find_model, fingerprint, load
-from minibert.inference.vectors import VectorFolder
-from minibert.inference.words import WordIndex
+from minibert.search.index import KEPT, alone_with_index, index_folder, open_index
+from minibert.search.vectors import VectorFolder
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class Searcher:
 class FolderSearcher:
     """A folder of vectors that ``minibert encode`` wrote, ready for queries.
 
-    Its index is built here if need be, or extended by new shards; see :func:`minibert.inference.index.open_index`.
+    Its index is built here if need be, or extended by new shards; see :func:`minibert.search.index.open_index`.
 
     Args:
         folder: with a ``manifest.json``.

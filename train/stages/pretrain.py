@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
-from minibert.data.corpus import Corpus, Pieces, Spans, load_corpus
+from minibert.data.tokenized_corpus import Corpus, Pieces, Spans, load_corpus
 from minibert.train.arguments import DistillStage, PhaseArguments, PretrainStage
 from minibert.train.loop import Phase, fit, processes, seed_everything
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length

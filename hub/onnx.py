@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert import modeling_minibert
-from minibert.hub import folders, proof
+from minibert.hub import folders, parity
 from minibert.hub.convert import Report, full, open_tokenizer
 from minibert.hub.export import open_minibert
 
@@ -49,7 +49,7 @@ def export_onnx(
     encoder = folders.encoder_folder(folder)
     tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in checkpoint.names}
-    with proof.quiet():
+    with parity.quiet():
         network = getattr(modeling_minibert, f"MiniBert{kind}").from_pretrained(encoder, dtype=torch.float32).eval()
         heads = _heads(folder)
     wrapped = _Graph(network, _inputs(tokenizer, config), heads, pooled=kind != "Model" or has_pooler)
@@ -60,8 +60,8 @@ def export_onnx(
         tokenizer.save_pretrained(temporary)
         batches = _batches(wrapped, tokenizer, config.max_position_embeddings)
         expected = _by_torch(wrapped, batches)
-        differences = proof.compare(expected, _by_runtime(wrapped, batches, temporary / GRAPH))
-        proof.check(differences, f"The graph made of {model}")
+        differences = parity.compare(expected, _by_runtime(wrapped, batches, temporary / GRAPH))
+        parity.check(differences, f"The graph made of {model}")
         cosine = None
         if quantize:
             _quantize(temporary / GRAPH, temporary / QUANTIZED)
@@ -170,7 +170,7 @@ def _silent() -> Iterator[None]:
 def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Tensor]]:
     """The built-in texts, and random ids of several shapes: one token, one text, as many tokens as fit."""
     longest = min(tokenizer.model_max_length, positions)
-    found = [{name: batch[name] for name in graph.inputs} for batch in proof.batches(tokenizer, longest)]
+    found = [{name: batch[name] for name in graph.inputs} for batch in parity.batches(tokenizer, longest)]
     generator = torch.Generator().manual_seed(0)
     for count, length in ((1, 1), (1, min(7, longest)), (2, longest), (6, min(3, longest))):
         ids = torch.randint(0, len(tokenizer), (count, length), generator=generator)

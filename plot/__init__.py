@@ -4,11 +4,11 @@ Every function returns a picture: ``.interactive()`` is its plotly figure, ``.st
 ``.save("x.html")`` and ``.save("x.png")`` write them, and the facts that are drawn are its attributes.
 """
 
-from minibert.inference.plot_attention import Attention, attention
-from minibert.inference.plot_page import Picture, check_output, read_texts
-from minibert.inference.plot_tokens import Token, Tokens, tokens
-from minibert.inference.plot_training import Run, Training, training
-from minibert.inference.plot_vectors import METHODS, Embeddings, Panel, Similarity, embeddings, similarity
+from minibert.plot.attention_maps import Attention, attention
+from minibert.plot.page import Picture, check_output, read_texts
+from minibert.plot.token_pieces import Token, Tokens, tokens
+from minibert.plot.training_curves import Run, Training, training
+from minibert.plot.vector_maps import METHODS, Embeddings, Panel, Similarity, embeddings, similarity
 
 __all__ = [
     "METHODS",

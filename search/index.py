@@ -28,8 +28,8 @@ from filelock import FileLock
 from pyarrow import parquet
 from tqdm.auto import tqdm
 
-from minibert.data import disk
-from minibert.inference.vectors import Shard, VectorFolder, check_types, damage_named, to_float, whole_file
+from minibert.files import disk
+from minibert.search.vectors import Shard, VectorFolder, check_types, damage_named, to_float, whole_file
 
 logger = logging.getLogger(__name__)
 

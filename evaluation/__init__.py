@@ -1,0 +1,1 @@
+"""Measure models: retrieval, similarity, classification, tagging."""

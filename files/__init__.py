@@ -1,0 +1,1 @@
+"""Read and write files safely: locks, atomic writes, checks of model folders."""

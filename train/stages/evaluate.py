@@ -1,0 +1,20 @@
+"""Measure the model of a recipe on data sets."""
+
+from typing import Any
+
+from minibert.data.load import load
+from minibert.evaluation.evaluate import evaluate
+from minibert.train.arguments import EvaluateStage
+from minibert.train.stage import StageContext
+
+
+def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]:
+    """The ``evaluate`` stage: figures of the model on each data set, by the data set's path."""
+    figures = {}
+    for source in args.data:
+        data = load([source], split="validation")
+        name = source.path if source.split is None else f"{source.path} {source.split}"
+        figures[name] = evaluate(
+            str(context.model), data, limit=args.limit, baselines=args.baselines, batch_size=args.batch_size
+        )
+    return figures

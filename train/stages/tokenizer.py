@@ -1,0 +1,35 @@
+"""Train a tokenizer on the texts of a recipe."""
+
+from typing import Any
+
+from minibert.data.load import check_columns, load, text_columns
+from minibert.tokenization_minibert import train_word_level, train_wordpiece
+from minibert.train.arguments import TokenizerStage
+from minibert.train.stage import StageContext
+
+
+def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, Any]:
+    """The ``tokenizer`` stage: train on every text of the data and save. Returns the sizes reached."""
+    parts = []
+    for source in args.data:  # one by one: they need not share a column
+        dataset = load([source])
+        columns = args.text_columns or text_columns(dataset)
+        check_columns(dataset, columns, [source], filled=False)
+        if not columns:
+            raise ValueError(f"{source.path} has no column of strings; it has {', '.join(dataset.column_names)}.")
+        parts.append(dataset.select_columns(columns))
+    values = (value for part in parts for batch in part.iter(1000) for column in batch.values() for value in column if value)
+    texts = (" ".join(value) if isinstance(value, list) else value for value in values)  # lists of words, where taggers learn
+    train = train_wordpiece if args.method == "wordpiece" else train_word_level
+    options = {} if args.min_frequency is None else {"min_frequency": args.min_frequency}
+    tokenizer = train(
+        texts,
+        vocab_size=args.vocab_size,
+        lowercase=args.lowercase,
+        model_max_length=args.max_length,
+        truncation_side=args.truncation_side,
+        show_progress=True,
+        **options,
+    )
+    tokenizer.save_pretrained(context.output_dir)
+    return {"rows": sum(len(part) for part in parts), "vocab_size": len(tokenizer)}
