@@ -8,31 +8,25 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # which sh
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import copy
-import importlib.util
 import multiprocessing
 import socket
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers import TINY
+from hub_server import HubServer
 from minibert import MiniBertConfig, MiniBertModel
-
-TINY = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-}
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """The shape every test model has, to be combined with a preset's switches."""
     return TINY
+
+
+@pytest.fixture(scope="session")
+def hub_server_class():
+    return HubServer
 
 
 @pytest.fixture(scope="session", params=["search-8x768", "bert-base", "modern-6x384"])
@@ -109,17 +103,8 @@ def start():
     return start
 
 
-@pytest.fixture(scope="session")
-def hub_server_class():
-    """The class of :func:`hub_server`, for a server that several tests share."""
-    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
-    module = sys.modules["hub_server"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module.HubServer
-
-
 @pytest.fixture
-def hub_server(hub_server_class):
+def hub_server():
     """A Hub of models and data sets on the loopback interface, empty; ``environment`` and ``patch`` make processes use it."""
-    with hub_server_class() as server:
+    with HubServer() as server:
         yield server

@@ -11,91 +11,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import AutoTokenizer
 
 import minibert
-from minibert.cli import app
+from helpers import FAMILY_HEADS, TINY, edit_json, edit_weights, read_weights, run_command, run_python, save_family
 from minibert.data.docstrings import load_pairs
 from minibert.hub import folders, parity
 from minibert.hub.convert import convert
 from minibert.hub.families import FAMILIES, REFUSED
-
-CASES = [(name, kind) for name, family in FAMILIES.items() for kind in family.classes]
-WORDS = "the quick brown fox jumps over lazy dog and others sleep what is capital of a short text one . , ?"
-WORDS = WORDS.split()
-SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-}
-
-
-def tiny_tokenizer(family):
-    """Whole words, with the special tokens of the family in its order."""
-    bert = not family.numbers_from_pad
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"] if bert else ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    first, last, unknown = special[1 if bert else 0], special[2], special[3]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token=unknown))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    middle = f"{last}:1" if bert else f"{last} {last}"
-    segment = ":1" if bert else ""
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}",
-        pair=f"{first} $A {middle.replace(':1', '')} $B{segment} {last}{segment}",
-        special_tokens=[(token, i) for i, token in enumerate(special)],
-    )
-    names = (
-        ["input_ids", "token_type_ids", "attention_mask"] if family.model_type == "bert" else ["input_ids", "attention_mask"]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_input_names=names,
-        pad_token=special[0 if bert else 1],
-        unk_token=unknown,
-        cls_token=first,
-        sep_token=last,
-        mask_token=special[4],
-        model_max_length=1000,
-    )
-
-
-def checkpoint(folder, name="bert", kind="Model", *, noise=0.05, **fields):
-    """A tiny random model of a family in ``folder``, with every weight and bias non-trivial."""
-    family = FAMILIES[name]
-    tokenizer = tiny_tokenizer(family)
-    config_class = CONFIG_MAPPING[name]
-    fields = {**SHAPE, "vocab_size": len(tokenizer) + 3, **fields}
-    if name == "distilbert":
-        fields["hidden_dim"] = fields.pop("intermediate_size")
-        fields["seq_classif_dropout"] = 0.3
-    elif family.numbers_from_pad:
-        fields = {"type_vocab_size": 1, **fields, "max_position_embeddings": fields["max_position_embeddings"] + 2}
-    labels = {} if kind.endswith("Answering") else {"id2label": {0: "bad", 1: "fair", 2: "good"}}
-    torch.manual_seed(0)
-    model = getattr(transformers, family.class_name + kind)(config_class(**fields, **labels)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * noise)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
-
-
-def edit_config(folder, **fields):
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-
-def edit_weights(folder, **tensors):
-    """Add tensors, or with None drop them; dots are written as they are in a dictionary given as ``**``."""
-    file = folder / "model.safetensors"
-    state = {**load_file(file), **tensors}
-    save_file({key: value for key, value in state.items() if value is not None}, file, {"format": "pt"})
 
 
 def assert_same_outputs(theirs, ours, *, pairs=False, pooled=True):
@@ -118,9 +41,9 @@ def assert_same_outputs(theirs, ours, *, pairs=False, pooled=True):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda value: value)
+@pytest.mark.parametrize(("name", "kind"), FAMILY_HEADS, ids=lambda value: value)
 def test_every_family_and_head(name, kind, tmp_path):
-    theirs = checkpoint(tmp_path / "source", name, kind)
+    theirs = save_family(tmp_path / "source", name, kind)
     report = convert(tmp_path / "source", tmp_path / "out")
     assert report.architecture == f"MiniBert{kind}"
     assert max(report.differences.values()) <= 1e-5
@@ -135,23 +58,23 @@ def test_every_family_and_head(name, kind, tmp_path):
     if name == "distilbert" and kind == "ForSequenceClassification":
         assert ours.config.classifier_dropout == 0.3
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.model_max_length == SHAPE["max_position_embeddings"] == ours.config.max_position_embeddings
+    assert tokenizer.model_max_length == TINY["max_position_embeddings"] == ours.config.max_position_embeddings
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_without_a_pooler(name, tmp_path):
-    model = checkpoint(tmp_path / "source", name)
+    model = save_family(tmp_path / "source", name)
     model.pooler = None
     model.save_pretrained(tmp_path / "source")
     report = convert(tmp_path / "source", tmp_path / "out")
     assert set(report.differences) == {"last_hidden_state"}
-    assert not [key for key in load_file(tmp_path / "out" / "model.safetensors") if "pooler" in key]
+    assert not [key for key in read_weights(tmp_path / "out") if "pooler" in key]
 
 
 def test_what_the_class_does_not_use_is_kept(tmp_path):
     """As in bert-base-uncased: of class BertForMaskedLM, but with the pooler and next sentences of pretraining."""
-    theirs = checkpoint(tmp_path / "source", "bert", "ForPreTraining")
-    edit_config(tmp_path / "source", architectures=["BertForMaskedLM"])
+    theirs = save_family(tmp_path / "source", "bert", "ForPreTraining")
+    edit_json(tmp_path / "source" / "config.json", architectures=["BertForMaskedLM"])
     assert convert(tmp_path / "source", tmp_path / "out").architecture == "MiniBertForMaskedLM"
     ours = minibert.MiniBertForPreTraining.from_pretrained(tmp_path / "out").eval()
     assert_same_outputs(theirs, ours)
@@ -159,7 +82,7 @@ def test_what_the_class_does_not_use_is_kept(tmp_path):
 
 def test_old_names_shards_and_duplicates(tmp_path):
     """Files as they were written years ago: gamma and beta, position_ids, a copy of the tied decoder, in two files."""
-    theirs = checkpoint(tmp_path / "source", "bert", "ForMaskedLM")
+    theirs = save_family(tmp_path / "source", "bert", "ForMaskedLM")
     file = tmp_path / "source" / "model.safetensors"
     state = {
         key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
@@ -182,7 +105,7 @@ def test_old_names_shards_and_duplicates(tmp_path):
 
 
 def test_untied_words(tmp_path):
-    checkpoint(tmp_path / "source", "bert", "ForMaskedLM", tie_word_embeddings=False)
+    save_family(tmp_path / "source", "bert", "ForMaskedLM", tie_word_embeddings=False)
     convert(tmp_path / "source", tmp_path / "out")
     ours = minibert.MiniBertForMaskedLM.from_pretrained(tmp_path / "out").eval()
     assert not ours.config.tie_word_embeddings
@@ -192,10 +115,10 @@ def test_untied_words(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype(dtype, tmp_path):
-    checkpoint(tmp_path / "source")
+    save_family(tmp_path / "source")
     report = convert(tmp_path / "source", tmp_path / "out", dtype=dtype)
     assert max(report.differences.values()) <= 1e-5  # against the source rounded in the same way
-    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights = read_weights(tmp_path / "out")
     assert {str(value.dtype) for value in weights.values()} == {f"torch.{dtype}"}
 
 
@@ -203,7 +126,7 @@ def test_sentence_transformers_settings_are_kept(tmp_path):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-    checkpoint(tmp_path / "plain")
+    save_family(tmp_path / "plain")
     transformer = Transformer(str(tmp_path / "plain"), max_seq_length=12)
     theirs = SentenceTransformer(
         modules=[transformer, Pooling(32, pooling_mode="mean"), Dense(32, 8), Normalize()],
@@ -225,7 +148,7 @@ def test_sentence_transformers_settings_are_kept(tmp_path):
 
 
 def test_the_result_needs_only_its_own_code(tmp_path):
-    checkpoint(tmp_path / "source")
+    save_family(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")
     code = (
         "import sys; from transformers import AutoModel, AutoTokenizer; f = sys.argv[1]\n"
@@ -233,11 +156,8 @@ def test_the_result_needs_only_its_own_code(tmp_path):
         "model(**AutoTokenizer.from_pretrained(f, trust_remote_code=True)(['the fox'], return_tensors='pt'))\n"
         "assert 'minibert' not in sys.modules; print(type(model).__name__)"
     )
-    environment = {**__import__("os").environ, "HF_MODULES_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert done.stdout.strip() == "MiniBertModel", done.stderr
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache")}
+    assert run_python(code, tmp_path / "out", env=environment, cwd=tmp_path).strip() == "MiniBertModel"
 
 
 def test_real_minilm(tmp_path):
@@ -287,13 +207,10 @@ print((peak - before) / Path(sys.argv[1], "model.safetensors").stat().st_size)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
-    checkpoint(tmp_path / "source", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=30_000)
+    save_family(tmp_path / "source", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=30_000)
     size = (tmp_path / "source" / "model.safetensors").stat().st_size
     assert size > 150e6
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "source"), str(tmp_path / "out")], capture_output=True, text=True
-    )
-    assert float(done.stdout) < 1.3, done.stderr
+    assert float(run_python(PEAK, tmp_path / "source", tmp_path / "out")) < 1.3
 
 
 # Refusals
@@ -301,8 +218,8 @@ def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_other_families_are_refused_by_name_and_reason(model_type, tmp_path):
-    checkpoint(tmp_path / "source")
-    edit_config(tmp_path / "source", model_type=model_type)
+    save_family(tmp_path / "source")
+    edit_json(tmp_path / "source" / "config.json", model_type=model_type)
     with pytest.raises(ValueError, match=f"{model_type} cannot be expressed exactly: it"):
         convert(tmp_path / "source", tmp_path / "out")
 
@@ -330,28 +247,28 @@ def test_other_families_are_refused_by_name_and_reason(model_type, tmp_path):
     ],
 )
 def test_configurations_that_are_refused(fields, message, tmp_path):
-    checkpoint(tmp_path / "source")
-    edit_config(tmp_path / "source", **fields)
+    save_family(tmp_path / "source")
+    edit_json(tmp_path / "source" / "config.json", **fields)
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_every_tensor_is_accounted_for(tmp_path):
-    checkpoint(tmp_path / "source", "bert", "ForSequenceClassification")
+    save_family(tmp_path / "source", "bert", "ForSequenceClassification")
     edit_weights(tmp_path / "source", **{"bert.adapter.weight": torch.ones(2), "classifier.bias": None, "extra": torch.ones(1)})
     with pytest.raises(ValueError, match="unknown: bert.adapter.weight, extra; missing: classifier.bias"):
         convert(tmp_path / "source", tmp_path / "out")
 
 
 def test_the_word_head_of_roberta_has_one_activation(tmp_path):
-    checkpoint(tmp_path / "source", "roberta", "ForMaskedLM", hidden_act="relu")
+    save_family(tmp_path / "source", "roberta", "ForMaskedLM", hidden_act="relu")
     with pytest.raises(ValueError, match="hidden_act='relu'"):
         convert(tmp_path / "source", tmp_path / "out")
 
 
 def test_folders_that_are_refused(tmp_path):
-    model = checkpoint(tmp_path / "source")
+    model = save_family(tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="holds no model.safetensors"):
         convert(tmp_path / "source", tmp_path / "out")
@@ -366,7 +283,7 @@ def test_folders_that_are_refused(tmp_path):
 
 
 def test_without_a_tokenizer(tmp_path):
-    checkpoint(tmp_path / "source")
+    save_family(tmp_path / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "source" / name).unlink()
     with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
@@ -374,7 +291,7 @@ def test_without_a_tokenizer(tmp_path):
 
 
 def test_an_output_with_something_in_it_is_left_alone(tmp_path):
-    checkpoint(tmp_path / "source")
+    save_family(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="out is not empty"):
@@ -384,9 +301,9 @@ def test_an_output_with_something_in_it_is_left_alone(tmp_path):
 
 
 def test_a_difference_deletes_the_result_and_is_status_1(tmp_path, monkeypatch):
-    checkpoint(tmp_path / "source")
+    save_family(tmp_path / "source")
     monkeypatch.setattr(minibert.modeling_minibert.MiniBertAttention, "forward", _without_values)
-    done = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "out")])
+    done = run_command("hub", "convert", tmp_path / "source", tmp_path / "out")
     assert done.exit_code == 1
     assert "computes something else: last_hidden_state by" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -397,16 +314,16 @@ def _without_values(self, hidden_states, attention_mask=None, **kwargs):
 
 
 def test_the_command(tmp_path):
-    checkpoint(tmp_path / "source")
-    done = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "out")])
+    save_family(tmp_path / "source")
+    done = run_command("hub", "convert", tmp_path / "source", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert f"{tmp_path / 'source'} is now a MiniBertModel in {tmp_path / 'out'}" in done.stdout
     assert "largest difference of last_hidden_state: " in done.stdout
-    again = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "out")])
+    again = run_command("hub", "convert", tmp_path / "source", tmp_path / "out")
     assert again.exit_code == 2 and "is not empty" in again.stderr
-    wrong = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "two"), "--dtype", "int8"])
+    wrong = run_command("hub", "convert", tmp_path / "source", tmp_path / "two", "--dtype", "int8")
     assert wrong.exit_code == 2 and "dtype=int8 is unknown" in wrong.stderr
-    figures = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "source"), str(tmp_path / "two"), "--json"])
+    figures = run_command("hub", "convert", tmp_path / "source", tmp_path / "two", "--json")
     assert json.loads(figures.stdout)["architecture"] == "MiniBertModel"
 
 
@@ -433,7 +350,7 @@ def test_no_number_is_no_equality():
         parity.check(worsts, "It")
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda value: value)
+@pytest.mark.parametrize(("name", "kind"), FAMILY_HEADS, ids=lambda value: value)
 def test_names_are_inverted(name, kind):
     family = FAMILIES[name]
     with torch.device("meta"):
@@ -475,7 +392,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
 
 def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    done = CliRunner().invoke(app, ["hub", "convert", str(tmp_path / "model.safetensors"), str(tmp_path / "out")])
+    done = run_command("hub", "convert", tmp_path / "model.safetensors", tmp_path / "out")
     assert done.exit_code == 2 and list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
     words = "is a file; give the folder of the model that it belongs to, or the id of one on the Hub."
     assert done.stderr == f"Error: {tmp_path}/model.safetensors {words}\n"

@@ -1,59 +1,53 @@
 """Export: a converted model gets its tensors back bit for bit, any other that BERT can express computes the same."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import minibert
+from helpers import (
+    FAMILY_HEADS,
+    TINY,
+    add_noise,
+    edit_json,
+    edit_weights,
+    family_tokenizer,
+    read_weights,
+    run_command,
+    run_python,
+    save_family,
+)
 from minibert import MiniBertConfig
-from minibert.cli import app
 from minibert.hub.convert import UNUSED, convert
 from minibert.hub.export import export
 from minibert.hub.families import FAMILIES
-
-# The tiny checkpoints of the other file; tests are no package, so that none imports another by name.
-spec = importlib.util.spec_from_file_location("tiny_checkpoints", Path(__file__).with_name("test_convert.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 BERT = {"position_embedding_type": "learned", "norm_position": "post", "scale_embeddings": False, "pooling": "cls"}
 
 
 def ours(folder, kind="Model", **fields):
-    """A tiny random MiniBERT that was never anything else."""
-    tokenizer = tiny.tiny_tokenizer(FAMILIES["bert"])
+    """Save a tiny random MiniBERT that was never anything else, and return it."""
+    tokenizer = family_tokenizer(FAMILIES["bert"])
     torch.manual_seed(0)
-    config = MiniBertConfig(**{**tiny.SHAPE, **BERT, "hidden_act": "gelu", "vocab_size": len(tokenizer), **fields})
+    config = MiniBertConfig(**{**TINY, **BERT, "hidden_act": "gelu", "vocab_size": len(tokenizer), **fields})
     model = getattr(minibert, f"MiniBert{kind}")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    add_noise(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(("name", "kind"), tiny.CASES, ids=lambda value: value)
+@pytest.mark.parametrize(("name", "kind"), FAMILY_HEADS, ids=lambda value: value)
 def test_there_and_back(name, kind, tmp_path):
-    theirs = tiny.checkpoint(tmp_path / "source", name, kind)
+    theirs = save_family(tmp_path / "source", name, kind)
     convert(tmp_path / "source", tmp_path / "minibert")
     report = export(tmp_path / "minibert", tmp_path / "back")
     assert report.architecture == type(theirs).__name__
     assert max(report.differences.values()) <= 1e-5
-    before, after = weights(tmp_path / "source"), weights(tmp_path / "back")
+    before, after = read_weights(tmp_path / "source"), read_weights(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     auto_class = getattr(transformers, "AutoModel" if kind == "Model" else f"AutoModel{kind}")
@@ -105,7 +99,7 @@ def test_what_bert_lacks_is_named(kind, fields, named, tmp_path):
 
 def test_a_distilbert_that_was_changed_becomes_a_bert(tmp_path):
     """With segments, which DistilBERT lacks."""
-    tiny.checkpoint(tmp_path / "source", "distilbert")
+    save_family(tmp_path / "source", "distilbert")
     convert(tmp_path / "source", tmp_path / "minibert")
     model = minibert.MiniBertModel.from_pretrained(tmp_path / "minibert", type_vocab_size=2)
     model.save_pretrained(tmp_path / "minibert")
@@ -114,12 +108,12 @@ def test_a_distilbert_that_was_changed_becomes_a_bert(tmp_path):
 
 def test_rows_that_were_lost_in_training_are_zero(tmp_path):
     """Saving a trained model drops the file of unused tensors; the rows in it are never looked up."""
-    tiny.checkpoint(tmp_path / "source", "roberta")
+    save_family(tmp_path / "source", "roberta")
     convert(tmp_path / "source", tmp_path / "minibert")
     (tmp_path / "minibert" / UNUSED).unlink()
     report = export(tmp_path / "minibert", tmp_path / "back")
     assert max(report.differences.values()) <= 1e-5
-    rows = weights(tmp_path / "back")["embeddings.position_embeddings.weight"]
+    rows = read_weights(tmp_path / "back")["embeddings.position_embeddings.weight"]
     assert rows.shape[0] == 42 and rows[:2].abs().max() == 0 < rows[2:].abs().min(dim=1).values.max()
 
 
@@ -136,34 +130,27 @@ def test_sentence_transformers_without_code(tmp_path):
         "print(json.dumps([type(model.transformers_model).__name__, model.max_seq_length, "
         "model.encode(['a text', 'another one']).tolist()]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "back")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    name, length, vectors = json.loads(done.stdout.splitlines()[-1])
+    name, length, vectors = json.loads(run_python(code, tmp_path / "back", cwd=tmp_path).splitlines()[-1])
     assert (name, length) == ("BertModel", 256)
     expected = SentenceTransformer(str(get_model_path()), device="cpu").encode(["a text", "another one"])
     torch.testing.assert_close(torch.tensor(vectors), torch.tensor(expected), atol=1e-5, rtol=0)
-    source, back = weights(get_model_path()), weights(tmp_path / "back")
+    source, back = read_weights(get_model_path()), read_weights(tmp_path / "back")
     assert source.keys() - back.keys() == {"embeddings.position_ids"} and not back.keys() - source.keys()
     assert all(torch.equal(source[key], back[key]) for key in back)
 
 
 def test_refusals(tmp_path):
-    tiny.checkpoint(tmp_path / "bert")
+    save_family(tmp_path / "bert")
     with pytest.raises(ValueError, match="is no MiniBERT but bert"):
         export(tmp_path / "bert", tmp_path / "out")
     ours(tmp_path / "model")
-    tiny.edit_weights(tmp_path / "model", **{"layers.0.mlp.up.weight": None})
+    edit_weights(tmp_path / "model", **{"layers.0.mlp.up.weight": None})
     with pytest.raises(ValueError, match="missing: minibert.layers.0.mlp.up.weight"):
         export(tmp_path / "model", tmp_path / "out")
-    tiny.edit_weights(tmp_path / "model", **{"layers.0.mlp.up.weight": torch.zeros(48, 32), "extra.weight": torch.zeros(1)})
+    edit_weights(tmp_path / "model", **{"layers.0.mlp.up.weight": torch.zeros(48, 32), "extra.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="unknown: extra.weight"):
         export(tmp_path / "model", tmp_path / "out")
-    tiny.edit_config(tmp_path / "model", architectures=["MiniBertForNothing"])
+    edit_json(tmp_path / "model" / "config.json", architectures=["MiniBertForNothing"])
     with pytest.raises(ValueError, match="names the class MiniBertForNothing"):
         export(tmp_path / "model", tmp_path / "out")
 
@@ -171,12 +158,12 @@ def test_refusals(tmp_path):
 def test_the_command(tmp_path):
     ours(tmp_path / "model")
     arguments = ["hub", "export", str(tmp_path / "model"), str(tmp_path / "out")]
-    done = CliRunner().invoke(app, [*arguments, "--to", "bert"])
+    done = run_command(*arguments, "--to", "bert")
     assert done.exit_code == 0, done.output
     assert "is now a BertModel in" in done.stdout
-    wrong = CliRunner().invoke(app, [*arguments, "--to", "gpt"])
+    wrong = run_command(*arguments, "--to", "gpt")
     assert wrong.exit_code == 2 and "--to=gpt is unknown" in wrong.stderr
-    full = CliRunner().invoke(app, arguments)
+    full = run_command(*arguments)
     assert full.exit_code == 2 and "is not empty" in full.stderr
 
 
@@ -257,10 +244,7 @@ def test_a_graph_of_sentence_embeddings_and_its_small_form(tmp_path):
     assert sizes["model_int8.onnx"] < sizes["model.onnx"]
     texts = ["the quick brown fox", "a text", "lazy dog " * 60]
     code = RUNTIME + "np.save('vectors.npy', vectors); assert 'torch' not in sys.modules or 'minibert' not in sys.modules"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out"), *texts], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(code, tmp_path / "out", *texts, cwd=tmp_path)
     import numpy as np
 
     np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), model.encode(texts), atol=1e-5)
@@ -269,11 +253,11 @@ def test_a_graph_of_sentence_embeddings_and_its_small_form(tmp_path):
 def test_onnx_refusals(tmp_path, monkeypatch):
     ours(tmp_path / "model")
     arguments = ["hub", "export", str(tmp_path / "model"), str(tmp_path / "out")]
-    wrong = CliRunner().invoke(app, [*arguments, "--quantize", "int8"])
+    wrong = run_command(*arguments, "--quantize", "int8")
     assert wrong.exit_code == 2 and "--quantize=int8 is for --to onnx only" in wrong.stderr
-    unknown = CliRunner().invoke(app, [*arguments, "--to", "onnx", "--quantize", "int4"])
+    unknown = run_command(*arguments, "--to", "onnx", "--quantize", "int4")
     assert unknown.exit_code == 2 and "--quantize=int4 is unknown" in unknown.stderr
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    missing = CliRunner().invoke(app, [*arguments, "--to", "onnx"])
+    missing = run_command(*arguments, "--to", "onnx")
     assert missing.exit_code == 2 and "pip install 'minibert[export]'" in missing.stderr
     assert not (tmp_path / "out").exists()
