@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minibert.configuration_minibert import MiniBertConfig
-    from minibert.inference.encode import encode
+    from minibert.inference.encode import Encoder, encode
     from minibert.inference.predict import predict
     from minibert.modeling_minibert import (
         MiniBertForMaskedLM,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from minibert.tokenization_minibert import train_word_level, train_wordpiece
 
 __all__ = [
+    "Encoder",
     "MiniBertConfig",
     "MiniBertForMaskedLM",
     "MiniBertForMultipleChoice",
@@ -43,6 +44,7 @@ __all__ = [
 # Where a name lives; the classes not named here are in the modeling file.
 _MODULES = {
     "MiniBertConfig": "configuration_minibert",
+    "Encoder": "inference.encode",
     "encode": "inference.encode",
     "predict": "inference.predict",
     "train_word_level": "tokenization_minibert",
@@ -52,9 +54,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":  # of setup.cfg, as it was installed
-        from importlib.metadata import version
+        from minibert.files.installation import version
 
-        return version(__name__)
+        return version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'modeling_minibert')}")

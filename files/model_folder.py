@@ -13,6 +13,8 @@ import re
 import stat
 import threading
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
@@ -43,6 +45,16 @@ _READ = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
 _TURNS: dict[int, threading.RLock] = {}
 # module.Class, with the folder of the module and the repository on the Hub that it is taken from before it, if any.
 _CODE = re.compile(r"(?:[\w.-]+/[\w.-]+--)?(?:\w+/)*\w+\.\w+")
+
+
+@cache
+def code_files() -> tuple[Path, ...]:
+    """Return the installed Python files that travel with a checkpoint: the modeling file and everything it imports."""
+    from transformers.dynamic_module_utils import get_relative_import_files  # checking a recipe's folders needs no transformers
+
+    spec = find_spec("minibert.modeling_minibert")
+    assert spec is not None and spec.origin is not None
+    return tuple(Path(file) for file in sorted([spec.origin, *get_relative_import_files(spec.origin)]))
 
 
 class _Wrong(Exception):

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-from minibert.files.model_folder import check_paths, check_weights, read_header, weight_files
+from minibert.files.model_folder import check_paths, check_weights, code_files, read_header, weight_files
 from minibert.hub import folders, provenance
 
 # Ending of the class in config.json: the Hub's name of the task, what the model is good for, and what it is not.
@@ -327,10 +327,8 @@ def _limits(model: _Model) -> Iterator[str]:
 def _code_note(model: _Model) -> str:
     if not model.trusts:
         return ""
-    return (
-        "`trust_remote_code=True` runs `configuration_minibert.py` and `modeling_minibert.py` of this repository; read them "
-        "first, and pin what you read with `revision=`."
-    )
+    files = ", ".join(f"`{file.name}`" for file in code_files())
+    return f"`trust_remote_code=True` runs code of this repository ({files}); read it first, and pin that with `revision=`."
 
 
 def _cell(value: Any) -> str:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import distribution, version
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.files.model_folder import check_paths, check_weights
+from minibert import MiniBertConfig, configuration_minibert
+from minibert.files import installation
+from minibert.files.model_folder import check_paths, check_weights, code_files
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
 from minibert.hub.convert import UNUSED, open_tokenizer
@@ -25,7 +26,6 @@ from minibert.hub.remote import Change, Hub, compare, sha256, split_name
 
 TOLERANCE = 1e-6
 SHARD_SIZE = "5GB"
-CODE = tuple(Path(str(module.__file__)) for module in (configuration_minibert, modeling_minibert))
 CODE_LICENCE = "LICENSE.minibert"
 # Fields that say where a file lay or how it was opened on this machine.
 _OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
@@ -224,7 +224,7 @@ class _Target:
             remove=[change.path for change in known.changes if change.kind == "removed"],
             revision=None if self.branch == "main" else self.branch,
             create_pr=self.create_pr,
-            message=f"A model published by minibert {version('minibert')}",
+            message=f"A model published by minibert {installation.version()}",
         )
 
     def keep(self, known: _Known) -> str:
@@ -385,7 +385,7 @@ def build(
             export(plain, temporary)
         else:
             _write_model(source, temporary, dtype)
-            for file in CODE:
+            for file in code_files():
                 shutil.copy(file, temporary / file.name)
         _shard(temporary, max_shard_size)
         for name in ("config.json", "tokenizer_config.json"):
@@ -470,10 +470,10 @@ def _write_licences(source: Path, target: Path, with_code: bool) -> None:
 
 
 def _code_licence() -> Path:
-    beside = CODE[0].with_name("LICENSE")
+    beside = code_files()[0].with_name("LICENSE")
     if beside.exists():
         return beside
-    (found,) = [file for file in distribution("minibert").files or () if file.name == "LICENSE"]
+    (found,) = [file for file in distribution(installation.NAME).files or () if file.name == "LICENSE"]
     return Path(str(found.locate()))
 
 

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.files.model_folder import check_file, check_paths, check_weights
+from minibert.files.model_folder import check_file, check_paths, check_weights, code_files
 from minibert.hub import folders, isolated, releases
 from minibert.hub.card import check_card
 from minibert.hub.convert import empty, full
 from minibert.hub.remote import copy_plain, fetch, is_pickle, same, sha256, split_name
 
-_OURS = {Path(str(module.__file__)).name: Path(str(module.__file__)) for module in (configuration_minibert, modeling_minibert)}
 _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan", None)
 
@@ -30,7 +28,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        state: ``"ok"``, ``"failed"``, or ``"skipped"`` where an earlier failure makes it meaningless or a library is lacking.
+        state: ``"ok"``, ``"failed"``, or ``"skipped"`` where an earlier failure makes it meaningless.
         text: what was found, in a sentence.
         detail: the difference between code files, where there is one.
     """
@@ -176,17 +174,11 @@ def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_f
             continue
         try:
             checks.append(Check(name, "ok", look(model)))
-        except _Partly as found:
-            checks.append(Check(name, "skipped", str(found)))
         except Exception as error:  # damaged files make the libraries that read them raise anything: all of it is a finding
             checks.append(Check(name, "failed", _sentence(error, folder)))
         if name == "code" and "code" in vars(model):
             checks[-1].detail = model.code.diff
     return checks
-
-
-class _Partly(Exception):
-    """A check that could not be made as a whole; the text says what was found, and what is lacking."""
 
 
 def _sentence(error: BaseException, folder: Path) -> str:
@@ -365,19 +357,13 @@ def _code(model: _Model) -> str:
 def _opens(model: _Model) -> str:
     if model.code.state == "changed" and not model.trust:
         raise ValueError("Not opened, since that would run its code; see above.")
-    request = request_for(model.folder)
-    lacking = request.embeds and find_spec("sentence_transformers") is None
-    request.embeds &= not lacking
     try:
-        found, opened = isolated.run(request)
+        found, opened = isolated.run(request_for(model.folder))
     except isolated.NotOpened as error:
         raise ValueError(f"It cannot be opened in a fresh process without minibert: {error}") from None
     if wrong := [name for name, value in found.items() if not bool(torch.isfinite(value).all())]:
         raise ValueError(f"In a fresh process without minibert {', '.join(wrong)} is not finite.")
-    how = f"In a fresh process without minibert: {', '.join(opened)}"
-    if lacking:
-        raise _Partly(f"{how}; not SentenceTransformer, which is not installed: pip install 'minibert[search]'.")
-    return f"{how}."
+    return f"In a fresh process without minibert: {', '.join(opened)}."
 
 
 def request_for(folder: Path, *, trust: bool | None = None) -> isolated.Request:
@@ -429,9 +415,10 @@ def code_of(folder: Path) -> Code:
     digests = {path: sha256(file) for path, file in files.items()}
     encoder = folders.encoder_folder(folder)
     reasons = [*_foreign_names(folder, encoder)]
-    ours = {path: file.name for path, file in files.items() if file.name in _OURS and file.parent in (encoder, folder)}
+    own = {file.name: file for file in code_files()}
+    ours = {path: file.name for path, file in files.items() if file.name in own and file.parent in (encoder, folder)}
     reasons += [f"{path} is no file of ours" for path in files if path not in ours]
-    installed = {path for path, name in ours.items() if digests[path] == sha256(_OURS[name])}
+    installed = {path for path, name in ours.items() if digests[path] == sha256(own[name])}
     release = releases.release_of([(name, digests[path]) for path, name in ours.items()])
     if release is None and len(installed) < len(ours):
         reasons += _other_code(ours, digests, installed)
@@ -442,7 +429,7 @@ def code_of(folder: Path) -> Code:
         state="changed" if reasons else "ours" if runs else "none",
         release=release,
         reasons=reasons,
-        diff="".join(_diff(_OURS[name], files[path], path) for path, name in differing.items()) or None,
+        diff="".join(_diff(own[name], files[path], path) for path, name in differing.items()) or None,
     )
 
 

@@ -1,12 +1,14 @@
-"""Layers laid out for encoding on a CPU.
+"""What makes encoding fast on a CPU: the choice of a dtype, and layers whose matrices are prepacked.
 
-A product with a matrix as it is brings it into oneDNN's layout at every call. Done once, and with queries, keys and values in
-one product, a query takes less time, and thousands of texts a little (``benchmarks/pieces.py`` has the products by themselves).
-A query is a few hundred short operations, and what surrounds them counts as much: nothing is looked up here, in no submodule,
-that can be known before.
+A product with a plain matrix brings the matrix into oneDNN's layout at every call. Doing that once, with queries, keys and
+values in one product, saves time for a query, and a little for thousands of texts (``benchmarks/pieces.py`` compares the
+times). A query is a few hundred short operations, so these layers look nothing up that can be known before.
 """
 
-from functools import partial
+import math
+import time
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,87 +16,142 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from minibert import modeling_minibert
-from minibert.modeling_minibert import MiniBertLayer, MiniBertModel, Packing, add, by_onednn, is_plain, rotate, wide
+from minibert.kernels_minibert import ONEDNN_DTYPES, add, at_least_float32, is_unmodified_linear, onednn_linear
+from minibert.modeling_minibert import MiniBertLayer, MiniBertModel, rotate
+from minibert.packing_minibert import Packing
 
 # Rows below which reading a float32 matrix takes longer than multiplying by it.
 _FEW_ROWS = 32
 
 
-@torch.no_grad()
-def lay_out(model: MiniBertModel, halve: bool = False) -> bool:
-    """Replace the layers of ``model`` by :class:`LaidOutLayer`; whether that was possible here.
+@cache
+def product_rates() -> dict[str, float]:
+    """Time a product of a thousand rows on this CPU in ``float32`` and ``bfloat16``, once per process.
 
-    The model then gives the vectors it gave, up to rounding, but can neither be saved nor trained, nor leave the CPU. A layer
+    Returns billions of operations per second: the fastest of five runs in turns, and in float32 the faster of torch and oneDNN.
+    A list of instructions does not tell: a Xeon whose host hides AMX has instructions for bfloat16 and takes twice as long with
+    them as in float32.
+    """
+    rows, width = 1024, 384
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        states, weight = (torch.ones(size, width, dtype=torch.float32, device="cpu") for size in (rows, width))
+        half_states, half_weight = states.bfloat16(), weight.bfloat16()
+        products: list[tuple[str, Callable[[], Tensor]]] = [
+            ("float32", lambda: F.linear(states, weight)),
+            ("bfloat16", lambda: F.linear(half_states, half_weight)),
+        ]
+        if torch.float32 in ONEDNN_DTYPES:
+            products.append(("float32", lambda: onednn_linear(states, weight, None)))
+        seconds = {"float32": math.inf, "bfloat16": math.inf}
+        for _ in range(5):  # the first run warms up
+            for name, product in products:
+                started = time.perf_counter()
+                product()
+                seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return {name: 2e-9 * rows * width**2 / took for name, took in seconds.items()}
+
+
+def bfloat16_is_faster() -> bool:
+    """Return True if this CPU multiplies at least a quarter faster in bfloat16, which is worth the lost digits."""
+    rates = product_rates()
+    return rates["bfloat16"] > 1.25 * rates["float32"]
+
+
+def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
+    """Return the dtype to compute in on ``device``, and the reason.
+
+    >>> choose_dtype("float32", "cpu")
+    ('float32', 'as asked')
+    """
+    if dtype != "auto":
+        return dtype, "as asked"
+    kind = torch.device(device).type  # Accelerate calls a processor cpu:0
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "which this GPU computes natively") if native else ("float32", "this GPU has no bfloat16")
+    if kind != "cpu":
+        return "float32", f"bfloat16 is not known to be faster on {kind}"
+    rates = product_rates()
+    times = f"{rates['bfloat16'] / rates['float32']:.1f} times as fast"
+    if bfloat16_is_faster():
+        return "bfloat16", f"in which this processor multiplies {times} as in float32"
+    return "float32", f"since this processor multiplies bfloat16 {times}"
+
+
+@torch.no_grad()
+def prepack(model: MiniBertModel, half_copies: bool = False) -> bool:
+    """Replace the layers of ``model`` by :class:`PrepackedLayer`, and return whether that was possible.
+
+    The model then computes the same vectors, up to rounding, but can neither be saved nor trained, nor leave the CPU. A layer
     that is more than its matrices (quantized, adapted, hooked) stays as it is.
 
     Args:
-        halve: multiply fewer than 32 rows (a query) by float16 copies of float32 matrices, which :func:`can_halve` must allow.
+        half_copies: multiply fewer than 32 rows (a query) by float16 copies of the float32 matrices; see
+            :func:`supports_half_copies`.
     """
-    if model.device.type != "cpu" or model.dtype not in modeling_minibert.ONEDNN_DTYPES:
+    if model.device.type != "cpu" or model.dtype not in ONEDNN_DTYPES:
         return False
-    if model.dtype == torch.bfloat16 and not modeling_minibert.bfloat16_pays():  # its own layers compute in float32
-        return False
-    model.requires_grad_(False)  # the products here have no backward
+    model.requires_grad_(False)  # these products have no backward
     layer: Any
     for number, layer in enumerate(model.layers):
         if _can_replace(layer):
-            model.layers[number] = LaidOutLayer(layer, halve=halve)
+            model.layers[number] = PrepackedLayer(layer, half_copies=half_copies)
     return True
 
 
 def _can_replace(layer: nn.Module) -> bool:
-    """Whether all that ``layer`` does is what :class:`LaidOutLayer` does."""
+    """Return True if ``layer`` computes nothing but what :class:`PrepackedLayer` computes."""
     if type(layer) is not MiniBertLayer:
         return False
     attention, mlp = layer.attention, layer.mlp
     linears = [attention.query, attention.key, attention.value, attention.output, mlp.up, mlp.gate, mlp.down]
     changed = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in layer.modules())
-    return not changed and all(is_plain(linear) for linear in linears if linear is not None)
+    return not changed and all(is_unmodified_linear(linear) for linear in linears if linear is not None)
 
 
-def can_halve(dtype: torch.dtype) -> bool:
-    """Whether torch has FBGEMM's product of float32 rows and a float16 matrix here, and that would read less."""
+def supports_half_copies(dtype: torch.dtype) -> bool:
+    """Return True if torch has FBGEMM's product of float32 rows and a float16 matrix, and ``dtype`` is larger than that."""
     return dtype == torch.float32 and torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
-class LaidOutLinear:
-    """(…, in) -> (…, sum of outs) as ``linears`` compute it, and the GELU after it if asked for. It keeps no other copy of the
-    matrices, and is no module: a blocked tensor has no storage to save or to move.
+class PrepackedLinear:
+    """Multiply by the matrices of ``linears``, side by side, and apply GELU if asked for: (…, in) -> (…, sum of outs).
 
-    With ``halve``, the first product of few rows makes a copy in float16, by which FBGEMM multiplies few rows from then on,
-    with sums in float32: what the matrix loses by it is an eighth of what it would lose by bfloat16.
+    It keeps no other copy of the matrices and is not a module: a blocked tensor has no storage to save or to move.
+
+    With ``half_copies``, the first product of few rows makes a copy in float16, by which FBGEMM multiplies few rows from then
+    on, with sums in float32. The matrix loses an eighth of what it would lose in bfloat16.
     """
 
-    def __init__(self, *linears: nn.Linear, gelu: bool = False, halve: bool = False):
+    def __init__(self, *linears: nn.Linear, gelu: bool = False, half_copies: bool = False):
         weight = torch.cat([linear.weight.detach() for linear in linears])
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.dtype = weight.dtype
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.bias = torch.cat(biases) if biases else None
         self.gelu = gelu
-        self.halve = halve and bool(weight.abs().max() <= torch.finfo(torch.float16).max)
+        self.half_copies = half_copies and bool(weight.abs().max() <= torch.finfo(torch.float16).max)
         self.half: Any = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.dtype)
-        if not self.halve or inputs.numel() >= _FEW_ROWS * inputs.shape[-1]:
-            return by_onednn(inputs, self.weight, self.bias, self.gelu)
+        if not self.half_copies or inputs.numel() >= _FEW_ROWS * inputs.shape[-1]:
+            return onednn_linear(inputs, self.weight, self.bias, self.gelu)
         if self.half is None:
             self.half = torch.ops.quantized.linear_prepack_fp16(self.weight.to_dense(), self.bias)
         product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(inputs, self.half)
         return F.gelu(product) if self.gelu else product
 
 
-class LaidOutLayer(MiniBertLayer):
-    """What ``layer`` computes when nothing is trained: (…, C) -> (…, C)."""
+class PrepackedLayer(MiniBertLayer):
+    """Compute what ``layer`` computes in evaluation: (…, C) -> (…, C)."""
 
-    def __init__(self, layer: MiniBertLayer, halve: bool = False):
+    def __init__(self, layer: MiniBertLayer, half_copies: bool = False):
         nn.Module.__init__(self)  # without the parameters of a layer
         attention, mlp = layer.attention, layer.mlp
         self.heads, self.head_dim, self.scaling = attention.num_heads, attention.head_dim, attention.scaling
         fused = mlp.gate is None and type(mlp.act) is GELUActivation
-        linear = partial(LaidOutLinear, halve=halve)
+        linear = partial(PrepackedLinear, half_copies=half_copies)
         self.project = linear(attention.query, attention.key, attention.value)
         self.output = linear(attention.output)
         self.up, self.down = linear(mlp.up, gelu=fused), linear(mlp.down)
@@ -103,24 +160,21 @@ class LaidOutLayer(MiniBertLayer):
         self.norm_first = layer.norm_first
         self.attention_norm, self.mlp_norm = _norm(layer.attention_norm), _norm(layer.mlp_norm)  # type: ignore[assignment]
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        packing: Packing | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        given = attention_mask, packing, rotary
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if self.norm_first:
-            hidden_states = add(hidden_states, self._attend(self.attention_norm(hidden_states), *given))
+            hidden_states = add(hidden_states, self._attend(self.attention_norm(hidden_states), attention_mask, **kwargs))
             return add(hidden_states, self._transform(self.mlp_norm(hidden_states)))
-        hidden_states = self.attention_norm(add(hidden_states, self._attend(hidden_states, *given)))
+        hidden_states = self.attention_norm(add(hidden_states, self._attend(hidden_states, attention_mask, **kwargs)))
         hidden_states = self.mlp_norm(add(hidden_states, self._transform(hidden_states)))
         return hidden_states
 
     def _attend(
-        self, states: Tensor, mask: Tensor | None, packing: Packing | None, rotary: tuple[Tensor, Tensor] | None
+        self,
+        states: Tensor,
+        mask: Tensor | None,
+        packing: Packing | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
     ) -> Tensor:
         query, key, value = self.project(states).view(*states.shape[:-1], 3, self.heads, self.head_dim).unbind(-3)  # (…, H, D)
         if rotary is not None:
@@ -143,11 +197,10 @@ class LaidOutLayer(MiniBertLayer):
         return output
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("This model was laid out for encoding and cannot be saved; save the one it was made of.")
+        raise NotImplementedError("This model was prepacked for encoding and cannot be saved; save the model it was made of.")
 
 
 def _norm(norm: nn.LayerNorm) -> partial[Tensor]:
-    """``norm`` of float32 states, its parameters widened once."""
-    return partial(
-        F.layer_norm, normalized_shape=norm.normalized_shape, weight=wide(norm.weight), bias=wide(norm.bias), eps=norm.eps
-    )
+    """Return ``norm`` for float32 states, its parameters cast once."""
+    weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
+    return partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=weight, bias=bias, eps=norm.eps)

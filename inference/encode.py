@@ -1,26 +1,20 @@
 """Texts to vectors, fast: no padding anywhere, batches by tokens instead of by texts, tokenization ahead of the model.
 
-Texts are taken in windows, sorted by length in there, and laid end to end in one row per batch, which MiniBERT computes as it
-is; what comes out is pooled from that row. Vectors are those of ``SentenceTransformer.encode``. Models that are not MiniBERT,
-or have modules other than pooling and normalization on top, are left to sentence-transformers.
+Texts are taken in windows, sorted by length there, and laid end to end in one row per batch, which MiniBERT computes as it
+is and from which they are pooled. The vectors are those of ``SentenceTransformer.encode``. sentence-transformers itself encodes
+with models that are not MiniBERT or have modules other than pooling and normalization on top.
 """
 
-import contextlib
 import copy
 import ctypes
 import os
-import re
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
-from itertools import chain, pairwise
+from concurrent.futures import Future
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -31,27 +25,20 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minibert import modeling_minibert
 from minibert.data.load import is_unicode
-from minibert.inference.cpu import can_halve, lay_out
+from minibert.inference.batching import Batch, Tokenizer, check_texts, cut_windows, tokenizing_thread, turn
+from minibert.inference.cpu import choose_dtype, prepack, supports_half_copies
 from minibert.inference.load import load
-from minibert.modeling_minibert import MiniBertModel, Packing, cut_evenly
+from minibert.modeling_minibert import MiniBertModel
+from minibert.packing_minibert import PREFERS_EXP2, Packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# A window: texts tokenized and sorted by length together. More of them find more of equal length.
-WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 2**24
-# Characters of a text per token that the model reads, at least, before the rest of the text is cut off unread.
-_CHARACTERS_PER_TOKEN = 16
-_FEW_TEXTS = 8  # so few are tokenized sooner than handed to another thread
-_SPACE = re.compile(r"\s")
-_PARALLELISM = "TOKENIZERS_PARALLELISM"
-# How often free memory is handed back: that takes milliseconds, and fetching it again some more.
+_FEW_TEXTS = 8  # handing so few to another thread takes longer than tokenizing them
+_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
+# Seconds between two returns of free memory to the system: each takes milliseconds, and mapping it again some more.
 TRIM_SECONDS = 20.0
 _trimmed = time.monotonic()
 _malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-# Tokens computed at once.
-_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
-_TURNS: dict[tuple[str, int], threading.Lock] = {}  # of what is computed, in which process
 
 
 def encode(
@@ -67,19 +54,20 @@ def encode(
     trust_remote_code: bool = False,
     show_progress: bool = False,
 ) -> np.ndarray:
-    """Vectors of ``texts``, (texts, dimension) in float32, or (dimension,) of a single text.
+    """Encode ``texts`` into vectors (texts, dimension) in float32, or a single text into one of (dimension,).
 
-    Beside the vectors, memory does not grow with the number of texts.
+    Memory, except that of the vectors, does not grow with the number of texts.
 
     Args:
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
-        batch_tokens: tokens computed at once; the default suits the device.
-        dtype: numbers to compute with: ``float32``, ``bfloat16``, ``float16``, or ``auto``, which is bfloat16 where the
-            processor multiplies faster in it (timed once in a process) and else float32. An opened model is by default taken
-            as it is.
-        normalize: give vectors of length 1, also where the model has no such module.
-        prompt: words to put before every text; ``prompt_name`` names one that the model brings.
-        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
+        batch_tokens: tokens computed at once; the default depends on the device.
+        dtype: precision to compute in: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 if the processor
+            multiplies at least a quarter faster in it (timed once per process), else float32. An opened model keeps its own by
+            default.
+        normalize: scale vectors to length 1, also if the model has no such module.
+        prompt: text to put before every text; ``prompt_name`` names one of the model's prompts.
+        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best device present.
+        trust_remote_code: run Python code that comes with the model.
 
     Example::
 
@@ -87,8 +75,8 @@ def encode(
         vectors @ vectors.T  # (2, 2) cosines: the vectors of this model have length 1
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load` does, for an unknown ``dtype`` or
-            ``prompt_name``, a device that is not here, and a text that is no string or holds a lone surrogate.
+        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load`, and for an unknown ``dtype`` or
+            ``prompt_name``, a device that is not present, and a text that is not a string or holds a lone surrogate.
     """
     encoder = Encoder(
         model,
@@ -99,7 +87,7 @@ def encode(
         prompt_name=prompt_name,
         device=device,
         trust_remote_code=trust_remote_code,
-        query_copies=False,  # which pay for who asks again
+        query_copies=False,  # the copies only pay off when the encoder is reused
     )
     if isinstance(texts, str):
         vector: np.ndarray = encoder.encode([texts])[0]
@@ -108,7 +96,7 @@ def encode(
 
 
 class EncoderOptions(TypedDict, total=False):
-    """The options of :func:`encode` that decide how a model is used, for functions that pass them on."""
+    """Type the options of :func:`encode` that decide how a model is used, for functions that pass them on."""
 
     batch_tokens: int | None
     dtype: str
@@ -119,27 +107,27 @@ class EncoderOptions(TypedDict, total=False):
     trust_remote_code: bool
 
 
-class Batch(NamedTuple):
-    """Token ids of several texts, end to end, shorter texts first."""
-
-    ids: np.ndarray  # (T,)
-    lengths: np.ndarray  # (texts,), each above 0
-    rows: np.ndarray  # (texts,) their places in the window
-
-
 class Encoder:
-    """A model ready to encode any number of texts; arguments as in :func:`encode`.
+    """Keep a model open to encode any number of texts; arguments as in :func:`encode`.
 
     Args:
-        query_copies: where ``dtype="auto"`` takes float32, multiply fewer than 32 tokens (a query) by copies of the matrices in
-            float16, which take half the time to read. They are made at the first query, which waits for that.
+        query_copies: if ``dtype="auto"`` takes float32, multiply fewer than 32 tokens (a query) by copies of the matrices in
+            float16, which take half the time to read. The first query makes them and takes longer for it.
 
     Attributes:
-        model: the sentence-transformers model, which cannot be saved if it was opened here: its matrices may be laid out anew.
-        dimension: of the vectors.
-        normalized: whether the vectors have length 1.
-        packed: whether batches are computed without padding, by this module.
-        choices: what was chosen, and why, by name of the option.
+        model: the sentence-transformers model. One that was opened here cannot be saved: its matrices may be prepacked.
+        dimension: width of the vectors.
+        normalized: True if the vectors have length 1.
+        packed: True if batches are computed without padding.
+        decisions: what was decided and why, by the name of the option.
+
+    Example::
+
+        encoder = Encoder("runs/quickstart/2-embed")
+        encoder.encode_query(["how do I sort a list"]) @ encoder.encode_document(["order items", "read a file"]).T
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`encode`.
     """
 
     def __init__(
@@ -158,22 +146,23 @@ class Encoder:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} (--dtype).")
         if batch_tokens is not None and batch_tokens < 1:
-            raise ValueError(f"batch_tokens={batch_tokens} computes nothing; give at least 1 (--batch-tokens).")
+            raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens} (--batch-tokens).")
         if prompt is not None and prompt_name is not None:
             raise ValueError(
-                f"prompt={prompt!r} and prompt_name={prompt_name!r} both say what to put before the texts; give one of the two "
+                f"prompt={prompt!r} and prompt_name={prompt_name!r} are both given; give one of the two "
                 "(--prompt, --prompt-name)."
             )
         if prompt is not None and not is_unicode(prompt):
             raise ValueError(f"The prompt {prompt!r} is not UTF-8; convert it (--prompt).")
         if device is not None:
             _check_device(device)
-        self.choices: dict[str, str] = {}
+        self.decisions: dict[str, str] = {}
         self.model = self._open(model, dtype, device, trust_remote_code).eval()
         self.prompt = _find_prompt(self.model, prompt, prompt_name)
+        self._prompt_given = prompt is not None or prompt_name is not None
         reason = _why_not_packed(self.model, self.prompt)
         self.packed = not reason
-        self.choices["path"] = f"sentence-transformers, since {reason}" if reason else "packed: no padding"
+        self.decisions["path"] = f"sentence-transformers, since {reason}" if reason else "packed: no padding"
         cut = self.model.truncate_dim is not None
         self.normalized = normalize or (not cut and any(isinstance(module, Normalize) for module in self.model))
         self._normalize = normalize
@@ -182,131 +171,148 @@ class Encoder:
         self.dimension = dimension
         self.batch_tokens = batch_tokens or self._suitable_batch()
         if self.packed:
-            self._tokenizer = _Tokenizer(self.model, self.prompt)
-            owned = self.model is not model  # what a caller opened stays as it is
+            encoder = _encoder_of(self.model)
+            self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config)
+            owned = self.model is not model  # a model that the caller opened stays as it is
             if owned:
-                _encoder_of(self.model).pooler = None  # computed for nobody: vectors are pooled from the tokens
-            halve = query_copies and dtype == "auto" and can_halve(getattr(torch, self.dtype))
-            if owned and lay_out(_encoder_of(self.model), halve=halve):
-                self.choices["matrices"] = "laid out for oneDNN" + ("; for a query in float16" if halve else "")
-            if self.model.device.type == "cpu" and self.dtype == "bfloat16" and modeling_minibert.whole_products_pay():
-                self.choices["attention"] = "whole products, since this processor has no AMX"
+                encoder.pooler = None  # vectors are pooled from the tokens instead
+            half_copies = query_copies and dtype == "auto" and supports_half_copies(getattr(torch, self.dtype))
+            if owned and prepack(encoder, half_copies=half_copies):
+                self.decisions["matrices"] = "prepacked for oneDNN" + ("; for a query in float16" if half_copies else "")
+            if self.model.device.type == "cpu" and self.dtype == "bfloat16" and PREFERS_EXP2:
+                self.decisions["attention"] = "powers of two, since this processor has no AMX"
 
     def _open(
         self, model: str | Path | SentenceTransformer, dtype: str, device: str | None, trust_remote_code: bool
     ) -> SentenceTransformer:
         if isinstance(model, SentenceTransformer):
-            self.choices["dtype"] = "that of the opened model" if dtype == "auto" else f"{dtype}, as asked"
+            self.decisions["dtype"] = "the dtype of the opened model" if dtype == "auto" else f"{dtype}, as asked"
             model = model if dtype == "auto" else copy.deepcopy(model).to(getattr(torch, dtype))
             return model if device is None else model.to(device)
         wanted, reason = choose_dtype(dtype, device or get_device_name())
         opened = load(model, device=device, trust_remote_code=trust_remote_code, dtype=wanted)
-        if dtype == "auto" and wanted != "float32" and _why_not_packed(opened, None):  # pooled in half precision: too inexact
-            wanted, reason = "float32", "only a packed MiniBERT stays exact in less"
+        if dtype == "auto" and wanted != "float32" and _why_not_packed(opened, None):  # it would pool in half precision
+            wanted, reason = "float32", "only a packed MiniBERT stays exact in half precision"
             opened = load(model, device=device, trust_remote_code=trust_remote_code, dtype=wanted)
-        self.choices["dtype"] = f"{wanted}, {reason}"
+        self.decisions["dtype"] = f"{wanted}, {reason}"
         return opened
 
     @property
     def dtype(self) -> str:
-        """The numbers computed with."""
+        """Return the precision of the computation, such as ``"float32"``."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def _suitable_batch(self) -> int:
         return _BATCH_TOKENS["cpu" if self.model.device.type == "cpu" else "gpu"]
 
     def explain(self) -> str:
-        """What was chosen, and why, a line each."""
-        return "\n".join(f"{name}: {choice}" for name, choice in self.choices.items())
+        """Return what was decided and why, one line for each option."""
+        return "\n".join(f"{name}: {choice}" for name, choice in self.decisions.items())
 
     def encode(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
-        """(texts, dimension) float32 vectors, in the order of ``texts``.
+        """Encode ``texts``, in their order, into (texts, dimension) float32 vectors.
 
         Raises:
-            ValueError: naming the first text that is no string or holds a lone surrogate.
+            ValueError: for the first text that is not a string or holds a lone surrogate.
         """
+        return self._encode(texts, self.prompt, None, show_progress)
+
+    def encode_query(self, queries: Sequence[str]) -> np.ndarray:
+        """Encode queries as ``SentenceTransformer.encode_query``: by default after the model's prompt named ``query``."""
+        return self._encode(queries, self._task_prompt("query"), "query", False)
+
+    def encode_document(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
+        """Encode passages as ``SentenceTransformer.encode_document``: by default after the model's prompt for passages."""
+        return self._encode(texts, self._task_prompt("document", "passage", "corpus"), "document", show_progress)
+
+    def _task_prompt(self, *names: str) -> str | None:
+        found = next((name for name in names if name in self.model.prompts), None)
+        return self.model.prompts[found] if found is not None and not self._prompt_given else self.prompt
+
+    def _encode(self, texts: Sequence[str], prompt: str | None, task: str | None, show_progress: bool) -> np.ndarray:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         done = 0
         with tqdm(desc="encode", total=len(texts), unit="text", disable=not show_progress) as bar:
-            for window in self.windows(cut_windows(texts)):
+            for window in self._windows(cut_windows(texts), prompt, task):
                 vectors[done : done + len(window)] = window
                 done += len(window)
                 bar.update(len(window))
         return vectors
 
     def windows(self, windows: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
-        """(n, dimension) float32 vectors of every window of ``n`` texts; the next window is tokenized meanwhile.
+        """Yield the (n, dimension) float32 vectors of every window of ``n`` texts; the next window is tokenized meanwhile.
 
         Raises:
-            ValueError: naming the first text that is no string or holds a lone surrogate.
+            ValueError: for the first text that is not a string or holds a lone surrogate.
         """
-        first = 0  # number of the window's first text
-        if not self.packed:
+        return self._windows(windows, self.prompt, None)
+
+    def _windows(self, windows: Iterable[Sequence[str]], prompt: str | None, task: str | None) -> Iterator[np.ndarray]:
+        first = 0  # number of the first text of the window
+        if not self.packed or (prompt and not self.model[1].include_prompt):
             for texts in windows:
-                yield self._encode_padded(texts, first)
+                yield self._encode_padded(texts, first, prompt, task)
                 first += len(texts)
             return
         waiting: deque[tuple[int, Future[list[Batch]]]] = deque()
-        worker = _tokenizing(os.getpid())
+        worker = tokenizing_thread(os.getpid())
         try:
             for texts in windows:
-                if len(texts) <= _FEW_TEXTS and not waiting:
-                    yield self._finish(self._tokenizer.batches(texts, self.batch_tokens, first), len(texts))
-                    first += len(texts)
-                    continue
-                waiting.append((len(texts), worker.submit(self._tokenizer.batches, texts, self.batch_tokens, first)))
+                arguments = (texts, self.batch_tokens, first, prompt or "")
                 first += len(texts)
+                if len(texts) <= _FEW_TEXTS and not waiting:
+                    yield self._compute(self._tokenizer.batches(*arguments), len(texts))
+                    continue
+                waiting.append((len(texts), worker.submit(self._tokenizer.batches, *arguments)))
                 if len(waiting) > 1:
                     yield self._next(waiting)
             while waiting:
                 yield self._next(waiting)
-        finally:  # an error or an interruption leaves windows that nobody asks for any more
+        finally:  # after an error or an interruption nothing reads the windows that are waiting
             for _, batches in waiting:
                 batches.cancel()
 
     def _next(self, waiting: deque[tuple[int, Future[list[Batch]]]]) -> np.ndarray:
         count, batches = waiting.popleft()
-        return self._finish(batches.result(), count)
+        return self._compute(batches.result(), count)
 
-    def _finish(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        vectors = self._compute(batches, count)
-        trim_memory()
-        return vectors
-
-    def _encode_padded(self, texts: Sequence[str], first: int) -> np.ndarray:
-        _check_texts(texts, first)
+    def _encode_padded(self, texts: Sequence[str], first: int, prompt: str | None, task: str | None) -> np.ndarray:
+        check_texts(texts, first)
         if not len(texts):
             return np.empty((0, self.dimension), dtype=np.float32)
         return self.model.encode(
             list(texts),
-            prompt=self.prompt or "",
+            prompt=prompt or "",
             normalize_embeddings=self._normalize,
             show_progress_bar=False,
             convert_to_numpy=True,
+            **({} if task is None else {"task": task}),
         ).astype(np.float32)
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        """(count, dimension): the vectors of a window, from its batches. A text without a token gets zeros."""
+        """Compute the (count, dimension) vectors of a window from its batches; a text without a token gets zeros."""
         device = self.model.device
         vectors = torch.zeros(count, self.dimension, device=device)
         for batch in batches:
-            with _turn(str(device), os.getpid()):
+            with turn(str(device)):
                 vectors.index_copy_(0, torch.from_numpy(batch.rows).to(device), self._vectors(batch))
         if self.normalized:
             vectors = F.normalize(vectors, dim=-1)
+        trim_memory()
         return vectors.cpu().numpy()
 
     def _vectors(self, batch: Batch) -> Tensor:
-        """(texts, C): the pooled vectors of one batch."""
+        """Compute the pooled vectors (texts, C) of one batch."""
         device, lengths = self.model.device, batch.lengths
         starts = lengths.cumsum() - lengths
         ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(np.arange(len(batch.ids)) - starts.repeat(lengths))
-        bounds = None  # which a CPU does not need
-        if device.type != "cpu":
+        if device.type == "cpu":
+            packing = Packing.of_lengths(lengths.tolist())
+        else:
             ids, positions = ids.to(device), positions.to(device)
             bounds = torch.from_numpy(np.append(starts, len(batch.ids))).to(device, torch.int32)
-        packing = Packing(None, lengths.tolist() if bounds is None else None, bounds, int(lengths[-1]))
+            packing = Packing.of_cu_seqlens(bounds, int(lengths[-1]))
         hidden: Tensor = _encoder_of(self.model).forward_packed(ids, positions, packing)  # (T, C)
         first = torch.from_numpy(starts).to(device)
         if self.model[1].pooling_mode == "cls":
@@ -314,29 +320,13 @@ class Encoder:
         if len(lengths) == 1:
             return hidden.mean(dim=0, keepdim=True)
         rows = torch.arange(len(hidden), device=device)
-        return F.embedding_bag(rows, hidden, first, mode="mean")  # the fastest mean of pieces that torch has
-
-
-@cache
-def _tokenizing(process: int) -> ThreadPoolExecutor:
-    """The one thread of this process that tokenizes, whoever asks: the tokenizer takes every core as it is, and what an
-    allocator keeps free it keeps for each thread. A forked process, which has no thread of its parent's, gets its own.
-    Only a few texts are tokenized by who brings them."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
-
-
-def _turn(what: str, process: int) -> threading.Lock:
-    """Held while a batch is computed on a device, or by a tokenizer, which take all there is: threads that encode at once take
-    turns. They compute themselves, not one thread for all: OpenMP keeps helpers for each thread that ever computed, as the
-    one that loaded the model has, and lets them fall asleep between two calls once there are more of them than cores."""
-    return _TURNS.setdefault((what, process), threading.Lock())  # which, unlike a cache, gives two threads the same one
+        return F.embedding_bag(rows, hidden, first, mode="mean")  # the fastest mean of segments in torch
 
 
 def trim_memory() -> None:
-    """Hand back to the system what the allocator keeps free, at most every ``TRIM_SECONDS``.
+    """Return free memory to the system, at most every ``TRIM_SECONDS``.
 
-    Tensors of ever other sizes leave holes between them, which glibc keeps (``benchmarks/soak.py`` shows it); other
-    allocators are left alone.
+    Tensors of ever new sizes leave holes between them, which glibc keeps (``benchmarks/soak.py`` shows it).
     """
     global _trimmed
     if _malloc_trim is not None and time.monotonic() - _trimmed >= TRIM_SECONDS:
@@ -344,146 +334,10 @@ def trim_memory() -> None:
         _malloc_trim(0)
 
 
-def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
-    """The numbers to compute with on ``device``, and why.
-
-    >>> choose_dtype("float32", "cpu")
-    ('float32', 'as asked')
-    """
-    if dtype != "auto":
-        return dtype, "as asked"
-    kind = torch.device(device).type  # Accelerate calls a processor cpu:0
-    if kind == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bfloat16", "which this GPU computes natively") if native else ("float32", "this GPU has no bfloat16")
-    if kind != "cpu":
-        return "float32", f"bfloat16 is not known to pay on {kind}"
-    rates = dict(modeling_minibert.product_rates())
-    half = rates.pop("bfloat16")
-    times = f"{half / max(rates.values()):.1f} times as fast"
-    if modeling_minibert.bfloat16_pays():
-        return "bfloat16", f"in which this processor multiplies {times} as in float32"
-    return "float32", f"since this processor multiplies bfloat16 {times}"
-
-
-def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cut ``texts`` into windows that are not too large, whatever the length of a text."""
-    start = characters = 0
-    for row, text in enumerate(texts):
-        length = len(text) if isinstance(text, str) else 0  # what is no string is refused with its window
-        characters += length
-        if row - start == WINDOW_TEXTS or (row > start and characters > WINDOW_CHARACTERS):
-            yield texts[start:row]
-            start, characters = row, length
-    if start < len(texts):
-        yield texts[start:]
-
-
-def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Texts of ``lengths`` in batches of at most ``batch_tokens`` tokens (but at least a text), the longest first; those
-    within a batch ascend. Texts without a token are in none.
-
-    They are as few as that allows and of nearly the same size, whatever the window holds: oneDNN keeps kernels for every
-    number of rows that it meets.
-
-    >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2, 1]), 9)]
-    [[1], [3], [5, 4, 0]]
-    """
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    bounds = cut_evenly(lengths[order].tolist(), batch_tokens)
-    return [order[start:end][::-1] for start, end in pairwise(bounds)]
-
-
-class _Tokenizer:
-    """The fast tokenizer below a model's own, without the lists that nothing here reads."""
-
-    def __init__(self, model: SentenceTransformer, prompt: str | None) -> None:
-        self.tokenizer, self.prompt = model.tokenizer, prompt or ""
-        config = _encoder_of(model).config
-        self.parallel = model.device.type != "cpu" or torch.get_num_threads() > 1
-        self.max_length = self.tokenizer.model_max_length
-        if config.position_embedding_type != "rotary":  # a table of positions ends
-            self.max_length = min(self.max_length, config.max_position_embeddings)
-
-    def batches(self, texts: Sequence[str], batch_tokens: int, first: int) -> list[Batch]:
-        """The texts of a window, which are numbered from ``first``, tokenized, in batches.
-
-        Raises:
-            ValueError: naming the first text that is no string or holds a lone surrogate.
-        """
-        _check_texts(texts, first)
-        with _turn("tokenizer", os.getpid()):
-            encodings = self._tokenize(texts)
-        lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
-        ends = lengths.cumsum()
-        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, count=int(lengths.sum()))
-        pieces = np.split(ids, ends[:-1])
-        return [
-            Batch(np.concatenate([pieces[row] for row in rows]), lengths[rows], rows.copy())
-            for rows in cut_batches(lengths, batch_tokens)
-        ]
-
-    def _tokenize(self, texts: Sequence[str]) -> list[Any]:
-        fast = self.tokenizer.backend_tokenizer
-        fast.no_padding()  # whoever used the tokenizer last may have left it otherwise
-        fast.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
-        limit = _CHARACTERS_PER_TOKEN * self.max_length
-        if fast.pre_tokenizer is None or self.tokenizer.truncation_side != "right":
-            limit = sys.maxsize  # what stands far behind may matter
-        with contextlib.nullcontext() if self.parallel else _one_thread():
-            encodings: list[Any] = fast.encode_batch_fast([self.prompt + _start(text, limit) for text in texts])
-        short = [row for row, text in enumerate(texts) if len(text) > limit and len(encodings[row]) < self.max_length]
-        while short:  # of a text of long words or much white space, more is needed
-            limit *= 4
-            again = fast.encode_batch_fast([self.prompt + _start(texts[row], limit) for row in short])
-            for row, encoding in zip(short, again, strict=True):
-                encodings[row] = encoding
-            short = [row for row in short if len(texts[row]) > limit and len(encodings[row]) < self.max_length]
-        return encodings
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Within, the library tokenizes in one thread: by itself it takes one for every core, also where the process has but one to
-    compute with, as when several share a machine. Whoever set its variable is obeyed; only one thread at a time comes here."""
-    if _PARALLELISM in os.environ:
-        yield
-        return
-    os.environ[_PARALLELISM] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(_PARALLELISM, None)
-
-
-def _start(text: str, limit: int) -> str:
-    """``text`` up to the first white space behind ``limit`` characters: a cut inside a word could change its tokens.
-
-    >>> _start("one two three", 5)
-    'one two'
-    """
-    if len(text) <= limit:
-        return text
-    space = _SPACE.search(text, limit)
-    return text[: space.start()] if space else text
-
-
-def _check_texts(texts: Sequence[str], first: int) -> None:
-    for row, text in enumerate(texts, start=first):
-        if not isinstance(text, str):
-            raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}")
-        if not is_unicode(text):
-            raise ValueError(
-                f"Text {row} holds a lone surrogate, which is no character: {shorten(repr(text), 80)}; decode it by the "
-                "encoding it was written in, or replace such characters."
-            )
-
-
 def _check_device(device: str) -> None:
-    """Refuse a device that this computer, or this PyTorch, does not have, before a model is read for it."""
+    """Refuse a device that this computer or this PyTorch does not have, before a model is read for it."""
     try:
-        torch.zeros(1, device=device).cpu()  # whatever the kind of device: "meta" takes numbers, but gives none back
+        torch.zeros(1, device=device).cpu()  # "meta" accepts tensors but returns none
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -494,12 +348,12 @@ def _check_device(device: str) -> None:
 
 
 def _encoder_of(model: SentenceTransformer) -> Any:
-    """The transformer that the first module holds."""
+    """Return the transformer of the first module."""
     return model[0].auto_model
 
 
 def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
-    """The prompt that sentence-transformers would put before every text."""
+    """Return the prompt that sentence-transformers would put before every text."""
     if prompt is not None:
         return prompt
     if name is not None and name not in model.prompts:
@@ -510,10 +364,10 @@ def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | Non
 
 
 def _why_not_packed(model: SentenceTransformer, prompt: str | None) -> str | None:
-    """What this module cannot compute about ``model``, or ``None``."""
+    """Return why ``model`` cannot be computed packed, or None if it can."""
     transformer, *rest = list(model)
     if not isinstance(transformer, Transformer) or not isinstance(transformer.auto_model, MiniBertModel):
-        return "the model is no MiniBERT (minibert hub convert makes one of a BERT)"
+        return "the model is not a MiniBERT (minibert hub convert makes one of a BERT)"
     config = transformer.auto_model.config
     if not config.unpad_inputs or config._attn_implementation != "sdpa":
         return "its configuration asks for padded inputs or another attention"

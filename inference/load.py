@@ -16,8 +16,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.files.model_folder import check_paths, check_weights, opening, weight_files
+from minibert import MiniBertConfig, modeling_minibert
+from minibert.files.model_folder import check_paths, check_weights, code_files, opening, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +147,10 @@ def read_json(file: Path) -> Any:
 
 
 def _compare_code(folder: Path) -> None:
-    """Warn, once, where a checkpoint's code is not the installed code, which is what runs."""
-    installed = [Path(str(module.__file__)) for module in (configuration_minibert, modeling_minibert)]
+    """Warn, once, if a checkpoint's code differs from the installed code, which is what runs."""
     differing = [
         file.name
-        for file in installed
+        for file in code_files()
         if (folder / file.name).exists() and not filecmp.cmp(folder / file.name, file, shallow=False)
     ]
     if differing and folder.resolve() not in _named:

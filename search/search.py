@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +18,16 @@ from sentence_transformers.util import semantic_search
 
 from minibert.data.load import as_dataset, is_unicode, text_columns
 from minibert.files import disk
-from minibert.inference.bm25 import WordIndex
-from minibert.inference.load import find_model, fingerprint, load
+from minibert.inference.encode import Encoder
+from minibert.inference.load import find_model, fingerprint
 from minibert.search.index import KEPT, alone_with_index, index_folder, open_index
 from minibert.search.vectors import VectorFolder
 
+if TYPE_CHECKING:
+    from minibert.inference.bm25 import WordIndex
+
 logger = logging.getLogger(__name__)
 
-# Passages handed to the encoder at once: enough to sort by length within, few enough that their tokens stay small.
-_CHUNK = 10_000
 # How far down the rankings by meaning and by words are read before they are fused.
 _FUSED_DEPTH = 100
 # Reciprocal rank fusion adds 1 / (60 + rank); 60 is what its authors found, and what others use.
@@ -127,7 +128,6 @@ class Searcher:
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
         passages: texts to search; each is encoded once, here. Beside the vectors (``len(passages)`` x width numbers), memory
             does not grow with their number.
-        batch_size: texts computed at once.
 
     Example::
 
@@ -144,7 +144,6 @@ class Searcher:
         model: str | Path | SentenceTransformer,
         passages: Sequence[str],
         *,
-        batch_size: int = 32,
         device: str | None = None,
         trust_remote_code: bool = False,
         show_progress: bool = False,
@@ -152,25 +151,8 @@ class Searcher:
         if not len(passages):
             raise ValueError("There are no passages to search; give at least one.")
         self.passages = passages
-        self.model = (
-            model if isinstance(model, SentenceTransformer) else load(model, device=device, trust_remote_code=trust_remote_code)
-        )
-        self.vectors = self._encode_all(batch_size, show_progress)  # (passages, width)
-
-    def _encode_all(self, batch_size: int, show_progress: bool) -> torch.Tensor:
-        vectors: torch.Tensor | None = None
-        for start in range(0, len(self.passages), _CHUNK):
-            part = self.model.encode_document(
-                list(self.passages[start : start + _CHUNK]),
-                batch_size=batch_size,
-                show_progress_bar=show_progress,
-                convert_to_tensor=True,
-            )
-            if vectors is None:
-                vectors = torch.empty(len(self.passages), part.shape[1], dtype=part.dtype, device=part.device)
-            vectors[start : start + len(part)] = part
-        assert vectors is not None  # the constructor refuses an empty sequence
-        return vectors
+        self.encoder = Encoder(model, device=device, trust_remote_code=trust_remote_code)
+        self.vectors = torch.from_numpy(self.encoder.encode_document(passages, show_progress=show_progress))
 
     def search(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
         """The ``top_k`` passages most similar to each query, best first.
@@ -183,8 +165,8 @@ class Searcher:
             raise ValueError(f"top_k={top_k} finds nothing; ask for at least 1 passage (--top-k).")
         if not queries:
             return []
-        asked = self.model.encode_query(list(queries), show_progress_bar=False, convert_to_tensor=True)
-        found = semantic_search(asked, self.vectors, top_k=top_k, score_function=self.model.similarity)
+        query_vectors = torch.from_numpy(self.encoder.encode_query(queries))
+        found = semantic_search(query_vectors, self.vectors, top_k=top_k, score_function=self.encoder.model.similarity)
         return [[Hit(number := int(hit["corpus_id"]), hit["score"], self.passages[number]) for hit in hits] for hits in found]
 
 
@@ -233,18 +215,20 @@ class FolderSearcher:
                 f"{folder} holds no texts, which --hybrid searches by their words; encode again with --keep-text, or leave "
                 "--hybrid out."
             )
+        if hybrid:
+            from minibert.inference import bm25  # noqa: F401  # a missing bm25s is better known before the index is built
         if not manifest.complete:
             logger.warning(
                 "%s is not finished: minibert encode has written %s vectors so far.", folder, f"{len(self.folder):,}"
             )
         if not isinstance(model, SentenceTransformer):
-            path = find_model_of(self.folder, model, trust_remote_code=trust_remote_code)
-            model = load(path, device=device, trust_remote_code=trust_remote_code)
-        self.model = model
-        width = model.get_embedding_dimension()
-        if width is not None and width != manifest.dimension:
-            raise ValueError(f"{folder} holds vectors of {manifest.dimension} numbers, and the model makes {width}.")
-        self.index = open_index(self.folder, rebuild=rebuild, show_progress=show_progress)
+            model = find_model_of(self.folder, model, trust_remote_code=trust_remote_code)
+        self.encoder = Encoder(model, device=device, trust_remote_code=trust_remote_code)
+        if self.encoder.dimension != manifest.dimension:
+            raise ValueError(
+                f"{folder} holds vectors of {manifest.dimension} dimensions, but the model computes {self.encoder.dimension}."
+            )
+        self.index = open_index(self.folder, exact=exact, rebuild=rebuild, show_progress=show_progress)
         self.words = (
             _open_words(self.folder, [part.sha256 for part in self.index.state.parts], show_progress) if hybrid else None
         )
@@ -260,9 +244,9 @@ class FolderSearcher:
             raise ValueError(f"top_k={top_k} finds nothing; ask for at least 1 passage (--top-k).")
         if not queries:
             return []
-        asked = self.model.encode_query(list(queries), show_progress_bar=False, convert_to_numpy=True)
+        query_vectors = self.encoder.encode_query(queries)
         depth = max(top_k, _FUSED_DEPTH) if self.words else top_k
-        scores, rows = self.index.search(asked, depth, exact=self.exact)
+        scores, rows = self.index.search(query_vectors, depth, exact=self.exact)
         if self.words:
             scores, rows = fuse([rows, self.words.search(queries, depth)[1]], top_k)
         return self._hits(scores, rows)
@@ -330,11 +314,13 @@ def fuse(rankings: Sequence[np.ndarray], top_k: int) -> tuple[np.ndarray, np.nda
     return scores, rows
 
 
-def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool) -> WordIndex:
+def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool) -> "WordIndex":
     """BM25 over the folder's texts, memory-mapped, built if it is not that of these shards.
 
     How rare a word is depends on all texts, so new shards mean a new index.
     """
+    from minibert.inference.bm25 import WordIndex
+
     home = index_folder(folder) / f"words-{sha256(' '.join(shards).encode()).hexdigest()[:16]}"
     if home.exists():
         with contextlib.suppress(ValueError):  # which is told once nobody else can be replacing it

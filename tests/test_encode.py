@@ -18,12 +18,16 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from transformers import BertConfig, BertModel
 
 import minibert
-from minibert import MiniBertConfig, MiniBertModel, modeling_minibert, train_word_level, train_wordpiece
+from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
+from minibert.inference import batching, cpu
 from minibert.inference import encode as module
-from minibert.inference.cpu import LaidOutLayer, LaidOutLinear, can_halve, lay_out
-from minibert.inference.encode import Encoder, choose_dtype, cut_windows, encode
+from minibert.inference.batching import cut_windows
+from minibert.inference.cpu import PrepackedLayer, PrepackedLinear, choose_dtype, prepack, supports_half_copies
+from minibert.inference.encode import Encoder, encode
 from minibert.inference.load import load
-from minibert.modeling_minibert import MiniBertLayer, Packing, rounded
+from minibert.kernels_minibert import ONEDNN_DTYPES
+from minibert.modeling_minibert import MiniBertLayer
+from minibert.packing_minibert import Packing, rounded
 
 WORDS = [
     "the",
@@ -78,7 +82,7 @@ def assemble(folder, *, pooling="mean", after=(Normalize,), **pool_options):
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    monkeypatch.setattr(module, "WINDOW_TEXTS", 7)
+    monkeypatch.setattr(batching, "WINDOW_TEXTS", 7)
 
 
 @pytest.mark.parametrize("preset", ["search-8x768", "modern-6x384"])
@@ -96,7 +100,7 @@ def test_a_folder_is_opened_in_the_chosen_numbers(folders):
     exact = encode(str(folder), TEXTS, dtype="float32")
     np.testing.assert_allclose(exact, assemble(folder).encode(TEXTS), atol=1e-5)
     half = Encoder(folder, dtype="bfloat16")
-    assert half.dtype == "bfloat16" and "as asked" in half.choices["dtype"]
+    assert half.dtype == "bfloat16" and "as asked" in half.decisions["dtype"]
     vectors = half.encode(TEXTS)
     assert vectors.dtype == np.float32 and 0 < np.abs(vectors - exact).max() < 0.05
     assert (vectors * exact).sum(axis=1).min() > 0.999
@@ -123,6 +127,22 @@ def test_prompts_are_put_before_texts(folders):
         encode(model, TEXTS, prompt_name="nope")
 
 
+def test_queries_and_passages_get_their_prompts(folders):
+    for model in (assemble(folders / "search-8x768"), assemble(folders / "search-8x768", include_prompt=False)):
+        model.prompts = {"query": "two dogs ", "passage": "rain fell "}
+        encoder = Encoder(model)
+        np.testing.assert_allclose(encoder.encode_query(TEXTS), model.encode_query(TEXTS), atol=1e-5)
+        np.testing.assert_allclose(encoder.encode_document(TEXTS), model.encode_document(TEXTS), atol=1e-5)
+        np.testing.assert_allclose(encoder.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
+    given = Encoder(model, prompt="green hills ")
+    np.testing.assert_allclose(given.encode_query(TEXTS), model.encode(TEXTS, prompt="green hills "), atol=1e-5)
+
+
+def test_rates_are_measured_once():
+    rates = cpu.product_rates()
+    assert set(rates) == {"float32", "bfloat16"} and min(rates.values()) > 0 and cpu.product_rates() is rates
+
+
 def test_vectors_of_length_one_on_request(folders):
     model = assemble(folders / "search-8x768", after=())
     assert np.abs(np.linalg.norm(encode(model, TEXTS), axis=1) - 1).max() > 0.1
@@ -133,7 +153,7 @@ def test_vectors_of_length_one_on_request(folders):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda root: assemble(root / "bert"), "no MiniBERT"),
+        (lambda root: assemble(root / "bert"), "not a MiniBERT"),
         (lambda root: assemble(root / "search-8x768", pooling="max"), "neither mean nor cls"),
         (lambda root: assemble(root / "search-8x768", include_prompt=False), "leaves the prompt out"),
         (lambda root: assemble(root / "search-8x768", after=(lambda: Dense(32, 8),)), "changed after the pooling"),
@@ -143,7 +163,7 @@ def test_vectors_of_length_one_on_request(folders):
 def test_other_models_are_left_to_sentence_transformers(folders, small_windows, make, reason):
     model = make(folders)
     encoder = Encoder(model, prompt="rain ")
-    assert not encoder.packed and reason in encoder.choices["path"]
+    assert not encoder.packed and reason in encoder.decisions["path"]
     assert encoder.encode(TEXTS).shape == (len(TEXTS), encoder.dimension)
     np.testing.assert_allclose(encoder.encode(TEXTS), model.encode(TEXTS, prompt="rain "), atol=1e-5)
     assert [part.shape for part in encoder.windows([[], ["cat"]])] == [(0, encoder.dimension), (1, encoder.dimension)]
@@ -171,13 +191,13 @@ def test_texts_without_a_token_get_the_vector_they_get_elsewhere(folders, tmp_pa
 def test_of_a_long_text_only_the_start_is_tokenized(folders, monkeypatch):
     model = assemble(folders / "search-8x768")
     seen = []
-    start = module._start
+    start = batching.cut_text
 
     def spy(text, limit):
         seen.append(len(start(text, limit)))
         return start(text, limit)
 
-    monkeypatch.setattr(module, "_start", spy)
+    monkeypatch.setattr(batching, "cut_text", spy)
     long = "the cat sat " * 20_000
     np.testing.assert_allclose(encode(model, [long]), model.encode([long]), atol=1e-5)
     assert seen and max(seen) < 1000
@@ -225,22 +245,12 @@ def test_windows_are_taken_one_ahead_of_the_vectors(folders):
 
 
 def test_windows_hold_few_texts_and_few_characters(monkeypatch):
-    monkeypatch.setattr(module, "WINDOW_TEXTS", 3)
-    monkeypatch.setattr(module, "WINDOW_CHARACTERS", 10)
+    monkeypatch.setattr(batching, "WINDOW_TEXTS", 3)
+    monkeypatch.setattr(batching, "WINDOW_CHARACTERS", 10)
     texts = ["a", "b", "c", "d", "e" * 9, "f", "g" * 50, "h"]
     windows = list(cut_windows(texts))
     assert [text for window in windows for text in window] == texts
     assert [len(window) for window in windows] == [3, 2, 1, 1, 1]
-
-
-@pytest.mark.parametrize(("threads", "expected"), [(1, "false"), (2, None)])
-def test_one_thread_tokenizes_where_one_computes(folders, monkeypatch, threads, expected):
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    seen = []
-    monkeypatch.setattr(module, "_start", lambda text, limit: (seen.append(os.environ.get("TOKENIZERS_PARALLELISM")), text)[1])
-    encode(assemble(folders / "search-8x768"), ["the cat"])
-    assert seen == [expected] and "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_a_model_goes_with_its_last_user(folders):
@@ -273,7 +283,7 @@ def test_free_memory_is_handed_back_now_and_then(folders, monkeypatch):
 def test_whoever_asks_one_thread_tokenizes_and_batches_are_computed_in_turns(folders, monkeypatch):
     encoder = Encoder(assemble(folders / "search-8x768"))
     tokenizing, computing, inside, most = set(), set(), [], []
-    vectors_of, batches_of = Encoder._vectors, module._Tokenizer.batches
+    vectors_of, batches_of = Encoder._vectors, batching.Tokenizer.batches
 
     def batches(self, *arguments):
         tokenizing.add(threading.get_ident())
@@ -288,7 +298,7 @@ def test_whoever_asks_one_thread_tokenizes_and_batches_are_computed_in_turns(fol
         inside.pop()
         return found
 
-    monkeypatch.setattr(module._Tokenizer, "batches", batches)
+    monkeypatch.setattr(batching.Tokenizer, "batches", batches)
     monkeypatch.setattr(Encoder, "_vectors", vectors)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(encoder.encode, [TEXTS] * 8))
@@ -297,46 +307,31 @@ def test_whoever_asks_one_thread_tokenizes_and_batches_are_computed_in_turns(fol
     np.testing.assert_allclose(encoder.encode(TEXTS[:2]), found[0][:2], atol=2e-2)
     assert len(tokenizing) == 2 and threading.get_ident() in tokenizing  # a query or two are not worth another thread
     parent = os.getpid()
-    monkeypatch.setattr(module.os, "getpid", lambda: -1)  # as in a child process, which has no thread of its parent
-    with module._turn("cpu", parent), module._turn("tokenizer", parent), ThreadPoolExecutor(1) as pool:  # nor waits for them
+    held = [batching._TURNS["cpu", parent], batching._TURNS["tokenizer", parent]]
+    monkeypatch.setattr(batching.os, "getpid", lambda: -1)  # as in a child process, which has no thread of its parent
+    with held[0], held[1], ThreadPoolExecutor(1) as pool:  # nor waits for them
         assert np.array_equal(pool.submit(encoder.encode, TEXTS).result(60), found[0]) and len(tokenizing) == 3
-
-
-@pytest.mark.parametrize("texts", [["the cat"] * 3, TEXTS])
-def test_the_variable_of_the_tokenizer_is_gone_after_many_threads(folders, monkeypatch, texts):
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    seen = []
-
-    def start(text, limit):
-        seen.append(os.environ.get("TOKENIZERS_PARALLELISM"))
-        time.sleep(0.002)  # time for the others to come in between
-        return text
-
-    monkeypatch.setattr(module, "_start", start)
-    encoder = Encoder(assemble(folders / "search-8x768"))
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(encoder.encode, [texts] * 12))
-    assert set(seen) == {"false"} and "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_processor_without_the_instructions_computes_all_the_same(folders, dtype, monkeypatch):
-    monkeypatch.setattr(modeling_minibert, "ONEDNN_DTYPES", frozenset())
+    monkeypatch.setattr(cpu, "ONEDNN_DTYPES", frozenset())
     encoder = Encoder(folders / "search-8x768", dtype=dtype)
-    assert encoder.dtype == dtype and "matrices" not in encoder.choices
+    assert encoder.dtype == dtype and "matrices" not in encoder.decisions
     exact = Encoder(folders / "search-8x768", dtype="float32").encode(TEXTS)
     assert (encoder.encode(TEXTS) * exact).sum(axis=1).min() > 0.999
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_attention_chosen_is_said(folders, whole, monkeypatch):
-    monkeypatch.setattr(modeling_minibert, "whole_products_pay", lambda: whole)
-    said = {dtype: Encoder(folders / "search-8x768", dtype=dtype).choices.get("attention") for dtype in ("bfloat16", "float32")}
-    assert said == {"bfloat16": "whole products, since this processor has no AMX" if whole else None, "float32": None}
+    monkeypatch.setattr(module, "PREFERS_EXP2", whole)
+    said = {
+        dtype: Encoder(folders / "search-8x768", dtype=dtype).decisions.get("attention") for dtype in ("bfloat16", "float32")
+    }
+    assert said == {"bfloat16": "powers of two, since this processor has no AMX" if whole else None, "float32": None}
 
 
-needs_onednn = pytest.mark.skipif(torch.float32 not in modeling_minibert.ONEDNN_DTYPES, reason="oneDNN's own call is not here")
+needs_onednn = pytest.mark.skipif(torch.float32 not in ONEDNN_DTYPES, reason="oneDNN's own call is not here")
 
 
 @pytest.mark.parametrize("name", ["search-8x768", "modern-6x384"])
@@ -347,24 +342,22 @@ needs_onednn = pytest.mark.skipif(torch.float32 not in modeling_minibert.ONEDNN_
         pytest.param(
             "float16",
             2e-3,
-            marks=pytest.mark.skipif(torch.float16 not in modeling_minibert.ONEDNN_DTYPES, reason="processor without float16"),
+            marks=pytest.mark.skipif(torch.float16 not in ONEDNN_DTYPES, reason="processor without float16"),
         ),
         pytest.param(
             "bfloat16",
             2e-2,
-            marks=pytest.mark.skipif(
-                torch.bfloat16 not in modeling_minibert.ONEDNN_DTYPES, reason="processor without bfloat16"
-            ),
+            marks=pytest.mark.skipif(torch.bfloat16 not in ONEDNN_DTYPES, reason="processor without bfloat16"),
         ),
     ],
 )
 def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path, monkeypatch, name, dtype, tolerance):
-    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: True)
+    monkeypatch.setattr(cpu, "bfloat16_is_faster", lambda: True)
     opened = assemble(folders / name)
     opened.save(str(tmp_path / name))
     encoder = Encoder(tmp_path / name, dtype=dtype)
-    assert encoder.choices["matrices"] == "laid out for oneDNN" and "matrices" in encoder.explain()
-    assert all(type(layer) is LaidOutLayer for layer in encoder.model[0].auto_model.layers)
+    assert encoder.decisions["matrices"] == "prepacked for oneDNN" and "matrices" in encoder.explain()
+    assert all(type(layer) is PrepackedLayer for layer in encoder.model[0].auto_model.layers)
     expected = opened.encode(TEXTS)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=tolerance)
     np.testing.assert_allclose(encoder.model.encode(TEXTS), expected, atol=tolerance)
@@ -374,13 +367,12 @@ def test_matrices_laid_out_anew_give_the_vectors_of_the_model(folders, tmp_path,
         encoder.model.save(str(tmp_path / "again"))
 
 
-def test_a_model_that_the_caller_opened_stays_as_it_is(folders, monkeypatch):
+def test_a_model_that_the_caller_opened_stays_as_it_is(folders):
     opened = assemble(folders / "search-8x768")
-    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: True)
     before = {name: tensor.clone() for name, tensor in opened.state_dict().items()}
-    assert "matrices" not in Encoder(opened).choices
-    for dtype in ("bfloat16", "float32"):  # a copy, which is ours
-        assert "matrices" in Encoder(opened, dtype=dtype).choices
+    assert "matrices" not in Encoder(opened).decisions
+    for dtype in ONEDNN_DTYPES:  # on a copy
+        assert "matrices" in Encoder(opened, dtype=str(dtype).removeprefix("torch.")).decisions
     after = opened.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert opened[0].auto_model.pooler is not None
@@ -389,24 +381,24 @@ def test_a_model_that_the_caller_opened_stays_as_it_is(folders, monkeypatch):
 @needs_onednn
 def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypatch):
     model = MiniBertModel.from_pretrained(folders / "search-8x768").eval()
-    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)
-    assert not lay_out(copy.deepcopy(model).bfloat16())  # which is computed in float32
     adapted = type("Adapted", (torch.nn.Linear,), {})
     model.layers[1].mlp.up.__class__ = adapted
     hooked = copy.deepcopy(model)
     hooked.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert lay_out(hooked) and not any(type(layer) is LaidOutLayer for layer in hooked.layers)
+    assert prepack(hooked) and not any(type(layer) is PrepackedLayer for layer in hooked.layers)
     offloaded = copy.deepcopy(model)
     offloaded.layers[0].attention.forward = lambda *given, **named: given
-    assert lay_out(offloaded) and type(offloaded.layers[0]) is MiniBertLayer
+    assert prepack(offloaded) and type(offloaded.layers[0]) is MiniBertLayer
     with monkeypatch.context() as patch:
-        patch.setattr(modeling_minibert, "ONEDNN_DTYPES", frozenset())
-        assert not lay_out(model)
+        patch.setattr(cpu, "ONEDNN_DTYPES", frozenset())
+        assert not prepack(model)
     layers, ids = list(model.layers), torch.arange(1, 9)[None]
     with torch.no_grad():
         expected = model(ids).last_hidden_state
-    assert lay_out(model)
-    assert type(model.layers[0]) is LaidOutLayer and list(model.layers)[1:2] == layers[1:2] and type(layers[1]) is MiniBertLayer
+    assert prepack(model)
+    assert (
+        type(model.layers[0]) is PrepackedLayer and list(model.layers)[1:2] == layers[1:2] and type(layers[1]) is MiniBertLayer
+    )
     found = model(ids).last_hidden_state
     assert not found.requires_grad  # such products have no backward
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -422,10 +414,10 @@ def test_layers_laid_out_compute_what_they_computed(preset, tiny, batch):
     inputs = [batch, {**packed, "cu_seq_lens_q": bounds, "max_length_q": 9}, {**batch, "output_hidden_states": True}]
     with torch.no_grad():
         before = [copy.deepcopy(model)(**given) for given in inputs]
-        gpu = model.forward_packed(packed["input_ids"][0], packed["position_ids"][0], Packing(None, None, bounds, 9))
-        assert lay_out(model) and all(type(layer) is LaidOutLayer for layer in model.layers)
+        gpu = model.forward_packed(packed["input_ids"][0], packed["position_ids"][0], Packing(cu_seqlens=bounds, max_length=9))
+        assert prepack(model) and all(type(layer) is PrepackedLayer for layer in model.layers)
         after = [model(**given) for given in inputs]
-        alone = model.forward_packed(packed["input_ids"][0], packed["position_ids"][0], Packing(None, [3, 9], None, 9))
+        alone = model.forward_packed(packed["input_ids"][0], packed["position_ids"][0], Packing.of_lengths([3, 9]))
     real = batch["attention_mask"].bool()
     for old, new in zip(before, after, strict=True):
         rows = real if old.last_hidden_state.shape[:2] == real.shape else torch.ones(1, 12, dtype=torch.bool)
@@ -436,20 +428,22 @@ def test_layers_laid_out_compute_what_they_computed(preset, tiny, batch):
     for found in (alone, gpu):  # as minibert.encode asks on a CPU and on a GPU
         torch.testing.assert_close(found, before[1].last_hidden_state[0], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="Token id 101 is not in the model's vocabulary"):
-        model.forward_packed(torch.tensor([101]), torch.tensor([0]), Packing(None, [1], None, 1))
+        model.forward_packed(torch.tensor([101]), torch.tensor([0]), Packing.of_lengths([1]))
 
 
-@pytest.mark.skipif(not can_halve(torch.float32), reason="torch without FBGEMM")
+@pytest.mark.skipif(not supports_half_copies(torch.float32), reason="torch without FBGEMM")
 @needs_onednn
 def test_a_query_is_multiplied_by_matrices_in_float16(folders, monkeypatch):
-    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)
+    monkeypatch.setattr(cpu, "bfloat16_is_faster", lambda: False)
     chosen, exact = Encoder(folders / "modern-6x384"), Encoder(folders / "modern-6x384", dtype="float32")
-    assert "for a query in float16" in chosen.choices["matrices"] and "float16" not in exact.choices["matrices"]
-    assert "float16" not in Encoder(folders / "modern-6x384", query_copies=False).choices["matrices"]
+    assert "for a query in float16" in chosen.decisions["matrices"] and "float16" not in exact.decisions["matrices"]
+    assert "float16" not in Encoder(folders / "modern-6x384", query_copies=False).decisions["matrices"]
 
     def copies(encoder):
         layers = encoder.model[0].auto_model.layers
-        return [linear.half is not None for layer in layers for linear in vars(layer).values() if type(linear) is LaidOutLinear]
+        return [
+            linear.half is not None for layer in layers for linear in vars(layer).values() if type(linear) is PrepackedLinear
+        ]
 
     query, many = "the cat sat", ["two dogs ran home " * 5] * 4
     np.testing.assert_array_equal(chosen.encode(many), exact.encode(many))
@@ -464,7 +458,7 @@ def test_a_query_is_multiplied_by_matrices_in_float16(folders, monkeypatch):
     np.testing.assert_array_equal(chosen.encode(many), exact.encode(many))
 
 
-@pytest.mark.skipif(not can_halve(torch.float32), reason="torch without FBGEMM")
+@pytest.mark.skipif(not supports_half_copies(torch.float32), reason="torch without FBGEMM")
 @needs_onednn
 def test_only_matrices_that_float16_can_hold_are_kept_in_it():
     torch.manual_seed(0)
@@ -472,28 +466,28 @@ def test_only_matrices_that_float16_can_hold_are_kept_in_it():
     rounded_linear = copy.deepcopy(linear)
     rounded_linear.weight.data = linear.weight.data.half().float()
     with torch.no_grad():
-        laid_out = LaidOutLinear(linear, gelu=True, halve=True)
+        laid_out = PrepackedLinear(linear, gelu=True, half_copies=True)
         torch.testing.assert_close(laid_out(states), torch.nn.functional.gelu(rounded_linear(states)), atol=1e-6, rtol=1e-6)
         many = torch.randn(4, 8, 16)  # 32 rows
         torch.testing.assert_close(laid_out(many), torch.nn.functional.gelu(linear(many)), atol=1e-6, rtol=1e-6)
         linear.weight.data[0, 0] = 7e4
-        laid_out = LaidOutLinear(linear, halve=True)
+        laid_out = PrepackedLinear(linear, half_copies=True)
         torch.testing.assert_close(laid_out(states), linear(states))
         assert laid_out.half is None
-    assert not can_halve(torch.bfloat16)
+    assert not supports_half_copies(torch.bfloat16)
 
 
 def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkeypatch):
     encoder = Encoder(assemble(folders / "search-8x768"))
     seen, started, go = [], threading.Event(), threading.Event()
 
-    def batches(self, texts, batch_tokens, first):
+    def batches(self, texts, batch_tokens, first, prompt):
         seen.append(texts[0])
         started.set()
         assert go.wait(60)
         return []
 
-    monkeypatch.setattr(module._Tokenizer, "batches", batches)
+    monkeypatch.setattr(batching.Tokenizer, "batches", batches)
 
     def windows():
         yield ["first"] * 9
@@ -510,14 +504,14 @@ def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkey
     with pytest.raises(KeyboardInterrupt):
         next(asked)
     go.set()
-    module._tokenizing(os.getpid()).submit(int).result()  # the thread has done what it had to do
+    batching.tokenizing_thread(os.getpid()).submit(int).result()  # the thread has done what it had to do
     assert seen == ["first"]
 
 
 @pytest.mark.parametrize(("half", "expected"), [(300.0, "bfloat16"), (110.0, "float32"), (50.0, "float32")])
 def test_the_faster_numbers_are_chosen_and_said(monkeypatch, half, expected):
     """Faster by enough, since digits are given for it."""
-    monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 100.0, "bfloat16": half})
+    monkeypatch.setattr(cpu, "product_rates", lambda: {"float32": 100.0, "bfloat16": half})
     assert choose_dtype("auto", "cpu:0") == choose_dtype("auto", "cpu")
     dtype, reason = choose_dtype("auto", "cpu")
     assert dtype == expected and f"{half / 100:.1f} times as fast" in reason
@@ -529,12 +523,12 @@ def test_the_faster_numbers_are_chosen_and_said(monkeypatch, half, expected):
     [
         (["a", None], {}, "Text 1 is NoneType, not a string: None"),
         (["a"], {"dtype": "int8"}, "dtype='int8' is unknown; use one of auto, float32"),
-        (["a"], {"batch_tokens": 0}, "batch_tokens=0"),
+        (["a"], {"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
         (["a"] * 4096 + [None], {}, "Text 4096 is NoneType"),  # the first of a window
         (["a"] * 5000 + [None], {}, "Text 5000 is NoneType"),
-        (["a", "\ud800"], {}, r"Text 1 holds a lone surrogate, which is no character: '.ud800'; decode it"),
+        (["a", "\ud800"], {}, r"Text 1 holds a lone surrogate, which is not a character: '.ud800'; decode it"),
         (["a"], {"prompt": "caf\udce9 "}, r"The prompt 'caf.udce9 ' is not UTF-8"),
-        (["a"], {"prompt": "a", "prompt_name": "zzz"}, "prompt='a' and prompt_name='zzz' both say"),
+        (["a"], {"prompt": "a", "prompt_name": "zzz"}, "prompt='a' and prompt_name='zzz' are both given"),
     ],
 )
 def test_wrong_arguments_are_refused(folders, texts, options, message):
@@ -559,7 +553,7 @@ def test_a_device_that_is_not_here_is_refused_before_the_model_is_opened(device)
 @given(st.lists(st.integers(0, 20), max_size=40), st.integers(1, 60))
 def test_batches_hold_every_text_once_and_are_few(lengths, batch_tokens):
     lengths = np.array(lengths, dtype=np.int64)
-    batches = module.cut_batches(lengths, batch_tokens)
+    batches = batching.cut_batches(lengths, batch_tokens)
     assert sorted(row for batch in batches for row in batch.tolist()) == np.flatnonzero(lengths).tolist()
     assert all(len(batch) == 1 or lengths[batch].sum() <= batch_tokens for batch in batches)
     assert all((np.diff(lengths[batch]) >= 0).all() for batch in batches)
@@ -574,5 +568,5 @@ def test_batches_hold_every_text_once_and_are_few(lengths, batch_tokens):
 def test_windows_of_any_texts_make_batches_of_few_sizes():
     rng = np.random.default_rng(0)
     windows = [rng.integers(5, rng.integers(20, 60), 4096) for _ in range(20)]
-    sizes = {rounded(int(window[batch].sum())) for window in windows for batch in module.cut_batches(window, 4096)}
+    sizes = {rounded(int(window[batch].sum())) for window in windows for batch in batching.cut_batches(window, 4096)}
     assert sizes <= {3840, 3968, 4096}

@@ -1,20 +1,17 @@
 """The encoder against itself: two roads, one answer."""
 
 import copy
-import platform
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.activations import GELUActivation
 
 import minibert
-from minibert import MiniBertConfig, MiniBertModel, modeling_minibert
-from minibert.modeling_minibert import Packing, drop, rotary_angles, rotate, sinusoidal_table
+from helpers import no_dropout
+from minibert import MiniBertConfig, MiniBertModel, loss_minibert
+from minibert.modeling_minibert import rotary_angles, rotate, sinusoidal_table
 
 HEADS = [name for name in minibert.__all__ if name.startswith("MiniBertFor")]
 
@@ -41,10 +38,6 @@ def both_paths(model):
     padded = copy.deepcopy(model)
     padded.config.unpad_inputs = False
     return model, padded
-
-
-def no_dropout(config):
-    return MiniBertConfig(**{**config.to_dict(), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
 
 
 # ------------------------------------------------------------------------------------------------ padding is never computed
@@ -141,60 +134,6 @@ def test_flattening_collator_of_transformers_feeds_the_model(model):
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
-def test_padding_inside_attention_equals_runs_of_equal_length():
-    # The road of devices whose variable-length kernel lacks a dtype or dropout, exercised here on the CPU.
-    lengths, shape = [2, 5, 5], (12, 4, 8)
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(shape) for _ in range(3))
-    runs = Packing(None, lengths, None, 5).attend(query, key, value, 0.0, 0.3)
-    padded = Packing(None, None, torch.tensor([0, 2, 7, 12], dtype=torch.int32), 5).attend(query, key, value, 0.0, 0.3)
-    torch.testing.assert_close(runs, padded)
-    multiples = Packing(None, [2, 4, 5], None, 5)  # padded to 16
-    assert multiples.runs == [(3, 16)]
-    bounds = torch.tensor([0, 2, 6, 11], dtype=torch.int32)
-    query, key, value = (x[:11] for x in (query, key, value))
-    exact = Packing(None, None, bounds, 5).attend(query, key, value, 0.0, 0.3)
-    torch.testing.assert_close(multiples.attend(query, key, value, 0.0, 0.3), exact)
-
-
-def test_packing_for_accelerators_equals_packing_for_the_cpu(batch):
-    mask = batch["attention_mask"].bool()
-    torch.manual_seed(0)
-    states = torch.randn(3, 6, 12, 4, 8)
-    results = []
-    for device in ("cuda", "cpu"):  # the arithmetic of the one, on tensors of the other
-        packing = Packing.from_mask(mask, 6, 12, torch.device(device))
-        query, key, value = (packing.pack(x) for x in states)
-        context = packing.attend(query, key, value, 0.0, 0.3).flatten(1)
-        results.append(packing.unpack(context, torch.zeros(6 * 12, 4 * 8)))
-    torch.testing.assert_close(*results)
-
-
-def test_blocks_are_few_and_nearly_equal():
-    lengths = sorted(np.random.default_rng(0).integers(5, 300, 60).tolist())
-    packing = Packing(None, lengths, None, lengths[-1])
-    sizes = [[sum(block.lengths) for block in packing.blocks(tokens)] for tokens in (2048, 4096, 2**14)]
-    assert [len(found) for found in sizes] == [5, 3, 1]
-    for found, tokens in zip(sizes, (2048, 4096, 2**14), strict=True):
-        assert sum(found) == sum(lengths) and max(found) <= tokens and max(found) - min(found) <= 332  # a text, a step of 32
-    assert [block.lengths for block in Packing(None, [3, 9, 40], None, 40).blocks(8)] == [[3], [9], [40]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_of_sequences_change_no_answer(tiny, batch, dtype, monkeypatch):
-    model = MiniBertModel(MiniBertConfig(**tiny)).eval().to(dtype)
-    full = {name: value[:, :5] for name, value in batch.items()}  # every row real and in place
-    full["attention_mask"] = torch.ones_like(full["attention_mask"])
-    with torch.no_grad():
-        expected = [model(**inputs).last_hidden_state for inputs in (batch, full)]
-        calls = []
-        model.layers[0].register_forward_hook(lambda _, args, __: calls.append(args[0].shape[0]))
-        monkeypatch.setattr(modeling_minibert, "_BYTES_AT_ONCE", 16 * model.config.intermediate_size * dtype.itemsize)
-        found = [model(**inputs).last_hidden_state for inputs in (batch, full)]
-    torch.testing.assert_close(found, expected, atol=1e-5 if dtype is torch.float32 else 0.05, rtol=0)
-    assert len(calls) > 3 and max(calls) <= 16
-
-
 # ------------------------------------------------------------------------------------------------------- positions by hand
 
 
@@ -235,19 +174,6 @@ def test_new_words_are_not_drowned_where_embeddings_are_normalised(tiny, norm_po
 # --------------------------------------------------------------------------------------------------------------- dropout
 
 
-@pytest.mark.parametrize("probability", [0.1, 0.5])
-def test_dropout_keeps_the_expected_share_and_sum(probability):
-    torch.manual_seed(0)
-    states = torch.ones(1000, 1003, requires_grad=True)
-    dropped = drop(states, probability)
-    share = (dropped == 0).float().mean().item()
-    assert share == pytest.approx(probability, abs=0.002)  # four standard deviations of a million draws
-    assert dropped[dropped != 0].unique().tolist() == pytest.approx([1 / (1 - probability)], rel=1e-4)
-    assert (dropped.mean(dim=0) - 1).abs().mean() < 0.05  # no column is favoured
-    dropped.sum().backward()
-    torch.testing.assert_close(states.grad, dropped.detach())
-
-
 def test_dropout_follows_the_seed_and_rests_outside_training(config, batch):
     model = MiniBertModel(config)
 
@@ -262,16 +188,6 @@ def test_dropout_follows_the_seed_and_rests_outside_training(config, batch):
     assert torch.equal(output(1), output(2))
 
 
-def test_attention_spelled_out_equals_the_kernel():
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(12, 4, 8) for _ in range(3))
-    packing = Packing(None, [2, 5, 5], None, 5)
-    # The smallest probability that takes the road with dropout drops nothing.
-    torch.testing.assert_close(
-        packing.attend(query, key, value, 1e-9, 0.3), packing.attend(query, key, value, 0.0, 0.3), atol=1e-6, rtol=1e-5
-    )
-
-
 # ------------------------------------------------------------------------------------------------------- heads and losses
 
 
@@ -282,35 +198,10 @@ def loss_and_gradients(model, inputs):
     return output, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_rows_added_to_round_up_change_nothing(config, dtype, tolerance):
-    """40 tokens and more are rounded up; the rows added are nowhere to be seen, and have no gradient."""
-    torch.manual_seed(0)
-    model = MiniBertModel(no_dropout(config)).to(dtype)
-    mask = (torch.arange(20) < torch.tensor([[20], [13], [2], [6]])).long()
-    ids = torch.randint(1, 101, (4, 20))
-    packed = Packing.from_mask(mask.bool(), 4, 20, ids.device)
-    assert (int(mask.sum()), packed.extra) == (41, 1)
-    assert packed.runs == [(3, 16), (1, 32), (1, 16)]  # padded to multiples of 16, the row added as a sequence of its own
-    padded = copy.deepcopy(model)
-    padded.config.unpad_inputs = False
-    outputs = [one(ids, mask).last_hidden_state[mask.bool()] for one in (model, padded)]
-    torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
-    weights = torch.randn(outputs[0].shape)
-    for output in outputs:
-        (output * weights).sum().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), padded.parameters(), strict=True):
-        if theirs.grad is not None:
-            scale = theirs.grad.abs().max().clamp(min=1e-3)
-            torch.testing.assert_close(
-                ours.grad / scale, theirs.grad / scale, atol=4 * tolerance, rtol=0, msg=lambda m, n=name: f"{n} {m}"
-            )
-
-
 @pytest.mark.parametrize("rows_at_once", [1000, 3])
 @pytest.mark.parametrize("name", ["MiniBertForMaskedLM", "MiniBertForPreTraining"])
 def test_masked_positions_only_equals_the_dense_loss(name, config, batch, rows_at_once, monkeypatch):
-    monkeypatch.setattr(modeling_minibert, "_LOGITS_AT_ONCE", {True: rows_at_once * 101})
+    monkeypatch.setattr(loss_minibert, "_LOGITS_AT_ONCE", {True: rows_at_once * 101})
     torch.manual_seed(0)
     model = getattr(minibert, name)(no_dropout(config))
     with torch.no_grad():
@@ -360,255 +251,6 @@ def test_another_loss_function_is_given_the_logits(config, batch):
     output = model(**inputs)
     assert output.loss == (inputs["labels"] != -100).sum()
     assert output.logits.shape == (output.loss, 101)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 1e-9])
-def test_sequences_of_nearly_equal_length_share_a_call(dropout):
-    """Lengths 3 to 16 are one run, padded inside attention: the same vectors and gradients as one by one."""
-    torch.manual_seed(0)
-    lengths = [3, 7, 16, 40, 44, 58]  # each, and their sum, a number that is not rounded up
-    together = Packing(None, lengths, None, 58)
-    assert together.runs == [(3, 16), (2, 48), (1, 64)] and not together.extra
-    tensors = [torch.randn(sum(lengths), 4, 8, requires_grad=True) for _ in range(3)]
-    context = together.attend(*tensors, dropout, 0.3)
-    parts = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
-    alone = torch.cat([Packing(None, [len(q)], None, len(q)).attend(q, k, v, dropout, 0.3) for q, k, v in parts])
-    torch.testing.assert_close(context, alone, atol=1e-5, rtol=1e-5)
-    weights = torch.randn_like(alone)
-    for ours, theirs in zip(
-        torch.autograd.grad((context * weights).sum(), tensors),
-        torch.autograd.grad((alone * weights).sum(), tensors),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 1e-9])
-def test_half_precision_attention_has_the_gradients_of_float32(dropout, monkeypatch):
-    torch.manual_seed(0)
-    tensors = [torch.randn(12, 4, 8).bfloat16() for _ in range(3)]
-
-    def gradients(dtype):
-        inputs = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
-        context = Packing(None, [2, 5, 5], None, 5).attend(*inputs, dropout, 0.3)
-        assert context.dtype == dtype
-        (context.float() ** 2).sum().backward()
-        return [x.grad.float() for x in inputs]
-
-    exact = gradients(torch.float32)
-    for large_from in (0, 10**9):  # all in half precision, and all in float32
-        monkeypatch.setattr(modeling_minibert, "_LARGE_SCORES", large_from)
-        for ours, theirs in zip(gradients(torch.bfloat16), exact, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=5e-2, rtol=5e-2)
-
-
-@pytest.mark.parametrize("lengths", [[7, 7, 7], [2, 5, 5], [1, 16, 16, 17, 30], [9] * 41])
-@pytest.mark.parametrize("at_once", [1, 300, 2**20])  # a head, some sequences, all
-def test_whole_products_and_torchs_kernel_agree(lengths, at_once, monkeypatch):
-    torch.manual_seed(0)
-    packing = Packing(None, lengths, None, max(lengths))
-    qkv = torch.randn(3, sum(lengths) + packing.extra, 4, 8)
-    exact = packing.attend(*qkv, 0.0, 0.3)
-    monkeypatch.setattr(modeling_minibert, "_SCORES_AT_ONCE", at_once)
-    monkeypatch.setattr(modeling_minibert, "in_whole_products", lambda query: query.dtype == torch.bfloat16)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
-        whole = packing.attend(*qkv.bfloat16(), 0.0, 0.3)
-    assert whole.dtype == torch.bfloat16
-    torch.testing.assert_close(whole[: sum(lengths)].float(), exact[: sum(lengths)], atol=3e-2, rtol=3e-2)
-
-
-@pytest.mark.parametrize("shift", [0.0, 60.0, -30.0, 500.0, -500.0])
-def test_whole_products_are_exact_whatever_the_scores(shift, monkeypatch):
-    """Scores of 60 and -30 are computed so; powers of two of larger ones leave the numbers, and torch's kernel takes over, also
-    where only padding has such a score."""
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 4, 16, 8).bfloat16()
-    query[..., 0], key[..., 0] = 8.0, shift / 8  # softmax does not see what all scores have in common
-    mask = (torch.arange(16) < torch.tensor([[16], [11]]))[:, None, None]
-    exact = torch.nn.functional.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask, scale=1.0)
-    calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
-    context = modeling_minibert.whole_attention_forward(query, key, value, mask, 1.0)
-    torch.testing.assert_close(context.transpose(1, 2).float(), exact, atol=0.2, rtol=0.1)  # scores of 60 have steps of 0.25
-    assert bool(calls) == (abs(shift) > 100)
-    key[1, :, 11:, 0] = 1e4
-    assert modeling_minibert.whole_attention_forward(query, key, value, mask, 1.0).isfinite().all()
-
-
-def test_whole_products_are_for_many_scores_in_bfloat16_without_amx(monkeypatch):
-    def chosen(shape, dtype=torch.bfloat16):
-        return modeling_minibert.in_whole_products(torch.empty(shape, dtype=dtype))
-
-    monkeypatch.setattr(modeling_minibert, "WITHOUT_AMX", True)
-    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: True)
-    assert chosen((64, 12, 64, 32)) and chosen((1, 12, 512, 32)) and chosen((1, 12, 96, 32)) and chosen((1, 12, 2048, 32))
-    assert not chosen((1, 12, 16, 32))  # a query
-    assert not chosen((1, 12, 4096, 32))  # its scores leave the cache
-    assert not chosen((64, 12, 64, 32), torch.float32) and not chosen((64, 12, 64, 32), torch.float16)
-    monkeypatch.setattr(modeling_minibert, "WITHOUT_AMX", False)
-    assert not chosen((64, 12, 64, 32))
-    monkeypatch.setattr(modeling_minibert, "WITHOUT_AMX", True)
-    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)  # an Intel Xeon whose AMX its host keeps to itself
-    assert not chosen((64, 12, 64, 32))
-
-
-half_products = pytest.mark.skipif(
-    torch.bfloat16 not in modeling_minibert.ONEDNN_DTYPES, reason="oneDNN multiplies no half precision here"
-)
-
-
-@half_products
-@pytest.mark.parametrize(("gelu", "bias"), [(False, True), (True, True), (True, False)])
-def test_products_of_half_precision_are_those_of_the_module(gelu, bias, monkeypatch):
-    torch.manual_seed(0)
-    act = GELUActivation() if gelu else None
-    linear, inputs = torch.nn.Linear(24, 40, bias=bias).bfloat16(), torch.randn(2, 7, 24).bfloat16()
-    exact = torch.nn.functional.linear(inputs.float(), linear.weight.float(), None if not bias else linear.bias.float())
-    exact = torch.nn.functional.gelu(exact) if gelu else exact
-    with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", None)
-        product = modeling_minibert.multiply(linear, inputs, act)
-        assert modeling_minibert.multiply(linear, inputs[:, :0], act).shape == (2, 0, 40)
-    torch.testing.assert_close(product.float(), exact, atol=1e-2, rtol=1e-2)
-    assert product.dtype == torch.bfloat16
-    product = modeling_minibert.multiply(linear, inputs.clone().requires_grad_(), act)  # the module, which has a backward
-    assert product.requires_grad
-    torch.testing.assert_close(product.float(), exact, atol=2e-2, rtol=2e-2)
-
-
-@half_products
-def test_gelu_within_a_product_is_the_exact_one():
-    """Where it is small and negative bfloat16 tells it from its approximation by tanh."""
-    linear, inputs = torch.nn.Linear(1, 1, bias=False).bfloat16(), torch.linspace(-3.5, -1.5, 33).bfloat16()[:, None]
-    torch.nn.init.ones_(linear.weight)
-    exact = torch.nn.functional.gelu(inputs.float())
-    with torch.no_grad():
-        product = modeling_minibert.multiply(linear, inputs, GELUActivation())
-    torch.testing.assert_close(product.float(), exact, atol=1e-6, rtol=1e-2)
-    tanh = torch.nn.functional.gelu(inputs.float(), approximate="tanh")
-    assert not torch.allclose(tanh, exact, atol=1e-6, rtol=1e-2)
-
-
-@half_products
-def test_products_leave_to_the_module_what_only_it_can_do():
-    class Adapted(torch.nn.Linear):
-        pass
-
-    inputs = torch.randn(3, 8)
-    plain, adapted, hooked, replaced = torch.nn.Linear(8, 8), Adapted(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
-    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
-    replaced.forward = lambda inputs: inputs  # as Accelerate does to weights that are elsewhere
-    half = inputs.bfloat16()
-    with torch.no_grad():
-        assert modeling_minibert.is_plain(plain.bfloat16())
-        assert not any(modeling_minibert.is_plain(one.bfloat16()) for one in (adapted, hooked, replaced))
-        without = torch.nn.functional.linear(half, hooked.weight, hooked.bias)
-        assert (modeling_minibert.multiply(hooked, half) - without > 0.9).all()
-    assert not modeling_minibert.is_plain(plain)  # gradients may be wanted
-
-
-@pytest.fixture
-def slow_bfloat16(monkeypatch):
-    """A processor that multiplies faster in float32 than in bfloat16."""
-    monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 300.0, "bfloat16": 150.0})
-
-
-def test_matrices_in_bfloat16_are_widened_where_that_is_faster(slow_bfloat16):
-    torch.manual_seed(0)
-    linear, few, many = torch.nn.Linear(24, 40).bfloat16(), torch.randn(2, 31, 24), torch.randn(2, 32, 24)
-    exact = torch.nn.functional.linear(many, linear.weight.float(), linear.bias.float())
-    with torch.no_grad():
-        assert modeling_minibert.narrow(few, linear).dtype == torch.bfloat16  # widening would cost more than it gains
-        inputs = modeling_minibert.narrow(many, linear)
-        assert inputs.dtype == torch.float32 and modeling_minibert.multiply(linear, inputs).equal(exact)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert modeling_minibert.narrow(many, linear).dtype == torch.bfloat16  # as asked
-        handle = linear.register_forward_hook(lambda module, inputs, output: output)
-        assert modeling_minibert.narrow(many, linear).dtype == torch.bfloat16  # the module gets what it multiplies
-        handle.remove()
-    assert modeling_minibert.narrow(many, linear).dtype == torch.bfloat16  # gradients may be wanted
-    assert linear.weight.dtype == torch.bfloat16
-
-
-def test_what_is_compiled_does_not_depend_on_how_many_rows_are_widened(slow_bfloat16):
-    linear, counter = torch.nn.Linear(24, 40).bfloat16(), CompileCounter()
-    compiled = torch.compile(lambda states: modeling_minibert.multiply(linear, states), backend=counter, dynamic=True)
-    with torch.no_grad():
-        for rows in (31, 200, 900):
-            assert compiled(torch.randn(rows, 24)).dtype == torch.bfloat16
-    assert counter.frame_count == 1
-
-
-def test_a_bfloat16_model_is_exact_where_it_is_computed_in_float32(model, slow_bfloat16, monkeypatch):
-    """Its numbers are those of a float32 model of the same weights, padding or not."""
-    half, exact = model.bfloat16(), copy.deepcopy(model).float()
-    ids = torch.randint(5, 60, (9, 30))
-    mask = (torch.arange(30) < torch.arange(14, 32, 2)[:, None]).long()
-    with torch.no_grad():
-        for unpad in (True, False):
-            half.config.unpad_inputs = unpad
-            found, expected = (one(ids, mask).last_hidden_state[mask.bool()] for one in (half, exact))
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 150.0, "bfloat16": 300.0})
-        assert (half(ids, mask).last_hidden_state[mask.bool()] - expected).abs().max() > 3e-5
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_heads_in_bfloat16_work_where_it_is_slow(name, config, batch, slow_bfloat16, monkeypatch):
-    monkeypatch.setattr(modeling_minibert, "_MANY_ROWS", 1)
-    torch.manual_seed(0)
-    head = getattr(minibert, name)(config).eval()
-    inputs = labels_for(name, {key: value[[0, 1, 2, 3, 4, 4]] for key, value in batch.items()})
-    with torch.no_grad():
-        exact, half = head(**inputs), head.bfloat16()(**inputs)
-        torch.testing.assert_close(half.loss, exact.loss, atol=5e-2, rtol=5e-2)
-        assert half.loss.dtype == head.train()(**inputs).loss.dtype == torch.float32
-
-
-@pytest.mark.skipif(torch.float32 not in modeling_minibert.ONEDNN_DTYPES, reason="oneDNN's own call is not here")
-@pytest.mark.parametrize("act", [None, GELUActivation(), torch.nn.ReLU()])
-def test_float32_is_left_to_onednn_where_that_is_faster(act, monkeypatch):
-    torch.manual_seed(0)
-    linear, few, many = torch.nn.Linear(24, 40), torch.randn(2, 31, 24), torch.randn(2, 32, 24)
-    exact = linear(many) if act is None else act(linear(many))
-    monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 150.0, "onednn": 290.0, "bfloat16": 170.0})
-    assert modeling_minibert.onednn_pays() and not modeling_minibert.bfloat16_pays()
-    with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", None)
-        torch.testing.assert_close(modeling_minibert.multiply(linear, many, act), exact, atol=1e-6, rtol=1e-5)
-        half = copy.deepcopy(linear).bfloat16()  # slow here, too
-        found = modeling_minibert.multiply(half, modeling_minibert.narrow(many, half), act)
-        assert found.dtype == torch.float32 and torch.allclose(found, exact, atol=2e-2)
-        with pytest.raises(TypeError):  # few rows are torch's
-            modeling_minibert.multiply(linear, few, act)
-    monkeypatch.setattr(modeling_minibert, "product_rates", lambda: {"float32": 280.0, "onednn": 290.0, "bfloat16": 900.0})
-    assert not modeling_minibert.onednn_pays() and modeling_minibert.bfloat16_pays()
-    with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr(modeling_minibert, "by_onednn", None)
-        modeling_minibert.multiply(linear, many, act)
-
-
-def test_rates_are_measured_once():
-    rates = modeling_minibert.product_rates()
-    assert {"float32", "bfloat16"} <= set(rates) <= {"float32", "bfloat16", "onednn"} and min(rates.values()) > 0
-    assert modeling_minibert.product_rates() is rates
-
-
-def test_products_of_other_processors_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    assert modeling_minibert.onednn_dtypes() == frozenset()
-
-
-@half_products
-def test_hooks_see_the_products_of_a_model_that_encodes(config):
-    model = MiniBertModel(config).bfloat16().eval()
-    seen = []
-    model.layers[0].mlp.up.register_forward_hook(lambda module, inputs, output: seen.append("up"))
-    model.layers[1].mlp.act.register_forward_hook(lambda module, inputs, output: seen.append("act"))
-    with torch.no_grad():
-        model(torch.randint(1, 101, (2, 5)))
-    assert seen == ["up", "act"]
 
 
 @pytest.mark.parametrize(

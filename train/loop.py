@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minibert import modeling_minibert
+from minibert.inference.cpu import bfloat16_is_faster
 from minibert.train import checkpoint
 from minibert.train.arguments import LoopArguments
 
@@ -918,7 +918,7 @@ def check_precision(arguments: LoopArguments) -> None:
 def warn_of_precision(arguments: LoopArguments) -> None:
     """Say so where half precision only takes longer."""
     asked = arguments.precision == "bf16" and processes().device.type == "cpu" and processes().is_main_process
-    if asked and not modeling_minibert.bfloat16_pays():
+    if asked and not bfloat16_is_faster():
         logger.warning(
             "precision: bf16 does not pay on this processor, which multiplies faster in float32; use precision: fp32."
         )

@@ -1,0 +1,58 @@
+"""Cross entropy of masked words without the logits in memory. This file travels with every checkpoint."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .kernels_minibert import at_least_float32, compute_dtype
+from .packing_minibert import rounded
+
+# Elements of a block of logits. On a CPU (True) the block should stay in the cache.
+_LOGITS_AT_ONCE = {True: 2**21, False: 2**27}
+
+
+class FusedMaskedLMLoss(torch.autograd.Function):
+    """Sum the cross entropies of ``hidden @ weight.T + bias`` (T, V) with ``labels``, in float32.
+
+    Loss and gradients come out of one pass over blocks of rows, so that only the logits of one block exist at a time: they
+    are larger than everything else in a step (Liger kernel, Hsu et al. 2024, arXiv:2410.10989, fuses the two in this way).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        """Take ``hidden`` (T, C) and ``weight`` (V, C) in the dtype of the products, ``bias`` (V,) in float32 and the
+        ``labels`` of the first rows; rows of ``hidden`` beyond the labels count nothing."""
+        rows = max(1, _LOGITS_AT_ONCE[hidden.device.type == "cpu"] // weight.shape[0])
+        loss, count = torch.zeros((), device=hidden.device), labels.shape[0]
+        grad_logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)  # (T, V)
+        targets = F.pad(labels, (0, hidden.shape[0] - labels.shape[0]))[:, None]  # (T, 1)
+        for block, expected, grad in zip(hidden.split(rows), targets.split(rows), grad_logits.split(rows), strict=True):
+            scores = F.log_softmax(torch.add(block @ weight.t(), bias), dim=-1)  # (rows, V), float32
+            real = min(labels.shape[0], block.shape[0])
+            loss -= scores[:real].gather(1, expected[:real]).sum()
+            scores.exp_().scatter_add_(1, expected, scores.new_full(expected.shape, -1.0))
+            grad.copy_(scores)
+            labels = labels[real:]
+        grad_logits[count:] = 0
+        ones = grad_logits.new_ones(1, hidden.shape[0])  # on a CPU a product sums columns ten times as fast as sum() does
+        grad_bias = (ones @ grad_logits).view(-1).to(bias.dtype)
+        ctx.save_for_backward(grad_logits @ weight, grad_logits.t() @ hidden, grad_bias)
+        return loss
+
+    @staticmethod
+    @once_differentiable  # the saved gradients are constants, so a second derivative must be refused
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *((grad * saved).to(saved.dtype) for saved in ctx.saved_tensors), None
+
+
+def masked_lm_loss(transform: Callable[[Tensor], Tensor], decoder: nn.Linear, hidden_states: Tensor, labels: Tensor) -> Tensor:
+    """Sum the cross entropies of ``decoder(transform(hidden_states))`` (T, V) with ``labels`` (T,)."""
+    if hidden_states.device.type == "cpu":
+        hidden_states = F.pad(hidden_states, (0, 0, 0, rounded(len(labels)) - len(labels)))
+    weight, bias, dtype = decoder.weight, at_least_float32(decoder.bias), compute_dtype(decoder.weight)
+    loss: Tensor = FusedMaskedLMLoss.apply(transform(hidden_states).to(dtype), weight.to(dtype), bias, labels)  # type: ignore[no-untyped-call]
+    return loss

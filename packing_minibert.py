@@ -1,0 +1,376 @@
+"""Batches without padding: the real tokens as one row each, and attention among the tokens of each sequence.
+
+This file travels with every checkpoint. Letters in shape comments as in ``modeling_minibert.py``; P rows of a padded tensor.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels_minibert import HALF_DTYPES, at_least_float32, compute_dtype, eager_attention_forward, is_being_traced
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+# Bytes of the largest activation that a CPU computes at once without gradients: a larger one leaves the cache.
+_BYTES_AT_ONCE = 2**24
+# Attention scores per bucket, on average, from which half precision is faster on a CPU while training.
+_LARGE_SCORES = 2**18
+# Attention by powers of two: fewest scores for which it is faster, and most at once, which must stay in the cache.
+_EXP2_SCORES, _SCORES_AT_ONCE = 2**16, 2**21
+# What stands for 1 in there, so that sums of powers up to 2**127 stay finite, and the smallest sum that keeps its digits.
+_ONE, _SMALLEST_SUM = 2.0**-40, 2.0**-100
+_CAPABILITIES = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch before 2.8 cannot tell
+# torch's attention kernel multiplies small tiles, which only AMX makes fast in bfloat16.
+PREFERS_EXP2 = bool(_CAPABILITIES.get("avx512_bf16")) and not _CAPABILITIES.get("amx_bf16", True)
+
+
+def suits_exp2(query: Tensor) -> bool:
+    """Return True if :func:`exp2_attention_forward` is the fastest for queries (B, H, L, D) on this processor."""
+    scores = query.shape[2] ** 2  # of a head
+    enough = query.shape[0] * query.shape[1] * scores >= _EXP2_SCORES
+    return PREFERS_EXP2 and query.dtype == torch.bfloat16 and enough and scores <= 2 * _SCORES_AT_ONCE and not is_being_traced()
+
+
+def exp2_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Compute attention without a softmax, for a CPU without gradients, over as many sequences as fit the cache.
+
+    Powers of two of the scores multiply the values and a column of ones, whose product is the sum of the weights. That takes
+    a third of the time of a softmax, and padding costs nothing, since its values are zero.
+    Three (B, H, L, D) and a mask (B, 1, 1, L), False for padding -> (B, L, H, D).
+    """
+    batch, heads, length, width = query.shape
+    if heads > 1 and heads * length**2 > _SCORES_AT_ONCE:  # split a long sequence into heads
+        masks = mask.expand(-1, heads, -1, -1).unsqueeze(2) if mask is not None else [None] * batch
+        rows = zip(query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2), masks, strict=True)  # each (H, 1, L, D)
+        return torch.stack([exp2_attention_forward(*row, scaling).squeeze(2).transpose(0, 1) for row in rows])
+    at_once = max(1, _SCORES_AT_ONCE // (heads * length**2))
+    step = -(-batch // -(-batch // at_once))  # sequences in a part; all parts are nearly equal
+    padded = rounded(step, bits=3)  # few shapes; the filler sequences are ignored
+    queries, keys = query.new_empty(padded, heads, length, width), query.new_empty(padded, heads, length, width)
+    values = value.new_empty(padded, heads, length, width + 1)
+    if mask is None:
+        values[..., width:] = _ONE
+    context = value.new_empty(batch, length, heads, width)
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        q, k, v, real = query[part], key[part], value[part], None if mask is None else mask[part]
+        count = len(q)
+        torch.mul(q, scaling / math.log(2), out=queries[:count])
+        keys[:count] = k
+        if real is None:
+            torch.mul(v, _ONE, out=values[:count, ..., :width])
+        else:
+            ones = real.transpose(2, 3) * values.new_tensor(_ONE)  # 0 for padding
+            torch.mul(v, ones, out=values[:count, ..., :width])
+            values[:count, ..., width:] = ones
+        weights = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).exp2_()  # (padded * H, L, L)
+        sums = torch.bmm(weights, values.flatten(0, 1)).view_as(values)[:count]
+        smallest, largest = sums[..., width].aminmax()
+        if smallest > _SMALLEST_SUM and largest < math.inf:
+            torch.div(sums[..., :width], sums[..., width:], out=context[part].transpose(1, 2))
+        else:  # such scores leave the range of the dtype
+            context[part] = F.scaled_dot_product_attention(q, k, v, real, scale=scaling).transpose(1, 2)
+    return context
+
+
+@cache
+def keep_freed_activations() -> None:
+    """Make glibc keep the memory of freed activations, once per process.
+
+    glibc returns every freed block above its threshold to the system, so that each layer would map its activations again.
+    Freeing one block of almost 32 MiB, which is never touched, raises that threshold (see mallopt(3), M_MMAP_THRESHOLD).
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+
+
+def rounded(count: int, bits: int = 5) -> int:
+    """Return the next number with at most ``bits`` significant bits: with five, at most a sixteenth larger.
+
+    On a CPU, torch compiles GELU and products in half precision for every number of rows and keeps these kernels, so that
+    batches of ever new sizes would make memory grow.
+
+    >>> [rounded(count) for count in (7, 31, 33, 1472, 1473, 8000)]
+    [7, 31, 34, 1472, 1536, 8192]
+    """
+    step = 1 << max(0, count.bit_length() - bits)
+    return -(-count // step) * step
+
+
+def bucket_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Group ascending ``lengths`` into buckets of nearly equal ones.
+
+    A bucket ends at the next multiple of 16 after its first length, or at the last multiple of 16 that is at most an eighth
+    longer, whichever is more.
+
+    >>> bucket_lengths([3, 7, 16, 17, 20, 200, 208, 225, 240, 241])
+    [[3, 7, 16], [17, 20], [200, 208], [225, 240], [241]]
+    """
+    buckets: list[list[int]] = []
+    last = 0
+    for length in lengths:
+        if not length:
+            continue
+        if not buckets or length < buckets[-1][0] or length > last:
+            buckets.append([])
+            last = max(-(-length // 16), (length + length // 8) // 16) * 16
+        buckets[-1].append(length)
+    return buckets
+
+
+def cut_evenly(lengths: Sequence[int], limit: int) -> list[int]:
+    """Cut ``lengths`` into as few groups of neighbours as possible, with nearly equal sums of at most ``limit``.
+
+    Returns the bounds of the groups. A length above the limit is a group of its own. A small last group would cost almost
+    what a full one costs, and on a CPU more kernels.
+
+    >>> cut_evenly([9, 4, 3, 2, 1], 9)
+    [0, 1, 2, 5]
+    """
+    ends = [0, *accumulate(lengths)]
+
+    def cut(size: int) -> list[int]:
+        bounds = [0]
+        while bounds[-1] < len(lengths):
+            bounds.append(max(bounds[-1] + 1, bisect_right(ends, ends[bounds[-1]] + size) - 1))
+        return bounds
+
+    fullest = cut(limit)
+    if len(fullest) <= 2:
+        return fullest
+    sizes = range(min(limit, ends[-1] // (len(fullest) - 1)), limit + 1)
+    return cut(sizes[bisect_left(sizes, True, key=lambda size: len(cut(size)) <= len(fullest))])
+
+
+class PadRows(torch.autograd.Function):
+    """Copy rows (T, …) into a padded tensor (P, …): row p is row ``source_index[p]``, row t lies at ``padded_index[t]``.
+
+    The other rows are padding, whose content and gradient are ignored.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, padded_index: Tensor, source_index: Tensor) -> Tensor:
+        ctx.save_for_backward(padded_index)
+        return rows.index_select(0, source_index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class UnpadRows(torch.autograd.Function):
+    """Take the rows at ``padded_index`` (T,), each named once: (P, …) -> (T, …).
+
+    The backward pass writes rows, where that of indexing would add them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, padded_index: Tensor) -> Tensor:
+        ctx.save_for_backward(padded_index)
+        ctx.size = len(rows)
+        return rows.index_select(0, padded_index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (padded_index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, padded_index, grad), None
+
+
+class Packing:
+    """Know which rows of a flattened (B * L) batch are real tokens, and attend within each sequence.
+
+    Args:
+        lengths: number of tokens of every sequence, in packed order; empty if ``cu_seqlens`` is given.
+        indices: (T,) rows of the flattened batch, sequence after sequence; None if every row is real and in place.
+        cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for the variable-length kernels of a GPU.
+        max_length: tokens of the longest sequence, which those kernels ask for.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] = (),
+        indices: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.lengths, self.indices, self.cu_seqlens, self.max_length = lengths, indices, cu_seqlens, max_length
+        self.num_filler_tokens = rounded(sum(lengths)) - sum(lengths)  # they form a last sequence that is ignored
+        buckets = [*bucket_lengths(lengths), *([[self.num_filler_tokens]] if self.num_filler_tokens else [])]
+        equal = all(bucket[0] == bucket[-1] for bucket in buckets)
+        # (sequences, padded length) of every bucket, which shares one attention call. In half precision torch's attention
+        # takes up to twice the time for lengths that are not a multiple of 16.
+        self.buckets = [(len(bucket), bucket[-1] if equal else -(-bucket[-1] // 16) * 16) for bucket in buckets]
+        self.masks: list[Tensor | None] = [None] * len(buckets)  # (sequences, 1, 1, length), False for padding
+        self.padded_index: Tensor | None = None  # see PadRows; None if no bucket has padding
+        self.source_index: Tensor | None = None
+        if not equal:
+            pairs = zip(buckets, self.buckets, strict=True)
+            real = [torch.arange(length) < torch.tensor(bucket)[:, None] for bucket, (_, length) in pairs]
+            flat = torch.cat([mask.flatten() for mask in real])
+            self.padded_index = flat.nonzero().squeeze(1)
+            self.source_index = (flat.cumsum(0) - 1) * flat
+            self.masks = [None if mask.all() else mask[:, None, None] for mask in real]
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int]) -> "Packing":
+        """Take sequences that lie end to end on the CPU already; ascending ``lengths`` make the fewest buckets."""
+        return cls(lengths)
+
+    @classmethod
+    def of_mask(cls, mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
+        """Pack the True positions of a (B, L) mask; None means that all are real."""
+        if device.type != "cpu":
+            if mask is None:
+                bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+                return cls(cu_seqlens=bounds, max_length=length)
+            bounds = F.pad(mask.sum(dim=1).cumsum(0, dtype=torch.int32), (1, 0))
+            indices = mask.flatten().nonzero().squeeze(1)  # the only synchronisation of the forward pass
+            return cls(indices=indices, cu_seqlens=bounds, max_length=length)
+        if mask is None or bool(mask.all()):
+            return cls([length] * batch)
+        lengths = mask.sum(dim=1)
+        order = torch.argsort(lengths, stable=True)  # so that sequences of nearly equal length are neighbours
+        positions = mask[order].flatten().nonzero().squeeze(1)
+        return cls(lengths[order].tolist(), order[positions // length] * length + positions % length)
+
+    @classmethod
+    def of_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int) -> "Packing":
+        """Take one row that holds the sequences between the bounds ``cu_seqlens``, as transformers' collators pack them."""
+        if cu_seqlens.device.type != "cpu":
+            return cls(cu_seqlens=cu_seqlens, max_length=max_length)
+        bounds = cu_seqlens.tolist()
+        lengths = [end - start for start, end in pairwise(bounds)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        if order == list(range(len(lengths))):
+            return cls(lengths)
+        return cls([lengths[i] for i in order], torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order]))
+
+    def blocks(self, tokens: int) -> "list[Packing]":
+        """Cut the sequences into nearly equal blocks of at most ``tokens``; a longer sequence is a block of its own."""
+        bounds = cut_evenly(self.lengths, tokens)
+        if len(bounds) <= 2:
+            return [self]
+        blocks = [self.lengths[start:end] for start, end in pairwise(bounds)]
+        indices = torch.arange(sum(self.lengths)) if self.indices is None else self.indices
+        parts = zip(blocks, indices.split([sum(block) for block in blocks]), strict=True)
+        return [Packing(block, rows) for block, rows in parts]
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Take the real rows of (B, L, …) and append filler rows of zeros -> (T, …)."""
+        flat = tensor.flatten(0, 1)
+        flat = flat if self.indices is None else flat[self.indices]
+        fillers = self.num_filler_tokens
+        return torch.cat([flat, flat.new_zeros(fillers, *flat.shape[1:])]) if fillers else flat
+
+    def unpack(self, tensor: Tensor, padded: Tensor | None) -> Tensor:
+        """Write the real rows of (T, C) to their places in ``padded`` (B * L, C); None means that all are in place."""
+        tensor = tensor[: len(tensor) - self.num_filler_tokens]
+        if padded is None:
+            return tensor
+        assert self.indices is not None
+        place = padded.index_copy if tensor.requires_grad else padded.index_copy_
+        return place(0, self.indices, tensor)
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of transformers' variable-length attention functions."""
+        bounds, longest = self.cu_seqlens, self.max_length
+        return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+        """Compute attention of every sequence with itself: three (T, H, D) -> (T, H, D)."""
+        if self.cu_seqlens is None:
+            with torch.autocast("cpu", enabled=False):  # the queries have its dtype already
+                return self._attend_buckets(query, key, value, dropout, scaling)
+        if varlen_attn is not None and query.dtype in HALF_DTYPES and dropout == 0.0:
+            bounds, longest = self.cu_seqlens, self.max_length
+            query, key, value = (x.contiguous() for x in (query, key, value))
+            return varlen_attn(query, key, value, bounds, bounds, longest, longest)  # type: ignore
+        return self._attend_padded(query, key, value, dropout, scaling)
+
+    def _attend_buckets(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+        # torch's CPU kernel has no dropout, and its backward is slow in half precision. Step by step, large products are
+        # fastest in half precision and small ones in float32 (see benchmarks/pieces.py).
+        dtype, training = query.dtype, torch.is_grad_enabled() and query.requires_grad
+        eager = dropout > 0.0
+        if training:
+            scores = query.shape[1] * sum(count * length**2 for count, length in self.buckets)
+            if dtype in HALF_DTYPES and scores >= _LARGE_SCORES * len(self.buckets):
+                eager = True
+            else:
+                query, key, value = at_least_float32(query), at_least_float32(key), at_least_float32(value)
+
+        def attend_bucket(bucket: tuple[int, int], mask: Tensor | None, *qkv: Tensor) -> Tensor:
+            q, k, v = (x.view(*bucket, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (count, H, length, D)
+            if eager:
+                bias = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+                context, _ = eager_attention_forward(None, q, k, v, bias, scaling, dropout=dropout)
+            elif not training and suits_exp2(q):
+                context = exp2_attention_forward(q, k, v, mask, scaling)
+            else:
+                context = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2)
+            return context.flatten(0, 1)  # (count * length, H, D)
+
+        if self.padded_index is not None:
+            query, key, value = (PadRows.apply(x, self.padded_index, self.source_index) for x in (query, key, value))
+        # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
+        sizes = [count * length for count, length in self.buckets]
+        parts = list(zip(self.buckets, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True))
+        fillers = [parts.pop()[4]] if self.num_filler_tokens else []  # any rows will do
+        contexts = [attend_bucket(*part) for part in parts] + fillers
+        context = torch.cat(contexts) if len(contexts) > 1 else contexts[0] if contexts else query
+        return (context if self.padded_index is None else UnpadRows.apply(context, self.padded_index)).to(dtype)
+
+    def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+        """Pad inside attention only, where the variable-length kernel lacks this dtype or dropout."""
+        assert self.cu_seqlens is not None and self.max_length is not None
+        positions = torch.arange(self.max_length, device=query.device)
+        mask = positions < self.cu_seqlens.diff()[:, None]  # (sequences, longest)
+        rows = (self.cu_seqlens[:-1, None] + positions).clamp_(max=query.shape[0] - 1)
+        q, k, v = (x[rows].transpose(1, 2) for x in (query, key, value))  # (sequences, H, longest, D)
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], dropout_p=dropout, scale=scaling)
+        return context.transpose(1, 2)[mask]
+
+
+def pack_batch(
+    config: Any, inputs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_length: int | None, options: dict[str, Any]
+) -> Packing | None:
+    """Return how to leave padding out, or None if every padded position must exist or shapes must be static."""
+    records = any(options.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states"))
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or inputs.device.type == "meta"
+    implementation = config._attn_implementation
+    has_kernel = implementation == "sdpa" or ("flash" in implementation and inputs.device.type != "cpu")
+    ready_mask = mask is not None and mask.dim() != 2
+    if not config.unpad_inputs or not has_kernel or records or tracing or ready_mask:
+        return None
+    if cu_seqlens is not None:
+        return Packing.of_cu_seqlens(cu_seqlens, int(max_length or cu_seqlens.diff().max()))
+    return Packing.of_mask(None if mask is None else mask.bool(), *inputs.shape[:2], inputs.device)
+
+
+def packed_forward(
+    model: Any, packing: Packing, given: tuple[Tensor | None, ...], batch: int, length: int, **kw: Any
+) -> Tensor:
+    """Encode the real tokens of ids, segments, positions and embeddings (B, L, …) -> (B, L, C)."""
+    keep_freed_activations()
+    at_once = torch.is_grad_enabled() or packing.cu_seqlens is not None
+    row = model.config.intermediate_size * compute_dtype(model.embeddings.word_embeddings.weight).itemsize
+    blocks = [packing] if at_once else packing.blocks(1 << max(1, _BYTES_AT_ONCE // row).bit_length() - 1)
+    in_place = len(blocks) == 1 and packing.indices is None
+    padded: Tensor | None = None
+    for block in blocks:
+        packed = (None if x is None else block.pack(x.expand(batch, *x.shape[1:])) for x in given)
+        states = model.encode_tokens(*packed, packing=block, **kw)
+        if padded is None and not in_place:
+            padded = states.new_zeros(batch * length, states.shape[-1])
+        padded = block.unpack(states, padded)
+    assert padded is not None
+    return padded.view(batch, length, -1)
