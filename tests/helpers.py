@@ -80,6 +80,35 @@ def read_weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+def write_vectors(folder, vectors, texts=None, *, ids=None, precision="float32", rows_per_shard=500, **fields):
+    """Write a folder of vectors without encoding, or add to it, and return it; ``fields`` are those of the manifest."""
+    import numpy as np
+    import pyarrow as pa
+
+    from minibert.search.vectors import Manifest, Shard, ShardWriter, VectorFolder, quantize, shard_name, write_manifest
+
+    folder.mkdir(exist_ok=True)
+    manifest = Manifest(
+        dimension=vectors.shape[1],
+        precision=precision,
+        columns={"kept": texts is not None},
+        rows_per_shard=rows_per_shard,
+        rows=len(vectors),
+        ranges=np.stack([vectors.min(0), vectors.max(0)]).tolist() if precision == "int8" else None,
+        **{"model": "a-model", "fingerprint": "f" * 64, "normalized": True, "complete": True, "source": {}, "encoding": {}}
+        | fields,
+    )
+    ids = pa.array(range(len(vectors)) if ids is None else ids)
+    for number, start in enumerate(range(0, len(vectors), rows_per_shard)):
+        rows = slice(start, min(start + rows_per_shard, len(vectors)))
+        if not (folder / shard_name(number)).exists():
+            with ShardWriter(folder / shard_name(number), manifest, ids.type) as writer:
+                writer.write(ids[rows], texts[rows] if texts else [], quantize(vectors[rows], manifest))
+        manifest.shards.append(Shard(shard_name(number), start, rows.stop - start, start, rows.stop - start))
+    write_manifest(folder, manifest)
+    return VectorFolder(folder)
+
+
 def edit_weights(folder, **tensors):
     """Set tensors of a model; None drops a tensor."""
     state = {key: value for key, value in {**read_weights(folder), **tensors}.items() if value is not None}

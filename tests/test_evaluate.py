@@ -6,12 +6,10 @@ import shutil
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
-from typer.testing import CliRunner
 
-from minibert import MiniBertConfig, MiniBertForSequenceClassification, MiniBertModel, train_word_level
-from minibert.cli import app
+from helpers import edit_weights, read_weights, run_command, save_model
+from minibert import MiniBertForSequenceClassification, train_word_level
 from minibert.evaluation import evaluate as module
 from minibert.evaluation.evaluate import evaluate, figures_table, retrieval, untrained
 from minibert.inference.load import load
@@ -32,33 +30,23 @@ def tokenizer():
     return train_word_level(ANSWERS, vocab_size=25)
 
 
-def _config(tokenizer, **fields):
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 16}
-    return MiniBertConfig(**shape, num_hidden_layers=1, **fields)
+SHAPE = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer, tmp_path_factory):
     """An encoder whose vectors are nearly the means of its word vectors, so texts that share words are close."""
-    folder = tmp_path_factory.mktemp("models") / "encoder"
-    torch.manual_seed(0)
-    model = MiniBertModel(_config(tokenizer))
-    model.embeddings.word_embeddings.weight.data.normal_()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = save_model(tmp_path_factory.mktemp("models") / "encoder", tokenizer, **SHAPE)
+    words = "embeddings.word_embeddings.weight"
+    edit_weights(folder, **{words: torch.randn(read_weights(folder)[words].shape)})
     return folder
 
 
 @pytest.fixture(scope="session")
 def classifier(tokenizer, tmp_path_factory):
+    labels = {"id2label": {0: "yes", 1: "perhaps", 2: "no"}, "label2id": {"yes": 0, "perhaps": 1, "no": 2}}
     folder = tmp_path_factory.mktemp("models") / "classifier"
-    torch.manual_seed(0)
-    config = _config(tokenizer, num_labels=3)
-    config.id2label = {0: "yes", 1: "perhaps", 2: "no"}
-    config.label2id = {"yes": 0, "perhaps": 1, "no": 2}
-    MiniBertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(folder, tokenizer, "ForSequenceClassification", **SHAPE, **labels)
 
 
 class Ranker:
@@ -119,9 +107,7 @@ def test_blocks_of_passages_do_not_change_the_figures(encoder, monkeypatch):
 
 def test_a_classifier_without_its_last_layer_is_refused(classifier, tmp_path):
     folder = shutil.copytree(classifier, tmp_path / "model")
-    weights = load_file(folder / "model.safetensors")
-    del weights["classifier.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_weights(folder, **{"classifier.weight": None})
     with pytest.raises(ValueError, match="lack classifier.weight of the classifier"):
         evaluate(folder, Dataset.from_dict({"text": ANSWERS, "label": [0, 1, 2, 0]}))
 
@@ -289,14 +275,14 @@ def test_command_prints_a_table_or_json(encoder, tmp_path):
     Dataset.from_dict(PAIRS).to_parquet(tmp_path / "validation.parquet")
     Dataset.from_dict({"query": ["cat"], "answer": ["list"]}).to_parquet(tmp_path / "train.parquet")
     expected = evaluate(encoder, Dataset.from_dict(PAIRS))
-    table = CliRunner().invoke(app, ["evaluate", str(encoder), str(tmp_path)])
+    table = run_command("evaluate", encoder, tmp_path)
     assert table.exit_code == 0, table.output
     assert table.stdout.strip() == figures_table(expected).strip()
     assert f"{expected['systems']['bm25']['mrr@10']:.4f}" in table.stdout.splitlines()[3]
-    as_json = CliRunner().invoke(app, ["evaluate", str(encoder), str(tmp_path), "--json"])
+    as_json = run_command("evaluate", encoder, tmp_path, "--json")
     assert json.loads(as_json.stdout) == {"model": str(encoder), "data": str(tmp_path), **expected}
-    other = ["evaluate", str(encoder), str(tmp_path), "--split", "train", "--no-baselines", "--json"]
-    answer = json.loads(CliRunner().invoke(app, other).stdout)
+    other = run_command("evaluate", encoder, tmp_path, "--split", "train", "--no-baselines", "--json")
+    answer = json.loads(other.stdout)
     assert (answer["passages"], list(answer["systems"])) == (1, ["model"])
 
 
@@ -307,7 +293,7 @@ def test_command_prints_a_table_or_json(encoder, tmp_path):
 def test_bad_data_is_one_sentence_and_status_2(encoder, tmp_path, rows, message):
     file = tmp_path / "data.csv"
     file.write_text(rows)
-    result = CliRunner().invoke(app, ["evaluate", str(encoder), str(file)])
+    result = run_command("evaluate", encoder, file)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1

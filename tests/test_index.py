@@ -13,17 +13,16 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from helpers import write_vectors
 from minibert.search import index as module
 from minibert.search.index import NEIGHBOURS, index_folder, number_of_lists, open_index
 from minibert.search.vectors import (
-    Manifest,
     Shard,
     ShardWriter,
     VectorFolder,
     quantize,
     shard_name,
     to_float,
-    write_manifest,
 )
 
 ROWS, WIDTH = 1200, 15  # an odd width: codes take the dimensions by pairs
@@ -35,36 +34,6 @@ def clustered(rows, seed, width=WIDTH):
     rng = np.random.default_rng(seed)
     vectors = centres[rng.integers(20, size=rows)] + 0.6 * rng.standard_normal((rows, width), dtype=np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def make_folder(folder, vectors, *, precision="float32", rows_per_shard=500, texts=None, normalized=True, **fields):
-    """Write, or add to, a folder of vectors, without a model."""
-    folder.mkdir(exist_ok=True)
-    manifest = Manifest(
-        model="a-model",
-        fingerprint="f" * 64,
-        dimension=vectors.shape[1],
-        precision=precision,
-        normalized=normalized,
-        source={},
-        columns={"kept": texts is not None},
-        encoding={},
-        rows_per_shard=rows_per_shard,
-    )
-    if precision == "int8":
-        manifest.ranges = np.stack([vectors.min(0), vectors.max(0)]).tolist()
-    for name, value in {"complete": True, **fields}.items():
-        setattr(manifest, name, value)
-    for number, start in enumerate(range(0, len(vectors), rows_per_shard)):
-        part = quantize(vectors[start : start + rows_per_shard], manifest)
-        if not (folder / shard_name(number)).exists():
-            with ShardWriter(folder / shard_name(number), manifest, pa.int64()) as writer:
-                ids = pa.array(range(start, start + len(part)))
-                writer.write(ids, texts[start : start + len(part)] if texts else [], part)
-        manifest.shards.append(Shard(shard_name(number), start, len(part), start, len(part)))
-    manifest.rows = len(vectors)
-    write_manifest(folder, manifest)
-    return VectorFolder(folder)
 
 
 def best(queries, vectors, top_k):
@@ -87,7 +56,7 @@ def built(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "EXACT_ROWS", 999)
         patch.setattr(module, "_SAMPLE", 200)
-        folder = make_folder(tmp_path_factory.mktemp("built") / "vectors", clustered(ROWS, 1))
+        folder = write_vectors(tmp_path_factory.mktemp("built") / "vectors", clustered(ROWS, 1))
         open_index(folder)
     return folder.folder
 
@@ -118,7 +87,7 @@ def test_the_nearest_are_those_of_the_full_matrix(tmp_path, small, precision, li
     if not lists:
         monkeypatch.setattr(module, "EXACT_ROWS", ROWS)
     vectors, queries = clustered(ROWS, 1), clustered(50, 2)
-    folder = make_folder(tmp_path / "vectors", vectors, precision=precision)
+    folder = write_vectors(tmp_path / "vectors", vectors, precision=precision)
     stored = to_float(quantize(vectors, folder.manifest), folder.manifest)
     index = open_index(folder)
     assert (index.state.lists is not None) == lists
@@ -141,7 +110,7 @@ def test_lists_on_request_are_passed_by(folder):
 def test_vectors_of_any_length_are_compared_by_cosine(tmp_path):
     vectors = clustered(100, 1) * np.linspace(0.1, 9, 100, dtype=np.float32)[:, None]
     vectors[7] = 0  # has no direction, and breaks nothing
-    folder = make_folder(tmp_path / "vectors", vectors, normalized=False)
+    folder = write_vectors(tmp_path / "vectors", vectors, normalized=False)
     scores, rows = open_index(folder).search(clustered(5, 2), 3)
     vectors[7] = 1e-9
     np.testing.assert_allclose(scores, best(clustered(5, 2), vectors, 3)[0], atol=1e-5)
@@ -149,7 +118,7 @@ def test_vectors_of_any_length_are_compared_by_cosine(tmp_path):
 
 
 def test_more_neighbours_than_vectors_are_all_of_them(tmp_path):
-    folder = make_folder(tmp_path / "vectors", clustered(4, 1), rows_per_shard=3)
+    folder = write_vectors(tmp_path / "vectors", clustered(4, 1), rows_per_shard=3)
     scores, rows = open_index(folder).search(clustered(2, 2), 99)
     assert scores.shape == (2, 4) and sorted(rows[0]) == [0, 1, 2, 3]
 
@@ -180,11 +149,11 @@ def test_settings_reach_the_recall_aimed_at(folder):
 
 def test_equal_vectors_do_not_lower_recall(tmp_path, small):
     vectors = np.repeat(clustered(60, 1), 20, axis=0)
-    assert open_index(make_folder(tmp_path / "vectors", vectors)).state.lists.recall == 1
+    assert open_index(write_vectors(tmp_path / "vectors", vectors)).state.lists.recall == 1
 
 
 def test_a_shard_without_rows_is_passed_by(tmp_path):
-    folder = make_folder(tmp_path / "vectors", clustered(6, 1), rows_per_shard=3)
+    folder = write_vectors(tmp_path / "vectors", clustered(6, 1), rows_per_shard=3)
     with ShardWriter(folder.folder / shard_name(2), folder.manifest, pa.int64()):
         pass
     folder.manifest.shards.insert(1, Shard(shard_name(2), 3, 0, 3, 3))  # all its rows were left out
@@ -222,11 +191,11 @@ def test_new_shards_are_added_alone(tmp_path, small, added, exact, monkeypatch):
     if exact:
         monkeypatch.setattr(module, "EXACT_ROWS", 10**6)
     vectors = clustered(1500, 1)
-    folder = make_folder(tmp_path / "vectors", vectors[:1000])
+    folder = write_vectors(tmp_path / "vectors", vectors[:1000])
     open_index(folder)
     assert added == ["part-00000.parquet", "part-00001.parquet"]
     monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("the lists were trained anew"))
-    folder = make_folder(tmp_path / "vectors", vectors)
+    folder = write_vectors(tmp_path / "vectors", vectors)
     index = open_index(folder)
     assert added[2:] == ["part-00002.parquet"]
     queries = vectors[1000:1100]
@@ -245,16 +214,16 @@ def test_new_shards_are_added_alone(tmp_path, small, added, exact, monkeypatch):
 
 def test_a_folder_that_outgrows_exact_search_gets_lists(tmp_path, small, added):
     vectors = clustered(1500, 1)
-    assert open_index(make_folder(tmp_path / "vectors", vectors[:500])).state.lists is None
-    assert open_index(make_folder(tmp_path / "vectors", vectors)).state.lists.trained_rows == 1500
+    assert open_index(write_vectors(tmp_path / "vectors", vectors[:500])).state.lists is None
+    assert open_index(write_vectors(tmp_path / "vectors", vectors)).state.lists.trained_rows == 1500
     assert len(added) == 3
 
 
 def test_a_folder_that_outgrows_its_lists_gets_others(tmp_path, small, monkeypatch):
     monkeypatch.setattr(module, "_GROWTH", 1.2)
     vectors = clustered(1500, 1)
-    assert open_index(make_folder(tmp_path / "vectors", vectors[:1000])).state.lists.trained_rows == 1000
-    assert open_index(make_folder(tmp_path / "vectors", vectors)).state.lists.trained_rows == 1500
+    assert open_index(write_vectors(tmp_path / "vectors", vectors[:1000])).state.lists.trained_rows == 1000
+    assert open_index(write_vectors(tmp_path / "vectors", vectors)).state.lists.trained_rows == 1500
 
 
 def _cut(name):
@@ -288,11 +257,11 @@ def _other_vectors(folder):
     """Encoded again with other weights: files of the same size."""
     for file in folder.folder.glob("part-*.parquet"):
         file.unlink()
-    make_folder(folder.folder, -clustered(ROWS, 1))
+    write_vectors(folder.folder, -clustered(ROWS, 1))
 
 
 def _fewer_shards(folder):
-    make_folder(folder.folder, clustered(ROWS, 1)[:1000])
+    write_vectors(folder.folder, clustered(ROWS, 1)[:1000])
 
 
 def _later_format(folder):
@@ -357,11 +326,11 @@ def test_an_index_without_checksums_is_opened_as_it_is(folder, small, added):
 
 def test_a_damaged_sample_of_an_index_without_checksums_is_made_anew(tmp_path, small, caplog):
     vectors = clustered(1500, 1)
-    folder = make_folder(tmp_path / "vectors", vectors[:1000])
+    folder = write_vectors(tmp_path / "vectors", vectors[:1000])
     open_index(folder)
     _without_checksums(folder)
     _scramble("sample-*.npz")(folder)
-    index = open_index(make_folder(tmp_path / "vectors", vectors))
+    index = open_index(write_vectors(tmp_path / "vectors", vectors))
     assert "sample-1000.npz is damaged" in caplog.text
     assert len(index) == 1500 and index.state.lists.recall > 0.97
 
@@ -385,9 +354,9 @@ def test_a_build_that_fails_leaves_the_earlier_index(folder, small, monkeypatch)
     vectors = np.concatenate([clustered(ROWS, 1), clustered(300, 2)])
     for file in folder.folder.glob("part-00002*"):  # the last shard was not full
         file.unlink()
-    make_folder(folder.folder, vectors[:1000])
+    write_vectors(folder.folder, vectors[:1000])
     earlier = open_index(VectorFolder(folder.folder))
-    grown = make_folder(folder.folder, vectors)
+    grown = write_vectors(folder.folder, vectors)
     monkeypatch.setattr(faiss, "write_index", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
     with pytest.raises(OSError, match=r"lists-1500.faiss could not be written \(disk full\); the vectors are whole"):
         open_index(grown)
@@ -399,20 +368,20 @@ def test_a_build_that_fails_leaves_the_earlier_index(folder, small, monkeypatch)
 
 def test_a_folder_without_vectors_is_refused(tmp_path):
     for complete, message in ((True, "nothing to search"), (False, "no vectors yet")):
-        folder = make_folder(tmp_path / "vectors", clustered(0, 1), complete=complete)
+        folder = write_vectors(tmp_path / "vectors", clustered(0, 1), complete=complete)
         with pytest.raises(ValueError, match=message):
             open_index(folder)
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path):
-    make_folder(tmp_path / "vectors", clustered(ROWS, 1))
+    write_vectors(tmp_path / "vectors", clustered(ROWS, 1))
     (tmp_path / "vectors" / "part-00001.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="lacks part-00001.parquet"):
         VectorFolder(tmp_path / "vectors")
 
 
 def test_a_shard_that_is_damaged_is_named(tmp_path):
-    folder = make_folder(tmp_path / "vectors", clustered(ROWS, 1))
+    folder = write_vectors(tmp_path / "vectors", clustered(ROWS, 1))
     shard = tmp_path / "vectors" / "part-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match="part-00001.parquet is damaged"):
@@ -429,7 +398,7 @@ def _zero_footer(content):
 
 @pytest.mark.parametrize("damage", [_zero_start, _zero_footer])
 def test_a_shard_whose_pages_are_damaged_is_named(tmp_path, damage):
-    folder = make_folder(tmp_path / "vectors", clustered(ROWS, 1))
+    folder = write_vectors(tmp_path / "vectors", clustered(ROWS, 1))
     shard = tmp_path / "vectors" / "part-00001.parquet"
     shard.write_bytes(damage(shard.read_bytes()))
     with pytest.raises(ValueError, match="part-00001.parquet is damaged .* delete it and encode again"):
@@ -440,7 +409,7 @@ def test_a_shard_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatc
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    folder = make_folder(tmp_path / "vectors", clustered(10, 1))
+    folder = write_vectors(tmp_path / "vectors", clustered(10, 1))
     monkeypatch.setattr(parquet, "ParquetFile", refuse)
     with pytest.raises(PermissionError, match="Permission denied"):
         folder.ids([1])
@@ -451,7 +420,7 @@ def test_a_full_disk_names_what_it_did_not_take(tmp_path, monkeypatch, name):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    folder = make_folder(tmp_path / "vectors", clustered(10, 1))
+    folder = write_vectors(tmp_path / "vectors", clustered(10, 1))
     monkeypatch.setattr(*((Path, "write_text") if name == "index.json" else (pa.ipc, "new_file")), full)
     with pytest.raises(OSError, match=rf"{name} could not be written \(No space left on device\); the vectors are whole"):
         open_index(folder)
@@ -468,7 +437,7 @@ def test_a_full_disk_names_what_it_did_not_take(tmp_path, monkeypatch, name):
     ],
 )
 def test_a_manifest_that_is_damaged_is_named(tmp_path, wrong, message):
-    make_folder(tmp_path / "vectors", clustered(10, 1))
+    write_vectors(tmp_path / "vectors", clustered(10, 1))
     file = tmp_path / "vectors" / "manifest.json"
     changed = wrong if isinstance(wrong, bytes) else json.dumps({**json.loads(file.read_text()), **wrong}).encode()
     file.write_bytes(changed)
@@ -478,7 +447,7 @@ def test_a_manifest_that_is_damaged_is_named(tmp_path, wrong, message):
 
 @pytest.mark.parametrize("width", [WIDTH - 1, 2 * WIDTH])
 def test_vectors_of_another_width_are_refused(tmp_path, width):
-    folder = make_folder(tmp_path / "vectors", clustered(10, 1, width))
+    folder = write_vectors(tmp_path / "vectors", clustered(10, 1, width))
     folder.manifest.dimension = WIDTH
     with pytest.raises(ValueError, match=f"part-00000.parquet holds vectors of {width} numbers, its manifest says {WIDTH}"):
         open_index(folder)
@@ -488,7 +457,7 @@ def test_vectors_that_are_no_numbers_are_refused(tmp_path):
     vectors = clustered(10, 1)
     vectors[6, 3] = np.nan
     with pytest.raises(ValueError, match="no number .row 6 of it"):
-        open_index(make_folder(tmp_path / "vectors", vectors))
+        open_index(write_vectors(tmp_path / "vectors", vectors))
 
 
 @pytest.mark.parametrize(
@@ -503,14 +472,14 @@ def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch, numbe
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    folder = make_folder(tmp_path / "vectors", clustered(10, 1))
+    folder = write_vectors(tmp_path / "vectors", clustered(10, 1))
     monkeypatch.setattr(module.FileLock, "acquire", refuse)
     with pytest.raises(OSError, match=message):
         open_index(folder)
 
 
 def test_int8_without_ranges_is_refused(tmp_path):
-    folder = make_folder(tmp_path / "vectors", clustered(10, 1), precision="int8")
+    folder = write_vectors(tmp_path / "vectors", clustered(10, 1), precision="int8")
     folder.manifest.ranges = None
     with pytest.raises(ValueError, match="lacks the ranges"):
         open_index(folder)

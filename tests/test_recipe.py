@@ -1,15 +1,16 @@
 """Recipes: every problem is reported in the user's words; finished stages are skipped, changed ones refused."""
 
+import functools
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 from transformers import AutoModel
 
+from helpers import edit_json, write_recipe
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
 from minibert.train import run as run_module
 from minibert.train.arguments import ClassifyStage, EmbedStage, TokenizerStage
@@ -24,12 +25,7 @@ EMBED = {"kind": "embed", "data": ["pairs.csv", {"path": "owner/set", "split": "
 
 @pytest.fixture
 def write(tmp_path):
-    def write(*stages, **fields):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({"name": "toy", "stages": list(stages), **fields}), encoding="utf-8")
-        return path
-
-    return write
+    return functools.partial(write_recipe, tmp_path)
 
 
 @pytest.fixture
@@ -231,6 +227,7 @@ def test_precision_that_cannot_be_had_is_refused_before_anything_is_replaced(wri
     assert not calls
 
 
+@pytest.mark.slow
 def test_force_does_not_take_the_folder_of_a_run_that_is_at_work(write, calls, tmp_path):
     run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY)), output_dir=tmp_path / "run")
     script = f"""
@@ -312,8 +309,7 @@ def test_starts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path):
     context = StageContext(tmp_path / "out", 0, str(tmp_path), str(tmp_path))
     stage = ClassifyStage(kind="classify", data="texts.csv")
     load_model(AutoModel, stage, context, load_tokenizer(context))
-    found = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(found | {"intermediate_size": 7}))
+    edit_json(tmp_path / "config.json", intermediate_size=7)
     with pytest.raises(ValueError, match="do not have the shapes its config.json describes"):
         load_model(AutoModel, stage, context, tokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -1,6 +1,7 @@
 """Opening models for use, reading passages, and searching them from Python and from the command line."""
 
 import errno
+import functools
 import json
 import logging
 import shutil
@@ -8,20 +9,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from typer.testing import CliRunner
 
+from helpers import edit_json, edit_weights, run_command, save_model, write_vectors
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
-from minibert.cli import app
+from minibert.inference import bm25
 from minibert.inference.load import fingerprint, load
-from minibert.search import search
 from minibert.search.search import FolderSearcher, Searcher, read_passages, read_queries
-from minibert.search.vectors import Manifest, Shard, ShardWriter, VectorFolder, shard_name, write_manifest
+from minibert.search.vectors import VectorFolder, write_manifest
 
 PASSAGES = [
     "the cat sleeps on the sofa",
@@ -36,12 +34,7 @@ def saved(tmp_path_factory):
     """A model without layers: its vectors are means of random word vectors, so texts that share words are close."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = train_word_level(PASSAGES, vocab_size=25)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 0, "intermediate_size": 32}
-    config = MiniBertConfig(vocab_size=len(tokenizer), initializer_range=1.0, **sizes)
-    MiniBertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(folder, tokenizer, num_hidden_layers=0, initializer_range=1.0)
 
 
 @pytest.fixture
@@ -52,7 +45,7 @@ def folder(saved, tmp_path):
 @pytest.fixture
 def run(saved):
     """Run ``minibert search`` with the tiny model."""
-    return lambda *args, **kwargs: CliRunner().invoke(app, ["search", str(saved), *map(str, args)], **kwargs)
+    return functools.partial(run_command, "search", saved)
 
 
 @pytest.fixture
@@ -62,38 +55,16 @@ def passages_file(tmp_path):
     return file
 
 
-def write_vectors(folder, model, passages, *, ids=None, keep=True, per_shard=3, **fields):
-    """Write, or add to, a folder of vectors of ``passages``."""
-    folder.mkdir(exist_ok=True)
-    vectors = load(model).encode_document(passages)
-    manifest = Manifest(
-        model=str(model),
-        fingerprint=fingerprint(model),
-        dimension=vectors.shape[1],
-        precision="float32",
-        normalized=True,
-        source={},
-        columns={"kept": keep},
-        encoding={},
-        rows_per_shard=per_shard,
-    )
-    for name, value in {"complete": True, **fields}.items():
-        setattr(manifest, name, value)
-    ids = pa.array(range(len(passages)) if ids is None else ids)
-    for number, start in enumerate(range(0, len(passages), per_shard)):
-        rows = slice(start, min(start + per_shard, len(passages)))
-        if not (folder / shard_name(number)).exists():
-            with ShardWriter(folder / shard_name(number), manifest, ids.type) as writer:
-                writer.write(ids[rows], passages[rows], vectors[rows])
-        manifest.shards.append(Shard(shard_name(number), start, rows.stop - start, start, rows.stop - start))
-    manifest.rows = len(passages)
-    write_manifest(folder, manifest)
-    return folder
+def write_passages(folder, model, passages, *, keep=True, **fields):
+    """Write a folder of the vectors of ``passages``, or add to it, and return its path."""
+    texts, vectors = passages if keep else None, load(model).encode_document(passages)
+    fields = {"model": str(model), "fingerprint": fingerprint(model), "rows_per_shard": 3, **fields}
+    return write_vectors(folder, vectors, texts, **fields).folder
 
 
 @pytest.fixture(scope="session")
 def vectors_once(saved, tmp_path_factory):
-    return write_vectors(tmp_path_factory.mktemp("vectors") / "passages", saved, PASSAGES, ids=["a", "b", "c", "d"])
+    return write_passages(tmp_path_factory.mktemp("vectors") / "passages", saved, PASSAGES, ids=["a", "b", "c", "d"])
 
 
 @pytest.fixture
@@ -114,7 +85,7 @@ def _logging_as_it_was():
 @pytest.fixture
 def run_index():
     """Run ``minibert search`` in a folder of vectors."""
-    return lambda *args, **kwargs: CliRunner().invoke(app, ["search", *map(str, args)], **kwargs)
+    return functools.partial(run_command, "search")
 
 
 # --- opening a model ------------------------------------------------------------------------------------------------------
@@ -146,7 +117,7 @@ def test_the_encoder_of_a_model_with_a_head_is_opened(folder, head):
 
 def test_a_pooler_that_is_not_there_is_not_missed(folder):
     for name in ("pooler.dense.weight", "pooler.dense.bias"):
-        _drop(name)(folder)
+        edit_weights(folder, **{name: None})
     assert load(folder).encode(PASSAGES).shape == (4, 32)
 
 
@@ -176,21 +147,8 @@ def _shard(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
 
 
-def _change_config(**changes):
-    def change(folder):
-        file = folder / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-    return change
-
-
-def _drop(name):
-    def drop(folder):
-        weights = load_file(folder / "model.safetensors")
-        del weights[name]
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return drop
+def _edit_config(**fields):
+    return lambda folder: edit_json(folder / "config.json", **fields)
 
 
 def _stages(folder):
@@ -213,9 +171,12 @@ def _half_json(folder):
         (_pickle, "only as a pickle .pytorch_model.bin."),
         (_shard, "lacks model-00001-of-00002.safetensors"),
         (_half_json, "config.json is damaged"),
-        (_change_config(model_type="other", auto_map={"AutoModel": "code.Model"}), "pass trust_remote_code=True"),
-        (_change_config(hidden_size=16), "do not have the shapes its config.json describes"),
-        (_drop("final_norm.weight"), "The weights in .* lack final_norm.weight, which its config.json describes"),
+        (_edit_config(model_type="other", auto_map={"AutoModel": "code.Model"}), "pass trust_remote_code=True"),
+        (_edit_config(hidden_size=16), "do not have the shapes its config.json describes"),
+        (
+            lambda folder: edit_weights(folder, **{"final_norm.weight": None}),
+            "The weights in .* lack final_norm.weight, which its config.json describes",
+        ),
         (_stages, "give one of 2-embed in it"),
     ],
 )
@@ -307,8 +268,7 @@ def test_unclear_passages_are_refused(rows, column, message):
 # --- searching ------------------------------------------------------------------------------------------------------------
 
 
-def test_search_ranks_as_the_full_similarity_matrix_does(saved, monkeypatch):
-    monkeypatch.setattr(search, "_CHUNK", 3)  # the passages do not fit one chunk
+def test_search_ranks_as_the_full_similarity_matrix_does(saved):
     searcher = Searcher(saved, PASSAGES)
     queries = ["capital of france", "gradient descent"]
     model = load(saved)
@@ -350,14 +310,14 @@ def test_a_folder_of_vectors_answers_as_its_passages_do(saved, vectors):
 
 def test_passages_that_are_added_are_found(saved, vectors):
     assert len(FolderSearcher(vectors).search(["tree"], 9)[0]) == 4
-    write_vectors(vectors, saved, [*PASSAGES[:3], "networks learn", "a sofa is sorted"], ids=list("abcde"))
+    write_passages(vectors, saved, [*PASSAGES[:3], "networks learn", "a sofa is sorted"], ids=list("abcde"))
     (vectors / "part-00001.parquet").unlink()  # it was not full
-    write_vectors(vectors, saved, [*PASSAGES[:3], "networks learn", "a sofa is sorted"], ids=list("abcde"))
+    write_passages(vectors, saved, [*PASSAGES[:3], "networks learn", "a sofa is sorted"], ids=list("abcde"))
     assert FolderSearcher(vectors).search(["a sofa is sorted"], 1)[0][0].id == "e"
 
 
 def test_a_folder_without_texts_gives_ids(saved, tmp_path, run_index):
-    folder = write_vectors(tmp_path / "vectors", saved, PASSAGES, keep=False)
+    folder = write_passages(tmp_path / "vectors", saved, PASSAGES, keep=False)
     (hit, *_) = FolderSearcher(folder).search(["capital of france"])[0]
     assert (hit.passage, hit.id) == (None, 2)
     result = run_index(folder, "capital of france", "--top-k", 1)
@@ -370,7 +330,7 @@ def test_a_folder_without_texts_gives_ids(saved, tmp_path, run_index):
 def test_hybrid_search_finds_words_the_model_does_not_know(saved, tmp_path):
     # Both are unknown words to the tokenizer, so that the two passages have the same vector.
     passages = ["zzyzx is a town", "qwerty is a town", "the cat sleeps", "a list"]
-    folder = write_vectors(tmp_path / "vectors", saved, passages)
+    folder = write_passages(tmp_path / "vectors", saved, passages)
     assert [hit.number for hit in FolderSearcher(folder, hybrid=True).search(["qwerty town"], 2)[0]] == [1, 0]
     hits = FolderSearcher(folder, hybrid=True).search(["qwerty town", "the of"], 4)
     assert hits[0][0].score == pytest.approx(1 / 61 + 1 / 61) or hits[0][0].score == pytest.approx(1 / 61 + 1 / 62)
@@ -378,8 +338,8 @@ def test_hybrid_search_finds_words_the_model_does_not_know(saved, tmp_path):
 
 
 def test_the_word_index_is_built_once_and_follows_the_shards(saved, vectors, monkeypatch):
-    built, real = [], search.WordIndex.build
-    monkeypatch.setattr(search.WordIndex, "build", lambda *args, **kwargs: built.append(1) or real(*args, **kwargs))
+    built, real = [], bm25.WordIndex.build
+    monkeypatch.setattr(bm25.WordIndex, "build", lambda *args, **kwargs: built.append(1) or real(*args, **kwargs))
     for _ in range(2):
         FolderSearcher(vectors, hybrid=True)
     assert len(built) == 1
@@ -388,21 +348,21 @@ def test_the_word_index_is_built_once_and_follows_the_shards(saved, vectors, mon
     FolderSearcher(vectors, hybrid=True)  # damaged
     assert len(built) == 2
     (vectors / "part-00001.parquet").unlink()
-    write_vectors(vectors, saved, [*PASSAGES, "qwerty"], ids=list("abcde"))
+    write_passages(vectors, saved, [*PASSAGES, "qwerty"], ids=list("abcde"))
     assert FolderSearcher(vectors, hybrid=True).search(["qwerty"], 1)[0][0].id == "e"
     assert len(built) == 3
     assert len(list((vectors / "index").glob("words-*"))) == 1
 
 
 def test_of_two_that_need_the_word_index_one_builds_it(vectors, monkeypatch):
-    built, real = [], search.WordIndex.build
+    built, real = [], bm25.WordIndex.build
 
     def slow(*args, **kwargs):
         built.append(1)
         time.sleep(0.5)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(search.WordIndex, "build", slow)
+    monkeypatch.setattr(bm25.WordIndex, "build", slow)
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: FolderSearcher(vectors, hybrid=True), range(2)))
     assert len(built) == 1
@@ -413,7 +373,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_word_index(vectors, monkeypatch
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(search.WordIndex, "save", full)
+    monkeypatch.setattr(bm25.WordIndex, "save", full)
     with pytest.raises(OSError, match=r"words-\w+ could not be written \(No space left on device\); the vectors are whole"):
         FolderSearcher(vectors, hybrid=True)
     assert not list((vectors / "index").glob("words-*"))
@@ -424,7 +384,7 @@ def test_more_hits_than_rows_take_no_memory(vectors):
 
 
 def test_texts_of_stop_words_alone_are_refused_for_hybrid_search(saved, tmp_path):
-    folder = write_vectors(tmp_path / "vectors", saved, ["the of", "and a"])
+    folder = write_passages(tmp_path / "vectors", saved, ["the of", "and a"])
     with pytest.raises(ValueError, match="no words but stop words"):
         FolderSearcher(folder, hybrid=True)
 
@@ -450,12 +410,12 @@ def test_the_model_may_have_moved_but_not_changed(saved, folder, vectors, tmp_pa
 def test_an_opened_model_of_another_width_is_refused(saved, vectors):
     model = load(saved)
     model.truncate_dim = 16
-    with pytest.raises(ValueError, match="vectors of 32 numbers, and the model makes 16"):
+    with pytest.raises(ValueError, match="vectors of 32 dimensions, but the model computes 16"):
         FolderSearcher(vectors, model)
 
 
 def test_a_folder_that_is_still_being_encoded_is_searched_with_a_word_of_it(saved, tmp_path, caplog):
-    folder = write_vectors(tmp_path / "vectors", saved, PASSAGES, complete=False)
+    folder = write_passages(tmp_path / "vectors", saved, PASSAGES, complete=False)
     assert FolderSearcher(folder).search(["cat"], 1)
     assert "is not finished: minibert encode has written 4 vectors so far" in caplog.text
 
@@ -550,7 +510,7 @@ def test_column_that_is_not_there_lists_those_that_are(run, tmp_path):
 
 
 def test_model_that_is_not_there_is_status_2(passages_file):
-    result = CliRunner().invoke(app, ["search", "no/where/at/all", "--passages", str(passages_file), "cat"])
+    result = run_command("search", "no/where/at/all", "--passages", passages_file, "cat")
     assert result.exit_code == 2
     assert "There is no model folder no/where/at/all" in result.stderr
 

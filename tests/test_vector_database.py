@@ -2,20 +2,16 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import torch
 
-import minibert
-from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from helpers import ROOT, save_model, write_vectors
+from minibert import train_word_level
 from minibert.inference.load import fingerprint, load
 from minibert.search.search import FolderSearcher
-from minibert.search.vectors import Manifest, Shard, ShardWriter, shard_name, write_manifest
 
-PAGE = Path(minibert.__file__).parent / "docs" / "encoding-and-search.md"
+PAGE = ROOT / "docs" / "encoding-and-search.md"
 NOTES = ["how a list is sorted", "how do i read a table", "the cat sleeps", "sort the table", "paris is a city"]
 
 
@@ -24,35 +20,10 @@ def notes(tmp_path, monkeypatch):
     """The folder that the page's examples name, in the working directory."""
     monkeypatch.chdir(tmp_path)
     tokenizer = train_word_level(NOTES, vocab_size=20)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 0, "intermediate_size": 32}
-    config = MiniBertConfig(vocab_size=len(tokenizer), initializer_range=1.0, **sizes)
-    MiniBertModel(config).save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    vectors = load("model").encode_document(NOTES)
-    folder = Path("notes-vectors")
-    folder.mkdir()
-    manifest = Manifest(
-        model="model",
-        fingerprint=fingerprint(Path("model")),
-        dimension=32,
-        precision="float32",
-        normalized=True,
-        source={},
-        columns={"kept": True},
-        encoding={},
-        rows_per_shard=3,
-        complete=True,
-        rows=len(NOTES),
-    )
-    for number, start in enumerate(range(0, len(NOTES), 3)):
-        part = vectors[start : start + 3]
-        with ShardWriter(folder / shard_name(number), manifest, pa.string()) as writer:
-            ids = pa.array([f"note-{row}" for row in range(start, start + len(part))])
-            writer.write(ids, NOTES[start : start + 3], part)
-        manifest.shards.append(Shard(shard_name(number), start, len(part), start, len(part)))
-    write_manifest(folder, manifest)
-    return folder
+    model = save_model(tmp_path / "model", tokenizer, num_hidden_layers=0, initializer_range=1.0)
+    ids = [f"note-{row}" for row in range(len(NOTES))]
+    fields = {"model": "model", "fingerprint": fingerprint(model), "ids": ids, "rows_per_shard": 3}
+    return write_vectors(tmp_path / "notes-vectors", load(model).encode_document(NOTES), NOTES, **fields).folder
 
 
 def examples(word):
