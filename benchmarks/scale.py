@@ -154,7 +154,7 @@ def _encode(
         "passages": figures["written"],
         "seconds": figures["seconds"],
         "passages_per_second": round(figures["written"] / figures["seconds"], 1),
-        "choices": figures["choices"],
+        "decisions": figures["decisions"],
         "megabytes_after_shard": memory,
     }
 

@@ -26,7 +26,8 @@ from typing_extensions import Unpack
 
 from minibert.data.stream import Bad, Rows, Stream, open_stream
 from minibert.files.model_folder import read_json
-from minibert.inference.encode import WINDOW_CHARACTERS, WINDOW_TEXTS, Encoder, EncoderOptions
+from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
+from minibert.inference.encode import Encoder, EncoderOptions
 from minibert.inference.load import find_model, fingerprint
 from minibert.search.vectors import (
     MANIFEST,
@@ -59,12 +60,12 @@ _CALIBRATION, _MARGIN = WINDOW_TEXTS, 0.05
 @dataclass(frozen=True)
 class Summary:
     """What :func:`encode_corpus` did: ``manifest`` of the folder, ``written`` vectors in ``seconds`` by this call and all its
-    processes, and what was chosen (see :attr:`minibert.inference.encode.Encoder.choices`)."""
+    processes, and what was chosen (see :attr:`minibert.inference.encode.Encoder.decisions`)."""
 
     manifest: Manifest
     written: int = 0
     seconds: float = 0.0
-    choices: dict[str, str] = field(default_factory=dict)
+    decisions: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         """For machines."""
@@ -78,14 +79,14 @@ class Summary:
             "skipped_rows": manifest.skipped_rows,
             "written": self.written,
             "seconds": round(self.seconds, 3),
-            "choices": self.choices,
+            "decisions": self.decisions,
         }
 
     def lines(self, explain: bool = False) -> Iterator[str]:
         """For people."""
         manifest = self.manifest
         if explain:
-            yield from (f"{name}: {choice}" for name, choice in self.choices.items())
+            yield from (f"{name}: {choice}" for name, choice in self.decisions.items())
         if not self.written:
             yield "Nothing was left to do." if manifest.rows else "No row could be used."
         else:
@@ -193,8 +194,8 @@ def encode_corpus(
         encoder = encoder or job.open_model(job.manifest.encoding["dtype"])
         job.write(encoder)
         job.finish()
-        choices = {**encoder.choices, "processes": job.shared()}
-        return Summary(job.manifest, job.manifest.rows - before, time.perf_counter() - started, choices)
+        decisions = {**encoder.decisions, "processes": job.shared()}
+        return Summary(job.manifest, job.manifest.rows - before, time.perf_counter() - started, decisions)
 
 
 def _check(precision: str, on_bad_row: str, rows_per_shard: int) -> None:

@@ -2,7 +2,8 @@
 
 Up to ``EXACT_ROWS`` vectors a query is compared with all of them. Above, FAISS groups them into lists around centroids (IVF)
 and compares a query with short codes (4-bit product quantization) of those in the nearest lists; the best of them are then
-compared as they are stored. The vectors themselves are memory-mapped in both cases.
+compared as they are stored. The vectors themselves are memory-mapped in both cases. FAISS is imported only for lists: comparing
+with all vectors does without.
 
 ``index/`` in the folder holds a memory-mapped copy of every shard's vectors (Parquet cannot be mapped), the FAISS index with
 the sample its recall is measured on, and ``index.json``, which names them all and is written last: what it does not name
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
-import faiss
 import numpy as np
 import pyarrow as pa
+import torch
 from filelock import FileLock
 from pyarrow import parquet
 from tqdm.auto import tqdm
@@ -124,18 +125,21 @@ class VectorIndex:
     Args:
         folder: the vectors.
         state: of the index on disk, as :func:`open_index` finds or makes it.
+        exact: leave its lists unread; every search then compares with all vectors.
 
     Raises:
         ValueError: for files that cannot be read.
     """
 
-    def __init__(self, folder: VectorFolder, state: State) -> None:
+    def __init__(self, folder: VectorFolder, state: State, *, exact: bool = False) -> None:
         self.folder, self.state = folder, state
         home = index_folder(folder)
         self._parts = [_mapped(home / part.file, part, folder) for part in state.parts]
         self._starts = np.array([part.first_row for part in state.parts], dtype=np.int64)
         self._ivf: Any = None
-        if state.lists is not None:
+        if state.lists is not None and not exact:
+            import faiss
+
             try:
                 self._ivf = faiss.read_index(str(home / state.lists.file))
             except RuntimeError as error:
@@ -155,11 +159,10 @@ class VectorIndex:
         """
         queries = _normalized(np.ascontiguousarray(queries, dtype=np.float32))
         top_k = min(top_k, len(self))
-        if exact or self.state.lists is None:
-            return self._exact(queries, top_k)
         found = [
-            self._by_lists(queries[start : start + _QUERIES], top_k, self.state.lists)
-            for start in range(0, len(queries), _QUERIES)
+            self._by_lists(some, top_k, lists) if lists else self._exact(some, top_k)
+            for lists in [None if exact or self._ivf is None else self.state.lists]
+            for some in (queries[start : start + _QUERIES] for start in range(0, len(queries), _QUERIES))
         ]
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
@@ -184,24 +187,23 @@ class VectorIndex:
         return vectors if manifest.normalized else _normalized(vectors)
 
     def _exact(self, queries: np.ndarray, top_k: int, *, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        best = faiss.ResultHeap(len(queries), top_k, keep_max=True)
+        scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         for start, block in self.blocks(first_row):
-            scores, rows = faiss.knn(queries, block, min(top_k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-            best.add_result(scores, rows.astype(np.int64) + start)
-        best.finalize()
-        return best.D, best.I
+            found, places = torch.from_numpy(queries @ block.T).topk(min(top_k, len(block)))
+            scores, rows = _best([scores, found.numpy()], [rows, places.numpy() + start], top_k)
+        return scores, rows
 
     def _by_lists(self, queries: np.ndarray, top_k: int, settings: Lists) -> tuple[np.ndarray, np.ndarray]:
         self._ivf.nprobe = settings.probes
         wanted = min(settings.candidates * max(top_k, NEIGHBOURS), len(self))
         _, rows = self._ivf.search(_even(queries), wanted)
-        scores = self._compare(queries, rows)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        return _best([self._compare(queries, rows)], [rows], top_k)
 
     def _compare(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(n, m) cosines of each query and its m rows; minus infinity where the row is -1."""
         if self._parts[0].dtype == np.float32 and self.folder.manifest.normalized:
+            import faiss
+
             # FAISS multiplies straight from the mapped files, on all threads; rows of other shards are given as -1.
             scores = np.full(rows.shape, -np.inf, dtype=np.float32)
             for start, part in zip(self._starts.tolist(), self._parts, strict=True):
@@ -224,18 +226,20 @@ def index_folder(folder: VectorFolder) -> Path:
     return folder.folder / "index"
 
 
-def open_index(folder: VectorFolder, *, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
+def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
     """The index of ``folder``: the one on disk where it is current, else extended by the shards it lacks, or built.
 
     It is built from nothing where there is none, where a shard that it holds has changed or is gone, where one of its files
     is damaged or missing, and where the folder has outgrown it.
 
     Args:
+        exact: make and read no lists, whatever the number of vectors; those there are stay for later searches.
         rebuild: build it from nothing in any case.
         show_progress: show a bar while it is built.
 
     Raises:
         FileNotFoundError: for a shard that is missing.
+        ModuleNotFoundError: for more than ``EXACT_ROWS`` vectors, unless ``exact``, where FAISS is not installed.
         ValueError: for a folder without vectors, or a shard that is damaged or not what the manifest says.
         OSError: for an index that cannot be written.
     """
@@ -248,18 +252,25 @@ def open_index(folder: VectorFolder, *, rebuild: bool = False, show_progress: bo
         )
     if manifest.precision == "int8" and not manifest.ranges:
         raise ValueError(f"The manifest of {folder.folder} lacks the ranges of int8 vectors; encode again.")
-    earlier, _ = (None, None) if rebuild else _open_earlier(folder)
-    if earlier and len(earlier.state.parts) == len(folder.shards):
+    with_lists = manifest.rows > EXACT_ROWS and not exact
+    if with_lists:
+        import faiss  # noqa: F401  # a missing FAISS is better known before the vectors are mapped
+
+    def current(index: VectorIndex) -> bool:
+        return len(index.state.parts) == len(folder.shards) and (index.state.lists is not None or not with_lists)
+
+    earlier, _ = (None, None) if rebuild else _open_earlier(folder, exact)
+    if earlier and current(earlier):
         return earlier
     with alone_with_index(folder):
-        earlier, problem = (None, None) if rebuild else _open_earlier(folder)
+        earlier, problem = (None, None) if rebuild else _open_earlier(folder, exact)
         if problem:
             logger.warning("%s The index is built anew.", problem)
-        if not earlier or len(earlier.state.parts) < len(folder.shards):
+        if not earlier or not current(earlier):
             _clear(home, earlier.state if earlier else None)
-            earlier = _build(folder, earlier, show_progress)
+            earlier = _build(folder, earlier, with_lists, show_progress)
             _clear(home, earlier.state)
-    logger.info(earlier.state.describe())
+    logger.info((replace(earlier.state, lists=None) if exact else earlier.state).describe())
     return earlier
 
 
@@ -300,7 +311,7 @@ def _read_state(home: Path) -> State | None:
         return None  # missing or damaged: as if it were not there
 
 
-def _open_earlier(folder: VectorFolder) -> tuple[VectorIndex | None, str | None]:
+def _open_earlier(folder: VectorFolder, exact: bool) -> tuple[VectorIndex | None, str | None]:
     """The index on disk, if all that ``index.json`` names is there and the shards it has seen are still those of the folder;
     else what is wrong with it, if there is one at all."""
     home, manifest = index_folder(folder), folder.manifest
@@ -327,7 +338,7 @@ def _open_earlier(folder: VectorFolder) -> tuple[VectorIndex | None, str | None]
     ):
         return None, f"The vectors in {folder.folder} have changed since they were indexed."
     try:
-        return VectorIndex(folder, state), None
+        return VectorIndex(folder, state, exact=exact), None
     except ValueError as error:
         return None, str(error)
 
@@ -354,20 +365,23 @@ def _clear(home: Path, state: State | None) -> None:
 # -------------------------------------------------------------------------------------------------------------- building
 
 
-def _build(folder: VectorFolder, before: VectorIndex | None, show_progress: bool) -> VectorIndex:
+def _build(folder: VectorFolder, before: VectorIndex | None, with_lists: bool, show_progress: bool) -> VectorIndex:
     """Add the shards that the index ``before`` lacks (all, if there is none), and write what comes of it."""
     manifest, home = folder.manifest, index_folder(folder)
     state = before.state if before else State(manifest.fingerprint, manifest.precision, manifest.dimension)
     new = folder.shards[len(state.parts) :]
     shards = tqdm(new, "mapping shards", disable=not show_progress, unit="shard")
     parts = [*state.parts, *(_map_shard(folder, shard) for shard in shards)]
-    if before and state.lists and manifest.rows > _GROWTH * state.lists.trained_rows:
-        logger.info("The folder has grown to %s vectors; the lists are made anew.", f"{manifest.rows:,}")
-        before = None
     # Until its lists are there, an index answers exactly, which is what their recall is measured against.
     index = VectorIndex(folder, replace(state, rows=manifest.rows, parts=parts, lists=None))
-    if manifest.rows > EXACT_ROWS:
+    if with_lists:
+        if before and state.lists and manifest.rows > _GROWTH * state.lists.trained_rows:
+            logger.info("The folder has grown to %s vectors; the lists are made anew.", f"{manifest.rows:,}")
+            before = None
         index.state = replace(index.state, lists=_make_lists(index, before, show_progress))
+    elif state.lists:  # they lack the new vectors, so the index on disk stays without those, for a later search to add
+        index.state = replace(index.state, lists=state.lists)
+        return index
     with whole_file(home / "index.json", KEPT) as temporary:
         temporary.write_text(json.dumps(asdict(index.state), indent=1) + "\n", encoding="utf-8")
     return index
@@ -442,6 +456,8 @@ def _make_lists(index: VectorIndex, before: VectorIndex | None, show_progress: b
     made = choose_settings(index, made, sample)
     with whole_file(home / made.sample, KEPT) as temporary, temporary.open("wb") as file:
         np.savez(file, **sample._asdict())
+    import faiss
+
     with whole_file(home / made.file, KEPT) as temporary:
         try:
             faiss.write_index(index._ivf, str(temporary))
@@ -467,6 +483,8 @@ def number_of_lists(rows: int) -> int:
 
 def _train(index: VectorIndex) -> Any:
     """An IVF-PQ index without vectors, whose lists and codes fit a random sample of them."""
+    import faiss
+
     lists, width = number_of_lists(len(index)), _even(np.empty((0, index.state.dimension), dtype=np.float32)).shape[1]
     rng = np.random.default_rng(0)
     wanted = min(len(index), lists * _TRAINING_VECTORS_PER_LIST)
@@ -491,11 +509,7 @@ def _extend_sample(index: VectorIndex, earlier: Path | None, rows_before: int) -
         scores, neighbours = index.search(_sample_queries(index, rows), NEIGHBOURS + 1, exact=True)
         return Sample(rows, scores, neighbours)
     after = index._exact(_sample_queries(index, before.rows), NEIGHBOURS + 1, first_row=rows_before)
-    both = faiss.ResultHeap(len(before.rows), NEIGHBOURS + 1, keep_max=True)
-    for scores, neighbours in ((before.scores, before.neighbours), after):
-        both.add_result(np.ascontiguousarray(scores), np.ascontiguousarray(neighbours))
-    both.finalize()
-    return Sample(before.rows, both.D, both.I)
+    return Sample(before.rows, *_best([before.scores, after[0]], [before.neighbours, after[1]], NEIGHBOURS + 1))
 
 
 def _read_sample(file: Path) -> Sample | None:
@@ -547,6 +561,13 @@ def sample_recall(index: VectorIndex, settings: Lists, sample: Sample) -> float:
     true = np.where(sample.neighbours == sample.rows[:, None], -np.inf, sample.scores)
     least = -np.sort(-true, axis=1)[:, found.shape[1] - 1 : found.shape[1]]
     return float((found >= least - 1e-5).mean())
+
+
+def _best(scores: list[np.ndarray], rows: list[np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ``top_k`` best of several rankings, (n, k) each, best first; of equal scores that of the earlier one leads."""
+    all_scores, all_rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
+    order = np.argsort(-all_scores, axis=1, kind="stable")[:, :top_k]
+    return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_rows, order, 1)
 
 
 def _normalized(vectors: np.ndarray) -> np.ndarray:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Rows whose texts are read at once to index their words.
+_CHUNK = 10_000
+# Texts read at once for the index of words.
+_CHUNK = 10_000
 # How far down the rankings by meaning and by words are read before they are fused.
 _FUSED_DEPTH = 100
 # Reciprocal rank fusion adds 1 / (60 + rank); 60 is what its authors found, and what others use.

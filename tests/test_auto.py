@@ -1,8 +1,6 @@
 """A saved folder in the hands of plain transformers and sentence-transformers, with the package and without it."""
 
 import json
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -11,10 +9,13 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
 import minibert
+from helpers import run_python, save_model
 from minibert import MiniBertConfig
 from minibert.configuration_minibert import AUTO_MAP
+from minibert.files.model_folder import code_files
 
 CLASSES = {auto: path.split(".")[1] for auto, path in AUTO_MAP.items() if auto != "AutoConfig"}
+CODE = {file.name for file in code_files()}
 TEXTS = ["the cat sat on the mat", "a dog", "the mat sat"]
 
 
@@ -24,24 +25,18 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer, tiny, tmp_path_factory):
+def folders(tokenizer, tmp_path_factory):
     """One saved folder per class, each with a tokenizer."""
     root = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
     for name in CLASSES.values():
-        config = MiniBertConfig.preset("modern-6x384", **{**tiny, "vocab_size": len(tokenizer)})
-        getattr(minibert, name)(config).eval().save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        save_model(root / name, tokenizer, name.removeprefix("MiniBert"), "modern-6x384")
     return root
 
 
 def without_the_package(code, *arguments):
     """Run code in a fresh process where minibert cannot be imported; returns what it printed as JSON."""
     code = "import sys; sys.modules['minibert'] = None\n" + textwrap.dedent(code)
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_python(code, *arguments, timeout=300).splitlines()[-1])
 
 
 @pytest.mark.parametrize("auto", CLASSES)
@@ -53,7 +48,7 @@ def test_auto_classes_know_us_once_the_package_is_imported(auto, folders):
 def test_a_saved_folder_is_complete(folders):
     for name in CLASSES.values():
         found = {path.name for path in (folders / name).iterdir()}
-        assert {"config.json", "model.safetensors", "modeling_minibert.py", "configuration_minibert.py"} <= found
+        assert {"config.json", "model.safetensors", *CODE} <= found
         assert json.loads((folders / name / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
@@ -95,7 +90,7 @@ def test_every_head_loads_without_the_package(folders, tokenizer):
             expected = [value.double().sum().item() for value in model(**inputs).to_tuple()]
         assert found[name] == pytest.approx(expected, abs=1e-4), name
     assert json.loads((folders / "again" / "config.json").read_text())["auto_map"] == AUTO_MAP
-    assert (folders / "again" / "modeling_minibert.py").exists()
+    assert {path.name for path in (folders / "again").glob("*.py")} == CODE
 
 
 def test_sentence_transformers_without_the_package(folders, tokenizer):
@@ -147,7 +142,7 @@ def test_config_and_tokenizer_load_by_auto_classes(folders):
 def test_the_package_is_not_slower_to_import_than_bert():
     """Counted in modules, not in seconds: whatever minibert pulls in, BertModel pulls in too."""
     ours, theirs = (
-        int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        int(run_python(code))
         for code in (
             "import sys, minibert; print(len([m for m in sys.modules if not m.startswith('minibert')]))",
             "import sys; from transformers import BertModel; print(len(sys.modules))",

@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from transformers import BertConfig, BertModel
 
 import minibert
+from helpers import TINY, save_model
 from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
 from minibert.inference import batching, cpu
 from minibert.inference import encode as module
@@ -61,16 +62,13 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory, tiny, tokenizer):
+def folders(tmp_path_factory, tokenizer):
     """A model folder for each kind of positions and norms, and one of a BERT."""
     root = tmp_path_factory.mktemp("encoders")
-    torch.manual_seed(0)
-    shape = {**tiny, "vocab_size": len(tokenizer)}
-    models = {name: MiniBertModel(MiniBertConfig.preset(name, **shape)) for name in ("search-8x768", "modern-6x384")}
-    models["bert"] = BertModel(BertConfig(**shape))
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+    for name in ("search-8x768", "modern-6x384"):
+        save_model(root / name, tokenizer, preset=name)
+    BertModel(BertConfig(**{**TINY, "vocab_size": len(tokenizer)})).save_pretrained(root / "bert")
+    tokenizer.save_pretrained(root / "bert")
     return root
 
 
@@ -175,7 +173,7 @@ def test_a_bert_stays_in_float32_unless_asked(folders, monkeypatch):
     assert Encoder(folders / "modern-6x384").dtype == "bfloat16"
 
 
-def test_texts_without_a_token_get_the_vector_they_get_elsewhere(folders, tmp_path, tiny):
+def test_texts_without_a_token_get_the_vector_they_get_elsewhere(folders, tmp_path):
     words = train_word_level(TEXTS[:5], vocab_size=20)
     MiniBertModel(MiniBertConfig.preset("nano-1x3", vocab_size=len(words))).save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
@@ -406,9 +404,9 @@ def test_other_processors_and_other_layers_keep_their_matrices(folders, monkeypa
 
 @needs_onednn
 @pytest.mark.parametrize("preset", ["search-8x768", "modern-6x384", "simple-4x256"])  # all kinds of norms and MLPs
-def test_layers_laid_out_compute_what_they_computed(preset, tiny, batch):
+def test_layers_laid_out_compute_what_they_computed(preset, batch):
     torch.manual_seed(0)
-    model = MiniBertModel(MiniBertConfig.preset(preset, **tiny)).eval()
+    model = MiniBertModel(MiniBertConfig.preset(preset, **TINY)).eval()
     packed = {"input_ids": torch.arange(1, 13)[None], "position_ids": torch.tensor([[0, 1, 2, *range(9)]])}
     bounds = torch.tensor([0, 3, 12], dtype=torch.int32)
     inputs = [batch, {**packed, "cu_seq_lens_q": bounds, "max_length_q": 9}, {**batch, "output_hidden_states": True}]

@@ -12,16 +12,15 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from datasets import Dataset
 from pyarrow import parquet
 from sentence_transformers import SentenceTransformer
-from typer.testing import CliRunner
 
-from minibert import MiniBertConfig, MiniBertModel, modeling_minibert, train_word_level
-from minibert.cli import app
+from helpers import run_command, save_model
+from minibert import train_word_level
 from minibert.data import stream as stream_module
 from minibert.data.stream import open_stream
+from minibert.inference import cpu
 from minibert.inference.encode import encode
 from minibert.search import encode_corpus as module
 from minibert.search.encode_corpus import Plan, encode_corpus
@@ -35,10 +34,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     tokenizer = train_word_level(TEXTS, vocab_size=14)
     for seed, name in enumerate(("model", "other")):
-        torch.manual_seed(seed)
-        config = MiniBertConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
-        MiniBertModel(config).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        save_model(root / name, tokenizer, seed=seed, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
     return root
 
 
@@ -67,7 +63,7 @@ def run(model, tmp_path):
     """Run ``minibert encode`` with the tiny model in float32."""
 
     def run(data, *arguments, out=tmp_path / "out", model=model):
-        return CliRunner().invoke(app, ["encode", str(model), str(data), str(out), "--dtype", "float32", *map(str, arguments)])
+        return run_command("encode", model, data, out, "--dtype", "float32", *arguments)
 
     return run
 
@@ -107,7 +103,7 @@ def test_every_kind_of_file_gives_the_same_vectors_in_order(run, tmp_path, expec
 
 
 def test_few_tokens_are_computed_as_many_are(model, tmp_path, expected, monkeypatch):
-    monkeypatch.setattr(modeling_minibert, "bfloat16_pays", lambda: False)  # so float32 is chosen
+    monkeypatch.setattr(cpu, "bfloat16_is_faster", lambda: False)  # so float32 is chosen
     encode_corpus(model, write(tmp_path / "in.txt", TEXTS), tmp_path / "out", rows_per_shard=1, show_progress=False)
     np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
 
@@ -378,7 +374,7 @@ def test_processes_share_out_the_shards(model, data, tmp_path, start, precision)
 def test_more_processes_than_shards(model, data, tmp_path, start, expected):
     def work():
         summary = encode_corpus(model, data, tmp_path / "out", column="text", rows_per_shard=8, dtype="float32")
-        assert "3, shards 2; 1 had nothing to do" in summary.choices["processes"]
+        assert "3, shards 2; 1 had nothing to do" in summary.decisions["processes"]
 
     assert start.finish(start(3, work)) == [0, 0, 0]
     np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from helpers import read_rows, read_weights
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForPreTraining, MiniBertForSequenceClassification
+from minibert.inference import cpu
 from minibert.train import checkpoint, loop
 from minibert.train.arguments import LoopArguments
 
@@ -92,17 +94,9 @@ def fit(folder, model=None, rows=None, make=collate, **changes):
     )
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def assert_same(left, right):
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
-
-
-def log_lines(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------- pure functions
@@ -185,7 +179,7 @@ def test_every_row_once_per_epoch_and_disjoint_over_processes(processes, accumul
 def test_learns_and_leaves_a_complete_folder(tmp_path):
     model = tiny_model(dropout=0.0)
     metrics = fit(tmp_path, model, epochs=30, save_steps=None, warmup_ratio=0.1, schedule="cosine")
-    lines = log_lines(tmp_path)
+    lines = read_rows(tmp_path / "log.jsonl")
     rates = [loop.learning_rate(line["step"] - 1, peak=0.01, warmup=12, total=120, schedule="cosine") for line in lines]
     assert [line["learning_rate"] for line in lines] == rates
     assert lines[0]["loss"] > 0.6 and lines[-1]["loss"] < 0.2
@@ -206,7 +200,7 @@ def test_learns_and_leaves_a_complete_folder(tmp_path):
 def test_accumulated_batches_equal_one_large_batch(tmp_path):
     fit(tmp_path / "parts", tiny_model(0.0), batch_size=4, gradient_accumulation_steps=2)
     fit(tmp_path / "whole", tiny_model(0.0), batch_size=8, gradient_accumulation_steps=1)
-    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"), rtol=0, atol=1e-5)
 
 
 def test_one_step_is_that_of_adamw(tmp_path):
@@ -221,7 +215,7 @@ def test_one_step_is_that_of_adamw(tmp_path):
         optimizer.zero_grad()
     options = {"batch_size": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "weight_decay": 0.1}
     fit(tmp_path, tiny_model(0.0), rows=rows, max_steps=3, warmup_steps=3, schedule="constant", **options)
-    saved, expected = weights(tmp_path), model.state_dict()
+    saved, expected = read_weights(tmp_path), model.state_dict()
     torch.testing.assert_close(saved, {name: expected[name] for name in saved}, rtol=0, atol=1e-6)
 
 
@@ -249,7 +243,7 @@ def test_workers_make_the_same_batches(tmp_path):
 def test_dropout_belongs_to_the_step_whoever_made_the_batch(tmp_path):
     fit(tmp_path / "none")
     fit(tmp_path / "one", num_workers=1)
-    assert_same(weights(tmp_path / "none"), weights(tmp_path / "one"))
+    assert_same(read_weights(tmp_path / "none"), read_weights(tmp_path / "one"))
 
 
 def test_keeps_the_best_model(tmp_path):
@@ -262,9 +256,9 @@ def test_keeps_the_best_model(tmp_path):
 
     metrics = fit(tmp_path, evaluate=evaluate, metric_for_best="accuracy", eval_steps=None)
     assert metrics["eval_accuracy"] == 0.9 and metrics["best_step"] == 8
-    saved = weights(tmp_path)
+    saved = read_weights(tmp_path)
     assert all(torch.equal(saved[name], kept[1][name]) for name in saved)
-    assert [line["eval_accuracy"] for line in log_lines(tmp_path) if "eval_accuracy" in line] == [0.1, 0.9, 0.4]
+    assert [line["eval_accuracy"] for line in read_rows(tmp_path / "log.jsonl") if "eval_accuracy" in line] == [0.1, 0.9, 0.4]
 
 
 def test_lower_is_better_on_request(tmp_path):
@@ -277,14 +271,14 @@ def test_bfloat16_checkpointing_and_float32_in_a_row(tmp_path):
     """Stages of one process may differ in precision, and weights stay float32."""
     for name, changes in {"a": {"precision": "bf16"}, "b": {}, "c": {"gradient_checkpointing": True}}.items():
         fit(tmp_path / name, tiny_model(0.0), **changes)
-        assert {value.dtype for value in weights(tmp_path / name).values()} == {torch.float32}
-    torch.testing.assert_close(weights(tmp_path / "b"), weights(tmp_path / "c"), rtol=0, atol=1e-5)
+        assert {value.dtype for value in read_weights(tmp_path / name).values()} == {torch.float32}
+    torch.testing.assert_close(read_weights(tmp_path / "b"), read_weights(tmp_path / "c"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU trains here")
 @pytest.mark.parametrize(("half", "said"), [(50.0, True), (300.0, False)])
 def test_bfloat16_that_does_not_pay_is_said(tmp_path, monkeypatch, caplog, half, said):
-    monkeypatch.setattr(loop.modeling_minibert, "product_rates", lambda: {"float32": 100.0, "bfloat16": half})
+    monkeypatch.setattr(cpu, "product_rates", lambda: {"float32": 100.0, "bfloat16": half})
     for precision in ("fp32", "bf16"):
         assert "does not pay" not in caplog.text
         fit(tmp_path / precision, precision=precision, max_steps=1)
@@ -315,11 +309,13 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, batches):
     with pytest.raises(Crash):
         fit(tmp_path / "parts", make=crashing_after(batches))
     fit(tmp_path / "parts")
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
     with (tmp_path / "parts/log.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')  # what a kill may leave
     fit(tmp_path / "parts")
-    left, right = ([(line["step"], line["loss"]) for line in log_lines(tmp_path / name)] for name in ("parts", "whole"))
+    left, right = (
+        [(line["step"], line["loss"]) for line in read_rows(tmp_path / name / "log.jsonl")] for name in ("parts", "whole")
+    )
     assert left == right
 
 
@@ -330,16 +326,16 @@ def test_damaged_lines_of_the_log_are_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "log.jsonl").write_text(f'{{"st\n{kept}7\n{{"step": "2"}}\n')
     fit(tmp_path)
     assert "log.jsonl: 3 damaged lines were left out" in caplog.text
-    assert all(isinstance(line["step"], int) for line in log_lines(tmp_path))
+    assert all(isinstance(line["step"], int) for line in read_rows(tmp_path / "log.jsonl"))
 
 
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):
     best = {"evaluate": lambda _: {"accuracy": 0.5}, "metric_for_best": "accuracy"}
     first = fit(tmp_path, **best)
-    before = weights(tmp_path)
+    before = read_weights(tmp_path)
     again = fit(tmp_path, make=crashing_after(0), **best)
     assert again["eval_accuracy"] == first["eval_accuracy"] == 0.5 and again["train_seconds"] == first["train_seconds"]
-    assert_same(weights(tmp_path), before)
+    assert_same(read_weights(tmp_path), before)
 
 
 def flip_a_bit(path):
@@ -370,7 +366,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
     fit(tmp_path / "parts")
     assert f"Checkpoint {newest} is damaged" in caplog.text and word in caplog.text
     assert "Resuming at step 6" in caplog.text
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
 
 
 def test_without_a_whole_checkpoint_the_run_says_so_and_begins_anew(tmp_path, caplog):
@@ -382,7 +378,7 @@ def test_without_a_whole_checkpoint_the_run_says_so_and_begins_anew(tmp_path, ca
     caplog.clear()
     fit(tmp_path / "parts")
     assert caplog.text.count("is damaged") == 2 and "is whole, so the run begins anew." in caplog.text
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
 
 
 def test_a_damaged_best_model_is_named_and_the_next_best_is_kept(tmp_path, caplog):
@@ -431,20 +427,20 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
         fit(tmp_path / "parts")
     assert [path.name for path in sorted((tmp_path / "parts/checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
     fit(tmp_path / "parts")
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
 
 
 def test_full_disk_while_the_result_is_written(tmp_path):
     """A run that was finished but for that finishes without training again, and an earlier result stays until then."""
     fit(tmp_path)
-    before = weights(tmp_path)
+    before = read_weights(tmp_path)
     with files_up_to(10_000), pytest.raises(OSError, match=r"final could not be written \(.*\); what was saved before"):
         fit(tmp_path, make=crashing_after(0))
-    assert_same(weights(tmp_path), before)
+    assert_same(read_weights(tmp_path), before)
     assert not list((tmp_path / "checkpoints").glob("final*"))
     (tmp_path / "model.safetensors").unlink()
     fit(tmp_path, make=crashing_after(0))
-    assert_same(weights(tmp_path), before)
+    assert_same(read_weights(tmp_path), before)
 
 
 def test_full_disk_while_the_log_is_written(tmp_path, monkeypatch):
@@ -475,7 +471,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
             fit(tmp_path / "parts")
     fit(tmp_path / "parts")
     fit(tmp_path / "whole")
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
 
 
 class Poisoned(Rows):
@@ -507,13 +503,13 @@ def test_bad_steps_are_skipped_counted_and_logged(tmp_path, caplog):
     metrics = fit(tmp_path, poisoned_model(), **options)
     assert metrics["skipped_steps"] == 3 and metrics["steps"] == 12
     bad = bad_steps(epochs=3)
-    lines = [line for line in log_lines(tmp_path) if "rows" in line]
+    lines = [line for line in read_rows(tmp_path / "log.jsonl") if "rows" in line]
     assert [line["step"] for line in lines] == [step + 1 for step in bad]
     assert [line["skipped"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert line["rows"] == loop.rows_of_step(line["step"] - 1, rows=ROWS, rows_per_step=8, seed=7).tolist()
     assert f"Skipped step {bad[1] + 1}, whose loss or gradient is not finite (2 of at most 3)" in caplog.text
-    losses = {line["step"]: line["loss"] for line in log_lines(tmp_path) if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in read_rows(tmp_path / "log.jsonl") if "loss" in line}
     assert losses.keys() == set(range(1, 13)) - {step + 1 for step in bad} and all(0 < loss < 2 for loss in losses.values())
     for step in bad:
         before, after = (checkpoint.step_folder(tmp_path / "checkpoints", number) for number in (step, step + 1))
@@ -532,9 +528,9 @@ def test_too_many_bad_steps_stop_and_a_higher_limit_goes_on(tmp_path):
         assert f"resume from step {stop} " in str(caught.value)
     metrics = fit(tmp_path / "parts", poisoned_model(), max_skipped_steps=3, **options)
     assert metrics["skipped_steps"] == whole["skipped_steps"] == 3
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
     left, right = (
-        [(line["step"], line.get("loss"), line.get("rows")) for line in log_lines(tmp_path / name)]
+        [(line["step"], line.get("loss"), line.get("rows")) for line in read_rows(tmp_path / name / "log.jsonl")]
         for name in ("parts", "whole")
     )
     assert left == right
@@ -553,13 +549,13 @@ def test_a_first_step_that_is_skipped_can_be_saved_and_resumed(tmp_path):
         fit(tmp_path / "parts", poisoned_model(), make=crashing_after(2), **options)
     assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step-00000001"]
     fit(tmp_path / "parts", poisoned_model(), **options)
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
 
 
 def test_leave_to_skip_changes_nothing_where_all_is_well(tmp_path):
     fit(tmp_path / "plain")
     fit(tmp_path / "watched", max_skipped_steps=1)
-    assert_same(weights(tmp_path / "plain"), weights(tmp_path / "watched"))
+    assert_same(read_weights(tmp_path / "plain"), read_weights(tmp_path / "watched"))
 
 
 def test_the_share_outside_of_steps_is_that_of_data_and_files(tmp_path):
@@ -604,7 +600,7 @@ def test_control_c_saves_and_says_so(tmp_path):
         fit(tmp_path / "parts", make=interrupt, save_steps=1000)
     assert signal.getsignal(signal.SIGINT) is handler
     fit(tmp_path / "parts", save_steps=1000)
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):
@@ -642,7 +638,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, start):
     first.join()
     shutil.rmtree(tmp_path / "parts/checkpoints", ignore_errors=True)  # of another number of epochs
     fit(tmp_path / "parts")
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
     assert not (tmp_path / "parts/.lock").exists()
 
 
@@ -667,8 +663,8 @@ def test_refusals(tmp_path):
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, start):
     fit(tmp_path / "one", tiny_model(0.0), batch_size=4)
     assert start.finish(start(2, lambda: fit(tmp_path / "two", tiny_model(0.0), batch_size=2))) == [0, 0]
-    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
-    one, two = ([line["loss"] for line in log_lines(tmp_path / name)] for name in ("one", "two"))
+    torch.testing.assert_close(read_weights(tmp_path / "one"), read_weights(tmp_path / "two"), rtol=0, atol=1e-5)
+    one, two = ([line["loss"] for line in read_rows(tmp_path / name / "log.jsonl")] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-6)
 
 
@@ -719,7 +715,7 @@ def test_loss_and_gradients_of_two_processes_are_those_of_one(tmp_path, start, h
     assert gradients and max(float(one[key].abs().max()) for key in gradients) > 1e-2
     for key in gradients:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)
-    one, two = (log_lines(tmp_path / name)[-1]["loss"] for name in ("one", "two"))
+    one, two = (read_rows(tmp_path / name / "log.jsonl")[-1]["loss"] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-6)
 
 
@@ -745,7 +741,7 @@ def test_killed_at_random_moments_the_result_is_bit_identical(tmp_path, processe
         reached.append(folder.name if folder else "")
     assert reached == sorted(reached) and reached[-1], reached
     assert start.finish(run("parts")) == [0] * processes
-    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
     assert not list((tmp_path / "parts/checkpoints").glob("*.tmp*"))
 
 
@@ -756,7 +752,7 @@ def test_processes_skip_together_what_one_of_them_sees(tmp_path, start, finite_g
     two = start(2, lambda: fit(tmp_path / "two", poisoned_model(0.0, finite_gradient), batch_size=4, **options))
     assert start.finish(two) == [0, 0]
     assert json.loads((tmp_path / "two/metrics.json").read_text())["skipped_steps"] == metrics["skipped_steps"] == 3
-    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(read_weights(tmp_path / "one"), read_weights(tmp_path / "two"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="not glibc")

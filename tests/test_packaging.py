@@ -1,7 +1,6 @@
 """The rules that keep the house standing: what lies where, who imports whom, what goes into the wheel, what stays light."""
 
 import ast
-import configparser
 import doctest
 import importlib
 import os
@@ -17,12 +16,29 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers.dynamic_module_utils import get_relative_imports
 
-ROOT = Path(importlib.import_module("minibert.configuration_minibert").__file__).parent
-ROOT_MODULES = {"__init__", "__main__", "cli", "configuration_minibert", "modeling_minibert", "tokenization_minibert"}
-SUBPACKAGES = (*("train", "train.stages", "hub", "evaluation", "files", "inference", "plot", "search", "data", "recipes"),)
-FILES = sorted([*ROOT.glob("*.py"), *(path for name in SUBPACKAGES for path in (ROOT / name).glob("*.py"))])
-SETUP = configparser.ConfigParser()
-SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
+from helpers import ROOT, SETUP
+from minibert.files.model_folder import code_files
+
+# Files that travel with a checkpoint.
+CHECKPOINT = ("configuration_minibert", "kernels_minibert", "loss_minibert", "modeling_minibert", "packing_minibert")
+# Each layer may import the layers before it and itself; areas of the same layer do not know each other. An area is a
+# subpackage or a module at the root.
+LAYERS = (
+    {"configuration_minibert"},
+    {"kernels_minibert"},
+    {"packing_minibert"},
+    {"loss_minibert"},
+    {"modeling_minibert"},
+    {"tokenization_minibert", "files", "recipes"},
+    {"data"},
+    {"inference"},
+    {"evaluation"},
+    {"train", "hub", "search", "plot"},
+    {"cli"},
+    {"__main__"},
+)
+SUBPACKAGES = ("data", "evaluation", "files", "hub", "inference", "plot", "recipes", "search", "train", "train.stages")
+FILES = sorted([*ROOT.glob("*.py"), *(path for name in SUBPACKAGES for path in ROOT.joinpath(*name.split(".")).glob("*.py"))])
 
 
 def module_name(path: Path) -> str:
@@ -47,134 +63,96 @@ def run(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedP
 # Layout
 
 
-def test_the_root_holds_these_modules_and_no_others():
-    assert {path.stem for path in ROOT.glob("*.py")} == ROOT_MODULES
-
-
-def test_tests_are_no_package():
+def test_modules_lie_where_the_design_says():
+    assert {path.stem for path in ROOT.glob("*.py")} == {"__init__"} | {
+        area for layer in LAYERS for area in layer if area not in SUBPACKAGES
+    }
+    assert sorted(SETUP["options"]["packages"].split()) == ["minibert", *(f"minibert.{name}" for name in SUBPACKAGES)]
+    outside = {"tests", "benchmarks", "docs", "build", "dist", "runs"}
+    folders = (path.parent.relative_to(ROOT).parts for path in ROOT.glob("*/**/*.py"))
+    assert {".".join(parts) for parts in folders if parts[0][0] != "." and parts[0] not in outside} == set(SUBPACKAGES)
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
-def test_packages_listed_by_hand_are_the_directories_with_code():
-    listed = SETUP["options"]["packages"].split()
-    assert listed == ["minibert", *(f"minibert.{name}" for name in SUBPACKAGES)]
-    outside = {"tests", "benchmarks", "docs", "build", "dist", "runs"}
-    directories = {
-        path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/*.py") if "." not in path.parts[len(ROOT.parts)]
+def test_every_file_says_what_it_is_for():
+    assert not [path for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+
+
+def test_examples_in_docstrings_are_true():
+    names = [module_name(path) for path in FILES if path.stem != "__main__"]
+    failed = {
+        name: doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)[0] for name in names
     }
-    assert {name for name in directories if name.split("/")[0] not in outside} == set(SUBPACKAGES)
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_every_file_says_what_it_is_for(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_examples_in_docstrings_are_true(path):
-    if path.stem != "__main__":
-        failed, _ = doctest.testmod(importlib.import_module(module_name(path)), optionflags=doctest.NORMALIZE_WHITESPACE)
-        assert failed == 0
+    assert not [name for name, count in failed.items() if count]
 
 
 # Imports
 
-# Which areas of the package an area may import; an area is a subpackage or a module at the root.
-MODEL = {"configuration_minibert", "modeling_minibert", "tokenization_minibert"}
-MAY_IMPORT = {
-    "configuration_minibert": set(),
-    "modeling_minibert": {"configuration_minibert"},
-    "tokenization_minibert": {"configuration_minibert"},
-    "recipes": set(),
-    "data": {"data"},
-    "train": {"train", "data", "recipes", *MODEL},
-    "hub": {"hub", "data", *MODEL},
-    "inference": {"inference", "data", *MODEL},
-    "cli": {"cli", "train", "hub", "inference", "data", "recipes", *MODEL},
-    "__main__": {"cli"},
-    "__init__": {"inference", *MODEL},
-}
 
-
-# What a stage may call of inference, to measure the model it trains as it will be used.
-EVALUATION = ("minibert.evaluation.evaluate", "minibert.inference.answers", "minibert.evaluation.metrics")
-# What everybody who opens a model calls first.
-CHECKS = "minibert.files.model_folder"
-
-
-def areas_imported(path: Path) -> set[str]:
-    """The areas of minibert that a file imports; a public name counts as the model's, evaluation by a stage as nothing."""
+def wrong_imports(path: Path) -> set[str]:
+    """Return the areas of minibert that a file imports although the layers forbid it."""
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    allowed = {own}
+    for layer in LAYERS:
+        if own in layer:
+            break
+        allowed |= layer
     areas = set()
     for level, module, name in imports(path):
-        dotted = (f"minibert.{module}" if level else module).split(".")
-        if dotted[0] != "minibert":
-            continue
-        if own == "train" and ".".join([*dotted, name]).startswith(EVALUATION):
-            continue
-        if own in ("train", "inference") and ".".join([*dotted, name]).startswith(CHECKS):
-            continue
-        area = dotted[1] if len(dotted) > 1 else name
-        areas.add("modeling_minibert" if len(dotted) == 1 and area not in MAY_IMPORT else area)
-    return areas
+        dotted = f"minibert.{module}".split(".") if level else module.split(".")
+        if dotted[0] == "minibert":
+            area = dotted[1] if len(dotted) > 1 else name
+            known = any(area in layer for layer in LAYERS)
+            areas.add(area if known else "modeling_minibert")  # a public name
+    return areas - allowed - ({"modeling_minibert"} if own == "__init__" else set())
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_run_one_way(path):
-    area = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    assert areas_imported(path) <= MAY_IMPORT[area]
+def test_imports_run_one_way():
+    found = {module_name(path): wrong_imports(path) for path in FILES if path != ROOT / "__init__.py"}
+    assert not {name: areas for name, areas in found.items() if areas}
 
 
 @pytest.mark.parametrize(
-    ("where", "line", "allowed"),
+    ("where", "line"),
     [
-        ("train/loop.py", "from minibert.inference.load import load", False),
-        ("train/loop.py", "from minibert.inference import load", False),
-        ("train/loop.py", "from minibert.evaluation.evaluate import evaluate", True),
-        ("train/loop.py", "from minibert.inference import evaluate", True),
-        ("train/loop.py", "from minibert import MiniBertModel", True),
-        ("search/search.py", "def f():\n    import minibert.train.stage", False),
-        ("search/search.py", "from minibert.data.load import load", True),
-        ("data/load.py", "from minibert.train.arguments import Recipe", False),
-        ("data/load.py", "from minibert import MiniBertConfig", False),
-        ("hub/push.py", "from minibert import inference", False),
-        ("tokenization_minibert.py", "from minibert.cli import app", False),
-        ("configuration_minibert.py", "import minibert.modeling_minibert", False),
+        ("inference/load.py", "def f():\n    import minibert.train.stage"),
+        ("train/loop.py", "from minibert import hub"),
+        ("data/load.py", "from minibert.inference.encode import Encoder"),
+        ("files/disk.py", "from minibert.data import load"),
+        ("packing_minibert.py", "from .loss_minibert import x"),
     ],
 )
-def test_the_rule_of_imports_can_fail(tmp_path, monkeypatch, where, line, allowed):
+def test_the_rule_of_imports_can_fail(tmp_path, monkeypatch, where, line):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / where
     path.parent.mkdir(exist_ok=True)
     path.write_text(line, encoding="utf-8")
-    assert (areas_imported(path) <= MAY_IMPORT[where.split("/")[0].removesuffix(".py")]) == allowed
+    assert wrong_imports(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_modules_call_each_other_by_full_name(path):
-    relative = {(level, module) for level, module, _ in imports(path) if level}
-    assert relative == ({(1, "configuration_minibert")} if path.stem == "modeling_minibert" else set())
+def test_modules_call_each_other_by_full_name():
+    relative = {path.stem for path in FILES if any(level for level, _, _ in imports(path))}
+    assert relative == set(CHECKPOINT) - {"configuration_minibert", "kernels_minibert"}
 
 
-@pytest.mark.parametrize("name", ["configuration_minibert", "modeling_minibert"])
-def test_files_that_travel_with_a_checkpoint_need_only_what_everybody_has(name):
-    path = ROOT / f"{name}.py"
-    absolute = {module.split(".")[0] for level, module, _ in imports(path) if not level}
-    assert absolute - sys.stdlib_module_names <= {"torch", "transformers", "huggingface_hub"}
-    # What transformers' own copier finds; it reads the text of the file, docstrings included.
-    assert get_relative_imports(path) == (["configuration_minibert"] if name == "modeling_minibert" else [])
+def test_files_that_travel_with_a_checkpoint_need_only_what_everybody_has():
+    assert [file.stem for file in code_files()] == sorted(CHECKPOINT)
+    for file in code_files():
+        absolute = {module.split(".")[0] for level, module, _ in imports(file) if not level}
+        assert absolute - sys.stdlib_module_names <= {"torch", "transformers", "huggingface_hub"}
+        # transformers' own copier reads the text of the file, docstrings included
+        assert {f"{name}.py" for name in get_relative_imports(file)} <= {other.name for other in code_files()}
 
 
-def test_the_modeling_file_is_in_memory_once():
-    from minibert import MiniBertModel
-
-    loaded = {module.__name__ for module in list(sys.modules.values()) if _file_of(module) == ROOT / "modeling_minibert.py"}
-    assert loaded == {MiniBertModel.__module__} == {"minibert.modeling_minibert"}
-
-
-def _file_of(module) -> Path | None:
-    file = getattr(module, "__file__", None)
-    return Path(file).resolve() if isinstance(file, str) else None
+def test_the_encoder_is_read_in_one_sitting():
+    lengths = {file.stem.split("_")[0]: len(file.read_text(encoding="utf-8").splitlines()) for file in code_files()}
+    limits = {"modeling": 680, "packing": 380, "kernels": 160, "loss": 60, "configuration": 215}
+    assert all(lengths[name] <= limit for name, limit in limits.items())
+    lines = (ROOT / "modeling_minibert.py").read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("class "))
+    last_import = max(number for number, line in enumerate(lines) if line.startswith("from "))
+    (head,) = (number for number, line in enumerate(lines) if line.startswith("class MiniBertLMHead"))
+    assert first - last_import <= 60 and head - first <= 340
 
 
 def test_a_checkpoint_loads_as_the_installed_class_even_from_the_repository_root(tmp_path):
@@ -285,7 +263,7 @@ def test_every_dependency_has_a_tested_version_that_is_allowed():
     wanted = SETUP["options"]["install_requires"].split("\n") + [
         line for group in SETUP["options.extras_require"].values() for line in group.split("\n")
     ]
-    for requirement in (Requirement(line) for line in wanted if line and not line.startswith("minibert")):
+    for requirement in (Requirement(line) for line in wanted if line and not line.startswith(SETUP["metadata"]["name"])):
         for pin in pinned[canonicalize_name(requirement.name)]:
             (version,) = (specifier.version for specifier in pin.specifier)
             assert version in requirement.specifier, pin

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,40 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from typer.testing import CliRunner
 
 import minibert
-from minibert import MiniBertConfig, train_word_level
-from minibert.cli import app
+from helpers import edit_json, edit_weights, read_weights, run_command, run_python, save_trained
+from hub_server import HubServer
+from minibert.files.model_folder import code_files
 from minibert.hub import isolated, parity, remote, verify
 from minibert.hub import push as publish
 from minibert.hub.push import build, push
 
-SENTENCES = ["the quick brown fox jumps over the lazy dog", "what is the capital of a short text ?", "others sleep , and one ."]
-CODE = {"configuration_minibert.py", "modeling_minibert.py"}
-
-
-def make_model(folder, tiny, kind="Model", seed=0, **fields):
-    """A model as a stage leaves it: weights, code, tokenizer; of the kind Model also what embeds."""
-    tokenizer = train_word_level(SENTENCES, vocab_size=26, model_max_length=24)
-    labels = {"id2label": {0: "bad", 1: "fair", 2: "good"}} if kind == "ForSequenceClassification" else {}
-    config = MiniBertConfig.preset("bert-base", **{**tiny, "vocab_size": len(tokenizer), **labels, **fields})
-    torch.manual_seed(seed)
-    getattr(minibert, f"MiniBert{kind}")(config).eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if kind == "Model":
-        modules = [Transformer(str(folder)), Pooling(tiny["hidden_size"], pooling_mode="mean"), Normalize()]
-        SentenceTransformer(modules=modules, prompts={"query": "what is "}, similarity_fn_name="cosine").save_pretrained(
-            str(folder)
-        )
-        (folder / "README.md").unlink()
-    return folder
+CODE = {file.name for file in code_files()}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, tiny):
-    return make_model(tmp_path_factory.mktemp("source") / "model", tiny)
+def source(tmp_path_factory):
+    return save_trained(tmp_path_factory.mktemp("source") / "model")
 
 
 @dataclass
@@ -60,11 +39,11 @@ class Session:
 
 
 @pytest.fixture(scope="module")
-def pushed(source, hub_server_class, tmp_path_factory):
+def pushed(source, tmp_path_factory):
     """One push with nothing left out: both proofs are in processes of their own."""
     home = tmp_path_factory.mktemp("home")
     said = []
-    with hub_server_class() as server, pytest.MonkeyPatch.context() as monkeypatch:
+    with HubServer() as server, pytest.MonkeyPatch.context() as monkeypatch:
         server.patch(monkeypatch, home)
         done = push(source, "ann/model", license="mit", language=["en"], report=said.append)
         yield Session(server, home, done, said)
@@ -102,7 +81,7 @@ def run(hub_server):
     """Run ``minibert hub ...`` in this process. Whatever it prints, the token is not in it, nor a traceback."""
 
     def run(*arguments, status=0):
-        done = CliRunner().invoke(app, ["hub", *map(str, arguments)])
+        done = run_command("hub", *arguments)
         assert done.exit_code == status, done.output
         for token in hub_server.tokens:
             assert token not in done.output
@@ -164,16 +143,10 @@ print(type(model).__module__.split(".")[0], vectors.shape, *vectors.ravel().toli
 
 def test_a_reader_needs_nothing_of_ours(pushed, source, tmp_path):
     """As on the model's page: by name over the network, and by the hash of the commit."""
-    done = subprocess.run(
-        [sys.executable, "-c", READER, pushed.done.commit],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=pushed.server.environment(tmp_path / "reader", token=None),
-    )
-    assert done.returncode == 0, done.stderr
-    package, shape, numbers = done.stdout.split(" ", 1)[0], "(2, 32)", done.stdout.split(") ")[1].split()
-    assert package == "transformers_modules" and shape in done.stdout
+    environment = pushed.server.environment(tmp_path / "reader", token=None)
+    printed = run_python(READER, pushed.done.commit, cwd=tmp_path, env=environment)
+    package, shape, numbers = printed.split(" ", 1)[0], "(2, 32)", printed.split(") ")[1].split()
+    assert package == "transformers_modules" and shape in printed
     expected = SentenceTransformer(str(source)).encode(["the quick fox", "a short text ."]).ravel().tolist()
     assert [float(number) for number in numbers] == pytest.approx(expected, abs=1e-6)
 
@@ -190,17 +163,15 @@ isolated._main()
 
 def test_the_fresh_process_cannot_import_the_package(tmp_path):
     request = {"model": "m", "heads": [], "embeds": False, "trust": False, "max_length": 8, "out": str(tmp_path / "out")}
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTER, isolated.__file__], input=json.dumps(request), capture_output=True, text=True
-    )
-    assert json.loads(done.stdout) == {"error": "ModuleNotFoundError: import of minibert halted; None in sys.modules"}
+    printed = run_python(IMPORTER, isolated.__file__, input=json.dumps(request))
+    assert json.loads(printed) == {"error": "ModuleNotFoundError: import of minibert halted; None in sys.modules"}
 
 
 # What is built
 
 
-def test_dtype_labels_shards_and_spare_tensors(tiny, tmp_path):
-    folder = make_model(tmp_path / "source", tiny, "ForSequenceClassification")
+def test_dtype_labels_shards_and_spare_tensors(tmp_path):
+    folder = save_trained(tmp_path / "source", "ForSequenceClassification")
     save_file({"unused": torch.ones(3)}, folder / "converted_from.safetensors")
     build(folder, tmp_path / "built", dtype="bfloat16", max_shard_size=10_000)
     shards = sorted((tmp_path / "built").glob("model-*.safetensors"))
@@ -208,7 +179,7 @@ def test_dtype_labels_shards_and_spare_tensors(tiny, tmp_path):
     assert not (tmp_path / "built" / "model.safetensors").exists()
     loaded = minibert.MiniBertForSequenceClassification.from_pretrained(tmp_path / "built")
     assert loaded.dtype == torch.bfloat16 and loaded.config.id2label[2] == "good"
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in read_weights(folder).items():
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16())
     assert load_file(tmp_path / "built" / "converted_from.safetensors")["unused"].dtype == torch.bfloat16
 
@@ -271,8 +242,7 @@ def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
 def test_places_of_this_machine_are_not_published(source, tmp_path, file, text):
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
-    settings = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**settings, "where": text.format(place=folder)}))
+    edit_json(folder / file, where=text.format(place=folder))
     with pytest.raises(ValueError, match=f"would name places of this machine: {file} names"):
         build(folder, tmp_path / "built")
     assert not (tmp_path / "built").exists()
@@ -282,8 +252,7 @@ def test_what_the_libraries_note_about_this_machine_is_dropped(source, tmp_path)
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
     for name in ("config.json", "tokenizer_config.json"):
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**settings, "_name_or_path": str(folder), "name_or_path": str(folder)}))
+        edit_json(folder / name, _name_or_path=str(folder), name_or_path=str(folder))
     build(folder, tmp_path / "built")
     assert not [file for file in (tmp_path / "built").rglob("*.json") if str(tmp_path) in file.read_text()]
 
@@ -298,7 +267,7 @@ def test_the_same_again_is_no_commit(hub, source, run):
     assert hub.count("commit") == 1 and len(hub.commits("ann/model")) == 2
 
 
-def test_other_content_needs_force_and_the_difference_is_shown(hub, source, tiny, tmp_path, run):
+def test_other_content_needs_force_and_the_difference_is_shown(hub, source, tmp_path, run):
     hub.add_repo("ann/model", {"config.json": b"{}", "old/pytorch_model.bin": b"x" * 2000, ".gitattributes": b""})
     error = run("push", source, "ann/model", status=2).stderr
     assert "ann/model holds something else already" in error and "--force" in error
@@ -575,15 +544,14 @@ def test_bad_input(building_hub, source, run, monkeypatch, arguments, sentence):
     assert not building_hub.repos
 
 
-def test_folders_that_are_no_finished_model(building_hub, source, tiny, tmp_path, run):
+def test_folders_that_are_no_finished_model(building_hub, source, tmp_path, run):
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
     (folder / "checkpoints").mkdir()
     assert "training of" in run("push", folder, "ann/x", status=2).stderr
     (folder / "checkpoints").rmdir()
-    state = load_file(folder / "model.safetensors")
-    name = next(iter(state))
-    save_file({**state, name: state[name] * float("nan")}, folder / "model.safetensors", {"format": "pt"})
+    name, tensor = next(iter(read_weights(folder).items()))
+    edit_weights(folder, **{name: tensor * float("nan")})
     assert f"not finite: {name}" in run("push", folder, "ann/x", status=2).stderr
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors" in run("push", folder, "ann/x", status=2).stderr

@@ -331,8 +331,8 @@ def test_hybrid_search_finds_words_the_model_does_not_know(saved, tmp_path):
     # Both are unknown words to the tokenizer, so that the two passages have the same vector.
     passages = ["zzyzx is a town", "qwerty is a town", "the cat sleeps", "a list"]
     folder = write_passages(tmp_path / "vectors", saved, passages)
-    assert [hit.number for hit in FolderSearcher(folder, hybrid=True).search(["qwerty town"], 2)[0]] == [1, 0]
-    hits = FolderSearcher(folder, hybrid=True).search(["qwerty town", "the of"], 4)
+    assert [hit.number for hit in FolderSearcher(folder, hybrid=True).search(["qwerty"], 2)[0]] == [1, 0]
+    hits = FolderSearcher(folder, hybrid=True).search(["qwerty", "the of"], 4)
     assert hits[0][0].score == pytest.approx(1 / 61 + 1 / 61) or hits[0][0].score == pytest.approx(1 / 61 + 1 / 62)
     assert len(hits[1]) == 4  # no word but stop words: the ranking by meaning remains
 

@@ -1,7 +1,6 @@
 """Verification: a sound model passes, every kind of damage fails the check that is for it, and nothing runs unasked."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -9,28 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import minibert
+from helpers import edit_json, edit_weights, read_weights, run_command, save_trained
 from minibert import modeling_minibert
-from minibert.cli import app
+from minibert.files.model_folder import code_files
 from minibert.hub import isolated, releases, remote, verify
 from minibert.hub.push import build
 
-# The tiny models of the other file; tests are no package, so that none imports another by name.
-spec = importlib.util.spec_from_file_location("tiny_published", Path(__file__).with_name("test_publish.py"))
-tiny_published = importlib.util.module_from_spec(spec)
 NAMES = ["files", "weights", "tensors", "tied weights", "tokenizer", "code", "card", "modules", "opens"]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, tiny):
+def built(tmp_path_factory):
     """An embedding model as it is published."""
-    spec.loader.exec_module(tiny_published)
-    source = tiny_published.make_model(tmp_path_factory.mktemp("source") / "model", tiny)
-    build(source, tmp_path_factory.mktemp("built") / "model")
-    return next(iter(tmp_path_factory.getbasetemp().glob("built*"))) / "model"
+    source, folder = (tmp_path_factory.mktemp(name) / "model" for name in ("source", "built"))
+    build(save_trained(source), folder)
+    return folder
 
 
 @pytest.fixture
@@ -39,11 +33,11 @@ def folder(built, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory, tiny, built):
+def words(tmp_path_factory):
     """A masked-language model, whose weights are tied."""
-    source = tiny_published.make_model(tmp_path_factory.mktemp("words") / "model", tiny, "ForMaskedLM")
-    build(source, tmp_path_factory.mktemp("builtwords") / "model")
-    return next(iter(tmp_path_factory.getbasetemp().glob("builtwords*"))) / "model"
+    source, folder = (tmp_path_factory.mktemp(name) / "model" for name in ("words", "built"))
+    build(save_trained(source, "ForMaskedLM"), folder)
+    return folder
 
 
 @pytest.fixture
@@ -59,17 +53,6 @@ def opened(monkeypatch):
     return requests
 
 
-def edit(folder, name, **fields):
-    """Change fields of a JSON file; None drops one."""
-    found = {**json.loads((folder / name).read_text()), **fields}
-    (folder / name).write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
-
-
-def edit_weights(folder, **tensors):
-    state = {**load_file(folder / "model.safetensors"), **tensors}
-    save_file({key: value for key, value in state.items() if value is not None}, folder / "model.safetensors", {"format": "pt"})
-
-
 def failures(folder, **how):
     return {check.name: check.text for check in verify.checks_of(folder, **how) if check.state == "failed"}
 
@@ -79,7 +62,7 @@ def failures(folder, **how):
 
 def test_a_published_model_passes_in_a_process_of_its_own(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)  # the process works elsewhere, so that a relative path must not reach it
-    done = CliRunner().invoke(app, ["hub", "verify", "model"])
+    done = run_command("hub", "verify", "model")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"ok       {name}" for name in NAMES]
@@ -88,19 +71,19 @@ def test_a_published_model_passes_in_a_process_of_its_own(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice"])
-def test_every_class_is_whole(kind, tiny, tmp_path, built):
-    source = tiny_published.make_model(tmp_path / "source", tiny, kind)
+def test_every_class_is_whole(kind, tmp_path):
+    source = save_trained(tmp_path / "source", kind)
     build(source, tmp_path / "built", max_shard_size=20_000)
     assert failures(tmp_path / "built") == {}
 
 
-def test_plain_models_are_known_too(built, tmp_path, tiny):
-    source = tiny_published.make_model(tmp_path / "source", tiny, "ForMaskedLM")
+def test_plain_models_are_known_too(tmp_path):
+    source = save_trained(tmp_path / "source", "ForMaskedLM")
     build(source, tmp_path / "plain", as_bert=True)
     checks = {check.name: check.text for check in verify.checks_of(tmp_path / "plain")}
     assert failures(tmp_path / "plain") == {} and checks["code"] == "It brings no code."
     assert "of the expected shapes" in checks["tensors"]
-    edit(tmp_path / "plain", "config.json", num_hidden_layers=3)
+    edit_json(tmp_path / "plain" / "config.json", num_hidden_layers=3)
     assert "missing: bert.encoder.layer.2.attention" in failures(tmp_path / "plain")["tensors"]
 
 
@@ -149,7 +132,7 @@ def test_weights_that_are_cut_short(folder):
     ],
 )
 def test_tensors(folder, tensors, sentence):
-    stored = set(load_file(folder / "model.safetensors"))
+    stored = set(read_weights(folder))
     assert next(iter(tensors)).replace("9", "0") in stored  # else the case tests nothing
     edit_weights(folder, **tensors)
     found = failures(folder)
@@ -160,7 +143,7 @@ def test_tied_weights(words, tmp_path):
     folder = shutil.copytree(words, tmp_path / "model")
     checks = {check.name: check.text for check in verify.checks_of(folder)}
     assert checks["tied weights"] == "2 tensors are shared, and stored once or equal."
-    table = load_file(folder / "model.safetensors")["minibert.embeddings.word_embeddings.weight"]
+    table = read_weights(folder)["minibert.embeddings.word_embeddings.weight"]
     edit_weights(folder, **{"lm_head.decoder.weight": table.clone()})
     assert failures(folder) == {}
     edit_weights(folder, **{"lm_head.decoder.weight": table + 1})
@@ -192,14 +175,14 @@ def test_tied_weights(words, tmp_path):
     ],
 )
 def test_settings_that_do_not_fit(folder, name, fields, check, sentence):
-    edit(folder, name, **fields)
+    edit_json(folder / name, **fields)
     found = failures(folder)
     assert sentence in found.get(check, found), found
 
 
 def test_vocabulary_and_missing_parts(folder):
-    state = load_file(folder / "model.safetensors")
-    edit(folder, "config.json", vocab_size=20)
+    state = read_weights(folder)
+    edit_json(folder / "config.json", vocab_size=20)
     edit_weights(folder, **{"embeddings.word_embeddings.weight": state["embeddings.word_embeddings.weight"][:20].clone()})
     assert "entries, but the model only vocab_size=20" in failures(folder)["tokenizer"]
     (folder / "tokenizer.json").unlink()
@@ -224,14 +207,14 @@ def add_code(folder, marker):
 def test_changed_code_is_shown_and_runs_only_when_trusted(folder, tmp_path):
     marker = tmp_path / "ran"
     add_code(folder, marker)
-    done = CliRunner().invoke(app, ["hub", "verify", str(folder)])
+    done = run_command("hub", "verify", folder)
     assert done.exit_code == 1 and not marker.exists()
     assert "failed   code: It brings code of no release of ours: modeling_minibert.py was changed; read it" in done.stdout
     assert (
         "--- installed/modeling_minibert.py\n+++ modeling_minibert.py\n" in done.stdout and f"+open('{marker}'" in done.stdout
     )
     assert "skipped  opens: Not looked at, because of: code." in done.stdout
-    trusted = CliRunner().invoke(app, ["hub", "verify", str(folder), "--trust-remote-code", "--json"])
+    trusted = run_command("hub", "verify", folder, "--trust-remote-code", "--json")
     assert trusted.exit_code == 0, trusted.output
     found = json.loads(trusted.stdout)
     assert found["ok"] and marker.exists() and found["checks"][5]["detail"].count("+open(") == 1
@@ -250,7 +233,7 @@ def test_changed_code_is_shown_and_runs_only_when_trusted(folder, tmp_path):
     ],
 )
 def test_code_that_only_a_name_leads_to(folder, opened, name, fields, reason):
-    edit(folder, name, **fields)
+    edit_json(folder / name, **fields)
     assert reason in failures(folder, opens=True)["code"] and not opened
 
 
@@ -267,14 +250,14 @@ def test_code_in_modules_and_further_files(folder, opened):
     (folder / "custom.py").write_text("print('hello')\n")
     text = failures(folder, opens=True)["code"]
     assert "modules.json names custom.Module" in text and "custom.py is no file of ours" in text
-    edit(folder, "2_Normalize/config.json", activation_function="os.system")
+    edit_json(folder / "2_Normalize/config.json", activation_function="os.system")
     assert "modules.json names os.system" in failures(folder, opens=True)["code"]
     assert not opened
 
 
 def test_the_installed_code_is_ours(folder):
     code = verify.code_of(folder)
-    assert code.state == "ours" and set(code.files) == {"configuration_minibert.py", "modeling_minibert.py"}
+    assert code.state == "ours" and set(code.files) == {file.name for file in code_files()}
     assert code.files["modeling_minibert.py"] == remote.sha256(Path(modeling_minibert.__file__))
 
 
@@ -317,7 +300,7 @@ def contents(built):
 def test_a_model_on_the_hub(hub, contents, opened):
     commit = hub.add_repo("ann/model", contents)
     hub.add_repo("ann/model", {"config.json": b"{}"})
-    done = CliRunner().invoke(app, ["hub", "verify", f"ann/model@{commit}", "--json"])
+    done = run_command("hub", "verify", f"ann/model@{commit}", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["ok"] and found["commit"] == commit and [check["name"] for check in found["checks"]] == NAMES
@@ -354,12 +337,12 @@ def test_a_damaged_cache_is_found(hub, contents, tmp_path):
     ],
 )
 def test_wrong_input_is_status_2(hub, name, sentence):
-    done = CliRunner().invoke(app, ["hub", "verify", name])
+    done = run_command("hub", "verify", name)
     assert done.exit_code == 2 and sentence in done.stderr
 
 
 def test_a_run_is_no_model(tmp_path):
-    done = CliRunner().invoke(app, ["hub", "verify", str(tmp_path)])
+    done = run_command("hub", "verify", tmp_path)
     assert done.exit_code == 2 and "of a run, name the folder of a stage" in done.stderr
 
 
@@ -367,7 +350,7 @@ def test_a_hidden_model_needs_a_login(hub, contents, monkeypatch):
     hub.add_repo("ann/model", contents, private=True)
     assert verify.verify("ann/model").ok
     monkeypatch.delenv("HF_TOKEN")
-    done = CliRunner().invoke(app, ["hub", "verify", "ann/model"])
+    done = run_command("hub", "verify", "ann/model")
     assert done.exit_code == 2 and "log in with `hf auth login` or set HF_TOKEN" in done.stderr
     assert minibert.__name__ not in done.stderr
 
@@ -378,8 +361,8 @@ def test_a_hidden_model_needs_a_login(hub, contents, monkeypatch):
 @pytest.fixture
 def recorded(monkeypatch):
     """A record of two releases, of which the installed code is the second; returns the code of the first."""
-    installed = {name: remote.sha256(file) for name, file in verify._OURS.items()}
-    older = {name: file.read_bytes() + b"# as it was\n" for name, file in verify._OURS.items()}
+    installed = {file.name: remote.sha256(file) for file in code_files()}
+    older = {file.name: file.read_bytes() + b"# as it was\n" for file in code_files()}
     first = {name: hashlib.sha256(data).hexdigest() for name, data in older.items()}
     record = {"0.1.0": {"released": "2026-01-02", **first}, "0.2.0": {"released": "2026-03-04", **installed}}
     monkeypatch.setattr(releases, "known", lambda: record)
@@ -416,14 +399,3 @@ def test_code_in_development_is_said_to_be_of_no_release(folder, monkeypatch):
 
 def texts(folder):
     return {check.name: check.text for check in verify.checks_of(folder)}
-
-
-def test_without_sentence_transformers_all_else_is_checked_and_that_is_said(folder, opened, monkeypatch):
-    monkeypatch.setattr(verify, "find_spec", lambda name: None)
-    done = CliRunner().invoke(app, ["hub", "verify", str(folder)])
-    assert done.exit_code == 1, done.output  # who asked for a whole check did not get one
-    *sound, opens = done.stdout.strip().splitlines()
-    assert [line.split(":")[0] for line in sound] == [f"ok       {name}" for name in NAMES[:-1]]
-    lacking = "not SentenceTransformer, which is not installed: pip install 'minibert[search]'."
-    assert opens == f"skipped  opens: In a fresh process without minibert: AutoModel; {lacking}"
-    assert [request.embeds for request in opened] == [False]

@@ -1,12 +1,8 @@
 """Versions: what the first release saved loads for ever, and code that travels says which transformers it needs."""
 
-import configparser
-import importlib
 import json
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +11,12 @@ from packaging.requirements import Requirement
 from safetensors import safe_open
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from minibert import MiniBertModel, configuration_minibert, modeling_minibert
+from helpers import SETUP, run_python
+from minibert import MiniBertModel, configuration_minibert
 from minibert.configuration_minibert import OLDEST_TRANSFORMERS
+from minibert.files.model_folder import code_files
 from minibert.inference.load import load
 
-ROOT = Path(importlib.import_module("minibert.configuration_minibert").__file__).parent
 # Written by version 0.1.0; never write them again. If one of these tests fails, it is the code that has to read them.
 FIRST = Path(__file__).parent / "data" / "first-release"
 HEADS = {"words": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification}
@@ -79,13 +76,11 @@ json.dump(found, sys.stdout)
 
 def test_an_older_transformers_is_named_with_the_way_out(tmp_path, monkeypatch):
     folder = shutil.copytree(FIRST / "embed", tmp_path / "model")
-    for module in (configuration_minibert, modeling_minibert):
-        shutil.copy(module.__file__, folder)
+    for file in code_files():
+        shutil.copy(file, folder)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "code"))
     older, oldest = ("4.57.6", "5.3.0"), f"{OLDEST_TRANSFORMERS}.0.dev0"
-    command = [sys.executable, "-c", OPEN, str(folder), *older, oldest]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    found = json.loads(done.stdout)
+    found = json.loads(run_python(OPEN, folder, *older, oldest, cwd=tmp_path))
     assert found.pop(oldest) == "MiniBertConfig"
     for version, message in found.items():
         assert message.startswith(f"MiniBERT needs transformers {OLDEST_TRANSFORMERS} or newer, but this is {version}; ")
@@ -99,8 +94,6 @@ def test_versions_are_compared_as_numbers(version, monkeypatch):
 
 
 def test_the_package_itself_asks_for_no_older_one():
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    (wanted,) = (Requirement(line) for line in setup["options"]["install_requires"].split() if line.startswith("transformers"))
+    (wanted,) = (Requirement(line) for line in SETUP["options"]["install_requires"].split() if line.startswith("transformers"))
     assert not wanted.specifier.contains("5.3.0")
     assert Requirement(f"transformers>={OLDEST_TRANSFORMERS}").specifier.contains(str(wanted.specifier).removeprefix(">="))

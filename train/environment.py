@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from minibert.files import installation
 from minibert.train.stage import StageContext
 
-_LIBRARIES = ("minibert", "torch", "transformers", "sentence-transformers", "datasets", "accelerate")
+_LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "accelerate")
 
 
 def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
         "processor": _processor(),
         "cores": _cores(),
         "processes": processes,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), "minibert": installation.version(), **_versions()},
         "datasets": {
             source.path: source.commit
             for sources in (getattr(stage, "data", None), getattr(stage, "eval_data", None))
