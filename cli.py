@@ -69,7 +69,7 @@ def plain_errors(debug: bool, interrupted: str = "Nothing was written.", extra: 
     Args:
         debug: let the error through, with its traceback.
         interrupted: what Ctrl-C leaves the user to do, such as how to resume.
-        extra: of this package, which brings the packages that the command needs.
+        extra: name this extra for a missing module, where the command needs more than the extra of that module.
     """
     try:
         yield
@@ -84,11 +84,12 @@ def plain_errors(debug: bool, interrupted: str = "Nothing was written.", extra: 
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
-        if debug or not extra:
+        from minibert.files.installation import EXTRAS, missing
+
+        module = str(error.name).split(".")[0]
+        if debug or module not in EXTRAS:
             raise
-        typer.echo(
-            f"Error: This command needs {str(error.name).split('.')[0]}; install it: pip install 'minibert[{extra}]'.", err=True
-        )
+        typer.echo(f"Error: {missing(f'This command needs {module}', extra or EXTRAS[module])}", err=True)
         raise typer.Exit(2) from None
     except Exception as error:  # which of them are the user's is looked up only now: their classes would slow every --help
         # Nobody reads on from a closed pipe, which Typer ends quietly.
@@ -105,10 +106,19 @@ def print_json(value: Any) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from minibert.files import installation
 
-        typer.echo(f"minibert {version('minibert')}")
+        typer.echo(f"minibert {installation.version()}")
+        _name_foreign()
         raise typer.Exit
+
+
+def _name_foreign() -> None:
+    """Say on standard error that another project's distribution ``minibert`` is installed too, if it is."""
+    from minibert.files.installation import foreign
+
+    if warning := foreign():
+        typer.echo(f"Warning: {warning}", err=True)
 
 
 @app.callback()
@@ -245,7 +255,7 @@ def search(
 
     The first search in a folder builds its index, and later ones add what is new to it.
     """
-    with plain_errors(debug, "The vectors are as they were; search again.", extra="search"):
+    with plain_errors(debug, "The vectors are as they were; search again."):
         _hide_loading_bars()
         _report_progress()
         asked = _asked(queries, queries_file)
@@ -387,7 +397,7 @@ def encode(
 
     With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode MODEL INPUT OUT.
     """
-    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="search"):
+    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
         from minibert.search.encode_corpus import encode_corpus
 
         _hide_loading_bars()
@@ -427,7 +437,7 @@ def evaluate(
     query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a classifier: classification.
     tokens, ner_tags, with a tagger: entity-level F1.
     """
-    with plain_errors(debug, extra="search"):
+    with plain_errors(debug):
         from minibert.evaluation.evaluate import evaluate as measure
         from minibert.evaluation.evaluate import figures_table
 
@@ -480,7 +490,7 @@ def predict(
     A classifier reads texts or pairs of them; a tagger texts or lists of words (tokens); question answering reads question
     and context; multiple choice a question and its choices.
     """
-    with plain_errors(debug, f"{out} was not written." if out else "The remaining rows are missing.", extra="search"):
+    with plain_errors(debug, f"{out} was not written." if out else "The remaining rows are missing."):
         from minibert.inference.predict import check_output, in_a_line, write
         from minibert.inference.predict import predict as predict_rows
 
@@ -547,7 +557,7 @@ def convert(
 
     Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
     """
-    with plain_errors(debug, extra="search"):
+    with plain_errors(debug):
         from minibert.hub.convert import convert as convert_model
 
         _report(convert_model(source, output_dir, dtype=dtype, revision=revision), as_json)
@@ -572,7 +582,7 @@ def export(
 
     Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
     """
-    with plain_errors(debug, extra="search"):
+    with plain_errors(debug):
         if to not in ("bert", "onnx"):
             raise ValueError(f"--to={to} is unknown; use bert or onnx.")
         if to == "onnx":
@@ -621,7 +631,7 @@ def push(
     The folder is built with card and code, opened in a fresh process without this package, and sent in one commit, which is
     then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
     """
-    with plain_errors(debug, "What was sent is kept; push again to complete it.", extra="search"):
+    with plain_errors(debug, "What was sent is kept; push again to complete it."):
         from minibert.hub.push import push as push_model
 
         card: dict[str, Any] = {key: value for key, value in (("license", licence), ("language", languages)) if value}
@@ -671,7 +681,7 @@ def pull(
     debug: Debug = False,
 ) -> None:
     """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
-    with plain_errors(debug, "What has arrived is kept; pull again to complete it.", extra="search"):
+    with plain_errors(debug, "What has arrived is kept; pull again to complete it."):
         from minibert.hub.pull import pull as pull_model
         from minibert.hub.push import size_text
         from minibert.hub.releases import words
@@ -702,7 +712,7 @@ def verify(
 
     A failed check is exit status 1.
     """
-    with plain_errors(debug, extra="search"):
+    with plain_errors(debug):
         from minibert.hub.verify import verify as verify_model
 
         _hide_loading_bars()
@@ -739,7 +749,7 @@ TextColumn = Annotated[str | None, typer.Option(help="Column of texts, where a f
 @contextmanager
 def _drawing(debug: bool) -> Iterator[None]:
     """Errors in one sentence, and the libraries quiet."""
-    with plain_errors(debug, extra="plot"):
+    with plain_errors(debug):
         from transformers.utils.logging import set_verbosity_error
 
         set_verbosity_error()
@@ -900,13 +910,15 @@ def quickstart(
     Some minutes on two CPU cores, nothing to download. It is the bundled recipe named quickstart: finished stages are
     skipped, so that asking again takes no training.
     """
-    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train,search"):
+    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train"):
         from minibert.data.docstrings import load_passages
         from minibert.evaluation.evaluate import figures_table
+        from minibert.inference.load import load
         from minibert.search.search import Searcher, check_queries
         from minibert.train.recipe import load_recipe
         from minibert.train.run import read_metrics, run_recipe
 
+        _name_foreign()
         check_queries(queries or [])
         _report_progress()
         run_dir = run_recipe(load_recipe("quickstart", overrides or []), output_dir=output_dir, force=force)
@@ -919,7 +931,7 @@ def quickstart(
         passages = load_passages()["text"]
         typer.echo(f"\nReading {len(passages):,} passages to search ...", err=True)
         searcher = Searcher(folder, passages, show_progress=True)
-        difference = _difference_elsewhere(folder, questions, searcher.model.encode(questions))
+        difference = _difference_elsewhere(folder, questions, load(folder).encode(questions))
         typer.echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
         for question, hits in zip(questions, searcher.search(questions, top_k=3), strict=True):
             typer.echo(f"\n{_answer_lines(_answer(question, hits))}")

@@ -17,6 +17,10 @@ CODE = ("configuration_minibert.py", "modeling_minibert.py")
 def record(root: Path, today: str) -> str:
     """Write the code of this version into the record; refused where it was released with other code."""
     file, version, digests, known = _read(root)
+    if "dev" in version:
+        raise ValueError(
+            f"{version} is in development; give setup.cfg, CHANGELOG.md and CITATION.cff the version of the release."
+        )
     entry = known.setdefault(version, {"released": today, **digests})
     if any(entry.get(name) != digest for name, digest in digests.items()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Uses an installed minibert as its users do: the command, the encoder, a tokenizer, a checkpoint; no source tree in sight."""
+"""Use an installed minibert as its users do: commands, encoder, tokenizer, checkpoint, vectors; no source tree in sight."""
 
 import importlib
 import pkgutil
@@ -17,8 +17,7 @@ here = Path(minibert.__file__).parent
 assert here.parent.name == "site-packages", here
 
 for name in minibert.__all__:
-    if name not in ("encode", "predict") or "--every-module" in sys.argv:  # which need [search]
-        getattr(minibert, name)
+    getattr(minibert, name)
 assert list(files("minibert.recipes").glob("*.yaml")), "the recipes are missing from the wheel"
 
 tokenizer = minibert.train_wordpiece(["the wheel works where it was made", "and where it was not"] * 9, vocab_size=50)
@@ -31,6 +30,16 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
     assert (Path(folder) / "modeling_minibert.py").exists()
     again = transformers.AutoModel.from_pretrained(folder)
     torch.testing.assert_close(again(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+    assert minibert.encode(folder, ["the wheel", "where it was made"]).shape == (2, config.hidden_size)
+    notes, vectors, command = Path(folder, "notes.txt"), Path(folder, "vectors"), Path(sys.executable).parent / "minibert"
+    notes.write_text("the wheel\nwhere it was made\n", encoding="utf-8")
+    for line in (
+        ["encode", folder, notes, vectors],
+        ["search", folder, "--passages", notes, "made"],
+        ["search", vectors, "made"],
+    ):
+        subprocess.run([command, *line], check=True, stdout=subprocess.DEVNULL)
 
 if "--every-module" in sys.argv:
     modules = [module.name for module in pkgutil.walk_packages([str(here)], "minibert.") if module.name != "minibert.__main__"]

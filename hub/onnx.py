@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert import modeling_minibert
+from minibert.files.installation import missing
 from minibert.hub import folders, parity
 from minibert.hub.convert import Report, full, open_tokenizer
 from minibert.hub.export import open_minibert
@@ -81,8 +82,8 @@ def export_onnx(
 def _check_packages() -> None:
     from importlib.util import find_spec
 
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise ValueError(f"Export to ONNX needs {', '.join(missing)}; install them: pip install 'minibert[export]'.")
+    if lacking := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise ValueError(missing(f"Export to ONNX needs {', '.join(lacking)}", "export"))
 
 
 class _Graph(nn.Module):

@@ -6,7 +6,8 @@
 import json
 from functools import cache
 from importlib import resources
-from importlib.metadata import version
+
+from minibert.files.installation import version
 
 RECORD = "releases.json"
 
@@ -31,7 +32,7 @@ def release_of(files: list[tuple[str, str]]) -> str | None:
 
 def words(release: str | None) -> str:
     """A release for people; None is the installed code, where that is of none."""
-    return f"minibert {release}" if release else f"the installed minibert {version('minibert')}, which is no release yet"
+    return f"minibert {release}" if release else f"the installed minibert {version()}, which is no release yet"
 
 
 __all__ = ["known", "release_of", "releases_of", "words"]

@@ -271,12 +271,12 @@ class Hub:
     """
 
     def __init__(self, token: str | None = None):
-        from importlib.metadata import version
+        from minibert.files.installation import version
 
         self.token = token
         if not re.fullmatch(r"[!-~]*", token or get_token() or ""):  # the library would fail with the token in its message
             raise HubError("The token holds characters that no token has; log in with `hf auth login`, or correct HF_TOKEN.")
-        self._api = HfApi(token=token, library_name="minibert", library_version=version("minibert"))
+        self._api = HfApi(token=token, library_name="minibert", library_version=version())
 
     def commit(self, repo_id: str, revision: str | None = None) -> str:
         """The hash of the commit that ``revision`` (the default is main) means now.

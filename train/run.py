@@ -65,6 +65,8 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name).expanduser()
     _check_models(recipe)
+    for stage in recipe.stages:  # a missing package is better known before the first stage trains
+        importlib.import_module(KINDS[stage.kind][1])
     if state.is_main_process:
         _open_run(run_dir, recipe, force)
     state.wait_for_everyone()
