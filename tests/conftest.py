@@ -19,16 +19,6 @@ from hub_server import HubServer
 from minibert import MiniBertConfig, MiniBertModel
 
 
-@pytest.fixture(scope="session")
-def tiny():
-    return TINY
-
-
-@pytest.fixture(scope="session")
-def hub_server_class():
-    return HubServer
-
-
 @pytest.fixture(scope="session", params=["search-8x768", "bert-base", "modern-6x384"])
 def config(request):
     """One tiny configuration for every combination of switches that a preset uses."""

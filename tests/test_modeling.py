@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import minibert
-from helpers import no_dropout
+from helpers import TINY, no_dropout
 from minibert import MiniBertConfig, MiniBertModel, loss_minibert
 from minibert.modeling_minibert import rotary_angles, rotate, sinusoidal_table
 
@@ -158,9 +158,9 @@ def test_rotary_scores_depend_on_distance_only():
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
-def test_new_words_are_not_drowned_where_embeddings_are_normalised(tiny, norm_position):
+def test_new_words_are_not_drowned_where_embeddings_are_normalised(norm_position):
     torch.manual_seed(0)
-    shape = {**tiny, "norm_position": norm_position, "norm_embeddings": True, "scale_embeddings": False}
+    shape = {**TINY, "norm_position": norm_position, "norm_embeddings": True, "scale_embeddings": False}
     model = MiniBertModel(MiniBertConfig.preset("modern-6x384", **shape)).eval()
     ids = torch.arange(5, 15)[None]
     words = model.embeddings(ids, None, torch.arange(10)[None], None)[0]
@@ -430,8 +430,8 @@ def test_compiles_into_one_graph_with_dynamic_shapes(model):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_code_gives_the_same_vectors(tiny):
-    model = MiniBertModel(MiniBertConfig.preset("modern-6x384", **tiny)).eval()
+def test_compiled_code_gives_the_same_vectors():
+    model = MiniBertModel(MiniBertConfig.preset("modern-6x384", **TINY)).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for rows, length in ((2, 7), (3, 11)):
         ids, mask = torch.randint(1, 101, (rows, length)), torch.ones(rows, length, dtype=torch.long)
@@ -459,14 +459,14 @@ def test_exports(model):
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_a_sequence_longer_than_the_positions_is_refused(tiny):
-    model = MiniBertModel(MiniBertConfig.preset("bert-base", **tiny))
+def test_a_sequence_longer_than_the_positions_is_refused():
+    model = MiniBertModel(MiniBertConfig.preset("bert-base", **TINY))
     with pytest.raises(ValueError, match="has 41 tokens .* max_position_embeddings=40; tokenize with truncation"):
         model(input_ids=torch.ones(1, 41, dtype=torch.long))
 
 
-def test_rotary_positions_have_no_end(tiny):
-    model = MiniBertModel(MiniBertConfig.preset("modern-6x384", **tiny))
+def test_rotary_positions_have_no_end():
+    model = MiniBertModel(MiniBertConfig.preset("modern-6x384", **TINY))
     assert model(input_ids=torch.ones(1, 41, dtype=torch.long)).last_hidden_state.shape == (1, 41, 32)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import no_dropout
+from helpers import TINY, no_dropout
 from minibert import MiniBertConfig, MiniBertModel, packing_minibert
 from minibert.packing_minibert import Packing
 
@@ -53,8 +53,8 @@ def test_blocks_are_few_and_nearly_equal():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_of_sequences_change_no_answer(tiny, batch, dtype, monkeypatch):
-    model = MiniBertModel(MiniBertConfig(**tiny)).eval().to(dtype)
+def test_blocks_of_sequences_change_no_answer(batch, dtype, monkeypatch):
+    model = MiniBertModel(MiniBertConfig(**TINY)).eval().to(dtype)
     full = {name: value[:, :5] for name, value in batch.items()}  # every row real and in place
     full["attention_mask"] = torch.ones_like(full["attention_mask"])
     with torch.no_grad():

@@ -6,6 +6,7 @@ import transformers
 from transformers import BertConfig
 
 import minibert
+from helpers import add_noise
 from minibert import MiniBertConfig
 from minibert.hub.families import FAMILIES
 
@@ -44,9 +45,7 @@ def pair(name, **fields):
         **fields,
     }
     theirs = getattr(transformers, name)(BertConfig(**fields)).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    add_noise(theirs)
     ours = getattr(minibert, f"Mini{name}")(MiniBertConfig.preset("bert-base", **fields)).eval()
     ours.load_state_dict(renamed_state(theirs), strict=True)
     return theirs, ours

@@ -1,8 +1,6 @@
 """What is released: one version everywhere, the declared Pythons, a complete source archive, extras that explain themselves."""
 
-import configparser
 import hashlib
-import importlib
 import json
 import re
 import runpy
@@ -15,11 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import ROOT, SETUP, run_python
 from minibert.hub import releases
 
-ROOT = Path(importlib.import_module("minibert.configuration_minibert").__file__).parent
-SETUP = configparser.ConfigParser()
-SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 EXTRAS = SETUP["options.extras_require"]
 PYTHONS = re.findall(r"Programming Language :: Python :: (3\.\d+)$", SETUP["metadata"]["classifiers"], re.MULTILINE)
 # What is imported by another name than it is installed by.
@@ -124,9 +120,8 @@ print(json.dumps(told))
 
 def without(missing: set[str], lines: list[str], cwd: Path) -> dict[str, list]:
     """Exit status, standard error and exception of every command line where ``missing`` modules are not installed."""
-    command = [sys.executable, "-c", WITHOUT, ",".join(sorted(missing))]
-    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, check=True, cwd=cwd)
-    return json.loads(done.stdout.splitlines()[-1])
+    printed = run_python(WITHOUT, ",".join(sorted(missing)), input=json.dumps(lines), cwd=cwd)
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.fixture
