@@ -3,13 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TYPES := .venv/types
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint docs clean
+.PHONY: help quickstart dev check test lint docs clean
 
 help:
 	@echo "make quickstart   train a search model on the documentation of your Python packages and ask it questions"
-	@echo "make test         run the tests"
+	@echo "make dev          set up .venv for editors and type checkers, and say what to tell them"
+	@echo "make check        run the quick tests of the model, the recipes and the package: a minute"
+	@echo "make test         run all tests"
 	@echo "make lint         check style and types"
 	@echo "make docs         build the documentation into build/docs; dead links fail"
 	@echo "make clean        remove .venv and the caches"
@@ -22,19 +25,32 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The checkout may have any name, and editors do not follow the editable install: the link gives them the package under its own name.
+$(TYPES)/minibert: $(INSTALLED)
+	@mkdir -p $(TYPES) && ln -sfn ../.. $@
+
 quickstart: $(INSTALLED)
 	$(BIN)/minibert quickstart
+
+dev: $(TYPES)/minibert
+	@echo "Interpreter:         .venv/bin/python"
+	@echo "Pyright and Pylance: nothing to set, pyrightconfig.json names the paths"
+	@echo "mypy:                MYPYPATH=$(TYPES), as make lint sets it"
+	@echo "Other editors:       add $(TYPES) and tests to the paths where modules are looked for"
+
+# Tests of files that every change may break; no network, and no test marked slow.
+CHECKED := configuration kernels packing modeling parity tokenization recipe packaging encode
+check: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(CHECKED:%=tests/test_%.py)
 
 # A process for each core, up to four; the tests of one file stay together, since they share what the first of them makes.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# The editable install is invisible to the type checker; a link gives it the package under its own name.
-lint: $(INSTALLED)
+lint: $(TYPES)/minibert
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	mkdir -p .venv/types && ln -sfn ../.. .venv/types/minibert
-	MYPYPATH=.venv/types $(BIN)/mypy --no-namespace-packages --exclude '/(benchmarks|docs|tests)/' -p minibert
+	MYPYPATH=$(TYPES) $(BIN)/mypy --no-namespace-packages --exclude '/(benchmarks|docs|tests)/' -p minibert
 
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
