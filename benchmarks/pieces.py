@@ -18,8 +18,10 @@ from transformers.activations import GELUActivation
 
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertModel
-from minibert.inference.cpu import LaidOutLinear
-from minibert.modeling_minibert import Packing, WordLoss, drop, multiply, product_rates, whole_attention_forward
+from minibert.inference.cpu import PrepackedLinear, product_rates
+from minibert.kernels_minibert import dropout, linear
+from minibert.loss_minibert import FusedMaskedLMLoss
+from minibert.packing_minibert import Packing, exp2_attention_forward
 from minibert.train.loop import keep_memory
 
 
@@ -90,7 +92,7 @@ def _backward(forward: Callable[[Tensor], Tensor], states: Tensor) -> Callable[[
 
 def _half_attention() -> dict[str, dict[str, Callable[[], None]]]:
     """64 sequences of 128 tokens in bfloat16, as in pretraining: no padding on either side."""
-    packing = Packing(None, [128] * 64, None, 128)
+    packing = Packing.of_lengths([128] * 64)
     packed = torch.randn(64 * 128, 4, 64).bfloat16().requires_grad_()
     padded = torch.randn(64, 4, 128, 64).bfloat16().requires_grad_()
     ours = _backward(lambda x: packing.attend(x, x, x, 0.0, 0.125).float(), packed)
@@ -106,7 +108,7 @@ def _encoding_attention() -> dict[str, dict[str, Callable[[], None]]]:
         packed = torch.randn(3, 4096, 12, 32).bfloat16().unflatten(1, (-1, length)).transpose(2, 3)
         contiguous = packed.contiguous()
         pieces[f"attention of 4,096 tokens by {length}, encoding"] = {
-            "minibert": torch.no_grad()(lambda x=packed: whole_attention_forward(*x, None, 0.18)),
+            "minibert": torch.no_grad()(lambda x=packed: exp2_attention_forward(*x, None, 0.18)),
             "torch": torch.no_grad()(lambda x=contiguous: F.scaled_dot_product_attention(*x, scale=0.18)),
         }
     return pieces
@@ -132,7 +134,7 @@ def _word_loss() -> dict[str, dict[str, Callable[[], None]]]:
 
     def ours(states: Tensor) -> Tensor:
         weight.grad = bias.grad = None
-        return WordLoss.apply(states.bfloat16(), weight.bfloat16(), bias, labels)
+        return FusedMaskedLMLoss.apply(states.bfloat16(), weight.bfloat16(), bias, labels)
 
     def theirs(states: Tensor) -> Tensor:
         weight.grad = bias.grad = None
@@ -145,7 +147,7 @@ def _word_loss() -> dict[str, dict[str, Callable[[], None]]]:
 
 def _dropout() -> dict[str, dict[str, Callable[[], None]]]:
     states = torch.randn(8400, 256, requires_grad=True)
-    ours, theirs = _backward(lambda x: drop(x, 0.1), states), _backward(lambda x: F.dropout(x, 0.1), states)
+    ours, theirs = _backward(lambda x: dropout(x, 0.1), states), _backward(lambda x: F.dropout(x, 0.1), states)
     return {"dropout of (8400, 256)": {"minibert": ours, "torch": theirs}}
 
 
@@ -154,14 +156,14 @@ def _attention() -> dict[str, dict[str, Callable[[], None]]]:
     lengths = torch.distributions.LogNormal(4.7, 0.6).sample((64,)).int().clamp(10, 350).sort().values
     longest = int(lengths.max())
     mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
-    packing = Packing(None, lengths.tolist(), None, longest)
+    packing = Packing.of_lengths(lengths.tolist())
     packed = torch.randn(int(lengths.sum()) + packing.extra, 4, 64, requires_grad=True)
     padded = torch.randn(64, 4, longest, 64, requires_grad=True)
     pieces = {}
-    for dropout in (0.0, 0.1):
-        pieces[f"attention of 64 passages, dropout {dropout}"] = {
-            "minibert": _backward(lambda x, p=dropout: packing.attend(x, x, x, p, 0.125), packed),
-            "torch": _backward(lambda x, p=dropout: F.scaled_dot_product_attention(x, x, x, mask, p, scale=0.125), padded),
+    for probability in (0.0, 0.1):
+        pieces[f"attention of 64 passages, dropout {probability}"] = {
+            "minibert": _backward(lambda x, p=probability: packing.attend(x, x, x, p, 0.125), packed),
+            "torch": _backward(lambda x, p=probability: F.scaled_dot_product_attention(x, x, x, mask, p, scale=0.125), padded),
         }
     return pieces
 
@@ -170,15 +172,15 @@ def _products() -> dict[str, dict[str, Callable[[], None]]]:
     """One product of 4,096 rows without gradients, where this processor decides how it is computed."""
     pieces = {}
     for dtype in (torch.float32, torch.bfloat16):
-        linear, states = nn.Linear(384, 1536).to(dtype), torch.randn(4096, 384)
+        module, states = nn.Linear(384, 1536).to(dtype), torch.randn(4096, 384)
 
         @torch.no_grad()
-        def ours(linear: nn.Linear = linear, states: Tensor = states) -> None:
-            multiply(linear, states)
+        def ours(module: nn.Linear = module, states: Tensor = states) -> None:
+            linear(module, states)
 
         @torch.no_grad()
-        def theirs(linear: nn.Linear = linear, states: Tensor = states) -> None:
-            linear(states.to(linear.weight.dtype))
+        def theirs(module: nn.Linear = module, states: Tensor = states) -> None:
+            module(states.to(module.weight.dtype))
 
         name = str(dtype).removeprefix("torch.")
         pieces[f"product of 4,096 rows, matrix in {name}"] = {"minibert": ours, "torch": theirs}
@@ -196,7 +198,7 @@ def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
         @torch.no_grad()
         def own(linears: list[Any] = linears, states: Tensor = states) -> None:
             for up, down in linears:
-                multiply(down, multiply(up, states, act))
+                linear(down, linear(up, states, act))
 
         @torch.no_grad()
         def laid_out(linears: list[Any], states: Tensor = states) -> None:
@@ -211,8 +213,9 @@ def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
         name = f"6 MLPs of {rows} rows, {str(dtype).removeprefix('torch.')}"
         pieces[name] = {"minibert": own, "torch": theirs}
         for halve in (False, True) if dtype == torch.float32 else (False,):
-            ready = [(LaidOutLinear(up, gelu=True, halve=halve), LaidOutLinear(down, halve=halve)) for up, down in linears]
-            how = "float16 copies" if halve else "laid out"
+            packed = partial(PrepackedLinear, half_copies=halve)
+            ready = [(packed(up, gelu=True), packed(down)) for up, down in linears]
+            how = "float16 copies" if halve else "prepacked"
             pieces[f"{name}, {how}"] = {"minibert": partial(laid_out, ready), "torch": theirs}
     return pieces
 

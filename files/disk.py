@@ -1,69 +1,50 @@
-"""What all who write here share: one writer in a folder, what is written is kept and read back as it was, and trouble with the
-disk is said in one sentence."""
+"""Write files safely: one writer per folder, files that appear complete or not at all, readable errors, and YAML."""
 
 import contextlib
-import errno
+import hashlib
 import json
 import os
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+_JSON_LIMIT = 64_000_000  # bytes
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, doing: str, *, kept: str) -> Iterator[None]:
-    """Keep other processes from writing into ``folder``; the system lets go of it when this one ends, however that happens.
-
-    Who kills torchrun but not its processes has those still at work, and two runs would mix what they write.
+def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing into ``folder``; the system releases the lock when this process ends.
 
     Args:
-        doing: what this process does there, for the message of others: ``"training in"``.
-        kept: as :func:`one_sentence` has it.
+        doing: what this process does there, for the message to others: ``"training in"``.
+        kept: what is not lost if the disk fails, as a clause.
+        wait: wait for the other process instead of refusing.
 
     Raises:
-        ValueError: another process is at work there; says which.
+        ValueError: another process holds the lock.
+        OSError: the folder cannot be written.
     """
-    if fcntl is None:
+    lock = FileLock(folder / ".lock")
+    try:
+        with readable_os_errors(folder, kept):
+            lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise ValueError(f"Another process is {doing} {folder}; wait for it, stop it, or choose another folder.") from None
+    try:
         yield
-        return
-    path = folder / ".lock"
-    with one_sentence(path, kept):
-        file = path.open("a+", encoding="utf-8")
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers that it forks do not hold it
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                who = file.read() or "of another run"  # which has not written its number yet
-                raise ValueError(
-                    f"Process {who} is {doing} {folder}; wait for it, stop it, or choose another folder."
-                ) from None
-            # Some file systems have no locks.
-        file.truncate(0)
-        file.write(f"{os.getpid()} of {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    finally:
+        (folder / ".lock").unlink(missing_ok=True)  # before the release, so that nobody removes the lock of the next process
+        lock.release()
 
 
 @contextlib.contextmanager
-def one_sentence(target: Path, kept: str) -> Iterator[None]:
-    """Disk trouble, which safetensors reports as an error of its own, as one OSError that says what to do.
+def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
+    """Raise disk trouble, including that of safetensors, as one OSError that says what to do.
 
     Args:
         kept: what is not lost, as a clause.
@@ -71,6 +52,8 @@ def one_sentence(target: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if isinstance(error, Timeout):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise OSError(
             f"{target} could not be written ({reason}); {kept}. "
@@ -78,8 +61,57 @@ def one_sentence(target: Path, kept: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces ``path``, synced, when the block ends; after an error the old file stays."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of ``path`` by ``text`` in UTF-8, atomically."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the content of ``path`` by ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file of a model folder, of at most 64 MB.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is too large or damaged.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
+    if file.stat().st_size > _JSON_LIMIT:
+        raise ValueError(f"{file} is larger than the {_JSON_LIMIT:,} bytes that are read; this is not a file of a model.")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as content:
+        digest = hashlib.sha256()
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk now."""
+    """Make the system write a file, or the names in a folder, to the disk now."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -90,11 +122,11 @@ def sync(path: Path) -> None:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number (YAML 1.1, which PyYAML follows, takes it for a string)."""
+    """Read YAML, and 1e-4 as a number: PyYAML follows YAML 1.1, which reads it as text."""
 
 
 class _YamlDumper(yaml.SafeDumper):
-    """What :class:`YamlLoader` reads: a text such as 1e-4 gets quotes."""
+    """Write what :class:`YamlLoader` reads: a text such as 1e-4 gets quotes."""
 
 
 for _reads_or_writes in (YamlLoader, _YamlDumper):
@@ -104,7 +136,7 @@ for _reads_or_writes in (YamlLoader, _YamlDumper):
 
 
 def to_yaml(value: Any) -> str:
-    """A recipe, or a part of one, as text that people can read, and that :class:`YamlLoader` reads back as the same.
+    """Write a recipe, or a part of it, as readable text that :class:`YamlLoader` reads back as the same value.
 
     >>> yaml.load(to_yaml({"data": ["\x85.csv", "1e5"], "rate": 1e-5}), Loader=YamlLoader)
     {'data': ['\x85.csv', '1e5'], 'rate': 1e-05}

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
+from minibert.files.disk import read_json
+
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.bin.index.json")
@@ -26,7 +28,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.bin.index
 # times its size in memory.
 HEADER_LIMIT = 16_000_000
 _VALUES_LIMIT = 1_000_000  # of a header, a tensor has about eight
-_JSON_LIMIT = 64_000_000  # of every other file read here
 _SIZE_LIMIT = 2**63
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -360,15 +361,6 @@ def _root(folder: Path) -> Path:
         if parent.name == "snapshots" and re.match(r"(models|datasets|spaces)--", parent.parent.name):
             return parent.parent
     return folder
-
-
-def read_json(file: Path) -> Any:
-    if file.stat().st_size > _JSON_LIMIT:
-        raise ValueError(f"{file} is larger than the {_JSON_LIMIT:,} bytes that are read; this is no model's.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from torch import Tensor
 
+from minibert.files.disk import read_json as read_json
 from minibert.files.model_folder import WEIGHTS as WEIGHTS  # also read as folders.WEIGHTS
 from minibert.files.model_folder import (
     check_file,
@@ -61,21 +62,6 @@ def find(source: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=_WANTED, ignore_patterns=_OTHER_BACKENDS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{here}, and the Hub did not give us one: {' '.join(str(error).split())}") from error
-
-
-def read_json(file: Path) -> Any:
-    """The contents of ``file``.
-
-    Raises:
-        FileNotFoundError: it is absent.
-        ValueError: it is not JSON.
-    """
-    if not file.exists():
-        raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
 
 
 def modules(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import filecmp
 import hashlib
-import json
 import logging
 import weakref
 from pathlib import Path
@@ -17,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, modeling_minibert
+from minibert.files.disk import read_json
 from minibert.files.model_folder import check_paths, check_weights, code_files, opening, weight_files
 
 logger = logging.getLogger(__name__)
@@ -130,20 +130,6 @@ def _encoder_folder(folder: Path) -> Path:
     if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
         raise FileNotFoundError(f"{folder} is not a model folder, but holds some; give one of {', '.join(stages)} in it.")
     return folder
-
-
-def read_json(file: Path) -> Any:
-    """What a file of a model folder holds.
-
-    Raises:
-        FileNotFoundError, ValueError: it is missing or damaged; says what to do.
-    """
-    if not file.exists():
-        raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
 
 
 def _compare_code(folder: Path) -> None:

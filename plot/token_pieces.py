@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minibert.inference.load import find_model, read_json
+from minibert.files.disk import read_json
+from minibert.inference.load import find_model
 from minibert.plot.page import INK, UNKNOWN, Picture, check_text, hover, markup, name_of, plain, token_labels
 
 # Characters that a line of boxes holds, and tokens that a picture holds.

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from minibert.data.stream import Bad, Rows, Stream, open_stream
-from minibert.files.model_folder import read_json
+from minibert.files.disk import read_json
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
 from minibert.inference.encode import Encoder, EncoderOptions
 from minibert.inference.load import find_model, fingerprint
@@ -35,8 +35,8 @@ from minibert.search.vectors import (
     Manifest,
     Shard,
     ShardWriter,
-    alone_in,
     clear_leftovers,
+    exclusive_lock,
     holds_vectors,
     number_of,
     quantize,
@@ -333,7 +333,7 @@ class _Job:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"The folder {self.out} cannot be made: {error.strerror}. Choose another one.") from error
-        with alone_in(self.out):
+        with exclusive_lock(self.out):
             yield
 
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:

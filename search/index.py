@@ -25,7 +25,6 @@ from zipfile import BadZipFile
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock
 from pyarrow import parquet
 from tqdm.auto import tqdm
 
@@ -281,11 +280,11 @@ def alone_with_index(folder: VectorFolder) -> Iterator[None]:
     Raises:
         OSError: where nothing can be written.
     """
-    home = index_folder(folder)
+    home, lock = index_folder(folder), contextlib.ExitStack()
     try:
-        with disk.one_sentence(home, KEPT):
+        with disk.readable_os_errors(home, KEPT):
             home.mkdir(exist_ok=True)
-            lock = FileLock(home / ".lock").acquire()
+        lock.enter_context(disk.exclusive_lock(home, "building", kept=KEPT, wait=True))
     except OSError as error:
         if getattr(error.__cause__, "errno", None) not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise

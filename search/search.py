@@ -340,7 +340,7 @@ def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool
             shutil.rmtree(earlier)
         try:
             built = WordIndex.build(_texts_of(folder), show_progress=show_progress)
-            with disk.one_sentence(home, KEPT):
+            with disk.readable_os_errors(home, KEPT):
                 built.save(temporary)
                 temporary.replace(home)
         except BaseException:

@@ -342,7 +342,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         self._stack = contextlib.ExitStack()
         temporary = self._stack.enter_context(_renamed(self.file, _KEPT))
-        with one_sentence(self.file):
+        with readable_os_errors(self.file):
             # Vectors do not compress; everything else does.
             codecs = {name: "none" if name == "vector" else "zstd" for name in self.schema.names}
             codecs["vector.list.element"] = codecs.pop("vector")
@@ -356,13 +356,13 @@ class ShardWriter:
         values = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=PRECISIONS[self.manifest.precision])
         columns = {"id": ids, "text": texts, "vector": pa.FixedSizeListArray.from_arrays(values, self.manifest.width)}
         table = pa.table([pa.array(columns[name], self.schema.field(name).type) for name in self.schema.names], self.schema)
-        with one_sentence(self.file):
+        with readable_os_errors(self.file):
             self._writer.write_table(table, row_group_size=max(1, len(table)))
         self.rows += len(table)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
-            with one_sentence(self.file):
+            with readable_os_errors(self.file):
                 if kind is None:
                     self._writer.add_key_value_metadata({_KEY: json.dumps(self.about)})
                 self._writer.close()
@@ -391,7 +391,7 @@ def shard_notes(file: Path) -> dict[str, Any] | None:
 def whole_file(file: Path, kept: str = _KEPT) -> Iterator[Path]:
     """A temporary name to write under: synced and renamed to ``file`` at the end, deleted after an exception. Nothing but
     writing belongs in there, for its trouble is said to be the disk's, with what is ``kept``."""
-    with _renamed(file, kept) as temporary, disk.one_sentence(file, kept):
+    with _renamed(file, kept) as temporary, disk.readable_os_errors(file, kept):
         yield temporary
 
 
@@ -400,7 +400,7 @@ def _renamed(file: Path, kept: str) -> Iterator[Path]:
     temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
     try:
         yield temporary
-        with disk.one_sentence(file, kept):
+        with disk.readable_os_errors(file, kept):
             disk.sync(temporary)
             temporary.replace(file)
             disk.sync(file.parent)
@@ -416,11 +416,11 @@ def clear_leftovers(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """:func:`minibert.files.disk.alone_in` of a run that encodes."""
-    return disk.alone_in(folder, "encoding into", kept=_KEPT)
+def exclusive_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """:func:`minibert.files.disk.exclusive_lock` of a run that encodes."""
+    return disk.exclusive_lock(folder, "encoding into", kept=_KEPT)
 
 
-def one_sentence(file: Path) -> contextlib.AbstractContextManager[None]:
-    """:func:`minibert.files.disk.one_sentence` of a run that encodes."""
-    return disk.one_sentence(file, _KEPT)
+def readable_os_errors(file: Path) -> contextlib.AbstractContextManager[None]:
+    """:func:`minibert.files.disk.readable_os_errors` of a run that encodes."""
+    return disk.readable_os_errors(file, _KEPT)

@@ -14,6 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from helpers import write_vectors
+from minibert.files import disk
 from minibert.search import index as module
 from minibert.search.index import NEIGHBOURS, index_folder, number_of_lists, open_index
 from minibert.search.vectors import (
@@ -473,7 +474,7 @@ def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch, numbe
         raise OSError(number, os.strerror(number))
 
     folder = write_vectors(tmp_path / "vectors", clustered(10, 1))
-    monkeypatch.setattr(module.FileLock, "acquire", refuse)
+    monkeypatch.setattr(disk.FileLock, "acquire", refuse)
     with pytest.raises(OSError, match=message):
         open_index(folder)
 

@@ -26,7 +26,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         OSError: the disk is full or not writable; an earlier folder of that name, and its neighbours, are untouched.
     """
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
-    with one_sentence(target):
+    with readable_os_errors(target):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -54,7 +54,7 @@ def seal(folder: Path) -> None:
 
 def move_files(source: Path, target: Path) -> None:
     """Move the files of ``source`` over those of ``target``, each by one rename, then drop ``source`` and its manifest."""
-    with one_sentence(target):
+    with readable_os_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.iterdir()):
             if path.name == MANIFEST:
@@ -120,11 +120,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def one_sentence(target: Path) -> AbstractContextManager[None]:
-    """:func:`minibert.files.disk.one_sentence` of a training run."""
-    return disk.one_sentence(target, _KEPT)
+def readable_os_errors(target: Path) -> AbstractContextManager[None]:
+    """:func:`minibert.files.disk.readable_os_errors` of a training run."""
+    return disk.readable_os_errors(target, _KEPT)
 
 
-def alone_in(folder: Path) -> AbstractContextManager[None]:
-    """:func:`minibert.files.disk.alone_in` of a training run."""
-    return disk.alone_in(folder, "training in", kept=_KEPT)
+def exclusive_lock(folder: Path) -> AbstractContextManager[None]:
+    """:func:`minibert.files.disk.exclusive_lock` of a training run."""
+    return disk.exclusive_lock(folder, "training in", kept=_KEPT)

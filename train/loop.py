@@ -352,14 +352,14 @@ class Log:
         self.accelerator, self.path = accelerator, path
         if accelerator.is_main_process:
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-            with checkpoint.one_sentence(path):
+            with checkpoint.readable_os_errors(path):
                 part = path.with_name(f"{path.name}.part")
                 part.write_text("".join(kept), encoding="utf-8")
                 part.replace(path)
 
     def write(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with checkpoint.one_sentence(self.path), self.path.open("a", encoding="utf-8") as file:
+            with checkpoint.readable_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
         self.accelerator.log(numbers, step=line["step"])
@@ -458,7 +458,7 @@ def fit(
         raise ValueError("There are no rows to train on; check the data and its limit.")
     keep_memory()
     run = _Run(model, phases, arguments, output_dir, seed, metric_for_best, greater_is_better)
-    with checkpoint.alone_in(run.output_dir) if run.accelerator.is_main_process else contextlib.nullcontext():
+    with checkpoint.exclusive_lock(run.output_dir) if run.accelerator.is_main_process else contextlib.nullcontext():
         run.resume()
         run.train(evaluate)
         return run.finish()

@@ -205,7 +205,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
     with contextlib.ExitStack() as locks:
         for folder in given_up:
             if folder.exists():
-                locks.enter_context(checkpoint.alone_in(folder))  # refuses while another run trains there
+                locks.enter_context(checkpoint.exclusive_lock(folder))  # refuses while another run trains there
         for folder in given_up:
             _set_aside(folder)
     run_dir.mkdir(parents=True, exist_ok=True)

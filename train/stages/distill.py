@@ -43,7 +43,7 @@ from minibert.data.tokenized_corpus import Corpus, load_corpus
 from minibert.evaluation.metrics import FIGURES, SMALLER_IS_BETTER
 from minibert.files.model_folder import opening
 from minibert.train.arguments import DistillStage
-from minibert.train.checkpoint import one_sentence
+from minibert.train.checkpoint import readable_os_errors
 from minibert.train.loop import fit, in_precision, processes
 from minibert.train.rows import TokenRows, choose_metric, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
@@ -348,7 +348,7 @@ def taught(folder: Path, key: str, rows: int, compute: Callable[[range], np.ndar
     """
     state, whole = processes(), folder / f"teacher-{key}.npy"
     if state.is_main_process:
-        with one_sentence(folder):
+        with readable_os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
     missing = not whole.exists()
@@ -373,7 +373,7 @@ def taught(folder: Path, key: str, rows: int, compute: Callable[[range], np.ndar
 def _save(path: Path, blocks: Any, rows: int) -> None:
     """Write blocks of rows, one after the other, as one array that is there whole or not at all."""
     part = path.with_name(f"{path.name}.part")
-    with one_sentence(path):
+    with readable_os_errors(path):
         array, start = None, 0
         for block in blocks:
             if array is None:
@@ -398,7 +398,7 @@ def teacher_figures(folder: Path, key: str, measure: Callable[[], dict[str, floa
     with torch.no_grad():
         figures = measure()
     if state.is_main_process:
-        with one_sentence(path):
+        with readable_os_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.part")
             part.write_text(json.dumps(figures), encoding="utf-8")
