@@ -11,14 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from itertools import chain, groupby, islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-import torch
-from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -26,6 +23,7 @@ from typing_extensions import Unpack
 
 from minibert.data.stream import Bad, Rows, Stream, open_stream
 from minibert.files.disk import read_json
+from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
 from minibert.inference.encode import Encoder, EncoderOptions
 from minibert.inference.load import find_model, fingerprint
@@ -214,11 +212,6 @@ def _check_apart(data: str | Path | Dataset, out: Path) -> None:
     here, there = Path(data).resolve(), out.resolve()
     if here == there or (here.is_dir() and here in there.parents) or there in here.parents:
         raise ValueError(f"The vectors would be written to {out}, where the input {data} is. Choose another folder, beside it.")
-
-
-def processes() -> PartialState:
-    """Which process this is, and of how many; one that waits for the others' last shards is patient."""
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 class _Asked:
