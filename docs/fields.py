@@ -34,6 +34,10 @@ def page() -> str:
     parts.append(section("Every stage", arguments.ModelStage, drop={"kind"}))
     shared = set(arguments.ModelStage.model_fields) | set(arguments.LoopArguments.model_fields)
     for model in stages:
+        if issubclass(model, arguments.DistillStage) and model is not arguments.DistillStage:
+            name = model.__annotations__["objective"].__args__[0]
+            parts.append(section(f"Stage `distill`, objective `{name}`", model, set(arguments.DistillStage.model_fields)))
+            continue
         extra = " It also has the fields of a training loop, below." if issubclass(model, arguments.LoopArguments) else ""
         parts.append(section(f"Stage `{model.__annotations__['kind'].__args__[0]}`", model, drop=shared, note=extra))
     parts.append(section("The training loop", arguments.LoopArguments))

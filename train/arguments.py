@@ -171,39 +171,44 @@ class PhaseArguments(Arguments):
     learning_rate: float | None = Field(None, gt=0, description="Its peak learning rate.")
 
 
-class PretrainStage(ModelStage, LoopArguments):
+class MaskedWordArguments(Arguments):
+    """Say how text becomes rows with masked words; shared by the stages that predict them."""
+
+    sample_by: Literal["line", "paragraph", "document"] = Field(
+        "paragraph", description="What a document is in .txt files: a line, a paragraph (up to an empty line) or the file."
+    )
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
+    mask_replace_prob: Share = Field(0.8, description="Share of the tokens to predict that become [MASK].")
+    random_replace_prob: Share = Field(0.1, description="Share of the tokens to predict that become another word.")
+    whole_word_mask: bool = Field(False, description="Mask all pieces of a word together.")
+    preprocessing_num_workers: Positive | None = Field(None, description="Processes that tokenize; unset: one per processor.")
+    cache_dir: str | None = Field(None, description="Folder that keeps tokenized text; unset means one beside datasets' own.")
+
+    @model_validator(mode="after")
+    def _replaced_at_most_once(self) -> "MaskedWordArguments":
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise ValueError("mask_replace_prob and random_replace_prob add up to more than 1; lower one of them.")
+        return self
+
+
+class PretrainStage(ModelStage, LoopArguments, MaskedWordArguments):
     """Pretrain an encoder on raw text: masked language modelling, alone or with next-sentence prediction."""
 
     kind: Literal["pretrain"]
     data: DataSources = Field(description="Text to train on.")
     eval_data: DataSources | None = Field(None, description="Text to measure on; unset means none.")
     text_column: str | None = Field(None, description="Column of documents; unset: text, or the only column of strings.")
-    sample_by: Literal["line", "paragraph", "document"] = Field(
-        "paragraph", description="What a document is in .txt files: a line, a paragraph (up to an empty line) or the file."
-    )
     next_sentence: bool = Field(False, description="Also predict whether the second segment follows the first, as BERT did.")
     sentence_delimiters: str = Field(
         ".!?", min_length=1, description="Characters that end a sentence before white space, for next_sentence."
     )
-    mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
-    mask_replace_prob: Share = Field(0.8, description="Share of the tokens to predict that become [MASK].")
-    random_replace_prob: Share = Field(0.1, description="Share of the tokens to predict that become another word.")
-    whole_word_mask: bool = Field(False, description="Mask all pieces of a word together.")
     max_length: Positive | None = Field(None, description="Length of sequences in tokens; unset means the model's positions.")
     phases: list[PhaseArguments] | None = Field(
         None, min_length=1, description="Parts of the run, such as short sequences first and long ones later; unset: one."
     )
-    preprocessing_num_workers: Positive | None = Field(None, description="Processes that tokenize; unset: one per processor.")
-    cache_dir: str | None = Field(None, description="Folder that keeps tokenized text; unset means one beside datasets' own.")
     metric_for_best: Literal["loss", "perplexity", "masked_accuracy", "next_sentence_accuracy"] | None = Field(
         None, description="Metric that picks the checkpoint kept as the result; null keeps the last."
     )
-
-    @model_validator(mode="after")
-    def _replaced_at_most_once(self) -> "PretrainStage":
-        if self.mask_replace_prob + self.random_replace_prob > 1:
-            raise ValueError("mask_replace_prob and random_replace_prob add up to more than 1; lower one of them.")
-        return self
 
     @model_validator(mode="after")
     def _measures_what_it_learns(self) -> "PretrainStage":
@@ -406,26 +411,10 @@ class EmbedStage(ModelStage, LoopArguments):
         return self.hard_negatives if source.hard_negatives is None else source.hard_negatives
 
 
-# Fields of distill that serve only some of its objectives.
-_OBJECTIVES_OF = {
-    **dict.fromkeys(("temperature",), ("task", "pretraining")),
-    **dict.fromkeys(("label_column", "labels", "alpha"), ("task",)),
-    **dict.fromkeys(("kl_weight", "mlm_weight", "cosine_weight", "mlm_probability", "mask_replace_prob"), ("pretraining",)),
-    **dict.fromkeys(("random_replace_prob", "whole_word_mask", "preprocessing_num_workers", "cache_dir"), ("pretraining",)),
-    **dict.fromkeys(("sample_by",), ("pretraining", "embedding")),
-    **dict.fromkeys(("split_lines", "vector_loss", "vector_weight", "similarity_weight", "hidden_weight"), ("embedding",)),
-    **dict.fromkeys(("matryoshka_dims", "pooling", "normalize"), ("embedding",)),
-}
-
-
 class DistillStage(ModelStage, LoopArguments):
     """Teach a smaller model what a larger one knows: a classifier's logits, a masked-language model's, or text vectors."""
 
     kind: Literal["distill"]
-    objective: Literal["task", "pretraining", "embedding"] = Field(
-        description="task: the teacher's classes and the labels; pretraining: its masked words, the words themselves and its "
-        "hidden states; embedding: its vectors of unlabelled texts."
-    )
     teacher: str = Field(
         min_length=1,
         description="An earlier stage's name, a folder or a Hub id of a classifier, of a MiniBERT that predicts words, or of "
@@ -438,87 +427,119 @@ class DistillStage(ModelStage, LoopArguments):
     )
     data: DataSources = Field(description="Training data.")
     eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
-    text_columns: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="task: as in classify; pretraining: the column of documents; embedding: columns whose texts are read, "
-        "unset: all columns of strings.",
-    )
-    max_length: Positive | None = Field(
-        None, description="Longest sequence in tokens; unset means the model's positions, for embedding the teacher's length."
-    )
-    metric_for_best: str | None = Field(
-        None,
-        description="Metric that picks the checkpoint kept as the result; unset means for task as in classify, for "
-        "pretraining loss, for embedding score: the mean of spearman and ndcg@10 over the data sets of eval_data.",
-    )
-    temperature: float = Field(2.0, gt=0, description="task, pretraining: divides logits before they are compared.")
-    label_column: str = Field("label", description="task: column of the class (a number, a string or a ClassLabel).")
-    labels: list[str] | None = Field(None, min_length=2, description="task: names of the classes in order; unset: the data's.")
-    alpha: Share = Field(0.5, description="task: share of the teacher in the loss; the rest is the labels'.")
-    kl_weight: float = Field(5.0, ge=0, description="pretraining: weight of the teacher's distribution of masked words.")
-    mlm_weight: float = Field(2.0, ge=0, description="pretraining: weight of the masked words themselves.")
-    cosine_weight: float = Field(1.0, ge=0, description="pretraining: weight of the cosine to the teacher's last states.")
-    mlm_probability: float = Field(0.15, gt=0, lt=1, description="pretraining: share of the tokens to predict.")
-    mask_replace_prob: Share = Field(0.8, description="pretraining: share of the tokens to predict that become [MASK].")
-    random_replace_prob: Share = Field(0.1, description="pretraining: share of them that become another word.")
-    whole_word_mask: bool = Field(False, description="pretraining: mask all pieces of a word together.")
-    preprocessing_num_workers: Positive | None = Field(
-        None, description="pretraining: processes that tokenize; unset: one per processor."
-    )
-    cache_dir: str | None = Field(
-        None, description="pretraining: folder that keeps tokenized text; unset means one beside datasets' own."
-    )
-    sample_by: Literal["line", "paragraph", "document"] = Field(
-        "paragraph", description="pretraining, embedding: what a text is in .txt files."
-    )
-    split_lines: bool = Field(False, description="embedding: each line of a text is a text of its own.")
-    vector_loss: Literal["cosine", "mse"] = Field(
-        "cosine", description="embedding: one minus the cosine to the teacher's vector, or the squared distance."
-    )
-    vector_weight: float = Field(1.0, ge=0, description="embedding: weight of vector_loss.")
-    similarity_weight: float = Field(
-        1.0, ge=0, description="embedding: weight of the squared error of the cosines between the texts of a batch."
-    )
-    hidden_weight: float = Field(
-        0.0,
-        ge=0,
-        description="embedding: weight of the squared error of hidden states, layer by layer; both models must read the same "
-        "tokens, and the teacher runs at every step.",
-    )
-    matryoshka_dims: list[Positive] | None = Field(
-        None, min_length=1, description="embedding: lengths of the vectors' prefixes that learn the similarities too."
-    )
-    pooling: Literal["cls", "mean"] | None = Field(
-        None, description="embedding: vector that stands for a text; unset: as the teacher does."
-    )
-    normalize: bool | None = Field(None, description="embedding: scale vectors to length 1; unset: as the teacher does.")
-
-    _names = field_validator("labels")(_named_once)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "DistillStage":
+    def _one_start(self) -> "DistillStage":
         if self.model is not None and self.student_layers is not None:
             raise ValueError(
                 "model and student_layers are both given; keep model to start from it, or student_layers to start from the "
                 "teacher's layers."
             )
-        for name, objectives in _OBJECTIVES_OF.items():
-            if self.objective not in objectives and getattr(self, name) != DistillStage.model_fields[name].default:
-                raise ValueError(
-                    f"{name} belongs to objective: {' or '.join(objectives)}, not to {self.objective}; leave it out."
-                )
-        if self.mask_replace_prob + self.random_replace_prob > 1:
-            raise ValueError("mask_replace_prob and random_replace_prob add up to more than 1; lower one of them.")
-        weights = {"pretraining": ("kl_weight", "mlm_weight", "cosine_weight")}
-        weights["embedding"] = ("vector_weight", "similarity_weight", "hidden_weight")
-        if not any(getattr(self, name) for name in weights.get(self.objective, ("temperature",))):
-            raise ValueError(
-                f"{', '.join(weights[self.objective])} are all 0, so there is nothing to learn; raise one of them."
-            )
         if self.fsdp:
             raise ValueError("fsdp is not there for distill, whose students are small; leave it out.")
         return self
+
+    def _refuse_zeros(self, *weights: str) -> None:
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"{', '.join(weights)} are all 0, so there is nothing to learn; raise one of them.")
+
+
+class DistillTaskStage(DistillStage):
+    """Teach a classifier the teacher's classes and the labels of the data."""
+
+    objective: Literal["task"]
+    text_columns: list[str] | None = Field(
+        None, min_length=1, max_length=2, description="One column, or two for pairs; unset means detected."
+    )
+    label_column: str = Field("label", description="Column of the class (a number, a string or a ClassLabel).")
+    labels: list[str] | None = Field(None, min_length=2, description="Names of the classes in order; unset: the data's.")
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
+    metric_for_best: Literal["accuracy", "macro_f1", "loss"] = Field(
+        "accuracy", description="Metric that picks the checkpoint kept as the result."
+    )
+    temperature: float = Field(2.0, gt=0, description="Divides logits before they are compared.")
+    alpha: Share = Field(0.5, description="Share of the teacher in the loss; the rest is the labels'.")
+
+    _names = field_validator("labels")(_named_once)
+
+
+class DistillPretrainingStage(DistillStage, MaskedWordArguments):
+    """Teach a language model the teacher's masked words, the words themselves and the teacher's hidden states."""
+
+    objective: Literal["pretraining"]
+    text_columns: list[str] | None = Field(
+        None, min_length=1, max_length=1, description="The column of documents; unset: text, or the only column of strings."
+    )
+    max_length: Positive | None = Field(None, description="Length of sequences in tokens; unset means the model's positions.")
+    metric_for_best: Literal["loss", "perplexity", "masked_accuracy"] = Field(
+        "loss", description="Metric that picks the checkpoint kept as the result."
+    )
+    temperature: float = Field(2.0, gt=0, description="Divides logits before they are compared.")
+    kl_weight: float = Field(5.0, ge=0, description="Weight of the teacher's distribution of masked words.")
+    mlm_weight: float = Field(2.0, ge=0, description="Weight of the masked words themselves.")
+    cosine_weight: float = Field(1.0, ge=0, description="Weight of the cosine to the teacher's last states.")
+
+    @property
+    def text_column(self) -> str | None:
+        """Return the column of documents under the name that ``pretrain`` gives it."""
+        return self.text_columns[0] if self.text_columns else None
+
+    @model_validator(mode="after")
+    def _learns(self) -> "DistillPretrainingStage":
+        self._refuse_zeros("kl_weight", "mlm_weight", "cosine_weight")
+        return self
+
+
+class DistillEmbeddingStage(DistillStage):
+    """Teach an embedding model the teacher's vectors of unlabelled texts, and the similarities between them."""
+
+    objective: Literal["embedding"]
+    text_columns: list[str] | None = Field(
+        None, min_length=1, description="Columns whose texts are read; unset: all columns of strings."
+    )
+    sample_by: Literal["line", "paragraph", "document"] = Field(
+        "paragraph", description="What a text is in .txt files: a line, a paragraph (up to an empty line) or the file."
+    )
+    split_lines: bool = Field(False, description="Each line of a text is a text of its own.")
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the teacher's.")
+    metric_for_best: str = Field(
+        "score",
+        description="Metric that picks the checkpoint kept as the result; score is the mean of spearman and ndcg@10 over the "
+        "data sets of eval_data.",
+    )
+    vector_loss: Literal["cosine", "mse"] = Field(
+        "cosine", description="One minus the cosine to the teacher's vector, or the squared distance."
+    )
+    vector_weight: float = Field(1.0, ge=0, description="Weight of vector_loss.")
+    similarity_weight: float = Field(
+        1.0, ge=0, description="Weight of the squared error of the cosines between the texts of a batch."
+    )
+    hidden_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the squared error of hidden states, layer by layer; both models must read the same tokens, and "
+        "the teacher runs at every step.",
+    )
+    matryoshka_dims: list[Positive] | None = Field(
+        None, min_length=1, description="Lengths of the vectors' prefixes that learn the similarities too."
+    )
+    pooling: Literal["cls", "mean"] | None = Field(
+        None, description="Vector that stands for a text; unset: as the teacher does."
+    )
+    normalize: bool | None = Field(None, description="Scale vectors to length 1; unset: as the teacher does.")
+
+    @model_validator(mode="after")
+    def _learns(self) -> "DistillEmbeddingStage":
+        self._refuse_zeros("vector_weight", "similarity_weight", "hidden_weight")
+        return self
+
+
+# The arguments of each objective of ``distill``.
+OBJECTIVES: dict[str, type[DistillStage]] = {
+    "task": DistillTaskStage,
+    "pretraining": DistillPretrainingStage,
+    "embedding": DistillEmbeddingStage,
+}
 
 
 class EvaluateStage(ModelStage):
@@ -539,7 +560,7 @@ AnyStage = Annotated[
     | AnswerStage
     | ChooseStage
     | EmbedStage
-    | DistillStage
+    | Annotated[DistillTaskStage | DistillPretrainingStage | DistillEmbeddingStage, Field(discriminator="objective")]
     | EvaluateStage,
     Field(discriminator="kind"),
 ]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from minibert.data.source import DataSource
 from minibert.files import disk
 from minibert.train.arguments import (
+    OBJECTIVES,
     AnswerStage,
     ChooseStage,
     ClassifyStage,
@@ -131,16 +132,18 @@ def _in_words(problem: Any, raw: dict[str, Any]) -> str:
         stage = raw["stages"][index]
         label = (stage.get("name") or stage.get("kind")) if isinstance(stage, dict) else None
         prefix = f"stage {index + 1}" + (f" ({label})" if label else "") + ": "
-        model = KINDS[location[2]][0] if len(location) > 2 else None  # the third entry is the tag of the union
-        location = location[3:]
+        tags = location[2:4] if location[2:3] == ["distill"] else location[2:3]  # of the unions: a kind, and an objective
+        model = {**OBJECTIVES, **{kind: entry[0] for kind, entry in KINDS.items()}}[tags[-1]] if tags else None
+        location = location[2 + len(tags) :]
     # Tags of the two forms of ``model`` are ours, not the user's.
     location = [key for at, key in enumerate(location) if not (at and location[at - 1] == "model" and key in ("text", "new"))]
     field = ".".join(str(key) for key in location)
     value = problem["input"]
     match problem["type"]:
         case "union_tag_invalid" | "union_tag_not_found":
-            kind = value.get("kind") if isinstance(value, dict) else value
-            return f"{prefix}kind={kind!r} is unknown; use one of {', '.join(KINDS)}."
+            tag = problem["ctx"]["discriminator"].strip("'")
+            given = value.get(tag) if isinstance(value, dict) else value
+            return f"{prefix}{tag}={given!r} is unknown; use one of {', '.join(KINDS if tag == 'kind' else OBJECTIVES)}."
         case "extra_forbidden":
             of_pairs = model is EmbedStage and "data" in location
             known = PairSource if of_pairs else DataSource if {"data", "eval_data"} & set(location) else model
