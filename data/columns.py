@@ -1,0 +1,46 @@
+"""Find the columns that hold texts."""
+
+from collections.abc import Sequence
+
+
+def pick_columns(
+    found: Sequence[str],
+    wanted: Sequence[str] | None,
+    usual: Sequence[Sequence[str]],
+    *,
+    option: str,
+    where: str = "the data",
+    columns: Sequence[str] | None = None,
+) -> list[str]:
+    """Return the columns ``wanted``, else the first of the ``usual`` groups that is complete, else the only column found.
+
+    Args:
+        found: the columns of strings.
+        usual: groups of names, in order of preference; the only column is taken if some group has one name.
+        option: how the user names columns, for messages: ``"--column"``, ``"text_columns"``.
+        where: what holds the columns, for messages.
+        columns: all columns, for messages; the default is ``found``.
+
+    >>> pick_columns(["title", "text"], None, [["question", "context"], ["text"]], option="--column")
+    ['text']
+
+    Raises:
+        ValueError: a wanted column is missing or does not hold strings, or the choice is not clear.
+    """
+    every = columns if columns is not None else found
+    shown = ", ".join(every) or "none"
+    if wanted:
+        if missing := [name for name in wanted if name not in found]:
+            kind = "does not hold texts" if missing[0] in every else "is not there"
+            texts = f"; the columns of texts are {', '.join(found) or 'none'}" if every != found else ""
+            raise ValueError(f"Column {missing[0]!r} {kind} in {where}; the columns are {shown}{texts} ({option}).")
+        return list(wanted)
+    for group in usual:
+        if set(group) <= set(found):
+            return list(group)
+    if len(found) == 1 and any(len(group) == 1 for group in usual):
+        return list(found)
+    if not found:
+        raise ValueError(f"No column of {where} holds texts; the columns are {shown}. Give data with a column of strings.")
+    names = "; ".join(" + ".join(group) for group in usual)
+    raise ValueError(f"It is not clear which column of {where} to read: usual names are {names}, found are {shown}; use {option}.")
