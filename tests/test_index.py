@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import faiss
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from helpers import write_vectors
+from helpers import edit_json, write_vectors
 from minibert.files import disk
 from minibert.search import index as module
 from minibert.search.index import NEIGHBOURS, index_folder, number_of_lists, open_index
@@ -70,8 +71,8 @@ def folder(built, tmp_path):
 @pytest.fixture
 def added(monkeypatch):
     """Names of the shards that are read to be indexed."""
-    names, real = [], module._map_shard
-    monkeypatch.setattr(module, "_map_shard", lambda folder, shard: names.append(shard.file) or real(folder, shard))
+    names, real = [], VectorFolder.read
+    monkeypatch.setattr(VectorFolder, "read", lambda self, shard: names.append(shard.file) or real(self, shard))
     return names
 
 
@@ -104,8 +105,27 @@ def test_the_nearest_are_those_of_the_full_matrix(tmp_path, small, precision, li
 
 def test_lists_on_request_are_passed_by(folder):
     queries = clustered(20, 3)
-    scores, _ = open_index(folder).search(queries, 10, exact=True)
+    scores, _ = open_index(folder, exact=True).search(queries, 10)
     np.testing.assert_allclose(scores, best(queries, clustered(ROWS, 1), 10)[0], atol=1e-6)
+
+
+def test_exact_search_needs_no_faiss_and_keeps_the_lists_for_later(tmp_path, small, monkeypatch):
+    vectors, queries = clustered(1500, 1), clustered(20, 3)
+    first = open_index(write_vectors(tmp_path / "vectors", vectors[:1000])).state
+    grown = write_vectors(tmp_path / "vectors", vectors)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    scores, _ = open_index(grown, exact=True).search(queries, 10)
+    np.testing.assert_allclose(scores, best(queries, vectors, 10)[0], atol=1e-6)
+    with pytest.raises(ModuleNotFoundError, match="faiss"):
+        open_index(grown)
+    monkeypatch.setitem(sys.modules, "faiss", faiss)
+    assert open_index(grown).state.lists.trained_rows == first.lists.trained_rows == 1000
+
+
+def test_lists_are_made_when_a_search_first_asks_for_them(tmp_path, small):
+    folder = write_vectors(tmp_path / "vectors", clustered(1500, 1))
+    assert open_index(folder, exact=True).state.lists is None
+    assert open_index(folder).state.lists.trained_rows == 1500
 
 
 def test_vectors_of_any_length_are_compared_by_cosine(tmp_path):
@@ -125,19 +145,15 @@ def test_more_neighbours_than_vectors_are_all_of_them(tmp_path):
 
 
 def test_recall_is_the_share_of_true_neighbours_found(folder):
-    index = open_index(folder)
-    with np.load(index_folder(folder) / index.state.lists.sample) as stored:
-        sample = module.Sample(**stored)
-    vectors = clustered(ROWS, 1)
+    index, vectors = open_index(folder), clustered(ROWS, 1)
     for probes in (1, 2):
-        settings = module.replace(index.state.lists, probes=probes)
-        hits = 0
-        for row in sample.rows:
+        settings, hits = module.replace(index.state.lists, probes=probes), 0
+        for row in index.state.sample.rows:
             true = best(vectors[row : row + 1], vectors, NEIGHBOURS + 1)[1][0]
             _, found = index._by_lists(vectors[row : row + 1], NEIGHBOURS + 1, settings)
             hits += len((set(true) - {row}) & (set(found[0]) - {row}))
-        expected = hits / NEIGHBOURS / len(sample.rows)
-        assert module.sample_recall(index, settings, sample) == pytest.approx(expected, abs=1e-3)
+        expected = hits / NEIGHBOURS / len(index.state.sample.rows)
+        assert module.sample_recall(index, settings, index.state.sample) == pytest.approx(expected, abs=1e-3)
     assert 0.3 < expected < 1  # few probes miss some, or this test could not fail
 
 
@@ -163,8 +179,8 @@ def test_a_shard_without_rows_is_passed_by(tmp_path):
 
 
 def test_vectors_are_mapped_not_read(folder):
-    for part in open_index(folder)._parts:
-        assert not part.flags.owndata and not part.flags.writeable
+    stored = open_index(folder)._stored
+    assert not stored.flags.owndata and not stored.flags.writeable
 
 
 # --- building as little as possible ---------------------------------------------------------------------------------------
@@ -203,14 +219,10 @@ def test_new_shards_are_added_alone(tmp_path, small, added, exact, monkeypatch):
     scores, rows = index.search(queries, 10)
     assert (rows[:, 0] == np.arange(1000, 1100)).all()
     assert np.mean(scores >= best(queries, vectors, 10)[0][:, -1:] - 1e-5) > 0.97
-    if not exact:  # the recall is that among all vectors, though only the new ones were compared
-        fresh = module._extend_sample(index, None, 0)
-        with np.load(index_folder(folder) / index.state.lists.sample) as stored:
-            sample = module.Sample(**stored)
-        scores, _ = index.search(vectors[sample.rows], NEIGHBOURS + 1, exact=True)
-        np.testing.assert_allclose(sample.scores, scores, atol=1e-6)
-        assert fresh.scores.shape == sample.scores.shape
-        assert len(list(index_folder(folder).glob("lists-*"))) == 1  # the earlier one is gone
+    if not exact:  # the true neighbours are those among all vectors, though only the new ones were compared
+        sample = index.state.sample
+        scores, _ = best(vectors[sample.rows], vectors, NEIGHBOURS + 1)
+        np.testing.assert_allclose(sample.scores, scores[:, 1:], atol=1e-6)
 
 
 def test_a_folder_that_outgrows_exact_search_gets_lists(tmp_path, small, added):
@@ -235,14 +247,6 @@ def _cut(name):
     return cut
 
 
-def _scramble(name):
-    def scramble(folder):
-        (file,) = index_folder(folder).glob(name)
-        file.write_bytes(bytes(file.stat().st_size))
-
-    return scramble
-
-
 def _remove(name):
     return lambda folder: next(index_folder(folder).glob(name)).unlink()
 
@@ -250,8 +254,21 @@ def _remove(name):
 def _half_built(folder):
     """As a process killed while it wrote the lists leaves it."""
     (index_folder(folder) / "index.json").unlink()
-    _cut("lists-*.faiss")(folder)
-    (index_folder(folder) / "lists-1200.faiss.tmp-77").write_bytes(b"half")
+    (index_folder(folder) / ".lists.faiss.part").write_bytes(b"half")
+
+
+def _change_byte(name):
+    def change(folder):
+        (file,) = index_folder(folder).glob(name)
+        content = bytearray(file.read_bytes())
+        content[len(content) * 3 // 4] ^= 1
+        file.write_bytes(content)
+
+    return change
+
+
+def _wrong_type(folder):
+    edit_json(index_folder(folder) / "index.json", shards="x")
 
 
 def _other_vectors(folder):
@@ -266,84 +283,30 @@ def _fewer_shards(folder):
 
 
 def _later_format(folder):
-    file = index_folder(folder) / "index.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 9'))
+    edit_json(index_folder(folder) / "index.json", format=9)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_half_built, "was not finished, or is damaged"),
-        (_cut("index.json"), "was not finished, or is damaged"),
-        (_later_format, "was not finished, or is damaged"),
-        (_cut("lists-*.faiss"), "lists-1200.faiss is missing or damaged"),
-        (_scramble("lists-*.faiss"), "lists-1200.faiss is missing or damaged"),
-        (_remove("sample-*.npz"), "sample-1200.npz is missing"),
-        (_remove("part-00001.arrow"), "part-00001.arrow is missing"),
-        (_scramble("part-00001.arrow"), "part-00001.arrow is damaged"),
-        (_other_vectors, "have changed since they were indexed"),
-        (_fewer_shards, "have changed since they were indexed"),
+        *(
+            (damage, "was not finished, or is damaged")
+            for damage in (_half_built, _cut("index.json"), _later_format, _wrong_type, _cut("vectors.bin"), _remove("vectors.bin"))
+        ),
+        *((damage, "was not finished, or is damaged") for damage in (_change_byte("lists.faiss"), _remove("lists.faiss"))),
+        *((damage, "have changed since they were indexed") for damage in (_other_vectors, _fewer_shards)),
     ],
 )
-def test_an_index_that_cannot_be_trusted_is_built_anew(folder, small, added, caplog, damage, message):
+def test_an_index_that_cannot_be_trusted_is_built_again(folder, small, added, caplog, damage, message):
     damage(folder)
     folder = VectorFolder(folder.folder)
     caplog.set_level(logging.WARNING, "minibert")
     index = open_index(folder)
-    assert any(message in record.getMessage() for record in caplog.records)
+    assert message in caplog.text and "The index is built again" in caplog.text
     assert len(added) == len(folder.shards)
     vectors = to_float(np.concatenate([folder.read(shard) for shard in folder.shards]), folder.manifest)
     assert (index.search(vectors[:100], 1)[1][:, 0] == np.arange(100)).all()
-    assert not list(index_folder(folder).glob("*.tmp-*"))
-
-
-def _change_byte(name):
-    def change(folder):
-        (file,) = index_folder(folder).glob(name)
-        content = bytearray(file.read_bytes())
-        content[len(content) * 3 // 4] ^= 1
-        file.write_bytes(content)
-
-    return change
-
-
-@pytest.mark.parametrize("name", ["lists-*.faiss", "sample-*.npz"])
-def test_a_byte_that_changed_is_noticed(folder, small, caplog, name):
-    _change_byte(name)(folder)
-    open_index(folder)
-    assert f"{name.replace('*', '1200')} is missing or damaged" in caplog.text
-
-
-def _without_checksums(folder):
-    saved = state(folder)
-    saved["lists"] = {key: value for key, value in saved["lists"].items() if not key.endswith("_sha256")}
-    (index_folder(folder) / "index.json").write_text(json.dumps(saved))
-
-
-def test_an_index_without_checksums_is_opened_as_it_is(folder, small, added):
-    _without_checksums(folder)
-    assert len(open_index(folder)) == ROWS and not added
-
-
-def test_a_damaged_sample_of_an_index_without_checksums_is_made_anew(tmp_path, small, caplog):
-    vectors = clustered(1500, 1)
-    folder = write_vectors(tmp_path / "vectors", vectors[:1000])
-    open_index(folder)
-    _without_checksums(folder)
-    _scramble("sample-*.npz")(folder)
-    index = open_index(write_vectors(tmp_path / "vectors", vectors))
-    assert "sample-1000.npz is damaged" in caplog.text
-    assert len(index) == 1500 and index.state.lists.recall > 0.97
-
-
-@pytest.mark.parametrize("wrong", [{"rows": "x"}, {"parts": "x"}, {"lists": {"probes": 1}}, {"dimension": None}])
-def test_a_state_of_wrong_types_is_built_anew(folder, small, added, caplog, wrong):
-    saved = state(folder)
-    if "lists" in wrong:
-        wrong = {"lists": {**saved["lists"], "probes": "many"}}
-    (index_folder(folder) / "index.json").write_text(json.dumps({**saved, **wrong}))
-    assert len(open_index(folder)) == ROWS and len(added) == 3
-    assert "was not finished, or is damaged" in caplog.text
+    assert not list(index_folder(folder).glob(".*.part"))
 
 
 def test_rebuilding_on_request(folder, small, added):
@@ -359,16 +322,17 @@ def test_a_build_that_fails_leaves_the_earlier_index(folder, small, monkeypatch)
     earlier = open_index(VectorFolder(folder.folder))
     grown = write_vectors(folder.folder, vectors)
     monkeypatch.setattr(faiss, "write_index", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
-    with pytest.raises(OSError, match=r"lists-1500.faiss could not be written \(disk full\); the vectors are whole"):
+    with pytest.raises(OSError, match=r"lists.faiss could not be written \(disk full\); the vectors are complete"):
         open_index(grown)
-    assert state(folder)["rows"] == len(earlier) == 1000
+    assert len(open_index(VectorFolder(folder.folder), exact=True)) == len(grown)
+    assert state(folder)["lists"]["rows"] == len(earlier) == 1000
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_vectors_is_refused(tmp_path):
-    for complete, message in ((True, "nothing to search"), (False, "no vectors yet")):
+    for complete, message in ((True, "encode an input that holds texts"), (False, "no vectors yet")):
         folder = write_vectors(tmp_path / "vectors", clustered(0, 1), complete=complete)
         with pytest.raises(ValueError, match=message):
             open_index(folder)
@@ -416,24 +380,24 @@ def test_a_shard_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatc
         folder.ids([1])
 
 
-@pytest.mark.parametrize("name", ["index.json", "part-00000.arrow"])
+@pytest.mark.parametrize("name", ["index.json", "vectors.bin"])
 def test_a_full_disk_names_what_it_did_not_take(tmp_path, monkeypatch, name):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = write_vectors(tmp_path / "vectors", clustered(10, 1))
-    monkeypatch.setattr(*((Path, "write_text") if name == "index.json" else (pa.ipc, "new_file")), full)
-    with pytest.raises(OSError, match=rf"{name} could not be written \(No space left on device\); the vectors are whole"):
+    monkeypatch.setattr(*((Path, "write_text") if name == "index.json" else (module, "sync")), full)
+    with pytest.raises(OSError, match=rf"{name} could not be written \(No space left on device\); the vectors are complete"):
         open_index(folder)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"encoding": None}, "encoding is None"),
-        ({"rows": "abc"}, "rows is 'abc'"),
-        ({"shards": [{"file": 7, "first_row": 0, "rows": 1, "first_input_row": 0, "input_rows": 1}]}, "file is 7"),
-        ({"shards": [None]}, "TypeError"),
+        ({"encoding": None}, "encoding: Input should be"),
+        ({"rows": "abc"}, "rows: Input should be"),
+        ({"shards": [{"file": 7, "first_row": 0, "rows": 1, "first_input_row": 0, "input_rows": 1}]}, "shards.0.file: Input should be"),
+        ({"shards": [None]}, "shards.0: Input should be"),
         (b"\xff\xfe", "invalid start byte"),
     ],
 )
@@ -457,7 +421,7 @@ def test_vectors_of_another_width_are_refused(tmp_path, width):
 def test_vectors_that_are_no_numbers_are_refused(tmp_path):
     vectors = clustered(10, 1)
     vectors[6, 3] = np.nan
-    with pytest.raises(ValueError, match="no number .row 6 of it"):
+    with pytest.raises(ValueError, match="not finite .row 6 of it"):
         open_index(write_vectors(tmp_path / "vectors", vectors))
 
 
@@ -466,7 +430,7 @@ def test_vectors_that_are_no_numbers_are_refused(tmp_path):
     [
         (errno.EACCES, "holds no current index and cannot be written; make it writable"),
         (errno.EROFS, "holds no current index and cannot be written; make it writable, or search a copy"),
-        (errno.ENOSPC, r"index could not be written \(No space left on device\); the vectors are whole"),
+        (errno.ENOSPC, r"index could not be written \(No space left on device\); the vectors are complete"),
     ],
 )
 def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch, number, message):
