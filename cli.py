@@ -411,7 +411,7 @@ def encode(
         if os.environ.get("RANK", "0") != "0":
             return  # of torchrun's processes one speaks
         if as_json:
-            print_json({"out": str(out), **done.figures()})
+            print_json({"out": str(out), **done.metrics()})
             return
         for line in done.lines(explain):
             typer.echo(line)

@@ -1,12 +1,15 @@
-"""Search passages by meaning: those of a file, encoded here and now, or those of a folder of vectors, by its index."""
+"""Search passages by meaning: those of a file, encoded on the spot, or those of a folder of vectors, by its index."""
 
 import contextlib
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,10 +20,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
 from minibert.data.load import as_dataset, is_unicode, text_columns
-from minibert.files import disk
+from minibert.files.disk import readable_os_errors
 from minibert.inference.encode import Encoder
 from minibert.inference.load import find_model, fingerprint
-from minibert.search.index import KEPT, alone_with_index, index_folder, open_index
+from minibert.search.index import KEPT, index_folder, index_lock, open_index
 from minibert.search.vectors import VectorFolder
 
 if TYPE_CHECKING:
@@ -28,19 +31,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows whose texts are read at once to index their words.
+# Rows whose texts are read at once for the index of words.
 _CHUNK = 10_000
-# Texts read at once for the index of words.
-_CHUNK = 10_000
-# How far down the rankings by meaning and by words are read before they are fused.
+# Depth to which the rankings by meaning and by words are read before they are fused.
 _FUSED_DEPTH = 100
-# Reciprocal rank fusion adds 1 / (60 + rank); 60 is what its authors found, and what others use.
+# Reciprocal rank fusion adds 1 / (60 + rank); 60 is the constant of its paper (Cormack et al., 2009).
 _FUSION = 60
 
 
 class Hit(NamedTuple):
-    """One passage found: its number in the passages (from 0), its similarity to the query, its text and, in a folder of
-    vectors, its id. ``passage`` is ``None`` in a folder that kept no texts."""
+    """A passage found.
+
+    ``number`` is its place in the passages, from 0, and ``score`` its similarity to the query. ``passage`` is None in a folder
+    of vectors without texts; ``id`` is given only in a folder of vectors.
+    """
 
     number: int
     score: float
@@ -49,17 +53,17 @@ class Hit(NamedTuple):
 
 
 def read_passages(data: str | Path | Dataset, column: str | None = None, *, split: str = "train") -> list[str]:
-    """The passages in ``data``: the texts of one column, each once, without those that are missing or blank.
+    """Read the passages in ``data``: the texts of one column, each once, without those that are missing or blank.
 
     Args:
-        data: a file, a folder with a file per split, a Hub data set (owner/name or owner/name:config), or rows read already.
+        data: a file, a folder with a file per split, a Hub data set (owner/name or owner/name:config), or a data set in memory.
         column: the column to take; the default is the only column of strings, or else the one named ``text``, ``passage``,
             ``answer`` or ``sentence``.
-        split: the split of a folder or Hub data set to read; everything else is taken whole.
+        split: the split of a folder or Hub data set to read; everything else is read completely.
 
     Raises:
         FileNotFoundError: for data that is neither here nor on the Hub.
-        ValueError: for a column that is not there or holds no texts, a choice that is not clear, no passage at all, or
+        ValueError: for a column that is missing or holds no texts, several columns to choose from, no passage at all, or
             data that cannot be read.
     """
     data = as_dataset(data, split=split)
@@ -84,54 +88,70 @@ def read_passages(data: str | Path | Dataset, column: str | None = None, *, spli
     return passages
 
 
-def read_queries(data: str | Path | Dataset, column: str | None = None) -> list[str]:
-    """The queries in ``data``, one per row: all of them, in their order.
+def read_queries(data: str | Path | Dataset) -> list[str]:
+    """Read the queries in ``data``, one per row: all of them, in their order.
+
+    They are in the only column of strings, or else in the one named ``query``, ``question`` or ``text``.
 
     Args:
-        data: a file (text: a query per line), a folder, a Hub data set, or rows read already.
-        column: the column to take; the default is the only column of strings, or else the one named ``query``, ``question``
-            or ``text``.
+        data: a file (text: a query per line), a folder, a Hub data set, or a data set in memory.
 
     Raises:
         FileNotFoundError: for data that is neither here nor on the Hub.
-        ValueError: for a file that is empty, a column that is not there, a choice that is not clear, or a query that is blank.
+        ValueError: for a file that is empty, no such column, or a query that is blank.
     """
     data = as_dataset(data, split="train")
     strings = text_columns(data)
-    if column is None:
-        column = next((name for name in ("query", "question", "text") if name in strings), None)
-        column = strings[0] if column is None and len(strings) == 1 else column
-    if column not in strings:
+    column = next((name for name in ("query", "question", "text") if name in strings), None)
+    if column is None and len(strings) != 1:
         raise ValueError(
-            f"There is no column of queries{f' named {column!r}' if column else ''}: the columns of texts are "
-            f"{', '.join(strings) or 'none'}; name one of them query."
+            f"There is no column of queries: the columns of texts are {', '.join(strings) or 'none'}; name one of them query."
         )
-    queries = [query or "" for query in data[column]]
+    queries = [query or "" for query in data[column or strings[0]]]
     check_queries(queries)
     return queries
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Refuse queries that ask nothing.
+    """Refuse empty queries.
 
     Raises:
-        ValueError: naming the first query that is empty, blank, or was not written in UTF-8.
+        ValueError: naming the first query that is empty, blank, or not UTF-8.
     """
     for number, query in enumerate(queries, start=1):
         if not query.strip():
-            raise ValueError(f"Query {number} is empty; say in words what to look for.")
+            raise ValueError(f"Query {number} is empty; write what to look for.")
         if not is_unicode(query):
             shown = shorten(repr(query), 80)
             raise ValueError(f"Query {number} is not UTF-8: {shown}; convert it, for example with iconv -f latin1 -t utf8.")
 
 
-class Searcher:
-    """Passages and their vectors, ready for queries.
+class _Searcher(ABC):
+    """Common part of the searchers: the checks of a search, and the model of the queries."""
+
+    encoder: Encoder
+
+    def search(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
+        """Return the ``top_k`` passages most similar to each query, best first.
+
+        Raises:
+            ValueError: for an empty query, or ``top_k`` below 1.
+        """
+        check_queries(queries)
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k} (--top-k).")
+        return self._find(queries, self.encoder.encode_query(queries), top_k) if queries else []
+
+    @abstractmethod
+    def _find(self, queries: Sequence[str], vectors: np.ndarray, top_k: int) -> list[list[Hit]]: ...
+
+
+class Searcher(_Searcher):
+    """Passages and their vectors in memory, ready for queries.
 
     Args:
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
-        passages: texts to search; each is encoded once, here. Beside the vectors (``len(passages)`` x width numbers), memory
-            does not grow with their number.
+        passages: texts to search; each is encoded once, here. Memory holds their vectors (``len(passages)`` x dimension).
 
     Example::
 
@@ -158,33 +178,23 @@ class Searcher:
         self.encoder = Encoder(model, device=device, trust_remote_code=trust_remote_code)
         self.vectors = torch.from_numpy(self.encoder.encode_document(passages, show_progress=show_progress))
 
-    def search(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
-        """The ``top_k`` passages most similar to each query, best first.
-
-        Raises:
-            ValueError: for an empty query, or ``top_k`` under 1.
-        """
-        check_queries(queries)
-        if top_k < 1:
-            raise ValueError(f"top_k={top_k} finds nothing; ask for at least 1 passage (--top-k).")
-        if not queries:
-            return []
-        query_vectors = torch.from_numpy(self.encoder.encode_query(queries))
-        found = semantic_search(query_vectors, self.vectors, top_k=top_k, score_function=self.encoder.model.similarity)
+    def _find(self, queries: Sequence[str], vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
+        similarity = self.encoder.model.similarity
+        found = semantic_search(torch.from_numpy(vectors), self.vectors, top_k=top_k, score_function=similarity)
         return [[Hit(number := int(hit["corpus_id"]), hit["score"], self.passages[number]) for hit in hits] for hits in found]
 
 
-class FolderSearcher:
+class FolderSearcher(_Searcher):
     """A folder of vectors that ``minibert encode`` wrote, ready for queries.
 
-    Its index is built here if need be, or extended by new shards; see :func:`minibert.search.index.open_index`.
+    Its index is built here if needed, or extended by new shards; see :func:`minibert.search.index.open_index`.
 
     Args:
         folder: with a ``manifest.json``.
-        model: of the queries: where the model that made the vectors is now, or that model opened (which nothing can check);
-            the default is where the manifest says.
+        model: of the queries: where the model that made the vectors is now, or that model opened (which cannot be checked);
+            the default is the one that the manifest names.
         exact: compare queries with all vectors, however many.
-        hybrid: fuse the ranking by meaning with BM25's by words (reciprocal rank fusion); scores are then sums of
+        hybrid: fuse the ranking by meaning with the ranking by words of BM25 (reciprocal rank fusion); scores are then sums of
             ``1 / (60 + rank)``.
         rebuild: build the index from nothing.
 
@@ -212,7 +222,7 @@ class FolderSearcher:
         trust_remote_code: bool = False,
         show_progress: bool = False,
     ) -> None:
-        self.folder, self.exact = VectorFolder(folder), exact
+        self.folder = VectorFolder(folder)
         manifest = self.folder.manifest
         if hybrid and not self.folder.has_texts:
             raise ValueError(
@@ -220,7 +230,7 @@ class FolderSearcher:
                 "--hybrid out."
             )
         if hybrid:
-            from minibert.inference import bm25  # noqa: F401  # a missing bm25s is better known before the index is built
+            from minibert.inference import bm25  # noqa: F401  # fails here rather than after the index was built
         if not manifest.complete:
             logger.warning(
                 "%s is not finished: minibert encode has written %s vectors so far.", folder, f"{len(self.folder):,}"
@@ -233,40 +243,24 @@ class FolderSearcher:
                 f"{folder} holds vectors of {manifest.dimension} dimensions, but the model computes {self.encoder.dimension}."
             )
         self.index = open_index(self.folder, exact=exact, rebuild=rebuild, show_progress=show_progress)
-        self.words = (
-            _open_words(self.folder, [part.sha256 for part in self.index.state.parts], show_progress) if hybrid else None
-        )
+        shards = [shard.sha256 for shard in self.index.state.shards]
+        self.words = _open_words(self.folder, shards, show_progress) if hybrid else None
 
-    def search(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
-        """The ``top_k`` passages most similar to each query, best first.
-
-        Raises:
-            ValueError: for an empty query, or ``top_k`` under 1.
-        """
-        check_queries(queries)
-        if top_k < 1:
-            raise ValueError(f"top_k={top_k} finds nothing; ask for at least 1 passage (--top-k).")
-        if not queries:
-            return []
-        query_vectors = self.encoder.encode_query(queries)
+    def _find(self, queries: Sequence[str], vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
         depth = max(top_k, _FUSED_DEPTH) if self.words else top_k
-        scores, rows = self.index.search(query_vectors, depth, exact=self.exact)
+        scores, rows = self.index.search(vectors, depth)
         if self.words:
-            scores, rows = fuse([rows, self.words.search(queries, depth)[1]], top_k)
-        return self._hits(scores, rows)
-
-    def _hits(self, scores: np.ndarray, rows: np.ndarray) -> list[list[Hit]]:
-        found = np.unique(rows[rows >= 0])
-        ids = dict(zip(found.tolist(), self.folder.ids(found), strict=True))
-        texts = dict(zip(found.tolist(), self.folder.texts(found), strict=True)) if self.folder.has_texts else {}
-        return [
-            [Hit(row, score, texts.get(row), ids[row]) for score, row in zip(row_scores, row_numbers, strict=True) if row >= 0]
-            for row_scores, row_numbers in zip(scores.tolist(), rows.tolist(), strict=True)
-        ]
+            ranked = fuse([rows, self.words.search(queries, depth)[1]], top_k)
+        else:
+            ranked = [list(zip(*pair, strict=True)) for pair in zip(rows.tolist(), scores.tolist(), strict=True)]
+        found = sorted({row for query in ranked for row, _ in query if row >= 0})
+        ids = dict(zip(found, self.folder.ids(found), strict=True))
+        texts = dict(zip(found, self.folder.texts(found), strict=True)) if self.folder.has_texts else {}
+        return [[Hit(row, score, texts.get(row), ids[row]) for row, score in query if row >= 0] for query in ranked]
 
 
 def find_model_of(folder: VectorFolder, model: str | Path | None = None, *, trust_remote_code: bool = False) -> Path:
-    """The folder of the model that made the vectors: ``model``, or what the manifest names.
+    """Return the folder of the model that made the vectors: ``model``, or the one that the manifest names.
 
     Raises:
         FileNotFoundError: for a model that is not there.
@@ -290,66 +284,50 @@ def find_model_of(folder: VectorFolder, model: str | Path | None = None, *, trus
     return path
 
 
-def fuse(rankings: Sequence[np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reciprocal rank fusion: the sum of ``1 / (60 + rank)`` over the rankings that hold a row.
+def fuse(rankings: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
+    """Fuse rankings by the sum of ``1 / (60 + rank)`` over those that hold a row (reciprocal rank fusion).
 
     Args:
-        rankings: row numbers, best first, (n, k) each; -1 is nothing.
+        rankings: row numbers, best first, (n, k) each; -1 stands for no row.
 
     Returns:
-        scores and rows, both (n, top_k) or of as many columns as the rankings have together, best first, filled up with -1;
-        of equal scores the one of the earlier ranking leads.
+        the best ``top_k`` rows and their scores for each of the n queries; of equal scores that of the earlier ranking leads.
 
-    >>> scores, rows = fuse([np.array([[7, 8, 9]]), np.array([[8, 5, -1]])], top_k=3)
-    >>> rows.tolist(), scores.round(4).tolist()
-    ([[8, 7, 5]], [[0.0325, 0.0164, 0.0161]])
+    >>> fuse([np.array([[7, 8, 9]]), np.array([[8, 5, -1]])], top_k=2)
+    [[(8, 0.03252247488101534), (7, 0.01639344262295082)]]
     """
-    count, top_k = len(rankings[0]), min(top_k, sum(ranking.shape[1] for ranking in rankings))
-    scores, rows = np.zeros((count, top_k)), np.full((count, top_k), -1, dtype=np.int64)
-    for query in range(count):
-        total: dict[int, float] = {}
-        for ranking in rankings:
-            for rank, row in enumerate(ranking[query].tolist(), start=1):
-                if row >= 0:
-                    total[row] = total.get(row, 0.0) + 1 / (_FUSION + rank)
-        best = sorted(total.items(), key=lambda item: -item[1])[:top_k]
-        for place, (row, score) in enumerate(best):
-            scores[query, place], rows[query, place] = score, row
-    return scores, rows
+    fused = []
+    for query in zip(*(ranking.tolist() for ranking in rankings), strict=True):
+        total: Counter[int] = Counter()
+        for rank, row in chain.from_iterable(enumerate(rows, start=1) for rows in query):
+            if row >= 0:
+                total[row] += 1 / (_FUSION + rank)  # type: ignore[assignment]  # counters add floats as well
+        fused.append([(row, float(score)) for row, score in total.most_common(top_k)])
+    return fused
 
 
 def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool) -> "WordIndex":
-    """BM25 over the folder's texts, memory-mapped, built if it is not that of these shards.
+    """Open BM25 over the folder's texts, memory-mapped, after building it if it is not that of ``shards`` (their SHA-256).
 
-    How rare a word is depends on all texts, so new shards mean a new index.
+    The weight of a word depends on all texts, so new shards need a new index.
     """
     from minibert.inference.bm25 import WordIndex
 
     home = index_folder(folder) / f"words-{sha256(' '.join(shards).encode()).hexdigest()[:16]}"
-    if home.exists():
-        with contextlib.suppress(ValueError):  # which is told once nobody else can be replacing it
+    with contextlib.suppress(ValueError):  # reported below, under the lock: another process may be building
+        return WordIndex.load(home)
+    with index_lock(folder):
+        try:
             return WordIndex.load(home)
-    with alone_with_index(folder):
-        if home.exists():  # somebody else may just have built it
-            try:
-                return WordIndex.load(home)
-            except ValueError as error:
-                logger.warning("%s The word index is built anew.", error)
-        temporary = home.with_name(f"{home.name}.tmp-{os.getpid()}")
+        except ValueError as error:
+            if home.exists():
+                logger.warning("%s The word index is built again.", error)
         for earlier in home.parent.glob("words-*"):
             shutil.rmtree(earlier)
-        try:
-            built = WordIndex.build(_texts_of(folder), show_progress=show_progress)
-            with disk.readable_os_errors(home, KEPT):
-                built.save(temporary)
-                temporary.replace(home)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        blocks = (np.arange(start, min(start + _CHUNK, len(folder))) for start in range(0, len(folder), _CHUNK))
+        built = WordIndex.build(chain.from_iterable(map(folder.texts, blocks)), show_progress=show_progress)
+        with readable_os_errors(home, KEPT), TemporaryDirectory(prefix="words-", dir=home.parent) as temporary:
+            built.save(Path(temporary) / "index")
+            (Path(temporary) / "index").replace(home)
         logger.info("BM25 index of %s texts.", f"{len(folder):,}")
         return WordIndex.load(home)
-
-
-def _texts_of(folder: VectorFolder) -> Iterator[str]:
-    for start in range(0, len(folder), _CHUNK):
-        yield from folder.texts(np.arange(start, min(start + _CHUNK, len(folder))))

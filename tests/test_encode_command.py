@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from itertools import takewhile
 
 import datasets
 import numpy as np
@@ -20,11 +21,12 @@ from helpers import run_command, save_model
 from minibert import train_word_level
 from minibert.data import stream as stream_module
 from minibert.data.stream import open_stream
+from minibert.files.disk import exclusive_lock
 from minibert.inference import cpu
 from minibert.inference.encode import encode
 from minibert.search import encode_corpus as module
-from minibert.search.encode_corpus import Plan, encode_corpus
-from minibert.search.vectors import VectorFolder, read_manifest, shard_name, to_float
+from minibert.search.encode_corpus import encode_corpus, missing_shards
+from minibert.search.vectors import KEPT, Manifest, VectorFolder, read_manifest, shard_name, to_float
 
 TEXTS = [f"the {color} {animal} sleeps" for color in ("red", "green", "blue") for animal in ("cat", "dog", "fish", "bird")]
 
@@ -99,7 +101,13 @@ def test_every_kind_of_file_gives_the_same_vectors_in_order(run, tmp_path, expec
     np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
     assert folder.ids(range(12)) == list(range(12))
     assert folder.texts([11, 0, 5]) == [TEXTS[11], TEXTS[0], TEXTS[5]]
-    assert np.concatenate([block for _, block in folder.blocks(start=3, size=4)]).shape == (9, 16)
+    assert [(row, block.shape) for row, block in folder.blocks(size=4)] == [
+        (0, (4, 16)),
+        (4, (1, 16)),
+        (5, (4, 16)),
+        (9, (1, 16)),
+        (10, (2, 16)),
+    ]
 
 
 def test_few_tokens_are_computed_as_many_are(model, tmp_path, expected, monkeypatch):
@@ -177,7 +185,7 @@ def bad(tmp_path):
 def test_bad_rows_are_skipped_and_named(run, bad, tmp_path):
     done = run(bad, "--column", "t", "--on-bad-row", "skip", "--rows-per-shard", 3)
     assert done.exit_code == 0, done.output
-    assert "6 rows were left out: 1 (is of type int, not a string), 2 (is no JSON object), 3 (has no text)" in done.stdout
+    assert "6 rows were skipped: 1 (is of type int, not a string), 2 (is no JSON object), 3 (has no text)" in done.stdout
     manifest = read_manifest(tmp_path / "out")
     assert manifest.skipped_rows[3:] == [[4, "has no text"], [5, "is empty"], [6, "is no JSON object"]]
     assert [(shard.first_row, shard.rows, shard.first_input_row) for shard in manifest.shards] == [
@@ -308,7 +316,7 @@ def test_a_half_written_shard_is_made_anew(run, data, tmp_path):
     good = contents(out)
     (out / shard_name(1)).write_bytes(good[shard_name(1)][:-9])
     (out / shard_name(2)).unlink()
-    (out / f"{shard_name(2)}.tmp-1").write_bytes(b"half")
+    (out / f".{shard_name(2)}.part").write_bytes(b"half")
     done = run(data, *options, "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["written"] == 8
     assert contents(out) == good
@@ -390,17 +398,19 @@ def test_all_processes_stop_when_the_first_refuses(model, models, data, tmp_path
     assert start.finish(start(2, work)) == [0, 0]
 
 
-def test_a_plan_deals_every_row_to_one_process():
-    for processes in (1, 3):
-        dealt = []
-        for process in range(processes):
-            plan, row = Plan(4, ((0, 0), (2, 7)), done=frozenset({0, 4}), process=process, processes=processes), 0
-            while row < 40:
-                first, row = plan.next_rows(row)
-                assert plan.shard_of(first) == plan.shard_of(row - 1) and plan.shard_of(first) % processes == process
-                dealt += range(first, row)
-        wanted = set(range(4, 40)) - set(range(15, 19))
-        assert len(dealt) == len(set(dealt)) and wanted <= set(dealt) and min(dealt) == 4 and 15 not in dealt
+def planned(rows_per_shard, stop, **options):
+    """Return the shards that are missing up to a row, as {number: rows}."""
+    starts = options.pop("starts", [(0, 0)])
+    manifest = Manifest("model", "", 8, "float32", True, {}, {}, {}, rows_per_shard=rows_per_shard, starts=starts)
+    return dict(takewhile(lambda shard: shard[1].start < stop, missing_shards(manifest, **options)))
+
+
+def test_every_missing_row_belongs_to_one_process():
+    for count in (1, 3):
+        parts = [planned(4, 39, starts=[(0, 0), (2, 7)], done={0, 4}, process=process, count=count) for process in range(count)]
+        assert all(shard % count == process for process, part in enumerate(parts) for shard in part)
+        rows = sorted(row for part in parts for shard in part.values() for row in shard)
+        assert rows == [*range(4, 15), *range(19, 39)]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "json", "parquet"])
@@ -408,8 +418,8 @@ def test_only_wanted_rows_are_read_whatever_the_file(tmp_path, monkeypatch, suff
     monkeypatch.setattr(stream_module, "_BLOCK", 3)
     write(tmp_path / f"a.{suffix}", TEXTS[:7])
     write(tmp_path / f"b.{suffix}", TEXTS[7:])
-    plan = Plan(2, done=frozenset({0}), process=1, processes=2)
-    blocks = list(open_stream(tmp_path).read(plan.next_rows))
+    shards = planned(2, 12, done={0}, process=1, count=2).values()
+    blocks = list(open_stream(tmp_path).read(lambda row: next(((s.start, s.stop) for s in shards if s.stop > row), (99, 99))))
     rows = [block.first + place for block in blocks for place in range(len(block.texts))]
     assert rows == [2, 3, 6, 7, 10, 11]
     assert [text for block in blocks for text in block.texts] == [TEXTS[row] for row in rows]
@@ -452,11 +462,10 @@ def test_the_same_files_elsewhere_are_the_same_input(run, data, tmp_path):
 def test_two_runs_in_one_folder_are_refused(model, data, tmp_path, start):
     out = tmp_path / "out"
     out.mkdir()
-    holder = os.getpid()
-    with module.alone_in(out):
+    with exclusive_lock(out, "encoding into", kept=KEPT):
 
         def work():
-            with pytest.raises(ValueError, match=rf"^Process {holder} of .* is encoding into .*out; wait for it"):
+            with pytest.raises(ValueError, match="^Another process is encoding into .*out; wait for it"):
                 encode_corpus(model, data, out, column="text")
 
         assert start.finish(start(1, work)) == [0]
@@ -474,7 +483,7 @@ def test_two_runs_in_one_folder_are_refused(model, data, tmp_path, start):
         (b"text\nx\ny,z\n", [], "in.csv cannot be read as csv"),
         (b"text\nx\n", ["--precision", "int4"], "precision='int4' is unknown; use one of float32, float16, int8, binary"),
         (b"text\nx\n", ["--on-bad-row", "warn"], "on_bad_row='warn' is unknown; use refuse or skip"),
-        (b"text\nx\n", ["--rows-per-shard", "0"], "rows_per_shard=0"),
+        (b"text\nx\n", ["--rows-per-shard", "0"], "rows_per_shard must be at least 1, got 0"),
         (b"text\nx\n", ["--split", "train[:5]"], "is more or less than one split"),
         (b"text\nx\n", ["--prompt-name", "nope"], "The model has no prompt named 'nope'"),
     ],
@@ -554,15 +563,6 @@ def test_shards_of_every_call_are_made_anew_where_they_belong(run, tmp_path, exp
     assert done.exit_code == 0, done.output
     assert VectorFolder(tmp_path / "out").shards == whole
     np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
-    # A manifest as it was written once, without the beginnings of calls, says the same.
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["starts"] == [[0, 0], [2, 6], [3, 9]]
-    del manifest["starts"]
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"first_shard": 3, "first_row": 9}))
-    shard.unlink()
-    assert run(folder, *options).exit_code == 0
-    assert VectorFolder(tmp_path / "out").shards == whole
-    np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
 
 
 def test_what_is_no_shard_is_left_alone(run, data, tmp_path):
@@ -582,7 +582,7 @@ def test_nothing_is_appended_behind_a_gap(run, tmp_path):
     run(folder, *options)
     (tmp_path / "out" / "part-00000.parquet").unlink()
     write(folder / "1.txt", TEXTS[6:])
-    assert "can be appended once what it was before is encoded" in run(folder, *options, "--append").stderr
+    assert "can be appended once the input before it is encoded" in run(folder, *options, "--append").stderr
 
 
 def test_passages_get_the_prompt_that_the_model_has_for_them(run, data, model, tmp_path):

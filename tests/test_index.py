@@ -289,12 +289,15 @@ def _later_format(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        *(
-            (damage, "was not finished, or is damaged")
-            for damage in (_half_built, _cut("index.json"), _later_format, _wrong_type, _cut("vectors.bin"), _remove("vectors.bin"))
-        ),
-        *((damage, "was not finished, or is damaged") for damage in (_change_byte("lists.faiss"), _remove("lists.faiss"))),
-        *((damage, "have changed since they were indexed") for damage in (_other_vectors, _fewer_shards)),
+        (_half_built, "was not finished, or is damaged"),
+        (_cut("index.json"), "was not finished, or is damaged"),
+        (_later_format, "was not finished, or is damaged"),
+        (_wrong_type, "was not finished, or is damaged"),
+        (_cut("vectors.bin"), "was not finished, or is damaged"),
+        (_change_byte("lists.faiss"), "was not finished, or is damaged"),
+        (_remove("lists.faiss"), "was not finished, or is damaged"),
+        (_other_vectors, "have changed since they were indexed"),
+        (_fewer_shards, "have changed since they were indexed"),
     ],
 )
 def test_an_index_that_cannot_be_trusted_is_built_again(folder, small, added, caplog, damage, message):
@@ -396,8 +399,7 @@ def test_a_full_disk_names_what_it_did_not_take(tmp_path, monkeypatch, name):
     [
         ({"encoding": None}, "encoding: Input should be"),
         ({"rows": "abc"}, "rows: Input should be"),
-        ({"shards": [{"file": 7, "first_row": 0, "rows": 1, "first_input_row": 0, "input_rows": 1}]}, "shards.0.file: Input should be"),
-        ({"shards": [None]}, "shards.0: Input should be"),
+        ({"shards": [{"file": 7}]}, "shards.0.file: Input should be"),
         (b"\xff\xfe", "invalid start byte"),
     ],
 )
@@ -434,7 +436,7 @@ def test_vectors_that_are_no_numbers_are_refused(tmp_path):
     ],
 )
 def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch, number, message):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
 
     folder = write_vectors(tmp_path / "vectors", clustered(10, 1))

@@ -291,7 +291,7 @@ def test_bad_search_is_refused(saved):
     searcher = Searcher(saved, PASSAGES)
     with pytest.raises(ValueError, match="Query 2 is empty"):
         searcher.search(["cat", " "])
-    with pytest.raises(ValueError, match="top_k=0"):
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         searcher.search(["cat"], top_k=0)
 
 
@@ -374,7 +374,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_word_index(vectors, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(bm25.WordIndex, "save", full)
-    with pytest.raises(OSError, match=r"words-\w+ could not be written \(No space left on device\); the vectors are whole"):
+    with pytest.raises(OSError, match=r"words-\w+ could not be written \(No space left on device\); the vectors are complete"):
         FolderSearcher(vectors, hybrid=True)
     assert not list((vectors / "index").glob("words-*"))
 
