@@ -92,7 +92,7 @@ def _survive(work: Path, processes: int, kills: int, seed: int) -> dict[str, Any
             continue
         except subprocess.TimeoutExpired:
             _kill(child)
-        newest, problems = checkpoint.newest_good(parts / STAGE / "checkpoints")
+        newest, problems = checkpoint.latest_valid(parts / STAGE / "checkpoints")
         earlier, leftovers = leftovers, set((parts / STAGE / "checkpoints").glob("*.tmp-*"))
         killed.append(
             {

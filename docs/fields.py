@@ -1,6 +1,7 @@
 """Write docs/training.md: every field of a recipe, from the models that check it. Run: python docs/fields.py"""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -13,14 +14,16 @@ HEAD = """# Training: recipes and their fields
 
 A recipe is a YAML file: a name and a list of stages, run in order by `minibert train RECIPE.yaml [stage.field=value …]`.
 A run lives in `runs/<name>/`: a copy of the recipe, and one folder per stage (`1-tokenizer/`, `2-embed/`, …) that is a
-complete model with `metrics.json`, `log.jsonl` and `checkpoints/`. Finished stages are skipped on the next run; an
-interrupted one continues at its last checkpoint; a recipe whose fields changed is refused with the list of changes unless
-`--force` is given; results that were finished then lie in `N-name.replaced` until the run is. Under torchrun the same command
-uses all processes.
+complete model with `metrics.json`, `log.jsonl` and `checkpoints/`. The next run skips finished stages and continues an
+interrupted one at its last checkpoint. A recipe whose fields changed is refused with the list of changes unless `--force` is
+given; finished results then stay in `N-name.replaced` until the run is finished. Under torchrun the same command uses all
+processes: each holds the complete model, and they share the data. Checkpoints are protected against kills, crashes and full
+disks; a file that is missing or cut short is found and the checkpoint before it used, a flipped bit is not found. A loss that
+is not a number stops the run.
 
 This page is made by `python docs/fields.py` from the models that check a recipe.
 """
-SHARED = (arguments.Stage, arguments.ModelStage, arguments.LoopArguments)
+SHARED = (arguments.Stage, arguments.ModelStage, arguments.TrainStage)
 
 
 def page() -> str:
@@ -31,20 +34,24 @@ def page() -> str:
         if isinstance(model, type) and issubclass(model, arguments.Stage) and model not in SHARED
     ]
     parts = [HEAD, section("Recipe", arguments.Recipe), section("A source of data", arguments.DataSource)]
-    parts.append(section("Every stage", arguments.ModelStage, drop={"kind"}))
-    shared = set(arguments.ModelStage.model_fields) | set(arguments.LoopArguments.model_fields)
+    parts.append(section("Every stage", arguments.ModelStage))
     for model in stages:
         if issubclass(model, arguments.DistillStage) and model is not arguments.DistillStage:
             name = model.__annotations__["objective"].__args__[0]
-            parts.append(section(f"Stage `distill`, objective `{name}`", model, set(arguments.DistillStage.model_fields)))
+            parts.append(section(f"Stage `distill`, objective `{name}`", model, [arguments.DistillStage]))
             continue
         extra = " It also has the fields of a training loop, below." if issubclass(model, arguments.LoopArguments) else ""
-        parts.append(section(f"Stage `{model.__annotations__['kind'].__args__[0]}`", model, drop=shared, note=extra))
+        shared = [arguments.Stage, arguments.ModelStage, arguments.LoopArguments]
+        parts.append(section(f"Stage `{model.__annotations__['kind'].__args__[0]}`", model, shared, note=extra))
     parts.append(section("The training loop", arguments.LoopArguments))
     return "\n".join(parts)
 
 
-def section(title: str, model: type[BaseModel], drop: set[str] | frozenset[str] = frozenset(), note: str = "") -> str:
+def section(title: str, model: type[BaseModel], bases: Sequence[type[BaseModel]] = (), note: str = "") -> str:
+    """Return the table of the fields of ``model``, without those of its ``bases`` that have the same description there."""
+    inherited = {
+        name: field.description for base in bases if issubclass(model, base) for name, field in base.model_fields.items()
+    }
     lines = [
         f"## {title}",
         "",
@@ -54,7 +61,7 @@ def section(title: str, model: type[BaseModel], drop: set[str] | frozenset[str] 
         "| --- | --- | --- |",
     ]
     for name, field in model.model_fields.items():
-        if name not in drop:
+        if name not in inherited or field.description != inherited[name]:
             default = (
                 "required"
                 if field.default in (PydanticUndefined, "")

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minibert import MiniBertConfig, MiniBertModel, train_word_level, train_wordpiece
+from helpers import save_model
+from minibert import train_word_level, train_wordpiece
 from minibert.files.disk import to_yaml
 from minibert.inference.encode import Encoder
 from minibert.train import arguments
-from minibert.train.recipe import KINDS, load_recipe
+from minibert.train.arguments import KINDS
+from minibert.train.recipe import load_recipe
 from minibert.train.run import _dump
 
 # Where a machine decides whether a change is good it must decide the same tomorrow; elsewhere every run looks further.
@@ -42,13 +43,8 @@ def encoder(request, tmp_path_factory):
     train = train_word_level if request.param == "bert-base" else train_wordpiece
     tokenizer = train(CORPUS, vocab_size=20 if train is train_word_level else 90, model_max_length=24, show_progress=False)
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
-    config = MiniBertConfig.preset(
-        request.param, vocab_size=len(tokenizer), max_position_embeddings=24, initializer_range=0.4, **shape
-    )
-    folder = tmp_path_factory.mktemp("models") / request.param
-    torch.manual_seed(0)
-    MiniBertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shape |= {"max_position_embeddings": 24, "initializer_range": 0.4}
+    folder = save_model(tmp_path_factory.mktemp("models") / request.param, tokenizer, preset=request.param, **shape)
     return Encoder(folder, dtype="float32", device="cpu", batch_tokens=64, normalize=True)
 
 
@@ -93,7 +89,7 @@ def test_token_ids_are_of_the_vocabulary_and_as_many_as_the_model_reads(encoder,
 
 # ------------------------------------------------------------------------------------------------------------- recipes
 
-WORDS = sorted({name for kind, *_ in KINDS.values() for name in kind.model_fields} | {"stages", "seed", "preset", "path"})
+WORDS = sorted({name for kind in KINDS.values() for name in kind.model_fields} | {"stages", "seed", "preset", "path"})
 SCALARS = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), st.binary(max_size=4)),
     st.sampled_from([*KINDS, "bert-base", "a/b", "data.csv", "train[:10%]", 1, 0.1]),

@@ -38,9 +38,7 @@ def calls(monkeypatch):
         (context.output_dir / "model.safetensors").write_text("weights")
         return {"loss": float(len(ran))}
 
-    monkeypatch.setattr(run_module, "fake_stage", stage, raising=False)
-    kinds = {kind: (entry[0], "minibert.train.run", "fake_stage", entry[3]) for kind, entry in run_module.KINDS.items()}
-    monkeypatch.setattr(run_module, "KINDS", kinds)
+    monkeypatch.setattr(run_module, "_function", lambda kind: stage)
     return ran
 
 
@@ -131,6 +129,11 @@ def test_stages_that_do_not_fit(write, stages, message):
         load_recipe(write(*stages))
 
 
+def test_sharding_by_hand_is_refused_with_what_shares_the_data(write):
+    with pytest.raises(ValueError, match=r"stage 2 \(classify\): fsdp is not supported; .*: torchrun --nproc_per_node N -m"):
+        load_recipe(write(TOKENIZER, {**CLASSIFY, "fsdp": True}))
+
+
 @pytest.mark.parametrize("text", ["", "- a", "name: [", "just words"])
 def test_not_a_recipe(tmp_path, text):
     path = tmp_path / "recipe.yaml"
@@ -177,7 +180,7 @@ def test_damaged_figures_of_a_stage_are_one_sentence(write, calls, tmp_path, con
     run_dir = run_recipe(load_recipe(write(TOKENIZER)), output_dir=tmp_path / "run")
     file = run_dir / "1-tokenizer" / "metrics.json"
     file.unlink() if content is None else file.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"metrics\.json is gone or damaged; put it back, or delete .*1-tokenizer and run"):
+    with pytest.raises(ValueError, match=r"metrics\.json is missing or damaged; restore it, or delete .*1-tokenizer and"):
         read_metrics(run_dir)
 
 
@@ -200,7 +203,7 @@ def test_a_finished_result_is_kept_until_its_successor_is_there(write, calls, tm
     run_dir = run_recipe(recipe, output_dir=tmp_path / "run")
     changed = load_recipe(write(TOKENIZER, CLASSIFY), ["classify.learning_rate=3e-4"])
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "fake_stage", lambda args, context: 1 / 0)
+        patch.setattr(run_module, "_function", lambda kind: lambda args, context: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_recipe(changed, output_dir=run_dir, force=True)
     assert (run_dir / "2-classify.replaced" / "model.safetensors").exists()
@@ -233,8 +236,8 @@ def test_force_does_not_take_the_folder_of_a_run_that_is_at_work(write, calls, t
     script = f"""
 import time
 from pathlib import Path
-from minibert.train.checkpoint import alone_in
-with alone_in(Path({str(run_dir / "2-classify")!r})):
+from minibert.train.checkpoint import exclusive_lock
+with exclusive_lock(Path({str(run_dir / "2-classify")!r})):
     print("at work", flush=True)
     time.sleep(60)
 """

@@ -1,4 +1,4 @@
-"""What a recipe may say: one model per kind of stage, one sentence per field, and nothing unknown is accepted."""
+"""Define and check the fields of a recipe: one pydantic model per kind of stage, one sentence per field, no unknown fields."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -10,18 +10,26 @@ from minibert.data.source import DataSource
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+SampleBy = Literal["line", "paragraph", "document"]
+# Marks a field that may differ when a run is resumed, because it does not change the result.
+FREE = "free"
 
 
 def _named_once(names: Any) -> Any:
     if isinstance(names, list) and (repeated := sorted({name for name in names if names.count(name) > 1})):
-        raise ValueError(f"{', '.join(repeated)} stands there more than once; give every name once.")
+        raise ValueError(f"{', '.join(repeated)} is given more than once; give every name once.")
     return names
 
 
 class Arguments(BaseModel):
-    """Base of everything a recipe says: unknown fields are errors, and values are not silently converted."""
+    """Refuse unknown fields and values of another type, in every part of a recipe."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def free_fields(cls) -> set[str]:
+        """Return the fields that may differ when a run is resumed."""
+        return {name for name, field in cls.model_fields.items() if FREE in field.metadata}
 
 
 _OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
@@ -41,7 +49,7 @@ class NewModel(BaseModel):
         return self
 
     def config(self, **changes: Any) -> Any:
-        """The ``MiniBertConfig`` this stands for, with ``changes`` applied where the recipe itself says nothing.
+        """Return the ``MiniBertConfig``, with ``changes`` to fields that the recipe does not give.
 
         Raises:
             ValueError: for an unknown preset or field, a wrong type, or fields that contradict each other.
@@ -57,7 +65,7 @@ class NewModel(BaseModel):
 
 
 class Stage(Arguments):
-    """What every stage says: its kind, its name, and what it starts from."""
+    """The name of a stage, which every kind of stage has."""
 
     name: str = Field("", pattern=r"^[\w-]*$", description="Name of the stage in folders and overrides; unset means its kind.")
 
@@ -89,10 +97,10 @@ class ModelStage(Stage):
 
 
 class LoopArguments(Arguments):
-    """How a training loop runs; shared by every stage that has one."""
+    """The settings of a training loop, which every stage that trains a model has."""
 
     batch_size: Positive = Field(32, description="Rows per step and process.")
-    eval_batch_size: Positive = Field(64, description="Rows per evaluation step and process.")
+    eval_batch_size: Annotated[Positive, FREE] = Field(64, description="Rows per evaluation step and process.")
     gradient_accumulation_steps: Positive = Field(1, description="Batches summed into one optimizer step.")
     epochs: float = Field(1, gt=0, description="Passes over the training data; fractions are allowed.")
     max_steps: Positive | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs say.")
@@ -116,20 +124,15 @@ class LoopArguments(Arguments):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
-    fsdp: bool = Field(
-        False,
-        description="Shard weights, gradients and optimizer state over the processes (FSDP2), each block on its own.",
-    )
-    max_skipped_steps: NotNegative = Field(
-        0, description="Steps whose loss or gradient is not finite that may be skipped; one more stops the run."
-    )
-    log_steps: Positive = Field(50, description="Optimizer steps between two lines of log.jsonl.")
+    log_steps: Annotated[Positive, FREE] = Field(50, description="Optimizer steps between two lines of log.jsonl.")
     eval_steps: Positive | None = Field(None, description="Steps between evaluations; unset means once per epoch.")
-    save_steps: Positive | None = Field(None, description="Steps between checkpoints; unset means once per epoch.")
-    save_total_limit: Positive = Field(2, description="Checkpoints kept on disk, the best one aside.")
+    save_steps: Annotated[Positive | None, FREE] = Field(
+        None, description="Steps between checkpoints; unset means once per epoch."
+    )
+    save_total_limit: Annotated[Positive, FREE] = Field(2, description="Checkpoints kept on disk, in addition to the best.")
     seed: int | None = Field(None, ge=0, description="Seed of this stage; unset means the recipe's.")
-    num_workers: NotNegative = Field(0, description="Processes that prepare batches beside the training process.")
-    trackers: list[str] = Field([], description="Trackers of Accelerate to report to, such as tensorboard.")
+    num_workers: Annotated[NotNegative, FREE] = Field(0, description="Additional processes that prepare batches.")
+    trackers: Annotated[list[str], FREE] = Field([], description="Trackers of Accelerate to report to, such as tensorboard.")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> "LoopArguments":
@@ -137,13 +140,23 @@ class LoopArguments(Arguments):
             raise ValueError("warmup_steps and warmup_ratio are both given; keep one of them.")
         return self
 
-    @model_validator(mode="after")
-    def _shards_in_known_precision(self) -> "LoopArguments":
-        if self.fsdp and self.precision == "fp16":
-            raise ValueError("fsdp does not go together with precision: fp16; use bf16 or fp32.")
-        if self.fsdp and self.compile:
-            raise ValueError("fsdp does not go together with compile; leave one of them out.")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _without_fsdp(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "fsdp" in value:
+            raise ValueError(
+                "fsdp is not supported; leave it out. Each process holds the complete model, and several processes share the "
+                "data: torchrun --nproc_per_node N -m minibert train RECIPE."
+            )
+        return value
+
+
+class TrainStage(ModelStage, LoopArguments):
+    """A stage that trains a model."""
+
+    data: DataSources = Field(description="Training data.")
+    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
 
 
 class TokenizerStage(Stage):
@@ -163,7 +176,7 @@ class TokenizerStage(Stage):
 
 
 class PhaseArguments(Arguments):
-    """A phase of pretraining; what it leaves out is the stage's."""
+    """A phase of pretraining; the stage gives the values of unset fields."""
 
     share: float = Field(1.0, gt=0, description="Its share of the optimizer steps, relative to the other phases'.")
     max_length: Positive | None = Field(None, description="Length of its sequences in tokens.")
@@ -172,17 +185,21 @@ class PhaseArguments(Arguments):
 
 
 class MaskedWordArguments(Arguments):
-    """Say how text becomes rows with masked words; shared by the stages that predict them."""
+    """The settings of masked words, which every stage that predicts them has."""
 
-    sample_by: Literal["line", "paragraph", "document"] = Field(
+    sample_by: SampleBy = Field(
         "paragraph", description="What a document is in .txt files: a line, a paragraph (up to an empty line) or the file."
     )
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
     mask_replace_prob: Share = Field(0.8, description="Share of the tokens to predict that become [MASK].")
     random_replace_prob: Share = Field(0.1, description="Share of the tokens to predict that become another word.")
     whole_word_mask: bool = Field(False, description="Mask all pieces of a word together.")
-    preprocessing_num_workers: Positive | None = Field(None, description="Processes that tokenize; unset: one per processor.")
-    cache_dir: str | None = Field(None, description="Folder that keeps tokenized text; unset means one beside datasets' own.")
+    preprocessing_num_workers: Annotated[Positive | None, FREE] = Field(
+        None, description="Processes that tokenize; unset: one per processor."
+    )
+    cache_dir: Annotated[str | None, FREE] = Field(
+        None, description="Folder that keeps tokenized text; unset means a folder in the cache of datasets."
+    )
 
     @model_validator(mode="after")
     def _replaced_at_most_once(self) -> "MaskedWordArguments":
@@ -191,18 +208,15 @@ class MaskedWordArguments(Arguments):
         return self
 
 
-class PretrainStage(ModelStage, LoopArguments, MaskedWordArguments):
+class PretrainStage(TrainStage, MaskedWordArguments):
     """Pretrain an encoder on raw text: masked language modelling, alone or with next-sentence prediction."""
 
     kind: Literal["pretrain"]
-    data: DataSources = Field(description="Text to train on.")
-    eval_data: DataSources | None = Field(None, description="Text to measure on; unset means none.")
     text_column: str | None = Field(None, description="Column of documents; unset: text, or the only column of strings.")
     next_sentence: bool = Field(False, description="Also predict whether the second segment follows the first, as BERT did.")
     sentence_delimiters: str = Field(
         ".!?", min_length=1, description="Characters that end a sentence before white space, for next_sentence."
     )
-    max_length: Positive | None = Field(None, description="Length of sequences in tokens; unset means the model's positions.")
     phases: list[PhaseArguments] | None = Field(
         None, min_length=1, description="Parts of the run, such as short sequences first and long ones later; unset: one."
     )
@@ -220,12 +234,10 @@ class PretrainStage(ModelStage, LoopArguments, MaskedWordArguments):
         return self
 
 
-class ClassifyStage(ModelStage, LoopArguments):
+class ClassifyStage(TrainStage):
     """Fine-tune a classifier of single texts or of pairs: one label, several labels, or a number for each."""
 
     kind: Literal["classify"]
-    data: DataSources = Field(description="Training data.")
-    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
     text_columns: list[str] | None = Field(
         None, min_length=1, max_length=2, description="One column, or two for pairs; unset means detected."
     )
@@ -234,7 +246,6 @@ class ClassifyStage(ModelStage, LoopArguments):
         description="Column of the class (a number, a string or a ClassLabel), of lists of them, or of numbers to predict; "
         "several columns hold 0 or 1 each.",
     )
-    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
     labels: list[str] | None = Field(None, min_length=1, description="Names of the classes in order; unset: from the data.")
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
         None,
@@ -250,12 +261,10 @@ class ClassifyStage(ModelStage, LoopArguments):
     _names = field_validator("labels", "label_column")(_named_once)
 
 
-class TagStage(ModelStage, LoopArguments):
+class TagStage(TrainStage):
     """Fine-tune a tagger of words, such as named entities: lists of words, each word with a tag."""
 
     kind: Literal["tag"]
-    data: DataSources = Field(description="Training data.")
-    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
     token_column: str | None = Field(None, description="Column of lists of words; unset means tokens or words.")
     tag_column: str | None = Field(
         None, description="Column of lists of tags, strings or numbers; unset means ner_tags, tags, pos_tags or labels."
@@ -273,13 +282,11 @@ class TagStage(ModelStage, LoopArguments):
     _names = field_validator("labels")(_named_once)
 
 
-class AnswerStage(ModelStage, LoopArguments):
+class AnswerStage(TrainStage):
     """Fine-tune extractive question answering: the answer is a span of the context, or there is none."""
 
     kind: Literal["answer"]
     data: DataSources = Field(description="Training data: question, context and answers {text: [...], answer_start: [...]}.")
-    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
-    max_length: Positive | None = Field(None, description="Longest window in tokens; unset means the model's positions.")
     doc_stride: NotNegative | None = Field(
         None, description="Tokens of a long context that neighbouring windows share; unset means a third of max_length."
     )
@@ -297,12 +304,10 @@ class AnswerStage(ModelStage, LoopArguments):
     )
 
 
-class ChooseStage(ModelStage, LoopArguments):
+class ChooseStage(TrainStage):
     """Fine-tune multiple choice: one of several answers or endings, each read together with the question."""
 
     kind: Literal["choose"]
-    data: DataSources = Field(description="Training data.")
-    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
     text_columns: list[str] | None = Field(
         None,
         min_length=1,
@@ -313,14 +318,13 @@ class ChooseStage(ModelStage, LoopArguments):
         None, min_length=1, description="One column of lists, or a column per choice; unset means detected."
     )
     label_column: str = Field("label", description="Column of the right choice: a number from 0, or a letter from A.")
-    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
     metric_for_best: Literal["accuracy", "loss"] = Field(
         "accuracy", description="Metric that picks the checkpoint kept as the result."
     )
 
 
 class PairSource(DataSource):
-    """Where pairs come from, or the plain texts that they are made of."""
+    """A source of pairs, or of the plain texts that pairs are made of."""
 
     make_pairs: bool | None = Field(None, description="Make the pairs of plain text; unset means as the stage says.")
     hard_negatives: NotNegative | None = Field(None, description="Hard negatives per pair; unset means as the stage says.")
@@ -331,7 +335,7 @@ class PairSource(DataSource):
         return value.model_dump() if type(value) is DataSource else value
 
 
-class EmbedStage(ModelStage, LoopArguments):
+class EmbedStage(TrainStage):
     """Train sentence embeddings on pairs (or triplets) with in-batch negatives, by sentence-transformers' trainer."""
 
     kind: Literal["embed"]
@@ -348,7 +352,7 @@ class EmbedStage(ModelStage, LoopArguments):
     text_column: str | None = Field(
         None, description="make_pairs: column of texts; unset: text, or the only column of strings."
     )
-    sample_by: Literal["line", "paragraph", "document"] = Field(
+    sample_by: SampleBy = Field(
         "paragraph",
         description="make_pairs: what a text is in .txt files: a line, a paragraph (up to an empty line) or the file.",
     )
@@ -372,7 +376,6 @@ class EmbedStage(ModelStage, LoopArguments):
     one_source_per_batch: bool = Field(
         False, description="Fill each batch from one of the sources in data: texts alike are the harder negatives."
     )
-    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Vector that stands for a text; unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")
     metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100"] | None = Field(
@@ -380,9 +383,7 @@ class EmbedStage(ModelStage, LoopArguments):
     )
 
     @model_validator(mode="after")
-    def _has_a_trainer_of_its_own(self) -> "EmbedStage":
-        if self.fsdp or self.max_skipped_steps:
-            raise ValueError("fsdp and max_skipped_steps are not there for embed, whose trainer lacks them; leave them out.")
+    def _fits_together(self) -> "EmbedStage":
         mined = {self.hard_negatives_of(source) for source in self.data}
         if any(mined) and self.negative_column:
             raise ValueError("negative_column names hard negatives and hard_negatives mines some; keep one of them.")
@@ -403,16 +404,16 @@ class EmbedStage(ModelStage, LoopArguments):
         return self
 
     def makes_pairs_of(self, source: PairSource) -> bool:
-        """Whether ``source`` holds plain texts."""
+        """Return True if ``source`` holds plain texts."""
         return self.make_pairs if source.make_pairs is None else source.make_pairs
 
     def hard_negatives_of(self, source: PairSource) -> int:
-        """How many are mined for each pair of ``source``."""
+        """Return the number of hard negatives to mine for each pair of ``source``."""
         return self.hard_negatives if source.hard_negatives is None else source.hard_negatives
 
 
-class DistillStage(ModelStage, LoopArguments):
-    """Teach a smaller model what a larger one knows: a classifier's logits, a masked-language model's, or text vectors."""
+class DistillStage(TrainStage):
+    """Teach a smaller model the outputs of a larger one: a classifier's logits, a masked-language model's, or text vectors."""
 
     kind: Literal["distill"]
     teacher: str = Field(
@@ -422,26 +423,21 @@ class DistillStage(ModelStage, LoopArguments):
     )
     student_layers: Positive | Annotated[list[NotNegative], Field(min_length=1)] | None = Field(
         None,
-        description="Start the student from so many of the teacher's layers, chosen evenly, or from those listed, counted "
+        description="Start the student from this number of the teacher's layers, chosen evenly, or from those listed, counted "
         "from 0; unset: from model.",
     )
-    data: DataSources = Field(description="Training data.")
-    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
 
     @model_validator(mode="after")
-    def _one_start(self) -> "DistillStage":
+    def _fits_together(self) -> "DistillStage":
         if self.model is not None and self.student_layers is not None:
             raise ValueError(
                 "model and student_layers are both given; keep model to start from it, or student_layers to start from the "
                 "teacher's layers."
             )
-        if self.fsdp:
-            raise ValueError("fsdp is not there for distill, whose students are small; leave it out.")
-        return self
-
-    def _refuse_zeros(self, *weights: str) -> None:
-        if not any(getattr(self, name) for name in weights):
+        weights = [name for name in type(self).model_fields if name.endswith("_weight")]
+        if weights and not any(getattr(self, name) for name in weights):
             raise ValueError(f"{', '.join(weights)} are all 0, so there is nothing to learn; raise one of them.")
+        return self
 
 
 class DistillTaskStage(DistillStage):
@@ -453,7 +449,6 @@ class DistillTaskStage(DistillStage):
     )
     label_column: str = Field("label", description="Column of the class (a number, a string or a ClassLabel).")
     labels: list[str] | None = Field(None, min_length=2, description="Names of the classes in order; unset: the data's.")
-    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
     metric_for_best: Literal["accuracy", "macro_f1", "loss"] = Field(
         "accuracy", description="Metric that picks the checkpoint kept as the result."
     )
@@ -470,7 +465,6 @@ class DistillPretrainingStage(DistillStage, MaskedWordArguments):
     text_columns: list[str] | None = Field(
         None, min_length=1, max_length=1, description="The column of documents; unset: text, or the only column of strings."
     )
-    max_length: Positive | None = Field(None, description="Length of sequences in tokens; unset means the model's positions.")
     metric_for_best: Literal["loss", "perplexity", "masked_accuracy"] = Field(
         "loss", description="Metric that picks the checkpoint kept as the result."
     )
@@ -484,11 +478,6 @@ class DistillPretrainingStage(DistillStage, MaskedWordArguments):
         """Return the column of documents under the name that ``pretrain`` gives it."""
         return self.text_columns[0] if self.text_columns else None
 
-    @model_validator(mode="after")
-    def _learns(self) -> "DistillPretrainingStage":
-        self._refuse_zeros("kl_weight", "mlm_weight", "cosine_weight")
-        return self
-
 
 class DistillEmbeddingStage(DistillStage):
     """Teach an embedding model the teacher's vectors of unlabelled texts, and the similarities between them."""
@@ -497,7 +486,7 @@ class DistillEmbeddingStage(DistillStage):
     text_columns: list[str] | None = Field(
         None, min_length=1, description="Columns whose texts are read; unset: all columns of strings."
     )
-    sample_by: Literal["line", "paragraph", "document"] = Field(
+    sample_by: SampleBy = Field(
         "paragraph", description="What a text is in .txt files: a line, a paragraph (up to an empty line) or the file."
     )
     split_lines: bool = Field(False, description="Each line of a text is a text of its own.")
@@ -528,30 +517,34 @@ class DistillEmbeddingStage(DistillStage):
     )
     normalize: bool | None = Field(None, description="Scale vectors to length 1; unset: as the teacher does.")
 
-    @model_validator(mode="after")
-    def _learns(self) -> "DistillEmbeddingStage":
-        self._refuse_zeros("vector_weight", "similarity_weight", "hidden_weight")
-        return self
-
-
-# The arguments of each objective of ``distill``.
-OBJECTIVES: dict[str, type[DistillStage]] = {
-    "task": DistillTaskStage,
-    "pretraining": DistillPretrainingStage,
-    "embedding": DistillEmbeddingStage,
-}
-
 
 class EvaluateStage(ModelStage):
     """Measure a model: retrieval, similarity or classification, according to the columns of each data set."""
 
     kind: Literal["evaluate"]
     data: DataSources = Field(description="Data sets to measure on.")
-    baselines: bool = Field(True, description="Measure BM25 and an untrained model beside it, for retrieval.")
+    baselines: bool = Field(True, description="Also measure BM25 and an untrained model, for retrieval.")
     limit: Positive | None = Field(None, description="Measure on at most this many rows of each data set.")
     batch_size: Positive = Field(64, description="Texts encoded at once.")
 
 
+# The arguments of each kind of stage, and those of ``distill`` by objective.
+KINDS: dict[str, type[Stage]] = {
+    "tokenizer": TokenizerStage,
+    "pretrain": PretrainStage,
+    "classify": ClassifyStage,
+    "tag": TagStage,
+    "answer": AnswerStage,
+    "choose": ChooseStage,
+    "embed": EmbedStage,
+    "distill": DistillStage,
+    "evaluate": EvaluateStage,
+}
+OBJECTIVES: dict[str, type[DistillStage]] = {
+    "task": DistillTaskStage,
+    "pretraining": DistillPretrainingStage,
+    "embedding": DistillEmbeddingStage,
+}
 AnyStage = Annotated[
     TokenizerStage
     | PretrainStage

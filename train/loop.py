@@ -1,12 +1,11 @@
-"""The training loop of every stage that computes its loss in the model: pretrain, classify, tag, answer, distill.
+"""Train a model that computes its own loss: the loop of the stages pretrain, classify, tag, answer, choose and distill.
 
-A run is a pure function of its arguments, seed and data. Which rows make step 137, in which order, and the random numbers
-that mask or drop there, follow from (seed, step, process) alone, so a checkpoint holds no sampler and no generator:
-weights, optimizer state and the number of steps done are enough to continue bit for bit, in the middle of an epoch too.
+A run is a pure function of its arguments, seed and data. The rows of a step, their order, and the random numbers that mask or
+drop in it follow from (seed, step, process) alone, so a checkpoint holds no sampler and no generator: weights, optimizer state
+and the number of finished steps are enough to continue bit for bit, also in the middle of an epoch.
 """
 
 import contextlib
-import copy
 import ctypes
 import json
 import logging
@@ -17,9 +16,10 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,36 +27,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from minibert.files.disk import read_json, write_json, write_text
+from minibert.files.processes import processes
 from minibert.inference.cpu import bfloat16_is_faster
 from minibert.train import checkpoint
 from minibert.train.arguments import LoopArguments
 
 logger = logging.getLogger(__name__)
-
-# Changing these between two runs does not change the weights, so a resumed run may.
-_FREE = {
-    "log_steps",
-    "save_steps",
-    "save_total_limit",
-    "eval_batch_size",
-    "num_workers",
-    "trackers",
-    "preprocessing_num_workers",
-    "cache_dir",
-    "max_skipped_steps",  # a run that this limit stopped may go on with a higher one
-}
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -67,10 +52,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 def learning_rate(
     step: int, *, peak: float, warmup: int, total: int, schedule: str = "linear", decay_ratio: float = 0.1
 ) -> float:
-    """Linear warm-up to ``peak`` over ``warmup`` steps, then ``schedule``: linear or cosine to zero, constant, or wsd.
+    """Return the learning rate of ``step``: linear warm-up to ``peak``, then linear, cosine, constant or wsd.
 
-    wsd, warm-up, stable, decay, stays at ``peak`` up to the last ``decay_ratio`` of all steps and falls there as one minus
-    a square root (Hägele et al. 2024, arXiv:2405.18392).
+    The schedule wsd (warm-up, stable, decay) stays at ``peak`` until the last ``decay_ratio`` of all steps and then falls as
+    one minus a square root (Hägele et al. 2024, arXiv:2405.18392).
 
     >>> [learning_rate(s, peak=1.0, warmup=2, total=6) for s in (0, 1, 2, 4, 6)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -89,7 +74,7 @@ def learning_rate(
 
 
 def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.ndarray:
-    """The rows of one optimizer step, over all processes: every epoch is a fresh permutation, cut into steps.
+    """Return the rows of one optimizer step, across all processes: each epoch is a new permutation, cut into steps.
 
     >>> sorted(np.concatenate([rows_of_step(s, rows=5, rows_per_step=2, seed=0) for s in range(3)]).tolist())
     [0, 1, 2, 3, 4]
@@ -100,9 +85,9 @@ def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.n
 
 
 def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[list[np.ndarray]]:
-    """Cut the rows of a step into micro-batches: ``result[a][p]`` is process p's part of the a-th one.
+    """Cut the rows of a step into micro-batches: ``result[a][p]`` is the part of process p in micro-batch a.
 
-    Only the last step of an epoch is uneven. There parts may be empty, but never for all processes at once.
+    Only the last step of an epoch is uneven. Its parts may be empty, but not for all processes at once.
 
     >>> [[part.tolist() for part in parts] for parts in split_rows(np.arange(3), accumulation=2, processes=2)]
     [[[0], [1]], [[2], []]]
@@ -113,36 +98,29 @@ def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[l
 
 
 def count_labels(batch: dict[str, Any]) -> int:
-    """How many terms a model averages in its loss over ``batch``: labels that are not -100, or rows where labels have
-    another name."""
+    """Count the terms that a model averages in its loss: labels that are not -100, or rows if there are no ``labels``."""
     labels = batch.get("labels")
     return len(next(iter(batch.values()))) if labels is None else int((labels != -100).sum())
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed Python, numpy and torch with a mixture of ``numbers``."""
+    """Seed Python, numpy and torch with a hash of ``numbers``."""
     state = np.random.SeedSequence(numbers).generate_state(1)[0].item()
     random.seed(state)
     np.random.seed(state)
     if torch.accelerator.is_available():
         torch.manual_seed(state)
-    else:  # here it would note the seed for a GPU that never comes, at every step, in a list that only grows
+    else:  # ``torch.manual_seed`` queues a lazy CUDA seed on every call when there is no GPU (a leak)
         torch.default_generator.manual_seed(state)
 
 
-_last_permutation: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=1)
 def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    key = (rows, seed, epoch)
-    if key not in _last_permutation:
-        _last_permutation.clear()
-        _last_permutation[key] = np.random.default_rng([seed, epoch]).permutation(rows)
-    return _last_permutation[key]
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, norm scales) do not, as in BERT."""
+    """Group the parameters for AdamW: matrices decay, vectors (biases, norm scales) do not, as in BERT."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -154,12 +132,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class StepBatch(NamedTuple):
-    """What one process computes in one optimizer step."""
+    """The input of one process for one optimizer step."""
 
     batches: list[dict[str, Tensor]]
     terms: list[int]  # of the loss, per micro-batch
     rows: list[int]  # per micro-batch
-    tokens: int  # real ones
+    tokens: int  # without padding
 
 
 @dataclass(frozen=True)
@@ -167,10 +145,11 @@ class Phase:
     """A part of a run that has its own rows, batch size and peak learning rate.
 
     Attributes:
-        rows: has a length and rows by number; a ``__getitems__`` is given many numbers at once.
-        collate: makes the keyword arguments of the model from rows.
-        batch_size: rows per process and batch.
-        share: of the optimizer steps of the run.
+        rows: data set with ``__len__`` and ``__getitem__``, or ``__getitems__`` for many row numbers at once.
+        collate: turns rows into the keyword arguments of the model; its random numbers come from the seeded generators of
+            Python, numpy and torch. ``attention_mask``, if any, counts tokens, and ``labels`` the terms of the loss.
+        batch_size: rows per process and micro-batch.
+        share: relative share of the optimizer steps of the run.
     """
 
     rows: Any
@@ -181,32 +160,33 @@ class Phase:
 
 
 class Steps(Dataset[StepBatch]):
-    """Item ``step`` is this process's :class:`StepBatch` of that optimizer step; any worker can make it, in any order."""
+    """Make this process's :class:`StepBatch` of any optimizer step, in any order and in any data worker."""
 
     def __init__(self, phases: Sequence[Phase], *, accumulation: int, seed: int, process: int, processes: int):
         self.phases, self.seed = phases, seed
         self.accumulation, self.process, self.processes = accumulation, process, processes
-        # Steps that one pass over the data takes: phases share them out, each pass being its part of its phase's rows.
-        whole = [math.ceil(len(phase.rows) / self.rows_per_step(phase)) for phase in phases]
+        # A step of a phase makes 1 / (steps of a pass over its rows) of an epoch; phases are weighted by their shares.
         total = sum(phase.share for phase in phases)
-        passes = sum(phase.share / total / steps for phase, steps in zip(phases, whole, strict=True))
-        self.per_epoch = max(1, round(1 / passes))
+        passes = (phase.share / total / math.ceil(len(phase.rows) / self.rows_per_step(phase)) for phase in phases)
+        self.per_epoch = max(1, round(1 / sum(passes)))
         self.plan(self.per_epoch)
 
     def rows_per_step(self, phase: Phase) -> int:
+        """Return the rows of an optimizer step, across all processes."""
         return phase.batch_size * self.accumulation * self.processes
 
     def plan(self, total: int) -> None:
-        """Share out ``total`` steps among the phases."""
+        """Divide ``total`` steps among the phases by their shares."""
         shares = np.cumsum([phase.share for phase in self.phases])
         self.ends = [round(share * total) for share in shares / shares[-1]]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Number of the phase that ``step`` belongs to, and the steps done in it before. Later steps are the last phase's."""
+        """Return the number of the phase of ``step`` and the steps before it in that phase."""
         number = next((at for at, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
         return number, step - (self.ends[number - 1] if number else 0)
 
     def row_ids(self, step: int) -> np.ndarray:
+        """Return the rows of ``step``, across all processes."""
         number, place = self.locate(step)
         phase = self.phases[number]
         return rows_of_step(
@@ -220,9 +200,9 @@ class Steps(Dataset[StepBatch]):
         phase = self.phases[self.locate(step)[0]]
         for parts in split_rows(rows, accumulation=self.accumulation, processes=self.processes):
             mine = parts[self.process]
+            # A process without rows still computes gradients, because the others wait for them; they have the weight 0.
             batch = phase.collate(_fetch(phase.rows, mine if len(mine) else rows[:1]))
             batches.append(batch)
-            # A process without rows still takes part, as the others wait for its gradients; they count nothing.
             terms.append(count_labels(batch) if len(mine) else 0)
             counts.append(len(mine))
             tokens += _count_tokens(batch) if len(mine) else 0
@@ -240,12 +220,12 @@ def _count_tokens(batch: dict[str, Tensor]) -> int:
     return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
 
 
-# ------------------------------------------------------------------------------------------------------ running figures
+# ------------------------------------------------------------------------------------------------------ metrics while training
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """The state of a run that every checkpoint keeps next to the tensors."""
 
     step: int = 0
     seconds: float = 0.0
@@ -254,13 +234,11 @@ class Progress:
     loss_sum: float = 0.0
     tokens: int = 0  # since the last line of the log
     all_tokens: int = 0
-    skipped: int = 0  # steps whose loss or gradient was not finite
-    logged_skipped: int = 0
-    evaluation: dict[str, float] = field(default_factory=dict)  # the last one
+    evaluation: dict[str, float] = field(default_factory=dict)  # the latest
 
 
 class Meter:
-    """Sums that stay on the device between two lines of the log, and notice a loss or gradient that is not finite."""
+    """Count steps, tokens and seconds, and sum the loss on the device, so that no step waits for it."""
 
     def __init__(self, accelerator: Accelerator, progress: Progress):
         self.accelerator, self.progress = accelerator, progress
@@ -269,95 +247,76 @@ class Meter:
         self.first_bad = torch.tensor(-1, device=accelerator.device)
         self.start = time.perf_counter() - progress.seconds
         self.first_seconds = progress.seconds
-        self.busy = self.paused = 0.0
+        self.spent: Counter[str] = Counter()  # seconds
 
-    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int, skipped: bool = False) -> None:
-        """Count a step, and its loss unless the step was skipped."""
-        if skipped:
-            self.progress.skipped += 1
-        else:
-            self.loss_sum += loss
-            self.grad_norm = grad_norm
-            self.first_bad = torch.where(self.bad(loss, grad_norm) & (self.first_bad < 0), self.progress.step, self.first_bad)
+    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
+        """Count a step, and note the first whose loss or gradient is not finite."""
+        # With float16, gradients overflow now and then: the scaler skips that step and lowers its scale.
+        finite = torch.isfinite(loss if self.accelerator.scaler else loss + grad_norm)
+        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, self.progress.step)
+        self.loss_sum += loss
+        self.grad_norm = grad_norm
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.all_tokens += tokens * self.accelerator.num_processes
 
-    def bad(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether a step went wrong, left on the device."""
-        # With float16, gradients overflow now and then: the scaler skips that step and lowers its scale.
-        return torch.isfinite(loss if self.accelerator.scaler else loss + grad_norm).logical_not_()
-
-    @property
-    def taken(self) -> int:
-        """Steps since the last line that were not skipped."""
-        progress = self.progress
-        return progress.step - progress.logged_step - (progress.skipped - progress.logged_skipped)
-
     def read(self) -> tuple[float, int]:
-        """Sum of the losses since the last line, and the step that went wrong (or -1): the only wait for the device."""
-        with self.working():  # what the device still computes is part of the steps
-            figures = torch.stack([self.loss_sum.double(), self.first_bad.double()])
+        """Wait for the device; return the sum of the losses since the last line and the first bad step (or -1)."""
+        with self.timed("steps"):
+            sums = torch.stack([self.loss_sum.double(), self.first_bad.double()])[None]
             if self.accelerator.num_processes > 1:
-                figures = self.accelerator.gather(figures[None])
-                return figures[:, 0].mean().item(), int(figures[:, 1].max())
-            loss, bad = figures.tolist()
-            return loss, int(bad)
+                sums = self.accelerator.gather(sums)
+            return sums[:, 0].mean().item(), int(sums[:, 1].max())
 
     def seconds(self) -> float:
-        """Seconds of training, over all the runs that led here; evaluation does not count."""
-        return time.perf_counter() - self.start - self.paused
+        """Return the seconds of training without evaluation, over this run and those that it resumed."""
+        return time.perf_counter() - self.start - self.spent["evaluation"]
 
     def share_outside(self) -> float:
-        """Share of this run's training time spent outside forward, backward and step: waiting for data, logging, saving."""
-        return max(0.0, 1 - self.busy / max(1e-9, self.seconds() - self.first_seconds)) if self.busy else 0.0
+        """Return the share of this run's seconds outside forward, backward and step: waiting for data, logging, saving."""
+        steps = self.spent["steps"]
+        return max(0.0, 1 - steps / max(1e-9, self.seconds() - self.first_seconds)) if steps else 0.0
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """What happens here is forward, backward and step."""
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to ``spent[name]``."""
         start = time.perf_counter()
         yield
-        self.busy += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - start
+        self.spent[name] += time.perf_counter() - start
 
     def line(self, loss_sum: float, rate: float, per_epoch: int) -> dict[str, float]:
-        """One line of the log, after which the sums start anew."""
+        """Return a line of the log and reset the sums."""
         progress, now = self.progress, self.seconds()
+        tokens = progress.tokens * self.accelerator.num_processes
         line = {
             "step": progress.step,
             "epoch": round(progress.step / per_epoch, 4),
-            "loss": loss_sum / self.taken,
+            "loss": loss_sum / (progress.step - progress.logged_step),
             "learning_rate": rate,
             "grad_norm": float(self.grad_norm),
-            "tokens_per_second": round(
-                progress.tokens * self.accelerator.num_processes / max(1e-9, now - progress.logged_seconds), 1
-            ),
+            "tokens_per_second": round(tokens / max(1e-9, now - progress.logged_seconds), 1),
             "seconds": round(now, 3),
         }
         progress.logged_step, progress.logged_seconds, progress.tokens = progress.step, now, 0
-        progress.logged_skipped = progress.skipped
         self.loss_sum.zero_()
         return line
 
 
 class Log:
-    """``log.jsonl``: one JSON object per line. A resumed run drops the lines after its checkpoint and goes on."""
+    """Append metrics to ``log.jsonl``, one JSON object per line, and report them to the trackers.
+
+    A resumed run drops the lines after its checkpoint and those that a kill or a crash of the system left unreadable.
+    """
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int):
         self.accelerator, self.path = accelerator, path
         if accelerator.is_main_process:
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
             with checkpoint.readable_os_errors(path):
-                part = path.with_name(f"{path.name}.part")
-                part.write_text("".join(kept), encoding="utf-8")
-                part.replace(path)
+                write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, line: dict[str, Any]) -> None:
+        """Append ``line``, which has a ``step``, to the log; only the main process writes."""
         if self.accelerator.is_main_process:
             with checkpoint.readable_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -365,31 +324,22 @@ class Log:
         self.accelerator.log(numbers, step=line["step"])
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines of the log but for damaged ones; the last one of a killed process may be torn, which is nothing to speak of."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n") and _has_step(line)]
-    if damaged := sum(line.endswith("\n") for line in lines) - len(whole):
-        logger.warning("%s: %d damaged line%s left out.", path, damaged, " was" if damaged == 1 else "s were")
-    return whole
-
-
-def _has_step(line: str) -> bool:
+def _step_of(line: str) -> float:
     try:
-        return isinstance(json.loads(line)["step"], int)
+        step = json.loads(line)["step"]
     except (ValueError, TypeError, LookupError, RecursionError):
-        return False
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class StopRequest:
-    """Set by Ctrl-C (or a scheduler's SIGTERM), which ask the loop to stop after its step; the second one interrupts."""
+    """Note a Ctrl-C or a scheduler's SIGTERM, so that the loop stops after its step; a second signal interrupts at once."""
 
     def __init__(self) -> None:
         self.number, self.asked = 0, 0.0
 
     def handle(self, number: int, _frame: object) -> None:
+        """Handle a signal."""
         now = time.monotonic()
         if not self.number:
             self.number, self.asked = number, now
@@ -399,7 +349,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # Python sets handlers nowhere else
+        """Install the handlers for the length of the block, in the main thread."""
+        if threading.current_thread() is not threading.main_thread():  # Python refuses to set handlers elsewhere
             yield
             return
         previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -426,36 +377,34 @@ def fit(
     metric_for_best: str | None = None,
     greater_is_better: bool = True,
 ) -> dict[str, Any]:
-    """Train ``model``, and leave it in ``output_dir`` with ``metrics.json``, ``log.jsonl`` and ``checkpoints/``.
+    """Train ``model``, and save it in ``output_dir`` with ``metrics.json``, ``log.jsonl`` and ``checkpoints/``.
 
-    Run again after any interruption, it continues from the newest checkpoint that is whole. Under torchrun every process
-    calls it; ``batch_size`` rows go to each, and only the main process writes.
+    Called again after an interruption, it continues from the latest valid checkpoint. Under torchrun every process calls it;
+    ``batch_size`` rows go to each, and only the main process writes.
 
     Args:
         model: a transformers model whose output has a ``loss``; trained in place, on Accelerate's device.
-        train_dataset: has a length and rows by number; a ``__getitems__`` is given many numbers at once.
-        collate: makes the keyword arguments of ``model`` from rows; its random numbers come from the seeded generators
-            of Python, numpy and torch. ``attention_mask``, if any, counts tokens, and ``labels`` the terms of the loss.
-        phases: parts of the run, one after the other, in place of ``train_dataset`` and ``collate``.
-        evaluate: figures of the model (in evaluation mode, without gradients); called in every process.
-        metric_for_best: the figure of ``evaluate`` that picks the weights kept in the end; None keeps the last ones.
+        train_dataset: see :class:`Phase`.
+        collate: see :class:`Phase`.
+        phases: parts of the run, one after the other, instead of ``train_dataset`` and ``collate``.
+        evaluate: computes metrics of the model (in evaluation mode, without gradients); called in every process.
+        metric_for_best: the metric of ``evaluate`` that picks the weights to keep; None keeps the last ones.
 
     Returns:
-        The figures of ``metrics.json``.
+        The metrics of ``metrics.json``.
 
     Raises:
-        ValueError: nothing to train on, arguments that cannot be met here, checkpoints of a different run, or another
+        ValueError: no rows to train on, arguments that this machine cannot meet, checkpoints of a different run, or another
             process that trains in the same folder.
-        FloatingPointError: the loss or gradient is not finite in more steps than may be skipped; says where. Nothing good is
-            overwritten.
+        FloatingPointError: the loss or its gradient is not finite; the message names step and rows. No such weights are saved.
         OSError: a checkpoint cannot be written; earlier ones are untouched.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; says how to resume.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; the message says how to resume.
     """
     if not phases:
         assert collate is not None
         phases = [Phase(train_dataset, collate, arguments.batch_size, arguments.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
-        raise ValueError("There are no rows to train on; check the data and its limit.")
+        raise ValueError("The training data holds no rows; check the data and its limit.")
     keep_memory()
     run = _Run(model, phases, arguments, output_dir, seed, metric_for_best, greater_is_better)
     with checkpoint.exclusive_lock(run.output_dir) if run.accelerator.is_main_process else contextlib.nullcontext():
@@ -492,7 +441,7 @@ class _Run:
         self.steps.plan(self.total)
         self.warmup = arguments.warmup_steps or int(arguments.warmup_ratio * self.total)
         self.identity = {
-            **{key: value for key, value in arguments.model_dump(mode="json").items() if key not in _FREE},
+            **arguments.model_dump(mode="json", exclude=arguments.free_fields()),
             "seed": seed,
             "rows": [len(phase.rows) for phase in phases],
             "data": [getattr(phase.rows, "fingerprint", None) for phase in phases],
@@ -500,9 +449,6 @@ class _Run:
             "shares": [phase.share for phase in phases],
         }
         model.to(accelerator.device)
-        self.whole: nn.Module | None = None
-        if arguments.fsdp:
-            self.whole = _copy_and_shard(model, accelerator)
         if arguments.gradient_checkpointing:
             # transformers renamed it; older versions know only the second name.
             enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -516,8 +462,7 @@ class _Run:
             eps=arguments.adam_epsilon,
             fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),  # one pass over the weights instead of a dozen
         )
-        # What is sharded needs no DistributedDataParallel around it, only the precision of "evaluation mode".
-        self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=arguments.fsdp)
+        self.model = accelerator.prepare_model(model, device_placement=False)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.progress = Progress()
         self.best: dict[str, Any] | None = None
@@ -537,18 +482,16 @@ class _Run:
         with self._stoppable() as stop, self._progress_bar() as bar:
             for batch in loader:
                 rate = self.rate(progress.step)
-                with self.meter.working():
-                    loss, grad_norm, skipped = self.optimizer_step(batch, rate)
-                self.meter.add(loss, grad_norm, batch.tokens, skipped)
-                if skipped:
-                    self.log_skipped(rate)
+                with self.meter.timed("steps"):
+                    loss, grad_norm = self.optimizer_step(batch, rate)
+                self.meter.add(loss, grad_norm, batch.tokens)
                 bar.update()
-                if (logging_now := self._due(arguments.log_steps)) and self.meter.taken:
+                if logging_now := self._due(arguments.log_steps):
                     self.log.write(line := self.meter.line(self.checked_loss(), rate, self.steps.per_epoch))
                     bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
                 if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
                     self.evaluate(evaluate)
-                # Several processes agree on stopping only where they meet anyway.
+                # Several processes agree on stopping only at steps that are logged, where they wait for each other anyway.
                 stopping = self._agreed(stop.number) if logging_now or accelerator.num_processes == 1 else 0
                 if stopping or self._due(arguments.save_steps or self.steps.per_epoch):
                     self.save()
@@ -556,12 +499,8 @@ class _Run:
                     raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
         self.share_outside = self.meter.share_outside()
 
-    def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor, bool]:
-        """Forward and backward over the micro-batches, clip, step.
-
-        Returns:
-            the loss, the norm before clipping, and whether the step was skipped because they are not finite.
-        """
+    def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor]:
+        """Run forward and backward over the micro-batches, clip, step; return the loss and the norm before clipping."""
         accelerator, processes = self.accelerator, self.accelerator.num_processes
         seed_everything(self.seed, self.progress.step, accelerator.process_index, 1)
         sums = torch.tensor([float(sum(batch.terms)), float(sum(batch.rows))], device=accelerator.device)
@@ -583,19 +522,11 @@ class _Run:
                 accelerator.backward(loss)
             total += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm or math.inf)
-        grad_norm = _full(grad_norm.detach())
-        # One process may see what another does not, and all of them must agree, so this waits for the device.
-        skipped = self.arguments.max_skipped_steps > 0 and self._agreed(int(self.meter.bad(total, grad_norm))) > 0
-        if skipped and self.progress.skipped >= self.arguments.max_skipped_steps:
-            raise FloatingPointError(self._not_finite(self.progress.step))
-        if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        elif accelerator.scaler:
-            accelerator.scaler.update()  # it insists on one after each clipping
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, grad_norm, skipped
+        return total, grad_norm.detach()
 
     def rate(self, step: int) -> float:
         return learning_rate(
@@ -608,127 +539,96 @@ class _Run:
         )
 
     def checked_loss(self) -> float:
-        """Sum of the losses since the last line of the log; called before anything is written."""
+        """Return the sum of the losses since the last line of the log; called before anything is written.
+
+        Raises:
+            FloatingPointError: a loss or gradient since the last call is not finite.
+        """
         loss_sum, bad = self.meter.read()
-        if bad >= 0:
-            raise FloatingPointError(self._not_finite(bad))
-        return loss_sum
-
-    def _not_finite(self, step: int) -> str:
-        rows = self.steps.row_ids(step).tolist()
+        if bad < 0:
+            return loss_sum
+        rows = self.steps.row_ids(bad).tolist()
         shown = ", ".join(map(str, rows[:64])) + (", …" if len(rows) > 64 else "")
-        skipped = self.progress.skipped
-        before = f", after {skipped} such steps were skipped (max_skipped_steps)" if skipped else ""
-        return (
-            f"The loss or its gradient is not finite at step {step + 1} of {self.total}{before}, "
-            f"learning rate {self.rate(step):.3g}, rows {shown}. Nothing was saved since; "
-            "look at these rows, lower learning_rate, use precision: fp32, or allow more max_skipped_steps. "
-            f"{self._how_to_resume()}"
+        saved = "There is no checkpoint yet; the same command starts from the beginning."
+        if self.saved_step is not None:
+            saved = f"Run the same command again to resume from step {self.saved_step} ({self.root})."
+        raise FloatingPointError(
+            f"The loss or its gradient is not finite at step {bad + 1} of {self.total}, learning rate {self.rate(bad):.3g}, "
+            f"rows {shown}. Nothing was saved since; look at these rows, lower learning_rate, or use precision: fp32. {saved}"
         )
-
-    def log_skipped(self, rate: float) -> None:
-        step = self.progress.step - 1
-        rows = self.steps.row_ids(step).tolist()
-        self.log.write({"step": step + 1, "skipped": self.progress.skipped, "learning_rate": rate, "rows": rows})
-        if self.accelerator.is_main_process:
-            logger.warning(
-                "Skipped step %d, whose loss or gradient is not finite (%d of at most %d); its rows are in %s.",
-                step + 1,
-                self.progress.skipped,
-                self.arguments.max_skipped_steps,
-                self.log.path,
-            )
 
     def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
+        """Measure the model, log the metrics, and keep the weights if they are the best so far."""
         self.checked_loss()
-        self.model.eval()
-        with self.meter.pause(), torch.no_grad():
-            model = self.gathered()
-            if self.whole is not None:
-                model.to(self.accelerator.device)
-            figures = evaluate(model.eval())
-            if self.whole is not None:
-                model.cpu()  # the copy takes memory of the device only meanwhile
+        with self.meter.timed("evaluation"), torch.no_grad():
+            metrics = evaluate(self.accelerator.unwrap_model(self.model).eval())
         self.model.train()
-        progress = self.progress
-        progress.evaluation = figures
-        epoch = round(progress.step / self.steps.per_epoch, 4)
-        self.log.write({"step": progress.step, "epoch": epoch, **{f"eval_{key}": value for key, value in figures.items()}})
-        if self.metric_for_best is None:
+        step, name = self.progress.step, self.metric_for_best
+        self.progress.evaluation = metrics
+        epoch = round(step / self.steps.per_epoch, 4)
+        self.log.write({"step": step, "epoch": epoch, **{f"eval_{key}": value for key, value in metrics.items()}})
+        if name is None:
             return
-        if self.metric_for_best not in figures:
-            raise ValueError(
-                f"There is no figure {self.metric_for_best!r} to pick the best model by; use {', '.join(figures)}."
-            )
-        if (
-            self.best is None
-            or self.sign * figures[self.metric_for_best] > self.sign * self.best["figures"][self.metric_for_best]
-        ):
-            self.best = {"identity": self.identity, "step": progress.step, "figures": figures}
-            self._write(self.root / f"best-{progress.step:08d}", self.best, with_optimizer=False)
+        if name not in metrics:
+            raise ValueError(f"metric_for_best={name!r} is unknown here; use one of {', '.join(metrics)}.")
+        if self.best is None or self.sign * metrics[name] > self.sign * self.best["metrics"][name]:
+            self.best = {"identity": self.identity, "step": step, "metrics": metrics}
+            self._write(self.root / f"best-{step:08d}", self.best)
 
     def save(self) -> None:
+        """Write a checkpoint of this step and delete the oldest."""
         self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.meter.seconds()
-        self.meter.loss_sum.fill_(self.progress.loss_sum)  # a mean over processes: a resumed run goes on from that, too
+        self.meter.loss_sum.fill_(self.progress.loss_sum)  # the mean over processes, with which a resumed run goes on, too
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         folder = checkpoint.step_folder(self.root, self.progress.step)
-        self._write(
-            folder, {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler}, with_optimizer=True
-        )
+        self._write(folder, {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler})
         if self.accelerator.is_main_process:
             checkpoint.rotate(self.root, self.arguments.save_total_limit, newest=folder)
         self.saved_step = self.progress.step
 
-    def _write(self, folder: Path, state: dict[str, Any], with_optimizer: bool) -> None:
-        """A checkpoint: ``model.safetensors``, ``state.json``, and the optimizer's tensors, numbered by parameter."""
-        # Every process takes part in gathering what is sharded.
-        model, tensors, main = self.gathered(), {}, self.accelerator.is_main_process
-        for number, entry in self.optimizer.state_dict()["state"].items() if with_optimizer else ():
-            for key, value in entry.items():
-                value = _full(value)
-                if main:
-                    tensors[f"{number}.{key}"] = value.cpu()
-        if not main:
+    def _write(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write weights and ``state.json``, and for a checkpoint the optimizer's tensors, numbered by parameter."""
+        if not self.accelerator.is_main_process:
             return
+        best = folder.name.startswith("best-")
 
         def fill(temporary: Path) -> None:
-            save_model(model, str(temporary / "model.safetensors"))
-            if with_optimizer:
+            save_model(self.accelerator.unwrap_model(self.model), str(temporary / "model.safetensors"))
+            if not best:
+                entries = self.optimizer.state_dict()["state"].items()
+                tensors = {f"{number}.{key}": value.cpu() for number, entry in entries for key, value in entry.items()}
                 save_file(tensors, temporary / "optimizer.safetensors")
-            (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            write_json(temporary / "state.json", state)
 
         checkpoint.write_folder(folder, fill)
-        if folder.name.startswith("best-"):
-            for other in self.root.glob("best-????????"):
-                if other != folder:
-                    shutil.rmtree(other)
+        for other in self.root.glob("best-????????") if best else ():
+            if other != folder:
+                shutil.rmtree(other)
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint that is whole, naming the damaged ones; begin anew if there is none."""
-        if self.accelerator.is_main_process and self.root.exists():
+        """Continue from the latest valid checkpoint, and name the damaged ones; without any, start from the beginning."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
             checkpoint.clear_leftovers(self.root)
-        (folder, problems), (best, best_problems) = self._agreed_on_folders()
+            found = [(checkpoint.latest_valid(self.root), checkpoint.latest_valid(self.root, kind="best"))]
+        # The main process decides: of the others, one might see a file that another does not see yet.
+        (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
         if self.accelerator.is_main_process:
             for problem in (*problems, *best_problems):
                 logger.warning("%s It is not used.", problem)
+            if problems and not folder:
+                logger.warning("No checkpoint in %s is valid, so the run starts from the beginning.", self.root)
         if best:
             self.best = self._state(best)
         if not folder:
-            if problems and self.accelerator.is_main_process:
-                logger.warning("No checkpoint in %s is whole, so the run begins anew.", self.root)
             return
         state = self._state(folder)
-        bare = self.accelerator.unwrap_model(self.model)
-        load_model(bare if self.whole is None else self.whole, folder / "model.safetensors")
-        if self.whole is not None:
-            for shard, full in zip(bare.parameters(), self.whole.parameters(), strict=True):
-                shard.detach().copy_(_shard(full.detach(), shard))
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        load_model(self.accelerator.unwrap_model(self.model), folder / "model.safetensors")
         optimizer_state = self.optimizer.state_dict()
         optimizer_state["state"] = {}
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
             number, _, name = key.partition(".")
-            optimizer_state["state"].setdefault(int(number), {})[name] = _shard(tensor, parameters[int(number)])
+            optimizer_state["state"].setdefault(int(number), {})[name] = tensor
         self.optimizer.load_state_dict(optimizer_state)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -737,81 +637,57 @@ class _Run:
         if self.accelerator.is_main_process:
             logger.warning("Resuming at step %d of %d from %s.", self.progress.step, self.total, folder)
 
-    def _agreed_on_folders(self) -> Any:
-        """Every process resumes from what the main one found: one of them might see a file that another does not."""
-        found: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            found = [(checkpoint.newest_good(self.root), checkpoint.newest_good(self.root, kind="best"))]
-        return broadcast_object_list(found)[0]
-
     def _state(self, folder: Path) -> dict[str, Any]:
-        """``state.json`` of a checkpoint.
+        """Read ``state.json`` of a checkpoint.
 
         Raises:
-            ValueError: it belongs to a run with other arguments or data; says which.
+            ValueError: it belongs to a run with other arguments or data; the message lists them.
         """
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        # A field that this version added was at its default in an older run.
-        defaults = {name: declared.default for name, declared in type(self.arguments).model_fields.items()}
-        theirs = {**defaults, **state["identity"]}
+        state: dict[str, Any] = read_json(folder / "state.json")
+        before = state["identity"]
         changed = [
-            f"{key} (was {theirs.get(key)!r}, now {value!r})"
+            f"{key} (was {before[key]!r}, now {value!r})"
             for key, value in self.identity.items()
-            if theirs.get(key) != value
+            if key in before and before[key] != value
         ]
         if changed:
             raise ValueError(
-                f"{self.root} holds checkpoints of a different run; changed: {', '.join(changed)}. "
-                "Undo the change to resume, or delete that folder or choose another output directory to start anew."
+                f"{self.root} holds checkpoints of a different run; changed: {', '.join(changed)}. Undo the change to resume, "
+                "or delete that folder or choose another output directory to start from the beginning."
             )
         return state
 
     def finish(self) -> dict[str, Any]:
         """Put the best model, or the last one, into the output directory as a complete folder; write ``metrics.json``."""
         progress, accelerator = self.progress, self.accelerator
-        bare = accelerator.unwrap_model(self.gathered(), keep_fp32_wrapper=False)
-        bare.eval()
-        figures = progress.evaluation
+        bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+        evaluation = progress.evaluation
         if self.best:
-            folder = self.root / f"best-{self.best['step']:08d}"
-            load_model(bare, folder / "model.safetensors")
-            figures = self.best["figures"]
+            load_model(bare, self.root / f"best-{self.best['step']:08d}" / "model.safetensors")
+            evaluation = self.best["metrics"]
         metrics = {
             "steps": progress.step,
             "epochs": round(progress.step / self.steps.per_epoch, 4),
             "best_step": self.best["step"] if self.best else None,
-            **{f"eval_{key}": value for key, value in figures.items()},
+            **{f"eval_{key}": value for key, value in evaluation.items()},
             "train_seconds": round(progress.seconds, 3),
             "train_tokens": progress.all_tokens,
             "tokens_per_second": round(progress.all_tokens / max(1e-9, progress.seconds), 1),
             "share_outside_step": round(self.share_outside, 4),
-            "skipped_steps": progress.skipped,
             "parameters": sum(parameter.numel() for parameter in bare.parameters()),
         }
         if accelerator.is_main_process:
 
             def fill(temporary: Path) -> None:
                 bare.save_pretrained(temporary)
-                (temporary / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+                write_json(temporary / "metrics.json", metrics)
 
-            whole = self.root / "final"
-            checkpoint.write_folder(whole, fill)
-            checkpoint.move_files(whole, self.output_dir)
+            checkpoint.write_folder(self.root / "final", fill)
+            checkpoint.move_files(self.root / "final", self.output_dir)
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.wait_for_everyone()
         return metrics
-
-    def gathered(self) -> nn.Module:
-        """The model with all its weights; where they are sharded, a copy that every process must ask for at once."""
-        bare: nn.Module = self.accelerator.unwrap_model(self.model)
-        if self.whole is None:
-            return bare
-        for full, shard in zip(self.whole.parameters(), bare.parameters(), strict=True):
-            full.detach().copy_(_full(shard.detach()))
-        return self.whole
-
-    # -- small helpers of the loop
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total
@@ -828,14 +704,9 @@ class _Run:
             try:
                 yield stop
             except KeyboardInterrupt:
-                # How to resume is for the caller to say: it knows the command.
+                # The caller adds how to resume: it knows the command.
                 saved = "with no checkpoint yet" if self.saved_step is None else f"saved up to step {self.saved_step}"
                 raise KeyboardInterrupt(f"Stopped at step {self.progress.step} of {self.total}, {saved}.") from None
-
-    def _how_to_resume(self) -> str:
-        if self.saved_step is None:
-            return "There is no checkpoint yet; the same command starts from the beginning."
-        return f"Run the same command again to resume from step {self.saved_step} ({self.root})."
 
     def _progress_bar(self) -> "tqdm[Any]":
         return tqdm(
@@ -848,51 +719,11 @@ class _Run:
         )
 
 
-def _copy_and_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shard ``model`` over the processes in place, block by block; returns a whole copy of it, on the CPU.
-
-    Accelerate's own FSDP turns into DistributedDataParallel where there is no accelerator, without a word; this does the
-    same everywhere. Embeddings and heads stay together in the root, because their weights may be tied.
-    """
-    if accelerator.num_processes == 1:
-        raise ValueError(
-            "fsdp: true shards the model over several processes, and there is one; start with torchrun "
-            "--nproc_per_node N -m minibert train RECIPE, or leave fsdp out."
-        )
-    for tensor in chain(model.parameters(), model.buffers()):
-        torch.distributed.broadcast(tensor.detach(), src=0)
-    whole: nn.Module = accelerator.prepare_model(copy.deepcopy(model).cpu(), device_placement=False, evaluation_mode=True)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a block: MiniBertLayer, BertLayer, …
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return whole
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _shard(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that every process has, if ``like`` is sharded and of its shape."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-def processes() -> PartialState:
-    """Which process this is, and of how many. Without ``cpu``, Accelerate would take torchrun's processes on a machine
-    without accelerator for unrelated ones."""
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
 def keep_memory() -> None:
-    """Keep what this process frees, on a CPU with glibc, until it ends or is asked to give it back (mallopt(3)).
+    """Make glibc keep all memory that this process frees (mallopt(3)); elsewhere do nothing.
 
-    By itself glibc returns blocks above 32 MiB at once, and the system clears and maps the next such activation page by page;
-    the modeling file, a guest in others' processes, only sees to it that smaller ones are kept.
+    By default glibc returns blocks above 32 MiB at once, and the system clears and maps the next such activation page by page.
+    The model's own files only make it keep smaller blocks, because they run in processes that are not ours to change.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_MAX, 0)
@@ -900,7 +731,7 @@ def keep_memory() -> None:
 
 
 def in_precision(arguments: LoopArguments) -> torch.autocast:
-    """The arithmetic of training, for a model that only helps: in half precision, too, it is exact enough to learn from."""
+    """Return the autocast of training, for a model that only helps, such as a teacher."""
     dtype = torch.float16 if arguments.precision == "fp16" else torch.bfloat16
     return torch.autocast(processes().device.type, dtype=dtype, enabled=arguments.precision != "fp32")
 
@@ -916,19 +747,17 @@ def check_precision(arguments: LoopArguments) -> None:
 
 
 def warn_of_precision(arguments: LoopArguments) -> None:
-    """Say so where half precision only takes longer."""
-    asked = arguments.precision == "bf16" and processes().device.type == "cpu" and processes().is_main_process
-    if asked and not bfloat16_is_faster():
-        logger.warning(
-            "precision: bf16 does not pay on this processor, which multiplies faster in float32; use precision: fp32."
-        )
+    """Warn where bfloat16 only takes longer."""
+    wanted = arguments.precision == "bf16" and processes().device.type == "cpu" and processes().is_main_process
+    if wanted and not bfloat16_is_faster():
+        logger.warning("precision: bf16 is slower than float32 on this processor; use precision: fp32.")
 
 
 def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     available = {tracker.name for tracker in get_available_trackers()}
     if unknown := sorted(set(arguments.trackers) - available):
         here = ", ".join(sorted(available)) or "none"
-        raise ValueError(f"trackers: {', '.join(unknown)} is not installed or unknown; here there is {here}.")
+        raise ValueError(f"trackers: {', '.join(unknown)} is not installed or unknown; installed here: {here}.")
     # One Accelerator per stage, and the next stage may want another precision: forget the settings, keep the processes.
     AcceleratorState._reset_state()
     GradientState._reset_state()

@@ -11,36 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from minibert.data.source import DataSource
 from minibert.files import disk
-from minibert.train.arguments import (
-    OBJECTIVES,
-    AnswerStage,
-    ChooseStage,
-    ClassifyStage,
-    DistillStage,
-    EmbedStage,
-    EvaluateStage,
-    PairSource,
-    PretrainStage,
-    Recipe,
-    TagStage,
-    TokenizerStage,
-)
+from minibert.train.arguments import KINDS, OBJECTIVES, EmbedStage, PairSource, Recipe
 
-# Kind of stage: its arguments, the module and function that run it, and whether one process does all of it.
-KINDS: dict[str, tuple[type[BaseModel], str, str, bool]] = {
-    "tokenizer": (TokenizerStage, "minibert.train.stages.tokenizer", "train_tokenizer", True),
-    "pretrain": (PretrainStage, "minibert.train.stages.pretrain", "pretrain", False),
-    "classify": (ClassifyStage, "minibert.train.stages.classify", "classify", False),
-    "tag": (TagStage, "minibert.train.stages.tag", "tag", False),
-    "answer": (AnswerStage, "minibert.train.stages.answer", "answer", False),
-    "choose": (ChooseStage, "minibert.train.stages.choose", "choose", False),
-    "embed": (EmbedStage, "minibert.train.stages.embed", "embed", False),
-    "distill": (DistillStage, "minibert.train.stages.distill", "distill", False),
-    "evaluate": (EvaluateStage, "minibert.train.stages.evaluate", "evaluate_model", True),
-}
-
-
-# What PyYAML raises: errors of its own, and those of Python's conversions (2026-99-99, !!int "", brackets without end).
+# PyYAML raises its own errors and those of Python's conversions (2026-99-99, !!int "", brackets without end).
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
@@ -133,7 +106,7 @@ def _in_words(problem: Any, raw: dict[str, Any]) -> str:
         label = (stage.get("name") or stage.get("kind")) if isinstance(stage, dict) else None
         prefix = f"stage {index + 1}" + (f" ({label})" if label else "") + ": "
         tags = location[2:4] if location[2:3] == ["distill"] else location[2:3]  # of the unions: a kind, and an objective
-        model = {**OBJECTIVES, **{kind: entry[0] for kind, entry in KINDS.items()}}[tags[-1]] if tags else None
+        model = {**OBJECTIVES, **KINDS}[tags[-1]] if tags else None
         location = location[2 + len(tags) :]
     # Tags of the two forms of ``model`` are ours, not the user's.
     location = [key for at, key in enumerate(location) if not (at and location[at - 1] == "model" and key in ("text", "new"))]
