@@ -1,6 +1,5 @@
 """The answer stage and the answers of its models: windows, offsets, unanswerable questions, and the input that is refused."""
 
-import json
 import logging
 import math
 from types import SimpleNamespace
@@ -8,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering, BertModel
 
+from helpers import read_rows, write_recipe, write_rows
 from minibert import MiniBertConfig, MiniBertForQuestionAnswering, MiniBertModel, train_word_level, train_wordpiece
 from minibert.data.questions import Window, WindowSizes, cut, window_sizes
 from minibert.inference.answers import answer_rows, best_spans, find_spans
@@ -46,11 +45,6 @@ def questions(unanswerable=False):
             yield {"question": f"where lives {name} ?", "context": context, "answers": {"text": [], "answer_start": []}}
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -75,9 +69,9 @@ def answer(tmp_path, tokenizer_folder):
     """Run the stage on rows, written to files."""
 
     def run(rows, eval_rows=None, model=None, **changes):
-        files = {"data": write(tmp_path / "data.jsonl", rows)}
+        files = {"data": write_rows(tmp_path / "data.jsonl", rows)}
         if eval_rows is not None:
-            files["eval_data"] = write(tmp_path / "eval.jsonl", eval_rows)
+            files["eval_data"] = write_rows(tmp_path / "eval.jsonl", eval_rows)
         values = {"kind": "answer", **files, "batch_size": 8, "learning_rate": 5e-3, "log_steps": 5, "max_length": 24}
         values |= {"model": model or PRESET, **changes}
         context = StageContext(tmp_path / "out", seed=1, model=model, tokenizer=tokenizer_folder)
@@ -90,11 +84,10 @@ def answer(tmp_path, tokenizer_folder):
 def trained(tmp_path_factory, tokenizer_folder):
     """A model that learned its few questions, some without an answer, through a recipe; its run."""
     folder = tmp_path_factory.mktemp("trained")
-    data = write(folder / "rows.jsonl", questions(unanswerable=True))
+    data = write_rows(folder / "rows.jsonl", questions(unanswerable=True))
     fields = {"max_length": 20, "doc_stride": 6, "epochs": 40, "batch_size": 10, "learning_rate": 5e-3, "eval_steps": 8}
     values = {"kind": "answer", "model": PRESET, "tokenizer": tokenizer_folder, "data": data, "eval_data": data, **fields}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "qa", "stages": [values]}), encoding="utf-8")
-    return run_recipe(load_recipe(folder / "recipe.yaml"), output_dir=folder / "run")
+    return run_recipe(load_recipe(write_recipe(folder, values)), output_dir=folder / "run")
 
 
 # Windows
@@ -315,7 +308,7 @@ def test_learns_its_questions_through_a_recipe(trained, tmp_path):
 
 
 def test_the_best_checkpoint_is_kept(trained):
-    lines = [json.loads(line) for line in (trained / "1-answer/log.jsonl").read_text().splitlines()]
+    lines = read_rows(trained / "1-answer/log.jsonl")
     figures = {line["step"]: line["eval_f1"] for line in lines if "eval_f1" in line}
     metrics = read_metrics(trained)["answer"]
     assert len(figures) > 5 and metrics["eval_f1"] == max(figures.values())

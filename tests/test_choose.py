@@ -1,11 +1,8 @@
 """The choose stage and the choices of its models: columns and labels in every form, and the input that is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import (
     AutoModelForMultipleChoice,
     AutoTokenizer,
@@ -14,6 +11,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
+from helpers import read_rows, write_recipe, write_rows
 from minibert import (
     MiniBertConfig,
     MiniBertForMultipleChoice,
@@ -55,11 +53,6 @@ def swag(row):
     return {"sent1": row["question"], "sent2": "it is", **endings, "label": row["label"]}
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -77,9 +70,9 @@ def choose(tmp_path, tokenizer_folder):
     """Run the stage on rows, written to files."""
 
     def run(rows, eval_rows=None, model=None, **changes):
-        files = {"data": write(tmp_path / "data.jsonl", rows)}
+        files = {"data": write_rows(tmp_path / "data.jsonl", rows)}
         if eval_rows is not None:
-            files["eval_data"] = write(tmp_path / "eval.jsonl", eval_rows)
+            files["eval_data"] = write_rows(tmp_path / "eval.jsonl", eval_rows)
         values = {"kind": "choose", **files, "batch_size": 8, "learning_rate": 5e-3, "log_steps": 5, "max_length": 24}
         values |= {"model": model or PRESET, **changes}
         context = StageContext(tmp_path / "out", seed=1, model=model, tokenizer=tokenizer_folder)
@@ -91,13 +84,12 @@ def choose(tmp_path, tokenizer_folder):
 @pytest.mark.parametrize("layout", [dict, swag], ids=["lists", "swag"])
 def test_learns_through_a_recipe_and_keeps_its_best_checkpoint(tmp_path, tokenizer_folder, layout):
     rows = [layout(row) for row in questions()]
-    values = {"kind": "choose", "model": PRESET, "tokenizer": tokenizer_folder, "data": write(tmp_path / "r.jsonl", rows)}
+    values = {"kind": "choose", "model": PRESET, "tokenizer": tokenizer_folder, "data": write_rows(tmp_path / "r.jsonl", rows)}
     values |= {"eval_data": values["data"], "epochs": 20, "batch_size": 10, "learning_rate": 5e-3, "eval_steps": 6}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"name": "toy", "stages": [values]}), encoding="utf-8")
-    run = run_recipe(load_recipe(tmp_path / "recipe.yaml"), output_dir=tmp_path / "run")
+    run = run_recipe(load_recipe(write_recipe(tmp_path, values)), output_dir=tmp_path / "run")
     metrics = read_metrics(run)["choose"]
     assert metrics["eval_accuracy"] == 1.0 and metrics["eval_loss"] < 0.4
-    lines = [json.loads(line) for line in (run / "1-choose/log.jsonl").read_text().splitlines()]
+    lines = read_rows(run / "1-choose/log.jsonl")
     figures = {line["step"]: line["eval_accuracy"] for line in lines if "eval_accuracy" in line}
     assert metrics["best_step"] == min(step for step, value in figures.items() if value == 1.0) < metrics["steps"]
 

@@ -8,6 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from helpers import read_rows
 from minibert import train_word_level
 from minibert.data.labels import MULTI, REGRESSION, SINGLE, read_labels
 from minibert.evaluation.metrics import classification_figures
@@ -220,7 +221,7 @@ def test_a_number_per_row(classify, tmp_path):
 def test_the_smallest_error_is_kept(classify, tmp_path):
     rows = [{"text": f"the {noun}", "label": 0.5 + (noun in ANIMALS)} for noun in ANIMALS + THINGS] * 4
     metrics = classify(rows, rows, epochs=4, metric_for_best="mse", eval_steps=1, save_steps=1)
-    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    log = read_rows(tmp_path / "out/log.jsonl")
     errors = [line["eval_mse"] for line in log if "eval_mse" in line]
     assert len(errors) == 12 and metrics["eval_mse"] == min(errors) < max(errors)
 

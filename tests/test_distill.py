@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
+from helpers import read_rows, read_weights
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
 from minibert.train.arguments import DistillStage, Recipe
 from minibert.train.loop import StopRequest
@@ -97,12 +97,8 @@ def run(folder, tmp_path):
     return run
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def log_of(folder):
-    return [line for text in (folder / "log.jsonl").read_text().splitlines() if "loss" in (line := json.loads(text))]
+    return [line for line in read_rows(folder / "log.jsonl") if "loss" in line]
 
 
 # Losses
@@ -204,7 +200,7 @@ def test_the_loss_of_vectors_is_the_sum_of_its_parts(folder):
 
 @pytest.mark.parametrize("objective", ["task", "pretraining", "embedding"])
 def test_a_student_learns_and_the_teacher_never_changes(run, folder, tmp_path, monkeypatch, objective):
-    before, seen = weights(folder / objective), []
+    before, seen = read_weights(folder / objective), []
     freeze = module.freeze
     monkeypatch.setattr(module, "freeze", lambda teacher: seen.append(freeze(teacher)) or seen[-1])
     held_out = {"task": "labelled", "pretraining": "texts", "embedding": "pairs"}[objective]
@@ -216,13 +212,13 @@ def test_a_student_learns_and_the_teacher_never_changes(run, folder, tmp_path, m
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
     state = teacher[0].auto_model.state_dict() if objective == "embedding" else teacher.state_dict()
     torch.testing.assert_close({name: state[name] for name in before}, before, atol=0, rtol=0)
-    torch.testing.assert_close(weights(folder / objective), before, atol=0, rtol=0)
+    torch.testing.assert_close(read_weights(folder / objective), before, atol=0, rtol=0)
 
     # What is left is the student alone: nothing of the teacher or the loss, and its own number of parameters.
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
     assert metrics["parameters"] < metrics["teacher_parameters"]
-    assert {name.partition(".")[0] for name in weights(tmp_path / "run")} <= {
+    assert {name.partition(".")[0] for name in read_weights(tmp_path / "run")} <= {
         *("minibert", "classifier", "lm_head"),
         *("embeddings", "layers", "pooler"),
     }
@@ -309,7 +305,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypat
             run(objective, "broken", **fields)
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     run(objective, "broken", **fields)
-    torch.testing.assert_close(weights(tmp_path / "broken"), weights(tmp_path / "whole"), atol=0, rtol=0)
+    torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("objective", ["task", "pretraining", "embedding"])
@@ -324,7 +320,7 @@ def test_two_processes_share_the_work(start, run, folder, tmp_path, monkeypatch,
     for one, two in zip(*caches):
         np.testing.assert_allclose(np.load(one), np.load(two), atol=1e-6)
     if objective == "task":  # its loss is a mean over rows; the others compare the rows of a process, or draw masks there
-        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+        one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
         for name in one.keys() - {
             f"minibert.layers.{layer}.attention.key.bias" for layer in (0, 1)
         }:  # gradient 0, but for noise
@@ -364,12 +360,12 @@ def test_a_student_of_another_shape_with_words_of_its_own(run, folder, tmp_path)
     for objective in ("task", "embedding"):
         run(objective, objective, model=narrow, tokenizer=other, max_steps=2)
         assert AutoTokenizer.from_pretrained(tmp_path / objective).vocab_size < 20
-        assert weights(tmp_path / objective)[
+        assert read_weights(tmp_path / objective)[
             ("minibert." if objective == "task" else "") + "layers.0.attention.query.weight"
         ].shape == (8, 8)
     # The maps between the widths are trained along, and not kept.
     run("embedding", "maps", model=narrow, max_steps=2, hidden_weight=1.0)
-    assert not [name for name in weights(tmp_path / "maps") if "map" in name]
+    assert not [name for name in read_weights(tmp_path / "maps") if "map" in name]
     run("pretraining", "words", model=narrow, max_steps=2, cosine_weight=0.0)
 
 
@@ -384,7 +380,7 @@ def test_labels_are_compared_by_name_and_not_by_number(run, folder, tmp_path):
         run("task", name, teacher=str(tmp_path / "teacher"), data=data, eval_data=data, max_steps=2, **fields)
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["id2label"] == {"0": "dull", "1": "bright"}
-    torch.testing.assert_close(weights(tmp_path / "strings"), weights(tmp_path / "named"), atol=0, rtol=0)
+    torch.testing.assert_close(read_weights(tmp_path / "strings"), read_weights(tmp_path / "named"), atol=0, rtol=0)
 
 
 def test_options_of_vectors(run, folder, tmp_path):

@@ -20,12 +20,11 @@ import torch
 import typer
 from transformers import BertConfig, BertModel
 
-import minibert
-from minibert import MiniBertConfig, MiniBertForSequenceClassification, MiniBertModel, train_wordpiece
+from helpers import ROOT, save_model, write_rows
+from minibert import train_wordpiece
 from minibert.cli import app
 from minibert.train.recipe import load_recipe
 
-ROOT = Path(minibert.__file__).parent
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>.+) -->\n)?^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -70,28 +69,22 @@ def examples(page: str) -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory, tiny):
+def room(tmp_path_factory):
     """A folder with small stand-ins for the models and files that the pages name."""
     from minibert.search.encode_corpus import encode_corpus
 
     room = tmp_path_factory.mktemp("room")
     notes = ["read a table from a file", "invert a matrix", "sort a list", "a good film", "a bad one"]
     tokenizer = train_wordpiece(notes * 2, vocab_size=60)
-    torch.manual_seed(0)
-    config = MiniBertConfig.preset("modern-6x384", **{**tiny, "vocab_size": len(tokenizer)})
-    for folder, model_class in (("quickstart/2-embed", MiniBertModel), ("mine/2-classify", MiniBertForSequenceClassification)):
-        model_class(config).save_pretrained(room / "runs" / folder)
-        tokenizer.save_pretrained(room / "runs" / folder)
-        (room / "runs" / folder / "log.jsonl").write_text(
-            '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.0}\n', encoding="utf-8"
-        )
+    for name, kind in (("quickstart/2-embed", "Model"), ("mine/2-classify", "ForSequenceClassification")):
+        folder = save_model(room / "runs" / name, tokenizer, kind, "modern-6x384")
+        write_rows(folder / "log.jsonl", [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}])
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(room / "my-bert")
     tokenizer.save_pretrained(room / "my-bert")
-    pairs = [{"query": f"how to {note}", "answer": note} for note in notes[:3]]
-    (room / "questions.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    write_rows(room / "questions.jsonl", [{"query": f"how to {note}", "answer": note} for note in notes[:3]])
     (room / "notes.txt").write_text("\n".join(notes), encoding="utf-8")
-    (room / "notes.jsonl").write_text("".join(json.dumps({"body": note}) + "\n" for note in notes), encoding="utf-8")
+    write_rows(room / "notes.jsonl", [{"body": note} for note in notes])
     encode_corpus(room / "runs/quickstart/2-embed", room / "notes.jsonl", room / "notes-vectors", keep_text=True)
     return room
 

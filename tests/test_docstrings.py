@@ -1,12 +1,10 @@
 """The corpus of installed documentation: what it reads, what it drops, and that its splits share nothing."""
 
-import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
-from minibert.cli import app
+from helpers import run_command, run_python
 from minibert.data import docstrings
 from minibert.data.docstrings import collect, find_roots, is_held_out, load_pairs, load_passages, read_documents
 
@@ -125,9 +123,7 @@ from minibert.data import docstrings
 docstrings.find_roots = lambda: (({package!r}, Path({str(root)!r})),)
 print([document.title for document in docstrings._split("train")])
 """
-    run = [sys.executable, "-c", code]
-    output = subprocess.run(run, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "1"}).stdout
-    assert output == f"{list(load_pairs('train')['query'])}\n"
+    assert run_python(code, env={"PYTHONHASHSEED": "1"}) == f"{list(load_pairs('train')['query'])}\n"
 
 
 def test_objects_documented_by_a_call_are_found(tmp_path):
@@ -179,12 +175,12 @@ def test_quickstart_trains_measures_reloads_and_answers(orchard, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     small = ["hidden_size=8", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=8"]
     run = ["quickstart", "tokenizer.vocab_size=200", "embed.max_steps=1", *(f"embed.model.{field}" for field in small)]
-    first = CliRunner().invoke(app, [*run, "--query", "walking over aab trees"])
+    first = run_command(*run, "--query", "walking over aab trees")
     assert first.exit_code == 0, first.output
     for expected in ("bm25", "untrained", "vectors differ by at most", "walking over aab trees\n   1  "):
         assert expected in first.output
     assert (tmp_path / "runs" / "quickstart" / "2-embed" / "model.safetensors").exists()
-    changed = CliRunner().invoke(app, ["quickstart", *run[1:], "embed.learning_rate=1"])
+    changed = run_command(*run, "embed.learning_rate=1")
     assert changed.exit_code == 2 and "learning_rate" in changed.output
-    blank = CliRunner().invoke(app, ["quickstart", "--query", " "])
+    blank = run_command("quickstart", "--query", " ")
     assert blank.exit_code == 2 and "Query 1 is empty" in blank.output

@@ -4,17 +4,15 @@ import itertools
 import json
 import logging
 import signal
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from helpers import read_rows, read_weights, run_python
 from minibert import train_word_level
 from minibert.train.arguments import EmbedStage
 from minibert.train.stage import StageContext
@@ -61,15 +59,11 @@ def run(folder, tmp_path):
     return run
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_it_learns_and_leaves_a_model(run, folder, tmp_path):
     metrics = run(epochs=8, eval_data=str(folder / "pairs.csv"), max_length=9)
     assert metrics["steps"] == 40
     assert metrics["eval_mrr@10"] > 0.5  # by chance it is 0.08
-    lines = [line for line in log_of(tmp_path / "run") if "loss" in line]
+    lines = [line for line in read_rows(tmp_path / "run" / "log.jsonl") if "loss" in line]
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert [line["step"] for line in lines] == list(range(1, 41))
     model = SentenceTransformer(str(tmp_path / "run"))
@@ -86,12 +80,7 @@ def test_it_learns_and_leaves_a_model(run, folder, tmp_path):
         f"model = SentenceTransformer({str(tmp_path / 'run')!r}, trust_remote_code=True)\n"
         "print(model.encode(['red apple', 'blue plum']).tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), vectors.cpu(), atol=1e-6, rtol=0)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
+    torch.testing.assert_close(torch.tensor(json.loads(run_python(script))), vectors.cpu(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +110,11 @@ def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypat
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     monkeypatch.setattr(embed_module._Callback, "on_step_end", original)
     resumed = run("broken", **fields)
-    torch.testing.assert_close(weights(tmp_path / "broken"), weights(tmp_path / "whole"), atol=0, rtol=0)
-    timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / "broken")]
-    assert timeless == [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / "whole")]
+    torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
+    timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in read_rows(tmp_path / "broken" / "log.jsonl")]
+    assert timeless == [
+        {k: v for k, v in line.items() if k != "seconds"} for line in read_rows(tmp_path / "whole" / "log.jsonl")
+    ]
     assert {k: v for k, v in resumed.items() if k not in ("train_seconds", "train_loss")} == {
         k: v for k, v in whole.items() if k not in ("train_seconds", "train_loss")
     }
@@ -141,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, tmp_path,
     assert f"{newest} is damaged: optimizer.pt" in caplog.text
     assert "Resuming from" in caplog.text
     assert "checkpoint-8" in caplog.text
-    torch.testing.assert_close(weights(tmp_path / "broken"), weights(tmp_path / "whole"), atol=0, rtol=0)
+    torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
 
 
 def test_the_best_weights_are_kept(run, folder, tmp_path, monkeypatch):
@@ -153,8 +144,8 @@ def test_the_best_weights_are_kept(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module._Retrieval, "__call__", call)
     metrics = run(epochs=4, eval_data=str(folder / "pairs.csv"), save_steps=5, save_total_limit=4)
     assert (metrics["eval_mrr@10"], metrics["best_step"]) == (0.9, 10)
-    kept = weights(tmp_path / "run" / "checkpoints" / "checkpoint-10")
-    torch.testing.assert_close(weights(tmp_path / "run"), kept, atol=0, rtol=0)
+    kept = read_weights(tmp_path / "run" / "checkpoints" / "checkpoint-10")
+    torch.testing.assert_close(read_weights(tmp_path / "run"), kept, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

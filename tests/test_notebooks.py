@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import minibert
+from helpers import run_python
 
 FOLDER = Path(minibert.__file__).parent / "docs" / "notebooks"
 
@@ -38,11 +37,8 @@ def test_a_notebook_runs(path, tmp_path):
         "        print('image of', len(shown._repr_png_()), 'bytes')\n"
     )
     code = [source for kind, source in cells(path) if kind == "code"]
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(code), capture_output=True, text=True, cwd=tmp_path, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("image of") == sum(source.splitlines()[-1].startswith(("plot.", ")")) for source in code)
+    printed = run_python(script, input=json.dumps(code), cwd=tmp_path, timeout=600)
+    assert printed.count("image of") == sum(source.splitlines()[-1].startswith(("plot.", ")")) for source in code)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """Predictions for files: labels by name, tags with their places in the text, and input that is refused."""
 
 import csv
+import functools
 import json
 import random
 from datetime import datetime
@@ -11,10 +12,9 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import BertConfig, pipeline
-from typer.testing import CliRunner
 
 import minibert
-from minibert.cli import app
+from helpers import read_rows, run_command
 from minibert.data.tags import to_iob2
 from minibert.evaluation.evaluate import evaluate
 from minibert.inference import predict as module
@@ -65,7 +65,7 @@ def tagger(model):
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments, **options: CliRunner().invoke(app, ["predict", *map(str, arguments)], **options)
+    return functools.partial(run_command, "predict")
 
 
 @pytest.mark.parametrize("family", ["MiniBert", "Bert"])
@@ -179,7 +179,7 @@ def rows_of(file, suffix):
     if suffix == ".parquet":
         return parquet.read_table(file).to_pylist()
     if suffix == ".jsonl":
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return read_rows(file)
     nested = ("probabilities", "tags", "words", "scores", "entities", "labels")
     with file.open(encoding="utf-8", newline="") as lines:
         return [{k: json.loads(v) if k in nested else v for k, v in row.items()} for row in csv.DictReader(lines)]

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from helpers import read_rows, read_weights, write_rows
 from minibert import MiniBertForMaskedLM, MiniBertModel, train_word_level, train_wordpiece
 from minibert.data.source import DataSource
 from minibert.data.tokenized_corpus import load_corpus
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
     """A folder with a corpus (corpus.jsonl) and a tokenizer."""
     folder = tmp_path_factory.mktemp("pretrain")
     texts = list(documents())
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_rows(folder / "corpus.jsonl", ({"text": text} for text in texts))
     train_wordpiece(texts, vocab_size=60, model_max_length=48).save_pretrained(folder / "tokenizer")
     return folder
 
@@ -296,20 +297,18 @@ def test_phases_have_their_own_lengths_batches_and_rates(run, tmp_path):
             {"share": 1, "max_length": 48, "batch_size": 2, "learning_rate": 1e-3},
         ],
     )
-    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    log = read_rows(tmp_path / "out" / "log.jsonl")
     assert metrics["steps"] == 20
     assert [line["learning_rate"] for line in log] == [5e-3] * 18 + [1e-3] * 2
 
 
 @pytest.mark.parametrize("next_sentence", [False, True])
 def test_gives_the_same_weights_when_run_again(run, tmp_path, next_sentence, folder):
-    from safetensors.torch import load_file
-
     weights = []
     for name in ("one", "two"):
         context = StageContext(tmp_path / name, 3, tokenizer=str(folder / "tokenizer"))
         pretrain(arguments(folder, max_steps=4, next_sentence=next_sentence), context)
-        weights.append(load_file(tmp_path / name / "model.safetensors"))
+        weights.append(read_weights(tmp_path / name))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 

@@ -7,8 +7,6 @@ import pickle
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,7 +14,8 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minibert import MiniBertConfig, MiniBertForSequenceClassification, train_wordpiece
+from helpers import edit_json, run_python, save_model
+from minibert import train_wordpiece
 from minibert.files import model_folder
 from minibert.files.model_folder import HEADER_LIMIT, check_file, check_model, check_paths, read_header
 from minibert.hub import folders
@@ -58,19 +57,12 @@ def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "model"
     tokenizer = train_wordpiece(["a text of a few words"] * 3, vocab_size=34, model_max_length=16, show_progress=False)
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    config = MiniBertConfig.preset("search-8x768", vocab_size=len(tokenizer), max_position_embeddings=16, **shape)
-    MiniBertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(folder, tokenizer, "ForSequenceClassification", max_position_embeddings=16, **shape)
 
 
 @pytest.fixture
 def model(good, tmp_path):
     return shutil.copytree(good, tmp_path / "model")
-
-
-def change(file, **fields):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 # ------------------------------------------------------------------------------------------------------------ headers
@@ -230,14 +222,7 @@ def test_large_headers_take_little_memory(tmp_path):
         files[-1].write_bytes(stored(b"{", length=90_000_000) if header is None else stored(header))
     with files[0].open("r+b") as sparse:
         sparse.truncate(100_000_000)
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, model_folder.__file__, *map(str, files)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    *sentences, megabytes = done.stdout.strip().splitlines()
-    assert done.returncode == 0, done.stderr
+    *sentences, megabytes = run_python(LIMITED, model_folder.__file__, *files).strip().splitlines()
     assert len(sentences) == len(huge) and "larger than the 16,000,000" in sentences[0]
     assert "more than 1,000,000 values" in sentences[1] and "more than 1,000,000 values" in sentences[2]
     assert int(megabytes) < 150
@@ -314,7 +299,7 @@ def as_sentence_transformer(model, *paths, kind="sentence_transformers.sentence_
 def with_code(model, tmp_path):
     """Make ``model`` one of an unknown type that brings code, which writes a file."""
     (model / "modeling_evil.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')\nclass Evil: pass\n")
-    change(
+    edit_json(
         model / "config.json",
         model_type="evil",
         auto_map={"AutoConfig": "modeling_evil.Evil", "AutoModel": "modeling_evil.Evil"},
@@ -355,7 +340,7 @@ def test_a_module_class_from_elsewhere_is_not_imported_without_the_flag(model, t
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 def test_kernels_from_the_hub_are_not_asked_for(model, key):
-    change(model / "config.json", **{key: "evil/kernels"})
+    edit_json(model / "config.json", **{key: "evil/kernels"})
     with pytest.raises(ValueError, match=f"asks for 'evil/kernels' as its {key}"):
         find_model(model)
 
@@ -383,7 +368,7 @@ def test_modules_outside_of_the_folder_are_refused(model, path):
 )
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_outside_of_the_folder_is_refused(model, code, file):
-    change(model / file, auto_map={"AutoModel": code})
+    edit_json(model / file, auto_map={"AutoModel": code})
     with pytest.raises(ValueError, match="in its auto_map, which is not module.Class"):
         check_paths(model)
 
@@ -394,7 +379,7 @@ def test_usual_code_names_pass(model):
         "AutoConfig": "owner/name.v1--configuration_a.C",
         "AutoTokenizer": ["tokenization_a.D", None],
     }
-    change(model / "config.json", auto_map=names)
+    edit_json(model / "config.json", auto_map=names)
     check_paths(model)
 
 
@@ -463,7 +448,7 @@ def test_a_link_to_the_folder_itself_and_other_links_beside_the_model_are_the_us
     ],
 )
 def test_a_configuration_far_larger_than_its_weights_is_refused_before_it_is_built(model, field, value):
-    change(model / "config.json", **{field: value})
+    edit_json(model / "config.json", **{field: value})
     for check in (find_model, folders.Checkpoint):
         with pytest.raises(ValueError, match="config.json describes a model of about 10.* numbers, but its weights hold"):
             check(model)

@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
 
+from helpers import write_rows
 from minibert import train_word_level, train_wordpiece
 from minibert.data.tags import cut_windows, entity_spans, read_tags, read_words, to_iob2
 from minibert.evaluation.evaluate import evaluate
@@ -287,12 +288,12 @@ def test_a_recipe_tags_and_classifies_from_one_encoder(tmp_path):
     """Stages one after the other, from YAML: a tokenizer, a tagger, and on its encoder several labels and a number."""
     rows = list(sentences(40))
     Dataset.from_list(rows).to_parquet(tmp_path / "tags.parquet")
-    with (tmp_path / "texts.jsonl").open("w") as file:
-        for row in rows:
-            kinds = sorted({name[2:] for name in row["ner_tags"] if name != "O"})
-            text = " ".join(row["tokens"])
-            file.write(json.dumps({"text": text, "kinds": kinds, "share": len(kinds) / 2}) + "\n")
-    texts, loop = str(tmp_path / "texts.jsonl"), {"batch_size": 8, "learning_rate": 0.01}
+    kinds = [sorted({name[2:] for name in row["ner_tags"] if name != "O"}) for row in rows]
+    texts = write_rows(
+        tmp_path / "texts.jsonl",
+        ({"text": " ".join(row["tokens"]), "kinds": own, "share": len(own) / 2} for row, own in zip(rows, kinds, strict=True)),
+    )
+    loop = {"batch_size": 8, "learning_rate": 0.01}
     recipe = {
         "name": "heads",
         "stages": [

@@ -4,8 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
+from helpers import run_python
 from minibert import tokenization_minibert
 from minibert.tokenization_minibert import SPECIAL_TOKENS, train_word_level, train_wordpiece
 
@@ -76,6 +75,7 @@ def test_the_side_where_long_texts_are_cut_is_saved(tmp_path, side, kept):
     assert reloaded.decode(ids) == f"[CLS] {kept} [SEP]"
 
 
+@pytest.mark.slow
 def test_reloads_without_our_code(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json"}
@@ -86,9 +86,8 @@ def test_reloads_without_our_code(tokenizer, tmp_path):
         "print(json.dumps([dict(tokenizer(*json.loads(sys.argv[2]))), tokenizer.model_max_length, tokenizer.mask_token_id]))"
     )
     texts = ["Encoders read ünseen [MASK] sentences", "and 中文, e.g. zebras"]
-    command = [sys.executable, "-c", script, str(tmp_path / "saved"), json.dumps(texts)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-    assert json.loads(answer) == [dict(tokenizer(*texts)), 32, 4]
+    printed = run_python(script, tmp_path / "saved", json.dumps(texts), cwd=tmp_path)
+    assert json.loads(printed) == [dict(tokenizer(*texts)), 32, 4]
 
 
 def test_wordpiece_agrees_with_berts_tokenizer_on_the_same_vocabulary(wordpiece):
@@ -214,6 +213,7 @@ def many_ties() -> list[str]:
     return [hashlib.sha256(str(number).encode()).hexdigest().translate(letters) for number in range(400)]
 
 
+@pytest.mark.slow
 def test_the_same_texts_give_the_same_vocabulary_in_another_process(tmp_path):
     texts = [" ".join(word[i : i + 8] for i in range(0, 64, 8)) for word in many_ties()]
     (tmp_path / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
@@ -224,9 +224,8 @@ def test_the_same_texts_give_the_same_vocabulary_in_another_process(tmp_path):
             {"RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "1"},
             {"RAYON_NUM_THREADS": "4", "PYTHONHASHSEED": "2"},
         ):
-            command = [sys.executable, "-c", TRAIN_ELSEWHERE, str(tmp_path / "texts.json"), name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
-            answers.add(done.stdout.strip())
+            printed = run_python(TRAIN_ELSEWHERE, tmp_path / "texts.json", name, env={**os.environ, **environment})
+            answers.add(printed.strip())
         assert len(answers) == 1, name
 
 
