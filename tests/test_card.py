@@ -1,13 +1,9 @@
 """Model cards: every figure is one that was measured, nothing names the training machine, and the examples run as printed."""
 
-import configparser
 import getpass
-import importlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-import minibert
-from minibert import MiniBertConfig, train_wordpiece
+from helpers import SETUP, edit_json, run_python, save_model, write_recipe, write_rows
+from minibert import train_wordpiece
 from minibert.hub import provenance
 from minibert.hub import push as publish
 from minibert.hub.card import build_card, check_card
@@ -50,9 +46,7 @@ def run(tmp_path_factory):
         word = WORDS[row % len(WORDS)]
         data["pairs"].append({"query": f"where is the {word} {row}", "answer": f"the {word} {row} stands by the road"})
         data["reviews"].append({"text": f"a {'good' if row % 2 else 'bad'} {word}", "label": "good" if row % 2 else "b|ad"})
-    for name, rows in data.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs, reviews = (str(folder / f"{name}.jsonl") for name in data)
+    pairs, reviews = (write_rows(folder / f"{name}.jsonl", rows) for name, rows in data.items())
     loop = {"max_steps": 2, "batch_size": 4, "max_length": 24}
     new = {"preset": "search-8x768", **SHAPE, **POSITIONS}
     stages = [
@@ -67,8 +61,7 @@ def run(tmp_path_factory):
         {"kind": "embed", "data": pairs, "eval_data": pairs, **loop},
         {"kind": "evaluate", "data": [pairs, {"path": pairs, "split": "train[:50%]"}]},
     ]
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "toy", "stages": stages}))
-    return run_recipe(load_recipe(folder / "recipe.yaml"), output_dir=folder / "run")
+    return run_recipe(load_recipe(write_recipe(folder, *stages)), output_dir=folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +70,8 @@ def heads(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     texts = [f"the {word} of anna weber stands in bern, who wrote it in 1931?" for word in WORDS]
     tokenizer = train_wordpiece(texts, vocab_size=75, model_max_length=48, show_progress=False)
-    torch.manual_seed(0)
     for head in HEADS:
-        config = MiniBertConfig.preset("bert-base", vocab_size=len(tokenizer), pad_token_id=0, **SHAPE, **POSITIONS)
-        getattr(minibert, f"MiniBert{head}")(config).save_pretrained(root / "ann" / head)
-        tokenizer.save_pretrained(root / "ann" / head)
+        save_model(root / "ann" / head, tokenizer, head, "bert-base", **SHAPE, **POSITIONS)
     return root
 
 
@@ -204,7 +194,7 @@ def test_a_malformed_record_of_others_is_a_sentence(heads, tmp_path, changes, wo
     provenance.write(provenance.Record(base_model="a/b"), folder, {})
     file = folder / "record.json"
     assert metadata(build_card(folder, "ann/x"))["base_model"] == "a/b"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    edit_json(file, **changes)
     with pytest.raises(ValueError, match=f"record.json is damaged .*{words}.*; download the model again, or delete"):
         build_card(folder, "ann/x")
 
@@ -218,7 +208,7 @@ def test_a_converted_model(tmp_path):
     card = build_card(tmp_path / "ours", "ann/ours")
     assert "It was not trained: its weights were converted (bert)" in card and "base_model" not in metadata(card)
     assert str(tmp_path) not in file.read_text()
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model": "owner/bert"}))  # had it come from the Hub
+    edit_json(file, base_model="owner/bert")  # had it come from the Hub
     card = build_card(tmp_path / "ours", "ann/ours")
     assert metadata(card)["base_model"] == "owner/bert" and "converted from `owner/bert` (bert)" in card
     assert "trust_remote_code" not in build_card(tmp_path / "bert", "ann/bert")  # which needs none
@@ -292,10 +282,8 @@ def test_the_examples_run_as_printed(run, heads, monkeypatch, tmp_path):
     codes = [(name, code) for name, card in cards.items() for code in snippets(card)]
     assert len(codes) == len(HEADS) + 3  # the search model has two
     asked = json.dumps([code for _, code in codes])
-    command = [sys.executable, "-c", RUN]
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, cwd=heads, check=False)
-    assert done.returncode == 0, done.stderr
-    ran = [(name, code, result) for (name, code), result in zip(codes, json.loads(done.stdout), strict=True)]
+    results = json.loads(run_python(RUN, input=asked, cwd=heads))
+    ran = [(name, code, result) for (name, code), result in zip(codes, results, strict=True)]
     assert all(result["printed"].strip() for *_, result in ran)
     expected = load(run / "3-embed", device="cpu").encode(["How do I sort a list?", "Put a list in order.", "It is raining."])
     vectors = [result["vectors"] for name, _, result in ran if name == "3-embed"]
@@ -314,9 +302,7 @@ def test_every_head_has_its_task(heads, head):
 
 
 def test_the_template_is_in_the_package():
-    setup = configparser.ConfigParser()
-    setup.read(Path(importlib.import_module("minibert.configuration_minibert").__file__).parent / "setup.cfg")
-    assert "card.md" in setup["options.package_data"]["minibert.hub"].split()
+    assert "card.md" in SETUP["options.package_data"]["minibert.hub"].split()
 
 
 # ------------------------------------------------------------------------------------------------------------ metadata

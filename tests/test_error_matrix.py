@@ -32,7 +32,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from transformers import BertConfig, BertModel
 
-from minibert import MiniBertConfig, MiniBertForSequenceClassification, cli, train_wordpiece
+from helpers import edit_json, save_model
+from hub_server import HubServer
+from minibert import cli, train_wordpiece
 
 # What the commands import when they run, so that no child has to.
 for _module in (
@@ -181,11 +183,9 @@ def world(tmp_path_factory):
     tokenizer = train_wordpiece(TEXTS, vocab_size=60, model_max_length=16, show_progress=False)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    torch.manual_seed(0)
-    MiniBertForSequenceClassification(MiniBertConfig.preset("bert-base", **shape)).save_pretrained(place / "model")
+    save_model(place / "model", tokenizer, "ForSequenceClassification", "bert-base", **shape)
     BertModel(BertConfig(**shape)).save_pretrained(place / "bert")
-    for name in ("model", "bert"):
-        tokenizer.save_pretrained(place / name)
+    tokenizer.save_pretrained(place / "bert")
     rows = [f"{text},{number % 2},{number / 2}" for number, text in enumerate(TEXTS)]
     (place / "labels.csv").write_text("text,label,number\n" + "\n".join(rows) + "\n")
     (place / "texts.txt").write_text("\n".join(TEXTS) + "\n")
@@ -218,10 +218,6 @@ def snapshot(place: Path) -> dict[str, object]:
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong with models
-
-
-def edit(file: Path, **fields: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 def cut(file: Path) -> None:
@@ -273,7 +269,7 @@ def only_a_pickle(folder: Path) -> None:
 def own_code(folder: Path) -> None:
     (folder / "modeling_evil.py").write_text("open('exploded', 'w')\nclass Evil: pass\n")
     classes = {"AutoConfig": "modeling_evil.Evil", "AutoModel": "modeling_evil.Evil"}
-    edit(folder / "config.json", model_type="evil", auto_map=classes)
+    edit_json(folder / "config.json", model_type="evil", auto_map=classes)
 
 
 def closed(path: Path) -> None:
@@ -297,7 +293,7 @@ def larger_than_memory(folder: Path) -> None:
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         out.truncate(8 + len(text) + gap)
-    edit(folder / "config.json", vocab_size=words)
+    edit_json(folder / "config.json", vocab_size=words)
 
 
 AGAIN = "save or download the model again"
@@ -468,9 +464,9 @@ MOMENTS = {  # a command, the function in which it is interrupted, the call of i
 
 
 @pytest.fixture(scope="session")
-def hub(hub_server_class, world):
+def hub(world):
     """A server with the model as ann/model; call it in a child, to take it for the Hub."""
-    with hub_server_class() as server:
+    with HubServer() as server:
         files = {file.name: file.read_bytes() for file in (world / "model").iterdir()}
         server.add_repo("ann/model", files)
         yield lambda home: server.patch(pytest.MonkeyPatch(), home)

@@ -1,5 +1,6 @@
 """Pictures: the facts they show, what pages and images hold, what they refuse, and what the menus of a page do in a browser."""
 
+import functools
 import io
 import json
 import re
@@ -12,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, DistilBertConfig, DistilBertModel
-from typer.testing import CliRunner
 
 import minibert
+from helpers import run_command, write_rows
 from minibert import MiniBertConfig, MiniBertModel, plot, train_word_level, train_wordpiece
-from minibert.cli import app
 from minibert.inference.load import load
 from minibert.plot import attention_maps as plot_attention
 from minibert.plot.attention_maps import line_ends
@@ -74,7 +74,7 @@ def write_log(path, offset=0.0):
         more = {"learning_rate": 0.1 / step, "grad_norm": 1.0, "tokens_per_second": 1000.0 + step, "seconds": 6.0 * step}
         lines.append({"step": step, "epoch": step / 30, "loss": 3.0 - step / 20 + offset, **more})
     lines.append({"step": 30, "epoch": 1.0, "eval_loss": 1.75, "eval_accuracy": 0.5})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_rows(path, lines)
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +387,7 @@ def command(models, tmp_path, monkeypatch):
     (tmp_path / "texts.csv").write_text(
         "body,label\n" + "".join(f"{text},{text[0]}\n" for text in TEXTS) + " ,x\n", encoding="utf-8"
     )
-    return lambda *arguments: CliRunner().invoke(app, ["plot", *map(str, arguments)])
+    return functools.partial(run_command, "plot")
 
 
 def test_every_command_writes_a_file(command, models, run_folder, tmp_path):
@@ -451,7 +451,7 @@ def test_a_missing_extra_explains_itself(command, models, monkeypatch):
 
 def test_every_plot_command_has_an_example():
     for name in NAMES:
-        assert f"minibert plot {name}" in CliRunner().invoke(app, ["plot", name, "--help"]).stdout
+        assert f"minibert plot {name}" in run_command("plot", name, "--help").stdout
 
 
 # In a browser
