@@ -417,6 +417,7 @@ def test_meta_device_initialisation(config, batch):
     assert model.embeddings.word_embeddings.weight[0].eq(0).all()
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph_with_dynamic_shapes(model):
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for rows, length in ((2, 7), (3, 11)):
@@ -441,6 +442,7 @@ def test_compiled_code_gives_the_same_vectors():
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_exports(model):
     ids, mask = torch.randint(1, 101, (2, 7)), torch.ones(2, 7, dtype=torch.long)
     batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=40)

@@ -155,6 +155,7 @@ def test_the_encoder_is_read_in_one_sitting():
     assert first - last_import <= 60 and head - first <= 340
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_as_the_installed_class_even_from_the_repository_root(tmp_path):
     script = (
         "import sys, minibert\n"
@@ -193,6 +194,7 @@ def test_help_takes_less_than_a_second(tmp_path):
     assert min(times) < 1
 
 
+@pytest.mark.slow
 def test_importing_changes_no_settings_and_prints_nothing(tmp_path):
     script = (
         "import logging, os\n"
@@ -231,6 +233,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         yield archive
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     data = {
         path
@@ -243,6 +246,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
+@pytest.mark.slow
 def test_the_wheel_is_licensed_and_brings_the_command(wheel):
     (information,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert wheel.read(f"{information}/licenses/LICENSE").startswith(b"MIT License")
