@@ -1,49 +1,29 @@
-"""Folders of models: find one, read its weights a tensor at a time, and write another that is whole or absent."""
+"""Find the folder of a model, read its weights a tensor at a time, and write a folder that is complete or absent."""
 
-import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from minibert.files.disk import exclusive_lock, readable_os_errors, write_json
 from minibert.files.disk import read_json as read_json
 from minibert.files.model_folder import WEIGHTS as WEIGHTS  # also read as folders.WEIGHTS
-from minibert.files.model_folder import (
-    check_file,
-    check_paths,
-    check_weights,
-    pickled,
-    refuse_pickles,
-    weight_files,
-)
+from minibert.files.model_folder import check_paths, check_weights, pickled, read_header, refuse_pickles, weight_files
 
 _WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", "*.bin.index.json"]
 _OTHER_BACKENDS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "coreml/*"]
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def find(source: str | Path, revision: str | None = None) -> Path:
-    """The folder ``source``, or the Hub model of that id, downloaded without what is not needed.
+    """Return the folder ``source``, or download the model of that id on the Hub and return its folder.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -61,11 +41,11 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=_WANTED, ignore_patterns=_OTHER_BACKENDS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"{here}, and the Hub did not give us one: {' '.join(str(error).split())}") from error
+        raise FileNotFoundError(f"{here}, and the Hub did not provide it: {' '.join(str(error).split())}") from error
 
 
 def modules(folder: Path) -> list[dict[str, Any]]:
-    """The modules of a sentence-transformers model, or nothing for a model that is not one.
+    """Return the modules of a sentence-transformers model, or an empty list for any other model.
 
     Raises:
         ValueError: the first is not a transformer, or one lies outside of the folder.
@@ -75,18 +55,18 @@ def modules(folder: Path) -> list[dict[str, Any]]:
         return []
     listed = read_json(folder / "modules.json")
     if not isinstance(listed, list) or not listed or not str(listed[0].get("type", "")).endswith("Transformer"):
-        raise ValueError(f"The first of the modules in {folder / 'modules.json'} is no transformer; only those are handled.")
+        raise ValueError(f"The first module in {folder / 'modules.json'} must be a transformer; only such models are handled.")
     return listed
 
 
 def encoder_folder(folder: Path) -> Path:
-    """Where the transformer of a model lies: ``folder``, or that of its first sentence-transformers module."""
+    """Return the folder of a model's transformer: ``folder``, or that of its first sentence-transformers module."""
     listed = modules(folder)
     return folder / listed[0]["path"] if listed else folder
 
 
 def copy_modules(source: Path, target: Path) -> None:
-    """Copy what makes a folder a sentence-transformers model but for its transformer, which ``target`` itself will hold.
+    """Copy the sentence-transformers modules but for the transformer, which ``target`` itself will hold.
 
     Raises:
         ValueError: the weights of a module are pickled, or lie outside of the folder.
@@ -99,31 +79,40 @@ def copy_modules(source: Path, target: Path) -> None:
             refuse_pickles(source, [f"{path}/{name}" for name in pickles], "SentenceTransformer")
         shutil.copytree(source / path, target / path)
     first, listed[0]["path"] = source / listed[0]["path"], ""
-    (target / "modules.json").write_text(json.dumps(listed, indent=2), encoding="utf-8")
+    write_json(target / "modules.json", listed)
     for file in (*first.glob("sentence_*_config.json"), source / "config_sentence_transformers.json"):
         if file.exists():
             shutil.copy(file, target / file.name)
 
 
 def max_length(folder: Path) -> int | None:
-    """The longest sequence, in tokens, that sentence-transformers gives the model in ``folder``; None where it says none."""
-    for file in sorted(encoder_folder(folder).glob("sentence_*_config.json")):
-        if length := read_json(file).get("max_seq_length"):
-            return int(length)
-    return None
+    """Return the longest sequence, in tokens, that sentence-transformers allows the model in ``folder``, if it says so."""
+    files = sorted(encoder_folder(folder).glob("sentence_*_config.json"))
+    return next((int(length) for file in files if (length := read_json(file).get("max_seq_length"))), None)
+
+
+def paths_in(folder: Path) -> list[str]:
+    """Return the paths of all files below ``folder``, relative to it and sorted."""
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def name_tokenizer_class(folder: Path) -> None:
-    """Give the tokenizer in ``folder`` the class name that every transformers knows, where its own is new in version 5."""
+    """Give the tokenizer in ``folder`` the class name that transformers before version 5 knows as well."""
     file = folder / "tokenizer_config.json"
     settings = read_json(file) if file.exists() else {}
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same, by the name it had before
-        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(file, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 class Checkpoint:
-    """The tensors in a folder, read one at a time; ``names`` are those of all its files, or of the file ``name`` alone.
+    """Read the tensors of a folder one at a time.
+
+    Args:
+        folder: of the model.
+        name: read this file of it alone.
+
+    Attributes:
+        names: of all tensors, sorted.
 
     Raises:
         FileNotFoundError: there are no weights, or a file of them is missing.
@@ -131,12 +120,12 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, name: str = WEIGHTS):
+        files = [folder / name]
         if name == WEIGHTS:
             check_weights(folder)
             files = weight_files(folder)
         else:
-            files = [folder / name]
-            check_file(files[0])
+            read_header(files[0])
         self._files: dict[str, Path] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
@@ -149,77 +138,50 @@ class Checkpoint:
             return tensor
 
     def shape(self, name: str) -> list[int]:
+        """Return the shape of a tensor without reading it."""
         with safe_open(self._files[name], framework="pt") as opened:
             shape: list[int] = opened.get_slice(name).get_shape()
             return shape
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> int:
-    """Write a safetensors file with one tensor in memory at a time, where the library wants all of them.
+    """Write a safetensors file, and return its number of parameters.
 
     Args:
-        tensors: for every name what gives the tensor; called twice.
-
-    Returns:
-        The number of parameters.
+        file: to write.
+        tensors: a function for every name that reads the tensor. A tensor of :class:`Checkpoint` stays on the disk until then.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = count = 0
-    for name, load in tensors.items():
-        tensor = load()
-        count += tensor.numel()
-        end = position + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for load in tensors.values():
-            out.write(load().contiguous().flatten().view(torch.uint8).numpy().data)
-    return count
+    state = {name: load().contiguous() for name, load in tensors.items()}
+    with readable_os_errors(file, "nothing was written"):
+        save_file(state, file, metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in state.values())
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``target`` when the block ends, and disappears when it fails.
+    """Yield a folder that becomes ``target`` when the block ends, and is deleted when the block fails.
 
     Raises:
-        ValueError: ``target`` is a file, or a folder with something in it.
+        ValueError: ``target`` is a file, or a folder with something in it, or another process is writing it.
     """
     check_output(target)
-    beside = f".{target.name}.tmp-{socket.gethostname()}-"
-    _remove_left_over(target.parent, beside)
-    temporary = target.with_name(f"{beside}{os.getpid()}")
+    place = target.with_name(f".{target.name}.part")
+    place.mkdir(parents=True, exist_ok=True)
+    temporary = place / target.name
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
+        with exclusive_lock(place, "writing", kept="nothing was written"):
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+            temporary.mkdir()
+            try:
+                yield temporary
+                if target.exists():
+                    target.rmdir()
+                os.replace(temporary, target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_left_over(place: Path, beside: str) -> None:
-    """Delete what killed processes of this machine left in ``place``: folders named by ``beside`` and the process."""
-    for folder in place.iterdir() if place.is_dir() else ():
-        number = folder.name.removeprefix(beside)
-        if folder.name.startswith(beside) and number.isdigit() and not _runs(int(number)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    if os.name != "posix":  # where asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return True
+        with suppress(OSError):  # another process has its lock in there
+            place.rmdir()
 
 
 def check_output(target: Path) -> None:

@@ -1,24 +1,27 @@
 """Download one commit of a model from the Hub, without opening or running any of it."""
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minibert.files.model_folder import check_paths, check_weights
-from minibert.hub import folders, remote, verify
-from minibert.hub.push import paths_in
-from minibert.hub.remote import copy_plain, split_name
+from minibert.files.model_folder import PICKLES, check_paths, check_weights
+from minibert.hub import folders, verify
+from minibert.hub.remote import fetch, same, split_name
 
 
 @dataclass
 class Pulled:
-    """What :func:`pull` fetched.
+    """The result of :func:`pull`.
 
     Attributes:
-        code: sha256 of every file of Python code, which opening the model could run, by path.
-        code_is: ``"ours"`` where that is the code of a release of ours or the installed one, ``"changed"``, or ``"none"``.
-        release: the version that the code is of; None where it is of no release.
-        left_out: files of the commit that no model needs, or that are pickles.
+        repo_id: of the model.
+        commit: that was downloaded.
+        output: the folder of the model.
+        files: sizes in bytes by path.
+        code: SHA-256 of every Python file, which opening the model could run, by path.
+        code_is: ``"installed"`` for the code of the installed version, ``"changed"``, or ``"none"``.
+        left_out: files of the commit that a model does not need, or that are pickles.
     """
 
     repo_id: str
@@ -27,10 +30,10 @@ class Pulled:
     files: dict[str, int]
     code: dict[str, str]
     code_is: str
-    release: str | None
     left_out: list[str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
         return asdict(self)
 
 
@@ -40,29 +43,21 @@ def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pull
     Nothing of it is opened or run. Without the network (``HF_HUB_OFFLINE=1``) it comes from the cache.
 
     Raises:
-        ValueError: the name is none, the folder is not empty, or what the Hub holds is damaged, pickled or leads elsewhere.
+        ValueError: the name is invalid, the folder is not empty, or the model is damaged, pickled or leads out of its folder.
         HubError: the Hub refused, or could not be reached.
     """
     repo_id, revision = split_name(name)
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
-    commit, fetched, files = remote.fetch(repo_id, revision, token)
+    commit, fetched, remote = fetch(repo_id, revision, token)
     with folders.new_folder(output_dir) as temporary:
-        copy_plain(fetched, temporary, link=False)
-        for path in paths_in(temporary):
-            if path in files and not remote.same(temporary / path, files[path]):
-                raise ValueError(f"{path} of {repo_id} arrived damaged; delete {fetched} and pull again.")
+        # In the cache, every file is a link, and other programs may have put pickles there.
+        shutil.copytree(fetched, temporary, ignore=shutil.ignore_patterns(*PICKLES), dirs_exist_ok=True)
+        files = {path: temporary / path for path in folders.paths_in(temporary)}
+        if damaged := [path for path, file in files.items() if path in remote and not same(file, remote[path])]:
+            raise ValueError(f"{', '.join(damaged)} of {repo_id} arrived damaged; delete {fetched} and pull again.")
         check_paths(temporary)
         check_weights(folders.encoder_folder(temporary))
-        sizes = {path: (temporary / path).stat().st_size for path in paths_in(temporary)}
+        sizes = {path: file.stat().st_size for path, file in files.items()}
         code = verify.code_of(temporary)
-    return Pulled(
-        repo_id=repo_id,
-        commit=commit,
-        output=str(output_dir),
-        files=sizes,
-        code=code.files,
-        code_is=code.state,
-        release=code.release,
-        left_out=sorted(set(files) - set(sizes)),
-    )
+    return Pulled(repo_id, commit, str(output_dir), sizes, code.files, code.state, sorted(set(remote) - set(sizes)))

@@ -1,4 +1,4 @@
-"""Publishing, against a Hub on the loopback interface: what is pushed is complete, proved, sent once and found again."""
+"""Push to and pull from a Hub on the loopback interface: a pushed model is complete, proved, sent once and found again."""
 
 import json
 import shutil
@@ -15,8 +15,9 @@ from sentence_transformers import SentenceTransformer
 import minibert
 from helpers import edit_json, edit_weights, read_weights, run_command, run_python, save_trained
 from hub_server import HubServer
+from minibert.files.disk import sha256
 from minibert.files.model_folder import code_files
-from minibert.hub import isolated, parity, remote, verify
+from minibert.hub import isolated, parity, remote
 from minibert.hub import push as publish
 from minibert.hub.push import build, push
 
@@ -30,7 +31,7 @@ def source(tmp_path_factory):
 
 @dataclass
 class Session:
-    """A server, what the one real push to it returned and said, and the caches it used."""
+    """A server, the caches of the one real push to it, and the push's result and reports."""
 
     server: object
     home: Path
@@ -40,7 +41,7 @@ class Session:
 
 @pytest.fixture(scope="module")
 def pushed(source, tmp_path_factory):
-    """One push with nothing left out: both proofs are in processes of their own."""
+    """Push once with nothing replaced: both proofs run in processes of their own."""
     home = tmp_path_factory.mktemp("home")
     said = []
     with HubServer() as server, pytest.MonkeyPatch.context() as monkeypatch:
@@ -51,7 +52,7 @@ def pushed(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(source, tmp_path_factory):
-    """What is published of it."""
+    """Return the folder that is published of ``source``."""
     folder = tmp_path_factory.mktemp("built") / "model"
     build(source, folder, repo_id="ann/model")
     return folder
@@ -59,14 +60,14 @@ def built(source, tmp_path_factory):
 
 @pytest.fixture
 def hub(building_hub, built, monkeypatch):
-    """The same with a folder that was built before."""
+    """Return ``building_hub``; a push to it takes the folder ``built`` instead of building another."""
     monkeypatch.setattr(publish, "build", lambda source, target, **options: shutil.copytree(built, target))
     return building_hub
 
 
 @pytest.fixture
 def building_hub(hub_server, tmp_path, monkeypatch):
-    """An empty server that this process takes for the Hub, and proofs that take no time: they are not the subject."""
+    """Return an empty server that this process takes for the Hub; proofs take no time."""
     hub_server.patch(monkeypatch, tmp_path / "home")
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: hub_server.waits.append(seconds))
     hub_server.waits = []
@@ -78,7 +79,7 @@ def building_hub(hub_server, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(hub_server):
-    """Run ``minibert hub ...`` in this process. Whatever it prints, the token is not in it, nor a traceback."""
+    """Return a function that runs ``minibert hub ...`` in this process and checks that it prints no token and no traceback."""
 
     def run(*arguments, status=0):
         done = run_command("hub", *arguments)
@@ -94,34 +95,37 @@ def run(hub_server):
     return run
 
 
-# The whole way
+# Complete pushes
 
 
+@pytest.mark.slow
 def test_a_push_is_one_commit_of_a_complete_folder(pushed):
     files = pushed.server.files("ann/model")
     module_files = {"modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
     written = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE.minibert"}
-    written |= {"record.json"}  # of the licence and the language, which only the publisher knows
+    written |= {"record.json"}  # holds the licence and the language, which only the publisher knows
     assert set(files) - {"2_Normalize/config.json"} == {*CODE, *module_files, *written, ".gitattributes"}
     config = json.loads(files["config.json"])
     assert config["auto_map"] == minibert.configuration_minibert.AUTO_MAP
     for name in CODE:
         assert files[name] == Path(minibert.modeling_minibert.__file__).with_name(name).read_bytes()
-    assert files["LICENSE.minibert"].startswith(b"MIT License")  # of the code; that of the weights is for their owner to give
+    assert files["LICENSE.minibert"].startswith(b"MIT License")  # of the code; only the owner of the weights can license them
     assert (
         b"license: mit" in files["README.md"]
         and b'SentenceTransformer("ann/model", trust_remote_code=True)' in files["README.md"]
     )
-    assert len(pushed.server.commits("ann/model")) == 2  # that of the creation, and ours
+    assert len(pushed.server.commits("ann/model")) == 2  # one by the creation of the repository, one by the push
     assert pushed.done.commit == pushed.server.commits("ann/model")[-1]
 
 
+@pytest.mark.slow
 def test_the_token_is_written_nowhere(pushed):
     texts = [file.read_bytes() for file in pushed.home.rglob("*") if file.is_file()]
     texts += [*pushed.server.files("ann/model").values(), str(pushed.done).encode(), str(pushed.said).encode()]
     assert not [text for text in texts if b"hf_token" in text]
 
 
+@pytest.mark.slow
 def test_both_proofs_open_it_in_every_way_without_a_difference(pushed):
     assert pushed.done.difference == 0
     assert [way.split(" (")[0] for way in pushed.done.opened] == [
@@ -141,8 +145,9 @@ print(type(model).__module__.split(".")[0], vectors.shape, *vectors.ravel().toli
 """
 
 
-def test_a_reader_needs_nothing_of_ours(pushed, source, tmp_path):
-    """As on the model's page: by name over the network, and by the hash of the commit."""
+@pytest.mark.slow
+def test_a_reader_does_not_need_the_package(pushed, source, tmp_path):
+    """Open the model as its page says: by name over the network, and by the hash of the commit."""
     environment = pushed.server.environment(tmp_path / "reader", token=None)
     printed = run_python(READER, pushed.done.commit, cwd=tmp_path, env=environment)
     package, shape, numbers = printed.split(" ", 1)[0], "(2, 32)", printed.split(") ")[1].split()
@@ -187,7 +192,6 @@ def test_dtype_labels_shards_and_spare_tensors(tmp_path):
 def test_the_same_model_is_built_the_same_twice(source, tmp_path):
     for name in ("one", "two"):
         build(source, tmp_path / name, repo_id="ann/model")
-    assert remote.compare(tmp_path / "one", {}) == remote.compare(tmp_path / "two", {})
     for file in (tmp_path / "one").rglob("*.*"):
         if file.is_file():
             assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
@@ -198,7 +202,7 @@ def test_as_bert_needs_no_code(source, tmp_path):
     assert not list((tmp_path / "built").rglob("*.py"))
     assert json.loads((tmp_path / "built" / "config.json").read_text())["model_type"] == "bert"
     assert "trust_remote_code" not in (tmp_path / "built" / "README.md").read_text()
-    assert not list((tmp_path / "built").glob("LICENSE*"))  # no code of ours, so nothing that our licence is of
+    assert not list((tmp_path / "built").glob("LICENSE*"))  # without the code, its licence does not apply
     texts = ["the quick fox", "a short text ."]
     ours, plain = (SentenceTransformer(str(folder)).encode(texts) for folder in (source, tmp_path / "built"))
     assert abs(ours - plain).max() < 1e-5
@@ -248,7 +252,7 @@ def test_places_of_this_machine_are_not_published(source, tmp_path, file, text):
     assert not (tmp_path / "built").exists()
 
 
-def test_what_the_libraries_note_about_this_machine_is_dropped(source, tmp_path):
+def test_paths_that_the_libraries_record_are_dropped(source, tmp_path):
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
     for name in ("config.json", "tokenizer_config.json"):
@@ -270,7 +274,7 @@ def test_the_same_again_is_no_commit(hub, source, run):
 def test_other_content_needs_force_and_the_difference_is_shown(hub, source, tmp_path, run):
     hub.add_repo("ann/model", {"config.json": b"{}", "old/pytorch_model.bin": b"x" * 2000, ".gitattributes": b""})
     error = run("push", source, "ann/model", status=2).stderr
-    assert "ann/model holds something else already" in error and "--force" in error
+    assert "ann/model holds other files already" in error and "--force" in error
     assert "changed  config.json  2 bytes -> 1." in error
     assert "removed  old/pytorch_model.bin  2.0 KB" in error and "added    model.safetensors" in error
     assert len(hub.commits("ann/model")) == 1
@@ -279,7 +283,7 @@ def test_other_content_needs_force_and_the_difference_is_shown(hub, source, tmp_
     assert ".gitattributes" in hub.files("ann/model")  # which belongs to the Hub
 
 
-def test_other_content_of_the_same_size_is_other_content(hub, source, model_files, run):
+def test_content_of_the_same_size_is_compared(hub, source, model_files, run):
     data = {name: bytearray(model_files[name]) for name in ("config.json", "model.safetensors")}
     for content in data.values():
         content[-1] ^= 1
@@ -300,18 +304,17 @@ def test_a_branch_is_created_and_main_left_alone(hub, source, run):
     assert len(repo.commits) == 3 and repo.refs["v3"] == repo.refs["main"]
 
 
-def test_what_came_in_between_is_not_replaced(hub, source, run, monkeypatch):
-    """Somebody commits while the proof runs, which takes a while."""
+def test_a_commit_made_during_the_proof_is_not_replaced(hub, source, run, monkeypatch):
     outputs = {"AutoModel.last_hidden_state": torch.ones(2, 3)}
     hub.add_repo("ann/model", {})
 
     def meanwhile(request, cache=None):
-        hub.add_repo("ann/model", {"theirs.txt": b"theirs"})
+        hub.add_repo("ann/model", {"other.txt": b"other"})
         return outputs, ["AutoModel"]
 
     monkeypatch.setattr(isolated, "run", meanwhile)
-    assert "changed by somebody else at the same time (412)" in run("push", source, "ann/model", status=2).stderr
-    assert set(hub.files("ann/model")) == {"theirs.txt"}
+    assert "the repository changed in the meantime" in run("push", source, "ann/model", status=2).stderr
+    assert set(hub.files("ann/model")) == {"other.txt"}
 
 
 def test_a_pull_request_leaves_the_branch_alone(hub, source, run, tmp_path):
@@ -348,7 +351,7 @@ def test_another_output_stops_the_upload_and_is_named(hub, source, run, monkeypa
     other = {"AutoModel.last_hidden_state": torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.5, 1.0]])}
     monkeypatch.setattr(isolated, "run", lambda request, cache=None: (other, ["AutoModel"]))
     error = run("push", source, "ann/model", status=1).stderr
-    assert "AutoModel.last_hidden_state[1, 1] is 1 here and 1.5 there" in error
+    assert "Greatest absolute difference: 0.5 at index (1, 1)" in error and "['AutoModel.last_hidden_state']" in error
     assert hub.count("create") == 0 and not hub.repos
 
 
@@ -364,34 +367,33 @@ def test_a_folder_that_does_not_open_is_not_uploaded(hub, source, run, monkeypat
 
 
 @pytest.mark.parametrize("value", [1.0 + 3e-6, float("nan")])
-def test_differences_above_a_millionth_are_differences(value):
-    with pytest.raises(parity.Mismatch, match=r"vectors\[0\] is 1 here"):
-        publish._largest_difference({"vectors": torch.ones(1)}, {"vectors": torch.tensor([value])}, "It")
-    assert publish._largest_difference({"v": torch.ones(1)}, {"v": torch.tensor([1 + 5e-7])}, "It") < 1e-6
+def test_differences_above_a_millionth_are_differences(monkeypatch, value):
+    def answer(number):
+        monkeypatch.setattr(isolated, "run", lambda request, cache: ({"vectors": torch.tensor([number])}, ["AutoModel"]))
+
+    answer(value)
+    with pytest.raises(parity.Mismatch, match=r"It computes other outputs .* item \['vectors'\]"):
+        publish.prove(None, {"vectors": torch.ones(1)}, "It")
+    answer(1 + 5e-7)
+    assert publish.prove(None, {"vectors": torch.ones(1)}, "It")[1] < 1e-6
 
 
-# Failures of the Hub and of the way there
-
-PHASES = ["create", "info", "refs", "tree", "validate", "preupload", "lfs-batch", "lfs-upload", "commit", "head", "download"]
+# Failures of the Hub and of the network
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", ["info", "lfs-upload", "commit", "download"])
 def test_after_an_interruption_a_second_push_completes_it(hub, source, run, phase):
-    """The connection is reset for good in one phase; nobody ever sees half a model, and the next push finishes."""
-    how = {"path": "safetensors"} if phase in ("head", "download") else {}
+    """Reset every connection of one phase: readers never see half a model, and the next push finishes."""
+    how = {"path": "safetensors"} if phase == "download" else {}
     fault = hub.fail(phase, after=100, times=1000, **how)
     error = run("push", source, "ann/model", status=2).stderr
     assert "The connection broke while" in error or "changed while" in error, error
     before = hub.repos.get(("models", "ann/model"))
-    assert before is None or set(before.commits[before.refs["main"]]) in ({".gitattributes"}, set(files_of(hub)))
+    assert before is None or set(before.commits[before.refs["main"]]) in ({".gitattributes"}, set(hub.files("ann/model")))
     fault.times = 0
     run("push", source, "ann/model")
     assert "model.safetensors" in hub.files("ann/model")
     assert len(hub.commits("ann/model")) == 2
-
-
-def files_of(hub):
-    return hub.files("ann/model")
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, run):
@@ -400,36 +402,34 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, run):
     assert hub.commits("ann/model")[-1] == done["commit"] and len(hub.commits("ann/model")) == 2
 
 
-@pytest.mark.parametrize("phase", ["create", "info", "tree", "preupload", "lfs-batch", "lfs-upload", "commit"])
-def test_a_failing_hub_is_asked_again(hub, source, run, phase):
-    hub.fail(phase, 503, times=2)
+def test_a_failing_hub_is_asked_again(hub, source, run):
+    for phase in ("create", "info", "preupload", "lfs-batch", "lfs-upload", "commit"):
+        hub.fail(phase, 503, times=2)
     run("push", source, "ann/model")
     assert len(hub.commits("ann/model")) == 2
 
 
-@pytest.mark.parametrize("phase", ["create", "refs", "tree", "validate", "preupload", "lfs-batch", "lfs-upload", "commit"])
+@pytest.mark.parametrize("phase", ["create", "lfs-upload"])
 def test_a_hub_that_never_answers_is_given_up(hub, source, run, monkeypatch, phase):
-    """It takes the connection, and all that is sent, and is silent; files that arrived before are not sent twice."""
+    """Keep silent after taking the connection and the request."""
     monkeypatch.setattr(remote, "_SILENCE", 0.2)
-    monkeypatch.setattr(remote, "_PATIENCE", 0.2)
     fault = hub.fail(phase, delay=20, times=1000)
     assert f"The Hub ({hub.url}) did not answer in time while" in run("push", source, "ann/model", status=2).stderr
-    assert remote._limit not in huggingface_hub.get_session().event_hooks["request"]  # a session is not ours to change for good
+    assert remote._limit not in huggingface_hub.get_session().event_hooks["request"]  # the session is shared
     fault.times = 0
     run("push", source, "ann/model")
     assert len(hub.commits("ann/model")) == 2
 
 
-def test_a_limit_of_the_users_own_stays(hub, source, run, monkeypatch):
+def test_a_time_limit_of_the_caller_stays(hub, source, run, monkeypatch):
     monkeypatch.setattr(remote, "_SILENCE", 0.2)
     huggingface_hub.get_session().timeout = 30
     hub.fail("commit", delay=0.5)
     run("push", source, "ann/model")
 
 
-@pytest.mark.parametrize("after", [0, 1000, 90_000])
-def test_a_connection_that_breaks_within_the_weights_is_made_again(hub, source, run, after):
-    hub.fail("lfs-upload", after=after)
+def test_a_connection_that_breaks_within_the_weights_is_made_again(hub, source, run):
+    hub.fail("lfs-upload", after=90_000)
     run("push", source, "ann/model")
     assert [status for phase, _, _, status in hub.requests if phase == "lfs-upload"] == [0, 200]
 
@@ -448,8 +448,7 @@ def test_weights_go_through_xet_where_it_is_there(hub, source, model_files, run,
 
 
 @pytest.mark.parametrize(
-    ("phase", "status", "said"),
-    [("xet-token", 404, "404 Not Found"), ("xet-token", 403, "403 Forbidden"), ("xet-storage", 400, "400 Bad Request")],
+    ("phase", "status", "said"), [("xet-token", 404, "404 Not Found"), ("xet-storage", 400, "400 Bad Request")]
 )
 def test_a_storage_that_refuses_is_one_sentence(hub, source, run, monkeypatch, phase, status, said):
     pytest.importorskip("hf_xet")
@@ -464,7 +463,6 @@ def test_a_storage_that_refuses_is_one_sentence(hub, source, run, monkeypatch, p
 
 
 def test_a_download_needs_no_xet(hub, model_files, tmp_path, run, monkeypatch):
-    """The Hub names xet for each file that it can give so; where it does not, plain HTTP serves."""
     pytest.importorskip("hf_xet")
     hub.use_xet(monkeypatch)
     hub.add_repo("ann/model", model_files)
@@ -481,14 +479,12 @@ def test_a_wish_to_wait_is_followed(hub, source, run):
 @pytest.mark.parametrize(
     ("phase", "status", "sentence"),
     [
-        ("info", 401, "The Hub does not accept this login (401)"),
-        ("create", 403, "The token may not do this (403): creating ann/model (as the test wants it); use one with write"),
-        ("create", 404, "The Hub refused (404) creating ann/model"),
-        ("commit", 409, "was changed by somebody else at the same time (409)"),
-        ("commit", 412, "was changed by somebody else at the same time (412)"),
-        ("create", 429, "too many requests from you (429); run the command again in 3600 seconds."),
-        ("commit", 500, "The Hub failed (500) while uploading to ann/model; run the command again later"),
-        ("create", 400, "The Hub refused (400) creating ann/model (as the test wants it)."),
+        ("info", 401, "The Hub refused looking up ann/model (401: as the test wants it); log in with `hf auth login`"),
+        ("create", 403, "The Hub refused creating ann/model (403: as the test wants it); use a token with write permission"),
+        ("commit", 409, "(409: as the test wants it); the repository changed in the meantime"),
+        ("create", 429, "because of too many requests; run the command again in 3600 seconds."),
+        ("commit", 500, "The Hub refused uploading to ann/model (500: as the test wants it); run the command again later"),
+        ("create", 400, "The Hub refused creating ann/model (400: as the test wants it)."),
     ],
 )
 def test_refusals_are_one_sentence(hub, source, run, phase, status, sentence):
@@ -498,9 +494,9 @@ def test_refusals_are_one_sentence(hub, source, run, phase, status, sentence):
 
 def test_logins(hub, source, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "does not accept this login (401)" in run("push", source, "ann/model", status=2).stderr
+    assert "(401: Invalid credentials" in run("push", source, "ann/model", status=2).stderr
     monkeypatch.setenv("HF_TOKEN", "hf_tokenOfAnnThatReadsOnly")
-    assert "The token may not do this (403)" in run("push", source, "ann/model", status=2).stderr
+    assert "(403: You don't have the rights" in run("push", source, "ann/model", status=2).stderr
     monkeypatch.setenv("HF_TOKEN", "hf_tokenOfAnnForTestsOnly")
     assert "may write to bob" in run("push", source, "bob/model", status=2).stderr
     monkeypatch.setenv("HF_TOKEN", "hf_bad\x7fn\u00e4me")
@@ -525,15 +521,14 @@ def test_a_card_that_the_hub_refuses(hub, source, run):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["model", "noslash"], "'noslash' is no name of a model on the Hub: it lacks the owner"),
-        (["model", "ann/a b"], "is no name of a model on the Hub: repo id must use alphanumeric"),
-        (["model", "ann/-x"], "is no name of a model on the Hub"),
-        (["model", "a/b/c"], "is no name of a model on the Hub"),
+        (["model", "noslash"], "'noslash' cannot name a model on the Hub: the owner before the slash is missing"),
+        (["model", "ann/a b"], "cannot name a model on the Hub: Repo id must use alphanumeric"),
+        (["model", "a/b/c"], "'a/b/c' cannot name a model on the Hub"),
         (["model", "ann/x@v1"], "give the branch with --revision v1"),
-        (["model", "ann/x", "--revision", "a b"], "--revision=a b is no name of a branch"),
+        (["model", "ann/x", "--revision", "a b"], "--revision=a b cannot name a branch"),
         (["model", "ann/x", "--revision", "v1", "--create-pr"], "made against main"),
         (["model", "ann/x", "--dtype", "int8"], "--dtype=int8 is unknown; use one of float32, float16, bfloat16"),
-        (["model", "ann/x", "--max-shard-size", "big"], "--max-shard-size=big is no size; give one such as 500MB"),
+        (["model", "ann/x", "--max-shard-size", "big"], "--max-shard-size=big is not a size; give one such as 500MB"),
         (["model", "ann/x", "--license", "My Own!"], "license='My Own!' should be"),
         (["nothing", "ann/x"], "There is no model folder nothing"),
     ],
@@ -573,8 +568,8 @@ def test_pull_is_one_commit_without_pickles(hub, model_files, tmp_path, run):
     hub.add_repo("ann/model", {"config.json": b"{}"}, ref="other")
     done = run("pull", f"ann/model@{commit[:10]}", tmp_path / "out").stdout
     assert f"ann/model at commit {commit}" in done and "left out: photo.png, pytorch_model.bin" in done
-    digest = remote.sha256(tmp_path / "out" / "modeling_minibert.py")
-    assert f"sha256 {digest}  modeling_minibert.py" in done and f"its code is that {verify.code_of(tmp_path / 'out')}" in done
+    digest = sha256(tmp_path / "out" / "modeling_minibert.py")
+    assert f"sha256 {digest}  modeling_minibert.py" in done and "its code is that of the installed minibert" in done
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert written == set(model_files)
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
@@ -584,7 +579,7 @@ def test_pull_is_one_commit_without_pickles(hub, model_files, tmp_path, run):
 
 def test_pull_reports_changed_code(hub, model_files, tmp_path, run):
     hub.add_repo("ann/model", {**model_files, "modeling_minibert.py": b"# other\n"})
-    assert "its code is of no release of ours; minibert hub verify shows" in run("pull", "ann/model", tmp_path / "out").stdout
+    assert "; minibert hub verify shows where it differs" in run("pull", "ann/model", tmp_path / "out").stdout
     assert json.loads(run("pull", "ann/model", tmp_path / "two", "--json").stdout)["code_is"] == "changed"
 
 
@@ -598,7 +593,7 @@ def test_a_broken_download_goes_on_where_it_stopped(hub, model_files, tmp_path, 
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == model_files["model.safetensors"]
 
 
-def test_a_file_that_is_not_what_the_hub_holds_is_not_handed_out(hub, model_files, tmp_path, run):
+def test_a_file_damaged_in_the_cache_is_refused(hub, model_files, tmp_path, run):
     hub.add_repo("ann/model", model_files)
     run("pull", "ann/model", tmp_path / "one")
     (blob,) = (path.resolve() for path in (tmp_path / "home").rglob("snapshots/*/tokenizer.json"))
@@ -607,7 +602,7 @@ def test_a_file_that_is_not_what_the_hub_holds_is_not_handed_out(hub, model_file
     assert not (tmp_path / "two").exists()
 
 
-@pytest.mark.parametrize("phase", ["info", "tree", "head", "download"])
+@pytest.mark.parametrize("phase", ["info", "download"])
 def test_an_interrupted_pull_leaves_nothing(hub, model_files, tmp_path, run, phase):
     hub.add_repo("ann/model", model_files)
     fault = hub.fail(phase, after=10, times=1000)
@@ -623,17 +618,19 @@ def test_what_cannot_be_pulled(hub, model_files, tmp_path, run, monkeypatch):
     hub.add_repo("ann/hidden", model_files, private=True)
     hub.add_repo("ann/damaged", {**model_files, "model.safetensors": model_files["model.safetensors"][:-1]})
     out = tmp_path / "out"
-    assert "There is no model ann/none on the Hub that your token may see" in run("pull", "ann/none", out, status=2).stderr
+    assert "The Hub has no model ann/none that this login may see" in run("pull", "ann/none", out, status=2).stderr
     assert (
-        "has no branch, tag or commit v9; its branches and tags are main." in run("pull", "ann/model@v9", out, status=2).stderr
+        "has no branch, tag or commit v9; name another, or leave it out." in run("pull", "ann/model@v9", out, status=2).stderr
     )
-    assert "nothing behind the @" in run("pull", "ann/model@", out, status=2).stderr
+    assert "@ does not name a branch, tag or commit" in run("pull", "ann/model@", out, status=2).stderr
     assert "its weights are pickled (pytorch_model.bin)" in run("pull", "ann/pickled", out, status=2).stderr
     assert "damaged" in run("pull", "ann/damaged", out, status=2).stderr
     monkeypatch.delenv("HF_TOKEN")
-    assert "There is no public model ann/hidden" in run("pull", "ann/hidden", out, status=2).stderr
+    assert "The Hub has no model ann/hidden that this login may see" in run("pull", "ann/hidden", out, status=2).stderr
     monkeypatch.setattr(remote.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set and ann/other is not in the cache" in run("pull", "ann/other", out, status=2).stderr
+    assert (
+        "HF_HUB_OFFLINE is set, and the cache does not hold all of ann/other" in run("pull", "ann/other", out, status=2).stderr
+    )
     assert not out.exists() and commit
 
 
