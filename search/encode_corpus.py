@@ -178,7 +178,9 @@ def encode_corpus(
         encoder = encoder or job.open_model()
         job.write(encoder)
         job.finish()
-        decisions = {**encoder.decisions, "processes": job.shared()}
+        count, shards = job.state.num_processes, len(job.manifest.shards)
+        idle = f"; {count - shards} had nothing to do, smaller --rows-per-shard would change that" if shards < count else ""
+        decisions = {**encoder.decisions, "processes": f"{count}, shards {shards}{idle}"}
         return Summary(job.manifest, job.manifest.rows - before, time.perf_counter() - started, decisions)
 
 
@@ -205,22 +207,19 @@ def _differences(found: Manifest, asked: Manifest) -> list[str]:
     if found.fingerprint != asked.fingerprint:
         model = f"{asked.model} as it is now" if found.model == asked.model else asked.model
         differences.append(f"of the model {found.model} ({found.fingerprint[:8]}), not {model} ({asked.fingerprint[:8]})")
-    if found.precision != asked.precision:
-        differences.append(f"in {found.precision}, not {asked.precision}")
-    here, there = ({name: value for name, value in one.source.items() if name != "path"} for one in (asked, found))
-    if here != there:
-        which = sorted(name for name in {*here, *there} if here.get(name) != there.get(name) and name != "digest")
-        how = "".join(f", {name} {there.get(name)}, now {here.get(name)}" for name in which)
-        path, was = asked.source["path"], found.source["path"]
-        differences.append(f"of the input {was}, not {path}{' as it is now' if path == was else ''}{how}")
-    if found.columns != asked.columns:
-        differences.append(f"of the columns {found.columns}, not {asked.columns}")
-    if found.rows_per_shard != asked.rows_per_shard:
-        differences.append(f"in shards of {found.rows_per_shard} rows, not {asked.rows_per_shard} (--rows-per-shard)")
-    for name, value in asked.encoding.items():
-        if found.encoding.get(name) != value and (name, value) != ("dtype", "auto"):
-            differences.append(f"with {name}={found.encoding.get(name)!r}, not {value!r}")
+    if {**found.source, "path": asked.source["path"]} != asked.source:
+        differences.append(f"of the input {_input_name(found)}, not {_input_name(asked)}")
+    names = ("precision", "columns", "rows_per_shard")
+    then, now = ({**{name: getattr(one, name) for name in names}, **one.encoding} for one in (found, asked))
+    for name, value in now.items():
+        if then.get(name) != value and (name, value) != ("dtype", "auto"):
+            differences.append(f"with {name}={then.get(name)!r}, not {value!r}")
     return differences
+
+
+def _input_name(manifest: Manifest) -> str:
+    path, *details = (str(value)[:12] if name != "path" else value for name, value in manifest.source.items())
+    return f"{path} ({', '.join(details)})"
 
 
 def missing_shards(manifest: Manifest, done: set[int], process: int = 0, count: int = 1) -> Iterator[tuple[int, range]]:
@@ -251,26 +250,21 @@ class _Window(NamedTuple):
     last: bool
 
 
+@dataclass
 class _Job:
-    """The part of one process in filling a folder."""
+    """The part of one process in filling the folder ``out`` with the vectors that ``asked`` describes."""
 
-    manifest: Manifest
+    out: Path
+    asked: Manifest
+    model: Path
+    options: EncoderOptions
+    stream: Stream
+    skip: bool
+    show_progress: bool
+    notes: dict[int, dict[str, Any]] = field(default_factory=dict)  # of the complete shards, by number
 
-    def __init__(
-        self,
-        out: Path,
-        asked: Manifest,
-        model: Path,
-        options: EncoderOptions,
-        stream: Stream,
-        skip: bool,
-        show_progress: bool,
-    ) -> None:
-        self.out, self.asked, self.model, self.options, self.stream, self.skip = out, asked, model, options, stream, skip
-        self.state = processes()
-        self.show_progress = show_progress and self.state.is_main_process
-        self.notes: dict[int, dict[str, Any]] = {}  # of the complete shards, by number
-        self.manifest = asked
+    def __post_init__(self) -> None:
+        self.state, self.manifest = processes(), self.asked
 
     def open_model(self) -> Encoder:
         """Open the model in the dtype of the manifest, which is the same in all processes."""
@@ -285,14 +279,12 @@ class _Job:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Lock the folder against other runs, in the first process."""
-        if not self.state.is_main_process:
-            yield
-            return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"The folder {self.out} cannot be made: {error.strerror}. Choose another one.") from error
-        with exclusive_lock(self.out, "encoding into", kept=KEPT):
+        lock = exclusive_lock(self.out, "encoding into", kept=KEPT)
+        with lock if self.state.is_main_process else contextlib.nullcontext():
             yield
 
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:
@@ -313,10 +305,11 @@ class _Job:
         return encoder
 
     def _resume(self, append: bool, force: bool) -> bool:
-        """Return True if the folder holds what was asked for, or its beginning, after making room for what is to be appended.
+        """Return True if the folder holds what was asked for, or its beginning; prepare it for what is to be appended.
 
         Raises:
-            ValueError: for a folder that holds something else, unless ``force`` says to begin again.
+            ValueError: for a folder that holds something else, unless ``force`` says to begin again, or an input that cannot be
+                appended to it.
         """
         if not shard_files(self.out) or not (self.out / MANIFEST).exists():
             return False  # a manifest alone, of a run that ended before its first shard, means nothing
@@ -335,8 +328,19 @@ class _Job:
             )
         self.manifest = manifest
         self._find_shards()
-        if differences:
-            self._make_room()
+        if not differences:
+            return True
+        if not manifest.complete or not self.stream.begins_with(manifest.source):
+            reason = (
+                "does not begin with the input encoded before: new files must be last by name"
+                if manifest.complete
+                else "can be appended once the input before it is encoded: leave out the new files"
+            )
+            raise ValueError(f"The input {self.stream.source['path']} {reason}.")
+        last = manifest.shards[-1]
+        manifest.starts.append((len(manifest.shards), last.first_input_row + last.input_rows))
+        manifest.source, manifest.complete = self.stream.source, False
+        write_manifest(self.out, manifest)
         return True
 
     def _begin(self) -> Encoder:
@@ -357,25 +361,6 @@ class _Job:
         remove_vectors(self.out)
         write_manifest(self.out, self.manifest)
         return encoder
-
-    def _make_room(self) -> None:
-        """Begin a shard for the files that the input has gained.
-
-        Raises:
-            ValueError: the earlier input is not encoded completely, or the new one does not begin with it.
-        """
-        manifest = self.manifest
-        if not manifest.complete or not self.stream.begins_with(manifest.source):
-            reason = (
-                "does not begin with the input encoded before: new files must be last by name"
-                if manifest.complete
-                else "can be appended once the input before it is encoded: leave out the new files"
-            )
-            raise ValueError(f"The input {self.stream.source['path']} {reason}.")
-        last = manifest.shards[-1]
-        manifest.starts.append((len(manifest.shards), last.first_input_row + last.input_rows))
-        manifest.source, manifest.complete = self.stream.source, False
-        write_manifest(self.out, manifest)
 
     def _find_shards(self) -> None:
         """Read the notes of the complete shards; delete the others."""
@@ -412,7 +397,13 @@ class _Job:
         count = self.state.num_processes
         done = sum(notes["input_rows"] for notes in self.notes.values()) // count
         total = None if self.stream.rows is None else self.stream.rows // count
-        with tqdm(desc="encode", initial=done, total=total, unit="row", disable=not self.show_progress) as bar:
+        with tqdm(
+            desc="encode",
+            initial=done,
+            total=total,
+            unit="row",
+            disable=not (self.show_progress and self.state.is_main_process),
+        ) as bar:
             for number, group in groupby(pairs, key=lambda pair: pair[0].shard):
                 with ShardWriter(self.out / shard_name(number), self.manifest, self.stream.id_type) as writer:
                     for window, vectors in group:
@@ -514,9 +505,3 @@ class _Job:
             number += 1
         manifest.complete = manifest.complete or complete
         write_manifest(self.out, manifest)
-
-    def shared(self) -> str:
-        """Return how the processes shared the work, for people."""
-        count, shards = self.state.num_processes, len(self.manifest.shards)
-        idle = f"; {count - shards} had nothing to do, smaller --rows-per-shard would change that" if shards < count else ""
-        return f"{count}, shards {shards}{idle}"

@@ -9,9 +9,9 @@ FAISS index (``lists.faiss``) and ``index.json``. That file is written last; wha
 """
 
 import contextlib
-import errno
 import logging
 import math
+import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -191,12 +191,6 @@ class VectorIndex:
 
         faiss.extract_index_ivf(self._faiss).nprobe = settings.probes
         _, rows = self._faiss.search(queries, min(settings.candidates * max(top_k, NEIGHBOURS), len(self)))
-        return _best([self._compare(queries, rows)], [rows], top_k)
-
-    def _compare(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the (n, m) cosines of each query and its m rows; minus infinity where the row is -1."""
-        import faiss
-
         scores = np.empty(rows.shape, dtype=np.float32)
         if self._stored.dtype == np.float32 and self.folder.manifest.normalized:
             # FAISS multiplies straight from the mapped file, on all threads.
@@ -206,7 +200,7 @@ class VectorIndex:
             for number, query in enumerate(queries):
                 scores[number] = self.vectors(rows[number]) @ query
         scores[rows < 0] = -np.inf
-        return scores
+        return _best([scores], [rows], top_k)
 
 
 def index_folder(folder: VectorFolder) -> Path:
@@ -271,18 +265,14 @@ def index_lock(folder: VectorFolder) -> Iterator[None]:
     Raises:
         OSError: if nothing can be written.
     """
-    home, lock = index_folder(folder), contextlib.ExitStack()
-    try:
-        with readable_os_errors(home, KEPT):
-            home.mkdir(exist_ok=True)
-        lock.enter_context(exclusive_lock(home, "building", kept=KEPT, wait=True))
-    except OSError as error:
-        if getattr(error.__cause__, "errno", None) not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
+    home = index_folder(folder)
+    if not os.access(home if home.exists() else folder.folder, os.W_OK):
         raise PermissionError(
             f"{home} holds no current index and cannot be written; make it writable, or search a copy of {folder.folder}."
-        ) from error
-    with lock:
+        )
+    with readable_os_errors(home, KEPT):
+        home.mkdir(exist_ok=True)
+    with exclusive_lock(home, "building", kept=KEPT, wait=True):
         yield
 
 

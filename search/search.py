@@ -19,6 +19,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
+from minibert.data.columns import pick_columns
 from minibert.data.load import as_dataset, is_unicode, text_columns
 from minibert.files.disk import readable_os_errors
 from minibert.inference.encode import Encoder
@@ -67,21 +68,9 @@ def read_passages(data: str | Path | Dataset, column: str | None = None, *, spli
             data that cannot be read.
     """
     data = as_dataset(data, split=split)
-    strings = text_columns(data)
-    if column is None:
-        usual = [name for name in ("text", "passage", "answer", "sentence") if name in strings]
-        if not usual and len(strings) != 1:
-            raise ValueError(
-                f"The passages could be in more than one of the columns {', '.join(data.column_names)}; name one with --column."
-                if strings
-                else f"No column holds texts; the columns are {', '.join(data.column_names)}. Give data with one of strings."
-            )
-        column = (usual or strings)[0]
-    elif column not in strings:
-        raise ValueError(
-            f"There is no column of texts named {column!r}; the columns of texts are {', '.join(strings) or 'none'} "
-            f"(all columns: {', '.join(data.column_names)})."
-        )
+    usual = [["text"], ["passage"], ["answer"], ["sentence"]]
+    wanted = None if column is None else [column]
+    (column,) = pick_columns(text_columns(data), wanted, usual, option="--column", columns=data.column_names)
     passages = list(dict.fromkeys(text for text in data[column] if text and not text.isspace()))
     if not passages:
         raise ValueError(f"Every passage in column {column!r} is blank; give a file that holds texts.")
@@ -101,13 +90,15 @@ def read_queries(data: str | Path | Dataset) -> list[str]:
         ValueError: for a file that is empty, no such column, or a query that is blank.
     """
     data = as_dataset(data, split="train")
-    strings = text_columns(data)
-    column = next((name for name in ("query", "question", "text") if name in strings), None)
-    if column is None and len(strings) != 1:
-        raise ValueError(
-            f"There is no column of queries: the columns of texts are {', '.join(strings) or 'none'}; name one of them query."
-        )
-    queries = [query or "" for query in data[column or strings[0]]]
+    (column,) = pick_columns(
+        text_columns(data),
+        None,
+        [["query"], ["question"], ["text"]],
+        option="query",
+        where="the queries",
+        columns=data.column_names,
+    )
+    queries = [query or "" for query in data[column]]
     check_queries(queries)
     return queries
 
@@ -275,10 +266,7 @@ def find_model_of(folder: VectorFolder, model: str | Path | None = None, *, trus
         raise FileNotFoundError(f"{error} It made the vectors in {folder.folder}: say where it is with --model.") from error
     if fingerprint(path) != manifest.fingerprint:
         raise ValueError(
-            f"The vectors in {folder.folder} were made by {manifest.model}, and {model} is another model: "
-            f"search with --model {manifest.model}, or encode again with {model}."
-            if model and str(model) != manifest.model
-            else f"The vectors in {folder.folder} were made by {manifest.model}, and {manifest.model} has changed since: "
+            f"The vectors in {folder.folder} were made by {manifest.model}, and {path} is another model or has changed since: "
             "encode again, or name the model as it was with --model."
         )
     return path

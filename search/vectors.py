@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,6 @@ from sentence_transformers.util import quantize_embeddings
 
 from minibert.files.disk import atomic_write, readable_os_errors, write_json
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 PRECISIONS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "binary": pa.int8()}
 KEPT = "the shards before it are complete"
@@ -57,7 +56,7 @@ class Manifest:
         rows: vectors in all shards.
         skipped: number of skipped rows of the input; ``skipped_rows`` are the first of them, each a number and a reason.
         starts: the number of the shard and the row of the input at which the first call and each appending call began.
-        complete: True when the whole input has been read.
+        complete: True when the input has been read completely.
         ranges: lowest and highest value of every dimension, by which int8 was scaled.
         shards: in the order of the input.
     """
@@ -78,6 +77,7 @@ class Manifest:
     complete: bool = False
     ranges: list[list[float]] | None = None
     shards: list[Shard] = field(default_factory=list)
+    format: Literal[1] = 1
 
     @property
     def width(self) -> int:
@@ -106,22 +106,19 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{folder} is not a folder of vectors: it holds no {MANIFEST}. Make one with: minibert encode MODEL INPUT {folder}"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"{file} has format {content['format']}; this version reads format {FORMAT}: update minibert.")
-        return _READER.validate_python(content)
+        return _READER.validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = repr(error)
-    raise ValueError(f"{file} is damaged ({reason}); encode into a new folder, or again with --force.")
+        reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise ValueError(
+            f"{file} is damaged or of a later version ({reason}); encode into a new folder, or again with --force."
+        ) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of ``folder``."""
     with readable_os_errors(folder / MANIFEST, KEPT):
-        write_json(folder / MANIFEST, {"format": FORMAT, **asdict(manifest)})
+        write_json(folder / MANIFEST, asdict(manifest))
 
 
 def quantize(vectors: np.ndarray, manifest: Manifest) -> np.ndarray:
@@ -241,17 +238,15 @@ class VectorFolder:
         file, width = self.folder / shard.file, self.manifest.width
         try:
             with parquet.ParquetFile(file) as opened:
-                if opened.metadata.num_rows != shard.rows:
-                    raise ValueError(
-                        f"{file} holds {opened.metadata.num_rows} rows, its manifest says {shard.rows}; encode again."
-                    )
+                if (rows := opened.metadata.num_rows) != shard.rows:
+                    raise ValueError(f"{file} holds {rows} rows, its manifest says {shard.rows}; encode again.")
                 kind = dict(zip(opened.schema_arrow.names, opened.schema_arrow.types, strict=True)).get("vector")
                 if (found := getattr(kind, "list_size", None)) != width:
                     what = "no vectors" if found is None else f"vectors of {found} numbers"
                     raise ValueError(f"{file} holds {what}, its manifest says {width}; encode again.")
                 yield opened
         except (pa.ArrowInvalid, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # an error of the system, such as a missing permission
+            if getattr(error, "errno", None) is not None:  # such as a missing permission
                 raise
             reason = " ".join(str(error).split())
             raise ValueError(f"{file} is damaged ({reason}); delete it and encode again to restore it.") from error

@@ -434,10 +434,10 @@ def test_a_folder_of_something_else_is_refused_with_both_names(run, models, data
     other = write(tmp_path / "other.parquet", TEXTS[:4])
     for change, message in [
         ({"model": models / "other"}, rf"vectors of the model {models / 'model'} .*, not {models / 'other'} "),
-        ({"precision": "int8"}, "vectors in float32, not int8"),
-        ({"data": other}, f"of the input {data}, not {other}"),
-        ({"id-column": "key"}, "of the columns .*'id': None.*, not .*'id': 'key'"),
-        ({"rows-per-shard": 3}, "in shards of 50000 rows, not 3"),
+        ({"precision": "int8"}, "with precision='float32', not 'int8'"),
+        ({"data": other}, rf"of the input {data} \(1, \w+\), not {other} \(1, \w+\)"),
+        ({"id-column": "key"}, "with columns=.*'id': None.*, not .*'id': 'key'"),
+        ({"rows-per-shard": 3}, "with rows_per_shard=50000, not 3"),
         ({"prompt": "query: "}, "with prompt=None, not 'query: '"),
     ]:
         options = {"data": data, **change}

@@ -15,7 +15,6 @@ import pytest
 from pyarrow import parquet
 
 from helpers import edit_json, write_vectors
-from minibert.files import disk
 from minibert.search import index as module
 from minibert.search.index import NEIGHBOURS, index_folder, number_of_lists, open_index
 from minibert.search.vectors import (
@@ -193,14 +192,9 @@ def test_a_current_index_is_opened_as_it_is(folder, added):
     assert {file: file.stat().st_mtime_ns for file in index_folder(folder).iterdir()} == before
 
 
-def test_an_index_on_a_disk_that_cannot_be_written_is_searched(folder):
-    shard = folder.folder / folder.shards[0].file
-    os.utime(shard)  # as if copied: new times, the same content
-    index_folder(folder).chmod(0o555)
-    try:
-        assert len(open_index(folder)) == ROWS
-    finally:
-        index_folder(folder).chmod(0o755)
+def test_a_copied_folder_keeps_its_index(folder, added):
+    os.utime(folder.folder / folder.shards[0].file)  # as copying does: new times, the same content
+    assert len(open_index(folder)) == ROWS and not added
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -399,8 +393,9 @@ def test_a_full_disk_names_what_it_did_not_take(tmp_path, monkeypatch, name):
     [
         ({"encoding": None}, "encoding: Input should be"),
         ({"rows": "abc"}, "rows: Input should be"),
-        ({"shards": [{"file": 7}]}, "shards.0.file: Input should be"),
-        (b"\xff\xfe", "invalid start byte"),
+        ({"shards": [{"file": 7}]}, "shards: 0: file: Input should be"),
+        (b"\xff\xfe", "Invalid JSON"),
+        ({"format": 9}, "format: Input should be 1"),
     ],
 )
 def test_a_manifest_that_is_damaged_is_named(tmp_path, wrong, message):
@@ -408,7 +403,9 @@ def test_a_manifest_that_is_damaged_is_named(tmp_path, wrong, message):
     file = tmp_path / "vectors" / "manifest.json"
     changed = wrong if isinstance(wrong, bytes) else json.dumps({**json.loads(file.read_text()), **wrong}).encode()
     file.write_bytes(changed)
-    with pytest.raises(ValueError, match=f"manifest.json is damaged .*{message}.*encode into a new folder"):
+    with pytest.raises(
+        ValueError, match=f"manifest.json is damaged or of a later version .*{message}.*encode into a new folder"
+    ):
         VectorFolder(tmp_path / "vectors")
 
 
@@ -427,22 +424,17 @@ def test_vectors_that_are_no_numbers_are_refused(tmp_path):
         open_index(write_vectors(tmp_path / "vectors", vectors))
 
 
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.EACCES, "holds no current index and cannot be written; make it writable"),
-        (errno.EROFS, "holds no current index and cannot be written; make it writable, or search a copy"),
-        (errno.ENOSPC, r"index could not be written \(No space left on device\); the vectors are complete"),
-    ],
-)
-def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch, number, message):
-    def refuse(*_, **__):
-        raise OSError(number, os.strerror(number))
-
+def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     folder = write_vectors(tmp_path / "vectors", clustered(10, 1))
-    monkeypatch.setattr(disk.FileLock, "acquire", refuse)
-    with pytest.raises(OSError, match=message):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(
+        PermissionError, match="holds no current index and cannot be written; make it writable, or search a copy"
+    ):
         open_index(folder)
+    monkeypatch.undo()
+    open_index(folder)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert len(open_index(folder)) == 10  # an index that is current needs no writing
 
 
 def test_int8_without_ranges_is_refused(tmp_path):

@@ -253,10 +253,10 @@ def test_passages_are_read_by_path(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "column", "message"),
     [
-        ({"title": ["t"], "body": ["b"]}, None, "title, body; name one with --column"),
-        ({"id": [1]}, None, "No column holds texts; the columns are id"),
-        ({"id": [1], "body": ["b"]}, "text", "no column of texts named 'text'.*are body .all columns: id, body."),
-        ({"id": [1], "body": ["b"]}, "id", "no column of texts named 'id'"),
+        ({"title": ["t"], "body": ["b"]}, None, "not clear which column .* found title, body; name it .--column."),
+        ({"id": [1]}, None, "No column of the data holds texts; the columns are id"),
+        ({"id": [1], "body": ["b"]}, "text", "Column 'text' is not there in the data; the columns are id, body"),
+        ({"id": [1], "body": ["b"]}, "id", "Column 'id' does not hold texts"),
         ({"text": ["", " "]}, None, "Every passage in column 'text' is blank"),
     ],
 )
@@ -400,10 +400,10 @@ def test_the_model_may_have_moved_but_not_changed(saved, folder, vectors, tmp_pa
         other = MiniBertModel.from_pretrained(folder)
         other.embeddings.word_embeddings.weight.mul_(1.5)
     other.save_pretrained(folder)
-    with pytest.raises(ValueError, match="were made by .*moved, and .*model is another model: search with --model .*moved"):
+    with pytest.raises(ValueError, match="were made by .*moved, and .*model is another model or has changed since"):
         FolderSearcher(vectors, folder)
     shutil.copytree(folder, tmp_path / "moved")
-    with pytest.raises(ValueError, match="moved has changed since"):
+    with pytest.raises(ValueError, match="moved is another model or has changed since: encode again"):
         FolderSearcher(vectors)
 
 
@@ -433,8 +433,8 @@ def test_queries_come_one_per_row_repeated_ones_too(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"title": ["t"], "body": ["b"]}, "no column of queries: the columns of texts are title, body; name one of them query"),
-        ({"id": [1]}, "the columns of texts are none"),
+        ({"title": ["t"], "body": ["b"]}, "not clear which column of the queries .* found title, body; name it .query."),
+        ({"id": [1]}, "No column of the queries holds texts"),
         ({"query": ["a", None]}, "Query 2 is empty"),
     ],
 )
