@@ -83,11 +83,11 @@ def arguments(**changes):
 def fit(folder, model=None, rows=None, make=collate, **changes):
     keys = ("evaluate", "metric_for_best", "greater_is_better")
     options = {key: changes.pop(key) for key in keys if key in changes}
+    settings = arguments(**changes)
     return loop.fit(
         model or tiny_model(),
-        train_dataset=rows or Rows(),
-        collate=make,
-        arguments=arguments(**changes),
+        [loop.Phase(rows or Rows(), make, settings.batch_size, settings.learning_rate)],
+        arguments=settings,
         output_dir=folder,
         seed=7,
         **options,
@@ -559,7 +559,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, undisturbed, start):
 
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="training data holds no rows"):
-        loop.fit(tiny_model(), train_dataset=[], collate=collate, arguments=arguments(), output_dir=tmp_path, seed=0)
+        loop.fit(tiny_model(), [loop.Phase([], collate, 2, 0.1)], arguments=arguments(), output_dir=tmp_path, seed=0)
     with pytest.raises(ValueError, match="trackers: nonsense is not installed or unknown"):
         fit(tmp_path, trackers=["nonsense"])
     with pytest.raises(ValueError, match="metric_for_best='f1' is unknown here; use one of accuracy"):

@@ -304,7 +304,7 @@ def test_the_tokenizer_stage_reads_every_text(write, tmp_path):
 def test_starts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path):
     tokenizer = train_word_level(["red apples green pears"], vocab_size=9)
     config = MiniBertConfig.preset("nano-1x3", vocab_size=len(tokenizer))
-    with pytest.raises(ValueError, match="max_length=2 leaves no room for text beside 2 special tokens; give at least 3"):
+    with pytest.raises(ValueError, match="max_length must be at least 3, .* 2 special tokens and text, got 2"):
         sequence_length(2, config, tokenizer)
     assert sequence_length(3, config, tokenizer) == 3
     tokenizer.save_pretrained(tmp_path)

@@ -10,7 +10,12 @@ from minibert.data.source import DataSource
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-SampleBy = Literal["line", "paragraph", "document"]
+Names = Annotated[list[str], Field(min_length=1)]
+SampleBy = Annotated[
+    Literal["line", "paragraph", "document"],
+    Field(description="What a text is in .txt files: a line, a paragraph (up to an empty line) or the file."),
+]
+_BEST = "Metric that picks the checkpoint to keep."
 # Marks a field that may differ when a run is resumed, because it does not change the result.
 FREE = "free"
 
@@ -105,9 +110,7 @@ class LoopArguments(Arguments):
     epochs: float = Field(1, gt=0, description="Passes over the training data; fractions are allowed.")
     max_steps: Positive | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs say.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    dropout: Share | None = Field(
-        None, description="Dropout of hidden states and attention while training; unset keeps the model's."
-    )
+    dropout: Share | None = Field(None, description="Dropout of hidden states and attention; unset keeps the model's.")
     weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; biases and norms are never decayed.")
     adam_betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False, description="Decay rates of AdamW's two averages.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Term that keeps AdamW's division finite.")
@@ -119,16 +122,13 @@ class LoopArguments(Arguments):
     decay_ratio: float = Field(0.1, gt=0, le=1, description="Share of the steps over which wsd decays.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them alone.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32",
-        description="Arithmetic of forward and backward passes. On a processor that is slow in bfloat16 the run says so.",
+        "fp32", description="Arithmetic of forward and backward passes; a warning says where bf16 is slower than fp32."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     log_steps: Annotated[Positive, FREE] = Field(50, description="Optimizer steps between two lines of log.jsonl.")
     eval_steps: Positive | None = Field(None, description="Steps between evaluations; unset means once per epoch.")
-    save_steps: Annotated[Positive | None, FREE] = Field(
-        None, description="Steps between checkpoints; unset means once per epoch."
-    )
+    save_steps: Annotated[Positive | None, FREE] = Field(None, description="Steps between checkpoints; unset: once per epoch.")
     save_total_limit: Annotated[Positive, FREE] = Field(2, description="Checkpoints kept on disk, in addition to the best.")
     seed: int | None = Field(None, ge=0, description="Seed of this stage; unset means the recipe's.")
     num_workers: Annotated[NotNegative, FREE] = Field(0, description="Additional processes that prepare batches.")
@@ -170,9 +170,7 @@ class TokenizerStage(Stage):
     lowercase: bool = Field(True, description="Lower-case texts and strip accents.")
     min_frequency: Positive | None = Field(None, description="Rarer pieces are left out; unset means 2, and 1 for whole words.")
     max_length: Positive = Field(512, description="Longest sequence, in tokens, that the tokenizer announces.")
-    truncation_side: Literal["right", "left"] = Field(
-        "right", description="Where the tokenizer cuts longer texts: right keeps their beginning, left their end."
-    )
+    truncation_side: Literal["right", "left"] = Field("right", description="Side that is cut off texts that are too long.")
 
 
 class PhaseArguments(Arguments):
@@ -187,9 +185,7 @@ class PhaseArguments(Arguments):
 class MaskedWordArguments(Arguments):
     """The settings of masked words, which every stage that predicts them has."""
 
-    sample_by: SampleBy = Field(
-        "paragraph", description="What a document is in .txt files: a line, a paragraph (up to an empty line) or the file."
-    )
+    sample_by: SampleBy = "paragraph"
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
     mask_replace_prob: Share = Field(0.8, description="Share of the tokens to predict that become [MASK].")
     random_replace_prob: Share = Field(0.1, description="Share of the tokens to predict that become another word.")
@@ -221,7 +217,7 @@ class PretrainStage(TrainStage, MaskedWordArguments):
         None, min_length=1, description="Parts of the run, such as short sequences first and long ones later; unset: one."
     )
     metric_for_best: Literal["loss", "perplexity", "masked_accuracy", "next_sentence_accuracy"] | None = Field(
-        None, description="Metric that picks the checkpoint kept as the result; null keeps the last."
+        None, description="Metric that picks the checkpoint to keep; null keeps the last."
     )
 
     @model_validator(mode="after")
@@ -238,9 +234,7 @@ class ClassifyStage(TrainStage):
     """Fine-tune a classifier of single texts or of pairs: one label, several labels, or a number for each."""
 
     kind: Literal["classify"]
-    text_columns: list[str] | None = Field(
-        None, min_length=1, max_length=2, description="One column, or two for pairs; unset means detected."
-    )
+    text_columns: Names | None = Field(None, max_length=2, description="One column, or two for pairs; unset means detected.")
     label_column: str | Annotated[list[str], Field(min_length=1)] = Field(
         "label",
         description="Column of the class (a number, a string or a ClassLabel), of lists of them, or of numbers to predict; "
@@ -254,7 +248,7 @@ class ClassifyStage(TrainStage):
     )
     metric_for_best: str | None = Field(
         None,
-        description="Metric that picks the checkpoint kept as the result: accuracy, macro_f1 or loss; multi-label micro_f1, "
+        description="Metric that picks the checkpoint to keep: accuracy, macro_f1 or loss; multi-label micro_f1, "
         "macro_f1, subset_accuracy or loss; regression spearman, pearson or mse. Unset means the first of these.",
     )
 
@@ -275,7 +269,7 @@ class TagStage(TrainStage):
     )
     metric_for_best: str | None = Field(
         None,
-        description="Metric that picks the checkpoint kept as the result: f1, precision, recall, accuracy or loss; for tags "
+        description="Metric that picks the checkpoint to keep: f1, precision, recall, accuracy or loss; for tags "
         "that mark no entities accuracy, macro_f1 or loss. Unset means the first of these.",
     )
 
@@ -299,9 +293,7 @@ class AnswerStage(TrainStage):
         description="How much higher than the best span 'no answer' must score to win; unset means 0 where the training data "
         "has questions without answer, and else that it never wins.",
     )
-    metric_for_best: Literal["f1", "exact_match"] = Field(
-        "f1", description="Metric that picks the checkpoint kept as the result."
-    )
+    metric_for_best: Literal["f1", "exact_match"] = Field("f1", description=_BEST)
 
 
 class ChooseStage(TrainStage):
@@ -314,13 +306,9 @@ class ChooseStage(TrainStage):
         max_length=2,
         description="What is asked: one column, or two of which the second begins every choice; unset means detected.",
     )
-    choice_columns: list[str] | None = Field(
-        None, min_length=1, description="One column of lists, or a column per choice; unset means detected."
-    )
+    choice_columns: Names | None = Field(None, description="One column of lists, or a column per choice; unset means detected.")
     label_column: str = Field("label", description="Column of the right choice: a number from 0, or a letter from A.")
-    metric_for_best: Literal["accuracy", "loss"] = Field(
-        "accuracy", description="Metric that picks the checkpoint kept as the result."
-    )
+    metric_for_best: Literal["accuracy", "loss"] = Field("accuracy", description=_BEST)
 
 
 class PairSource(DataSource):
@@ -339,9 +327,7 @@ class EmbedStage(TrainStage):
     """Train sentence embeddings on pairs (or triplets) with in-batch negatives, by sentence-transformers' trainer."""
 
     kind: Literal["embed"]
-    data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(
-        description="Training pairs, or with make_pairs plain texts."
-    )
+    data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(description="Pairs, or texts with make_pairs.")
     eval_data: DataSources | None = Field(None, description="Pairs to measure retrieval on; unset means none.")
     make_pairs: bool = Field(
         False,
@@ -349,13 +335,8 @@ class EmbedStage(TrainStage):
         "neighbours (languages that put spaces between words). A source may say it for itself: "
         "data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
     )
-    text_column: str | None = Field(
-        None, description="make_pairs: column of texts; unset: text, or the only column of strings."
-    )
-    sample_by: SampleBy = Field(
-        "paragraph",
-        description="make_pairs: what a text is in .txt files: a line, a paragraph (up to an empty line) or the file.",
-    )
+    text_column: str | None = Field(None, description="make_pairs: column of texts; unset: text, or the only string column.")
+    sample_by: SampleBy = "paragraph"
     anchor_column: str | None = Field(None, description="Column of queries; unset means the first column of strings.")
     positive_column: str | None = Field(None, description="Column of passages; unset means the second column of strings.")
     negative_column: str | None = Field(None, description="Column of hard negatives; unset means none are used.")
@@ -379,7 +360,7 @@ class EmbedStage(TrainStage):
     pooling: Literal["cls", "mean"] | None = Field(None, description="Vector that stands for a text; unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")
     metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100"] | None = Field(
-        "mrr@10", description="Retrieval metric that picks the checkpoint kept as the result; null keeps the last."
+        "mrr@10", description="Retrieval metric that picks the checkpoint to keep; null keeps the last."
     )
 
     @model_validator(mode="after")
@@ -444,14 +425,10 @@ class DistillTaskStage(DistillStage):
     """Teach a classifier the teacher's classes and the labels of the data."""
 
     objective: Literal["task"]
-    text_columns: list[str] | None = Field(
-        None, min_length=1, max_length=2, description="One column, or two for pairs; unset means detected."
-    )
+    text_columns: Names | None = Field(None, max_length=2, description="One column, or two for pairs; unset means detected.")
     label_column: str = Field("label", description="Column of the class (a number, a string or a ClassLabel).")
     labels: list[str] | None = Field(None, min_length=2, description="Names of the classes in order; unset: the data's.")
-    metric_for_best: Literal["accuracy", "macro_f1", "loss"] = Field(
-        "accuracy", description="Metric that picks the checkpoint kept as the result."
-    )
+    metric_for_best: Literal["accuracy", "macro_f1", "loss"] = Field("accuracy", description=_BEST)
     temperature: float = Field(2.0, gt=0, description="Divides logits before they are compared.")
     alpha: Share = Field(0.5, description="Share of the teacher in the loss; the rest is the labels'.")
 
@@ -465,9 +442,7 @@ class DistillPretrainingStage(DistillStage, MaskedWordArguments):
     text_columns: list[str] | None = Field(
         None, min_length=1, max_length=1, description="The column of documents; unset: text, or the only column of strings."
     )
-    metric_for_best: Literal["loss", "perplexity", "masked_accuracy"] = Field(
-        "loss", description="Metric that picks the checkpoint kept as the result."
-    )
+    metric_for_best: Literal["loss", "perplexity", "masked_accuracy"] = Field("loss", description=_BEST)
     temperature: float = Field(2.0, gt=0, description="Divides logits before they are compared.")
     kl_weight: float = Field(5.0, ge=0, description="Weight of the teacher's distribution of masked words.")
     mlm_weight: float = Field(2.0, ge=0, description="Weight of the masked words themselves.")
@@ -483,26 +458,20 @@ class DistillEmbeddingStage(DistillStage):
     """Teach an embedding model the teacher's vectors of unlabelled texts, and the similarities between them."""
 
     objective: Literal["embedding"]
-    text_columns: list[str] | None = Field(
-        None, min_length=1, description="Columns whose texts are read; unset: all columns of strings."
-    )
-    sample_by: SampleBy = Field(
-        "paragraph", description="What a text is in .txt files: a line, a paragraph (up to an empty line) or the file."
-    )
+    text_columns: Names | None = Field(None, description="Columns whose texts are read; unset: all columns of strings.")
+    sample_by: SampleBy = "paragraph"
     split_lines: bool = Field(False, description="Each line of a text is a text of its own.")
     max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the teacher's.")
     metric_for_best: str = Field(
         "score",
-        description="Metric that picks the checkpoint kept as the result; score is the mean of spearman and ndcg@10 over the "
+        description="Metric that picks the checkpoint to keep; score is the mean of spearman and ndcg@10 over the "
         "data sets of eval_data.",
     )
     vector_loss: Literal["cosine", "mse"] = Field(
         "cosine", description="One minus the cosine to the teacher's vector, or the squared distance."
     )
     vector_weight: float = Field(1.0, ge=0, description="Weight of vector_loss.")
-    similarity_weight: float = Field(
-        1.0, ge=0, description="Weight of the squared error of the cosines between the texts of a batch."
-    )
+    similarity_weight: float = Field(1.0, ge=0, description="Weight of the squared error of cosines between texts of a batch.")
     hidden_weight: float = Field(
         0.0,
         ge=0,
@@ -512,9 +481,7 @@ class DistillEmbeddingStage(DistillStage):
     matryoshka_dims: list[Positive] | None = Field(
         None, min_length=1, description="Lengths of the vectors' prefixes that learn the similarities too."
     )
-    pooling: Literal["cls", "mean"] | None = Field(
-        None, description="Vector that stands for a text; unset: as the teacher does."
-    )
+    pooling: Literal["cls", "mean"] | None = Field(None, description="Vector of a text; unset: as the teacher does.")
     normalize: bool | None = Field(None, description="Scale vectors to length 1; unset: as the teacher does.")
 
 

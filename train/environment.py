@@ -1,8 +1,8 @@
-"""What a stage was trained with, beside its recipe: the machine, the versions, and the exact data and weights from the Hub."""
+"""Describe how a stage was trained, in addition to its recipe: machine, versions, and data and weights from the Hub."""
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ _LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "acc
 
 
 def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, Any]:
-    """The content of ``environment.json``. Nothing in it names the machine or a folder on it.
+    """Return the content of ``environment.json``, which names neither the machine nor a folder on it.
 
     Args:
         stage: arguments of the stage, after it ran.
-        processes: how many took part.
+        processes: number of processes that trained.
     """
+    versions = {name: version(name) for name in _LIBRARIES}
     found: dict[str, Any] = {
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "processes": processes,
-        "versions": {"python": platform.python_version(), "minibert": installation.version(), **_versions()},
+        "versions": {"python": platform.python_version(), "minibert": installation.version(), **versions},
         "datasets": {
             source.path: source.commit
             for sources in (getattr(stage, "data", None), getattr(stage, "eval_data", None))
@@ -43,23 +44,8 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
 
 
 def _processor() -> str:
-    """Name of the processor, as far as the system tells."""
+    """Return the name of the processor, if the system gives it, or of its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -366,13 +366,11 @@ class StopRequest:
 
 def fit(
     model: nn.Module,
+    phases: Sequence[Phase],
     *,
     arguments: LoopArguments,
     output_dir: Path,
     seed: int,
-    train_dataset: Any = None,
-    collate: Callable[[Any], dict[str, Tensor]] | None = None,
-    phases: Sequence[Phase] = (),
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     metric_for_best: str | None = None,
     greater_is_better: bool = True,
@@ -384,9 +382,7 @@ def fit(
 
     Args:
         model: a transformers model whose output has a ``loss``; trained in place, on Accelerate's device.
-        train_dataset: see :class:`Phase`.
-        collate: see :class:`Phase`.
-        phases: parts of the run, one after the other, instead of ``train_dataset`` and ``collate``.
+        phases: parts of the run, one after the other; most runs have one.
         evaluate: computes metrics of the model (in evaluation mode, without gradients); called in every process.
         metric_for_best: the metric of ``evaluate`` that picks the weights to keep; None keeps the last ones.
 
@@ -400,9 +396,6 @@ def fit(
         OSError: a checkpoint cannot be written; earlier ones are untouched.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; the message says how to resume.
     """
-    if not phases:
-        assert collate is not None
-        phases = [Phase(train_dataset, collate, arguments.batch_size, arguments.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
         raise ValueError("The training data holds no rows; check the data and its limit.")
     keep_memory()
@@ -479,7 +472,15 @@ class _Run:
         )
         self.meter, self.log = Meter(accelerator, progress), Log(accelerator, self.output_dir / "log.jsonl", progress.step)
         self.model.train()
-        with self._stoppable() as stop, self._progress_bar() as bar:
+        bar = tqdm(
+            total=self.total,
+            initial=progress.step,
+            desc=self.output_dir.name,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file is not flooded
+        )
+        with self._stoppable() as stop, bar:
             for batch in loader:
                 rate = self.rate(progress.step)
                 with self.meter.timed("steps"):
@@ -491,8 +492,10 @@ class _Run:
                     bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
                 if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
                     self.evaluate(evaluate)
-                # Several processes agree on stopping only at steps that are logged, where they wait for each other anyway.
-                stopping = self._agreed(stop.number) if logging_now or accelerator.num_processes == 1 else 0
+                stopping = stop.number
+                if accelerator.num_processes > 1:  # they agree only at logged steps, where they wait for each other anyway
+                    number = torch.tensor([stopping], device=accelerator.device)
+                    stopping = int(accelerator.gather(number).max()) if logging_now else 0
                 if stopping or self._due(arguments.save_steps or self.steps.per_epoch):
                     self.save()
                 if stopping and progress.step < self.total:
@@ -692,11 +695,6 @@ class _Run:
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total
 
-    def _agreed(self, number: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[StopRequest]:
         stop = StopRequest()
@@ -707,16 +705,6 @@ class _Run:
                 # The caller adds how to resume: it knows the command.
                 saved = "with no checkpoint yet" if self.saved_step is None else f"saved up to step {self.saved_step}"
                 raise KeyboardInterrupt(f"Stopped at step {self.progress.step} of {self.total}, {saved}.") from None
-
-    def _progress_bar(self) -> "tqdm[Any]":
-        return tqdm(
-            total=self.total,
-            initial=self.progress.step,
-            desc=self.output_dir.name,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file is not flooded
-        )
 
 
 def keep_memory() -> None:

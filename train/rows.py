@@ -1,4 +1,4 @@
-"""Rows of tokens, which every fine-tuning stage trains on and is measured on."""
+"""Hold tokenized rows and compute outputs of models for them; the fine-tuning stages train and measure with both."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from minibert.train.loop import processes
+from minibert.files.processes import processes
 from minibert.train.stage import StageContext
 
 TOKENIZED_AT_ONCE = 4096
 
 
 class TokenRows:
-    """Tokenized rows, end to end in one array, so that making a batch is a few numpy calls.
+    """Keep tokenized rows end to end in one array, so that making a batch takes a few numpy calls.
 
     Attributes:
-        ids: (tokens of all rows,) int32; ``types`` the same for segments, or None where the model has none.
-        starts: (rows + 1,) where each row begins.
+        ids: (tokens of all rows,) int32.
+        types: (tokens of all rows,) int8, the segments; None if the model has none.
+        starts: (rows + 1,), the position of the first token of each row, and the number of tokens.
         labels: (rows,) or (rows, values).
     """
 
@@ -70,20 +71,20 @@ class TokenRows:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any token or label does."""
+        """Return a hash of all tokens and labels."""
         digest = hashlib.blake2b(digest_size=16)
         for array in (self.ids, self.starts, self.labels):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Inputs of the model for ``rows``, padded to the longest of them: (rows, longest) each, and labels."""
+        """Return the inputs of the model for ``rows``, (rows, length of the longest) each, and their labels."""
         batch, _, _ = self.pad(rows)
         batch["labels"] = self.labels[rows]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def pad(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Inputs of the model for ``rows``, (rows, longest) each; the mask of real tokens; and where these lie in ``ids``."""
+        """Return the inputs of the model for ``rows``, the mask of real tokens, and the positions of these in ``ids``."""
         starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
         mask = np.arange(lengths.max()) < lengths[:, None]
         taken = (starts[:, None] + np.arange(lengths.max()))[mask]
@@ -96,17 +97,17 @@ class TokenRows:
 
 
 def compute_outputs(model: nn.Module, rows: TokenRows, batch_size: int, *names: str) -> tuple[np.ndarray, list[list[Tensor]]]:
-    """Outputs of ``model`` for all of ``rows``: every process computes its share of the batches, and all get everything.
+    """Compute outputs of ``model`` for all rows: each process computes a share of the batches, and all get all outputs.
 
     Args:
-        names: the outputs wanted, such as ``"logits"``.
+        names: names of the outputs, such as ``"logits"``.
 
     Returns:
         The numbers of the rows, in the order in which they were computed, and for each name one float32 tensor per batch,
         (rows of the batch, ...). Tensors of padded tokens are as long as the longest row of their batch.
     """
     state = processes()
-    # Batches of like lengths waste no time on padding; the longest come first, so that memory runs out at once or never.
+    # Batches of similar lengths need little padding; the longest come first, so that memory runs out at once or never.
     order = np.argsort(-rows.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = []
@@ -124,11 +125,8 @@ def compute_outputs(model: nn.Module, rows: TokenRows, batch_size: int, *names: 
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- what stages decide
-
-
 def head_changes(context: StageContext, names: Sequence[str]) -> dict[str, Any]:
-    """Configuration fields of a head that tells ``names`` apart, and leave for it to replace the head of the model before."""
+    """Return the configuration fields of a head for the classes ``names``; a head of another size is replaced."""
     changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
     if context.model is not None:
         start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
@@ -136,20 +134,20 @@ def head_changes(context: StageContext, names: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def choose_metric(wanted: str | None, figures: Sequence[str]) -> str:
-    """The figure that picks the checkpoint to keep: the one wanted, or the first.
+def choose_metric(wanted: str | None, metrics: Sequence[str]) -> str:
+    """Return the metric that picks the checkpoint to keep: ``wanted``, or the first of ``metrics``.
 
     Raises:
-        ValueError: listing the figures there are.
+        ValueError: ``wanted`` is not one of ``metrics``; the message lists them.
     """
-    if wanted is not None and wanted not in figures:
-        raise ValueError(f"metric_for_best={wanted!r} is unknown here; use one of {', '.join(figures)}.")
-    return wanted or figures[0]
+    if wanted is not None and wanted not in metrics:
+        raise ValueError(f"metric_for_best={wanted!r} is unknown here; use one of {', '.join(metrics)}.")
+    return wanted or metrics[0]
 
 
 @contextmanager
 def in_eval_data() -> Iterator[None]:
-    """Say of a row that is refused that it is of the evaluation data, whose labels must be those of the training data."""
+    """Name the evaluation data in a refusal: its labels must be those of the training data."""
     try:
         yield
     except ValueError as error:

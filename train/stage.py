@@ -1,4 +1,4 @@
-"""What a stage starts from: its context, the tokenizer and the model that its arguments name."""
+"""Load the tokenizer and the model that a stage starts from."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,14 @@ from minibert.train.arguments import ModelStage, NewModel
 
 @dataclass
 class StageContext:
-    """What the runner resolved for one stage.
+    """The inputs of a stage that come from other stages of the recipe.
 
     Attributes:
         output_dir: folder that the stage fills with a complete model, metrics.json, log.jsonl and checkpoints/.
         seed: the stage's own seed, or the recipe's.
-        model: folder or Hub id of the starting weights; ``None`` when the stage starts from new weights.
+        model: folder or Hub id of the starting weights; ``None`` for new weights.
         tokenizer: folder or Hub id of the tokenizer.
-        teacher: folder or Hub id of the model to learn from, where the stage distills one.
+        teacher: folder or Hub id of the teacher, if the stage distills.
     """
 
     output_dir: Path
@@ -57,8 +57,7 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
         auto_class: ``AutoModel`` or one of its relatives, such as ``AutoModelForSequenceClassification``.
         changes: configuration fields that the stage decides, such as ``num_labels``.
 
-    New weights are drawn under the stage's seed, and their vocabulary is the tokenizer's unless the recipe gives
-    ``vocab_size``.
+    New weights follow from the stage's seed; their vocabulary is the tokenizer's unless the recipe gives ``vocab_size``.
 
     Raises:
         OSError: when the folder or Hub id holds no model.
@@ -93,10 +92,10 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
 
 
 def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
-    """Longest sequence, in tokens, that a stage gives its model.
+    """Return the longest sequence, in tokens, that a stage gives its model.
 
     Args:
-        wanted: the recipe's ``max_length``; ``None`` means as long as the tokenizer announces and the model takes.
+        wanted: the recipe's ``max_length``; ``None`` means the shorter of the tokenizer's length and the model's positions.
 
     Raises:
         ValueError: when ``wanted`` exceeds the model's positions, or leaves no room for text.
@@ -104,7 +103,7 @@ def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
     special = tokenizer.num_special_tokens_to_add()
     if wanted is not None and wanted <= special:
         raise ValueError(
-            f"max_length={wanted} leaves no room for text beside {special} special tokens; give at least {special + 1}."
+            f"max_length must be at least {special + 1}, which leaves room for {special} special tokens and text, got {wanted}."
         )
     # Rotary positions have no table that could be too short.
     rotary = getattr(config, "position_embedding_type", None) == "rotary"
