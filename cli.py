@@ -682,9 +682,9 @@ def pull(
 ) -> None:
     """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
     with plain_errors(debug, "What has arrived is kept; pull again to complete it."):
+        from minibert.files import installation
         from minibert.hub.pull import pull as pull_model
         from minibert.hub.push import size_text
-        from minibert.hub.releases import words
 
         done = pull_model(name, output_dir)
         if as_json:
@@ -694,9 +694,9 @@ def pull(
         typer.echo(f"{len(done.files)} files, {size_text(sum(done.files.values()))}")
         for path, digest in done.code.items():
             typer.echo(f"sha256 {digest}  {path}")
-        changed = "its code is of no release of ours; minibert hub verify shows where it differs"
-        code = {"ours": f"its code is that of {words(done.release)}", "none": "it brings no code", "changed": changed}
-        typer.echo(code[done.code_is])
+        installed = f"that of the installed minibert {installation.version()}"
+        changed = f"its code is not {installed}; minibert hub verify shows where it differs"
+        typer.echo({"installed": f"its code is {installed}", "none": "it brings no code", "changed": changed}[done.code_is])
         if done.left_out:
             typer.echo(f"left out: {', '.join(done.left_out)}")
 
@@ -854,7 +854,7 @@ def similarity(
     with _drawing(debug):
         from minibert import plot
 
-        plot.check_output(out, force=force)
+        plot.check_output(out, force=force, suffixes=[".html"])
         lists = [
             plot.read_texts([data], column=column, split=split, limit=limit)[0] for data in (first, second) if data is not None
         ]
@@ -864,8 +864,8 @@ def similarity(
 @plot.command(epilog='Example:  minibert plot tokens minilm "Tokenization, unbelievably." --out tokens.html')
 def tokens(
     model: Model,
-    text: Annotated[str, typer.Argument(help="What is split.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="A .html or .png to write; unset prints a table.")] = None,
+    text: Annotated[str, typer.Argument(help="Text to split.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Page (.html) to write; unset prints a table.")] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -876,10 +876,10 @@ def tokens(
         from minibert import plot
 
         if out is not None:
-            plot.check_output(out, force=force)
+            plot.check_output(out, force=force, suffixes=[".html"])
         picture = plot.tokens(model, text, trust_remote_code=trust_remote_code)
         if as_json:
-            print_json({"model": model, "text": text, "tokens": picture.to_dicts()})
+            print_json({"model": model, "text": text, "tokens": [asdict(token) for token in picture.tokens]})
         elif out is None:
             typer.echo(f"{picture.table()}\n{picture.summary}")
         if out is not None:

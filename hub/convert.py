@@ -19,7 +19,7 @@ from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
 
 # Tensors that a model of this family no longer has a use for, under their own names, so that export can give them back.
 UNUSED = "converted_from.safetensors"
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 POSITIONS = "minibert.embeddings.position_embeddings.weight"
 # Fields that go over as they are.
@@ -252,8 +252,8 @@ def _pooling(folder: Path, kind: str, family: Family) -> str:
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
     """The tokenizer, with the length that sentence-transformers or the positions allow."""
     # Without any of its files transformers makes up an empty one.
-    if not any(file for name in _TOKENIZERS for file in folder.glob(name)):
-        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(_TOKENIZERS)}); save the model's tokenizer into it.")
+    if not any(file for name in TOKENIZERS for file in folder.glob(name)):
+        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer into it.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:

@@ -98,15 +98,15 @@ def test_a_search_model(run):
         assert {key: value for (of, key), value in results.items() if of == split} == measured["model"]
         for system in measured.values():
             assert f"{system['mrr@10']:.4f}" in card
-    assert "| figure | this model | bm25 | untrained |" in card
+    assert "| metric | this model | bm25 | untrained |" in card
     assert f"| parameters | {metrics['embed']['parameters']:,} |" in card
     weights = (run / "3-embed" / "model.safetensors").stat().st_size
-    assert f"| weights | {weights / 1e6:.1f} MB |" in card and "| numbers | F32 |" in card
+    assert f"| weights | {weights / 1e6:.1f} MB |" in card and "| dtype | F32 |" in card
     assert f"| time of training | {metrics['embed']['train_seconds']:,.0f} s |" in card
     assert f"torch {torch.__version__}" in card and f"transformers {transformers.__version__}" in card
     environment = json.loads((run / "3-embed" / "environment.json").read_text())
     assert environment["cores"] > 0 and f"| processor | {environment['processor']} |" in card
-    assert "Of texts longer than 24 tokens the end is not read." in card and "Upper and lower case are the same" in card
+    assert "Texts longer than 24 tokens lose their end." in card and "does not tell upper and lower case apart" in card
 
 
 def test_a_classifier_and_its_awkward_label(run):
@@ -159,7 +159,7 @@ def test_a_published_copy_keeps_its_record(run, tmp_path):
     for name in ("README.md", "record.json", "recipe.yaml"):
         assert (tmp_path / "again" / name).read_text() == (copy / name).read_text()
     card = (tmp_path / "again" / "README.md").read_text()
-    assert metadata(card)["license"] == "mit" and "| figure | this model | bm25 | untrained |" in card
+    assert metadata(card)["license"] == "mit" and "| metric | this model | bm25 | untrained |" in card
     assert metadata(build_card(copy, "bob/toy", license="apache-2.0"))["license"] == "apache-2.0"
     publish.build(copy, tmp_path / "half", repo_id="bob/half", dtype="bfloat16")  # whose weights are others, from these
     assert ModelCard((tmp_path / "half" / "README.md").read_text()).data.eval_results
@@ -179,14 +179,9 @@ def test_figures_of_other_weights_are_nobodys(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stages": [3]}, "TypeError"),
-        ({"stages": [{"kind": "embed"}]}, "KeyError: 'name'"),
-        ({"metrics": [1]}, "metrics is no mapping"),
-        ({"base_model": 3}, "base_model is no text"),
-        ({"evaluations": [{"data": {"path": "a"}, "systems": {"bm25": {}}}]}, "KeyError: 'model'"),
-        ({"evaluations": [{"data": {"path": "a"}, "systems": {"model": {"f1": "good"}}}]}, "a figure is no number"),
-        ({"evaluations": [{"data": {"path": ["a"]}, "systems": {"model": {}}}]}, "a name is no text"),
-        ({"evaluations": [{"figures": 3}]}, "TypeError"),
+        ({"stages": [{"kind": "embed"}]}, "stages.0.name: Field required"),
+        ({"base_model": 3}, "base_model: Input should be a valid string"),
+        ({"evaluations": [{"data": {"path": "a"}, "metrics": {"f1": "good"}}]}, "evaluations.0.metrics.f1: .*number"),
     ],
 )
 def test_a_malformed_record_of_others_is_a_sentence(heads, tmp_path, changes, words):
@@ -234,7 +229,7 @@ def stage(kind, name=None, **fields):
     ],
 )
 def test_the_stages_a_model_went_through(stages, at, path):
-    assert provenance._ancestors(stages, at) == path
+    assert provenance.ancestors(stages, at) == path
 
 
 def test_ids_stay_and_paths_lose_their_folders(tmp_path, monkeypatch):
@@ -274,6 +269,7 @@ json.dump(found, sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_the_examples_run_as_printed(run, heads, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "code"))
     for name in ("2-classify", "3-embed"):
@@ -357,7 +353,7 @@ def test_cards_of_others_pass():
     [
         ("# A model\n", "has no metadata"),
         ("---\na: [\n---\n", "is not YAML"),
-        ("---\n- a\n---\n", "is no mapping of fields"),
+        ("---\n- a\n---\n", "is not a mapping"),
         (card_of(pipeline_tag="embedding"), "pipeline_tag='embedding' should be a text: one of feature-extraction, fill-mask"),
         (card_of(library_name=["a"]), "library_name=\\['a'\\] should be a text"),
         ("---\nlanguage: no\n---\n", "language=False should be"),  # YAML takes the code of Norwegian for a refusal

@@ -455,7 +455,7 @@ MOMENTS = {  # a command, the function in which it is interrupted, the call of i
     "hub convert bert out": ("minibert.hub.parity:differences", 1, "Nothing was written"),
     "hub export model out": ("minibert.hub.parity:differences", 1, "Nothing was written"),
     "hub push model ann/other": ("minibert.hub.push:build", 1, "push again to complete it"),
-    "hub pull ann/model out": ("minibert.hub.push:check_paths", 1, "pull again to complete it"),
+    "hub pull ann/model out": ("minibert.hub.pull:check_paths", 1, "pull again to complete it"),
     "hub verify model": ("minibert.hub.verify:checks_of", 1, "Nothing was written"),
 }
 
@@ -527,7 +527,7 @@ ELSE = {
     ("hub verify", absent): "no model folder model .*give a folder, or owner/name",
     ("hub verify", empty_folder): "no config.json; of a run, name the folder of a stage",
     ("hub verify", only_a_pickle): "can run code when opened; .*delete them",
-    ("hub verify", own_code): "code of no release of ours: .*read it",
+    ("hub verify", own_code): "code is not that of the installed minibert.*read it",
     ("hub verify", closed): "Permission denied",
     ("hub verify", larger_than_memory): "Cannot allocate memory",
 }

@@ -4,20 +4,15 @@ import copy
 import json
 import os
 import pickle
-import random
-import resource
 import shutil
-import time
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from helpers import edit_json, run_python, save_model
+from helpers import edit_json, save_model
 from minibert import train_wordpiece
-from minibert.files import model_folder
-from minibert.files.model_folder import HEADER_LIMIT, check_file, check_model, check_paths, read_header
+from minibert.files.model_folder import check_model, check_paths, read_header
 from minibert.hub import folders
 from minibert.inference.load import find_model, load
 from minibert.train.recipe import load_recipe
@@ -32,23 +27,13 @@ TENSORS = {
 
 
 def stored(header, size=0, *, length=None):
-    """The bytes of a safetensors file with this header (a mapping, text or bytes) before ``size`` bytes."""
-    text = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
+    """Return the bytes of a safetensors file with this header before ``size`` bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(size)
 
 
-def tensor(dtype="F32", shape=(2,), offsets=(0, 8), **more):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(data):
-        file = tmp_path / "model.safetensors"
-        file.write_bytes(data)
-        return file
-
-    return write
+def tensor(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +53,7 @@ def model(good, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ headers
 
 
-def test_what_safetensors_writes_passes(tmp_path):
+def test_an_intact_file_passes(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(TENSORS, file, metadata={"format": "pt", "a": "b"})
     assert read_header(file) == {
@@ -80,152 +65,39 @@ def test_what_safetensors_writes_passes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    "data",
     [
-        (b"", "it has 0 bytes, which hold no header"),
-        (b"\x01\x02\x03", "it has 3 bytes"),
-        (stored({}, length=2**63), "header of 9,223,372,036,854,775,808 bytes, but ends"),
-        (stored({}, length=100), "should begin with a header of 100 bytes, but ends 2 bytes later"),
-        (stored("nonsense"), "its header is not JSON"),
-        (stored(b"\xff\xfe{}"), "its header is not JSON"),
-        (stored("[]"), "its header is no JSON object"),
-        (stored("[" * 100_000), "nested too deeply"),
-        (stored('{"a": ' * 100_000), "nested too deeply"),
-        (stored("{" + "9" * 10_000 + "}"), "its header is not JSON"),
-        (stored('{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}' % ("9" * 5000)), "its header is not JSON"),
-        (stored('{"a": {}, "a": {}}'), "gives a name twice"),
-        (stored({"a": 3}), "tensor 'a' is not described by dtype, shape and data_offsets"),
-        (stored({"a": tensor(code="x")}, 8), "is not described by"),
-        (stored({"__metadata__": {"a": 3}}), "__metadata__ is no object of strings"),
-        (stored({"a": tensor("F99")}, 8), "has dtype 'F99', which is none of"),
-        (stored({"a": tensor(["F32"])}, 8), "has dtype .*'F32'.*, which is none of"),
-        (stored({"a": tensor(shape=(-2,))}, 8), "has shape .-2., which is no list of sizes"),
-        (stored({"a": tensor(shape=(2.0,))}, 8), "no list of sizes"),
-        (stored({"a": tensor(shape=(True, 2))}, 8), "no list of sizes"),
-        (stored({"a": tensor(shape=[2**62] * 50)}, 8), "larger than any file"),
-        (stored({"a": tensor(offsets=(8, 0))}, 8), "which are no beginning and end"),
-        (stored({"a": tensor(offsets=(0, 4, 8))}, 8), "which are no beginning and end"),
-        (stored({"a": tensor(offsets=(0, 2**64))}, 8), "which are no beginning and end"),
-        (stored({"a": tensor(offsets=(0, 80))}, 8), "ends at byte 80, but the file holds 8"),
-        (stored({"a": tensor(shape=(3,))}, 8), "is 8 bytes long, which is not F32 of shape .3."),
-        (stored({"a": tensor(), "b": tensor()}, 8), "tensor 'b' overlaps 'a'"),
-        (stored({"a": tensor(), "b": tensor(offsets=(4, 12))}, 12), "tensor 'b' overlaps 'a'"),
-        (stored({"a": tensor(), "b": tensor(offsets=(16, 24))}, 24), "tensor 'b' leaves 8 bytes behind 'a'"),
-        (stored({"a": tensor(offsets=(8, 16))}, 16), "tensor 'a' leaves 8 bytes behind the header"),
-        (stored({"a": tensor()}, 9), "its tensors take 8 bytes, but 9 follow the header"),
-        (stored({"a": tensor()}, 7), "ends at byte 8, but the file holds 7"),
+        b"\x01\x02\x03",
+        stored({}, length=100),
+        stored(b'{"a": ' * 100_000),
+        stored({"a": tensor("F\n\x1b" * 500)}, 8),
+        stored({"a": tensor(shape=[2**62] * 50)}, 8),
+        stored({"a": tensor(offsets=(0, 80))}, 8),
+        stored({"a": tensor(), "b": tensor()}, 8),
+        stored({"a": tensor(), "b": tensor(offsets=(16, 24))}, 24),
+        stored({"a": tensor()}, 7),
     ],
+    ids=["short", "no header", "nested", "unknown dtype", "huge shape", "beyond the end", "overlap", "gap", "cut short"],
 )
-def test_a_header_that_is_not_right_is_refused_in_a_sentence(write, data, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        check_file(write(data))
-    assert str(caught.value).endswith("save or download the model again.") and "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600  # what a file says is not repeated at length
+def test_a_damaged_header_is_refused_in_a_sentence(tmp_path, data):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="model.safetensors is damaged .*; save or download the model again.$") as caught:
+        read_header(tmp_path / "model.safetensors")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600  # the text of the file is escaped and cut
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_a_large_header_is_refused_before_it_is_read(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(stored(b"{", length=90_000_000))
+    os.truncate(file, 100_000_000)
+    with pytest.raises(ValueError, match="header of 90,000,000 bytes is larger than the 16,000,000 that are read"):
+        read_header(file)
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    writer = os.open(tmp_path / "pipe", os.O_RDWR)  # so that opening it to read does not wait
     with pytest.raises(ValueError, match="not a regular file"):
-        check_file(tmp_path / "pipe")
-    os.close(writer)
-    with pytest.raises(OSError):
-        check_file(tmp_path)
-
-
-def mutated(data, chance):
-    """``data`` with one to three changes: bits, numbers of the header, pieces cut out, doubled or moved, or an end missing."""
-    data = bytearray(data)
-    for _ in range(chance.randint(1, 3)):
-        at, length = chance.randrange(len(data) or 1), chance.randint(1, 24)
-        match chance.randrange(6):
-            case 0 if data:
-                data[at] ^= 1 << chance.randrange(8)
-            case 1:
-                data[at : at + length] = b""
-            case 2:
-                data[at:at] = data[at : at + length]
-            case 3:
-                del data[at:]
-            case 4:
-                digits = [place for place, byte in enumerate(data[8:400], start=8) if 48 <= byte < 58]
-                if digits:
-                    data[chance.choice(digits)] = chance.choice(b"0123456789-.e")
-            case 5:
-                data[:8] = chance.choice([0, 1, 7, 2**31, 2**32 - 1, 2**63, 2**64 - 1, len(data)]).to_bytes(8, "little")
-    return bytes(data)
-
-
-def test_ten_thousand_damaged_files_neither_crash_nor_hang_nor_eat_memory(tmp_path):
-    whole = tmp_path / "whole.safetensors"
-    save_file(TENSORS, whole)
-    original, chance, file = whole.read_bytes(), random.Random(0), tmp_path / "model.safetensors"
-    before, begin, passed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), 0
-    for _ in range(10_000):
-        file.write_bytes(mutated(original, chance))
-        try:
-            check_file(file)
-        except ValueError as error:
-            assert "\n" not in str(error)
-            continue
-        passed += 1
-        with safe_open(file, framework="np") as opened:  # what we let through, the library opens
-            for name in opened.keys():  # noqa: SIM118
-                opened.get_tensor(name)
-    assert 0 < passed < 5_000  # changed numbers within a tensor are nobody's business
-    assert time.process_time() - begin < 60
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
-
-
-def test_what_the_library_refuses_we_refuse_too(tmp_path):
-    whole, chance, file = tmp_path / "whole.safetensors", random.Random(1), tmp_path / "model.safetensors"
-    save_file(TENSORS, whole)
-    original, refused = whole.read_bytes(), 0
-    for _ in range(500):
-        file.write_bytes(mutated(original, chance))
-        try:
-            with safe_open(file, framework="np"):
-                continue
-        except SafetensorError:
-            refused += 1
-        with pytest.raises(ValueError):
-            check_file(file)
-    assert refused > 200
-
-
-# The module alone: the libraries that its package imports would take more memory than what is measured.
-LIMITED = """
-import resource, runpy, sys
-from pathlib import Path
-check_file = runpy.run_path(sys.argv.pop(1))["check_file"]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for name in sys.argv[1:]:
-    try:
-        check_file(Path(name))
-        sys.exit(f"{name} was accepted")
-    except ValueError as error:
-        print(error)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1000)
-"""
-
-
-def test_large_headers_take_little_memory(tmp_path):
-    huge = {
-        "sparse": None,
-        "values": b"{" + b'"a":[' + b"[],".join([b""] * 3_000_000) + b"0]}",
-        "names": b"{" + b",".join(b'"%x":{}' % number for number in range(800_000)) + b"}",
-        "long": b'{"' + b"x" * (HEADER_LIMIT - 100) + b'":3}',
-    }
-    files = []
-    for name, header in huge.items():
-        files.append(tmp_path / f"{name}.safetensors")
-        files[-1].write_bytes(stored(b"{", length=90_000_000) if header is None else stored(header))
-    with files[0].open("r+b") as sparse:
-        sparse.truncate(100_000_000)
-    *sentences, megabytes = run_python(LIMITED, model_folder.__file__, *files).strip().splitlines()
-    assert len(sentences) == len(huge) and "larger than the 16,000,000" in sentences[0]
-    assert "more than 1,000,000 values" in sentences[1] and "more than 1,000,000 values" in sentences[2]
-    assert int(megabytes) < 150
+        read_header(tmp_path / "pipe")
 
 
 # ------------------------------------------------------------------------------------------------------------ pickles
@@ -390,7 +262,7 @@ def test_parts_of_the_weights_outside_of_the_folder_are_refused(model, name):
     shutil.move(model / "model.safetensors", model.parent / "model.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     for check in (check_paths, find_model, folders.Checkpoint):
-        with pytest.raises(ValueError, match="outside of the folder|which is no safetensors file"):
+        with pytest.raises(ValueError, match="outside of the folder|which is not a safetensors file"):
             check(model)
 
 
