@@ -37,7 +37,10 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
-SUBPACKAGES = ("data", "evaluation", "files", "hub", "inference", "plot", "recipes", "search", "train", "train.stages")
+SUBPACKAGES = (
+    *("data", "evaluation", "files", "hub", "inference", "plot", "recipes", "search"),
+    *("train", "train.stages", "train.stages.distill"),
+)
 FILES = sorted([*ROOT.glob("*.py"), *(path for name in SUBPACKAGES for path in ROOT.joinpath(*name.split(".")).glob("*.py"))])
 
 

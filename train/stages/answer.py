@@ -15,11 +15,12 @@ from transformers import AutoModelForQuestionAnswering
 
 from minibert.data.load import check_columns, load, text_columns
 from minibert.data.questions import Window, WindowSizes, cut, window_sizes
+from minibert.files.processes import processes
 from minibert.inference.answers import answer_rows
 from minibert.train.arguments import AnswerStage
-from minibert.train.loop import fit, processes
 from minibert.train.rows import TokenRows
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stages.fitting import fit_stage
 
 logger = logging.getLogger(__name__)
 
@@ -63,18 +64,7 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
     evaluate = None
     if held_out is not None:
         evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
-    if processes().is_main_process:
-        tokenizer.save_pretrained(context.output_dir)
-    return fit(
-        model,
-        train_dataset=rows,
-        collate=rows.collate,
-        arguments=args,
-        output_dir=context.output_dir,
-        seed=context.seed,
-        evaluate=evaluate,
-        metric_for_best=args.metric_for_best if evaluate else None,
-    )
+    return fit_stage(model, tokenizer, args, context, rows, evaluate, args.metric_for_best)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the data

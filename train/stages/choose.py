@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForMultipleChoice
 
 from minibert.data.load import check_columns, load
 from minibert.data.questions import ChoiceColumns, Choices, choices_of, find_choice_columns
+from minibert.files.processes import processes
 from minibert.inference.answers import choose_rows
 from minibert.train.arguments import ChooseStage
-from minibert.train.loop import fit, processes
 from minibert.train.rows import TokenRows
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stages.fitting import fit_stage
 
 
 def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
@@ -59,19 +60,7 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
     rows = ChoiceRows.from_choices(asked, labels, tokenizer, max_length)
     if args.eval_data:
         evaluate = evaluator(held_out, columns, expected, tokenizer, args.eval_batch_size)
-    if processes().is_main_process:
-        tokenizer.save_pretrained(context.output_dir)
-    return fit(
-        model,
-        train_dataset=rows,
-        collate=rows.collate,
-        arguments=args,
-        output_dir=context.output_dir,
-        seed=context.seed,
-        evaluate=evaluate,
-        metric_for_best=args.metric_for_best if evaluate else None,
-        greater_is_better=args.metric_for_best != "loss",
-    )
+    return fit_stage(model, tokenizer, args, context, rows, evaluate, args.metric_for_best)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the data

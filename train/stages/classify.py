@@ -8,13 +8,14 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from minibert.data.columns import pick_columns
 from minibert.data.labels import read_labels
 from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
-from minibert.evaluation.metrics import FIGURES, SMALLER_IS_BETTER, classification_figures
+from minibert.evaluation.metrics import FIGURES, classification_figures
 from minibert.train.arguments import ClassifyStage
-from minibert.train.loop import fit, processes
 from minibert.train.rows import TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stages.fitting import fit_stage
 
 
 def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
         **head_changes(context, labels.names),
     )
     tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
-    model.config.text_columns = list(columns)  # kept in config.json, so that files with the same columns are understood later
+    model.config.text_columns = columns  # kept in config.json, so that files with the same columns are understood later
 
     rows = TokenRows.from_texts(train, columns, labels.values, tokenizer, max_length)
     evaluate = None
@@ -53,19 +54,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
             expected = read_labels(held_out, args.label_column, labels.names, labels.problem_type)
         evaluated = TokenRows.from_texts(held_out, columns, expected.values, tokenizer, max_length)
         evaluate = evaluator(evaluated, labels.problem_type, args.eval_batch_size)
-    if processes().is_main_process:
-        tokenizer.save_pretrained(context.output_dir)
-    return fit(
-        model,
-        train_dataset=rows,
-        collate=rows.collate,
-        arguments=args,
-        output_dir=context.output_dir,
-        seed=context.seed,
-        evaluate=evaluate,
-        metric_for_best=metric if evaluate else None,
-        greater_is_better=metric not in SMALLER_IS_BETTER,
-    )
+    return fit_stage(model, tokenizer, args, context, rows, evaluate, metric)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the data
@@ -73,22 +62,17 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
 
 def find_text_columns(
     rows: Dataset, wanted: Sequence[str] | None, label_column: str | Sequence[str], sources: Sequence[Any]
-) -> tuple[str, ...]:
-    """The columns to read, given or detected, checked to hold text beside a column of labels.
+) -> list[str]:
+    """Return the columns to read, given or detected, after a check that they and the columns of labels have values.
 
     Raises:
-        ValueError: listing the columns found.
+        ValueError: there is no such column, or it does not hold texts; lists the columns found.
     """
-    columns = tuple(wanted or next((pair for pair in TEXT_COLUMNS if set(pair) <= set(rows.column_names)), ()))
-    if not columns:
-        usual = "; ".join(" + ".join(pair) for pair in TEXT_COLUMNS)
-        raise ValueError(
-            f"{sources[0].path} has none of the usual columns of text ({usual}); "
-            f"it has {', '.join(rows.column_names)}. Name one or two with text_columns."
-        )
-    check_columns(rows, [*columns, *([label_column] if isinstance(label_column, str) else label_column)], sources)
-    if not_text := sorted(set(columns) - set(text_columns(rows))):
-        raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text; choose others.")
+    labels = [label_column] if isinstance(label_column, str) else list(label_column)
+    found = [name for name in text_columns(rows) if name not in labels]
+    where, every = sources[0].path, rows.column_names
+    columns = pick_columns(found, wanted, TEXT_COLUMNS, option="text_columns", where=where, columns=every)
+    check_columns(rows, [*columns, *labels], sources)
     return columns
 
 

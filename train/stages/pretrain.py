@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
+from minibert.data.source import DataSource
 from minibert.data.tokenized_corpus import Corpus, Pieces, Spans, load_corpus
-from minibert.train.arguments import DistillStage, PhaseArguments, PretrainStage
-from minibert.train.loop import Phase, fit, processes, seed_everything
+from minibert.files.processes import processes
+from minibert.train.arguments import DistillPretrainingStage, PhaseArguments, PretrainStage
+from minibert.train.loop import Phase, seed_everything
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stages.fitting import fit_stage
 
 _BEGINNINGS = ("Ġ", "▁")  # the space before a word, as byte-level and SentencePiece tokenizers write it
 
@@ -35,56 +38,56 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(context)
     masking = Masking.of(tokenizer, args)
     model = load_model(AutoModelForPreTraining if args.next_sentence else AutoModelForMaskedLM, args, context, tokenizer)
-    if model.config.model_type != "minibert":
-        raise ValueError(
-            f"{context.model} is a {model.config.model_type} model, which cannot read packed sequences; pretrain starts from "
-            "new weights or a MiniBERT: give model: {preset: ...}, or convert that model first."
-        )
+    refuse_unpacked(model.config, str(context.model))
     phases = args.phases or [PhaseArguments.model_validate({})]
     for phase in phases:
         sequence_length(phase.max_length or args.max_length, model.config, tokenizer)
     tokenizer.model_max_length = sequence_length(None, model.config, tokenizer)
 
-    corpus = _corpus(args, "train", tokenizer)
+    delimiters = args.sentence_delimiters if args.next_sentence else None
+    corpus = tokenize_corpus(args, args.data, "train", tokenizer, delimiters)
     rows_of = SentencePairs if args.next_sentence else PackedRows
-
-    def phase_of(said: PhaseArguments) -> Phase:
-        length = said.max_length or args.max_length or tokenizer.model_max_length
-        rows = rows_of(corpus, length, masking)
-        return Phase(
-            rows, rows.collate, said.batch_size or args.batch_size, said.learning_rate or args.learning_rate, said.share
-        )
-
+    lengths = [phase.max_length or args.max_length or tokenizer.model_max_length for phase in phases]
+    parts = []
+    for phase, length in zip(phases, lengths, strict=True):
+        rows, rate = rows_of(corpus, length, masking), phase.learning_rate or args.learning_rate
+        parts.append(Phase(rows, rows.collate, phase.batch_size or args.batch_size, rate, phase.share))
     evaluate = None
     if args.eval_data:
-        length = max(said.max_length or args.max_length or tokenizer.model_max_length for said in phases)
-        held_out = rows_of(_corpus(args, "validation", tokenizer), length, masking)
-        evaluate = evaluator(held_out, args.eval_batch_size)
-    if processes().is_main_process:
-        tokenizer.save_pretrained(context.output_dir)
-    return fit(
-        model,
-        phases=[phase_of(said) for said in phases],
-        arguments=args,
-        output_dir=context.output_dir,
-        seed=context.seed,
-        evaluate=evaluate,
-        metric_for_best=args.metric_for_best if evaluate else None,
-        greater_is_better=args.metric_for_best not in ("loss", "perplexity"),
-    )
+        held_out = tokenize_corpus(args, args.eval_data, "validation", tokenizer, delimiters)
+        evaluate = evaluator(rows_of(held_out, max(lengths), masking), args.eval_batch_size)
+    return fit_stage(model, tokenizer, args, context, parts, evaluate, args.metric_for_best)
 
 
-def _corpus(args: PretrainStage, split: str, tokenizer: Any) -> Corpus:
-    sources = args.data if split == "train" else args.eval_data
-    assert sources is not None
-    with processes().main_process_first():  # one tokenizes, the others find the result
+def refuse_unpacked(config: Any, name: str) -> None:
+    """Refuse a model that cannot read packed sequences, which is any but a MiniBERT.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    if config.model_type != "minibert":
+        raise ValueError(
+            f"{name} is a {config.model_type} model, which cannot read packed sequences; convert it first with: minibert hub "
+            "convert SOURCE FOLDER, and give that folder, or start from new weights: model: {preset: ...}."
+        )
+
+
+def tokenize_corpus(
+    args: PretrainStage | DistillPretrainingStage,
+    sources: list[DataSource],
+    split: str,
+    tokenizer: Any,
+    sentence_delimiters: str | None = None,
+) -> Corpus:
+    """Tokenize documents, or find them tokenized in the cache."""
+    with processes().main_process_first():  # the other processes find the result
         return load_corpus(
             sources,
             tokenizer,
             split=split,
             text_column=args.text_column,
             sample_by=args.sample_by,
-            sentence_delimiters=args.sentence_delimiters if args.next_sentence else None,
+            sentence_delimiters=sentence_delimiters,
             cache_dir=args.cache_dir,
             workers=args.preprocessing_num_workers,
         )
@@ -122,7 +125,7 @@ class Masking:
         self.probability, self.mask_share, self.random_share = probability, mask_share, random_share
 
     @classmethod
-    def of(cls, tokenizer: Any, args: PretrainStage | DistillStage) -> "Masking":
+    def of(cls, tokenizer: Any, args: PretrainStage | DistillPretrainingStage) -> "Masking":
         """What the recipe says, for a tokenizer.
 
         Raises:

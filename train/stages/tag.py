@@ -12,11 +12,12 @@ from transformers import AutoModelForTokenClassification
 
 from minibert.data.load import load
 from minibert.data.tags import cut_windows, find_tag_columns, holds_entities, read_tags, read_words
-from minibert.evaluation.metrics import SMALLER_IS_BETTER, tag_figures
+from minibert.evaluation.metrics import tag_figures
+from minibert.files.processes import processes
 from minibert.train.arguments import TagStage
-from minibert.train.loop import fit, processes
 from minibert.train.rows import TOKENIZED_AT_ONCE, TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stages.fitting import fit_stage
 
 _ENTITY_FIGURES = ("f1", "precision", "recall", "accuracy", "loss")
 _TAG_FIGURES = ("accuracy", "macro_f1", "loss")
@@ -54,19 +55,7 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
             expected, _ = read_tags(held_out, columns[1], held_out_sentences, names)
         evaluated = TagRows.from_words(held_out_sentences, expected, names, tokenizer, max_length)
         evaluate = evaluator(evaluated, expected, names, args.eval_batch_size)
-    if processes().is_main_process:
-        tokenizer.save_pretrained(context.output_dir)
-    return fit(
-        model,
-        train_dataset=rows,
-        collate=rows.collate,
-        arguments=args,
-        output_dir=context.output_dir,
-        seed=context.seed,
-        evaluate=evaluate,
-        metric_for_best=metric if evaluate else None,
-        greater_is_better=metric not in SMALLER_IS_BETTER,
-    )
+    return fit_stage(model, tokenizer, args, context, rows, evaluate, metric)
 
 
 class TagRows(TokenRows):

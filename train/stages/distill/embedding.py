@@ -1,0 +1,275 @@
+"""Objective ``embedding``: a student learns the vectors that a sentence-transformers model gives unlabelled texts."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from minibert.data.columns import pick_columns
+from minibert.data.load import load, text_columns
+from minibert.data.source import DataSource
+from minibert.evaluation.evaluate import evaluate
+from minibert.files.model_folder import opening
+from minibert.files.processes import processes
+from minibert.train.arguments import DistillEmbeddingStage
+from minibert.train.loop import in_precision
+from minibert.train.rows import TokenRows, choose_metric
+from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stages.distill.student import Distillation, DistillationOutput, cosine_distance, fit_student, from_layers
+from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
+from minibert.train.stages.embed import sentence_model
+
+# The metric that stands for a data set in the score.
+_MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10"}
+
+
+def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the squared length of the difference of vectors (rows, C), as a mean over the rows."""
+    return (student.float() - teacher.float()).square().sum(dim=-1).mean()
+
+
+def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared error of the cosines between all pairs of rows.
+
+    The vectors (rows, C) of student and teacher may differ in length.
+    """
+    first, second = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+    return F.mse_loss(first @ first.t(), second @ second.t())  # (rows, rows)
+
+
+def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Return the mean squared error of hidden states (B, L, C) of real tokens.
+
+    Embeddings are compared with embeddings, and every layer of the student with the teacher's at the same share of its depth.
+
+    Args:
+        student, teacher: embeddings, then the output of each layer.
+        mask: (B, L), 1 for real tokens.
+    """
+    real = mask.bool()
+    depth = (len(teacher) - 1) / (len(student) - 1)
+    errors = [
+        F.mse_loss(states[real].float(), teacher[math.floor(number * depth + 0.5)][real].float())
+        for number, states in enumerate(student)
+    ]
+    return torch.stack(errors).mean()
+
+
+class EmbeddingDistillation(Distillation):
+    """The teacher's vectors, the similarities between them, and its hidden states, each with its weight.
+
+    Where student and teacher differ in width, a linear map that is trained with the student and not saved stands between them.
+    """
+
+    def __init__(self, args: DistillEmbeddingStage, student: Any, teacher: Any):
+        super().__init__(args, student, teacher)
+        self.vector_map: nn.Module = nn.Identity()
+        self.state_map: nn.Module = nn.Identity()
+        if args.vector_weight:
+            self.vector_map = _map_between(*(model.get_embedding_dimension() for model in (student, teacher)))
+        if args.hidden_weight:
+            self.state_map = _map_between(*(model[0].auto_model.config.hidden_size for model in (student, teacher)))
+
+    def forward(self, teacher_vectors: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> DistillationOutput:
+        """Return the loss of a batch of texts.
+
+        Args:
+            teacher_vectors: (B, C); None computes them here from the same inputs.
+            labels: unused; texts have none.
+        """
+        args, hidden = self.args, self.args.hidden_weight > 0
+        vectors, states = vectors_and_states(self.student, inputs, hidden)
+        if teacher_vectors is None or hidden:
+            with torch.no_grad():
+                teacher_vectors, teacher_states = vectors_and_states(self.teacher, inputs, hidden)
+        loss = vectors.new_zeros((), dtype=torch.float32)
+        if args.vector_weight:
+            distance = cosine_distance if args.vector_loss == "cosine" else squared_distance
+            loss = loss + args.vector_weight * distance(self.vector_map(vectors), teacher_vectors)
+        if args.similarity_weight:
+            prefixes = [vectors, *(vectors[:, :size] for size in args.matryoshka_dims or ())]
+            errors = torch.stack([similarity_error(prefix, teacher_vectors) for prefix in prefixes])
+            loss = loss + args.similarity_weight * errors.mean()
+        if hidden:
+            mapped = [self.state_map(state) for state in states]
+            loss = loss + args.hidden_weight * hidden_error(mapped, teacher_states, inputs["attention_mask"])
+        return DistillationOutput(loss=loss)
+
+
+def _map_between(student: int, teacher: int) -> nn.Module:
+    return nn.Identity() if student == teacher else nn.Linear(student, teacher, bias=False)
+
+
+def vectors_and_states(model: Any, inputs: dict[str, Tensor], hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the vectors (B, C) of a batch and, if ``hidden``, the states (B, L, C) of the embeddings and of each layer."""
+    if not hidden:
+        return model(dict(inputs))["sentence_embedding"], ()
+    output = model[0].auto_model(**inputs, output_hidden_states=True, return_dict=True)
+    features: dict[str, Any] = {**inputs, "token_embeddings": output.last_hidden_state}
+    for module in list(model)[1:]:
+        features = module(features)
+    return features["sentence_embedding"], output.hidden_states
+
+
+def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dict[str, Any]:
+    """Train an embedding model on texts and a teacher's vectors of them, and return the metrics of both."""
+    texts = read_texts(args)
+    held_out = [(name, load([source], split="validation")) for name, source in _named(args.eval_data or [])]
+    with opening(str(context.teacher)):
+        opened = SentenceTransformer(str(context.teacher), trust_remote_code=False, model_kwargs={"use_safetensors": True})
+        teacher: SentenceTransformer = freeze(opened)
+    student, length = _student(args, context, teacher)
+    teacher.max_seq_length = min(length, teacher.max_seq_length or length)  # it reads at most as much as the student
+
+    key = fingerprint(teacher, texts, teacher.max_seq_length, args.eval_batch_size, args.precision)
+
+    def compute(some: range) -> Any:
+        with in_precision(args):
+            return teacher.encode(texts[some.start : some.stop], batch_size=args.eval_batch_size, show_progress_bar=False)
+
+    # Hidden states are too many to keep; the vectors come with them.
+    vectors = (
+        None if args.hidden_weight else cached_teacher_outputs(context.output_dir / "checkpoints", key, len(texts), compute)
+    )
+    measure, teacher_metrics = None, {}
+    if held_out:
+        measure = evaluator(held_out, args.matryoshka_dims or (), args.eval_batch_size)
+        teacher_metrics = measure(teacher)
+        choose_metric(args.metric_for_best, list(teacher_metrics))
+
+    prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""  # encode() puts it before every text
+    prompted = Dataset.from_dict({"text": [prompt + text for text in texts]})
+    rows = TokenRows.from_texts(prompted, ["text"], np.zeros(len(texts)), student.tokenizer, length)
+    taught = TaughtRows(rows, "teacher_vectors", vectors, key)
+    distillation = EmbeddingDistillation(args, student, teacher)
+    metrics = fit_student(
+        distillation, student.tokenizer, args, context, taught, teacher, measure, args.metric_for_best, teacher_metrics
+    )
+    return {**metrics, "train_texts": len(texts)}
+
+
+def read_texts(args: DistillEmbeddingStage) -> list[str]:
+    """Return the distinct texts of the data, in order; sources need not share a column.
+
+    Raises:
+        ValueError: a source has no column of strings, or there are fewer than two texts.
+    """
+    texts: dict[str, None] = {}
+    for source in args.data:
+        dataset = load([source], sample_by=args.sample_by)
+        found, every = text_columns(dataset), dataset.column_names
+        columns = pick_columns(
+            found, args.text_columns, [found] if found else [], option="text_columns", where=source.path, columns=every
+        )
+        for batch in dataset.select_columns(columns).iter(1000):
+            for column in columns:
+                for value in batch[column]:
+                    parts = value.splitlines() if value and args.split_lines else [value or ""]
+                    texts.update((part.strip(), None) for part in parts if part.strip())
+    if len(texts) < 2:
+        raise ValueError("Texts are compared with each other, so at least two different ones are needed.")
+    return list(texts)
+
+
+def _named(sources: Sequence[DataSource]) -> list[tuple[str, DataSource]]:
+    """Return each source with a short name that no other source has."""
+    names = [Path(source.path).stem for source in sources]
+    return [
+        (f"{name}-{number}" if names.count(name) > 1 else name, source)
+        for number, (name, source) in enumerate(zip(names, sources, strict=True), start=1)
+    ]
+
+
+def _student(
+    args: DistillEmbeddingStage, context: StageContext, teacher: SentenceTransformer
+) -> tuple[SentenceTransformer, int]:
+    """Return the student and its longest text in tokens.
+
+    Raises:
+        ValueError: a field of ``args`` needs what teacher or student do not have.
+    """
+    own = context.tokenizer != context.teacher
+    tokenizer = load_tokenizer(context) if own else copy.deepcopy(teacher.tokenizer)
+    if args.student_layers:
+        encoder = from_layers(_encoder(teacher, "student_layers"), args, context.teacher)
+    else:
+        encoder = load_model(AutoModel, args, context, tokenizer)
+    length = sequence_length(args.max_length, encoder.config, tokenizer)
+    if args.max_length is None and teacher.max_seq_length:
+        length = min(length, teacher.max_seq_length)
+    tokenizer.model_max_length = length
+    pooling = args.pooling or next((module.pooling_mode for module in teacher if isinstance(module, Pooling)), None)
+    student = sentence_model(
+        encoder.float(),
+        tokenizer,
+        context.output_dir / ".start",
+        pooling if pooling in ("cls", "mean") else "mean",
+        any(isinstance(module, Normalize) for module in teacher) if args.normalize is None else args.normalize,
+        prompts=teacher.prompts,
+        default_prompt_name=teacher.default_prompt_name,
+        similarity_fn_name=teacher.similarity_fn_name,
+        device=str(processes().device),
+    )
+    for name, parameter in student.named_parameters():
+        if ".pooler." in name:  # the vectors do not depend on it, and processes would wait for its gradients
+            parameter.requires_grad_(False)
+    if args.hidden_weight:
+        _encoder(teacher, "hidden_weight")
+        if not same_tokens(tokenizer, teacher.tokenizer):
+            raise ValueError(
+                "hidden_weight compares hidden states token by token, and teacher and student have different tokenizers; set "
+                "hidden_weight: 0 (vectors and similarities still work), or leave tokenizer out to take the teacher's."
+            )
+    width = student.get_embedding_dimension()
+    if args.matryoshka_dims and (max(args.matryoshka_dims) >= (width or 0) or not args.similarity_weight):
+        raise ValueError(
+            f"matryoshka_dims={args.matryoshka_dims} are prefixes, shorter than the student's {width} numbers, and learn with "
+            "a similarity_weight above 0."
+        )
+    return student, length
+
+
+def _encoder(model: SentenceTransformer, field: str) -> Any:
+    encoder: Any = getattr(model[0], "auto_model", None)
+    if not isinstance(encoder, PreTrainedModel):
+        raise ValueError(
+            f"{field} needs a transformer as teacher, and this teacher begins with {type(model[0]).__name__}; its vectors "
+            "alone can still be learned: leave that field out and give the student a model:."
+        )
+    return encoder
+
+
+def evaluator(
+    held_out: Sequence[tuple[str, Dataset]], dims: Sequence[int], batch_size: int
+) -> Callable[[SentenceTransformer], dict[str, float]]:
+    """Return a function that measures vectors on named data sets, as ``minibert evaluate`` does.
+
+    Args:
+        dims: lengths of prefixes of the vectors, which are measured as well as the complete vectors.
+    """
+
+    def measure(model: SentenceTransformer) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for size in (None, *dims):
+            scores, end = [], "" if size is None else f"_{size}d"
+            with model.truncate_embeddings(size):
+                for name, data in held_out:
+                    found = evaluate(model, data, baselines=False, batch_size=batch_size)
+                    values = found["systems"]["model"]
+                    start = f"{name}_" if len(held_out) > 1 else ""
+                    metrics |= {f"{start}{metric}{end}": value for metric, value in values.items()}
+                    scores.append(values[_MAIN_METRIC[found["kind"]]])
+            metrics[f"score{end}"] = sum(scores) / len(scores)
+        return metrics
+
+    return measure

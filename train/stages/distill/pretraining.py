@@ -1,0 +1,90 @@
+"""Objective ``pretraining``: DistilBERT's triple loss over the packed rows of the ``pretrain`` stage."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+from minibert.train.arguments import DistillPretrainingStage
+from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stages.distill.student import (
+    Distillation,
+    DistillationOutput,
+    cosine_distance,
+    fit_student,
+    from_layers,
+    soft_divergence,
+)
+from minibert.train.stages.distill.teacher import fingerprint, load_teacher, same_tokens
+from minibert.train.stages.pretrain import Masking, PackedRows, evaluator, refuse_unpacked, tokenize_corpus
+
+
+class MaskedLMDistillation(Distillation):
+    """DistilBERT's three losses (Sanh et al. 2019, section 2).
+
+    The student learns the teacher's distribution and the word itself at masked positions, and the direction of the teacher's
+    last hidden state at every token.
+    """
+
+    def forward(self, labels: Tensor, **inputs: Any) -> DistillationOutput:
+        """Return the loss of packed rows; ``labels`` (1, T) hold the word at masked positions and -100 elsewhere."""
+        args, masked = self.args, labels != -100
+        states = self.student.minibert(**inputs).last_hidden_state  # (1, T, C)
+        logits = self.student.lm_head(states[masked])  # (masked, V)
+        with torch.no_grad():
+            teacher_states = self.teacher.minibert(**inputs).last_hidden_state
+            teacher_logits = self.teacher.lm_head(teacher_states[masked]) if args.kl_weight else None
+        loss = states.new_zeros(())
+        if teacher_logits is not None:
+            loss = loss + args.kl_weight * soft_divergence(logits, teacher_logits, args.temperature)
+        if args.mlm_weight:
+            words = F.cross_entropy(logits.float(), labels[masked], reduction="sum") / max(1, len(logits))
+            loss = loss + args.mlm_weight * words
+        if args.cosine_weight:
+            loss = loss + args.cosine_weight * cosine_distance(states[0], teacher_states[0])
+        return DistillationOutput(loss=loss)
+
+
+def distill_pretraining(args: DistillPretrainingStage, context: StageContext) -> dict[str, Any]:
+    """Train a language model on masked words and a teacher's states, and return the metrics of both."""
+    source = str(context.teacher)
+    refuse_unpacked(AutoConfig.from_pretrained(source, trust_remote_code=False), f"The teacher {source}")
+    teacher = load_teacher(AutoModelForMaskedLM, source, "a model that predicts masked words")
+    tokenizer = load_tokenizer(context)
+    if not same_tokens(tokenizer, AutoTokenizer.from_pretrained(source, trust_remote_code=False)):
+        raise ValueError(
+            f"objective: pretraining compares words, and the teacher {source} has other words than {context.tokenizer}; give "
+            "the teacher's as tokenizer. With other words objective: task and embedding still work."
+        )
+    masking = Masking.of(tokenizer, args)
+    if args.student_layers:
+        student = from_layers(teacher, args, source)
+    else:
+        student = load_model(AutoModelForMaskedLM, args, context, tokenizer)
+        refuse_unpacked(student.config, f"The student {context.model}")
+    student = student.float()
+    widths = student.config.hidden_size, teacher.config.hidden_size
+    if args.cosine_weight and widths[0] != widths[1]:
+        raise ValueError(
+            f"Hidden states of width {widths[0]} have no cosine with the teacher's of width {widths[1]}; give the student that "
+            "hidden_size, or set cosine_weight: 0."
+        )
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            f"The student predicts vocab_size={student.config.vocab_size} words and the teacher {teacher.config.vocab_size}; "
+            "give the student the teacher's vocab_size."
+        )
+    length = min(sequence_length(args.max_length, model.config, tokenizer) for model in (student, teacher))
+    tokenizer.model_max_length = sequence_length(None, student.config, tokenizer)
+
+    rows = PackedRows(tokenize_corpus(args, args.data, "train", tokenizer), length, masking)
+    rows.fingerprint = f"{rows.fingerprint}-{fingerprint(teacher)}"  # a run never resumes with another teacher
+    measure, teacher_metrics = None, {}
+    if args.eval_data:
+        held_out = PackedRows(tokenize_corpus(args, args.eval_data, "validation", tokenizer), length, masking)
+        measure = evaluator(held_out, args.eval_batch_size)
+        teacher_metrics = measure(teacher)
+    distillation = MaskedLMDistillation(args, student, teacher)
+    return fit_student(distillation, tokenizer, args, context, rows, teacher, measure, args.metric_for_best, teacher_metrics)

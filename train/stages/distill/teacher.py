@@ -1,0 +1,121 @@
+"""Load a frozen teacher, and compute its outputs once: they do not change between epochs."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from minibert.files.disk import atomic_write
+from minibert.files.model_folder import opening
+from minibert.files.processes import processes
+from minibert.train.checkpoint import readable_os_errors
+from minibert.train.rows import TokenRows
+
+# An interrupted run computes the outputs of at most this many rows per process again.
+ROWS_PER_FILE = 65536
+
+
+def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedModel:
+    """Load a frozen model in evaluation mode, onto the device of this process.
+
+    Args:
+        description: of the kind of model that is needed, for the message.
+
+    Raises:
+        OSError: there is no model, or none in safetensors.
+        ValueError: its weights lack a part, such as a head that was never trained, or do not fit its configuration.
+    """
+    with opening(source):
+        teacher, report = auto_class.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source} is not {description}: its weights lack {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. "
+            "Give a teacher that was trained for it, or train one in an earlier stage."
+        )
+    frozen: PreTrainedModel = freeze(teacher)
+    return frozen
+
+
+def freeze(teacher: Any) -> Any:
+    """Put ``teacher`` into evaluation mode, without gradients, on the device of this process, and return it."""
+    return teacher.eval().requires_grad_(False).to(processes().device)
+
+
+def same_tokens(first: Any, second: Any) -> bool:
+    """Return True if two tokenizers make the same ids of a text."""
+    probe = "Ünïcode “probe”: don't STOP at 42.5%, x_y — 漢字 [MASK]"
+    return bool(first.get_vocab() == second.get_vocab() and first(probe)["input_ids"] == second(probe)["input_ids"])
+
+
+def fingerprint(model: nn.Module, *facts: Any) -> str:
+    """Return a digest that changes when a weight of ``model`` or a fact does."""
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=12)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cached_teacher_outputs(folder: Path, key: str, rows: int, compute: Callable[[range], Any]) -> list[np.ndarray]:
+    """Compute a teacher's outputs for all rows, or find them in ``folder``, and return them memory-mapped.
+
+    Processes share the work, and a run that is interrupted keeps what was done; all processes must see the same folder.
+
+    Args:
+        key: changes with the teacher, the texts and all else that the outputs follow from.
+        compute: returns the outputs of a range of rows, (rows of the range, C).
+
+    Returns:
+        Arrays of ``ROWS_PER_FILE`` rows each, (rows of the file, C) float32; the last one may be shorter.
+    """
+    state = processes()
+    paths = [folder / f"teacher-{key}-{start:010d}.npy" for start in range(0, rows, ROWS_PER_FILE)]
+    if state.is_main_process:
+        with readable_os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    mine = list(enumerate(paths))[state.process_index :: state.num_processes]
+    for number, path in tqdm(mine, desc="teacher", leave=False, disable=not state.is_main_process):
+        if not path.exists():
+            start = number * ROWS_PER_FILE
+            outputs = np.asarray(compute(range(start, min(start + ROWS_PER_FILE, rows))), dtype=np.float32)
+            with readable_os_errors(path), atomic_write(path) as part, part.open("wb") as file:
+                np.save(file, outputs)
+    state.wait_for_everyone()
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+
+class TaughtRows:
+    """Rows of tokens, each with the teacher's outputs for it.
+
+    Args:
+        name: of the outputs among the arguments of the student.
+        outputs: as :func:`cached_teacher_outputs` returns them, or None where the teacher runs at every step.
+        teacher: its fingerprint, a part of the rows' own, so that a run never resumes with another teacher.
+    """
+
+    def __init__(self, rows: TokenRows, name: str, outputs: list[np.ndarray] | None, teacher: str):
+        self.rows, self.name, self.outputs = rows, name, outputs
+        self.fingerprint = f"{rows.fingerprint}-{teacher}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, rows: Sequence[int]) -> np.ndarray:
+        return self.rows.__getitems__(rows)
+
+    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the inputs of the student, labels included, and the teacher's outputs (rows, C)."""
+        batch = self.rows.collate(rows)
+        if self.outputs is not None:
+            found = [self.outputs[row // ROWS_PER_FILE][row % ROWS_PER_FILE] for row in rows]
+            batch[self.name] = torch.from_numpy(np.stack(found))
+        return batch
