@@ -17,7 +17,7 @@ FIGURES = {
     MULTI: ("micro_f1", "macro_f1", "subset_accuracy", "loss"),
     REGRESSION: ("spearman", "pearson", "mse"),
 }
-SMALLER_IS_BETTER = ("loss", "mse")
+SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
 def classification_figures(logits: Tensor, labels: np.ndarray, problem_type: str = SINGLE) -> dict[str, float]:

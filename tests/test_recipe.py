@@ -1,4 +1,4 @@
-"""Recipes: every problem is reported in the user's words; finished stages are skipped, changed ones refused."""
+"""Test recipes: every problem is reported in the user's words; finished stages are skipped, changed ones refused."""
 
 import functools
 import json
@@ -267,7 +267,7 @@ def test_fields_that_do_not_change_the_result_may_change(write, calls, tmp_path)
     run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY)), output_dir=tmp_path / "run")
     calls.clear()
     run_recipe(load_recipe(write(TOKENIZER, CLASSIFY, EMBED), ["classify.num_workers=2"]), output_dir=run_dir)
-    assert [name for name, _ in calls] == ["embed"]  # a stage added at the end is no change of what was run
+    assert [name for name, _ in calls] == ["embed"]  # the other stages were not changed
 
 
 def test_other_folders_are_left_alone(write, calls, tmp_path):

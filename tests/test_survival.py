@@ -1,4 +1,4 @@
-"""The pretrain stage, with phases, masking and dropout: killed and resumed, or resumed with another recipe."""
+"""Kill and resume the pretrain stage, with phases, masking and dropout, or resume it with another recipe."""
 
 import json
 import random
@@ -53,6 +53,7 @@ def recipe(folder, **changes):
     return Recipe.model_validate({"name": "small", "stages": [stage]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("next_sentence", [False, True])
 def test_killed_at_random_moments_the_result_is_bit_identical(folder, tmp_path, processes, next_sentence, start, monkeypatch):
@@ -136,7 +137,7 @@ def test_other_text_under_the_same_name_is_noticed(folder, tmp_path, monkeypatch
         run_recipe(recipe(folder, data=str(corpus)), output_dir=tmp_path / "run")
 
 
-def test_what_does_not_change_the_weights_may_change(folder, tmp_path, monkeypatch):
+def test_free_fields_may_change(folder, tmp_path, monkeypatch):
     run_recipe(recipe(folder), output_dir=tmp_path / "whole")
     interrupted(folder, tmp_path / "parts", monkeypatch)
     run_recipe(recipe(folder, save_steps=5, log_steps=1), output_dir=tmp_path / "parts")

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from minibert.evaluation.metrics import SMALLER_IS_BETTER
 from minibert.files.disk import read_json, write_json, write_text
 from minibert.files.processes import processes
 from minibert.inference.cpu import bfloat16_is_faster
@@ -110,7 +111,7 @@ def seed_everything(*numbers: int) -> None:
     np.random.seed(state)
     if torch.accelerator.is_available():
         torch.manual_seed(state)
-    else:  # ``torch.manual_seed`` queues a lazy CUDA seed on every call when there is no GPU (a leak)
+    else:  # ``torch.manual_seed`` queues a lazy CUDA seed on every call without a GPU (a leak)
         torch.default_generator.manual_seed(state)
 
 
@@ -373,7 +374,6 @@ def fit(
     seed: int,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     metric_for_best: str | None = None,
-    greater_is_better: bool = True,
 ) -> dict[str, Any]:
     """Train ``model``, and save it in ``output_dir`` with ``metrics.json``, ``log.jsonl`` and ``checkpoints/``.
 
@@ -399,7 +399,7 @@ def fit(
     if not all(len(phase.rows) for phase in phases):
         raise ValueError("The training data holds no rows; check the data and its limit.")
     keep_memory()
-    run = _Run(model, phases, arguments, output_dir, seed, metric_for_best, greater_is_better)
+    run = _Run(model, phases, arguments, output_dir, seed, metric_for_best)
     with checkpoint.exclusive_lock(run.output_dir) if run.accelerator.is_main_process else contextlib.nullcontext():
         run.resume()
         run.train(evaluate)
@@ -410,17 +410,10 @@ class _Run:
     """The objects of one call of :func:`fit`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        phases: Sequence[Phase],
-        arguments: LoopArguments,
-        output_dir: Path | str,
-        seed: int,
-        metric_for_best: str | None,
-        greater_is_better: bool,
+        self, model: nn.Module, phases: Sequence[Phase], arguments: LoopArguments, folder: Path, seed: int, metric: str | None
     ):
-        self.arguments, self.seed, self.output_dir = arguments, seed, Path(output_dir)
-        self.metric_for_best, self.sign = metric_for_best, 1 if greater_is_better else -1
+        self.arguments, self.seed, self.output_dir = arguments, seed, Path(folder)
+        self.metric_for_best, self.sign = metric, -1 if metric in SMALLER_IS_BETTER else 1
         self.root = self.output_dir / "checkpoints"
         self.accelerator = accelerator = _accelerator(arguments, self.output_dir)
         self.steps = Steps(
@@ -552,7 +545,7 @@ class _Run:
             return loss_sum
         rows = self.steps.row_ids(bad).tolist()
         shown = ", ".join(map(str, rows[:64])) + (", …" if len(rows) > 64 else "")
-        saved = "There is no checkpoint yet; the same command starts from the beginning."
+        saved = "No checkpoint was written yet; the same command starts from the beginning."
         if self.saved_step is not None:
             saved = f"Run the same command again to resume from step {self.saved_step} ({self.root})."
         raise FloatingPointError(

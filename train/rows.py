@@ -67,6 +67,7 @@ class TokenRows:
 
     @property
     def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each row."""
         return np.diff(self.starts)
 
     @property

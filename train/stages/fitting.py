@@ -24,7 +24,7 @@ def fit_stage(
 
     Args:
         rows: the training data, with a ``collate`` method that makes a batch; or a list of phases.
-        evaluate: measures the model; None where there is no evaluation data.
+        evaluate: measures the model; None without evaluation data.
         metric: the metric of ``evaluate`` that picks the checkpoint kept as the result; None keeps the last.
     """
     if processes().is_main_process:
