@@ -190,7 +190,7 @@ def _check_apart(data: str | Path | Dataset, out: Path) -> None:
         return
     here, there = Path(data).resolve(), out.resolve()
     if here == there or (here.is_dir() and here in there.parents) or there in here.parents:
-        raise ValueError(f"The vectors would be written to {out}, where the input {data} is. Choose another folder, beside it.")
+        raise ValueError(f"The vectors would be written to {out}, where the input {data} is. Choose a folder outside of it.")
 
 
 def _document_prompt(folder: Path) -> str | None:

@@ -31,10 +31,10 @@ from minibert.search.vectors import Shard, VectorFolder, to_float
 logger = logging.getLogger(__name__)
 
 KEPT = "the vectors are complete"
-# A query takes some milliseconds against so many vectors of 384; building lists takes as long as thousands of such queries.
+# Comparing a query with 50,000 vectors of 384 takes some milliseconds; building lists takes as long as thousands of queries.
 EXACT_ROWS = 50_000
-# The recall of so many neighbours is measured on so many stored vectors. The target is a little above the promised 0.99,
-# because queries differ from the sample.
+# The recall of the nearest 10 is measured on 1,000 stored vectors. The target is a little above the promised 0.99, because
+# queries differ from the sample.
 NEIGHBOURS = 10
 _SAMPLE = 1000
 _TARGET = 0.992
@@ -103,6 +103,7 @@ class State:
 
     @property
     def rows(self) -> int:
+        """Return the number of indexed vectors."""
         return sum(shard.rows for shard in self.shards)
 
 
@@ -326,7 +327,7 @@ def _build(folder: VectorFolder, before: VectorIndex | None, with_lists: bool, s
 
 
 def _add_vectors(folder: VectorFolder, state: State, show_progress: bool) -> State:
-    """Copy the vectors of new shards behind those that ``state`` names."""
+    """Append the vectors of new shards to those that ``state`` names."""
     file, shards, manifest = index_folder(folder) / _VECTORS, list(state.shards), folder.manifest
     with readable_os_errors(file, KEPT), file.open("ab") as target:
         target.truncate(state.rows * manifest.width * manifest.dtype.itemsize)  # a killed process may have left more
@@ -370,7 +371,7 @@ def _add_to_lists(index: VectorIndex, before: VectorIndex | None, show_progress:
 
 
 def number_of_lists(rows: int) -> int:
-    """Return into how many lists to group so many vectors: the power of 2 next to four times the square root.
+    """Return the number of lists for ``rows`` vectors: the power of 2 next to four times the square root.
 
     >>> [number_of_lists(rows) for rows in (60_000, 1_000_000, 1_000_000_000)]
     [1024, 4096, 16384]

@@ -164,7 +164,7 @@ class Searcher(_Searcher):
         show_progress: bool = False,
     ) -> None:
         if not len(passages):
-            raise ValueError("There are no passages to search; give at least one.")
+            raise ValueError("passages must hold at least one text, got none.")
         self.passages = passages
         self.encoder = Encoder(model, device=device, trust_remote_code=trust_remote_code)
         self.vectors = torch.from_numpy(self.encoder.encode_document(passages, show_progress=show_progress))

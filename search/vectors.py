@@ -28,8 +28,10 @@ _KEY = b"minibert"
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the vectors: ``rows`` of them, numbered from ``first_row``, made from ``input_rows`` of the input beginning
-    at ``first_input_row``. There are fewer vectors than input rows if some of those were skipped."""
+    """A part of the vectors: ``rows`` of them, numbered from ``first_row``.
+
+    They were made from ``input_rows`` rows of the input, from ``first_input_row`` on; ``rows`` is smaller if some were skipped.
+    """
 
     file: str
     first_row: int
@@ -272,7 +274,7 @@ def shard_files(folder: Path) -> dict[int, Path]:
 
 def remove_vectors(folder: Path) -> None:
     """Delete shards, complete or not, and the manifest, and nothing else."""
-    # The manifest goes last: without it, the folder would be refused as one of somebody else.
+    # The manifest goes last: a folder without it is refused, because its files could be anything.
     for file in (*shard_files(folder).values(), *folder.glob(".part-*.parquet.part"), folder / MANIFEST):
         file.unlink(missing_ok=True)
 

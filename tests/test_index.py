@@ -1,4 +1,4 @@
-"""The FAISS index beside a folder of vectors: right answers, only what is needed is built, and trouble is named."""
+"""The index of a folder of vectors: it finds the true neighbours, builds only what is missing and names damage."""
 
 import errno
 import json
@@ -205,7 +205,7 @@ def test_new_shards_are_added_alone(tmp_path, small, added, exact, monkeypatch):
     folder = write_vectors(tmp_path / "vectors", vectors[:1000])
     open_index(folder)
     assert added == ["part-00000.parquet", "part-00001.parquet"]
-    monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("the lists were trained anew"))
+    monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("the lists were trained again"))
     folder = write_vectors(tmp_path / "vectors", vectors)
     index = open_index(folder)
     assert added[2:] == ["part-00002.parquet"]

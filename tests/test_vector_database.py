@@ -1,4 +1,4 @@
-"""The documented way of a folder of vectors into a vector database, run as it is written."""
+"""The documented examples of search and of a vector database, run as they are written."""
 
 import importlib
 import re
@@ -30,7 +30,8 @@ def examples(word):
     return [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL) if word in block]
 
 
-def test_the_example_loads_a_database_that_answers_as_we_do(notes, capsys):
+@pytest.mark.slow
+def test_the_example_loads_a_database_that_answers_as_minibert_does(notes, capsys):
     qdrant = pytest.importorskip("qdrant_client")
     (example,) = examples("qdrant_client")
     printed = []
@@ -55,7 +56,7 @@ def test_the_example_of_search_from_python_runs(notes, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_the_figures_of_the_page_are_those_of_the_code():
+def test_the_page_gives_the_constants_of_the_code():
     page, index = PAGE.read_text(encoding="utf-8"), importlib.import_module("minibert.search.index")
     assert f"up to {index.EXACT_ROWS:,} " in page and f"{index._SAMPLE:,} of the stored vectors" in page
     assert index._GROWTH == 4 and "fourfold growth" in page
