@@ -19,7 +19,6 @@ from minibert.files.model_folder import WEIGHTS as WEIGHTS  # also read as folde
 from minibert.files.model_folder import check_paths, check_weights, pickled, read_header, refuse_pickles, weight_files
 
 _WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", "*.bin.index.json"]
-_OTHER_BACKENDS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "coreml/*"]
 
 
 def find(source: str | Path, revision: str | None = None) -> Path:
@@ -39,7 +38,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     if folder.exists() or str(source).count("/") > 1 or str(source).startswith(("/", ".", "~")):
         raise FileNotFoundError(f"{here}; give a folder, or the id of a model on the Hub.")
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_WANTED, ignore_patterns=_OTHER_BACKENDS))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{here}, and the Hub did not provide it: {' '.join(str(error).split())}") from error
 
@@ -53,8 +52,8 @@ def modules(folder: Path) -> list[dict[str, Any]]:
     check_paths(folder)
     if not (folder / "modules.json").exists():
         return []
-    listed = read_json(folder / "modules.json")
-    if not isinstance(listed, list) or not listed or not str(listed[0].get("type", "")).endswith("Transformer"):
+    listed: list[dict[str, Any]] = read_json(folder / "modules.json")
+    if not str(listed[0].get("type", "")).endswith("Transformer"):
         raise ValueError(f"The first module in {folder / 'modules.json'} must be a transformer; only such models are handled.")
     return listed
 

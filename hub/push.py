@@ -151,19 +151,18 @@ def push(
 
 
 def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None, max_shard_size: str) -> None:
-    problems = []
-    if at := split_name(repo_id)[1]:
-        problems.append(f"{repo_id!r} names a revision; give the branch with --revision {at}")
-    if create_pr and revision:
-        problems.append("a pull request is made against main; leave out --revision, or --create-pr")
-    if revision and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision or revision.startswith("refs/")):
-        problems.append(f"--revision={revision} cannot name a branch")
-    if dtype not in (None, *_DTYPES):
-        problems.append(f"--dtype={dtype} is unknown; use one of {', '.join(_DTYPES)}")
-    if not _SIZE.fullmatch(max_shard_size.strip()) or not re.search("[1-9]", max_shard_size):
-        problems.append(f"--max-shard-size={max_shard_size} is not a size; give one such as 500MB or 5GB")
-    if problems:
-        raise ValueError("; ".join(problems) + ".")
+    at = split_name(repo_id)[1]
+    branch = revision is None or (re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) and ".." not in revision)
+    size = _SIZE.fullmatch(max_shard_size.strip()) and re.search("[1-9]", max_shard_size)
+    problems = {
+        f"{repo_id!r} names a revision; give the branch with --revision {at}": at,
+        "a pull request is made against main; leave out --revision, or --create-pr": create_pr and revision,
+        f"--revision={revision} cannot name a branch": not branch or str(revision).startswith("refs/"),
+        f"--dtype={dtype} is unknown; use one of {', '.join(_DTYPES)}": dtype not in (None, *_DTYPES),
+        f"--max-shard-size={max_shard_size} is not a size; give one such as 500MB or 5GB": not size,
+    }
+    if wrong := [text for text, holds in problems.items() if holds]:
+        raise ValueError("; ".join(wrong) + ".")
 
 
 def _compare(
@@ -255,22 +254,19 @@ def model_folder(model: str | Path) -> Path:
             f"There is no model folder {model} (looked from {Path.cwd()}); give the folder of a run, of a stage or of a model."
         )
     recipe = folder / "recipe.yaml"
-    if not recipe.exists() or (folder / "config.json").exists():
-        if (folder / "checkpoints").is_dir() and not (folder / "stage.json").exists():
-            raise FileNotFoundError(f"The training of {folder} is not finished; resume it with minibert train, then push.")
-        return folder
-    try:
-        stages = enumerate(yaml.load(recipe.read_text(encoding="utf-8"), Loader=YamlLoader)["stages"], start=1)
-        models = [f"{at}-{stage['name']}" for at, stage in stages if stage["kind"] not in ("tokenizer", "evaluate")]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{recipe} is damaged; name the folder of the stage to publish instead.") from error
-    if not models:
-        raise FileNotFoundError(f"No stage of the run {folder} makes a model; add one to its recipe.")
-    if not (folder / models[-1] / "stage.json").exists():
+    unfinished = (folder / "checkpoints").is_dir()
+    if recipe.exists() and not (folder / "config.json").exists():
+        try:
+            stages = enumerate(yaml.load(recipe.read_text(encoding="utf-8"), Loader=YamlLoader)["stages"], start=1)
+            models = [f"{at}-{stage['name']}" for at, stage in stages if stage["kind"] not in ("tokenizer", "evaluate")]
+            folder, unfinished = folder / models[-1], True
+        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError) as error:
+            raise ValueError(f"{recipe} is damaged, or has no stage that makes a model; name the stage to publish.") from error
+    if unfinished and not (folder / "stage.json").exists():
         raise FileNotFoundError(
-            f"Stage {models[-1]} of the run {folder} is not finished; resume it with minibert train, or name an earlier stage."
+            f"The training of {folder} is not finished; resume it with minibert train, or name the folder of an earlier stage."
         )
-    return folder / models[-1]
+    return folder
 
 
 def build(
@@ -303,10 +299,11 @@ def build(
             folders.copy_modules(source, temporary)
             for file in code_files():
                 shutil.copy(file, temporary)
-            installed = distribution(installation.NAME)
-            write_text(
-                temporary / CODE_LICENCE, installed.read_text("licenses/LICENSE") or installed.read_text("LICENSE") or ""
-            )
+            licence = code_files()[0].with_name("LICENSE")
+            if not licence.exists():  # in a wheel
+                files = distribution(installation.NAME).files or ()
+                licence = next(Path(str(file.locate())) for file in files if file.name == "LICENSE")
+            shutil.copy(licence, temporary / CODE_LICENCE)
         _write_weights(weights, temporary, dtype, max_shard_size)
         for file in (temporary / "config.json", temporary / "tokenizer_config.json"):
             known = folders.read_json(file) if file.exists() else {}

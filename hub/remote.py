@@ -1,6 +1,7 @@
 """Talk to the Hub: look a model up, download it, commit to it. Every failure becomes one sentence."""
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,16 +12,20 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    validate_repo_id,
+)
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.sha import git_hash
 
@@ -47,9 +52,8 @@ _ADVICE = {
 _SENTENCES = {
     OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and the cache does not hold all of {repo_id}; unset it to ask the Hub.",
     RevisionNotFoundError: "{repo_id} has no branch, tag or commit {revision}; name another, or leave it out.",
-    GatedRepoError: "{repo_id} is gated; ask for access at {endpoint}/{repo_id}, then log in.",
-    RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name, or log in with "
-    "`hf auth login` or HF_TOKEN to an account that may.",
+    RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name at {endpoint}, or log in "
+    "with `hf auth login` or HF_TOKEN to an account that may.",
     EntryNotFoundError: "{repo_id} changed while {what} it; run the command again.",
 }
 _Result = TypeVar("_Result")
@@ -69,18 +73,9 @@ def split_name(name: str) -> tuple[str, str | None]:
         ValueError: the Hub refuses such a name.
     """
     repo_id, at, revision = name.partition("@")
-    try:
-        validate_repo_id(repo_id)
-        problem = "" if repo_id.count("/") == 1 else "the owner before the slash is missing"
-    except HFValidationError as error:
-        problem = " ".join(str(error).split()).split(": '")[0]
-    if at and (not re.fullmatch(r"[\w./-]+", revision) or ".." in revision):
-        problem = f"@{revision} does not name a branch, tag or commit"
-    if problem:
-        raise ValueError(
-            f"{name!r} cannot name a model on the Hub: {problem}; use owner/name of letters, digits, '-', '_' and '.', and add "
-            "@REVISION to read a branch, tag or commit."
-        )
+    if repo_id.count("/") != 1 or (at and not re.fullmatch(r"[\w./-]+", revision)) or ".." in revision:
+        raise ValueError(f"{name!r} cannot name a model on the Hub; use USER/NAME, or USER/NAME@REVISION to read a revision.")
+    validate_repo_id(repo_id)  # says which characters are allowed
     return repo_id, revision or None
 
 
@@ -118,15 +113,20 @@ def ask(
 
 @contextmanager
 def _quiet_and_limited() -> Iterator[None]:
-    """Silence the library's remark on every attempt, and limit the silence of requests that have no limit of their own."""
+    """Silence remarks on every attempt, and bars without a terminal; limit the silence of requests without an own limit."""
     level, hooks = hub_logging.get_verbosity(), get_session().event_hooks["request"]
+    hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
     hub_logging.set_verbosity_error()
+    if hidden:
+        disable_progress_bars()
     hooks.append(_limit)
     try:
         yield
     finally:
         hooks.remove(_limit)
         hub_logging.set_verbosity(level)
+        if hidden:
+            enable_progress_bars()
 
 
 def _limit(request: Any) -> None:

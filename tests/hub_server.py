@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: what the real one's HTTP API answers to huggingface_hub, with faults on demand.
+"""Serve a Hub on the loopback interface: the part of the HTTP API that huggingface_hub uses, with faults on demand.
 
 It keeps models and data sets with their commits, branches and pull requests in memory. Standard library only, so that a test
 may start it before anything else is imported.
@@ -54,12 +54,12 @@ PHASES = (
 
 @dataclass
 class Fault:
-    """What goes wrong with the next ``times`` requests of a phase.
+    """A fault of the next ``times`` requests of a phase.
 
     Attributes:
-        status: answer with this instead of doing what was asked.
-        after: reset the connection when so many bytes of the request's body came in (of a download: of the answer's went out).
-        done: do what was asked, then reset the connection instead of answering.
+        status: answer with this status instead of serving the request.
+        after: reset the connection after this number of bytes of the request's body or, for a download, of the answer's.
+        done: serve the request, then reset the connection instead of answering.
         delay: seconds to wait first.
         path: only requests whose path contains this.
     """
@@ -104,7 +104,7 @@ def _is_lfs(path: str, size: int, sample: bytes = b"") -> bool:
 
 
 class Answer(Exception):
-    """What a request is answered with; raised where that is known."""
+    """An answer to a request, raised as soon as it is known."""
 
     def __init__(self, status: int, body: object = None, **headers: str):
         self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
@@ -121,12 +121,12 @@ def _refuse(status: int, message: str, code: str = "", **headers: str) -> Answer
 
 
 class HubServer:
-    """See the module's text.
+    """Serve repositories; see the text of the module.
 
     Attributes:
-        xet: whether it has the storage of that name; see :meth:`_Handler.xet_storage`.
+        xet: serve the storage of that name; see :meth:`_Handler.xet_storage`.
         requests: (phase, method, path, status) of every request so far; the status is 0 where the connection was reset.
-        card_errors: what the check of a card's metadata finds wrong with the next ones.
+        card_errors: errors that the check of a card's metadata reports.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class HubServer:
         return self
 
     def stop(self) -> None:
-        """Answer nothing more, on connections that are open neither."""
+        """Stop answering, also on open connections."""
         self.stopped = True
         self.http.shutdown()
         self.http.server_close()
@@ -163,7 +163,7 @@ class HubServer:
         self.stop()
 
     def environment(self, home: object, token: str | None = TOKEN) -> dict[str, str]:
-        """Variables of a new process that takes this for the Hub, with its caches in ``home``."""
+        """Return variables for a process that takes this server for the Hub, with its caches in ``home``."""
         dropped = ("HF_", "TRANSFORMERS_", "HUGGING", "XDG_CACHE")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -200,7 +200,7 @@ class HubServer:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", f"{home}/datasets")
         monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
         if not waiting:
-            for module in (_http, file_download):  # their own waits between attempts, and nobody else's
+            for module in (_http, file_download):  # only their own waits between attempts
                 monkeypatch.setattr(module, "time", _Impatient())
         HfFileSystem.clear_instance_cache()  # it would remember another test's server
         huggingface_hub.utils.close_session()
@@ -227,7 +227,7 @@ class HubServer:
         private: bool = False,
         ref: str = "main",
     ) -> str:
-        """Create a repository, or a further commit of it with exactly these files; returns the commit."""
+        """Create a repository, or another commit of it with exactly these files, and return the commit."""
         repo = self.repos.setdefault((f"{kind}s", repo_id), Repo(private))
         for path, data in (files or {}).items():
             if _is_lfs(path, len(data), data[:512]):
@@ -235,16 +235,16 @@ class HubServer:
         return repo.add(dict(files or {}), ref, "by the test")
 
     def files(self, repo_id: str, revision: str = "main", *, kind: str = "model") -> dict[str, bytes]:
-        """The files at a revision."""
+        """Return the files at a revision."""
         repo = self.repos[f"{kind}s", repo_id]
         return repo.commits[repo.find(revision) or ""]
 
     def commits(self, repo_id: str, *, kind: str = "model") -> list[str]:
-        """All commits of all branches in the order they were made; the first is the empty one that creation makes."""
+        """Return all commits of all branches in their order; the first is the one that creation makes."""
         return list(self.repos[f"{kind}s", repo_id].commits)
 
     def fail(self, phase: str, status: int | None = None, **how) -> Fault:
-        """Place a :class:`Fault`; see there."""
+        """Place a :class:`Fault` and return it."""
         assert phase in [name for name, *_ in PHASES], phase
         fault = Fault(phase, status, **how)
         with self.lock:
@@ -252,7 +252,7 @@ class HubServer:
         return fault
 
     def count(self, phase: str) -> int:
-        """How many requests of a phase there were."""
+        """Return the number of requests of a phase."""
         return sum(name == phase for name, *_ in self.requests)
 
     def take_fault(self, phase: str, path: str) -> Fault | None:
@@ -265,7 +265,7 @@ class HubServer:
 
 
 class _Impatient:
-    """The module ``time`` without waiting."""
+    """Replace the module ``time``, without waiting."""
 
     def __getattr__(self, name):
         return getattr(time, name)
@@ -304,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(Reset, OSError):
             answer = self.answer()
         cut = self.fault and (self.fault.done or self.fault.after is not None)
-        with self.hub.lock:  # before the answer goes out, so that whoever got it finds it here
+        with self.hub.lock:  # before the answer goes out, so that a test that has it finds the request
             self.hub.requests.append((self.phase, self.command, self.path, 0 if answer is None or cut else answer.status))
         try:
             if answer is None or (self.fault and self.fault.done):

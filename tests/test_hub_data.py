@@ -147,7 +147,7 @@ def test_what_cannot_be_streamed_is_said_at_once(fields, message):
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"path": "nobody/nothing"}, FileNotFoundError, "nobody/nothing is neither a file .* nor a data set"),
+        ({"path": "ann/nothing"}, FileNotFoundError, "ann/nothing is neither a file .* nor a data set"),
         ({"path": NLI, "config": "triples"}, ValueError, "configuration triples .*pair-class"),
         ({"path": QUESTIONS, "split": "validation"}, ValueError, "train"),
         ({"path": QUESTIONS, "revision": "v9"}, FileNotFoundError, "v9|not"),

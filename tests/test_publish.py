@@ -214,6 +214,7 @@ def test_the_owners_licence_travels_with_the_model(source, tmp_path):
     for as_bert, names in ((False, {"LICENSE", "LICENSE.minibert"}), (True, {"LICENSE"})):
         build(own, tmp_path / str(as_bert), repo_id="ann/model", as_bert=as_bert)
         assert {file.name for file in (tmp_path / str(as_bert)).glob("LICENSE*")} == names
+        assert as_bert or (tmp_path / "False" / "LICENSE.minibert").read_text().startswith("MIT License")
         assert (tmp_path / str(as_bert) / "LICENSE").read_text() == "Every reader may use this model."
 
 
