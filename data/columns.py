@@ -43,4 +43,4 @@ def pick_columns(
     if not found:
         raise ValueError(f"No column of {where} holds texts; the columns are {shown}. Give data with a column of strings.")
     names = "; ".join(" + ".join(group) for group in usual)
-    raise ValueError(f"It is not clear which column of {where} to read: usual names are {names}, found are {shown}; use {option}.")
+    raise ValueError(f"It is not clear which column of {where} to read: usual are {names}, found {shown}; name it ({option}).")

@@ -1,4 +1,4 @@
-"""Labels of texts in the forms people publish them: one class, several classes, or a number."""
+"""Read the labels of texts in the usual forms: one class, several classes, or a number."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,21 +8,17 @@ from datasets import ClassLabel, Dataset, LargeList, List, Value
 
 SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
-# Numbered classes may be so many at least, however few the rows are.
+# More numbered classes than rows are refused above this number.
 _CLASSES_OF_FEW_ROWS = 1000
 
 
-class FoundNames(list[str]):
-    """Names found as strings in the data, sorted. Beside them a number in other data is a name too, and not a position."""
-
-
 class Labels(NamedTuple):
-    """Labels of all rows.
+    """Hold the labels of all rows.
 
     Attributes:
         problem_type: one of :data:`PROBLEM_TYPES`, as in a model's configuration.
         values: (rows,) classes, int64; (rows, classes) zeros and ones, float32; or (rows,) numbers, float32.
-        names: of the classes in order, or the one of the number.
+        names: the names of the classes in order, or the name of the number.
     """
 
     problem_type: str
@@ -33,15 +29,17 @@ class Labels(NamedTuple):
 def read_labels(
     rows: Dataset, column: str | Sequence[str], names: Sequence[str] | None = None, problem_type: str | None = None
 ) -> Labels:
-    """Labels of all rows, from one column or, for several classes per row, from a column of 0 and 1 for each class.
+    """Read the labels of all rows from one column, or from a column of 0 and 1 for each of several classes.
 
     Args:
-        names: of the classes in order; unset: the ClassLabel's, the strings found (sorted), the columns', or 0 … n-1. Where
-            they are :class:`FoundNames`, numbers are read as names; beside all others they are positions.
-        problem_type: unset means as :func:`detect_problem_type` says.
+        names: the names of the classes in order; the default is those of the ClassLabel, the strings found (sorted), the
+            columns, or 0 … n-1. Where any label is among the names, all are read
+            as names; else numbers are positions.
+        problem_type: the default is that of :func:`detect_problem_type`.
 
     Raises:
-        ValueError: a label that is no class or number, with its row counted from 1; columns that do not fit the problem.
+        ValueError: for a label that is not a class or number, with its row counted from 1, and columns that do not fit the
+            problem.
     """
     problem_type = problem_type or detect_problem_type(rows, column, names)
     if problem_type == MULTI:
@@ -56,7 +54,7 @@ def read_labels(
 
 
 def detect_problem_type(rows: Dataset, column: str | Sequence[str], names: Sequence[str] | None = None) -> str:
-    """Lists, or several columns, are multi-label; fractions, unless classes are named, regression; all else is single-label.
+    """Return multi-label for lists or several columns, regression for fractions without named classes, else single-label.
 
     >>> detect_problem_type(Dataset.from_dict({"label": [0.0, 2.5]}), "label")
     'regression'
@@ -72,7 +70,7 @@ def detect_problem_type(rows: Dataset, column: str | Sequence[str], names: Seque
 
 
 def refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
-    """Refuse the first of ``values`` that is not ``good`` (a bool each), with its row counted from 1."""
+    """Refuse the first of ``values`` that is not ``good`` (one bool each), with its row counted from 1."""
     good = np.asarray(good, dtype=bool)
     if not good.all():
         row = int(np.argmin(good))
@@ -80,17 +78,17 @@ def refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> 
 
 
 def is_text(feature: Any) -> bool:
-    """Whether a column (or what its lists hold) is of strings."""
+    """Return True if a column, or its lists, hold strings."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def is_list(feature: Any) -> bool:
-    """Whether a column holds lists, whatever the width of their offsets."""
+    """Return True if a column holds lists, with offsets of any width."""
     return isinstance(feature, List | LargeList)
 
 
 def as_name(label: Any, feature: Any) -> Any:
-    """A label as the name that it is in text: the ClassLabel's, or the number written out, whole ones without a fraction."""
+    """Return a label as text: the name of the ClassLabel, or the number, without a fraction if it is whole."""
     if isinstance(feature, ClassLabel):
         return feature.names[label] if isinstance(label, int) and 0 <= label < len(feature.names) else None
     whole = isinstance(label, float) and label.is_integer()
@@ -99,14 +97,14 @@ def as_name(label: Any, feature: Any) -> Any:
 
 def _read_classes(rows: Dataset, column: str, names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
     feature, values = rows.features[column], rows[column][:]
+    known = list(names or (feature.names if isinstance(feature, ClassLabel) else ()))
     if not isinstance(feature, Value | ClassLabel):
         raise ValueError(f"Column {column!r} holds {feature}, not classes; a label is a number from 0 up, or a string.")
-    found = list(feature.names) if isinstance(feature, ClassLabel) else None
-    if is_text(feature) or isinstance(names, FoundNames):
-        named = [as_name(value, feature) for value in values]
-        names = list(names) if names else FoundNames(sorted(set(named)))
-        numbers = {name: number for number, name in enumerate(names)}
-        refuse_first(values, [name in numbers for name in named], column, f"it should be one of {', '.join(names)}")
+    named = [as_name(value, feature) for value in values]
+    if is_text(feature) or set(named) & set(known):
+        known = known or sorted(set(named))
+        numbers = {name: number for number, name in enumerate(known)}
+        refuse_first(values, [name in numbers for name in named], column, f"it should be one of {', '.join(known)}")
         labels = np.array([numbers[name] for name in named], dtype=np.int64)
     else:
         array = np.asarray(values)
@@ -114,24 +112,19 @@ def _read_classes(rows: Dataset, column: str, names: Sequence[str] | None) -> tu
             raise ValueError(f"Column {column!r} holds {feature}, not classes; a label is a number from 0 up, or a string.")
         refuse_first(values, np.isfinite(array) & (array == np.floor(array)), column, "a label must be a whole number")
         labels = array.astype(np.int64)
-        known = names or found
         count = len(known) if known else max(2, int(labels.max()) + 1)
         if not known:
             _refuse_far_numbers(count, len(labels), column)
-        names = list(known or map(str, range(count)))
         advice = f"classes are numbered 0 to {count - 1}"
         refuse_first(values, (labels >= 0) & (labels < count), column, f"{advice}; correct it or remove the row")
-        if found and names != found and set(names) == set(found):  # the same classes, numbered in another order
-            labels = np.array([names.index(name) for name in found])[labels]
-        if not known and np.all(labels == labels[0]):
-            names = [str(labels[0])]
-    if len(names) < 2:
-        raise ValueError(f"Column {column!r} holds the single class {names[0]!r}; a classifier needs at least two.")
-    return labels, names
+        known = known or list(map(str, range(count if np.any(labels != labels[0]) else 1)))
+    if len(known) < 2:
+        raise ValueError(f"Column {column!r} holds the single class {str(named[0])!r}; a classifier needs at least two.")
+    return labels, known
 
 
 def _refuse_far_numbers(count: int, rows: int, column: str) -> None:
-    """Refuse ``count`` numbered classes where they are many more than ``rows`` could show."""
+    """Refuse ``count`` numbered classes if they are many more than ``rows`` could show."""
     if count > max(rows, _CLASSES_OF_FEW_ROWS):
         raise ValueError(
             f"Column {column!r} holds the number {count - 1}, which makes {count} classes of {rows} rows; number the classes "
@@ -159,25 +152,23 @@ def _read_sets(rows: Dataset, column: str | Sequence[str], names: Sequence[str] 
         )
     inner = feature.feature
     refuse_first(sets, [None not in labels for labels in sets], column, "a list of classes has no empty places")
-    if is_text(inner) or (isinstance(names, FoundNames) and isinstance(inner, Value | ClassLabel)):
-        named = [[as_name(label, inner) for label in labels] for labels in sets]
-        names = list(names) if names else FoundNames(sorted({name for labels in named for name in labels}))
-        advice = f"each should be one of {', '.join(names)}"
-        refuse_first(sets, [set(labels) <= set(names) for labels in named], column, advice)
-        sets = named
-        order: dict[Any, int] = {name: number for number, name in enumerate(names)}
-    elif isinstance(inner, ClassLabel) or (isinstance(inner, Value) and "int" in inner.dtype):
-        found = list(inner.names) if isinstance(inner, ClassLabel) else None
-        count = len(names or found or ()) or 1 + max((label for labels in sets for label in labels), default=0)
-        if not (names or found):
-            _refuse_far_numbers(count, len(sets), column)
-        advice = f"classes are numbered 0 to {count - 1}"
-        names = list(names or found or map(str, range(count)))
-        same = found and set(names) == set(found)  # maybe numbered in another order
-        order = {number: names.index(found[number]) if found and same else number for number in range(count)}
-    else:
+    if not (isinstance(inner, ClassLabel) or is_text(inner) or (isinstance(inner, Value) and "int" in inner.dtype)):
         raise ValueError(f"Column {column!r} holds {feature}; a list of classes holds their names, or their numbers from 0 up.")
-    refuse_first(sets, [set(labels) <= order.keys() for labels in sets], column, advice)
+    names = list(names or (inner.names if isinstance(inner, ClassLabel) else ()))
+    named = [[as_name(label, inner) for label in labels] for labels in sets]
+    used = {name for labels in named for name in labels}
+    if is_text(inner) or used & set(names):
+        names = names or sorted(used)
+        refuse_first(sets, [set(labels) <= set(names) for labels in named], column, f"each should be one of {', '.join(names)}")
+        sets, order = named, {name: number for number, name in enumerate(names)}
+    else:
+        count = len(names) or 1 + max((label for labels in sets for label in labels), default=0)
+        if not names:
+            _refuse_far_numbers(count, len(sets), column)
+        order = {number: number for number in range(count)}
+        numbered = f"classes are numbered 0 to {count - 1}"
+        refuse_first(sets, [set(labels) <= order.keys() for labels in sets], column, numbered)
+        names = names or list(map(str, range(count)))
     refuse_first(sets, [len(set(labels)) == len(labels) for labels in sets], column, "a list names each class once")
     if not names:
         raise ValueError(f"Column {column!r} names no class in any row; a classifier needs at least one.")

@@ -1,15 +1,12 @@
-"""Words with tags: read them, and cut sentences of any length into windows of tokens."""
+"""Read words with tags, and cut sentences of any length into windows of tokens."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from minibert.data.labels import FoundNames, as_name, is_list, is_text
-
-logger = logging.getLogger(__name__)
+from minibert.data.labels import as_name, is_list, is_text
 
 # Columns of words and of their tags in the data sets people publish.
 TOKEN_COLUMNS = ("tokens", "words")
@@ -45,18 +42,6 @@ def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
         else:
             spans.append((kind, at, at + 1))
     return spans
-
-
-def to_iob2(tags: Sequence[str]) -> list[str]:
-    """IOB1 (B- only between neighbours of one type) as IOB2 (every entity starts with B-).
-
-    >>> to_iob2(["I-PER", "I-PER", "B-PER", "O", "I-LOC"])
-    ['B-PER', 'I-PER', 'B-PER', 'O', 'B-LOC']
-    """
-    changed = list(tags)
-    for kind, start, _ in entity_spans(tags):
-        changed[start] = f"B-{kind}"
-    return changed
 
 
 # ------------------------------------------------------------------------------------------------------------- the reading
@@ -97,15 +82,15 @@ def read_words(rows: Dataset, column: str) -> list[list[str]]:
 def read_tags(
     rows: Dataset, column: str, words: Sequence[Sequence[str]], names: Sequence[str] | None = None
 ) -> tuple[list[list[str]], list[str]]:
-    """Tags of every word, in IOB2 where they mark entities (IOB1 is converted), and the names of all tags in order.
+    """Return the tags of every word and the names of all tags in order; tags that mark entities must be IOB2.
 
     Args:
-        words: of the same rows; every word has one tag.
-        names: of the tags in order; unset: the ClassLabel's, or those found: O, then B- and I- of every type. Where they are
-            :class:`FoundNames`, numbers are read as names; beside all others they are positions.
+        words: the words of the same rows; every word has one tag.
+        names: the names of the tags in order; the default is those of the ClassLabel, or those found: O, then B- and I- of
+            every type. Where any tag is among the names, all are read as names; else numbers are positions.
 
     Raises:
-        ValueError: a row with more or fewer tags than words, a tag that is not known or not IOB2; all with the row from 1.
+        ValueError: for a row with more or fewer tags than words, and a tag that is unknown or not IOB2; rows count from 1.
     """
     feature, sentences = rows.features[column], rows[column][:]
     inner = feature.feature if is_list(feature) else None
@@ -117,60 +102,42 @@ def read_tags(
             raise ValueError(f"Row {row} has {len(row_words)} words but {len(tags)} tags in {column!r}; every word needs one.")
         if tags is None or None in tags:
             raise ValueError(f"Row {row} has {column}={tags!r}; every word needs a tag. Correct it or remove the row.")
-    found = isinstance(names, FoundNames) or not (names or numbered)
-    if isinstance(names, FoundNames):
-        sentences = [[as_name(tag, inner) or str(tag) for tag in tags] for tags in sentences]
-    elif numbered:
-        known = list(inner.names) if isinstance(inner, ClassLabel) else list(names or ())
+    own = list(inner.names) if isinstance(inner, ClassLabel) else []
+    named = [[as_name(tag, inner) or str(tag) for tag in tags] for tags in sentences]
+    if numbered and not {tag for tags in named for tag in tags} & set(names or own):
+        known = list(names or own)
         if not known:
             raise ValueError(f"Column {column!r} holds numbers without names; name the tags in order with labels: [O, B-…, …].")
         for row, tags in enumerate(sentences, start=1):
             if wrong := [tag for tag in tags if not 0 <= tag < len(known)]:
                 raise ValueError(f"Row {row} has the tag {wrong[0]} in {column!r}; tags are numbered 0 to {len(known) - 1}.")
-        sentences = [[known[tag] for tag in tags] for tags in sentences]
-        names = names or known
+        named = [[known[tag] for tag in tags] for tags in sentences]
+    sentences, names = named, names or own or None
     used = {tag for tags in sentences for tag in tags}
     if holds_entities([*used, *(names or ())]):
-        sentences, converted = _in_iob2(sentences, column)
+        _check_iob2(sentences, column)
         if names is None:
             kinds = sorted({tag[2:] for tag in used if tag != "O"})
             names = ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
-        elif converted:
-            starts = dict.fromkeys(f"B-{name[2:]}" for name in names if name.startswith("I-"))
-            names = [*names, *(start for start in starts if start not in names)]
-    names = (FoundNames if found else list)(names or sorted(used))
+    names = list(names or sorted(used))
     for row, tags in enumerate(sentences, start=1):
         if unknown := [tag for tag in tags if tag not in names]:
             raise ValueError(f"Row {row} has the tag {unknown[0]!r} in {column!r}; the tags are {', '.join(names)}.")
     return sentences, names
 
 
-def _in_iob2(sentences: list[list[str]], column: str) -> tuple[list[list[str]], bool]:
-    """``sentences`` in IOB2, and whether they were IOB1 before."""
-    first_orphan = None
+def _check_iob2(sentences: list[list[str]], column: str) -> None:
     for row, tags in enumerate(sentences, start=1):
         if wrong := [tag for tag in tags if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) < 3)]:
             raise ValueError(
                 f"Row {row} has the tag {wrong[0]!r} in {column!r}, which is not IOB2 (O, B-type, I-type); convert the tags."
             )
-        at = next((start for _, start, _ in entity_spans(tags) if tags[start].startswith("I-")), None)
-        if first_orphan is None and at is not None:
-            first_orphan = (row, at, tags)
-    if first_orphan is None:
-        return sentences, False
-    if not all(map(_may_be_iob1, sentences)):
-        row, at, tags = first_orphan
-        raise ValueError(
-            f"Row {row} has {tags[at]!r} at word {at + 1}, where no entity of that type goes on; in IOB2 every entity starts "
-            "with B-. Correct the row."
-        )
-    logger.info("The tags in %s are IOB1; they are read as IOB2.", column)
-    return [to_iob2(tags) for tags in sentences], True
-
-
-def _may_be_iob1(tags: Sequence[str]) -> bool:
-    """Whether every B- stands between two entities of one type, and is not simply how entities start."""
-    return all(at and tags[at - 1][2:] == tag[2:] for at, tag in enumerate(tags) if tag.startswith("B-"))
+        for _, start, _ in entity_spans(tags):
+            if tags[start].startswith("I-"):
+                raise ValueError(
+                    f"Row {row} has {tags[start]!r} at word {start + 1}, where no entity of that type goes on; in IOB2 every "
+                    "entity starts with B-. Correct the row, or convert IOB1 tags to IOB2."
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------- the windows

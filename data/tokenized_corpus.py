@@ -221,7 +221,7 @@ def _new_array(path: Path, size: int, dtype: Any) -> np.memmap:
     Raises:
         OSError: for a disk without room for it.
     """
-    with disk.one_sentence(path, "the tokenized text is made anew"):
+    with disk.readable_os_errors(path, "the tokenized text is made anew"):
         array = open_memmap(path, mode="w+", dtype=dtype, shape=(max(1, int(size)),))
         if hasattr(os, "posix_fallocate"):  # else a full disk would be told by a signal, which ends the process without a word
             with path.open("r+b") as file:

@@ -20,6 +20,7 @@ from minibert.data.labels import REGRESSION, SINGLE, read_labels
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.tags import find_tag_columns, read_tags, read_words
 from minibert.evaluation.metrics import classification_figures, tag_figures
+from minibert.inference.answers import max_length_of
 from minibert.inference.bm25 import WordIndex
 from minibert.inference.load import load
 from minibert.inference.predict import (
@@ -28,7 +29,6 @@ from minibert.inference.predict import (
     class_names,
     compute_logits,
     head_of,
-    max_length_of,
     open_with_head,
     problem_type_of,
     tag_sentences,

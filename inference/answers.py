@@ -1,4 +1,4 @@
-"""Answer questions: a span of a context, found window by window, or one of several choices."""
+"""Answer questions by a span of a context, found window by window, or by one of several choices."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minibert.data.questions import ChoiceColumns, Window, choices_of, cut, find_choice_columns, texts_of, window_sizes
 
 MAX_ANSWER_LENGTH = 30  # tokens
-# Spans of a row that share the probability with "no answer"; the rest has next to none.
+# Spans of a row that share the probability with "no answer"; the other spans have almost none.
 _SPANS = 20
-# Rows read ahead, in batches: sorted by length they waste little on padding, and memory does not grow with the rows.
+# Batches of rows read at once.
 _BATCHES_AHEAD = 32
 
 
@@ -44,13 +44,13 @@ def answer_rows(
         batch_size: windows computed at once.
         max_length, doc_stride, max_question_length: see :class:`minibert.data.questions.WindowSizes`.
         max_answer_length: longest answer, in tokens.
-        null_threshold: "no answer" wins where its score (a logit) exceeds the best span's by more; ``math.inf`` never lets
-            it win, which also holds for models that name no threshold.
-        n_best: more than 1 adds ``n_best``, a list of that many spans with their scores, where there are as many.
+        null_threshold: "no answer" wins if its score (a logit) exceeds that of the best span by more; ``math.inf``, the
+            default of a model without a threshold, never lets it win.
+        n_best: more than 1 adds ``n_best``, a list of up to that many spans with their scores.
 
     Yields:
         ``text``, ``start`` and ``end``, with ``text == context[start:end]``, empty for "no answer"; ``score``, the
-        probability of this result among the best spans and "no answer"; ``no_answer_score``, the probability of the latter.
+        probability of this result among the best spans and "no answer"; ``no_answer_score``, the probability of no answer.
 
     Raises:
         ValueError: sizes that leave no room for the context; a row without a question or context, with its number.
@@ -58,16 +58,16 @@ def answer_rows(
     own = getattr(model.config, "question_answering", None) or {}
     sizes = window_sizes(
         tokenizer,
-        max_length or own.get("max_length") or _max_length(model, tokenizer),
+        max_length or own.get("max_length") or max_length_of(model, tokenizer),
         own.get("doc_stride") if doc_stride is None else doc_stride,
         own.get("max_question_length") if max_question_length is None else max_question_length,
     )
     longest = own.get("max_answer_length", MAX_ANSWER_LENGTH) if max_answer_length is None else max_answer_length
     if longest < 1:
-        raise ValueError(f"max_answer_length={longest} leaves nothing to answer; give at least 1.")
+        raise ValueError(f"max_answer_length must be at least 1, got {longest}.")
     threshold = own.get("null_threshold") if null_threshold is None else null_threshold
     threshold = math.inf if threshold is None else threshold
-    for first, some in _ahead(rows, batch_size):
+    for first, some in rows_ahead(rows, batch_size):
         texts = list(texts_of(some, ("question", "context"), first))
         windows = cut(tokenizer, [question for question, _ in texts], [context for _, context in texts], sizes)
         found = find_spans(model, windows, len(texts), batch_size=batch_size, max_answer_length=longest, pad=_pad(tokenizer))
@@ -81,7 +81,7 @@ def choice_columns_of(
     text_columns: Sequence[str] | None = None,
     choice_columns: Sequence[str] | None = None,
 ) -> ChoiceColumns:
-    """The columns given, those the model was trained with where they are all ``found``, or the usual ones.
+    """Return the columns given, else those of the training if all are ``found``, else those of the usual names.
 
     Raises:
         ValueError: listing the columns found.
@@ -120,9 +120,9 @@ def choose_rows(
         ValueError: columns that are not found; a row without a question or choices, with its number.
     """
     own = getattr(model.config, "multiple_choice", None) or {}
-    max_length = max_length or own.get("max_length") or _max_length(model, tokenizer)
+    max_length = max_length or own.get("max_length") or max_length_of(model, tokenizer)
     columns = None
-    for first, some in _ahead(rows, batch_size):
+    for first, some in rows_ahead(rows, batch_size):
         columns = columns or choice_columns_of(model, list(some[0]), text_columns, choice_columns)
         asked = list(choices_of(some, columns, first))
         pairs = [pair for row in asked for pair in row.pairs()]
@@ -136,14 +136,14 @@ def choose_rows(
 
 
 def best_spans(starts: Tensor, ends: Tensor, allowed: Tensor, *, longest: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best spans of at most ``longest`` tokens, scored by the sum of their two logits.
+    """Return the best spans of at most ``longest`` tokens, scored by the sum of their two logits.
 
     Args:
         starts, ends: (B, L) logits of an answer's first and last token.
-        allowed: (B, L) where an answer may lie.
+        allowed: (B, L), True where an answer may lie.
 
     Returns:
-        Scores, first and last tokens, each (B, up to ``count``), best first; a score of -inf marks no span.
+        Scores, first and last tokens, each (B, up to ``count``), best first; a score of -inf means no span.
 
     >>> logits, context = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.tensor([[False, True, True, True]])
     >>> [x.tolist() for x in best_spans(logits, logits, context, longest=2, count=2)]
@@ -161,8 +161,12 @@ def best_spans(starts: Tensor, ends: Tensor, allowed: Tensor, *, longest: int, c
 def find_spans(
     model: PreTrainedModel, windows: Sequence[Window], rows: int, *, batch_size: int, max_answer_length: int, pad: int
 ) -> list[tuple[list[tuple[float, int, int]], float]]:
-    """For each of ``rows``: its best spans over all its windows as (score, first character, the one after the last), best
-    first, and the score of "no answer", the lowest that ``[CLS]`` has in any window (as BERT's own evaluation does)."""
+    """Find the best spans of each row over all its windows, and its score of "no answer".
+
+    Returns:
+        For each row its spans as (score, start, end) in characters, best first, and the lowest score that ``[CLS]`` has in any
+        window, as in BERT's own evaluation (Devlin et al. 2018, section 4.3).
+    """
     model.eval()
     spans: list[dict[tuple[int, int], float]] = [{} for _ in range(rows)]
     nulls = [math.inf] * rows
@@ -210,7 +214,7 @@ def _answer(
 def _choice_logits(
     model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int, max_length: int
 ) -> Tensor:
-    """(pairs,) logits; each pair is a question with a single choice, whose score does not depend on its rivals."""
+    """Compute (pairs,) logits; a pair is a question with one choice, whose score does not depend on the other choices."""
     model.eval()
     firsts, seconds = zip(*pairs, strict=True)
     encoded = tokenizer(list(firsts), list(seconds), truncation=True, max_length=max_length, return_attention_mask=False)
@@ -226,10 +230,10 @@ def _choice_logits(
 # ------------------------------------------------------------------------------------------------------------------ batches
 
 
-def _ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Pieces of ``rows``, each with the number, from 1, of its first row."""
+def rows_ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list[Any]]]:
+    """Yield many rows at a time, with the number (from 1) of the first; sorted by length they need little padding."""
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} computes nothing; give at least 1.")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     rows, first = iter(rows), 1
     while some := list(islice(rows, batch_size * _BATCHES_AHEAD)):
         yield first, some
@@ -237,14 +241,14 @@ def _ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list[Any
 
 
 def _by_length(items: Sequence[Any], lengths: Sequence[int], batch_size: int) -> Iterator[list[Any]]:
-    """Batches of like lengths; the longest come first, so that memory runs out at once or never."""
+    """Yield batches of similar lengths, the longest first, so that memory runs out at once or never."""
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     for start in range(0, len(order), batch_size):
         yield [items[number] for number in order[start : start + batch_size]]
 
 
 def _inputs(ids: Sequence[Any], types: Sequence[Any], pad: int) -> dict[str, Tensor]:
-    """Inputs of a model, (B, L) each: sequences padded at their end, whatever the tokenizer's side."""
+    """Pad sequences at their end, whatever the side of the tokenizer, into inputs (B, L)."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in ids]
     inputs = {
         "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
@@ -259,6 +263,7 @@ def _pad(tokenizer: Any) -> int:
     return tokenizer.pad_token_id or 0
 
 
-def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
+def max_length_of(model: PreTrainedModel, tokenizer: Any) -> int:
+    """Return the longest sequence, in tokens, that the model was made for."""
     limit = int(tokenizer.model_max_length)
     return min(limit, getattr(model.config, "max_position_embeddings", limit))

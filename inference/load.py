@@ -90,7 +90,7 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     if not folder.is_dir():
         folder = _download(str(model))
     check_paths(folder)
-    encoder = _encoder_folder(folder)
+    encoder = encoder_folder(folder)
     config = read_json(encoder / "config.json")
     check_weights(encoder)
     if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
@@ -123,7 +123,7 @@ def _download(model: str) -> Path:
         raise FileNotFoundError(f"{here}, and the Hub did not give us one of that name: {reason}") from error
 
 
-def _encoder_folder(folder: Path) -> Path:
+def encoder_folder(folder: Path) -> Path:
     """Where the transformer lies: ``folder`` itself, or the folder of the first module of a sentence-transformers model."""
     if (folder / "modules.json").exists():
         return folder / str(read_json(folder / "modules.json")[0]["path"])
@@ -156,7 +156,7 @@ def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
     if not isinstance(encoder, modeling_minibert.MiniBertModel):
         return
     stored: set[str] = set()
-    for file in weight_files(_encoder_folder(folder)):
+    for file in weight_files(encoder_folder(folder)):
         with safe_open(file, framework="pt") as weights:
             names = weights.keys()
         stored |= {name.removeprefix(f"{encoder.base_model_prefix}.") for name in names}

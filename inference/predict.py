@@ -1,5 +1,6 @@
-"""Labels, numbers, tags, answers and choices for rows of text: the head of the model decides which."""
+"""Predict labels, numbers, tags, answers or choices for rows of text, depending on the head of the model."""
 
+import contextlib
 import csv
 import json
 import re
@@ -27,12 +28,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from minibert.data.columns import pick_columns
 from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.questions import texts_of
 from minibert.data.tags import TOKEN_COLUMNS, cut_windows, entity_spans, holds_entities
+from minibert.files.disk import atomic_write
 from minibert.files.model_folder import opening
-from minibert.inference.load import _encoder_folder, find_model
+from minibert.inference.answers import answer_rows, choice_columns_of, choose_rows, max_length_of, rows_ahead
+from minibert.inference.load import encoder_folder, find_model
 
 Row = Mapping[str, Any]
 
@@ -50,10 +54,10 @@ _HEADS = {
     ANSWERER: AutoModelForQuestionAnswering,
     CHOOSER: AutoModelForMultipleChoice,
 }
-# Rows read ahead, in batches: sorted by length they waste little on padding, and memory does not grow with the rows.
-_BATCHES_AHEAD = 32
+_TAGGED = [(name,) for name in (*TOKEN_COLUMNS, "text", "sentence")]
+_ASKED = ("question", "context")
 _ROWS_AT_ONCE = 1000
-# Words of raw text: with the marks inside them (U.S, AT&T, well-known, 3.5); every other mark is a word of its own.
+# A word of raw text includes the marks inside it (U.S, AT&T, well-known, 3.5); every other mark is a word.
 _WORD = re.compile(r"['’](?:s|re|ve|ll|d|m)\b|\w+(?:(?:[.&/@’'-](?!(?:s|re|ve|ll|d|m)\b)|(?<=\d)[,:](?=\d))\w+)*|[^\w\s]")
 
 
@@ -69,9 +73,9 @@ def predict(
     trust_remote_code: bool = False,
     show_progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Predictions of ``model`` for every row of ``data``, in order, beside the columns that were read.
+    """Predict for every row of ``data``, in order; each result also holds the columns that were read.
 
-    What is read, and what comes out beside it, follows from the head of the model:
+    The head of the model decides what is read and what is added:
 
     - **sequence classification** reads a text or a pair of them: ``label``, ``score`` (its probability) and
       ``probabilities`` of all classes by name; with several labels ``labels`` and ``probabilities``; in regression ``value``;
@@ -81,17 +85,19 @@ def predict(
     - **question answering** reads ``question`` and ``context``: see :func:`minibert.inference.answers.answer_rows`;
     - **multiple choice** reads a question and its choices: see :func:`minibert.inference.answers.choose_rows`.
 
-    Texts to classify that exceed the model's length are cut, as in training; sentences to tag and contexts are read whole,
-    in windows that overlap.
+    Texts to classify that exceed the model's length are cut, as in training; sentences to tag and contexts are read
+    completely, in windows that overlap.
 
     Args:
         model: a model folder, or the id of a model on the Hub.
         data: a file, a folder with a file per split, a Hub data set, ``"-"`` for lines of standard input, rows read already,
             or texts.
-        columns: the columns to read; unset means those the model was trained with, or the usual ones.
-        split: the split of a folder or Hub data set; everything else is taken whole.
-        batch_size: texts (or windows of long ones) computed at once; memory does not grow with the number of rows.
-        threshold: probability from which one of several labels is given.
+        columns: the columns to read; the default is those the model was trained with, or the usual names.
+        split: the split of a folder or Hub data set; anything else is read completely.
+        batch_size: texts (or windows of long texts) computed at once; memory does not grow with the number of rows.
+        threshold: probability from which a label is given, if a text may have several labels.
+        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best device present.
+        trust_remote_code: run Python code that comes with the model.
 
     Example::
 
@@ -99,13 +105,13 @@ def predict(
             print(row["label"], row["score"])
 
     Raises:
-        FileNotFoundError: for a model or data that is neither here nor on the Hub.
-        ValueError: for a model without such a head, columns that are not there, or (while going on) a row without a text.
+        FileNotFoundError: for a model or data that is neither a path nor on the Hub.
+        ValueError: for a model without such a head, missing columns, or (while iterating) a row without a text.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} computes nothing; give at least 1 (--batch-size).")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size} (--batch-size).")
     if not 0 < threshold < 1:
-        raise ValueError(f"threshold={threshold} is no probability to choose by; give one between 0 and 1 (--threshold).")
+        raise ValueError(f"threshold must lie between 0 and 1, got {threshold} (--threshold).")
     rows, names, total = _read(data, split)  # before the model, which takes longer to open
     opened = open_with_head(model, device=device, trust_remote_code=trust_remote_code)
     if opened is None:
@@ -113,50 +119,61 @@ def predict(
             f"{model} has no head that predicts labels, tags, answers or choices; train one on top of it with a classify, tag, "
             "answer or choose stage, or use it as it is with minibert search."
         )
-    predictions = _PREDICTORS[head_of(opened[0].config)](*opened, rows, names, columns, batch_size, threshold)
+    model, tokenizer = opened
+    head = head_of(model.config)
+    if head == CLASSIFIER:
+        read = _classifier_columns(model.config, names, columns)
+        predictions = _classify(model, tokenizer, rows, read, batch_size, threshold)
+    elif head == TAGGER:
+        predictions = _tag(model, tokenizer, rows, _columns(names, columns, _TAGGED, most=1), batch_size)
+    elif head == ANSWERER:
+        predictions = _answer(model, tokenizer, rows, _columns(names, columns, [_ASKED], most=2), batch_size)
+    else:
+        if columns:
+            raise ValueError(
+                "Multiple choice finds its columns by their usual names, or those of its training; rename the columns."
+            )
+        found = choice_columns_of(model, names)
+        read = [name for name in names if name in (*found.texts, *found.choices)]
+        predictions = _beside(rows, read, lambda given: choose_rows(model, tokenizer, given, batch_size=batch_size))
     return iter(tqdm(predictions, desc="predict", total=total, unit="row", disable=not show_progress))
 
 
 def open_with_head(
     model: str | Path, *, heads: Sequence[str] = (), device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """The model and its tokenizer, or ``None`` when it has none of ``heads``, as the ends of class names are called.
+    """Open a model with its tokenizer; return None if it has none of ``heads`` (endings of class names).
 
-    Without ``heads``, they are those that :func:`predict` knows.
+    The default is the heads that :func:`predict` knows.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`minibert.inference.load.load` does.
     """
-    folder = _encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
+    folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     head = head_of(AutoConfig.from_pretrained(folder, **kwargs))
     if head is None or head not in (heads or _HEADS):
         return None
     with opening(folder):
         opened, found = _HEADS[head].from_pretrained(folder, output_loading_info=True, **kwargs)
-    if missing := sorted(found["missing_keys"]):  # they would be random numbers
+    if missing := sorted(found["missing_keys"]):  # they would be random
         what = "classifier" if head == CLASSIFIER else "head"
         raise ValueError(f"The weights in {folder} lack {', '.join(missing[:3])} of the {what}; save or download it again.")
     return opened.to(device or get_device_name()).eval(), AutoTokenizer.from_pretrained(folder, **kwargs)
 
 
-def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Longest sequence, in tokens, that the model was made for."""
-    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
-
-
 def problem_type_of(config: Any) -> str:
-    """What a sequence-classification head predicts; as in transformers, a single output without further word is a number."""
+    """Return what a sequence-classification head predicts; as in transformers, a single output is a number by default."""
     return config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
 
 
 def class_names(config: Any) -> list[str]:
-    """Names of the classes (or tags), in order."""
+    """Return the names of the classes or tags, in order."""
     return [str(config.id2label[number]) for number in range(config.num_labels)]
 
 
 def head_of(config: Any) -> str | None:
-    """Which of the heads that predict something a model has."""
+    """Return the head of a model by the ending of its class name, or None for another class."""
     architecture = (config.architectures or [""])[0]
     return next((head for head in _HEADS if architecture.endswith(head)), None)
 
@@ -165,7 +182,7 @@ def head_of(config: Any) -> str | None:
 
 
 def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
-    """The rows, the names of their columns (none without rows), and their number where it is known."""
+    """Return the rows, the names of their columns (none without rows), and their number if it is known."""
     if isinstance(data, str | Path | Dataset) and str(data) != STANDARD_INPUT:
         dataset = as_dataset(data, split=split)
         batches = dataset.iter(_ROWS_AT_ONCE)
@@ -179,11 +196,7 @@ def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
 
 
 def _standard_input() -> Iterator[str]:
-    """The lines of standard input, without a byte order mark.
-
-    Raises:
-        ValueError: where they are not UTF-8.
-    """
+    """Yield the lines of standard input, without a byte order mark; refuse those that are not UTF-8."""
     number = 0
     try:
         for number, line in enumerate(sys.stdin, start=1):
@@ -194,44 +207,33 @@ def _standard_input() -> Iterator[str]:
         ) from error
 
 
-def _choose_columns(found: Sequence[str], wanted: Sequence[str] | None, usual: Iterable[Sequence[str]], what: str) -> list[str]:
-    """The columns wanted, the first of the ``usual`` ones that are all there, or the only one where one is enough.
-
-    Raises:
-        ValueError: listing the columns found.
-    """
-    shown = ", ".join(found)
-    if wanted:
-        if missing := [name for name in wanted if name not in found]:
-            raise ValueError(f"There is no column {', '.join(map(repr, missing))}; there are {shown}.")
-        return list(wanted)
-    usual = list(usual)
-    columns = next((names for names in usual if set(names) <= set(found)), None)
-    if columns is None and len(found) == 1 and any(len(names) == 1 for names in usual):
-        columns = found
-    if columns is None:
-        choices = "; ".join(" + ".join(names) for names in usual)
-        raise ValueError(f"The model reads {what} ({choices}), but there are the columns {shown}; name them with --column.")
-    return list(columns)
+def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Sequence[str]], *, most: int) -> list[str]:
+    """Pick the columns to read; none without rows."""
+    if not found:
+        return []
+    columns = pick_columns(found, wanted, usual, option="--column")
+    if len(columns) > most or len(columns) not in {len(group) for group in usual}:
+        raise ValueError(f"This model reads {' or '.join(' + '.join(group) for group in usual)}, not {', '.join(columns)}.")
+    return columns
 
 
-def _ahead(rows: Iterable[Row], batch_size: int) -> Iterator[tuple[int, list[Row]]]:
-    """Many rows at a time, with the number of the first of them, from 1."""
-    rows, first = iter(rows), 1
-    while some := list(islice(rows, batch_size * _BATCHES_AHEAD)):
-        yield first, some
-        first += len(some)
+def _classifier_columns(config: Any, found: list[str], wanted: Sequence[str] | None) -> list[str]:
+    trained = getattr(config, "text_columns", None)
+    usual = [trained, *(names for names in TEXT_COLUMNS if len(names) == len(trained))] if trained else TEXT_COLUMNS
+    if wanted and len(wanted) > 2:
+        raise ValueError(f"A classifier reads one column or two, not {', '.join(wanted)}.")
+    return pick_columns(found, wanted, usual, option="--column") if found else []
 
 
 @torch.inference_mode()
 def compute_logits(model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, list[Any]], batch_size: int) -> list[Tensor]:
-    """Logits for each of ``inputs`` (lists of token ids and so on): (classes,), or (longest, classes) for tokens."""
+    """Compute the logits of each of ``inputs`` (lists of token ids etc.): (classes,), or (longest, classes) for tokens."""
     lengths = list(map(len, inputs["input_ids"]))
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])  # like lengths waste no time on padding
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])  # neighbours of similar length need little padding
     logits: list[Any] = [None] * len(order)
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        # On the right whatever the tokenizer says elsewhere: the places of words are counted from the left.
+        # Always on the right: the positions of words are counted from the left.
         batch = tokenizer.pad(
             {name: [values[number] for number in numbers] for name, values in inputs.items()}, padding_side="right"
         )
@@ -245,37 +247,19 @@ def compute_logits(model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, 
 
 
 def _classify(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Row],
-    found: Sequence[str],
-    wanted: Sequence[str] | None,
-    batch_size: int,
-    threshold: float,
+    model: PreTrainedModel, tokenizer: Any, rows: Iterable[Row], columns: list[str], batch_size: int, threshold: float
 ) -> Iterator[dict[str, Any]]:
-    trained = getattr(model.config, "text_columns", None)
-    usual = [trained, *(names for names in TEXT_COLUMNS if len(names) == len(trained))] if trained else TEXT_COLUMNS
-    columns = _choose_columns(found, wanted, dict.fromkeys(map(tuple, usual)), "a text or a pair of texts") if found else []
-    if len(columns) > 2:
-        raise ValueError(f"A classifier reads one column or two, not {', '.join(columns)}.")
     problem_type, names = problem_type_of(model.config), class_names(model.config)
-
-    def results() -> Iterator[dict[str, Any]]:
-        for first, some in _ahead(rows, batch_size):
-            texts = list(texts_of(some, columns, first))
-            encoded = tokenizer(
-                *(list(column) for column in zip(*texts, strict=True)),
-                truncation=True,
-                max_length=max_length_of(model, tokenizer),
-            )
-            for row, logits in zip(texts, compute_logits(model, tokenizer, encoded, batch_size), strict=True):
-                yield {**dict(zip(columns, row, strict=True)), **label_of(logits, names, problem_type, threshold)}
-
-    return results()
+    for first, some in rows_ahead(rows, batch_size):
+        texts = list(texts_of(some, columns, first))
+        given = (list(column) for column in zip(*texts, strict=True))
+        encoded = tokenizer(*given, truncation=True, max_length=max_length_of(model, tokenizer))
+        for row, logits in zip(texts, compute_logits(model, tokenizer, encoded, batch_size), strict=True):
+            yield {**dict(zip(columns, row, strict=True)), **label_of(logits, names, problem_type, threshold)}
 
 
 def label_of(logits: Tensor, names: Sequence[str], problem_type: str, threshold: float = 0.5) -> dict[str, Any]:
-    """What ``logits`` (classes,) say, in words.
+    """Name what ``logits`` (classes,) predict.
 
     >>> label_of(torch.tensor([0.0, 1000.0]), ["no", "yes"], "single_label_classification")
     {'label': 'yes', 'score': 1.0, 'probabilities': {'no': 0.0, 'yes': 1.0}}
@@ -291,48 +275,34 @@ def label_of(logits: Tensor, names: Sequence[str], problem_type: str, threshold:
 
 
 def _tag(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Row],
-    found: Sequence[str],
-    wanted: Sequence[str] | None,
-    batch_size: int,
-    threshold: float,
+    model: PreTrainedModel, tokenizer: Any, rows: Iterable[Row], columns: list[str], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    usual = [(name,) for name in (*TOKEN_COLUMNS, "text", "sentence")]
-    columns = _choose_columns(found, wanted, usual, "lists of words, or a text") if found else []
-    if len(columns) > 1:
-        raise ValueError(f"A tagger reads one column, not {', '.join(columns)}.")
     marks_entities = holds_entities(class_names(model.config))
-
-    def results() -> Iterator[dict[str, Any]]:
-        for first, some in _ahead(rows, batch_size):
-            given = [_words_or_text(row, columns[0], number) for number, row in enumerate(some, start=first)]
-            places = [split_words(value) if isinstance(value, str) else None for value in given]
-            sentences = [
-                [value[start:end] for start, end in spans] if isinstance(value, str) and spans is not None else list(value)
-                for value, spans in zip(given, places, strict=True)
-            ]
-            tagged = tag_sentences(model, tokenizer, sentences, batch_size=batch_size)
-            for value, spans, words, (tags, scores) in zip(given, places, sentences, tagged, strict=True):
-                kinds = entity_spans(tags) if marks_entities else []
-                entities = [_entity(value, spans, kind, start, end, scores) for kind, start, end in kinds]
-                shown = {columns[0]: value} if spans is None else {columns[0]: value, "words": words}
-                yield {**shown, "tags": tags, "scores": scores, "entities": entities}
-
-    return results()
+    for first, some in rows_ahead(rows, batch_size):
+        given = [_words_or_text(row, columns[0], number) for number, row in enumerate(some, start=first)]
+        places = [split_words(value) if isinstance(value, str) else None for value in given]
+        sentences = [
+            [value[start:end] for start, end in spans] if isinstance(value, str) and spans is not None else list(value)
+            for value, spans in zip(given, places, strict=True)
+        ]
+        tagged = tag_sentences(model, tokenizer, sentences, batch_size=batch_size)
+        for value, spans, words, (tags, scores) in zip(given, places, sentences, tagged, strict=True):
+            kinds = entity_spans(tags) if marks_entities else []
+            entities = [_entity(value, spans, kind, start, end, scores) for kind, start, end in kinds]
+            shown = {columns[0]: value} if spans is None else {columns[0]: value, "words": words}
+            yield {**shown, "tags": tags, "scores": scores, "entities": entities}
 
 
 def tag_sentences(
     model: PreTrainedModel, tokenizer: Any, sentences: Sequence[Sequence[str]], *, batch_size: int = 64
 ) -> list[tuple[list[str], list[float]]]:
-    """The tag of every word of ``sentences``, and its probability; long sentences are cut into windows that overlap."""
+    """Return the tag of every word of ``sentences`` and its probability; long sentences are cut into overlapping windows."""
     names = class_names(model.config)
     windows = cut_windows(sentences, tokenizer, max_length_of(model, tokenizer))
     inputs = {"input_ids": windows.ids, **({"token_type_ids": windows.types} if windows.types is not None else {})}
     tagged: list[tuple[list[str], list[float]]] = [([], []) for _ in sentences]
     logits = compute_logits(model, tokenizer, inputs, batch_size) if windows.ids else []
-    # Windows are in the order of the sentences and each word is in one of them, so words arrive in order.
+    # Windows are in the order of the sentences and each word belongs to one window, so words arrive in order.
     for row, words, values in zip(windows.rows, windows.words, logits, strict=True):
         best = values[: len(words)][torch.from_numpy(words >= 0)].softmax(-1).max(-1)
         tagged[row][0].extend(names[number] for number in best.indices.tolist())
@@ -341,7 +311,7 @@ def tag_sentences(
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """Where the words of ``text`` begin and end, punctuation apart, in the manner of the corpora that taggers learn from.
+    """Return the start and end of every word of ``text``, punctuation apart, as in the corpora that taggers learn from.
 
     >>> text = "AT&T's well-known U.S. arm (1,000 staff)."
     >>> [text[start:end] for start, end in split_words(text)]
@@ -372,58 +342,25 @@ def _entity(
 
 
 def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Row],
-    found: Sequence[str],
-    wanted: Sequence[str] | None,
-    batch_size: int,
-    threshold: float,
+    model: PreTrainedModel, tokenizer: Any, rows: Iterable[Row], columns: list[str], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    from minibert.inference.answers import answer_rows
-
-    names = ("question", "context")
-    columns = _choose_columns(found, wanted, [names], "a question and its context") if found else []
-    if len(columns) not in (0, 2):
-        raise ValueError(f"Question answering reads two columns, the question and its context, not {', '.join(columns)}.")
-    asked, shown = tee({name: row.get(column) for name, column in zip(names, columns, strict=False)} for row in rows)
-    results = answer_rows(model, tokenizer, asked, batch_size=batch_size)
-    return ({**row, **result} for result, row in zip(results, shown, strict=False))
+    asked = ({name: row.get(column) for name, column in zip(_ASKED, columns, strict=False)} for row in rows)
+    return _beside(asked, _ASKED, lambda given: answer_rows(model, tokenizer, given, batch_size=batch_size))
 
 
-def _choose(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Row],
-    found: Sequence[str],
-    wanted: Sequence[str] | None,
-    batch_size: int,
-    threshold: float,
+def _beside(
+    rows: Iterable[Row], names: Sequence[str], run: Callable[[Iterable[Row]], Iterator[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    from minibert.inference.answers import choice_columns_of, choose_rows
-
-    if wanted:
-        raise ValueError("Multiple choice finds its columns by their usual names, or those it was trained with; rename them.")
-    columns = choice_columns_of(model, found)
-    read = [name for name in found if name in (*columns.texts, *columns.choices)]
-    asked, shown = tee(rows)
-    results = choose_rows(model, tokenizer, asked, batch_size=batch_size)
-    return ({**{name: row.get(name) for name in read}, **result} for result, row in zip(results, shown, strict=False))
-
-
-_PREDICTORS: dict[str | None, Callable[..., Iterator[dict[str, Any]]]] = {
-    CLASSIFIER: _classify,
-    TAGGER: _tag,
-    ANSWERER: _answer,
-    CHOOSER: _choose,
-}
+    """Yield the named columns of each row together with its result."""
+    given, shown = tee(rows)
+    return ({**{name: row.get(name) for name in names}, **result} for result, row in zip(run(given), shown, strict=False))
 
 
 # -------------------------------------------------------------------------------------------------------------- what comes out
 
 
 def in_a_line(prediction: Row) -> str:
-    """A prediction for people: what was found, its probability where there is one, then the text.
+    """Return a prediction as a line for people: the result, its probability if there is one, then the text.
 
     >>> in_a_line({"text": "so  good", "label": "yes", "score": 0.91234, "probabilities": {"no": 0.08766, "yes": 0.91234}})
     'yes\\t0.9123\\tso good'
@@ -459,15 +396,15 @@ def _is_iob(tag: str) -> bool:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Refuse, before anything is computed, an output that cannot or must not be written.
+    """Refuse an output that cannot or must not be written, before anything is computed.
 
     Raises:
-        ValueError: for an unknown kind of file.
-        FileExistsError: for a file that is there, without ``force``.
-        FileNotFoundError: for a folder that is not there.
+        ValueError: for an unknown suffix.
+        FileExistsError: for an existing file, without ``force``.
+        FileNotFoundError: for a missing folder.
     """
     if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path} is of no kind that can be written; end its name in {', '.join(OUTPUT_SUFFIXES)}.")
+        raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(OUTPUT_SUFFIXES)}.")
     if path.is_dir() or (path.exists() and not force):
         raise FileExistsError(f"{path} exists already; choose another name, or replace it with --force.")
     if not path.parent.is_dir():
@@ -477,61 +414,44 @@ def check_output(path: Path, *, force: bool) -> None:
 def write(predictions: Iterable[Mapping[str, Any]], path: str | Path, *, force: bool = False) -> int:
     """Write ``predictions`` as JSON lines, CSV (nested values as JSON) or Parquet, and return their number.
 
-    The file appears under its name once it is whole; until then, and after an error, what was there stays.
+    The file appears once it is complete; until then, and after an error, an earlier file stays.
 
-    Raises: as :func:`check_output` does.
+    Raises: as :func:`check_output`.
     """
     path = Path(path)
     check_output(path, force=force)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        count = _WRITERS[path.suffix](iter(predictions), part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return count
-
-
-def _write_jsonl(predictions: Iterator[Mapping[str, Any]], path: Path) -> int:
-    count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for row in predictions:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
-
-
-def _write_csv(predictions: Iterator[Mapping[str, Any]], path: Path) -> int:
-    count = 0
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        for row in predictions:
-            if not count:
-                writer.writerow(row)
-            values = row.values()
-            writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for v in values])
-            count += 1
-    return count
-
-
-def _write_parquet(predictions: Iterator[Mapping[str, Any]], path: Path) -> int:
-    count = 0
-    first = list(islice(predictions, 1))
-    schema = pa.schema([(name, _arrow_type(value, name)) for row in first for name, value in row.items()])
-    rows = chain(first, predictions)
-    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+    rows, count = iter(predictions), 0
+    first = list(islice(rows, 1))
+    with atomic_write(path) as part, contextlib.ExitStack() as files:
+        if path.suffix == ".parquet":
+            schema = pa.schema([(name, _arrow_type(value, name)) for row in first for name, value in row.items()])
+            table = files.enter_context(parquet.ParquetWriter(part, schema, compression="zstd"))
+        else:
+            file = files.enter_context(part.open("w", encoding="utf-8", newline="" if path.suffix == ".csv" else None))
+            if path.suffix == ".csv" and first:
+                csv.writer(file).writerow(first[0])
+        rows = chain(first, rows)
         while some := list(islice(rows, _ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(some, schema=schema))
             count += len(some)
+            if path.suffix == ".parquet":
+                table.write_table(pa.Table.from_pylist(some, schema=schema))
+            elif path.suffix == ".csv":
+                nested = ((_as_json(v) if isinstance(v, list | dict) else v for v in row.values()) for row in some)
+                csv.writer(file).writerows(nested)
+            else:
+                file.writelines(_as_json(row) + "\n" for row in some)
     return count
 
 
-_WRITERS = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 _ENTITY = {"entity_group": "", "word": "", "start": 0, "end": 0, "score": 0.0}
 
 
 def _arrow_type(value: Any, name: str = "") -> pa.DataType:
-    """The column for ``value``: a list that is empty in the first row is known by its name."""
+    """Return the type of a column from its first value; a list that is empty there is known by its name."""
     if isinstance(value, dict):
         return pa.struct([(key, _arrow_type(inner, key)) for key, inner in value.items()])
     if isinstance(value, list):

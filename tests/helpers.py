@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import minibert
 from minibert import MiniBertConfig, train_word_level
 from minibert.cli import app
+from minibert.data.tags import entity_spans
 from minibert.hub.families import FAMILIES
 
 ROOT = Path(minibert.__file__).parent
@@ -200,3 +201,11 @@ def add_noise(model, scale=0.05):
 def no_dropout(config):
     """Return a copy of ``config`` without dropout."""
     return MiniBertConfig(**{**config.to_dict(), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+
+
+def in_iob2(tags):
+    """Return ``tags`` with a B- at the start of every entity."""
+    tags = list(tags)
+    for kind, start, _ in entity_spans(tags):
+        tags[start] = f"B-{kind}"
+    return tags

@@ -14,8 +14,7 @@ from datasets import Dataset
 from transformers import BertConfig, pipeline
 
 import minibert
-from helpers import read_rows, run_command
-from minibert.data.tags import to_iob2
+from helpers import in_iob2, read_rows, run_command
 from minibert.evaluation.evaluate import evaluate
 from minibert.inference import predict as module
 
@@ -114,7 +113,7 @@ def test_evaluation_agrees_with_the_predictions(model, tagger):
     figures = evaluate(number, Dataset.from_list(rows))["systems"]["model"]
     assert figures == {"spearman": pytest.approx(1), "pearson": pytest.approx(1), "mse": pytest.approx(0, abs=1e-8)}
     tokens = [{"tokens": text.split()} for text in TEXTS]
-    rows = [{"tokens": row["tokens"], "tags": to_iob2(row["tags"])} for row in minibert.predict(tagger, tokens)]
+    rows = [{"tokens": row["tokens"], "tags": in_iob2(row["tags"])} for row in minibert.predict(tagger, tokens)]
     assert evaluate(tagger, Dataset.from_list(rows))["systems"]["model"]["f1"] == 1
 
 
@@ -268,18 +267,18 @@ def test_memory_does_not_grow_with_the_rows(classifier):
         (["{classifier}", "gone.txt"], "There is no file or folder gone.txt"),
         (["gone", "texts.txt"], "There is no model folder gone"),
         (["{encoder}", "texts.txt"], "has no head that predicts labels, tags, answers or choices; train one on top of it"),
-        (["{classifier}", "wide.csv"], "there are the columns id, body, title; name them with --column"),
-        (["{classifier}", "wide.csv", "--column", "bodi"], "There is no column 'bodi'; there are id, body, title"),
+        (["{classifier}", "wide.csv"], "usual are premise + hypothesis"),
+        (["{classifier}", "wide.csv", "--column", "bodi"], "Column 'bodi' is not there in the data; the columns are id, body, title"),
         (["{classifier}", "wide.csv", "--column", "id"], "Row 1 has 1 in column 'id', where a text belongs"),
         (["{classifier}", "hole.jsonl"], "Row 2 has None in column 'text', where a text belongs"),
         (["{tagger}", "hole.jsonl"], "Row 2 has None in column 'text', where a text or a list of words belongs"),
-        (["{tagger}", "wide.csv", "--column", "body", "--column", "id"], "A tagger reads one column, not body, id"),
-        (["{classifier}", "texts.txt", "--out", "out.xml"], "end its name in .jsonl, .csv, .parquet"),
+        (["{tagger}", "wide.csv", "--column", "body", "--column", "id"], "This model reads tokens or words or text or sentence, not body, id"),
+        (["{classifier}", "texts.txt", "--out", "out.xml"], "its name must end in one of .jsonl, .csv, .parquet"),
         (["{classifier}", "texts.txt", "--out", "no/out.csv"], "There is no folder no to write out.csv into"),
-        (["{classifier}", "texts.txt", "--batch-size", "0"], "batch_size=0 computes nothing"),
-        (["{classifier}", "texts.txt", "--threshold", "2"], "threshold=2.0 is no probability"),
-        (["{pairs}", "texts.txt"], "(a + b; premise + hypothesis; sentence1 + sentence2), but there are the columns text"),
-        (["{answerer}", "texts.txt"], "reads a question and its context (question + context), but there are the columns text"),
+        (["{classifier}", "texts.txt", "--batch-size", "0"], "batch_size must be at least 1, got 0 (--batch-size)"),
+        (["{classifier}", "texts.txt", "--threshold", "2"], "threshold must lie between 0 and 1, got 2.0 (--threshold)"),
+        (["{pairs}", "texts.txt"], "usual are a + b; premise + hypothesis; sentence1 + sentence2, found text; name it (--column)"),
+        (["{answerer}", "texts.txt"], "usual are question + context, found text; name it (--column)"),
         (["{chooser}", "texts.txt"], "question"),
     ],
 )

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
+from datasets import Dataset, Features, LargeList, List, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from helpers import write_rows
+from helpers import in_iob2, write_rows
 from minibert import train_word_level, train_wordpiece
-from minibert.data.tags import cut_windows, entity_spans, read_tags, read_words, to_iob2
+from minibert.data.tags import cut_windows, entity_spans, read_tags, read_words
 from minibert.evaluation.evaluate import evaluate
 from minibert.evaluation.metrics import tag_figures
 from minibert.train.arguments import TagStage
@@ -153,7 +153,7 @@ def test_words_of_byte_level_vocabularies_keep_the_space_before_them():
 
 
 def test_words_of_two_windows_belong_to_the_one_where_they_stand_inside(pieces):
-    windows = cut_windows([["a"] * 30], pieces, 18)  # 16 tokens beside [CLS] and [SEP], 4 of them shared
+    windows = cut_windows([["a"] * 30], pieces, 18)  # 16 tokens without [CLS] and [SEP], 4 of them shared
     places = [np.flatnonzero(words >= 0).tolist() for words in windows.words]
     assert places == [list(range(1, 15)), list(range(3, 15)), list(range(3, 7))]
 
@@ -190,11 +190,11 @@ def test_the_evaluation_computes_what_the_loss_does(pieces):
 
 
 def test_entity_figures_are_those_of_a_library():
-    """Ours are scikit-learn's over spans; nervaluate's strict ones must be the same, on any sequence of tags."""
+    """The metrics are scikit-learn's over spans; nervaluate's strict ones must be the same, on any sequence of tags."""
     nervaluate = pytest.importorskip("nervaluate")
     generator = random.Random(0)
     names = ["O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
-    true = [to_iob2([generator.choice(names) for _ in range(generator.randint(1, 12))]) for _ in range(200)]
+    true = [in_iob2([generator.choice(names) for _ in range(generator.randint(1, 12))]) for _ in range(200)]
     found = [[name if generator.random() < 0.6 else generator.choice(names) for name in tags] for tags in true]
     strict = nervaluate.Evaluator(true, found, tags=["PER", "LOC"], loader="list").evaluate()["overall"]["strict"]
     figures = tag_figures(true, found)
@@ -213,13 +213,10 @@ def test_entities_need_type_and_both_ends():
     assert tag_figures([["B-PER", "O"]], [["O", "O"]])["recall"] == 0
 
 
-def test_iob1_is_read_as_iob2():
-    rows = Dataset.from_dict({"tokens": [["a"] * 5], "tags": [["I-PER", "I-PER", "B-PER", "O", "I-LOC"]]})
-    tags, names = read_tags(rows, "tags", rows["tokens"])
-    assert tags == [["B-PER", "I-PER", "B-PER", "O", "B-LOC"]] and names == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
-    features = Features({"tags": List(ClassLabel(names=["O", "I-PER"]))})
-    numbered = Dataset.from_dict({"tags": [[1, 1, 0]]}, features=features)
-    assert read_tags(numbered, "tags", [["a"] * 3]) == ([["B-PER", "I-PER", "O"]], ["O", "I-PER", "B-PER"])
+def test_an_entity_that_starts_without_b_is_refused():
+    rows = Dataset.from_dict({"tokens": [["a"] * 3], "tags": [["O", "I-PER", "I-PER"]]})
+    with pytest.raises(ValueError, match=r"Row 1 has 'I-PER' at word 2, .* or convert IOB1 tags to IOB2"):
+        read_tags(rows, "tags", rows["tokens"])
     assert entity_spans(["I-PER", "I-LOC", "O", "I-LOC"]) == [("PER", 0, 1), ("LOC", 1, 2), ("LOC", 3, 4)]
 
 
@@ -229,7 +226,7 @@ def test_numbers_beside_tags_found_as_strings_are_names():
     assert read_tags(Dataset.from_dict({"tags": [[2, 1]]}), "tags", words, names) == ([["2", "1"]], ["1", "2", "x"])
     with pytest.raises(ValueError, match=r"Row 1 has the tag '0' in 'tags'; the tags are 1, 2, x"):
         read_tags(Dataset.from_dict({"tags": [[1, 0]]}), "tags", words, names)
-    assert read_tags(Dataset.from_dict({"tags": [[1, 0]]}), "tags", words, ["1", "2"])[0] == [["2", "1"]]
+    assert read_tags(Dataset.from_dict({"tags": [[1, 0]]}), "tags", words, ["N", "V"])[0] == [["V", "N"]]
 
 
 def test_lists_of_wide_offsets_are_lists():
@@ -266,7 +263,7 @@ def test_lists_of_wide_offsets_are_lists():
         ({"tokens": [[], []], "tags": [[], []]}, {"labels": ["O", "B-X"]}, r"has no word in any row"),
         ({"tokens": [["a"]], "tags": [["B-X"]]}, {"metric_for_best": "macro_f1"}, r"use one of f1, precision, recall"),
         ({"tokens": [["a"]], "tags": [["B-X"]]}, {"max_length": 400}, r"max_length=400 exceeds the model's"),
-        ({"tokens": [["a"]], "tags": [["B-X"]]}, {"max_length": 2}, r"max_length=2 leaves no room for text"),
+        ({"tokens": [["a"]], "tags": [["B-X"]]}, {"max_length": 2}, r"max_length must be at least 3"),
     ],
 )
 def test_refusals_name_the_row_or_field(tag, tmp_path, columns, changes, message):
