@@ -1,31 +1,13 @@
-"""Pictures of models and runs, each as an interactive page (plotly) or an image (matplotlib).
+"""Draw models and runs: as an interactive page (plotly), and some of them as an image too (matplotlib).
 
-Every function returns a picture: ``.interactive()`` is its plotly figure, ``.static()`` its matplotlib figure,
-``.save("x.html")`` and ``.save("x.png")`` write them, and the facts that are drawn are its attributes.
+Every function returns a picture: ``.save("x.html")`` and ``.save("x.png")`` write it, and the facts that it shows are its
+attributes.
 """
 
-from minibert.plot.attention_maps import Attention, attention
+from minibert.plot.attention_maps import attention
 from minibert.plot.page import Picture, check_output, read_texts
-from minibert.plot.token_pieces import Token, Tokens, tokens
-from minibert.plot.training_curves import Run, Training, training
-from minibert.plot.vector_maps import METHODS, Embeddings, Panel, Similarity, embeddings, similarity
+from minibert.plot.token_pieces import tokens
+from minibert.plot.training_curves import training
+from minibert.plot.vector_maps import embeddings, similarity
 
-__all__ = [
-    "METHODS",
-    "Attention",
-    "Embeddings",
-    "Panel",
-    "Picture",
-    "Run",
-    "Similarity",
-    "Token",
-    "Tokens",
-    "Training",
-    "attention",
-    "check_output",
-    "embeddings",
-    "read_texts",
-    "similarity",
-    "tokens",
-    "training",
-]
+__all__ = ["Picture", "attention", "check_output", "embeddings", "read_texts", "similarity", "tokens", "training"]

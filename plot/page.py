@@ -1,4 +1,4 @@
-"""What all pictures share: an interactive and a still form, a file that opens without network, and texts shown as they are."""
+"""Draw pictures: panels of traces that plotly renders as a page and matplotlib as an image, and texts shown as they are."""
 
 import html
 import io
@@ -6,11 +6,11 @@ import os
 import textwrap
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -18,166 +18,343 @@ import plotly.graph_objects as go
 import plotly.io
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from plotly.subplots import make_subplots
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from minibert.data.columns import pick_columns
 from minibert.data.load import as_dataset, text_columns
+from minibert.files.disk import atomic_write
 from minibert.files.model_folder import opening
-from minibert.inference.load import _encoder_folder, find_model
+from minibert.inference.load import encoder_folder, find_model
 
-SUFFIXES = (".html", ".png")
+SUFFIXES = {".html": "a page to explore", ".png": "an image"}
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart, without yellow, and four more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#882255", "#44AA99", "#332288")
-INK, RULE, UNKNOWN = "#222222", "#D8D8D8", "#C62828"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif"
+INK = "#222222"
+_SCALE = "Blues"
 _DOTS_PER_INCH = 130
-# Scripts that matplotlib's own font lacks; those of these fonts that are installed fill in.
+# matplotlib's names for the lines and markers of plotly.
+_LINES = {"solid": "-", "dash": "--", "dot": ":"}
+_MARKERS = {"circle": "o", "diamond": "D", "square": "s"}
+# Scripts that matplotlib's own font lacks are drawn in those of these fonts that are installed.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans Devanagari")
 
 _PAGE = """<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ margin: 0; font-family: {font}; color: {ink}; background: #fff; }}
-main {{ max-width: {width}px; margin: 0 auto; padding: 8px 10px; }}
-h1 {{ font-size: 1.15rem; margin: 0.3rem 0; overflow-wrap: anywhere; }}
-p {{ font-size: 0.9rem; margin: 0.3rem 0; color: #555; overflow-wrap: anywhere; }}
+body {{ max-width: 1240px; margin: 0 auto; padding: 8px 10px; font-family: system-ui, 'DejaVu Sans', Arial, sans-serif; }}
+h1 {{ font-size: 1.15rem; overflow-wrap: anywhere; }}
+p {{ font-size: 0.9rem; color: #555; overflow-wrap: anywhere; }}
 </style>
-</head>
-<body>
-<main>
 <h1>{title}</h1>
 {notes}
-{figure}
+<main>
+{body}
 </main>
-</body>
 </html>
 """
-# A figure that has two arrangements in its ``meta`` takes the one that the window has room for, also when that changes.
-# The height goes to the element: a figure with a height of its own would keep its width too.
-_ARRANGE = """
-const figure = document.getElementById("{plot_id}");
-const all = figure.layout.meta;
-let arranged = null;
-const arrange = () => {
-    const wanted = all && window.innerWidth < 760 ? "narrow" : "wide";
-    if (wanted === arranged) return;
-    arranged = wanted;
-    const {height, ...layout} = all ? all[wanted].layout : figure.layout;
-    figure.style.height = height + "px";
-    Plotly.update(
-        figure,
-        all ? all[wanted].traces : {},
-        {...(all ? layout : {}), width: null, height: null, autosize: true},
-        all ? all.numbers : []
-    );
-};
-window.addEventListener("resize", arrange);
-arrange();
-"""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Picture(ABC):
-    """Facts, and how they are drawn.
+class Text(NamedTuple):
+    """A text in a panel; ``side`` is the side of the text that touches the point."""
+
+    point: Sequence[float]
+    text: str
+    colour: str = INK
+    side: str = "left"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A diagram that plotly and matplotlib draw from the same data.
 
     Attributes:
-        title: one line about what is shown.
-        notes: what the reader must know to read it rightly, such as what was left out; one sentence each.
+        traces: plotly's traces: a heat map, or lines and points in two or three dimensions.
+        axes: names of the axes, x first.
+        columns: text and color of each column of a heat map; rows: likewise.
+        frame: limits of x and of y in a panel that hides its axes.
     """
 
-    title: str
-    notes: tuple[str, ...] = ()
+    traces: Sequence[Any]
+    title: str = ""
+    axes: Sequence[str] = ("", "")
+    texts: Sequence[Text] = ()
+    columns: Sequence[tuple[str, str]] = ()
+    rows: Sequence[tuple[str, str]] = ()
+    frame: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     @property
-    def page_width(self) -> int:
-        """Pixels that the page takes at most."""
-        return 1240
+    def kind(self) -> str:
+        """The type of the first trace, or ``bare`` if the axes are hidden."""
+        return "bare" if self.frame else str(self.traces[0].type)
 
-    @abstractmethod
-    def interactive(self) -> go.Figure:
-        """The plotly figure, without title and notes: a page has them above it."""
 
-    @abstractmethod
-    def draw(self) -> Figure:
-        """The matplotlib figure without title."""
+def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hover_text: str = "") -> go.Heatmap:
+    """Return a heat map of (rows, columns) values, whose pointer shows ``hover_text``, the value and both texts."""
+    x, y = ([f"{at} {hover(text)}" for at, text in enumerate(texts, start=1)] for texts in (columns, rows))
+    return go.Heatmap(
+        z=cells,
+        x=x,
+        y=y,
+        zmin=min(0.0, float(cells.min())),
+        zmax=float(cells.max()),
+        colorscale=_SCALE,
+        colorbar={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "lenmode": "pixels", "len": 130, "thickness": 10},
+        hovertemplate=hover_text or "%{z:.4f}<br>%{y}<br><b>and</b><br>%{x}<extra></extra>",
+    )
 
-    def static(self) -> Figure:
-        """The matplotlib figure."""
-        with _as_written():
-            figure = self.draw()
-            characters = round(figure.get_figwidth() * 11)
-            lines = [self.title, *self.notes]
-            figure.suptitle("\n".join(textwrap.fill(plain(line), characters) for line in lines), fontsize=10, color=INK)
-            figure.draw_without_rendering()  # labels that come into being later would read formulas into texts
-        return figure
 
-    def page(self) -> str:
-        """A whole HTML page that needs no network."""
-        figure = plotly.io.to_html(
-            self.interactive(),
-            full_html=False,
-            include_plotlyjs=True,
-            config={"responsive": True, "displaylogo": False},
-            post_script=_ARRANGE,
-        )
-        notes = "\n".join(f"<p>{html.escape(plain(note))}</p>" for note in self.notes)
-        title = html.escape(plain(self.title))
-        return _PAGE.format(title=title, notes=notes, figure=figure, font=FONT, ink=INK, width=self.page_width)
+def page_figure(
+    panels: Sequence[Panel], *, columns: int = 1, menus: Mapping[str, Mapping[str, dict[str, Any]]] | None = None
+) -> go.Figure:
+    """Return ``panels``, which are of one kind, in ``columns`` of a plotly figure.
 
-    def save(self, out: str | Path, *, force: bool = False) -> Path:
-        """Write an interactive page (``.html``) or an image (``.png``).
+    Args:
+        menus: for each menu its items, and what each of them changes in the traces (plotly's restyle).
+    """
+    kind, rows = panels[0].kind, -(-len(panels) // columns)
+    each = {"scatter3d": 560, "scatter": 190}.get(kind, min(2400, max(240, 18 * len(panels[0].rows))))
+    height = rows * (each + 62) - 62
+    kinds = [{"type": "scene" if kind == "scatter3d" else "xy"} for _ in panels] + [None] * (rows * columns - len(panels))
+    figure = make_subplots(
+        rows,
+        columns,
+        specs=[kinds[at : at + columns] for at in range(0, len(kinds), columns)],
+        subplot_titles=[markup(panel.title) for panel in panels],
+        horizontal_spacing=0.06,
+        vertical_spacing=62 / height,
+    )
+    for at, panel in enumerate(panels):
+        place = {"row": at // columns + 1, "col": at % columns + 1}
+        figure.add_traces(panel.traces, place["row"], place["col"])
+        texts = [
+            {
+                **dict(zip("xyz", map(float, text.point))),
+                "text": markup(text.text, 20),
+                "showarrow": False,
+                "font": {"size": 10, "color": text.colour},
+                "xanchor": text.side,
+                "xshift": 6 if text.side == "left" else -6,
+            }
+            for text in panel.texts
+        ]
+        if kind == "scatter3d":
+            look = {"backgroundcolor": "#F5F5F5", "gridcolor": "#DDDDDD"}
+            axes: dict[str, Any] = {f"{letter}axis": {**look, "title": name} for letter, name in zip("xyz", panel.axes)}
+            camera = {"eye": {"x": 1.2, "y": -1.9, "z": 0.9}, "center": {"x": 0, "y": 0, "z": -0.12}}
+            figure.update_scenes(**axes, aspectmode="cube", camera=camera, annotations=texts, **place)
+            continue
+        figure.layout.annotations += tuple({**text, "xref": f"x{at + 1}", "yref": f"y{at + 1}"} for text in texts)
+        figure.update_xaxes(title={"text": panel.axes[0], "standoff": 5}, **place)
+        figure.update_yaxes(title_text=panel.axes[1], **place)
+        if panel.kind == "heatmap":
+            figure.update_xaxes(type="category", showgrid=False, **_labels(panel.columns, 48), **place)
+            figure.update_yaxes(type="category", showgrid=False, autorange="reversed", **_labels(panel.rows, 170), **place)
+        elif panel.frame:
+            figure.update_xaxes(visible=False, fixedrange=True, range=panel.frame[0], **place)
+            figure.update_yaxes(visible=False, fixedrange=True, range=panel.frame[1], **place)
+        else:
+            figure.update_xaxes(matches="x", **place)
+    named: dict[str, Any] = {}
+    for trace in figure.data:
+        trace.legendgroup = trace.name
+        trace.showlegend = bool(trace.name) and named.setdefault(trace.name, trace) is trace
+    margin = {"l": 40, "r": 10, "t": 90 if menus else 60 if kind == "heatmap" else 40, "b": 20 + 22 * min(8, len(named))}
+    return figure.update_layout(
+        template="plotly_white",
+        font={"color": INK, "size": 11},
+        height=height + margin["t"] + margin["b"] + (110 if kind == "heatmap" else 0),
+        margin=margin,
+        updatemenus=[
+            {
+                "name": name,
+                "buttons": [{"label": label, "method": "restyle", "args": [change]} for label, change in items.items()],
+                "x": 0,
+                "xanchor": "left",
+                "y": 1,
+                "yanchor": "bottom",
+                "pad": {"b": 32, "l": 112 * at},
+                "bgcolor": "white",
+            }
+            for at, (name, items) in enumerate((menus or {}).items())
+        ],
+        # Texts would stay where a click on the legend hides their points.
+        legend={"orientation": "h", "y": -0.05, "yanchor": "top", "itemclick": False if panels[0].texts else "toggle"},
+    )
 
-        Raises:
-            FileExistsError: ``out`` exists, and not ``force``.
-            ValueError: for another suffix.
-            OSError: the folder is not there or cannot be written to.
-        """
-        out = check_output(out, force=force)
-        data = self._repr_png_() if out.suffix.lower() == ".png" else self.page().encode("utf-8")
-        part = out.with_name(f".{out.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(data)
-            part.replace(out)
-        finally:
-            part.unlink(missing_ok=True)
-        return out
 
-    def _repr_png_(self) -> bytes:
-        """How a notebook shows a picture: as an image, which its file can hold."""
-        buffer = io.BytesIO()
-        with _as_written():
-            self.static().savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
-        return buffer.getvalue()
+def _labels(texts: Sequence[tuple[str, str]], most: int) -> dict[str, Any]:
+    shown = ticks(len(texts), most)
+    labels = [f'<span style="color:{colour}">{markup(text, 30)}</span>' for text, colour in (texts[at] for at in shown)]
+    return {"tickvals": shown, "ticktext": labels, "automargin": True}
+
+
+def page_part(figure: go.Figure) -> str:
+    """Return the HTML of a plotly figure, which needs no network."""
+    config = {"responsive": True, "displaylogo": False}
+    part: str = plotly.io.to_html(figure, full_html=False, include_plotlyjs=True, config=config)
+    return part
+
+
+def image_figure(panels: Sequence[Panel], *, columns: int, cell: tuple[float, float]) -> Figure:
+    """Return ``panels`` in ``columns`` of a matplotlib figure; ``cell`` is the width and height of each, in inches."""
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(5.0, cell[0] * columns), cell[1] * rows + 0.9), layout="constrained")
+    named: dict[str, Any] = {}
+    for at, panel in enumerate(panels, start=1):
+        space = "3d" if panel.kind == "scatter3d" else None
+        shared = figure.axes[0] if panel.kind == "scatter" and at > 1 else None
+        axes: Any = figure.add_subplot(rows, columns, at, projection=space, sharex=shared)
+        axes.set(**{f"{letter}label": name for letter, name in zip("xyz", panel.axes)})
+        axes.set_title(panel.title, fontsize=min(9.0, 5 * cell[0]))
+        for trace in panel.traces:
+            if panel.kind == "heatmap":
+                _draw_cells(axes, panel, min(cell))
+                continue
+            (line,) = axes.plot(
+                *(trace[letter] for letter in "xyz"[: len(panel.axes)]),
+                color=trace.line.color or trace.marker.color,
+                alpha=trace.opacity,
+                linestyle=_LINES[trace.line.dash or "solid"] if "lines" in trace.mode else "none",
+                linewidth=trace.line.width,
+                marker=_MARKERS[trace.marker.symbol or "circle"] if "markers" in trace.mode else "",
+                markersize=trace.marker.size,
+            )
+            named.setdefault(html.unescape(trace.name or ""), line)
+        for text in panel.texts:
+            axes.text(*text.point, f"  {plain(text.text, 20)}  ", color=text.colour, ha=text.side, va="center")
+        if panel.frame:
+            axes.set(xlim=panel.frame[0], ylim=panel.frame[1])
+            axes.axis("off")
+        elif space:
+            axes.set_box_aspect(None, zoom=0.95)
+        elif panel.kind == "scatter":
+            axes.grid(color="#E5E5E5", linewidth=0.6)
+    named.pop("", None)
+    if named:
+        fitting = max(1, int(figure.get_figwidth() * 14 / (8 + max(map(len, named)))))
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=fitting)
+    return figure
+
+
+def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
+    """Draw a heat map that is ``inches`` wide: with a color bar if its axes have names, and with labels that can be read."""
+    image = axes.imshow(panel.traces[0].z, cmap=_SCALE, vmin=0, interpolation="nearest")
+    if any(panel.axes):
+        axes.figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02).outline.set_visible(False)
+    axes.spines[:].set_visible(False)
+    for axis, labels in ((axes.xaxis, panel.columns), (axes.yaxis, panel.rows)):
+        shown = ticks(len(labels), 100)
+        size = min(8.0, 45 * inches / max(1, len(shown)))
+        shown = shown if size >= 4 else []
+        axis.set_ticks(shown, [plain(labels[at][0], 14) for at in shown], fontsize=size)
+        axis.set_tick_params(length=0)
+        for at, label in zip(shown, axis.get_ticklabels()):
+            label.set_color(labels[at][1])
+    axes.tick_params(axis="x", labelrotation=90)
 
 
 @contextmanager
-def _as_written() -> Iterator[None]:
-    """matplotlib settings under which a text between dollar signs is no formula, and rare scripts are drawn if possible."""
+def _image_settings() -> Iterator[None]:
+    """Set matplotlib to show texts between dollar signs as they are, and to draw rare scripts where a font has them."""
     installed = set(font_manager.get_font_names())
     more = [name for name in _MORE_FONTS if name in installed]
     settings: Any = {
         "text.parse_math": False,
         "text.usetex": False,
         "font.family": ["sans-serif", *more],
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.monospace": ["DejaVu Sans Mono"],
+        "font.size": 8,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
     }
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # it is drawn as a box
         yield
 
 
-def check_output(out: str | Path, *, force: bool) -> Path:
-    """Refuse a file that should not be written, before anything is computed.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Picture(ABC):
+    """Facts, and a page that shows them.
 
-    Raises: as :meth:`Picture.save` does.
+    Attributes:
+        title: one line about what is shown.
+        notes: what readers must know, such as what was left out; one sentence each.
     """
+
+    title: str
+    notes: tuple[str, ...] = ()
+    #: Suffixes of the files that :meth:`save` writes.
+    suffixes: ClassVar[tuple[str, ...]] = (".html",)
+
+    @abstractmethod
+    def body(self) -> str:
+        """Return the HTML below the title and the notes."""
+
+    def page(self) -> str:
+        """Return a complete HTML page, which needs no network."""
+        notes = "\n".join(f"<p>{html.escape(plain(note))}</p>" for note in self.notes)
+        return _PAGE.format(title=html.escape(plain(self.title)), notes=notes, body=self.body())
+
+    def save(self, out: str | Path, *, force: bool = False) -> Path:
+        """Write a page (``.html``) or an image (``.png``), which replaces an existing file only with ``force``.
+
+        Raises:
+            FileExistsError: ``out`` exists, and ``force`` is not set.
+            ValueError: the suffix is not one of ``suffixes``.
+            OSError: the folder is missing or cannot be written to.
+        """
+        out = check_output(out, force=force, suffixes=self.suffixes)
+        with atomic_write(out) as part:
+            part.write_bytes(self.page().encode("utf-8") if out.suffix.lower() == ".html" else self._repr_png_())
+        return out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Drawing(Picture):
+    """A picture that is a plotly figure on a page, and a matplotlib figure as an image."""
+
+    suffixes: ClassVar[tuple[str, ...]] = tuple(SUFFIXES)
+
+    @abstractmethod
+    def interactive(self) -> go.Figure:
+        """Return the plotly figure, without title and notes, which a page has above it."""
+
+    @abstractmethod
+    def draw(self) -> Figure:
+        """Return the matplotlib figure without title and notes."""
+
+    def body(self) -> str:
+        """Return the HTML of the plotly figure."""
+        return page_part(self.interactive())
+
+    def static(self) -> Figure:
+        """Return the matplotlib figure."""
+        with _image_settings():
+            figure = self.draw()
+            characters = round(figure.get_figwidth() * 11)
+            lines = [self.title, *self.notes]
+            figure.suptitle("\n".join(textwrap.fill(plain(line), characters) for line in lines), fontsize=10, color=INK)
+            figure.draw_without_rendering()  # labels that are created later would read formulas into texts
+        return figure
+
+    def _repr_png_(self) -> bytes:
+        """Return an image for notebooks, whose files can hold it."""
+        buffer = io.BytesIO()
+        with _image_settings():
+            self.static().savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def check_output(out: str | Path, *, force: bool, suffixes: Sequence[str] = tuple(SUFFIXES)) -> Path:
+    """Refuse a file that :meth:`Picture.save` would refuse, before anything is computed."""
     out = Path(out).expanduser()
-    if out.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--out {out} ends in none of {', '.join(SUFFIXES)}: a page to explore, or an image.")
+    if out.suffix.lower() not in suffixes:
+        allowed = " or ".join(f"{suffix} ({SUFFIXES[suffix]})" for suffix in suffixes)
+        raise ValueError(f"--out must end in {allowed}, got {out}.")
     if out.is_dir():
         raise IsADirectoryError(f"--out {out} is a folder; name a file.")
     if out.exists() and not force:
@@ -187,11 +364,8 @@ def check_output(out: str | Path, *, force: bool) -> Path:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------------- texts
-
-
 def plain(text: str, width: int | None = None) -> str:
-    """``text`` in one line, without characters that cannot be seen, cut to ``width`` of them.
+    """Return ``text`` in one line, without invisible characters, cut to ``width`` characters.
 
     >>> plain("one\\n two\\tthree", 9)
     'one two …'
@@ -201,7 +375,7 @@ def plain(text: str, width: int | None = None) -> str:
 
 
 def markup(text: str, width: int | None = None) -> str:
-    """:func:`plain` text for plotly, which would read tags and formulas in it.
+    """Return :func:`plain` text for plotly, which would read tags and formulas in it.
 
     >>> markup("<s> & $x$")
     '&lt;s&gt; &amp; &#36;x&#36;'
@@ -210,16 +384,12 @@ def markup(text: str, width: int | None = None) -> str:
 
 
 def hover(text: str) -> str:
-    """A long text for plotly's hover box: some lines of it."""
+    """Return the first lines of a long text for plotly's hover box."""
     return "<br>".join(map(markup, textwrap.wrap(plain(text), 60, max_lines=8, placeholder=" …")))
 
 
 def check_text(text: str, name: str = "The text") -> None:
-    """Refuse a text without anything to see.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Refuse a text that is empty or blank."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{name} is empty; give words to look at.")
 
@@ -232,57 +402,50 @@ def read_texts(
     split: str = "train",
     limit: int | None = None,
 ) -> tuple[list[str], list[str] | None]:
-    """Texts given as they are, or those in the one file, folder or Hub data set that is named, with their labels.
+    """Return the texts that are given, or those of the file, folder or Hub data set that is named, with their labels.
 
-    What ends in no known suffix, is no path here and holds a blank, or is one of several, is a text.
+    A single argument names data if it is a path, ends in a known suffix, or holds a slash and no blank.
 
     Args:
-        column: of the texts; unset means the only one, or the one with a usual name.
-        label_column: unset means ``label``, where there is one.
-        limit: at most so many rows, drawn at random but always the same, in the order of the file.
+        column: column of the texts; by default the only column of texts, or the first that has a usual name.
+        label_column: column of the labels; by default ``label``, if there is one.
+        limit: maximum number of rows; a larger file is sampled, always alike, in the order of the file.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`minibert.data.load.load` does, or a column is not there.
+        FileNotFoundError, ValueError: as :func:`minibert.data.load.load` does, or a column is missing.
     """
     if not _names_data(given):
         if column or label_column:
             raise ValueError("Texts have no columns; name a file, or leave out --column and --label-column.")
         return list(given), None
     rows = as_dataset(given[0], split=split)
-    strings = text_columns(rows)
-    if label_column is not None and label_column not in rows.column_names:
-        raise ValueError(f"{given[0]} has no column {label_column!r}; it has {', '.join(rows.column_names)} (--label-column).")
-    label_column = label_column or ("label" if "label" in rows.column_names else None)
-    candidates = [name for name in strings if name != label_column]
-    usual = [name for name in ("text", "sentence", "passage", "query", "sentence1") if name in candidates]
-    wanted = column or (candidates[0] if len(candidates) == 1 else next(iter(usual), None))
-    if wanted not in strings:
-        raise ValueError(
-            f"Which column of {given[0]} holds the texts? It has {', '.join(strings) or 'none'} of texts; name one (--column)."
-        )
+    where, every = given[0], rows.column_names
+    label = ["label"] if "label" in every else []
+    if label_column is not None:
+        label = pick_columns(every, [label_column], [], option="--label-column", where=where)
+    texts = [name for name in text_columns(rows) if name not in label or name == column]
+    usual = [["text"], ["sentence"], ["passage"], ["query"], ["sentence1"]]
+    (wanted,) = pick_columns(texts, [column] if column else None, usual, option="--column", where=where, columns=every)
     rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=wanted)
     if limit is not None and len(rows) > limit:
         rows = rows.select(sorted(np.random.default_rng(0).choice(len(rows), limit, replace=False)))
     if not len(rows):
-        raise ValueError(f"Every text in column {wanted!r} of {given[0]} is blank; give texts.")
-    labels = None
-    if label_column is not None:
-        names = getattr(rows.features[label_column], "names", None)
-        labels = [str(names[value] if names and isinstance(value, int) else value) for value in rows[label_column]]
-    return list(rows[wanted]), labels
+        raise ValueError(f"Every text in column {wanted!r} of {where} is blank; give texts.")
+    if not label:
+        return list(rows[wanted]), None
+    names = getattr(rows.features[label[0]], "names", None)
+    return list(rows[wanted]), [str(names[value] if names and isinstance(value, int) else value) for value in rows[label[0]]]
 
 
 def _names_data(given: Sequence[str]) -> bool:
     if len(given) != 1:
         return False
-    name = given[0]
-    if len(name) < 4096 and "\n" not in name and Path(name).expanduser().exists():
-        return True
-    return " " not in name and (Path(name).suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt") or "/" in name)
+    known = Path(given[0]).suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt") or "/" in given[0]
+    return os.path.exists(os.path.expanduser(given[0])) or (" " not in given[0] and known)  # Path refuses long texts
 
 
 def ticks(count: int, most: int) -> list[int]:
-    """Places of at most ``most`` evenly spaced labels for ``count`` things.
+    """Return at most ``most`` evenly spaced numbers below ``count``.
 
     >>> ticks(7, 4)
     [0, 2, 4, 6]
@@ -290,45 +453,35 @@ def ticks(count: int, most: int) -> list[int]:
     return list(range(0, count, max(1, -(-count // most))))
 
 
-# ------------------------------------------------------------------------------------------------------------------ models
-
-
 def open_encoder(
     model: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The bare encoder of ``model`` on the CPU, and its tokenizer.
-
-    Raises: as :func:`minibert.inference.load.load` does.
-    """
-    folder = _encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
+    """Return the encoder of ``model`` without a head, on the CPU, and its tokenizer."""
+    folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
     with opening(folder):
         encoder = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
     return encoder.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def name_of(model: str | Path) -> str:
-    """The end of a path, or the id on the Hub."""
+    """Return the end of a path, or the id on the Hub."""
     return "/".join(Path(model).parts[-2:])
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Tokens as people read them: byte-level ones are decoded, with ``▁`` where a space was.
+    """Return tokens as people read them: byte-level tokens are decoded, with ``▁`` in place of a space.
 
-    A token that is only a part of a character, or special, stays as it is.
+    Special tokens, and tokens that are only a part of a character, stay as they are.
     """
+    byte_level = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)).__name__ == "ByteLevel"
     labels = []
-    for token, special in zip(tokenizer.convert_ids_to_tokens(list(ids)), (i in tokenizer.all_special_ids for i in ids)):
+    for number, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids))):
         readable = token
-        if not special and token and not token.isascii():
+        if number not in tokenizer.all_special_ids and token and not token.isascii():
             decoded = tokenizer.convert_tokens_to_string([token])
             if token[0] == "Ġ":
                 readable = "▁" + decoded.lstrip(" ")
-            elif _is_byte_level(tokenizer) and "\ufffd" not in decoded:
+            elif byte_level and "\ufffd" not in decoded:
                 readable = decoded
         labels.append(plain(readable) or repr(token))
     return labels
-
-
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return type(getattr(backend, "decoder", None)).__name__ == "ByteLevel"

@@ -1,10 +1,10 @@
-"""Vectors as pictures: texts or tokens as points in three dimensions, and similarities of texts as a heat map."""
+"""Draw vectors: texts or tokens as points in three dimensions, and similarities of texts as a heat map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,37 +15,16 @@ from sklearn.manifold import TSNE
 
 from minibert.inference.load import load
 from minibert.inference.predict import max_length_of
-from minibert.plot.page import (
-    COLOURS,
-    INK,
-    Picture,
-    check_text,
-    hover,
-    markup,
-    name_of,
-    open_encoder,
-    plain,
-    ticks,
-    token_labels,
-)
+from minibert.plot import page
 
 METHODS = ("pca", "tsne", "umap")
-# Points that have their name beside them, and kinds of labels that have a colour of their own.
+# Numbers of points that have their names next to them, and of labels that have a color and marker of their own.
 _NAMED, _KINDS = 60, 30
 _SYMBOLS = ("circle", "diamond", "square")
-_MARKERS = ("o", "D", "s")
-_SCALE = "Blues"
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Points of one space.
-
-    Attributes:
-        name: what the points are.
-        points: (n, 3).
-        axes: names of the three axes.
-    """
+class Space(NamedTuple):
+    """What the points are, their (n, 3) coordinates, and the names of the three axes."""
 
     name: str
     points: np.ndarray
@@ -53,145 +32,56 @@ class Panel:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Embeddings(Picture):
+class Embeddings(page.Drawing):
     """Texts or tokens as points in three dimensions.
 
     Attributes:
-        panels: the same things in one or more spaces.
-        names: of the points, shown beside them where they are few.
-        texts: what a point shows when the pointer is over it.
-        labels: of the points, for their colour; None for one colour.
+        spaces: the same things in one or more spaces.
+        names: names of the points, drawn next to them if they are at most 60.
+        texts: what the pointer shows on a point.
+        labels: labels of the points, which choose their color; None for a single color.
     """
 
-    panels: list[Panel]
+    spaces: list[Space]
     names: list[str]
     texts: list[str]
     labels: list[str] | None = None
 
-    @property
-    def kinds(self) -> list[tuple[str, list[int]]]:
-        """Labels in the order they appear, the places of their points, and what is beyond the colours as one kind."""
-        places: dict[str, list[int]] = {}
+    def panels(self) -> list[page.Panel]:
+        """Return a panel for each space, with a trace for each label; labels beyond the first 30 share a trace."""
+        kinds: dict[str, list[int]] = {}
         for place, label in enumerate(self.labels or [""] * len(self.texts)):
-            known = label in places or len(places) < _KINDS
-            places.setdefault(label if known else "others", []).append(place)
-        return list(places.items())
+            known = label in kinds or len(kinds) < _KINDS
+            kinds.setdefault(label if known else "others", []).append(place)
+        panels = []
+        for space in self.spaces:
+            traces = [
+                go.Scatter3d(
+                    **dict(zip("xyz", space.points[places].astype(np.float32).T)),
+                    mode="markers",
+                    marker={
+                        "color": page.COLOURS[number % len(page.COLOURS)],
+                        "symbol": _SYMBOLS[number // len(page.COLOURS) % len(_SYMBOLS)],
+                        "size": 5 if len(self.names) <= 300 else 3,
+                    },
+                    name=page.markup(label, 30),
+                    hovertext=[page.hover(self.texts[place]) for place in places],
+                    hoverinfo="text+name",
+                )
+                for number, (label, places) in enumerate(kinds.items())
+            ]
+            texts = [page.Text(*named) for named in zip(space.points, self.names)] if len(self.names) <= _NAMED else []
+            title = space.name if len(self.spaces) > 1 else ""
+            panels.append(page.Panel(title=title, axes=space.axes, traces=traces, texts=texts))
+        return panels
 
     def interactive(self) -> go.Figure:
-        figure = go.Figure()
-        named, size = len(self.names) <= _NAMED, 5 if len(self.names) <= 300 else 3
-        for at, panel in enumerate(self.panels):
-            scene = f"scene{at + 1 if at else ''}"
-            for number, (label, places) in enumerate(self.kinds):
-                x, y, z = panel.points[places].astype(np.float32).T
-                marker = {"size": size, "color": _colour(number), "symbol": _SYMBOLS[number // len(COLOURS)]}
-                figure.add_scatter3d(
-                    x=x,
-                    y=y,
-                    z=z,
-                    scene=scene,
-                    mode="markers",
-                    hovertext=[hover(self.texts[place]) for place in places],
-                    hovertemplate="%{hovertext}<extra></extra>" if not label else "%{hovertext}<extra>%{fullData.name}</extra>",
-                    marker=marker,
-                    name=markup(label, 30),
-                    legendgroup=str(number),
-                    showlegend=at == 0 and self.labels is not None,
-                )
-        camera = {"eye": {"x": 1.1, "y": -1.75, "z": 0.85}, "center": {"x": 0, "y": 0, "z": -0.12}}
-        axes = {"backgroundcolor": "#F7F7F7", "gridcolor": "#DDDDDD", "zerolinecolor": "#BBBBBB"}
-        for at, panel in enumerate(self.panels):
-            titles = {
-                f"{axis}axis": {**axes, "tickfont": {"size": 9}, "title": {"text": name, "font": {"size": 11}}}
-                for axis, name in zip("xyz", panel.axes)
-            }
-            beside = _names_beside(panel, self.names) if named else []
-            space = {**titles, "aspectmode": "cube", "camera": camera, "annotations": beside}
-            figure.update_layout({f"scene{at + 1 if at else ''}": space})
-        figure.update_layout(
-            template="plotly_white",
-            font={"color": INK},
-            margin={"l": 0, "r": 0, "t": 30, "b": 0},
-            # The names beside points would stay where a click on the legend hides the points.
-            legend={
-                "orientation": "h",
-                "y": 0,
-                "yanchor": "top",
-                "itemsizing": "constant",
-                "itemclick": False if named else "toggle",
-            },
-        )
-        self._arrange(figure)
-        return figure
-
-    def _arrange(self, figure: go.Figure) -> None:
-        count, each = len(self.panels), 480
-        wide: dict[str, Any] = {"height": 620}
-        narrow: dict[str, Any] = {"height": each * count + 60}
-        for at, panel in enumerate(self.panels):
-            scene = f"scene{at + 1 if at else ''}"
-            left, right = at / count, (at + 1) / count
-            wide |= {f"{scene}.domain.x": [left, right], f"{scene}.domain.y": [0, 0.97]}
-            narrow |= {f"{scene}.domain.x": [0, 1], f"{scene}.domain.y": [1 - right, 1 - left - 0.03]}
-            if count > 1:
-                figure.add_annotation(text=f"<b>{markup(panel.name)}</b>", xref="paper", yref="paper", showarrow=False)
-                wide |= {f"annotations[{at}].x": (left + right) / 2, f"annotations[{at}].y": 1}
-                narrow |= {f"annotations[{at}].x": 0.5, f"annotations[{at}].y": 1 - left}
-        nothing: dict[str, Any] = {}
-        figure.update_layout(
-            meta={
-                "wide": {"traces": nothing, "layout": wide},
-                "narrow": {"traces": nothing, "layout": narrow},
-                "numbers": [],
-            }
-        )
-        for path, value in wide.items():
-            figure.layout[path] = value
+        """Return the spaces next to each other."""
+        return page.page_figure(self.panels(), columns=len(self.spaces))
 
     def draw(self) -> Figure:
-        figure = Figure(figsize=(6.2 * len(self.panels), 5.4), layout="constrained")
-        for at, panel in enumerate(self.panels):
-            axes: Any = figure.add_subplot(1, len(self.panels), at + 1, projection="3d")
-            for number, (label, places) in enumerate(self.kinds):
-                axes.scatter(
-                    *panel.points[places].T,
-                    color=_colour(number),
-                    marker=_MARKERS[number // len(COLOURS)],
-                    s=26 if len(self.names) <= 300 else 6,
-                    label=plain(label, 30) or " ",
-                    depthshade=False,
-                )
-            if len(self.names) <= _NAMED:
-                for name, point in zip(self.names, panel.points):
-                    axes.text(*point, f" {plain(name, 24)}", fontsize=7, color=INK)
-            axes.set_xlabel(panel.axes[0], fontsize=8)
-            axes.set_ylabel(panel.axes[1], fontsize=8)
-            axes.set_zlabel(panel.axes[2], fontsize=8)
-            axes.tick_params(labelsize=6)
-            axes.set_box_aspect(None, zoom=0.95)
-            axes.set_title(panel.name if len(self.panels) > 1 else "", fontsize=9)
-        if self.labels is not None:
-            handles, labels = figure.axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
-        return figure
-
-
-def _names_beside(panel: Panel, names: list[str]) -> list[dict[str, Any]]:
-    """Annotations, as plotly's own texts of points hide each other and show tags."""
-    return [
-        {
-            **dict(zip("xyz", map(float, point))),
-            "text": markup(name, 20),
-            "showarrow": False,
-            "yshift": 11,
-            "font": {"size": 10, "color": INK},
-        }
-        for name, point in zip(names, panel.points)
-    ]
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+        """Return the spaces next to each other."""
+        return page.image_figure(self.panels(), columns=len(self.spaces), cell=(6.2, 4.6))
 
 
 def embeddings(
@@ -203,14 +93,14 @@ def embeddings(
     method: str = "pca",
     trust_remote_code: bool = False,
 ) -> Embeddings:
-    """Texts as points in three dimensions, or the tokens of texts before and after the encoder.
+    """Return texts as points in three dimensions, or the tokens of texts before and after the encoder.
 
-    Vectors of width 3 are shown as they are, wider ones by their principal components, t-SNE or UMAP.
+    Vectors of width 3 are shown as they are; wider vectors are projected by their principal components, t-SNE or UMAP.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
-        labels: one per text, for the colours; without them, tokens of several texts have the colour of their text.
-        tokens: show the tokens of the texts: what enters the first layer beside what leaves the last.
+        labels: a label per text, for the colors; without labels, the tokens of several texts have the color of their text.
+        tokens: show the tokens of the texts: what enters the first layer, and what leaves the last.
         method: ``pca``, ``tsne`` or ``umap`` (which needs ``pip install umap-learn``).
 
     Example::
@@ -219,20 +109,20 @@ def embeddings(
         picture.save("embeddings.html", force=True)
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: no or empty texts, labels of another number, too few points, an unknown method or one that is not installed.
+        FileNotFoundError: the model does not exist.
+        ValueError: no or empty texts, too few or many labels, too few points, or a method that is unknown or not installed.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
-        raise ValueError("There are no texts to show; give some.")
+        raise ValueError("No texts are given; give three or more.")
     for number, text in enumerate(texts, start=1):
-        check_text(text, f"Text {number}")
+        page.check_text(text, f"Text {number}")
     if labels is not None and len(labels) != len(texts):
-        raise ValueError(f"{len(texts)} text(s) need as many labels, not {len(labels)}; give one for each.")
+        raise ValueError(f"{len(texts)} text(s) need as many labels, got {len(labels)} (--label).")
     if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)} (--method).")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r} (--method).")
     if method == "umap" and find_spec("umap") is None:
-        raise ValueError("UMAP is a package of its own; install it (pip install umap-learn), or use --method pca or tsne.")
+        raise ValueError("method umap needs another package; install it (pip install umap-learn), or use --method pca or tsne.")
     if not tokens and len(texts) < 3:
         raise ValueError(f"{len(texts)} text(s) make no picture; give three or more, or show their tokens (--tokens).")
     names = None if labels is None else [str(label) for label in labels]
@@ -240,8 +130,8 @@ def embeddings(
         return _tokens(model, texts, names, method, trust_remote_code)
     vectors = load(model, device="cpu", trust_remote_code=trust_remote_code).encode(texts)
     return Embeddings(
-        title=f"{len(texts):,} texts in {name_of(model)}",
-        panels=[Panel("texts", *project(vectors, method))],
+        title=f"{len(texts):,} texts in {page.name_of(model)}",
+        spaces=[Space("texts", *project(vectors, method))],
         names=texts,
         texts=texts,
         labels=names,
@@ -249,9 +139,9 @@ def embeddings(
 
 
 def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, method: str, trust_remote_code: bool) -> Embeddings:
-    encoder, tokenizer = open_encoder(model, trust_remote_code=trust_remote_code)
+    encoder, tokenizer = page.open_encoder(model, trust_remote_code=trust_remote_code)
     limit = max_length_of(encoder, tokenizer)
-    before, after, names, shown, owners = [], [], [], [], []
+    before, after, names, shown, kinds = [], [], [], [], []
     for number, text in enumerate(texts):
         inputs = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
         with torch.inference_mode():
@@ -260,42 +150,37 @@ def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, metho
             raise ValueError(f"{model} has no layers, so its tokens are the same before and after; show texts instead.")
         before.append(output.hidden_states[0][0])  # (length, width)
         after.append(output.last_hidden_state[0])
-        found = token_labels(tokenizer, inputs["input_ids"][0].tolist())
+        found = page.token_labels(tokenizer, inputs["input_ids"][0].tolist())
         names += found
-        shown += [f"{token} (token {place} of: {plain(text, 200)})" for place, token in enumerate(found, start=1)]
-        owners += [number] * len(found)
-    if labels is not None:
-        colours: list[str] | None = [labels[owner] for owner in owners]
-    else:
-        colours = [f"{owner + 1}: {plain(texts[owner], 24)}" for owner in owners] if len(texts) > 1 else None
+        shown += [f"{token} (token {place} of: {page.plain(text, 200)})" for place, token in enumerate(found, start=1)]
+        kinds += [labels[number] if labels else f"{number + 1}: {page.plain(text, 24)}"] * len(found)
     return Embeddings(
-        title=f"Tokens in {name_of(model)}: " + (plain(texts[0], 80) if len(texts) == 1 else f"{len(texts)} texts"),
-        panels=[
-            Panel("before the encoder", *project(torch.cat(before).float().numpy(), method)),
-            Panel("after the encoder", *project(torch.cat(after).float().numpy(), method)),
+        title=f"Tokens in {page.name_of(model)}: " + (page.plain(texts[0], 80) if len(texts) == 1 else f"{len(texts)} texts"),
+        spaces=[
+            Space(f"{when} the encoder", *project(torch.cat(vectors).float().numpy(), method))
+            for when, vectors in (("before", before), ("after", after))
         ],
         names=names,
         texts=shown,
-        labels=colours,
+        labels=kinds if labels or len(texts) > 1 else None,
     )
 
 
 def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[str]]:
-    """(n, width) -> (n, 3), and names of the axes. Width 3 stays as it is; fewer dimensions are filled up with zeros.
+    """Project (n, width) vectors to (n, 3), and return the points and the names of their axes.
 
-    Principal components have in their names the share of the variance that they hold.
+    ``pca`` only adds zeros to vectors of up to three dimensions; its names tell the share of the variance of each component.
     """
     count, width = vectors.shape
     vectors = np.asarray(vectors, dtype=np.float64)
-    if width <= 3 and method == "pca":
-        return np.pad(vectors, ((0, 0), (0, 3 - width))), [f"dimension {number}" for number in (1, 2, 3)]
-    if method == "pca" and not np.ptp(vectors, axis=0).any():
-        return np.zeros((count, 3)), [f"component {number}" for number in (1, 2, 3)]
     if method == "pca":
-        pca = PCA(n_components=min(3, count, width), svd_solver="full" if count * width < 10**6 else "auto", random_state=0)
-        points = pca.fit_transform(vectors)
-        shares = [*pca.explained_variance_ratio_, 0.0, 0.0][:3]
-        axes = [f"component {number} ({share:.0%})" for number, share in enumerate(shares, start=1)]
+        points, axes = vectors, [f"dimension {number}" for number in (1, 2, 3)]
+        if width > 3:
+            pca = PCA(n_components=min(3, count), random_state=0)
+            with np.errstate(invalid="ignore"):  # equal vectors have no variance to share
+                points = pca.fit_transform(vectors)
+            shares = [*np.nan_to_num(pca.explained_variance_ratio_), 0.0, 0.0][:3]
+            axes = [f"component {number} ({share:.0%})" for number, share in enumerate(shares, start=1)]
         return np.pad(points, ((0, 0), (0, 3 - points.shape[1]))), axes
     if count < 6:
         raise ValueError(f"--method {method} arranges neighbourhoods, of which {count} points have none; use pca.")
@@ -312,11 +197,8 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
     return np.asarray(points), [f"{'t-SNE' if method == 'tsne' else 'UMAP'} {number}" for number in (1, 2, 3)]
 
 
-# -------------------------------------------------------------------------------------------------------------- similarity
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Similarity(Picture):
+class Similarity(page.Picture):
     """Similarities between two lists of texts.
 
     Attributes:
@@ -328,88 +210,33 @@ class Similarity(Picture):
     columns: list[str]
     values: np.ndarray
 
-    @property
-    def labelled(self) -> bool:
-        """Whether the numbers fit into the cells."""
-        return self.values.size <= 150 and len(self.columns) <= 12
-
     def interactive(self) -> go.Figure:
-        texts = [[f"{hover(row)}<br><b>and</b><br>{hover(column)}" for column in self.columns] for row in self.rows]
-        figure = go.Figure(
-            go.Heatmap(
-                z=self.values,
-                text=np.char.mod("%.2f", self.values.round(2) + 0.0),  # no -0.00
-                texttemplate="%{text}" if self.labelled else "",
-                hovertext=texts,
-                hovertemplate="%{z:.4f}<br>%{hovertext}<extra></extra>",
-                zmin=min(0.0, float(self.values.min())),
-                zmax=float(self.values.max()),
-                colorscale=_SCALE,
-                colorbar={"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 10}},
-            )
-        )
-        height = max(180, min(2400, len(self.rows) * (30 if len(self.rows) <= 20 else 16)))
-        axis = {"showgrid": False, "zeroline": False, "automargin": True, "tickfont": {"size": 10}}
-        figure.update_layout(template="plotly_white", font={"color": INK}, margin={"l": 10, "r": 10, "t": 10, "b": 10})
-        arranged = {}
-        for name, width, most in (("wide", 34, 60), ("narrow", 14, 14)):
-            across, down = _labels(self.columns, width, most), _labels(self.rows, width, 150)
-            arranged[name] = {
-                "traces": {},
-                "layout": {
-                    "height": height + (220 if name == "wide" else 120),
-                    "xaxis.tickvals": list(across),
-                    "xaxis.ticktext": list(across.values()),
-                    "yaxis.tickvals": list(down),
-                    "yaxis.ticktext": list(down.values()),
-                },
-            }
-        figure.update_layout(
-            {key.replace(".", "_"): value for key, value in arranged["wide"]["layout"].items()},
-            xaxis={**axis, "tickangle": -45 if len(self.columns) <= 20 else -90},
-            yaxis={**axis, "autorange": "reversed"},
-            meta={**arranged, "numbers": []},
-        )
-        return figure
+        """Return a heat map as a plotly figure, with numbers in its cells if they fit in."""
+        columns, rows = ([(text, page.INK) for text in texts] for texts in (self.columns, self.rows))
+        heat = page.heat_map(self.values, self.columns, self.rows)
+        if self.values.size <= 150 and len(self.columns) <= 12:
+            heat.update(text=np.char.mod("%.2f", self.values.round(2) + 0.0), texttemplate="%{text}")  # no -0.00
+        return page.page_figure([page.Panel(traces=[heat], columns=columns, rows=rows)])
 
-    def draw(self) -> Figure:
-        rows, columns = self.values.shape
-        side = 0.42 if max(rows, columns) <= 30 else 0.2
-        figure = Figure(figsize=(min(20, side * columns + 3.5), min(20, side * rows + 2.6)), layout="constrained")
-        axes = figure.subplots()
-        lowest = min(0.0, float(self.values.min()))
-        image = axes.imshow(self.values, cmap=_SCALE, vmin=lowest, aspect="auto", interpolation="nearest")
-        across, down = _labels(self.columns, 32, 90), _labels(self.rows, 32, 90)
-        size = 7.5 if side > 0.3 else 5.5
-        axes.set_xticks(list(across), [plain(self.columns[place], 32) for place in across], fontsize=size, rotation=90)
-        axes.set_yticks(list(down), [plain(self.rows[place], 32) for place in down], fontsize=size)
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02).outline.set_visible(False)
-        if self.labelled:
-            middle = (lowest + float(self.values.max())) / 2
-            for (row, column), value in np.ndenumerate(self.values):
-                colour = "white" if value > middle else INK
-                axes.text(column, row, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        return figure
+    def body(self) -> str:
+        """Return the HTML of the plotly figure."""
+        return page.page_part(self.interactive())
 
-
-def _labels(texts: list[str], width: int, most: int) -> dict[int, str]:
-    return {place: markup(texts[place], width) for place in ticks(len(texts), most)}
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.interactive()._repr_mimebundle_(**options)  # notebooks show plotly figures
 
 
 def similarity(
     model: str | Path, rows: Sequence[str], columns: Sequence[str] | None = None, *, trust_remote_code: bool = False
 ) -> Similarity:
-    """Similarities (the model's own measure, mostly cosine) of two lists of texts, or of one with itself.
+    """Return the similarities of two lists of texts, or of a list with itself, by the model's own measure (mostly cosine).
 
     Example::
 
-        plot.similarity("runs/quickstart/2-embed", ["sort a list", "read a file"]).save("similarity.png", force=True)
+        plot.similarity("runs/quickstart/2-embed", ["sort a list", "read a file"]).save("similarity.html", force=True)
 
     Raises:
-        FileNotFoundError: there is no such model.
+        FileNotFoundError: the model does not exist.
         ValueError: a list or a text is empty.
     """
     lists = [[texts] if isinstance(texts, str) else list(texts) for texts in (rows, rows if columns is None else columns)]
@@ -417,11 +244,11 @@ def similarity(
         if not texts:
             raise ValueError(f"The {which} list of texts is empty; give at least one text.")
         for number, text in enumerate(texts, start=1):
-            check_text(text, f"Text {number} of the {which} list")
+            page.check_text(text, f"Text {number} of the {which} list")
     opened = load(model, device="cpu", trust_remote_code=trust_remote_code)
     values = opened.similarity(*(opened.encode(texts, convert_to_tensor=True) for texts in lists))
     return Similarity(
-        title=f"{str(opened.similarity_fn_name).capitalize()} similarities in {name_of(model)}",
+        title=f"{str(opened.similarity_fn_name).capitalize()} similarities in {page.name_of(model)}",
         rows=lists[0],
         columns=lists[1],
         values=values.float().numpy(),

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, offline, each in an empty folder and a fresh process."""
+"""Test that the notebooks run from top to bottom, offline, each in an empty folder and a fresh process."""
 
 import json
 import re
@@ -13,7 +13,7 @@ FOLDER = Path(minibert.__file__).parent / "docs" / "notebooks"
 
 
 def cells(path):
-    """Kind and text of every cell."""
+    """Return the kind and the text of every cell."""
     return [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
 
 
@@ -33,12 +33,13 @@ def test_a_notebook_runs(path, tmp_path):
         "    last = body.pop() if isinstance(body[-1], ast.Expr) else None\n"
         "    exec(compile(ast.Module(body, []), 'cell', 'exec'), globals())\n"
         "    shown = eval(compile(ast.Expression(last.value), 'cell', 'eval'), globals()) if last else None\n"
-        "    if hasattr(shown, '_repr_png_'):\n"
-        "        print('image of', len(shown._repr_png_()), 'bytes')\n"
+        "    for form in ('_repr_png_', '_repr_html_', '_repr_mimebundle_'):\n"
+        "        if hasattr(shown, form):\n"
+        "            print('picture of', len(getattr(shown, form)()))\n"
     )
     code = [source for kind, source in cells(path) if kind == "code"]
     printed = run_python(script, input=json.dumps(code), cwd=tmp_path, timeout=600)
-    assert printed.count("image of") == sum(source.splitlines()[-1].startswith(("plot.", ")")) for source in code)
+    assert printed.count("picture of") == sum(source.splitlines()[-1].startswith(("plot.", ")")) for source in code)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
