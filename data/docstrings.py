@@ -6,7 +6,6 @@ rest of it the answer. Whole modules are held out for validation, and a text see
 
 import ast
 import functools
-import gc
 import hashlib
 import importlib.machinery
 import itertools
@@ -132,16 +131,10 @@ def collect(roots: tuple[tuple[str, Path], ...], max_documents: int = MAX_PAIRS)
     """Documents under the given roots in a fixed order, without repetition, at most ``max_documents`` of them."""
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
     progress = tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5)
-    documents: list[Document] = []
-    collecting = gc.isenabled()
-    gc.disable()  # syntax trees hold no cycles; looking for some takes a quarter of the time
-    try:
-        for package, root, path in progress:
-            documents += read_documents(path, module_name(package, root, path))
-    finally:
-        if collecting:
-            gc.enable()
-    return tuple(itertools.islice(without_repetition(documents), max_documents))
+    found = (
+        document for package, root, path in progress for document in read_documents(path, module_name(package, root, path))
+    )
+    return tuple(itertools.islice(without_repetition(found), max_documents))
 
 
 def source_files(root: Path) -> list[Path]:

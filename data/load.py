@@ -1,7 +1,6 @@
 """Read the rows that a path names: a local file or folder, a data set on the Hub, or the documentation installed here."""
 
 import contextlib
-import csv
 import logging
 import re
 import warnings
@@ -31,6 +30,10 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
     ".txt": ("text", {"encoding": "utf-8-sig"}),  # a byte order mark is no character of the first text
 }
+TOO_WIDE = (
+    "has a row with more values than its first line has columns. Name every column there, or put texts that hold the separator "
+    "in quotes."
+)
 # Columns that hold the text to classify, or the pair of them, in the data sets people publish.
 TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 SPLITS = {
@@ -263,42 +266,21 @@ def _not_utf8(files: list[Path]) -> str | None:
 def _why_unreadable(files: list[Path], error: BaseException) -> str:
     if problem := _not_utf8(files):
         return problem
-    if isinstance(error.__cause__, pd.errors.ParserWarning) and (problem := next(filter(None, map(row_too_wide, files)), None)):
-        return problem
-    names = str(files[0]) if len(files) == 1 else f"One of {len(files)} files beside {files[0]}"
+    names = str(files[0]) if len(files) == 1 else f"One of {len(files)} files next to {files[0]}"
+    if isinstance(error.__cause__, pd.errors.ParserWarning):
+        return f"{names} {TOO_WIDE}"
     cause = " ".join(str(error.__cause__ or error).split())
     if "corresponds to no data" in cause:
         return f"{names} has no rows; give a file that holds data."
-    return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {cause.rstrip('.')}. Mend it, or save it again."
+    return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {cause.rstrip('.')}. Repair it, or save it again."
 
 
 @contextlib.contextmanager
 def no_value_dropped() -> Iterator[None]:
-    """Within, pandas raises a ``ParserWarning`` where it would drop values that no column of a CSV file is there for."""
+    """Let pandas raise a ``ParserWarning`` instead of dropping values beyond the last column of a CSV file."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         yield
-
-
-def row_too_wide(file: Path) -> str | None:
-    """What is wrong with the first row of a CSV file that has values beyond its last column, if there is one.
-
-    A separator at the end of the row is no value.
-    """
-    limit = csv.field_size_limit(2**31 - 1)  # texts may be of any length
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
-            columns = len(next(filter(None, reader), []))
-            for row in reader:
-                if any(row[columns:]) or len(row) > columns + 1:
-                    return (
-                        f"{file} has {len(row)} values in line {reader.line_num}, but {columns} columns in its first line. "
-                        "Name every column there, or put texts that hold the separator in quotes."
-                    )
-    finally:
-        csv.field_size_limit(limit)
-    return None
 
 
 def first_line_not_utf8(file: Path) -> int | None:

@@ -20,10 +20,12 @@ from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import HfApi
 from pyarrow import parquet
 
+from minibert.data.columns import pick_columns
 from minibert.data.load import (
     BUILDERS,
     CSV_OPTIONS,
     SPLITS,
+    TOO_WIDE,
     as_dataset,
     check_hub_name,
     check_local,
@@ -34,7 +36,6 @@ from minibert.data.load import (
     hub_errors,
     is_unicode,
     no_value_dropped,
-    row_too_wide,
     source_named,
 )
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
@@ -96,20 +97,20 @@ class _Part:
             yield
         except UnicodeDecodeError as error:
             if self.blocks not in (_read_text, _read_csv, _read_json):  # of the others no line can be named
-                raise ValueError(f"{self.name} holds a text that is not UTF-8. Mend it, or save it again.") from error
+                raise ValueError(f"{self.name} holds a text that is not UTF-8. Repair it, or save it again.") from error
             line = first_line_not_utf8(self.content)
             raise ValueError(
                 f"{self.name} is not UTF-8: line {line} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
             ) from error
         except pd.errors.ParserWarning as error:
-            raise ValueError(row_too_wide(self.content) or f"{self.name} has rows with too many values.") from error
+            raise ValueError(f"{self.name} {TOO_WIDE}") from error
         except (OSError, pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
             # What the system or the Hub refuses is no damage; pyarrow's words about damage come without a number.
             if isinstance(error, OSError) and (error.errno is not None or not isinstance(self.content, Path)):
                 raise
             kind = Path(self.name).suffix.lstrip(".")
             cause = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"{self.name} cannot be read as {kind}: {cause}. Mend it, or save it again.") from error
+            raise ValueError(f"{self.name} cannot be read as {kind}: {cause}. Repair it, or save it again.") from error
 
 
 @dataclass
@@ -191,7 +192,10 @@ def open_stream(
     for part in parts[:1]:
         with part.plain_errors():
             columns = part.columns(part.content)
-    column = _choose_column(columns, column)
+    strings = [name for name, kind in columns.items() if _is_string(kind)]
+    usual = [(name,) for name in USUAL_COLUMNS]
+    if column not in columns:  # rows of a named column that hold no text are reported one by one
+        (column,) = pick_columns(strings, column and [column], usual, option="--column", columns=list(columns))
     if id_column is not None and id_column not in columns:
         raise ValueError(f"There is no column {id_column!r} to take ids from; there are {', '.join(columns)} (--id-column).")
     id_type = pa.int64() if id_column is None else columns[id_column]
@@ -203,22 +207,6 @@ def open_stream(
     id_type = pa.string() if _is_string(id_type) else pa.int64()
     rows = sum(part.size for part in parts) if all(part.blocks in _COUNTED for part in parts) else None
     return Stream(source, column, id_column, id_type, rows, parts, listing)
-
-
-def _choose_column(columns: dict[str, pa.DataType], column: str | None) -> str:
-    strings = [name for name, kind in columns.items() if _is_string(kind)]
-    if column is not None:
-        if column not in columns:
-            raise ValueError(f"There is no column named {column!r}; there are {', '.join(columns)} (--column).")
-        return column  # rows of it that hold no text are told one by one
-    usual = [name for name in USUAL_COLUMNS if name in strings]
-    if not usual and len(strings) != 1:
-        raise ValueError(
-            f"The texts could be in more than one of the columns {', '.join(columns)}; name one with --column."
-            if strings
-            else f"No column holds texts; the columns are {', '.join(columns)}. Give data with one of strings."
-        )
-    return (usual or strings)[0]
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -432,7 +420,7 @@ def _array(file: Path) -> list[Any]:
     try:
         rows: list[Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as a JSON array: {error}. Mend it, or save it again.") from error
+        raise ValueError(f"{file} cannot be read as a JSON array: {error}. Repair it, or save it again.") from error
     return rows
 
 

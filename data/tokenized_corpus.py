@@ -24,6 +24,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.lib.format import open_memmap
 
+from minibert.data.columns import pick_columns
 from minibert.data.load import check_columns, load, text_columns
 from minibert.data.source import DataSource
 from minibert.files import disk
@@ -119,17 +120,10 @@ def load_documents(source: DataSource, split: str, column: str | None, sample_by
         ValueError: for a source without that column.
     """
     rows = load([source], split=split, sample_by=sample_by)
-    if column is None:
-        texts = text_columns(rows)
-        column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
-        if column is None:
-            raise ValueError(
-                f"{source.path} has no column 'text' and not just one column of strings; it has "
-                f"{', '.join(rows.column_names)}. Name the one to train on with text_column."
-            )
+    found = text_columns(rows)
+    where = {"where": source.path, "columns": rows.column_names, "option": "text_column"}
+    (column,) = pick_columns(found, column and [column], [("text",)], **where)
     check_columns(rows, [column], [source], filled=False)
-    if column not in text_columns(rows):
-        raise ValueError(f"Column {column!r} of {source.path} does not hold text; choose another with text_column.")
     rows = rows.select_columns([column])
     return rows if column == "text" else rows.rename_column(column, "text")
 

@@ -82,9 +82,9 @@ def never(batch, **_):
     time.sleep(100)
 
 if __name__ == "__main__":
-    corpus._token_lists = never
+    tokenized_corpus._token_lists = never
     tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r}, trust_remote_code=False)
-    corpus.load_corpus([DataSource(path={str(tmp_path / "texts.jsonl")!r})], tokenizer, cache_dir="cache", workers=2)
+    tokenized_corpus.load_corpus([DataSource(path={str(tmp_path / "texts.jsonl")!r})], tokenizer, cache_dir="cache", workers=2)
 """
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -186,11 +186,11 @@ def test_refuses_columns_that_are_not_clear(tmp_path, tokenizer):
     def load(**options):
         return load_corpus([DataSource(path=str(file))], tokenizer, cache_dir=tmp_path / "cache", **options)
 
-    with pytest.raises(ValueError, match="it has title, body, year. Name the one to train on with text_column"):
+    with pytest.raises(ValueError, match="usual are text, found title, body, year|found title, body; name it .text_column"):
         load()
-    with pytest.raises(ValueError, match="has no column 'content'; it has title, body, year"):
+    with pytest.raises(ValueError, match="Column 'content' is not there in .*; the columns are title, body, year"):
         load(text_column="content")
-    with pytest.raises(ValueError, match="'year' of .* does not hold text"):
+    with pytest.raises(ValueError, match="Column 'year' does not hold texts"):
         load(text_column="year")
     assert len(load(text_column="body").tokens) == 1
 

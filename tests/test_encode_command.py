@@ -224,7 +224,7 @@ def test_a_separator_at_the_end_of_every_row_shifts_no_column(tmp_path):
 @pytest.mark.parametrize("row", [3, 800])
 def test_a_row_with_more_values_than_columns_is_refused(tmp_path, row):
     (tmp_path / "in.csv").write_text("id,text\n" + "1,one,\n" * row + "2,two,lost\n")
-    with pytest.raises(ValueError, match=rf"in.csv has 3 values in line {row + 2}, but 2 columns in its first line"):
+    with pytest.raises(ValueError, match="in.csv has a row with more values than its first line has columns"):
         list(open_stream(tmp_path / "in.csv", "text").read())
     (tmp_path / "in.csv").write_text("id,text\n" + "1,one\n" * row + "2,two,lost\n")
     with pytest.raises(ValueError, match=rf"in.csv cannot be read as csv: .* Expected 2 fields in line {row + 2}, saw 3"):
@@ -471,8 +471,8 @@ def test_two_runs_in_one_folder_are_refused(model, data, tmp_path, start):
     [
         (b"", [], "in.csv is empty"),
         (b"text\n", [], "has no rows"),
-        (b"a,b\nx,y\n", [], "could be in more than one of the columns a, b; name one with --column"),
-        (b"a,b\nx,y\n", ["--column", "c"], "There is no column named 'c'; there are a, b"),
+        (b"a,b\nx,y\n", [], "found a, b; name it (--column)"),
+        (b"a,b\nx,y\n", ["--column", "c"], "Column 'c' is not there in the data; the columns are a, b"),
         (b"text\nx\n", ["--id-column", "c"], "There is no column 'c' to take ids from; there are text"),
         (b"text\nna\xefve\n", [], "in.csv is not UTF-8: line 2 cannot be decoded"),
         (b"text\nx\ny,z\n", [], "in.csv cannot be read as csv"),

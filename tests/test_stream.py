@@ -37,7 +37,7 @@ def damaged(file):
 
 
 def test_damaged_pages_are_told_with_the_name_of_the_file(tmp_path):
-    with pytest.raises(ValueError, match=r"in.parquet cannot be read as parquet: .*\. Mend it, or save it again\.$"):
+    with pytest.raises(ValueError, match=r"in.parquet cannot be read as parquet: .*\. Repair it, or save it again\.$"):
         read(damaged(tmp_path / "in.parquet"))
 
 
