@@ -731,7 +731,7 @@ def verify(
 
 
 plot = typer.Typer(
-    help="Draw attention, embeddings, training, similarities and tokens: as a page to explore (.html) or an image (.png).",
+    help="Draw attention, embeddings and training as a page (.html) or an image (.png), similarities and tokens as a page.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -766,7 +766,7 @@ def _save(picture: Any, out: Path, force: bool) -> None:
 @plot.command(epilog='Example:  minibert plot attention minilm "The cat sat on the mat because it was tired." --out cat.html')
 def attention(
     model: Model,
-    text: Annotated[str, typer.Argument(help="What the model reads.")],
+    text: Annotated[str, typer.Argument(help="Text that the model reads.")],
     out: PlotFile,
     second: Annotated[str | None, typer.Argument(metavar="[SECOND TEXT]", help="Second text of a pair.")] = None,
     layer: Annotated[int | None, typer.Option(help="Only this layer, from 1.")] = None,
@@ -776,9 +776,9 @@ def attention(
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Draw who looks at whom, in every layer and head: as heat maps and as lines between two columns of tokens.
+    """Draw which tokens attend to which, in every layer and head: as heat maps and as lines between two columns of tokens.
 
-    A page has a menu for the layer and one for the head. An image shows all of them small, or one of them with its tokens.
+    A page has menus for the layer and the head. An image shows all heads as small heat maps, or a single head with its tokens.
     """
     with _drawing(debug):
         from minibert import plot
@@ -841,7 +841,7 @@ def training(
 def similarity(
     model: Model,
     first: Annotated[str, typer.Argument(metavar="A", help="A file or Hub data set of texts, or a text.")],
-    out: PlotFile,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Page (.html) to write; it opens anywhere without network.")],
     second: Annotated[str | None, typer.Argument(metavar="[B]", help="Likewise; unset compares A with itself.")] = None,
     column: TextColumn = None,
     split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
@@ -873,6 +873,8 @@ def tokens(
 ) -> None:
     """Show how a text is split into tokens: their ids, the words they belong to, and what the vocabulary lacks."""
     with _drawing(debug):
+        from dataclasses import asdict
+
         from minibert import plot
 
         if out is not None:

@@ -420,7 +420,7 @@ FILES = {  # and a file, after its suffix
     "predict": "predict model texts.txt --out {}.jsonl",
     "plot attention": "plot attention model 'the cat sleeps' --out {}.html",
     "plot embeddings": "plot embeddings model texts.txt --out {}.html",
-    "plot similarity": "plot similarity model texts.txt --out {}.png",
+    "plot similarity": "plot similarity model texts.txt --out {}.html",
     "plot tokens": "plot tokens model 'the cat sleeps' --out {}.html",
     "plot training": "plot training run --out {}.png",
 }
