@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from helpers import edit_json, write_recipe
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
 from minibert.train import run as run_module
 from minibert.train.arguments import ClassifyStage, EmbedStage, TokenizerStage
+from minibert.train.checkpoint import exclusive_lock
 from minibert.train.recipe import load_recipe
 from minibert.train.run import read_metrics, run_recipe
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
@@ -230,23 +229,11 @@ def test_precision_that_cannot_be_had_is_refused_before_anything_is_replaced(wri
     assert not calls
 
 
-@pytest.mark.slow
 def test_force_does_not_take_the_folder_of_a_run_that_is_at_work(write, calls, tmp_path):
     run_dir = run_recipe(load_recipe(write(TOKENIZER, CLASSIFY)), output_dir=tmp_path / "run")
-    script = f"""
-import time
-from pathlib import Path
-from minibert.train.checkpoint import exclusive_lock
-with exclusive_lock(Path({str(run_dir / "2-classify")!r})):
-    print("at work", flush=True)
-    time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "at work\n"
-        changed = load_recipe(write(TOKENIZER, CLASSIFY), ["classify.learning_rate=3e-4"])
-        with pytest.raises(ValueError, match="is training in .*2-classify"):
-            run_recipe(changed, output_dir=run_dir, force=True)
-        other.kill()
+    changed = load_recipe(write(TOKENIZER, CLASSIFY), ["classify.learning_rate=3e-4"])
+    with exclusive_lock(run_dir / "2-classify"), pytest.raises(ValueError, match="is training in .*2-classify"):
+        run_recipe(changed, output_dir=run_dir, force=True)
     assert (run_dir / "2-classify" / "stage.json").exists()
 
 
