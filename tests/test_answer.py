@@ -29,7 +29,7 @@ PRESET = {"preset": "modern-6x384", "num_hidden_layers": 2, **SHAPE}
 
 
 def questions(unanswerable=False):
-    """Where a person lives; half of the answers are far into the context."""
+    """Yield questions about where a person lives; half of the answers are far into the context."""
     generator = np.random.default_rng(0)
     for name in NAMES:
         for place in PLACES:
@@ -123,7 +123,7 @@ def test_offsets_give_the_gold_answer_back_and_windows_cover_the_context(pieces,
     for window in windows:
         assert len(window.input_ids) <= max_length and window.offsets[:, 0].tolist() == sorted(window.offsets[:, 0])
         joined += window.input_ids[window.first :][: len(window.offsets)][seen:].tolist()
-        seen = 8  # every window but the first begins with what the one before ended with
+        seen = 8  # each later window repeats the last 8 tokens of the window before it
     assert joined == whole["input_ids"]
 
     places = stage.find_tokens(windows, start, end)
@@ -134,7 +134,7 @@ def test_offsets_give_the_gold_answer_back_and_windows_cover_the_context(pieces,
     ]
     assert set(found) == ({context[start:end]} if found else set())
     tokens = sum(1 for low, high in whole["offset_mapping"] if high > start and low < end)
-    assert found or tokens > sizes.doc_stride  # only an answer longer than what windows share can be whole in none
+    assert found or tokens > sizes.doc_stride  # only an answer longer than the overlap can be cut in every window
     made = stage.window_rows(rows, [[(start, context[start:end])]], pieces, sizes)
     assert [tuple(label) for label in made.labels.tolist()] == places
 
@@ -368,11 +368,11 @@ def test_answers_in_no_window_are_counted(answer, caplog):
     rows.append({**rows[0], "context": context, "answers": {"text": [context[13:-1]], "answer_start": [13]}})
     with caplog.at_level(logging.WARNING):
         answer(rows, max_steps=1)
-    assert "1 of 17 answers are whole in no window" in caplog.text
+    assert "1 of 17 answers are complete in no window" in caplog.text
 
 
 def test_figures_are_those_of_squad():
-    figures = stage.answer_figures(["The cat.", "dog", "", ""], [["cat", "x"], ["a big dog"], [], ["owl"]])
+    figures = stage.answer_metrics(["The cat.", "dog", "", ""], [["cat", "x"], ["a big dog"], [], ["owl"]])
     assert figures["has_answer_exact_match"] == pytest.approx(1 / 3)
     assert figures["has_answer_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert figures["no_answer_exact_match"] == figures["no_answer_f1"] == 1.0
@@ -430,9 +430,9 @@ def test_refuses_data_of_another_kind_and_sizes_without_room(answer, tokenizer):
         answer([GOOD], doc_stride=20)
     with pytest.raises(ValueError, match=r"Row 70 has None in column 'context', where a text belongs"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD] * 69 + [{**GOOD, "context": None}], batch_size=2))
-    with pytest.raises(ValueError, match=r"max_answer_length=0 leaves nothing to answer"):
+    with pytest.raises(ValueError, match=r"max_answer_length must be at least 1, got 0"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD], max_answer_length=0))
-    with pytest.raises(ValueError, match=r"batch_size=0 computes nothing"):
+    with pytest.raises(ValueError, match=r"batch_size must be at least 1, got 0"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD], batch_size=0))
     with pytest.raises(ValueError, match=r"Row 1 has no column 'question'; it has text"):
         list(answer_rows(Oracle({}, {}), tokenizer, [{"text": "rome"}]))

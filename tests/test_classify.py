@@ -171,16 +171,16 @@ def test_labels_in_every_form(values, feature, given, labels, names):
         (["a", "b", "a"], {"problem_type": REGRESSION}, r"regression needs a number in every row"),
         ([0.5, 2.5, 1], {"problem_type": REGRESSION, "labels": ["a", "b"]}, r"Regression predicts one number"),
         ([0, 1, 2], {"label_column": ["label", "more"]}, r"no column 'more'"),
-        ([0, 1, 2], {"labels": ["a", "b", "a"]}, r"labels\n.* a stands there more than once; give every name once"),
-        ([0, 1, 1], {"label_column": ["label", "label"]}, r"label_column\n.* label stands there more than once"),
+        ([0, 1, 2], {"labels": ["a", "b", "a"]}, r"labels\n.* a is given more than once; give every name once"),
+        ([0, 1, 1], {"label_column": ["label", "label"]}, r"label_column\n.* label is given more than once"),
         ([0, 1, 1], {"epochs": float("inf")}, r"epochs\n.*finite number"),
         ([0, 1, 1], {"weight_decay": float("nan")}, r"weight_decay\n.*finite number"),
         ([0, 1, 2], {"label_column": ["label"]}, r"Row 3 has label=2; with several columns each holds 0 or 1"),
         ([0, 1, 1], {"label_column": ["label"], "problem_type": SINGLE}, r"reads its labels from one column, not from label"),
         ([0.5, 2.5, 1], {"metric_for_best": "accuracy"}, r"use one of spearman, pearson, mse"),
         ([0, 1, 1], {"label_column": "gold"}, r"no column 'gold'; it has text, label"),
-        ([0, 1, 1], {"text_columns": ["body"]}, r"no column 'body'"),
-        ([0, 1, 1], {"text_columns": ["label"]}, r"'label' of .* does not hold text"),
+        ([0, 1, 1], {"text_columns": ["body"]}, r"Column 'body' is not there"),
+        ([0, 1, 1], {"text_columns": ["label"]}, r"Column 'label' does not hold texts"),
         ([0, 1, 1], {"max_length": 4000}, r"max_length=4000 exceeds the model's max_position_embeddings=128"),
         ([0, 1, 1], {"metric_for_best": "f2"}, r"metric_for_best='f2' is unknown here; use one of accuracy, macro_f1, loss"),
     ],
@@ -285,9 +285,9 @@ def test_figures_of_numbers():
 
 
 def test_refuses_data_without_usual_columns_and_unseen_labels_in_validation(classify):
-    with pytest.raises(ValueError, match=r"none of the usual columns of text .*; it has body, label"):
-        classify([{"body": "the cat", "label": 0}, {"body": "the cup", "label": 1}])
-    with pytest.raises(ValueError, match=r"Row 2 has label=2; classes are numbered 0 to 1"):
+    with pytest.raises(ValueError, match=r"not clear which column of .* found title, body, label; name it \(text_columns\)"):
+        classify([{"title": "cat", "body": "the cat", "label": 0}, {"title": "cup", "body": "the cup", "label": 1}])
+    with pytest.raises(ValueError, match=r"Row 2 has label=2; it should be one of 0, 1"):
         classify(sentences(), [{"text": "the cat", "label": 0}, {"text": "the cup", "label": 2}])
     with pytest.raises(ValueError, match=r"eval_data, whose labels must all be known from data: Row 1 has label=\['c'\]"):
         classify([{"text": "the cat", "label": ["a"]}] * 2, [{"text": "the cat", "label": ["c"]}])

@@ -234,6 +234,7 @@ def test_a_student_learns_and_the_teacher_never_changes(run, folder, tmp_path, m
     assert f"teacher_{name}" in metrics
 
 
+@pytest.mark.slow
 def test_a_student_comes_to_the_vectors_of_its_teacher(run, folder, tmp_path):
     teacher = SentenceTransformer(str(folder / "embedding"), device="cpu")
     expected = teacher.encode(TEXTS, convert_to_tensor=True)
@@ -298,6 +299,7 @@ def test_kept_logits_are_those_of_the_rows(run, folder, tmp_path):
     np.testing.assert_allclose(kept_outputs(tmp_path / "run"), expected.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["task", "pretraining", "embedding"])
 def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, objective):
     fields = {"max_steps": 6, "save_steps": 2, "hidden_weight": 1.0} if objective == "embedding" else {"max_steps": 6}
@@ -313,6 +315,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypat
     torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["task", "pretraining", "embedding"])
 def test_two_processes_share_the_work(start, run, folder, tmp_path, monkeypatch, objective):
     monkeypatch.setattr(teacher_module, "ROWS_PER_FILE", 10)

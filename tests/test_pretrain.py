@@ -99,7 +99,7 @@ def corpus(folder, tokenizer):
 @pytest.mark.parametrize("probability", [0.15, 0.3])
 def test_shares_of_masking(folder, tokenizer, probability):
     """40,000 draws: a share of p is off by more than four standard deviations once in 16,000 tests."""
-    masking = Masking.of(tokenizer, arguments(folder, mlm_probability=probability))
+    masking = Masking(tokenizer, arguments(folder, mlm_probability=probability))
     ids = np.random.default_rng(1).integers(0, len(tokenizer), 40_000)
     seen, labels = masking(ids, np.random.default_rng(2))
     ordinary, chosen = ~masking.special[ids], labels != -100
@@ -122,7 +122,7 @@ def test_shares_of_masking(folder, tokenizer, probability):
 
 
 def test_whole_words_are_masked_together(folder, tokenizer):
-    masking = Masking.of(tokenizer, arguments(folder, whole_word_mask=True, mask_replace_prob=1.0, random_replace_prob=0.0))
+    masking = Masking(tokenizer, arguments(folder, whole_word_mask=True, mask_replace_prob=1.0, random_replace_prob=0.0))
     ids = np.array(tokenizer("garden behind house " * 500, truncation=False, verbose=False)["input_ids"])
     assert masking.continues[ids].mean() > 0.3  # this vocabulary cuts the words up
     _, labels = masking(ids, np.random.default_rng(0))
@@ -133,7 +133,7 @@ def test_whole_words_are_masked_together(folder, tokenizer):
     words = len(np.unique(word)) - 2
     share = len(np.unique(word[labels != -100])) / words
     assert abs(share - 0.15) < 4 * np.sqrt(0.15 * 0.85 / words)
-    plain = Masking.of(tokenizer, arguments(folder))
+    plain = Masking(tokenizer, arguments(folder))
     assert plain.continues is None
 
 
@@ -153,7 +153,7 @@ def bpe(pre_tokenizer):
 @pytest.mark.parametrize("pre_tokenizer", [pre_tokenizers.ByteLevel(), pre_tokenizers.Metaspace()])
 def test_words_of_other_tokenizers_are_masked_whole(folder, pre_tokenizer):
     tokenizer = bpe(pre_tokenizer)
-    masking = Masking.of(tokenizer, arguments(folder, whole_word_mask=True))
+    masking = Masking(tokenizer, arguments(folder, whole_word_mask=True))
     ids = np.array([masking.cls, *tokenizer("garden behind house " * 300)["input_ids"], masking.sep])
     words = [word for word in "".join(tokenizer.convert_ids_to_tokens(ids[1:-1])).replace("▁", "Ġ").split("Ġ") if word]
     assert words == ["garden", "behind", "house"] * 300 and len(ids) > 1500
@@ -165,19 +165,19 @@ def test_words_of_other_tokenizers_are_masked_whole(folder, pre_tokenizer):
 
 def test_pieces_that_do_not_tell_words_apart(folder):
     words = train_word_level(["Ġorġ ġie d-dar"], lowercase=False)  # Maltese: no mark of a byte-level tokenizer
-    assert not Masking.of(words, arguments(folder, whole_word_mask=True)).continues.any()
+    assert not Masking(words, arguments(folder, whole_word_mask=True)).continues.any()
     with pytest.raises(ValueError, match="do not say where a word begins.*leave whole_word_mask out"):
-        Masking.of(bpe(None), arguments(folder, whole_word_mask=True))
+        Masking(bpe(None), arguments(folder, whole_word_mask=True))
 
 
 def test_a_batch_always_has_a_label(folder, tokenizer):
-    masking = Masking.of(tokenizer, arguments(folder, mlm_probability=1e-9))
+    masking = Masking(tokenizer, arguments(folder, mlm_probability=1e-9))
     _, labels = masking(np.array([masking.cls, 10, 11, masking.sep]), np.random.default_rng(0))
     assert (labels != -100).sum() == 1 and labels[0] == labels[3] == -100
 
 
 def test_masks_follow_the_seed_and_differ_between_steps(folder, tokenizer, corpus):
-    rows = PackedRows(corpus, 32, Masking.of(tokenizer, arguments(folder)))
+    rows = PackedRows(corpus, 32, Masking(tokenizer, arguments(folder)))
 
     def batch(*seed):
         seed_everything(*seed)
@@ -192,7 +192,7 @@ def test_masks_follow_the_seed_and_differ_between_steps(folder, tokenizer, corpu
 
 def test_packed_rows_have_no_padding_and_keep_documents_apart(folder, tokenizer, corpus):
     """A packed batch gives every piece the vectors it has on its own."""
-    rows = PackedRows(corpus, 32, Masking.of(tokenizer, arguments(folder)))
+    rows = PackedRows(corpus, 32, Masking(tokenizer, arguments(folder)))
     seed_everything(0)
     batch = rows.collate(np.arange(len(rows) - 20, len(rows)))
     batch.pop("labels")
@@ -210,7 +210,7 @@ def test_packed_rows_have_no_padding_and_keep_documents_apart(folder, tokenizer,
 
 
 def test_an_epoch_holds_every_token_once(folder, tokenizer, corpus):
-    rows = PackedRows(corpus, 32, Masking.of(tokenizer, arguments(folder)))
+    rows = PackedRows(corpus, 32, Masking(tokenizer, arguments(folder)))
     counts = np.zeros(len(tokenizer), dtype=int)
     for start in range(0, len(rows), 8):
         batch = rows.collate(np.arange(start, min(len(rows), start + 8)))
@@ -221,7 +221,7 @@ def test_an_epoch_holds_every_token_once(folder, tokenizer, corpus):
 
 
 def test_half_of_the_second_segments_follow_and_half_come_from_elsewhere(folder, tokenizer, corpus):
-    pairs = SentencePairs(corpus, 32, Masking.of(tokenizer, arguments(folder)))
+    pairs = SentencePairs(corpus, 32, Masking(tokenizer, arguments(folder)))
     tokens, sentences = np.array(corpus.tokens), set(np.array(pairs.spans.bounds).tolist())
     # Places instead of tokens: each segment then says where it comes from.
     corpus.tokens = np.arange(len(tokens))
@@ -241,7 +241,7 @@ def test_half_of_the_second_segments_follow_and_half_come_from_elsewhere(folder,
 
 
 def test_pairs_are_laid_out_as_berts(folder, tokenizer, corpus):
-    pairs = SentencePairs(corpus, 32, Masking.of(tokenizer, arguments(folder)))
+    pairs = SentencePairs(corpus, 32, Masking(tokenizer, arguments(folder)))
     seed_everything(4)
     batch = pairs.collate(np.arange(16))
     ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
@@ -271,6 +271,7 @@ def test_learns_and_leaves_a_model_that_transformers_loads(run, folder, tmp_path
     torch.testing.assert_close(classifier.minibert.layers[0].mlp.up.weight, model.minibert.layers[0].mlp.up.weight)
 
 
+@pytest.mark.slow
 def test_learns_which_sentence_follows(tmp_path, folder):
     """Documents that stay with their subject: what follows shares words with what came before."""
     generator = np.random.default_rng(5)
@@ -349,7 +350,7 @@ def test_refuses_a_tokenizer_without_mask(run, folder, tokenizer, tmp_path):
     tokenizer = type(tokenizer).from_pretrained(folder / "tokenizer")
     tokenizer.mask_token = None
     with pytest.raises(ValueError, match="no mask_token"):
-        Masking.of(tokenizer, arguments(folder))
+        Masking(tokenizer, arguments(folder))
 
 
 def test_refuses_a_model_that_cannot_read_packed_sequences(run, tmp_path, tokenizer):

@@ -252,7 +252,7 @@ def test_lists_of_wide_offsets_are_lists():
             r"holds numbers without names; name the tags in order with labels",
         ),
         ({"tokens": [["a"], ["b"]], "tags": [[0], [3]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the tag 3 in 'tags'; .* 0 to 1"),
-        ({"tokens": [["a"]], "tags": [["O"]]}, {"labels": ["O", "O"]}, r"labels\n.* O stands there more than once"),
+        ({"tokens": [["a"]], "tags": [["O"]]}, {"labels": ["O", "O"]}, r"labels\n.* O is given more than once"),
         ({"tokens": [["a"], None], "tags": [["O"], ["O"]]}, {}, r"Row 2 has tokens=None; every word must be there"),
         ({"tokens": [["a"], ["a", None]], "tags": [["O"], ["O", "O"]]}, {}, r"Row 2 has tokens=\['a', None\]"),
         ({"tokens": [["a"], ["b"]], "tags": [["O"], None]}, {}, r"Row 2 has tags=None; every word needs a tag"),

@@ -1,4 +1,4 @@
-"""The ``answer`` stage: a head on top of an encoder that finds the answer to a question in a context."""
+"""Fine-tune extractive question answering, the ``answer`` stage: find the answer to a question in a context."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -32,14 +32,14 @@ Answers = list[tuple[int, str]]
 
 
 def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune extractive question answering; ``context.output_dir`` ends as a complete model folder.
+    """Fine-tune a model that marks answers in contexts; ``context.output_dir`` ends as a complete model folder.
 
     Returns:
-        The figures of ``metrics.json``; with ``eval_data`` also eval_exact_match and eval_f1 of the best model, and both for
+        The metrics of ``metrics.json``; with ``eval_data`` also eval_exact_match and eval_f1 of the best model, and both for
         the rows with and without an answer where there are both.
 
     Raises:
-        ValueError: missing columns, an answer that is not where it should be (with its row), no room for the context.
+        ValueError: missing columns, an answer that is not at its place (names the row), no room for the context.
     """
     train = load(args.data, split="train")
     answers = read_answers(train, args.data)
@@ -54,7 +54,7 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
     threshold = args.null_threshold
     if threshold is None and not all(answers):
         threshold = 0.0
-    # Kept in config.json, so that the model is asked later as it was trained and measured.
+    # Kept in config.json, so that prediction uses the sizes of the training.
     model.config.question_answering = {
         **sizes._asdict(),
         "max_answer_length": args.max_answer_length,
@@ -71,10 +71,10 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
 
 
 def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
-    """The answers of every row, empty where a question has none, after a check that each stands where it should.
+    """Return the answers of every row after a check of their places; a question without answer has an empty list.
 
     Raises:
-        ValueError: for missing columns, a row without a value, or an answer that is not in its context, with its row.
+        ValueError: a column is missing, a row has no value, or an answer is not at its place in the context; names the row.
     """
     check_columns(rows, [*_TEXTS, "answers"], sources)
     if not_text := sorted(set(_TEXTS) - set(text_columns(rows))):
@@ -106,7 +106,7 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
 
 
 def _whole(start: Any) -> int | None:
-    """A place in a context, which pandas writes as 4.0 beside missing ones; None for what is no whole number."""
+    """Return a place in a context as an integer, or None. Pandas writes 4.0 where a column has missing values."""
     if isinstance(start, float) and start.is_integer():
         return int(start)
     return start if isinstance(start, int) and not isinstance(start, bool) else None
@@ -116,16 +116,17 @@ class AnswerRows(TokenRows):
     """Windows with the first and last token of their answer, ``labels`` (windows, 2), as inputs of the model."""
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the inputs of the model, (rows, longest) each, and start_positions and end_positions (rows,)."""
         batch = super().collate(rows)
         first, last = batch.pop("labels").unbind(dim=1)
         return {**batch, "start_positions": first, "end_positions": last}
 
 
 def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes: WindowSizes) -> AnswerRows:
-    """The windows to train on. Where the first answer of a row is not whole in a window, that window's answer is ``[CLS]``.
+    """Return the windows to train on. A window that does not hold the complete first answer is labelled ``[CLS]``.
 
     Raises:
-        ValueError: for an answer of which the tokenizer keeps nothing, with its row.
+        ValueError: the tokenizer drops all characters of an answer; names the row.
     """
     windows: list[Window] = []
     labels: list[tuple[int, int]] = []
@@ -148,7 +149,7 @@ def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes
             windows += [window._replace(offsets=_NONE) for window in pieces]  # in a large corpus offsets are most of the memory
     if lost and not quiet:
         logger.warning(
-            "%d of %d answers are whole in no window and count as unanswerable; raise doc_stride (%d) or max_length (%d).",
+            "%d of %d answers are complete in no window and count as unanswerable; raise doc_stride (%d) or max_length (%d).",
             *(lost, len(rows), sizes.doc_stride, sizes.max_length),
         )
     lengths = [len(window.input_ids) for window in windows]
@@ -166,7 +167,7 @@ _NONE = np.empty((0, 2), dtype=np.int32)
 
 
 def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[int, int]] | None:
-    """First and last token, in each window of one row, of the characters ``start`` to ``end`` of its context.
+    """Return the first and last token of the characters ``start`` to ``end`` in each window of a row.
 
     Returns:
         (0, 0), the place of ``[CLS]``, for windows that do not hold all of them; None where no token covers any.
@@ -196,7 +197,7 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
 def evaluator(
     rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures answers to ``rows``: each process answers its share, all return the same figures."""
+    """Return a function that measures answers to ``rows``: each process answers its share, all return the same metrics."""
     texts = [[text for _, text in row] for row in answers]
     rows = rows.select_columns(list(_TEXTS))
 
@@ -206,28 +207,33 @@ def evaluator(
         results = answer_rows(model, tokenizer, rows.select(mine), batch_size=batch_size)
         bar = tqdm(results, desc="evaluate", total=len(mine), leave=False, disable=not state.is_main_process)
         given = dict(gather_object([(number, result["text"]) for number, result in zip(mine, bar, strict=True)]))
-        return answer_figures([given[number] for number in range(len(rows))], texts)
+        return answer_metrics([given[number] for number in range(len(rows))], texts)
 
     return evaluate
 
 
-def answer_figures(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Exact match and F1, as SQuAD defines them, of texts ``given`` (empty: no answer) against those ``expected`` (none, or
-    several of which the best counts). Where some rows have no answer, both also for the rows with and without one.
+def answer_metrics(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return exact match and F1 as SQuAD defines them (Rajpurkar et al. 2018, arXiv:1806.03822).
 
-    >>> answer_figures(["the cat", "a big dog"], [["cat", "the cats"], ["big dogs"]])
+    If some rows have no answer, both metrics are also given for the rows with and without an answer.
+
+    Args:
+        given: a text per row; an empty text is no answer.
+        expected: the right answers of each row, of which the best counts; an empty list is no answer.
+
+    >>> answer_metrics(["the cat", "a big dog"], [["cat", "the cats"], ["big dogs"]])
     {'exact_match': 0.5, 'f1': 0.75}
     """
     groups = {"": list(range(len(given)))}
     if not all(expected):
         groups["has_answer_"] = [row for row, texts in enumerate(expected) if texts]
         groups["no_answer_"] = [row for row, texts in enumerate(expected) if not texts]
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, rows in groups.items():
         if rows:
             measured = squad(
                 [{"id": str(row), "prediction_text": given[row]} for row in rows],
                 [{"id": str(row), "answers": {"text": list(expected[row]) or [""]}} for row in rows],
             )
-            figures |= {f"{name}{key}": float(measured[key]) / 100 for key in ("exact_match", "f1")}
-    return figures
+            metrics |= {f"{name}{key}": float(measured[key]) / 100 for key in ("exact_match", "f1")}
+    return metrics

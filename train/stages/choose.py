@@ -1,4 +1,4 @@
-"""The ``choose`` stage: a head on top of an encoder that picks one of several choices."""
+"""Fine-tune multiple choice, the ``choose`` stage: pick one of several choices."""
 
 import string
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ from minibert.train.stages.fitting import fit_stage
 
 
 def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune multiple choice; ``context.output_dir`` ends as a complete model folder.
+    """Fine-tune a model that scores choices; ``context.output_dir`` ends as a complete model folder.
 
     Returns:
-        The figures of ``metrics.json``; with ``eval_data`` also eval_accuracy and eval_loss of the best model.
+        The metrics of ``metrics.json``; with ``eval_data`` also eval_accuracy and eval_loss of the best model.
 
     Raises:
-        ValueError: missing columns, rows of different numbers of choices, a label that is no choice (with its row).
+        ValueError: missing columns, rows with different numbers of choices, a label that names no choice (names the row).
     """
     train = load(args.data, split="train")
     columns = find_choice_columns(train.column_names, args.text_columns, args.choice_columns)
@@ -42,7 +42,7 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
         _, expected = read_choices(held_out, columns, args.label_column, args.eval_data)
 
     tokenizer = load_tokenizer(context)
-    # One score per choice; and what kind of classifier the start was says nothing of this head.
+    # The head gives one score per choice; the problem type of an earlier classifier does not apply to it.
     changes: dict[str, Any] = {"num_labels": 1, "problem_type": None}
     if context.model is not None:
         start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
@@ -69,10 +69,10 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
 def read_choices(
     rows: Dataset, columns: ChoiceColumns, label_column: str, sources: Sequence[Any]
 ) -> tuple[list[Choices], np.ndarray]:
-    """Questions with their choices, and the number of the right choice of each.
+    """Return the questions with their choices, and the number of the right choice of each.
 
     Raises:
-        ValueError: a column without a value, or a label that names no choice, with its row.
+        ValueError: a column has no value, or a label names no choice; names the row.
     """
     check_columns(rows, [*columns.texts, *columns.choices, label_column], sources)
     asked = list(choices_of(rows, columns))
@@ -90,7 +90,7 @@ def read_choices(
 
 
 def read_label(label: Any, choices: int) -> int | None:
-    """The number of a choice, from 0, that a number from 0, the same as a text, or a letter from A names, if any.
+    """Return the number of a choice from 0, given as a number from 0, as its digits, or as a letter from A; else None.
 
     >>> [read_label(label, 4) for label in (3, "3", "D", "d", "E")]
     [3, 3, 3, 3, None]
@@ -103,7 +103,7 @@ def read_label(label: Any, choices: int) -> int | None:
 
 
 def refuse_uneven(asked: Sequence[Choices]) -> None:
-    """Refuse rows to train on that have not all the same number of choices, two or more."""
+    """Refuse training rows with a single choice, or with different numbers of choices."""
     count = len(asked[0].choices)
     if count < 2:
         raise ValueError("Row 1 has a single choice, which leaves nothing to choose; give at least two.")
@@ -142,11 +142,11 @@ class ChoiceRows:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any token or label does."""
+        """Return a hash of all tokens and labels."""
         return self.pairs.fingerprint
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Inputs of the model, (rows, choices, longest) each, and labels (rows,)."""
+        """Return the inputs of the model, (rows, choices, longest) each, and labels (rows,)."""
         batch = self.pairs.collate((rows[:, None] * self.choices + np.arange(self.choices)).ravel())
         labels = batch.pop("labels").view(len(rows), self.choices)[:, 0]
         return {**{name: tensor.unflatten(0, (len(rows), self.choices)) for name, tensor in batch.items()}, "labels": labels}
@@ -158,7 +158,7 @@ class ChoiceRows:
 def evaluator(
     rows: Dataset, columns: ChoiceColumns, labels: np.ndarray, tokenizer: Any, batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures choices in ``rows``: each process computes its share, all return the same figures."""
+    """Return a function that measures choices in ``rows``: each process computes its share, all return the same metrics."""
 
     def evaluate(model: Any) -> dict[str, float]:
         state = processes()
@@ -166,15 +166,15 @@ def evaluator(
         results = choose_rows(model, tokenizer, rows.select(mine), batch_size=batch_size)
         bar = tqdm(results, desc="evaluate", total=len(mine), leave=False, disable=not state.is_main_process)
         shares = gather_object([(number, result["probabilities"]) for number, result in zip(mine, bar, strict=True)])
-        return choice_figures([probabilities for _, probabilities in sorted(shares)], labels)
+        return choice_metrics([probabilities for _, probabilities in sorted(shares)], labels)
 
     return evaluate
 
 
-def choice_figures(probabilities: Sequence[Sequence[float]], labels: Sequence[int] | np.ndarray) -> dict[str, float]:
-    """Accuracy, and cross entropy of the right choices.
+def choice_metrics(probabilities: Sequence[Sequence[float]], labels: Sequence[int] | np.ndarray) -> dict[str, float]:
+    """Return the accuracy, and as loss the cross entropy of the right choices.
 
-    >>> choice_figures([[0.5, 0.5], [0.75, 0.25]], [0, 0])["accuracy"]
+    >>> choice_metrics([[0.5, 0.5], [0.75, 0.25]], [0, 0])["accuracy"]
     1.0
     """
     right = [shares[label] for shares, label in zip(probabilities, labels, strict=True)]

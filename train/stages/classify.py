@@ -1,4 +1,4 @@
-"""The ``classify`` stage: a head on top of an encoder that tells classes of texts, or of pairs of texts."""
+"""Fine-tune a classifier of texts, or of pairs of texts: the ``classify`` stage."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,11 +22,11 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     """Fine-tune a classifier of texts or pairs; ``context.output_dir`` ends as a complete model folder.
 
     Returns:
-        The figures of ``metrics.json``; with ``eval_data`` also those of :func:`classification_figures`, of the best model,
+        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`classification_figures`, of the best model,
         as eval_accuracy and so on.
 
     Raises:
-        ValueError: missing columns, a label that is no class (with its row), an unknown metric, no positions for a text.
+        ValueError: missing columns, a label that is not a class (names the row), an unknown metric, too few positions.
     """
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
@@ -80,7 +80,7 @@ def find_text_columns(
 
 
 def evaluator(rows: TokenRows, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures a classifier on ``rows``: each process computes its share, all return the same figures."""
+    """Return a function that measures a classifier: each process computes its share, all return the same metrics."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         numbers, (logits,) = compute_outputs(model, rows, batch_size, "logits")

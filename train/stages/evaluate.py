@@ -9,12 +9,12 @@ from minibert.train.stage import StageContext
 
 
 def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]:
-    """The ``evaluate`` stage: figures of the model on each data set, by the data set's path."""
-    figures = {}
+    """Return the metrics of the model on each data set of the ``evaluate`` stage, by the path of the data set."""
+    metrics = {}
     for source in args.data:
         data = load([source], split="validation")
         name = source.path if source.split is None else f"{source.path} {source.split}"
-        figures[name] = evaluate(
+        metrics[name] = evaluate(
             str(context.model), data, limit=args.limit, baselines=args.baselines, batch_size=args.batch_size
         )
-    return figures
+    return metrics

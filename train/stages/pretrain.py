@@ -1,4 +1,4 @@
-"""The ``pretrain`` stage: masked language modelling from raw text, alone or with next-sentence prediction."""
+"""Pretrain on raw text by masked language modelling, alone or with next-sentence prediction: the ``pretrain`` stage."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 from minibert.data.source import DataSource
 from minibert.data.tokenized_corpus import Corpus, Pieces, Spans, load_corpus
 from minibert.files.processes import processes
-from minibert.train.arguments import DistillPretrainingStage, PhaseArguments, PretrainStage
+from minibert.train.arguments import DistillPretrainingStage, MaskedWordArguments, PhaseArguments, PretrainStage
 from minibert.train.loop import Phase, seed_everything
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.fitting import fit_stage
@@ -28,15 +28,15 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
     """Pretrain an encoder on a corpus; ``context.output_dir`` ends as a complete model folder with its word-prediction head.
 
     Returns:
-        The figures of ``metrics.json``; with ``eval_data`` also eval_loss, eval_perplexity and eval_masked_accuracy (and
+        The metrics of ``metrics.json``; with ``eval_data`` also eval_loss, eval_perplexity and eval_masked_accuracy (and
         eval_next_sentence_accuracy) of the best model.
 
     Raises:
-        ValueError: no text, a single document where next sentences are wanted, a length above the model's positions, a
-            tokenizer without [MASK], or a model that is no MiniBERT.
+        ValueError: no text, a single document for next_sentence, a length above the model's positions, a tokenizer without
+            [MASK], or a model that is not a MiniBERT.
     """
     tokenizer = load_tokenizer(context)
-    masking = Masking.of(tokenizer, args)
+    masking = Masking(tokenizer, args)
     model = load_model(AutoModelForPreTraining if args.next_sentence else AutoModelForMaskedLM, args, context, tokenizer)
     refuse_unpacked(model.config, str(context.model))
     phases = args.phases or [PhaseArguments.model_validate({})]
@@ -97,54 +97,33 @@ def tokenize_corpus(
 
 
 class Masking:
-    """Which tokens to predict, and what the model sees in their place (Devlin et al. 2018, section 3.1).
+    """Choose the tokens to predict, and the tokens that the model sees in their place (Devlin et al. 2018, section 3.1).
 
-    Args:
+    Attributes:
         special: (V,) True for ids that are never masked nor put in place of a word.
-        continues: (V,) True for pieces that continue a word: whole words are masked; None masks each token by itself.
-        probability: share of the tokens to predict.
-        mask_share, random_share: of these, how many become [MASK] and how many another word; the rest stays.
+        continues: (V,) True for pieces that continue a word, to mask words as a whole; None masks each token by itself.
+
+    Raises:
+        ValueError: the tokenizer lacks [MASK], [CLS] or [SEP], or its pieces do not show where words begin.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        special: np.ndarray,
-        continues: np.ndarray | None,
-        probability: float,
-        mask_share: float = 0.8,
-        random_share: float = 0.1,
-    ):
-        self.cls, self.sep, self.mask, self.pad = (
-            tokenizer.cls_token_id,
-            tokenizer.sep_token_id,
-            tokenizer.mask_token_id,
-            tokenizer.pad_token_id,
-        )
-        self.special, self.continues, self.words = special, continues, np.flatnonzero(~special)
-        self.probability, self.mask_share, self.random_share = probability, mask_share, random_share
-
-    @classmethod
-    def of(cls, tokenizer: Any, args: PretrainStage | DistillPretrainingStage) -> "Masking":
-        """What the recipe says, for a tokenizer.
-
-        Raises:
-            ValueError: when the tokenizer lacks [MASK], [CLS] or [SEP], or does not tell words apart that are masked whole.
-        """
+    def __init__(self, tokenizer: Any, args: MaskedWordArguments):
         missing = [name for name in ("mask_token", "cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
         if missing:
             raise ValueError(
                 f"The tokenizer has no {', '.join(missing)}, which pretraining needs; train one with a tokenizer stage."
             )
-        special = np.zeros(len(tokenizer), dtype=bool)
-        special[tokenizer.all_special_ids] = True
-        continues = None
-        if args.whole_word_mask:
-            continues = _continues(tokenizer) & ~special
-        return cls(tokenizer, special, continues, args.mlm_probability, args.mask_replace_prob, args.random_replace_prob)
+        self.cls, self.sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.mask, self.pad = tokenizer.mask_token_id, tokenizer.pad_token_id
+        self.special = np.zeros(len(tokenizer), dtype=bool)
+        self.special[tokenizer.all_special_ids] = True
+        self.words = np.flatnonzero(~self.special)
+        self.continues = _continues(tokenizer) & ~self.special if args.whole_word_mask else None
+        self.probability = args.mlm_probability
+        self.mask_share, self.random_share = args.mask_replace_prob, args.random_replace_prob
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (T,) as the model sees them, and labels (T,): the word where it is to be predicted, -100 elsewhere."""
+        """Return the ids (T,) that the model sees, and labels (T,): the token to predict, -100 elsewhere."""
         draws = rng.random(len(ids))
         if self.continues is not None:
             draws = draws[np.cumsum(~self.continues[ids]) - 1]  # one draw per word; a cut word goes with what precedes it
@@ -164,10 +143,12 @@ class Masking:
 
 
 def _continues(tokenizer: Any) -> np.ndarray:
-    """(V,) True for pieces that continue a word: marked so (WordPiece), or without the mark of a beginning (BPE, Unigram).
+    """Return (V,) True for pieces that continue a word: with WordPiece's prefix, or without the mark of a beginning.
+
+    BPE and Unigram mark the pieces that begin a word.
 
     Raises:
-        ValueError: for a tokenizer whose pieces do not tell.
+        ValueError: the pieces do not show where words begin.
     """
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -185,12 +166,12 @@ def _continues(tokenizer: Any) -> np.ndarray:
 
 
 def _generator() -> np.random.Generator:
-    """Fresh random numbers that follow from the loop's seeding of numpy."""
+    """Return a generator that is seeded by numpy's global state, which the loop seeds at every step."""
     return np.random.default_rng(np.random.randint(0, 2**32, size=4, dtype=np.uint32))
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Places ``start, start + 1, ...`` up to ``start + length`` of all pieces, end to end.
+    """Return ``start, start + 1, ...`` up to ``start + length`` of all pieces, end to end.
 
     >>> _places(np.array([7, 0]), np.array([2, 3])).tolist()
     [7, 8, 0, 1, 2]
@@ -204,7 +185,7 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class PackedRows:
-    """Rows for masked language modelling: pieces of documents, without padding, that do not see each other."""
+    """Rows for masked language modelling: pieces of documents, without padding or attention to each other."""
 
     def __init__(self, corpus: Corpus, max_length: int, masking: Masking):
         self.corpus, self.masking, self.pieces = corpus, masking, Pieces(corpus, max_length)
@@ -217,7 +198,7 @@ class PackedRows:
         return np.asarray(rows)  # rows stay on disk; collate fetches all of a batch at once
 
     def collate(self, rows: np.ndarray) -> dict[str, Any]:
-        """One row (1, T) that holds all pieces, each between [CLS] and [SEP], with the bounds that keep them apart."""
+        """Return one row (1, T) of all pieces, each between [CLS] and [SEP], with the bounds that keep them apart."""
         rng, pieces = _generator(), self.pieces
         chosen = _places(pieces.rows[rows], pieces.rows[rows + 1] - pieces.rows[rows])
         chosen = chosen[np.argsort(pieces.lengths[chosen], kind="stable")]  # equal lengths share an attention call on a CPU
@@ -244,10 +225,10 @@ class PackedRows:
 
 
 class SentencePairs:
-    """Rows for masked language modelling with next-sentence prediction: two segments of whole sentences each.
+    """Rows for masked language modelling with next-sentence prediction: two segments of complete sentences each.
 
-    The second segment is what follows the first in its document or, half of the time, comes from another document. Where
-    the first ends and which other document it is are drawn anew each time a row is read.
+    The second segment follows the first in its document or, half of the time, comes from another document. The end of the
+    first and the other document are drawn each time a row is read.
     """
 
     def __init__(self, corpus: Corpus, max_length: int, masking: Masking):
@@ -268,7 +249,7 @@ class SentencePairs:
         return np.asarray(rows)
 
     def pair(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
-        """Ids of two segments, and 0 where the second follows the first, 1 where it does not (as in BERT)."""
+        """Return the ids of two segments, and 0 if the second follows the first, else 1 (as in BERT)."""
         spans, tokens, bounds = self.spans, self.corpus.tokens, self.spans.bounds
         begin, end = spans.first[row], spans.last[row]
         middle = rng.integers(begin + 1, end)
@@ -283,7 +264,7 @@ class SentencePairs:
         return first, tokens[start : min(bounds[spans.last[other]], start + room)], 1
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Inputs (rows, longest), masked, with both tasks' labels."""
+        """Return masked inputs (rows, longest) and the labels of both tasks."""
         rng, masking = _generator(), self.masking
         pairs = [self.pair(row, rng) for row in rows.tolist()]
         sizes = np.array([len(first) + len(second) + 3 for first, second, _ in pairs])
@@ -305,7 +286,7 @@ class SentencePairs:
 
 
 def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures a model on ``rows``, always under the same masks; processes share the batches."""
+    """Return a function that measures a model, always under the same masks; processes share the batches."""
 
     def evaluate(model: Any) -> dict[str, float]:
         state = processes()
@@ -328,7 +309,7 @@ def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn
                 sums[3:] += [int(right.sum()), len(follows)]
         sums = np.sum(gather_object([sums]), axis=0)
         loss = sums[0] / sums[2]
-        figures = {"loss": loss, "perplexity": math.exp(min(loss, 100.0)), "masked_accuracy": sums[1] / sums[2]}
-        return figures | ({"next_sentence_accuracy": sums[3] / sums[4]} if sums[4] else {})
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 100.0)), "masked_accuracy": sums[1] / sums[2]}
+        return metrics | ({"next_sentence_accuracy": sums[3] / sums[4]} if sums[4] else {})
 
     return evaluate

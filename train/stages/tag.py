@@ -1,4 +1,4 @@
-"""The ``tag`` stage: a head on top of an encoder that tags words, trained at the first subword of each."""
+"""Fine-tune a tagger of words, the ``tag`` stage; the first subword of each word carries its tag."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
@@ -19,19 +19,19 @@ from minibert.train.rows import TOKENIZED_AT_ONCE, TokenRows, choose_metric, com
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.fitting import fit_stage
 
-_ENTITY_FIGURES = ("f1", "precision", "recall", "accuracy", "loss")
-_TAG_FIGURES = ("accuracy", "macro_f1", "loss")
+_ENTITY_METRICS = ("f1", "precision", "recall", "accuracy", "loss")
+_TAG_METRICS = ("accuracy", "macro_f1", "loss")
 
 
 def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
     """Fine-tune a tagger of words; ``context.output_dir`` ends as a complete model folder.
 
     Returns:
-        The figures of ``metrics.json``; with ``eval_data`` also those of :func:`tag_figures` and the loss per word, of the
+        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`tag_figures` and the loss per word, of the
         best model, as eval_f1 and so on.
 
     Raises:
-        ValueError: missing columns, words and tags that do not fit each other (with their row), an unknown metric.
+        ValueError: missing columns, words and tags that do not match (names the row), an unknown metric.
     """
     train = load(args.data, split="train")
     columns = find_tag_columns(train, args.token_column, args.tag_column, args.data[0].path)
@@ -39,7 +39,7 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
     tags, names = read_tags(train, columns[1], sentences, args.labels)
     if not any(sentences):
         raise ValueError(f"{args.data[0].path} has no word in any row; give data that holds words.")
-    metric = choose_metric(args.metric_for_best, _ENTITY_FIGURES if holds_entities(names) else _TAG_FIGURES)
+    metric = choose_metric(args.metric_for_best, _ENTITY_METRICS if holds_entities(names) else _TAG_METRICS)
     held_out = load(args.eval_data, split="validation") if args.eval_data else None
 
     tokenizer = load_tokenizer(context)
@@ -92,6 +92,7 @@ class TagRows(TokenRows):
         return cls(np.concatenate(ids), np.concatenate(types) if types else None, ends, labels, tokenizer.pad_token_id)
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the inputs of the model and labels, (windows, longest) each."""
         batch, mask, taken = self.pad(rows)
         batch["labels"] = np.full(mask.shape, -100, dtype=np.int64)
         batch["labels"][mask] = self.labels[taken]
@@ -101,7 +102,7 @@ class TagRows(TokenRows):
 def evaluator(
     rows: TagRows, expected: Sequence[Sequence[str]], names: Sequence[str], batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures a tagger on every word of ``rows``: each process computes its share, all return the same."""
+    """Return a function that measures a tagger on every word: each process computes its share, all return the same."""
     ends = np.cumsum([0, *map(len, expected)])
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -114,8 +115,8 @@ def evaluator(
             done += len(part)
         labelled = torch.from_numpy(rows.labels >= 0)
         found = [names[number] for number in of_tokens[labelled].argmax(-1).tolist()]
-        figures = tag_figures(expected, [found[start:end] for start, end in pairwise(ends)])
+        metrics = tag_figures(expected, [found[start:end] for start, end in pairwise(ends)])
         loss = nn.functional.cross_entropy(of_tokens[labelled], torch.from_numpy(rows.labels)[labelled])
-        return {**figures, "loss": float(loss)}
+        return {**metrics, "loss": float(loss)}
 
     return evaluate

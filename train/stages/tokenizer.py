@@ -9,7 +9,7 @@ from minibert.train.stage import StageContext
 
 
 def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, Any]:
-    """The ``tokenizer`` stage: train on every text of the data and save. Returns the sizes reached."""
+    """Train and save the tokenizer of a ``tokenizer`` stage, and return the number of rows and of its entries."""
     parts = []
     for source in args.data:  # one by one: they need not share a column
         dataset = load([source])

@@ -58,7 +58,7 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
             f"objective: pretraining compares words, and the teacher {source} has other words than {context.tokenizer}; give "
             "the teacher's as tokenizer. With other words objective: task and embedding still work."
         )
-    masking = Masking.of(tokenizer, args)
+    masking = Masking(tokenizer, args)
     if args.student_layers:
         student = from_layers(teacher, args, source)
     else:

@@ -133,7 +133,7 @@ def fit_student(
     """Train the student of ``distillation`` and return its metrics, its size, and the teacher's metrics and size.
 
     Args:
-        measure: measures a student; None where there is no evaluation data.
+        measure: measures a student; None without evaluation data.
         metric: the metric of ``measure`` that picks the checkpoint kept as the result.
     """
     evaluate = None if measure is None else (lambda trained: measure(trained.student))

@@ -28,7 +28,7 @@ def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedMo
         description: of the kind of model that is needed, for the message.
 
     Raises:
-        OSError: there is no model, or none in safetensors.
+        OSError: the folder or Hub id holds no model, or no safetensors.
         ValueError: its weights lack a part, such as a head that was never trained, or do not fit its configuration.
     """
     with opening(source):
