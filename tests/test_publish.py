@@ -638,16 +638,33 @@ def test_what_cannot_be_pulled(hub, model_files, tmp_path, run, monkeypatch):
 def test_without_the_network(hub, model_files, tmp_path, run, monkeypatch):
     hub.add_repo("ann/model", model_files)
     run("pull", "ann/model", tmp_path / "one")
+    (snapshot,) = (tmp_path / "home").rglob("snapshots/*")
+    (snapshot / "other.bin").write_bytes(b"")  # as another program may download it
     asked = len(hub.requests)
     monkeypatch.setattr(remote.constants, "HF_HUB_OFFLINE", True)
     run("pull", "ann/model", tmp_path / "two")
     assert len(hub.requests) == asked
     assert (tmp_path / "two" / "config.json").read_bytes() == model_files["config.json"]
+    assert not (tmp_path / "two" / "other.bin").exists()
     monkeypatch.setattr(remote.constants, "HF_HUB_OFFLINE", False)
     hub.stop()
     huggingface_hub.close_session()
     assert "cannot be reached; check the connection" in run("pull", "ann/model", tmp_path / "three", status=2).stderr
     hub.start()
+
+
+def test_a_branch_that_moves_during_a_pull_is_refused(hub, model_files, tmp_path, run, monkeypatch):
+    hub.add_repo("ann/model", model_files)
+    look_up = remote.look_up
+
+    def then_commit(*arguments):
+        found = look_up(*arguments)
+        hub.add_repo("ann/model", {**model_files, "new.txt": b""})
+        return found
+
+    monkeypatch.setattr(remote, "look_up", then_commit)
+    assert "ann/model changed while downloading it" in run("pull", "ann/model", tmp_path / "out", status=2).stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_slow_hub_is_waited_for(hub, model_files, tmp_path, run):
