@@ -125,7 +125,7 @@ def _peer(ours: nn.Module, config: MiniBertConfig, same: dict[str, Any], attenti
     weights, family = ours.state_dict(), FAMILIES["bert"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[family.ours(name, "ForMaskedLM")])
+            parameter.copy_(weights[family.minibert_name(name, "ForMaskedLM")])
     return model
 
 

@@ -133,7 +133,7 @@ def _start(folder: Path, preset: str, tokenizer: Any, seed: int) -> None:
     shared = {name: getattr(config, name) for name in BertConfig.__annotations__ if hasattr(config, name)}
     theirs = BertForSequenceClassification(BertConfig(**shared, num_labels=3))
     bert, kind = FAMILIES["bert"], "ForSequenceClassification"
-    theirs.load_state_dict({bert.theirs(key, kind): value for key, value in ours.state_dict().items()}, strict=True)
+    theirs.load_state_dict({bert.family_name(key, kind): value for key, value in ours.state_dict().items()}, strict=True)
     theirs.save_pretrained(folder / "bert")
     for name in ("minibert", "bert"):
         tokenizer.save_pretrained(folder / name)

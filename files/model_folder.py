@@ -52,7 +52,7 @@ def check_model(folder: Path) -> None:
     """Run every check of this module on a model folder; call it before a model is opened.
 
     Raises:
-        FileNotFoundError: there are no weights, or a part of them is missing.
+        FileNotFoundError: weights are missing.
         ValueError: as :func:`check_paths` and :func:`check_weights` say.
     """
     check_paths(folder)
@@ -112,7 +112,7 @@ def check_weights(folder: Path) -> None:
     """Refuse a folder without safetensors weights, with damaged weights, or with a configuration far larger than its weights.
 
     Raises:
-        FileNotFoundError: there are no weights, or a part of them is missing.
+        FileNotFoundError: weights are missing.
         ValueError: they are pickled, damaged, or far fewer than the configuration describes.
     """
     files = weight_files(folder)

@@ -1,6 +1,6 @@
 """Write the model card from what was measured, by the template ``card.md``, and check the metadata of any card.
 
-Nothing in it is guessed: a field that nobody stated and no file records is left out.
+Nothing is guessed: the card leaves out a field that neither a file nor the publisher states.
 """
 
 import json

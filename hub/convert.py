@@ -1,6 +1,5 @@
 """Turn a BERT-family model into a MiniBERT of the same weights, and prove that it computes the same."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,20 +13,21 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.dynamic_module_utils import custom_object_save
 
 from minibert import MiniBertConfig, modeling_minibert
+from minibert.files.disk import write_json
 from minibert.hub import folders, parity
 from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
 
-# Tensors that a model of this family no longer has a use for, under their own names, so that export can give them back.
+# Holds the tensors that a MiniBERT does not use, by their names in the source, so that export can write them back.
 UNUSED = "converted_from.safetensors"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 POSITIONS = "minibert.embeddings.position_embeddings.weight"
-# Fields that go over as they are.
+# Fields of a configuration that are copied unchanged.
 CARRIED = (
     *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
     *("sentence_transformers", "sbert_ce_default_activation_function"),
 )
-# Fields that say nothing about what is computed, or are rewritten.
+# Fields that do not change the outputs, or are rewritten.
 _DROPPED = (
     *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels"),
     *("_attn_implementation_internal", "gradient_checkpointing"),
@@ -36,13 +36,18 @@ _DROPPED = (
 
 @dataclass
 class Report:
-    """What a conversion or an export did.
+    """The result of a conversion or an export.
 
     Attributes:
-        parameters: numbers in the weights written.
-        unused: tensors that the model has no use for, kept in a file of their own.
-        differences: the largest absolute difference between both models' outputs on the built-in texts.
-        cosine_int8: the lowest and the mean cosine on these texts between the vectors of a quantized graph and the exact ones.
+        source: the model that was read.
+        output: the folder that was written.
+        family: of the plain model, such as ``"bert"``; ``"onnx"`` for a graph.
+        architecture: name of the written class.
+        tensors: how many were written.
+        parameters: numbers in the written weights.
+        unused: names of the tensors that the written model does not use; a conversion keeps them in a file of their own.
+        differences: the largest absolute difference of every output between both models on the built-in texts.
+        cosine_int8: the lowest and the mean cosine between vectors of the quantized and the exact graph on these texts.
     """
 
     source: str
@@ -56,6 +61,7 @@ class Report:
     cosine_int8: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
         return asdict(self)
 
 
@@ -68,11 +74,12 @@ def convert(
 ) -> Report:
     """Write ``source`` as a MiniBERT into ``output_dir``: weights, tokenizer, labels, sentence-transformers modules.
 
-    Tensors are read and written one at a time, and of the two models that are compared at the end one is in memory at once.
+    Of the two models that are compared at the end, one is in memory at a time.
 
     Args:
         source: folder, or id of a model on the Hub; plain transformers or sentence-transformers.
-        dtype: of the written weights, such as ``"bfloat16"``; the default keeps each as it is.
+        output_dir: new or empty folder.
+        dtype: of the written weights, such as ``"bfloat16"``; the default keeps that of each tensor.
         revision: branch, tag or commit of a model on the Hub.
 
     Example::
@@ -94,12 +101,12 @@ def convert(
     raw = folders.read_json(encoder / "config.json")
     family = _family(raw, encoder)
     checkpoint = folders.Checkpoint(encoder)
-    theirs = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+    family_config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     kind = _kind(raw, family, checkpoint)
-    _check_config(raw, theirs, family, kind, encoder)
-    config = _config(raw, theirs, family, kind, folder, wanted)
+    _check_config(raw, family_config, family, kind, encoder)
+    config = _config(raw, family_config, family, kind, folder, wanted)
     tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
-    tensors, unused = _tensors(checkpoint, config, theirs, family, kind, wanted)
+    tensors, unused = _tensors(checkpoint, config, family_config, family, kind, wanted)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in tensors}
     with folders.new_folder(output_dir) as temporary:
         parameters = folders.write_tensors(temporary / folders.WEIGHTS, tensors)
@@ -120,9 +127,9 @@ def convert(
             pooled=has_pooler and config.pooling == "cls" and kind not in POOLED,
         )
         parity.check(differences, f"The MiniBERT made of {source}")
-        # For the model's card: where the weights come from, unless that is a folder of this machine.
+        # The card names the origin of the weights, unless that is a folder of this machine.
         origin = {"base_model": None if Path(source).expanduser().exists() else str(source), "revision": revision}
-        (temporary / "conversion.json").write_text(json.dumps({**origin, "differences": differences}, indent=2) + "\n")
+        write_json(temporary / "conversion.json", {**origin, "differences": differences})
     return Report(
         source=str(source),
         output=str(output_dir),
@@ -146,7 +153,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _family(raw: dict[str, Any], folder: Path) -> Family:
-    """The family of a config.json, or a refusal by name."""
+    """Return the family of a config.json, or refuse it by name."""
     model_type = raw.get("model_type")
     possible = f"Convertible are {', '.join(FAMILIES)}."
     if raw.get("is_encoder_decoder"):
@@ -165,7 +172,7 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
 
 
 def _kind(raw: dict[str, Any], family: Family, checkpoint: folders.Checkpoint) -> str:
-    """The class of the checkpoint without the family's name, such as ``"ForMaskedLM"``."""
+    """Return the class of the checkpoint without the family's name, such as ``"ForMaskedLM"``."""
     known = [f"{family.class_name}{kind}" for kind in family.classes]
     named: str | None = (raw.get("architectures") or [None])[0]
     if named is None:
@@ -184,9 +191,9 @@ def _kind(raw: dict[str, Any], family: Family, checkpoint: folders.Checkpoint) -
 
 
 def _belongs(name: str, kind: str, family: Family) -> bool:
-    """Whether a tensor is of the head of ``kind``."""
-    ours = family.ours(name, kind)
-    return ours is not None and kind != "Model" and not ours.startswith("minibert.")
+    """Return True for a tensor of the head of the class ``kind``."""
+    target = family.minibert_name(name, kind)
+    return target is not None and kind != "Model" and not target.startswith("minibert.")
 
 
 def _check_config(raw: dict[str, Any], config: PreTrainedConfig, family: Family, kind: str, folder: Path) -> None:
@@ -198,12 +205,12 @@ def _check_config(raw: dict[str, Any], config: PreTrainedConfig, family: Family,
             problems.append(f"{name}={raw[name]} (MiniBERT is an encoder)")
     for name in ("pruned_heads", "quantization_config"):
         if raw.get(name):
-            problems.append(f"{name} is set (every layer must be whole and in floating-point numbers)")
+            problems.append(f"{name} is set (every layer must be complete and in floating point)")
     if raw.get("embedding_size", config.hidden_size) != config.hidden_size:
         problems.append(f"embedding_size={raw['embedding_size']} differs from hidden_size={config.hidden_size}")
     act = getattr(config, family.fields["hidden_act"])
     if family.numbers_from_pad and kind == "ForMaskedLM" and act != "gelu":
-        problems.append(f"hidden_act={act!r} (the word head of this family has 'gelu' always, ours that of the layers)")
+        problems.append(f"hidden_act={act!r} (the word head of this family always has 'gelu', MiniBERT's that of the layers)")
     if family.numbers_from_pad and config.pad_token_id is None:
         problems.append("pad_token_id is missing (positions are numbered from it)")
     if problems:
@@ -214,14 +221,14 @@ def _check_config(raw: dict[str, Any], config: PreTrainedConfig, family: Family,
 
 
 def _config(
-    raw: dict[str, Any], theirs: PreTrainedConfig, family: Family, kind: str, folder: Path, dtype: torch.dtype | None
+    raw: dict[str, Any], family_config: PreTrainedConfig, family: Family, kind: str, folder: Path, dtype: torch.dtype | None
 ) -> MiniBertConfig:
-    fields = {ours: getattr(theirs, name) for ours, name in family.fields.items()} | dict(family.fixed)
+    fields = {field: getattr(family_config, name) for field, name in family.fields.items()} | dict(family.fixed)
     if family.numbers_from_pad:
         fields["max_position_embeddings"] -= fields["pad_token_id"] + 1
     if family.model_type == "distilbert" and kind in POOLED:
-        fields["classifier_dropout"] = theirs.seq_classif_dropout
-    carried = {name: getattr(theirs, name) for name in CARRIED if getattr(theirs, name, None) is not None}
+        fields["classifier_dropout"] = family_config.seq_classif_dropout
+    carried = {name: getattr(family_config, name) for name in CARRIED if getattr(family_config, name, None) is not None}
     mapped = {*family.fields.values(), *family.fields, *CARRIED, *_DROPPED}
     fields |= {
         "position_embedding_type": "learned",
@@ -230,14 +237,14 @@ def _config(
         "pooling": _pooling(folder, kind, family),
         "architectures": [f"MiniBert{kind}"],
         "dtype": dtype or raw.get("dtype") or raw.get("torch_dtype"),
-        # Where it came from, with the fields that MiniBERT has no use for: export gives them back.
+        # The family, with its fields that MiniBERT lacks: export writes them back.
         "converted_from": {"model_type": family.model_type, **{name: raw[name] for name in sorted(raw) if name not in mapped}},
     }
     return MiniBertConfig(**fields, **carried)
 
 
 def _pooling(folder: Path, kind: str, family: Family) -> str:
-    """The first token for heads and for BERT's pooler; what sentence-transformers is told for a bare encoder."""
+    """Return "cls" for heads and for BERT's pooler, else the pooling of the sentence-transformers modules."""
     if kind != "Model":
         return "cls"
     for module in folders.modules(folder):
@@ -250,8 +257,13 @@ def _pooling(folder: Path, kind: str, family: Family) -> str:
 
 
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """The tokenizer, with the length that sentence-transformers or the positions allow."""
-    # Without any of its files transformers makes up an empty one.
+    """Open the tokenizer in ``folder``, limited to the length that sentence-transformers and the positions allow.
+
+    Raises:
+        FileNotFoundError: there is none that transformers can open.
+        ValueError: it has more entries than the embeddings have rows.
+    """
+    # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in folder.glob(name)):
         raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer into it.")
     try:
@@ -271,27 +283,28 @@ def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None)
 
 
 def empty(config: MiniBertConfig, kind: str) -> PreTrainedModel:
-    """A model of the class without memory for its weights."""
+    """Return a model of the class MiniBert``kind`` on the device "meta": without memory for its weights."""
     with torch.device("meta"):
         model: PreTrainedModel = getattr(modeling_minibert, f"MiniBert{kind}")(config)
         return model
 
 
 def full(name: str, kind: str) -> str:
+    """Return the name of a tensor as it is in a model with a head."""
     return f"minibert.{name}" if kind == "Model" and not name.startswith("minibert.") else name
 
 
 def _tensors(
     checkpoint: folders.Checkpoint,
     config: MiniBertConfig,
-    theirs: PreTrainedConfig,
+    family_config: PreTrainedConfig,
     family: Family,
     kind: str,
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Callable[[], Tensor]]]:
-    """Every tensor of ours with what reads it, and those that stay unused, after a check that none is left over or missing.
+    """Return a function that reads each tensor of the MiniBERT, and of each unused one, after a check that none is unknown.
 
-    Settles ``config.tie_word_embeddings``: weights that differ are not shared, whatever the configuration says.
+    Clears ``config.tie_word_embeddings`` if the tensors to share differ.
     """
     stored = {_plain(name, family): name for name in checkpoint.names}
     left = set(stored)
@@ -300,26 +313,26 @@ def _tensors(
         config.tie_word_embeddings &= _shared(checkpoint, stored, family, kind)
         if config.tie_word_embeddings:
             tied = dict(modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys)
-    offset = theirs.pad_token_id + 1 if family.numbers_from_pad else 0
+    offset = family_config.pad_token_id + 1 if family.numbers_from_pad else 0
     tensors: dict[str, Callable[[], Tensor]] = {}
     unused: dict[str, Callable[[], Tensor]] = {}
     missing, wrong = [], []
     for key, parameter in empty(config, kind).state_dict().items():
-        ours = full(key, kind)
-        names = [family.theirs(ours, kind)]
-        names += [family.theirs(other, kind) for other, source in tied.items() if source == ours]
+        target = full(key, kind)
+        names = [family.family_name(target, kind)]
+        names += [family.family_name(other, kind) for other, source in tied.items() if source == target]
         found = next((name for name in names if name in stored), None)
         left -= set(names)
-        if ours in tied:
+        if target in tied:
             continue
         if found is None:
-            if kind != "Model" or not ours.startswith("minibert.pooler."):  # an encoder may have none
+            if kind != "Model" or not target.startswith("minibert.pooler."):  # an encoder may have none
                 missing.append(names[0] or f"a counterpart of {key}")
             continue
         shape = checkpoint.shape(stored[found])
         rows = slice(None)
-        if ours == POSITIONS and offset:
-            # Positions are numbered from the padding's id on, so the first rows of the table are never looked up.
+        if target == POSITIONS and offset:
+            # Positions start after the padding's id, so the first rows of the table are never looked up.
             rows, shape = slice(offset, None), [shape[0] - offset, *shape[1:]]
             unused[found] = partial(_read, checkpoint, stored[found], slice(0, offset), dtype)
         if shape != list(parameter.shape):
@@ -350,15 +363,15 @@ def _read(checkpoint: folders.Checkpoint, name: str, rows: slice, dtype: torch.d
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
-    """Our name of a tensor that the class ``kind`` did not ask for; None for one that no class of the family has."""
-    ours = next((found for other in (kind, *family.classes) if (found := family.ours(name, other))), None)
-    # A part of the encoder that its configuration does not describe, such as a further layer, is as unknown.
-    further = ours is not None and ours.startswith("minibert.") and not ours.startswith("minibert.pooler.")
-    return None if further else ours
+    """Return the MiniBERT name of a tensor that the class ``kind`` does not use; None if no class of the family has it."""
+    target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
+    # A part of the encoder that its configuration does not describe, such as a further layer, is unknown too.
+    further = target is not None and target.startswith("minibert.") and not target.startswith("minibert.pooler.")
+    return None if further else target
 
 
 def _plain(name: str, family: Family) -> str:
-    """The name as a model with a head has it today."""
+    """Return the present name of a tensor in a model with a head."""
     for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
         name = name.replace(old, new)
     bare = name.startswith(("embeddings.", "encoder.", "transformer.", "pooler."))
@@ -366,9 +379,9 @@ def _plain(name: str, family: Family) -> str:
 
 
 def _shared(checkpoint: folders.Checkpoint, stored: dict[str, str], family: Family, kind: str) -> bool:
-    """Whether the decoder may take the word embeddings and its bias from where tying takes them."""
+    """Return True if the decoder's weights are absent or equal to those that tying would share."""
     for target, source in modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys.items():
-        names = [family.theirs(name, kind) for name in (target, source)]
+        names = [family.family_name(name, kind) for name in (target, source)]
         if names[0] != names[1] and all(name in stored for name in names):
             one, other = (checkpoint[stored[name]] for name in names if name)
             if not torch.equal(one, other):

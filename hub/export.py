@@ -1,4 +1,4 @@
-"""Write a MiniBERT as a plain model of transformers, which needs no code of ours, and prove that it computes the same."""
+"""Write a MiniBERT as a plain model of transformers, which needs no other code, and prove that it computes the same."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +21,11 @@ _SEGMENTS = "minibert.embeddings.token_type_embeddings.weight"
 def export(model: str | Path, output_dir: str | Path, *, revision: str | None = None) -> Report:
     """Write ``model`` as plain BERT, or as the family it was converted from, into ``output_dir``.
 
-    A model that :func:`minibert.hub.convert.convert` made gets the tensors it was made of back, bit for bit.
+    A model from :func:`minibert.hub.convert.convert` is written with the tensors of its source, bit for bit.
 
     Args:
         model: folder, or id on the Hub, of a MiniBERT.
+        output_dir: new or empty folder.
         revision: branch, tag or commit of a model on the Hub.
 
     Example::
@@ -33,7 +34,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it is no MiniBERT, it uses what BERT lacks (every such field is named), its tensors are not those of its
+        ValueError: it is not a MiniBERT, it uses what BERT lacks (every such field is named), its tensors are not those of its
             configuration, or the output folder is not empty.
         Mismatch: the result computes something else; nothing was written.
     """
@@ -42,13 +43,13 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
     folder, config, kind, checkpoint = open_minibert(model, revision)
     encoder = folders.encoder_folder(folder)
     family = _family(config, kind)
-    theirs = _config(config, family, kind)
+    family_config = _config(config, family, kind)
     tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
-    tensors, unused = _tensors(checkpoint, encoder, config, theirs, family, kind)
+    tensors, unused = _tensors(checkpoint, encoder, config, family_config, family, kind)
     pooled = kind == "Model" and any("pooler" in name for name in tensors)
     with folders.new_folder(output_dir) as temporary:
         parameters = folders.write_tensors(temporary / folders.WEIGHTS, tensors)
-        theirs.save_pretrained(temporary)
+        family_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         folders.name_tokenizer_class(temporary)
         folders.copy_modules(folder, temporary)
@@ -57,7 +58,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
             (temporary, getattr(transformers, family.class_name + kind)),
             tokenizer,
             max_length=config.max_position_embeddings,
-            segments=getattr(theirs, "type_vocab_size", 0),
+            segments=getattr(family_config, "type_vocab_size", 0),
             pooled=pooled and config.pooling == "cls" and config.pooler_act == "tanh",
         )
         parity.check(differences, f"The {family.model_type} made of {model}")
@@ -74,7 +75,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 
 
 def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, folders.Checkpoint]:
-    """Folder, configuration, class (without MiniBert) and tensors of a MiniBERT.
+    """Return the folder, configuration, class (without MiniBert) and tensors of a MiniBERT.
 
     Raises: as :func:`export` does.
     """
@@ -82,7 +83,7 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
     encoder = folders.encoder_folder(folder)
     raw = folders.read_json(encoder / "config.json")
     if raw.get("model_type") != MiniBertConfig.model_type:
-        raise ValueError(f"{folder} is no MiniBERT but {raw.get('model_type')}; it needs no export.")
+        raise ValueError(f"{folder} is not a MiniBERT but {raw.get('model_type')}; it does not need an export.")
     named = (raw.get("architectures") or ["MiniBertModel"])[0]
     if getattr(modeling_minibert, named, None) is None:
         raise ValueError(f"{folder} names the class {named}, which MiniBERT lacks; correct architectures in its config.json.")
@@ -94,7 +95,7 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
 
 
 def _family(config: MiniBertConfig, kind: str) -> Family:
-    """The family that the model came from where it still fits, else BERT; or a refusal that names every field."""
+    """Return the family that the model came from if it still fits, else BERT, or refuse and name every field."""
     origin = FAMILIES.get((getattr(config, "converted_from", None) or {}).get("model_type", "bert"), FAMILIES["bert"])
     if not _problems(config, kind, origin):
         return origin
@@ -109,7 +110,7 @@ def _problems(config: MiniBertConfig, kind: str, family: Family) -> list[str]:
     if kind in POOLED:
         wanted |= {"pooling": "cls", "pooler_act": family.fixed["pooler_act"]}
     if family.numbers_from_pad and kind == "ForMaskedLM":
-        wanted["hidden_act"] = "gelu"  # of the word head, whatever that of the layers
+        wanted["hidden_act"] = "gelu"  # of the word head, whatever the layers use
     problems = [f"{name}={getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]
     if config.position_embedding_type == "rotary":
         problems.append("position_embedding_type='rotary'")
@@ -123,7 +124,7 @@ def _problems(config: MiniBertConfig, kind: str, family: Family) -> list[str]:
 def _config(config: MiniBertConfig, family: Family, kind: str) -> PreTrainedConfig:
     origin = dict(getattr(config, "converted_from", None) or {})
     fields = origin if origin.pop("model_type", None) == family.model_type else {}
-    fields |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
+    fields |= {name: getattr(config, field) for field, name in family.fields.items()}
     fields |= {name: getattr(config, name) for name in CARRIED if getattr(config, name, None) is not None}
     if family.numbers_from_pad:
         fields["max_position_embeddings"] += config.pad_token_id + 1  # type: ignore[operator]
@@ -141,11 +142,11 @@ def _tensors(
     checkpoint: folders.Checkpoint,
     encoder: Path,
     config: MiniBertConfig,
-    theirs: PreTrainedConfig,
+    family_config: PreTrainedConfig,
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
-    """What gives every tensor of theirs, and the names of ours that are left out, after a check that none is missing."""
+    """Return a function that reads each tensor of the plain model, and the names of those left out; refuse missing tensors."""
     tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
     expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
     stored = {full(name, kind): name for name in checkpoint.names}
@@ -155,28 +156,28 @@ def _tensors(
         raise ValueError(f"The weights are not those of a MiniBert{kind}; missing: {', '.join(missing)}.")
     tensors: dict[str, Callable[[], Tensor]] = {}
     left_out, unknown = [], []
-    for ours, name in stored.items():
-        found = next((found for other in (kind, *family.classes) if (found := family.theirs(ours, other))), None)
-        if found is None and ours not in expected:
+    for source, name in stored.items():
+        found = next((found for other in (kind, *family.classes) if (found := family.family_name(source, other))), None)
+        if found is None and source not in expected:
             unknown.append(name)
-        elif found is None or (found in tensors and ours not in expected):
+        elif found is None or (found in tensors and source not in expected):
             left_out.append(name)  # the pooler of an encoder, where the family has none
         else:
             tensors[_bare(found, kind, family)] = lambda name=name: checkpoint[name]  # type: ignore[misc]
     if unknown:
         raise ValueError(f"The weights are not those of a MiniBert{kind}; unknown: {', '.join(unknown)}.")
 
-    def add(ours: str, table: Callable[[], Tensor]) -> None:
-        tensors[_bare(family.theirs(ours, kind) or "", kind, family)] = table
+    def add(source: str, table: Callable[[], Tensor]) -> None:
+        tensors[_bare(family.family_name(source, kind) or "", kind, family)] = table
 
     width = config.hidden_size
     if config.position_embedding_type == "sinusoidal":
         add(POSITIONS, lambda: sinusoidal_table(config.max_position_embeddings, width))
     if "type_vocab_size" in family.fields and not config.type_vocab_size:
-        add(_SEGMENTS, lambda: torch.zeros(theirs.type_vocab_size, width))
+        add(_SEGMENTS, lambda: torch.zeros(family_config.type_vocab_size, width))
     spare = folders.Checkpoint(encoder, UNUSED) if (encoder / UNUSED).exists() else None
     if family.numbers_from_pad:
-        positions = _bare(family.theirs(POSITIONS, kind) or "", kind, family)
+        positions = _bare(family.family_name(POSITIONS, kind) or "", kind, family)
         tensors[positions] = _with_unused_rows(tensors[positions], config.pad_token_id, spare, family)  # type: ignore[arg-type]
     if spare is not None:
         for name in spare.names:
@@ -191,7 +192,7 @@ def _bare(name: str, kind: str, family: Family) -> str:
 def _with_unused_rows(
     read: Callable[[], Tensor], pad_token_id: int, spare: folders.Checkpoint | None, family: Family
 ) -> Callable[[], Tensor]:
-    """The table of positions behind the rows that are never looked up: those of the source, or zeros."""
+    """Prepend the rows of the table of positions that are never looked up: those of the source, or zeros."""
     name = f"{family.prefix}.embeddings.position_embeddings.weight"
 
     def table() -> Tensor:

@@ -1,4 +1,4 @@
-"""The families of models that a MiniBERT can stand for, as data: their names of our parameters and of our fields.
+"""Tables of the model families that MiniBERT can represent: their names of parameters and of configuration fields.
 
 The same tables are read in both directions, by :mod:`minibert.hub.convert` and :mod:`minibert.hub.export`.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# What follows the family's name in a class name, and follows MiniBert in ours.
+# Endings of class names, after the name of the family or after MiniBert.
 CLASSES = (
     "Model",
     "ForPreTraining",
@@ -18,10 +18,10 @@ CLASSES = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-# Those that read the pooled vector.
+# Classes that read the pooled vector.
 POOLED = ("ForPreTraining", "ForSequenceClassification", "ForMultipleChoice")
 
-# Modules of the encoder that have one name everywhere but for the prefix; {} is the number of the layer.
+# Modules of the encoder whose names differ by the prefix only; {} is the number of the layer.
 _EMBEDDINGS = {
     "minibert.embeddings.word_embeddings": "{prefix}.embeddings.word_embeddings",
     "minibert.embeddings.position_embeddings": "{prefix}.embeddings.position_embeddings",
@@ -73,7 +73,7 @@ _DISTILBERT = {
     **_CLASSIFIERS,
 }
 
-# Fields of our configuration and what a family calls them.
+# Fields of MiniBertConfig, and their names in a family.
 _FIELDS = {
     name: name
     for name in (
@@ -98,9 +98,9 @@ _FIELDS = {
 }
 _DISTILBERT_FIELDS = {
     **{
-        ours: theirs
-        for ours, theirs in _FIELDS.items()
-        if ours not in ("type_vocab_size", "layer_norm_eps", "classifier_dropout")
+        field: name
+        for field, name in _FIELDS.items()
+        if field not in ("type_vocab_size", "layer_norm_eps", "classifier_dropout")
     },
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -114,16 +114,18 @@ _DISTILBERT_FIELDS = {
 
 @dataclass(frozen=True)
 class Family:
-    """One ``model_type`` of transformers.
+    """A ``model_type`` of transformers.
 
     Attributes:
-        prefix: what the encoder is called in a model with a head.
-        class_name: what the names of its classes start with.
-        modules: our modules -> theirs; ``{}`` is the number of a layer.
-        of_class: the modules that one class names differently.
-        fields: our configuration fields -> theirs.
-        fixed: our fields of which it knows one value only.
-        numbers_from_pad: the first token has the position after ``pad_token_id``, so that many rows of the table are unused.
+        model_type: its name in config.json.
+        prefix: name of the encoder in a model with a head.
+        class_name: beginning of the names of its classes.
+        modules: modules of MiniBERT -> modules of the family; ``{}`` is the number of a layer.
+        of_class: the modules that a class names differently.
+        fields: fields of MiniBertConfig -> fields of the family.
+        fixed: fields of MiniBertConfig that the family lacks, and the value that it computes with.
+        classes: endings of its classes that can be converted.
+        numbers_from_pad: positions begin at ``pad_token_id + 1``; the rows of the table before are unused.
     """
 
     model_type: str
@@ -136,12 +138,12 @@ class Family:
     classes: tuple[str, ...] = CLASSES
     numbers_from_pad: bool = False
 
-    def theirs(self, key: str, kind: str) -> str | None:
-        """The family's name of our parameter ``key`` in its class ``kind``, or None.
+    def family_name(self, key: str, kind: str) -> str | None:
+        """Return the family's name of the MiniBERT parameter ``key`` in its class ``kind``, or None.
 
-        >>> FAMILIES["roberta"].theirs("minibert.layers.3.mlp.up.bias", "ForMaskedLM")
+        >>> FAMILIES["roberta"].family_name("minibert.layers.3.mlp.up.bias", "ForMaskedLM")
         'roberta.encoder.layer.3.intermediate.dense.bias'
-        >>> FAMILIES["roberta"].theirs("layers.3.mlp.up.bias", "Model")
+        >>> FAMILIES["roberta"].family_name("layers.3.mlp.up.bias", "Model")
         'encoder.layer.3.intermediate.dense.bias'
         """
         bare = kind == "Model" and not key.startswith("minibert.")
@@ -149,11 +151,11 @@ class Family:
         found = found and found.replace("{prefix}", self.prefix)
         return found.removeprefix(f"{self.prefix}.") if found and bare else found
 
-    def ours(self, key: str, kind: str) -> str | None:
-        """Our name of the family's parameter ``key`` in its class ``kind``, or None. The inverse of :meth:`theirs`."""
+    def minibert_name(self, key: str, kind: str) -> str | None:
+        """Return the MiniBERT name of the family's parameter ``key``, or None: the inverse of :meth:`family_name`."""
         bare = kind == "Model" and not key.startswith(f"{self.prefix}.")
         modules = {**self.modules, **self.of_class.get(kind, {})}
-        inverse = {theirs.replace("{prefix}", self.prefix): ours for ours, theirs in modules.items()}
+        inverse = {name.replace("{prefix}", self.prefix): module for module, name in modules.items()}
         found = _renamed(f"{self.prefix}.{key}" if bare else key, inverse)
         return found.removeprefix("minibert.") if found and bare else found
 
@@ -203,7 +205,7 @@ FAMILIES = {
     )
 }
 
-# Families that look convertible, and why they are not.
+# Families that look convertible, and the reason why they are not.
 REFUSED = {
     "albert": "it uses the weights of one layer in all of them, and narrower embeddings",
     "big_bird": "its attention is sparse",

@@ -18,7 +18,7 @@ from minibert.hub.convert import Report, full, open_tokenizer
 from minibert.hub.export import open_minibert
 
 GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
-# Larger graphs do not fit into one file of the format, and get a second one for their weights.
+# Bytes. A file of the format holds at most 2 GB, so the weights of larger graphs go to a second file.
 _LARGEST_FILE = 1_800_000_000
 
 
@@ -28,17 +28,18 @@ def export_onnx(
     """Write ``model`` as ``model.onnx`` with its tokenizer and config.json into ``output_dir``.
 
     Batch and length (and the number of choices) are dynamic. A sentence-transformers model has the output
-    ``sentence_embedding`` behind ``last_hidden_state``; heads have their logits.
+    ``sentence_embedding`` after ``last_hidden_state``; heads have their logits.
 
     Args:
         model: folder, or id on the Hub, of a MiniBERT.
-        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are whole numbers of 8 bits; the report holds the
+        output_dir: new or empty folder.
+        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are 8-bit integers; the report holds the
             cosines between its vectors and the exact ones.
         revision: branch, tag or commit of a model on the Hub.
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it is no MiniBERT, ``quantize`` is unknown, the packages are missing, or the output folder is not empty.
+        ValueError: it is not a MiniBERT, ``quantize`` is unknown, the packages are missing, or the output folder is not empty.
         Mismatch: the graph computes something else; nothing was written.
     """
     output_dir = Path(output_dir)
@@ -87,11 +88,13 @@ def _check_packages() -> None:
 
 
 class _Graph(nn.Module):
-    """The model with named inputs in order, and a tuple of named outputs.
+    """Wrap a model: inputs by position, outputs as a tuple, both with names.
 
     Args:
-        heads: sentence-transformers modules that make the vector of a text.
-        pooled: whether the pooler is more than random numbers.
+        model: the network.
+        inputs: names of the inputs, in order.
+        heads: sentence-transformers modules that compute the vector of a text.
+        pooled: the pooler was trained.
     """
 
     def __init__(self, model: Any, inputs: list[str], heads: list[nn.Module], pooled: bool):
@@ -121,7 +124,7 @@ def _inputs(tokenizer: Any, config: Any) -> list[str]:
 
 
 def _heads(folder: Path) -> list[nn.Module]:
-    """What a sentence-transformers model computes behind its transformer."""
+    """Return the sentence-transformers modules after the transformer."""
     if not folders.modules(folder):
         return []
     from sentence_transformers import SentenceTransformer
@@ -130,7 +133,7 @@ def _heads(folder: Path) -> list[nn.Module]:
 
 
 def _write(graph: _Graph, file: Path) -> int:
-    """Trace the model and write it; returns the number of parameters."""
+    """Trace the model, write it, and return the number of parameters."""
     shape, names = ((2, 2, 5), ("batch", "choices", "length")) if graph.choices else ((2, 5), ("batch", "length"))
     ids = torch.randint(1, graph.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
@@ -153,7 +156,7 @@ def _write(graph: _Graph, file: Path) -> int:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not needed."""
+    """Hide the exporter's warnings about packages that are not needed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -169,7 +172,7 @@ def _silent() -> Iterator[None]:
 
 
 def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Tensor]]:
-    """The built-in texts, and random ids of several shapes: one token, one text, as many tokens as fit."""
+    """Return batches of the built-in texts, and of random ids in several shapes: one token, one text, as many tokens as fit."""
     longest = min(tokenizer.model_max_length, positions)
     found = [{name: batch[name] for name in graph.inputs} for batch in parity.batches(tokenizer, longest)]
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +191,7 @@ def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Te
 
 
 def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dict[str, Tensor]:
-    """Every output of every batch; of vectors per token those of real tokens."""
+    """Return every output of every batch, without the vectors of padding."""
     found = {}
     for number, batch in enumerate(batches):
         mask = batch["attention_mask"].bool()
@@ -227,7 +230,7 @@ def _quantize(source: Path, target: Path) -> None:
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Of the vectors of the built-in texts (the first three batches): of texts where there are such, else of tokens."""
+    """Return cosines between the vectors of the built-in texts (the first three batches), or of their tokens."""
     name = "sentence_embedding" if any(key.startswith("sentence_embedding") for key in exact) else next(iter(exact)).split()[0]
     pairs = [(exact[f"{name} {number}"], found[f"{name} {number}"]) for number in range(3)]
     cosines = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])

@@ -1,4 +1,4 @@
-"""Do two models compute the same? Asked with texts of every kind, one model in memory at a time."""
+"""Compare the outputs of two models on texts of every kind, with one model in memory at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +31,12 @@ PAIRS = (
 
 
 class Mismatch(ArithmeticError):
-    """Two models that should compute the same do not."""
+    """The outputs of two models differ although they should be equal."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from reporting the weights that it did not use: that is our report's subject."""
+    """Keep transformers from reporting unused weights, which the callers report themselves."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -49,34 +49,27 @@ def quiet() -> Iterator[None]:
 
 
 def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
-    """Short texts padded to one length, pairs likewise, and a text of ``max_length`` tokens alone."""
+    """Tokenize short texts, pairs of texts (each padded to equal length), and a single text of ``max_length`` tokens."""
     kinds: list[tuple[list[str], list[str] | None]] = [
         (list(TEXTS), None),
         ([first for first, _ in PAIRS], [second for _, second in PAIRS]),
         ([LONG], None),
     ]
     return [
-        dict(
-            tokenizer(
-                first,
-                second,
-                padding=len(first) > 1,
-                truncation=True,
-                max_length=max_length,
-                return_tensors="pt",
-            )
-        )
+        dict(tokenizer(first, second, padding=len(first) > 1, truncation=True, max_length=max_length, return_tensors="pt"))
         for first, second in kinds
     ]
 
 
 @torch.inference_mode()
 def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments: int, pooled: bool) -> dict[str, Tensor]:
-    """All that ``model`` computes for :func:`batches`, in float32; of vectors per token those of real tokens.
+    """Return every output of ``model`` for :func:`batches`, in float32, without the vectors of padding.
 
     Args:
-        segments: how many the model knows; below two none are given.
-        pooled: whether its ``pooler_output`` means something.
+        model: of any class.
+        inputs: the batches.
+        segments: size of the table of segments; below two, the model gets no ``token_type_ids``.
+        pooled: the pooler was trained; ``pooler_output`` is left out otherwise.
     """
     found = {}
     choices = type(model).__name__.endswith("MultipleChoice")
@@ -84,7 +77,7 @@ def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments
         if segments < 2:
             batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
         mask = batch["attention_mask"].bool()
-        # Of the long text the encoder's answer is enough: word scores of it would need more memory than the model.
+        # Word scores of the long text would need more memory than the model, so only the encoder reads it.
         network = model.base_model if len(mask) == 1 else model
         if choices and network is model:
             batch = {name: value[: len(value) // 2 * 2].unflatten(0, (-1, 2)) for name, value in batch.items()}
@@ -96,7 +89,7 @@ def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments
 
 
 def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """What sentence-transformers makes of single texts, if ``folder`` is one of its models; else nothing."""
+    """Return the vectors of single texts by sentence-transformers, if ``folder`` is one of its models."""
     settings = folder / "config_sentence_transformers.json"
     kind = folders.read_json(settings).get("model_type") if settings.exists() else None
     if not folders.modules(folder) or kind not in (None, "SentenceTransformer"):
@@ -121,11 +114,16 @@ def differences(
     dtype: torch.dtype | None = None,
     pooled: bool,
 ) -> dict[str, float]:
-    """The largest differences between two folders, computed in float32 from weights of the same ``dtype``.
+    """Return the largest difference of every output between two models, computed in float32.
 
     Args:
-        source, result: a folder and the class to open it with.
+        source: folder and class of a model.
+        result: folder and class of the model to compare with it.
+        tokenizer: of both.
         max_length: positions of the model; the tokenizer may allow less.
+        segments: size of the table of segments.
+        dtype: round both models' weights to it first.
+        pooled: also compare ``pooler_output``.
     """
     inputs = batches(tokenizer, min(tokenizer.model_max_length, max_length))
     found = []
@@ -140,18 +138,18 @@ def differences(
     return compare(*found)
 
 
-def compare(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, float]:
-    """The largest difference of every output that ``theirs`` has."""
+def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
+    """Return the largest absolute difference of every output in ``expected``; keys are "name batch"."""
     worsts: dict[str, float] = {}
-    for key, expected in theirs.items():
+    for key, value in expected.items():
         name = key.split()[0]
-        worst = float((expected - ours[key]).abs().max())
+        worst = float((value - found[key]).abs().max())
         worsts[name] = max(worsts.get(name, 0.0), worst) if worst == worst else float("nan")
     return worsts
 
 
 def check(worsts: dict[str, float], what: str) -> None:
-    """Raise :class:`Mismatch` for a difference above the tolerance, or one that is no number."""
+    """Raise :class:`Mismatch` for a difference above the tolerance, or for NaN."""
     if wrong := [f"{name} by {worst:.1e}" for name, worst in worsts.items() if not worst <= TOLERANCE]:
         raise Mismatch(
             f"{what} computes something else: {', '.join(wrong)}, where at most {TOLERANCE:.0e} is allowed. Nothing was "

@@ -55,7 +55,7 @@ class Evaluation(BaseModel):
 
 
 class Record(BaseModel):
-    """What is known of how a model was made; empty for a model that no recipe trained.
+    """The origin of a model; empty for a model that no recipe trained.
 
     Attributes:
         stages: those that the model went through, including the tokenizer's, in order.
@@ -146,7 +146,7 @@ def training_data(record: Record) -> list[Source]:
 def public_name(name: str, *, on_hub: bool = False) -> str:
     """Return ``name`` as it may be published: an id on the Hub as it is, a path without its folders.
 
-    >>> public_name("../data/of/somebody/reviews.csv"), public_name("sentence-transformers/all-nli")
+    >>> public_name("../private/data/reviews.csv"), public_name("sentence-transformers/all-nli")
     ('reviews.csv', 'sentence-transformers/all-nli')
     """
     is_id = _HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(_DATA_FILES)

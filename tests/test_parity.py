@@ -31,7 +31,7 @@ HEADS = {
 
 def renamed_state(model):
     kind = type(model).__name__.removeprefix("Bert")
-    return {FAMILIES["bert"].ours(key, kind): value for key, value in model.state_dict().items()}
+    return {FAMILIES["bert"].minibert_name(key, kind): value for key, value in model.state_dict().items()}
 
 
 def pair(name, **fields):
@@ -111,7 +111,7 @@ def test_loss_and_gradients(name, unpad, inputs):
     for key, parameter in theirs.named_parameters():
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(
-            found[FAMILIES["bert"].ours(key, name.removeprefix("Bert"))].grad,
+            found[FAMILIES["bert"].minibert_name(key, name.removeprefix("Bert"))].grad,
             parameter.grad,
             atol=1e-4 * scale + 1e-7,  # the gradient of what shifts every choice alike is zero but for rounding
             rtol=0,

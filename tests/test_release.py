@@ -1,4 +1,4 @@
-"""What is released: one version everywhere, the declared Pythons, a complete source archive, extras that explain themselves."""
+"""Check a release: one version everywhere, the declared Pythons, a complete source archive, extras that explain themselves."""
 
 import json
 import re

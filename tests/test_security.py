@@ -114,7 +114,7 @@ class Bomb:
 
 
 def all_doors(folder, tmp_path):
-    """Everything of ours that opens a model named by its user, as functions."""
+    """Return functions that open a model which the user names, by door."""
     recipe = tmp_path / "recipe.yaml"
     (tmp_path / "texts.csv").write_text("text,label\na text,0\na word,1\n")
     stage = {"kind": "classify", "data": str(tmp_path / "texts.csv"), "model": str(folder), "max_steps": 1, "max_length": 8}
@@ -181,16 +181,16 @@ def with_code(model, tmp_path):
 @pytest.mark.parametrize("door", ["find_model", "load", "train"])
 def test_code_of_others_does_not_run_without_the_flag(model, tmp_path, door, monkeypatch):
     with_code(model, tmp_path)
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked in the middle"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
     with pytest.raises((ValueError, OSError)):
         all_doors(model, tmp_path)[door]()
     assert not (tmp_path / "exploded").exists()
 
 
 def test_with_the_flag_it_does_run(model, tmp_path):
-    """That the tests beside this one can fail."""
+    """Show that the tests around this can fail."""
     with_code(model, tmp_path)
-    with pytest.raises(Exception):  # noqa: B017 - it is no model
+    with pytest.raises(Exception):  # noqa: B017 - the code is not a model
         load(model, device="cpu", trust_remote_code=True)
     assert (tmp_path / "exploded").exists()
 
@@ -333,7 +333,7 @@ def test_damaged_json_is_a_sentence(model, name, content):
         (model / "model.safetensors").unlink()
     (model / name).write_bytes(content.encode("latin-1"))
     if name.endswith("config.json") and content == '{"weight_map": 3}':
-        return  # that is no damage
+        return  # a valid object
     with pytest.raises((ValueError, OSError)) as caught:
         check_model(model)
     assert "\n" not in str(caught.value)
