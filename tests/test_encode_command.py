@@ -530,7 +530,9 @@ def test_force_goes_on_with_a_run_of_the_same(run, data, tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     assert json.loads(run(data, *options, "--force", "--json").stdout)["written"] == 4
-    assert json.loads(run(data, *options, "--force", "--json").stdout)["written"] == 12
+    killed = tmp_path / "out" / ".part-00009.parquet.part"
+    killed.write_bytes(b"half")
+    assert json.loads(run(data, *options, "--force", "--json").stdout)["written"] == 12 and not killed.exists()
 
 
 def test_a_manifest_without_a_shard_means_nothing(run, tmp_path):

@@ -306,6 +306,13 @@ def test_an_index_that_cannot_be_trusted_is_built_again(folder, small, added, ca
     assert not list(index_folder(folder).glob(".*.part"))
 
 
+def test_a_process_that_searches_keeps_its_vectors_during_a_rebuild(folder, small):
+    index, before = open_index(folder), clustered(ROWS, 1)
+    _other_vectors(folder)
+    open_index(VectorFolder(folder.folder))
+    np.testing.assert_array_equal(index.vectors(np.arange(ROWS)), before)
+
+
 def test_rebuilding_on_request(folder, small, added):
     open_index(folder, rebuild=True)
     assert len(added) == 3
