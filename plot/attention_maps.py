@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import torch
 from matplotlib.figure import Figure
 
-from minibert.inference.predict import max_length_of
+from minibert.inference.answers import max_length_of
 from minibert.plot import page
 
 # Numbers in a page, 4 bytes each: with more, browsers become slow, so heads are averaged.
@@ -49,7 +49,7 @@ class Attention(page.Drawing):
         heat = page.heat_map(weights, self.tokens, self.tokens, shown)
         lines = [
             go.Scatter(
-                x=np.tile(np.float32([0, 1, np.nan]), len(ends) // 3),
+                x=np.tile(np.array([0, 1, np.nan], dtype=np.float32), len(ends) // 3),
                 y=ends,
                 mode="lines",
                 line={"color": page.COLOURS[0], "width": 0.6 + level / _LEVELS},

@@ -309,8 +309,12 @@ class Picture(ABC):
         """
         out = check_output(out, force=force, suffixes=self.suffixes)
         with atomic_write(out) as part:
-            part.write_bytes(self.page().encode("utf-8") if out.suffix.lower() == ".html" else self._repr_png_())
+            part.write_bytes(self.page().encode("utf-8") if out.suffix.lower() == ".html" else self.image())
         return out
+
+    def image(self) -> bytes:
+        """Return a PNG file."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -341,12 +345,14 @@ class Drawing(Picture):
             figure.draw_without_rendering()  # labels that are created later would read formulas into texts
         return figure
 
-    def _repr_png_(self) -> bytes:
-        """Return an image for notebooks, whose files can hold it."""
+    def image(self) -> bytes:
+        """Return a PNG file."""
         buffer = io.BytesIO()
         with _image_settings():
             self.static().savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
         return buffer.getvalue()
+
+    _repr_png_ = image  # for notebooks, whose files can hold it
 
 
 def check_output(out: str | Path, *, force: bool, suffixes: Sequence[str] = tuple(SUFFIXES)) -> Path:
@@ -365,9 +371,9 @@ def check_output(out: str | Path, *, force: bool, suffixes: Sequence[str] = tupl
 
 
 def plain(text: str, width: int | None = None) -> str:
-    """Return ``text`` in one line, without invisible characters, cut to ``width`` characters.
+    r"""Return ``text`` in one line, without invisible characters, cut to ``width`` characters.
 
-    >>> plain("one\\n two\\tthree", 9)
+    >>> plain("one\n two\tthree", 9)
     'one two …'
     """
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

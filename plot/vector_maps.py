@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from minibert.inference.answers import max_length_of
 from minibert.inference.load import load
-from minibert.inference.predict import max_length_of
 from minibert.plot import page
 
 METHODS = ("pca", "tsne", "umap")
@@ -24,7 +24,7 @@ _SYMBOLS = ("circle", "diamond", "square")
 
 
 class Space(NamedTuple):
-    """What the points are, their (n, 3) coordinates, and the names of the three axes."""
+    """Points in three dimensions: their name, their (n, 3) coordinates, and the names of the axes."""
 
     name: str
     points: np.ndarray
@@ -223,7 +223,7 @@ class Similarity(page.Picture):
         return page.page_part(self.interactive())
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.interactive()._repr_mimebundle_(**options)  # notebooks show plotly figures
+        return self.interactive()._repr_mimebundle_(**options)  # a notebook shows it as a plotly figure
 
 
 def similarity(
