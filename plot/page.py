@@ -101,7 +101,16 @@ def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hov
         zmin=min(0.0, float(cells.min())),
         zmax=float(cells.max()),
         colorscale=_SCALE,
-        colorbar={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "lenmode": "pixels", "len": 130, "thickness": 10},
+        colorbar={
+            "orientation": "h",
+            "x": 1,
+            "xanchor": "right",
+            "y": 1,
+            "ypad": 30,
+            "lenmode": "pixels",
+            "len": 130,
+            "thickness": 9,
+        },
         hovertemplate=hover_text or "%{z:.4f}<br>%{y}<br><b>and</b><br>%{x}<extra></extra>",
     )
 
