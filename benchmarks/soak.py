@@ -36,16 +36,16 @@ def run(out: Path, work: Path, *, minutes: float, model: str | None, texts: int,
         SystemExit: with status 1 when vectors changed, differed between threads, or files were left open.
     """
     work.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     disable_progress_bar()
-    folder = Path(model) if model else _small_model(work / "model", chance)
+    folder = Path(model) if model else _small_model(work / "model", rng)
     encoder = Encoder(folder, dtype="float32")
-    fixed = list(_mixed(chance, 64))
+    fixed = list(_mixed(rng, 64))
     expected = encoder.encode(fixed)
     process, begin, samples, rounds, encoded = psutil.Process(), time.monotonic(), [], 0, 0
     worst: dict[str, float] = {"threads": 0.0, "last_and_first": 0.0}
     while not rounds or time.monotonic() - begin < 60 * minutes:
-        batch = list(_mixed(chance, texts))
+        batch = list(_mixed(rng, texts))
         encoder.encode(batch)
         _to_folder(work, folder, batch)
         worst["threads"] = max(worst["threads"], _among_threads(encoder, fixed, expected, threads))
@@ -101,14 +101,14 @@ def _sample(process: psutil.Process, begin: float) -> dict[str, float]:
     }
 
 
-def _mixed(chance: random.Random, count: int) -> Iterator[str]:
+def _mixed(rng: random.Random, count: int) -> Iterator[str]:
     """Texts of made-up words, most short and some far longer than a model reads, with odd ones among them."""
     for _ in range(count):
-        if chance.random() < 0.1:
-            yield chance.choice(_ODD)
+        if rng.random() < 0.1:
+            yield rng.choice(_ODD)
             continue
-        words = int(min(2000, chance.lognormvariate(2.5, 1.2))) + 1
-        yield " ".join("".join(chance.choices(_SYLLABLES, k=chance.randint(1, 4))) for _ in range(words))
+        words = int(min(2000, rng.lognormvariate(2.5, 1.2))) + 1
+        yield " ".join("".join(rng.choices(_SYLLABLES, k=rng.randint(1, 4))) for _ in range(words))
 
 
 def _to_folder(work: Path, model: Path, texts: list[str]) -> None:
@@ -133,8 +133,8 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("inf")
 
 
-def _small_model(folder: Path, chance: random.Random) -> Path:
-    tokenizer = train_wordpiece(_mixed(chance, 2000), vocab_size=4000, model_max_length=128, show_progress=False)
+def _small_model(folder: Path, rng: random.Random) -> Path:
+    tokenizer = train_wordpiece(_mixed(rng, 2000), vocab_size=4000, model_max_length=128, show_progress=False)
     config = MiniBertConfig.preset(
         "modern-6x384",
         **{"vocab_size": len(tokenizer), "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},

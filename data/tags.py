@@ -158,7 +158,7 @@ class Windows(NamedTuple):
     rows: list[int]
 
 
-def cut_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
+def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
     """Tokenize ``sentences`` of words; those over ``max_length`` tokens become windows that share a quarter of their length.
 
     A word in two windows belongs to the one where it stands further from the edge. Words that leave no token, such as a

@@ -13,7 +13,7 @@ _KEPT = (0.15, 0.5)  # least and most of a sentence's words in its query
 _NEIGHBOUR = 0.3  # how often the sentence before, or the one after, belongs to the passage
 
 
-def pairs_of(text: str, chance: random.Random) -> Iterator[tuple[str, str]]:
+def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
     """A query and a passage for every sentence of a text: some of its words, and the sentence, at times with those beside it.
 
     Words are left out as in TSDAE (Wang et al. 2021, arXiv:2104.06979), which rebuilds the sentence from the rest of them; here
@@ -28,9 +28,9 @@ def pairs_of(text: str, chance: random.Random) -> Iterator[tuple[str, str]]:
             words = sentence.split()
             if len(words) < _FEWEST_WORDS:
                 continue
-            kept = sorted(chance.sample(range(len(words)), max(3, round(len(words) * chance.uniform(*_KEPT)))))
-            first = number - (number > 0 and chance.random() < _NEIGHBOUR)
-            last = number + (chance.random() < _NEIGHBOUR)
+            kept = sorted(rng.sample(range(len(words)), max(3, round(len(words) * rng.uniform(*_KEPT)))))
+            first = number - (number > 0 and rng.random() < _NEIGHBOUR)
+            last = number + (rng.random() < _NEIGHBOUR)
             yield " ".join(words[place].strip("\"'()[],.;:!?") for place in kept), " ".join(sentences[first : last + 1])
 
 

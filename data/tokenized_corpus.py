@@ -33,7 +33,7 @@ _VERSION = 1  # of the files in the cache
 _BOUNDS = ("documents", "sentences")
 
 
-class Corpus:
+class TokenizedCorpus:
     """Documents as token ids, end to end, without special tokens.
 
     Attributes:
@@ -61,7 +61,7 @@ def load_corpus(
     sentence_delimiters: str | None = None,
     cache_dir: str | Path | None = None,
     workers: int | None = None,
-) -> Corpus:
+) -> TokenizedCorpus:
     """The corpus that ``sources`` hold: from the cache, or tokenized and put there.
 
     Args:
@@ -88,7 +88,7 @@ def load_corpus(
     folder = root / key.hexdigest()
     if not (folder / "corpus.json").exists():
         _tokenize(parts, tokenizer, sentence_delimiters, folder, workers or os.cpu_count() or 1)
-    corpus = Corpus(folder)
+    corpus = TokenizedCorpus(folder)
     if not corpus.documents[-1]:
         raise ValueError(
             f"{' + '.join(source.path for source in sources)} holds no text to train on; give a corpus with words."
@@ -235,7 +235,7 @@ def _blocks(parts: list[Dataset]) -> Iterator[tuple[np.ndarray, np.ndarray, np.n
 # ------------------------------------------------------------------------------------------------------------- sequences
 
 
-class Pieces:
+class MlmChunks:
     """Documents cut into pieces, and the short last pieces of documents put together into rows.
 
     Attributes (kept beside the corpus and memory-mapped, as it is):
@@ -243,7 +243,7 @@ class Pieces:
         rows: (rows + 1,) bounds in the pieces; the pieces of a row fit into it together with two special tokens each.
     """
 
-    def __init__(self, corpus: Corpus, max_length: int):
+    def __init__(self, corpus: TokenizedCorpus, max_length: int):
         def blocks() -> Iterator[tuple[np.ndarray, ...]]:
             yield np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(1, np.int64)
             pieces = 0
@@ -277,7 +277,7 @@ def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, n
     return starts, lengths, np.array([1] * len(full) + counts)
 
 
-class Spans:
+class NspSpans:
     """Runs of two or more consecutive sentences of a document that fit into a sequence as a pair of segments.
 
     Attributes (kept beside the corpus and memory-mapped, as it is):
@@ -286,7 +286,7 @@ class Spans:
         document: (spans,) the document of each span.
     """
 
-    def __init__(self, corpus: Corpus, max_length: int):
+    def __init__(self, corpus: TokenizedCorpus, max_length: int):
         assert corpus.sentences is not None
         sentences = corpus.sentences
 
@@ -333,7 +333,7 @@ def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tupl
     return bounds[1:], first, last, of_document[first]
 
 
-def _documents_in_blocks(corpus: Corpus, size: int) -> Iterator[np.ndarray]:
+def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndarray]:
     """The bounds of ``size`` documents after the other; the last bound of a block is the first of the next."""
     for at in range(0, len(corpus.documents) - 1, size):
         yield np.asarray(corpus.documents[at : at + size + 1])

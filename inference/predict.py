@@ -32,7 +32,7 @@ from minibert.data.columns import pick_columns
 from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.questions import texts_of
-from minibert.data.tags import TOKEN_COLUMNS, cut_windows, entity_spans, holds_entities
+from minibert.data.tags import TOKEN_COLUMNS, entity_spans, holds_entities, tokenize_windows
 from minibert.files.disk import atomic_write
 from minibert.files.model_folder import opening
 from minibert.inference.answers import answer_rows, choice_columns_of, choose_rows, max_length_of, rows_ahead
@@ -298,7 +298,7 @@ def tag_sentences(
 ) -> list[tuple[list[str], list[float]]]:
     """Return the tag of every word of ``sentences`` and its probability; long sentences are cut into overlapping windows."""
     names = class_names(model.config)
-    windows = cut_windows(sentences, tokenizer, max_length_of(model, tokenizer))
+    windows = tokenize_windows(sentences, tokenizer, max_length_of(model, tokenizer))
     inputs = {"input_ids": windows.ids, **({"token_type_ids": windows.types} if windows.types is not None else {})}
     tagged: list[tuple[list[str], list[float]]] = [([], []) for _ in sentences]
     logits = compute_logits(model, tokenizer, inputs, batch_size) if windows.ids else []

@@ -13,7 +13,7 @@ from minibert import train_word_level
 from minibert.data.labels import MULTI, REGRESSION, SINGLE, read_labels
 from minibert.evaluation.metrics import classification_figures
 from minibert.train.arguments import ClassifyStage
-from minibert.train.rows import TokenRows
+from minibert.train.rows import TokenizedDataset
 from minibert.train.stage import StageContext
 from minibert.train.stages.classify import classify as classify_stage
 
@@ -101,19 +101,19 @@ def test_starts_from_an_earlier_model(classify, tmp_path):
 
 def test_batches_are_padded_to_their_longest_row_and_hold_the_tokenizers_ids(tokenizer):
     rows = Dataset.from_dict({"a": ["the cat", "the very very dog", "cup"], "b": ["pen", "the key", "owl"]})
-    made = TokenRows.from_texts(rows, ("a", "b"), np.array([1, 0, 1]), tokenizer, 32)
+    made = TokenizedDataset.from_texts(rows, ("a", "b"), np.array([1, 0, 1]), tokenizer, 32)
     for wanted in ([0], [2, 0], [0, 1, 2]):
         batch = made.collate(made.__getitems__(wanted))
         expected = tokenizer(rows[wanted]["a"], rows[wanted]["b"], padding=True, return_tensors="pt")
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         assert batch["labels"].tolist() == [[1, 0, 1][row] for row in wanted]
-    other = TokenRows.from_texts(rows, ("b", "a"), np.array([1, 0, 1]), tokenizer, 32)
+    other = TokenizedDataset.from_texts(rows, ("b", "a"), np.array([1, 0, 1]), tokenizer, 32)
     assert made.fingerprint != other.fingerprint
 
 
 def test_long_texts_are_cut(tokenizer):
     rows = Dataset.from_dict({"a": ["the " * 50], "b": ["cat " * 3]})
-    made = TokenRows.from_texts(rows, ("a", "b"), np.array([1]), tokenizer, 12)
+    made = TokenizedDataset.from_texts(rows, ("a", "b"), np.array([1]), tokenizer, 12)
     assert made.lengths.tolist() == [12]
     assert tokenizer.convert_ids_to_tokens(made.ids.tolist()).count("cat") == 3  # the longer text is cut first
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from minibert import train_word_level
 from minibert.data import tokenized_corpus as corpora
 from minibert.data.source import DataSource
-from minibert.data.tokenized_corpus import Corpus, Pieces, Spans, load_corpus, split_sentences
+from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, load_corpus, split_sentences
 
 DOCUMENTS = ["a cat sat. it slept!", "b", "", "one two three four five six. seven eight? nine ten", "a b c d e f g h i j"]
 
@@ -48,7 +48,7 @@ def made(tmp_path, documents):
     np.save(tmp_path / "tokens.npy", np.arange(sum(sentences), dtype=np.int32))
     np.save(tmp_path / "documents.npy", np.cumsum([0, *map(sum, documents)]))
     np.save(tmp_path / "sentences.npy", np.cumsum([0, *sentences]))
-    return Corpus(tmp_path)
+    return TokenizedCorpus(tmp_path)
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -67,6 +67,7 @@ def test_an_interruption_of_several_processes_stays_one(read, monkeypatch, numbe
     signal.signal(signal.SIGINT, handlers[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 def test_sigterm_ends_the_processes_that_tokenize(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -199,7 +200,7 @@ def test_refuses_columns_that_are_not_clear(tmp_path, tokenizer):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(4, 20))
 def test_pieces_hold_every_token_once_and_rows_fit(tmp_path_factory, sizes, max_length):
     corpus = made(tmp_path_factory.mktemp("corpus"), [[size] for size in sizes])
-    pieces = Pieces(corpus, max_length)
+    pieces = MlmChunks(corpus, max_length)
     tokens = [at for start, size in zip(pieces.starts, pieces.lengths, strict=True) for at in range(start, start + size)]
     assert sorted(tokens) == list(range(sum(sizes)))
     owners = np.searchsorted(corpus.documents, pieces.starts, side="right")
@@ -214,7 +215,7 @@ def test_pieces_hold_every_token_once_and_rows_fit(tmp_path_factory, sizes, max_
 @given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=8), st.integers(5, 24))
 def test_spans_are_neighbouring_sentences_that_fit(tmp_path_factory, documents, max_length):
     corpus = made(tmp_path_factory.mktemp("corpus"), documents)
-    spans = Spans(corpus, max_length)
+    spans = NspSpans(corpus, max_length)
     for first, last, document in zip(spans.first, spans.last, spans.document, strict=True):
         assert last - first >= 2
         assert spans.bounds[last] - spans.bounds[first] <= max_length - 3
@@ -232,11 +233,11 @@ def test_spans_are_neighbouring_sentences_that_fit(tmp_path_factory, documents, 
 @given(st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=12), st.integers(1, 4))
 def test_what_is_found_block_by_block_is_what_the_whole_gives(tmp_path_factory, documents, size):
     whole, cut = (made(tmp_path_factory.mktemp("corpus"), documents) for _ in range(2))
-    expected = Spans(whole, 16)
+    expected = NspSpans(whole, 16)
     with pytest.MonkeyPatch.context() as patch:
         in_blocks = corpora._documents_in_blocks
         patch.setattr(corpora, "_documents_in_blocks", lambda corpus, _: in_blocks(corpus, size))
-        spans, pieces = Spans(cut, 16), Pieces(cut, 16)
+        spans, pieces = NspSpans(cut, 16), MlmChunks(cut, 16)
     for name in ("bounds", "first", "last", "document"):
         assert np.array_equal(getattr(spans, name), getattr(expected, name))
     tokens = [at for start, length in zip(pieces.starts, pieces.lengths, strict=True) for at in range(start, start + length)]
@@ -247,12 +248,12 @@ def test_what_is_found_block_by_block_is_what_the_whole_gives(tmp_path_factory, 
 
 def test_pieces_and_spans_are_made_once_and_stay_on_disk(tmp_path, monkeypatch):
     corpus = made(tmp_path, [[5, 7], [30], [2, 2, 2]])
-    first = Pieces(corpus, 16), Spans(corpus, 16)
+    first = MlmChunks(corpus, 16), NspSpans(corpus, 16)
     monkeypatch.setattr(corpora, "_documents_in_blocks", lambda *_: pytest.fail("made again"))
-    again = Pieces(corpus, 16), Spans(corpus, 16)
+    again = MlmChunks(corpus, 16), NspSpans(corpus, 16)
     for ours, theirs in zip(first, again, strict=True):
         for name, array in vars(ours).items():
             assert isinstance(array, np.memmap)
             assert np.array_equal(array, getattr(theirs, name))
     with pytest.raises(pytest.fail.Exception):
-        Pieces(corpus, 12)  # another length is another cut
+        MlmChunks(corpus, 12)  # another length is another cut

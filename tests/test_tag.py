@@ -13,7 +13,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrai
 
 from helpers import in_iob2, write_rows
 from minibert import train_word_level, train_wordpiece
-from minibert.data.tags import cut_windows, entity_spans, read_tags, read_words
+from minibert.data.tags import entity_spans, read_tags, read_words, tokenize_windows
 from minibert.evaluation.evaluate import evaluate
 from minibert.evaluation.metrics import tag_figures
 from minibert.train.arguments import TagStage
@@ -117,7 +117,7 @@ def test_every_word_is_in_one_window_at_its_first_subword(pieces, max_length):
     generator = random.Random(max_length)
     words = ["a", "ab", "abcd", "bcdabcd", "\x7f", "", "[UNK]", "abcdeabcdeabcdeabcde"]
     some = [[generator.choice(words) for _ in range(generator.choice([0, 1, 3, 30]))] for _ in range(12)]
-    windows = cut_windows(some, pieces, max_length)
+    windows = tokenize_windows(some, pieces, max_length)
     found = [[] for _ in some]
     for row, ids, numbers in zip(windows.rows, windows.ids, windows.words, strict=True):
         assert len(ids) == len(numbers) <= max_length
@@ -130,10 +130,10 @@ def test_every_word_is_in_one_window_at_its_first_subword(pieces, max_length):
 
 def test_long_sentences_are_read_from_their_start_whatever_a_tokenizer_cuts(pieces):
     some = [["abcd", "a", "b"] * 9]
-    expected = cut_windows(some, pieces, 12)
+    expected = tokenize_windows(some, pieces, 12)
     pieces.truncation_side = "left"
     try:
-        found = cut_windows(some, pieces, 12)
+        found = tokenize_windows(some, pieces, 12)
         assert pieces.truncation_side == "left"
     finally:
         pieces.truncation_side = "right"
@@ -147,13 +147,13 @@ def test_words_of_byte_level_vocabularies_keep_the_space_before_them():
     trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(["a cat saw the cat"] * 5, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
-    windows = cut_windows([["a", "cat", "saw"]], tokenizer, 16)
+    windows = tokenize_windows([["a", "cat", "saw"]], tokenizer, 16)
     assert windows.ids == [tokenizer(" a cat saw")["input_ids"]]
     assert [word for word in windows.words[0].tolist() if word >= 0] == [0, 1, 2]
 
 
 def test_words_of_two_windows_belong_to_the_one_where_they_stand_inside(pieces):
-    windows = cut_windows([["a"] * 30], pieces, 18)  # 16 tokens without [CLS] and [SEP], 4 of them shared
+    windows = tokenize_windows([["a"] * 30], pieces, 18)  # 16 tokens without [CLS] and [SEP], 4 of them shared
     places = [np.flatnonzero(words >= 0).tolist() for words in windows.words]
     assert places == [list(range(1, 15)), list(range(3, 15)), list(range(3, 7))]
 

@@ -20,7 +20,7 @@ from minibert.train.stage import StageContext
 TOKENIZED_AT_ONCE = 4096
 
 
-class TokenRows:
+class TokenizedDataset:
     """Keep tokenized rows end to end in one array, so that making a batch takes a few numpy calls.
 
     Attributes:
@@ -38,7 +38,7 @@ class TokenRows:
     @classmethod
     def from_texts(
         cls, rows: Dataset, columns: Sequence[str], labels: np.ndarray, tokenizer: Any, max_length: int
-    ) -> "TokenRows":
+    ) -> "TokenizedDataset":
         """Tokenize ``columns`` (one, or two for pairs), cutting the longer text first where a row exceeds ``max_length``."""
         ids, types = [], []
         lengths: list[int] = []
@@ -97,7 +97,9 @@ class TokenRows:
         return batch, mask, taken
 
 
-def compute_outputs(model: nn.Module, rows: TokenRows, batch_size: int, *names: str) -> tuple[np.ndarray, list[list[Tensor]]]:
+def compute_outputs(
+    model: nn.Module, rows: TokenizedDataset, batch_size: int, *names: str
+) -> tuple[np.ndarray, list[list[Tensor]]]:
     """Compute outputs of ``model`` for all rows: each process computes a share of the batches, and all get all outputs.
 
     Args:

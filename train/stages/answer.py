@@ -18,7 +18,7 @@ from minibert.data.questions import Window, WindowSizes, cut, window_sizes
 from minibert.files.processes import processes
 from minibert.inference.answers import answer_rows
 from minibert.train.arguments import AnswerStage
-from minibert.train.rows import TokenRows
+from minibert.train.rows import TokenizedDataset
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.fitting import fit_stage
 
@@ -112,7 +112,7 @@ def _whole(start: Any) -> int | None:
     return start if isinstance(start, int) and not isinstance(start, bool) else None
 
 
-class AnswerRows(TokenRows):
+class AnswerRows(TokenizedDataset):
     """Windows with the first and last token of their answer, ``labels`` (windows, 2), as inputs of the model."""
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from minibert.data.questions import ChoiceColumns, Choices, choices_of, find_cho
 from minibert.files.processes import processes
 from minibert.inference.answers import choose_rows
 from minibert.train.arguments import ChooseStage
-from minibert.train.rows import TokenRows
+from minibert.train.rows import TokenizedDataset
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.fitting import fit_stage
 
@@ -123,7 +123,7 @@ class ChoiceRows:
         labels: (questions,) the right choice.
     """
 
-    def __init__(self, pairs: TokenRows, labels: np.ndarray):
+    def __init__(self, pairs: TokenizedDataset, labels: np.ndarray):
         self.pairs, self.labels, self.choices = pairs, labels, len(pairs) // len(labels)
 
     @classmethod
@@ -132,7 +132,7 @@ class ChoiceRows:
         firsts, seconds = zip(*(pair for row in asked for pair in row.pairs()), strict=True)
         texts = Dataset.from_dict({"first": firsts, "second": seconds})
         repeated = np.repeat(labels, len(texts) // len(labels))
-        return cls(TokenRows.from_texts(texts, ("first", "second"), repeated, tokenizer, max_length), labels)
+        return cls(TokenizedDataset.from_texts(texts, ("first", "second"), repeated, tokenizer, max_length), labels)
 
     def __len__(self) -> int:
         return len(self.labels)

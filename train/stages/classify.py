@@ -13,7 +13,7 @@ from minibert.data.labels import read_labels
 from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
 from minibert.evaluation.metrics import FIGURES, classification_figures
 from minibert.train.arguments import ClassifyStage
-from minibert.train.rows import TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data
+from minibert.train.rows import TokenizedDataset, choose_metric, compute_outputs, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.fitting import fit_stage
 
@@ -46,13 +46,13 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
     model.config.text_columns = columns  # kept in config.json, so that files with the same columns are understood later
 
-    rows = TokenRows.from_texts(train, columns, labels.values, tokenizer, max_length)
+    rows = TokenizedDataset.from_texts(train, columns, labels.values, tokenizer, max_length)
     evaluate = None
     if held_out is not None and args.eval_data:
         find_text_columns(held_out, columns, args.label_column, args.eval_data)
         with in_eval_data():
             expected = read_labels(held_out, args.label_column, labels.names, labels.problem_type)
-        evaluated = TokenRows.from_texts(held_out, columns, expected.values, tokenizer, max_length)
+        evaluated = TokenizedDataset.from_texts(held_out, columns, expected.values, tokenizer, max_length)
         evaluate = evaluator(evaluated, labels.problem_type, args.eval_batch_size)
     return fit_stage(model, tokenizer, args, context, rows, evaluate, metric)
 
@@ -79,7 +79,7 @@ def find_text_columns(
 # ---------------------------------------------------------------------------------------------------------- the evaluation
 
 
-def evaluator(rows: TokenRows, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
+def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
     """Return a function that measures a classifier: each process computes its share, all return the same metrics."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
 from minibert.data.source import DataSource
-from minibert.data.tokenized_corpus import Corpus, Pieces, Spans, load_corpus
+from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, load_corpus
 from minibert.files.processes import processes
 from minibert.train.arguments import DistillPretrainingStage, MaskedWordArguments, PhaseArguments, PretrainStage
 from minibert.train.loop import Phase, seed_everything
@@ -78,7 +78,7 @@ def tokenize_corpus(
     split: str,
     tokenizer: Any,
     sentence_delimiters: str | None = None,
-) -> Corpus:
+) -> TokenizedCorpus:
     """Tokenize documents, or find them tokenized in the cache."""
     with processes().main_process_first():  # the other processes find the result
         return load_corpus(
@@ -187,8 +187,8 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 class PackedRows:
     """Rows for masked language modelling: pieces of documents, without padding or attention to each other."""
 
-    def __init__(self, corpus: Corpus, max_length: int, masking: Masking):
-        self.corpus, self.masking, self.pieces = corpus, masking, Pieces(corpus, max_length)
+    def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
+        self.corpus, self.masking, self.pieces = corpus, masking, MlmChunks(corpus, max_length)
         self.fingerprint = f"{corpus.fingerprint}-{max_length}"
 
     def __len__(self) -> int:
@@ -231,9 +231,9 @@ class SentencePairs:
     first and the other document are drawn each time a row is read.
     """
 
-    def __init__(self, corpus: Corpus, max_length: int, masking: Masking):
+    def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
         self.corpus, self.masking, self.max_length = corpus, masking, max_length
-        self.spans = spans = Spans(corpus, max_length)
+        self.spans = spans = NspSpans(corpus, max_length)
         if not len(spans.document) or spans.document[0] == spans.document[-1]:  # they are in order
             raise ValueError(
                 f"next_sentence needs two documents or more with at least two sentences each, and the corpus has "

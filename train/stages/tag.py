@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForTokenClassification
 
 from minibert.data.load import load
-from minibert.data.tags import cut_windows, find_tag_columns, holds_entities, read_tags, read_words
+from minibert.data.tags import find_tag_columns, holds_entities, read_tags, read_words, tokenize_windows
 from minibert.evaluation.metrics import tag_figures
 from minibert.files.processes import processes
 from minibert.train.arguments import TagStage
-from minibert.train.rows import TOKENIZED_AT_ONCE, TokenRows, choose_metric, compute_outputs, head_changes, in_eval_data
+from minibert.train.rows import TOKENIZED_AT_ONCE, TokenizedDataset, choose_metric, compute_outputs, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.fitting import fit_stage
 
@@ -58,7 +58,7 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
     return fit_stage(model, tokenizer, args, context, rows, evaluate, metric)
 
 
-class TagRows(TokenRows):
+class TagRows(TokenizedDataset):
     """Windows of tagged sentences. ``labels`` is (tokens of all windows,): a tag at the first subword of a word, else -100.
 
     Every word has its tag once, so the labelled tokens, from the first window to the last, are the words in order.
@@ -78,7 +78,7 @@ class TagRows(TokenRows):
         lengths: list[int] = []
         quiet = not processes().is_main_process
         for start in tqdm(range(0, len(sentences), TOKENIZED_AT_ONCE), desc="tokenize", disable=quiet, leave=False):
-            windows = cut_windows(sentences[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length)
+            windows = tokenize_windows(sentences[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length)
             lengths += map(len, windows.ids)
             ids.append(np.fromiter(chain.from_iterable(windows.ids), dtype=np.int32))
             words += windows.words

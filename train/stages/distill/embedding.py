@@ -23,7 +23,7 @@ from minibert.files.model_folder import opening
 from minibert.files.processes import processes
 from minibert.train.arguments import DistillEmbeddingStage
 from minibert.train.loop import in_precision
-from minibert.train.rows import TokenRows, choose_metric
+from minibert.train.rows import TokenizedDataset, choose_metric
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.distill.student import Distillation, DistillationOutput, cosine_distance, fit_student, from_layers
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
@@ -149,7 +149,7 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
 
     prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""  # encode() puts it before every text
     prompted = Dataset.from_dict({"text": [prompt + text for text in texts]})
-    rows = TokenRows.from_texts(prompted, ["text"], np.zeros(len(texts)), student.tokenizer, length)
+    rows = TokenizedDataset.from_texts(prompted, ["text"], np.zeros(len(texts)), student.tokenizer, length)
     taught = TaughtRows(rows, "teacher_vectors", vectors, key)
     distillation = EmbeddingDistillation(args, student, teacher)
     metrics = fit_student(

@@ -13,7 +13,7 @@ from minibert.data.labels import SINGLE, read_labels
 from minibert.data.load import load
 from minibert.files.processes import processes
 from minibert.train.arguments import DistillTaskStage
-from minibert.train.rows import TokenRows, head_changes, in_eval_data
+from minibert.train.rows import TokenizedDataset, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.classify import evaluator, find_text_columns
 from minibert.train.stages.distill.student import Distillation, DistillationOutput, fit_student, from_layers, soft_divergence
@@ -54,9 +54,9 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     # The teacher has its own tokenizer, and reads at most as much as the student.
     its_tokenizer = AutoTokenizer.from_pretrained(context.teacher, trust_remote_code=False)
     its_length = min(length, sequence_length(None, teacher.config, its_tokenizer))
-    rows = read = TokenRows.from_texts(train, columns, teachers_number[labels.values], tokenizer, length)
+    rows = read = TokenizedDataset.from_texts(train, columns, teachers_number[labels.values], tokenizer, length)
     if its_length != length or not same_tokens(tokenizer, its_tokenizer):
-        read = TokenRows.from_texts(train, columns, rows.labels, its_tokenizer, its_length)
+        read = TokenizedDataset.from_texts(train, columns, rows.labels, its_tokenizer, its_length)
     key = fingerprint(teacher, read.fingerprint, its_length)
     logits = cached_teacher_outputs(
         context.output_dir / "checkpoints", key, len(read), lambda some: _logits(teacher, read, np.array(some), args)
@@ -68,7 +68,7 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
         with in_eval_data():
             expected = teachers_number[read_labels(held_out, args.label_column, labels.names, SINGLE).values]
         measure, measure_teacher = (
-            evaluator(TokenRows.from_texts(held_out, columns, expected, *reads), SINGLE, args.eval_batch_size)
+            evaluator(TokenizedDataset.from_texts(held_out, columns, expected, *reads), SINGLE, args.eval_batch_size)
             for reads in ((tokenizer, length), (its_tokenizer, its_length))
         )
         teacher_metrics = measure_teacher(teacher)
@@ -92,7 +92,7 @@ def _check_labels(args: DistillTaskStage, labels: Any, teacher: Any, names: list
 
 
 @torch.no_grad()
-def _logits(teacher: Any, rows: TokenRows, numbers: np.ndarray, args: DistillTaskStage) -> np.ndarray:
+def _logits(teacher: Any, rows: TokenizedDataset, numbers: np.ndarray, args: DistillTaskStage) -> np.ndarray:
     """Return the logits (rows, classes) of the rows ``numbers``."""
     found = np.empty((len(numbers), teacher.config.num_labels), dtype=np.float32)
     order = np.argsort(-rows.lengths[numbers], kind="stable")  # batches of like lengths waste no time on padding

@@ -15,7 +15,7 @@ from minibert.files.disk import atomic_write
 from minibert.files.model_folder import opening
 from minibert.files.processes import processes
 from minibert.train.checkpoint import readable_os_errors
-from minibert.train.rows import TokenRows
+from minibert.train.rows import TokenizedDataset
 
 # An interrupted run computes the outputs of at most this many rows per process again.
 ROWS_PER_FILE = 65536
@@ -102,7 +102,7 @@ class TaughtRows:
         teacher: its fingerprint, a part of the rows' own, so that a run never resumes with another teacher.
     """
 
-    def __init__(self, rows: TokenRows, name: str, outputs: list[np.ndarray] | None, teacher: str):
+    def __init__(self, rows: TokenizedDataset, name: str, outputs: list[np.ndarray] | None, teacher: str):
         self.rows, self.name, self.outputs = rows, name, outputs
         self.fingerprint = f"{rows.fingerprint}-{teacher}"
 
