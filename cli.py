@@ -188,9 +188,9 @@ def train(
                 typer.echo(f"{stage}: {_in_a_line(metrics)}")
                 for name, result in metrics.items():
                     if isinstance(result, dict) and "systems" in result:
-                        from minibert.evaluation.evaluate import figures_table
+                        from minibert.evaluation.evaluate import metrics_table
 
-                        typer.echo(f"{name}\n{figures_table(result)}")
+                        typer.echo(f"{name}\n{metrics_table(result)}")
             typer.echo(f"The run is in {run_dir}.")
 
 
@@ -439,7 +439,7 @@ def evaluate(
     """
     with plain_errors(debug):
         from minibert.evaluation.evaluate import evaluate as measure
-        from minibert.evaluation.evaluate import figures_table
+        from minibert.evaluation.evaluate import metrics_table
 
         _hide_loading_bars()
         result = measure(
@@ -455,7 +455,7 @@ def evaluate(
         if as_json:
             print_json({"model": model, "data": data, **result})
         else:
-            typer.echo(figures_table(result))
+            typer.echo(metrics_table(result))
 
 
 @app.command(epilog="Example:  minibert predict runs/ner/2-tag articles.txt --out entities.jsonl")
@@ -914,7 +914,7 @@ def quickstart(
     """
     with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train"):
         from minibert.data.docstrings import load_passages
-        from minibert.evaluation.evaluate import figures_table
+        from minibert.evaluation.evaluate import metrics_table
         from minibert.inference.load import load
         from minibert.search.search import Searcher, check_queries
         from minibert.train.recipe import load_recipe
@@ -927,7 +927,7 @@ def quickstart(
         folder = run_dir / "2-embed"
         typer.echo("\nHeld-out modules, each summary against all descriptions:")
         for figures in read_metrics(run_dir)["evaluate"].values():
-            typer.echo(figures_table(figures))
+            typer.echo(metrics_table(figures))
 
         questions = [*_EXAMPLE_QUESTIONS, *(queries or [])]
         passages = load_passages()["text"]

@@ -1,6 +1,6 @@
-"""Measure a model on labelled data: retrieval, similarity, classification or tagging, according to the columns.
+"""Measure a model on labelled data: retrieval, similarity, classification or tagging, depending on the columns.
 
-The arithmetic is that of sentence-transformers' evaluators, bm25s and scikit-learn.
+sentence-transformers' evaluators, bm25s and scikit-learn compute the metrics.
 """
 
 import copy
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minibert.data.labels import REGRESSION, SINGLE, read_labels
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.tags import find_tag_columns, read_tags, read_words
-from minibert.evaluation.metrics import classification_figures, tag_figures
+from minibert.evaluation.metrics import classification_metrics, tag_metrics
 from minibert.inference.answers import max_length_of
 from minibert.inference.bm25 import WordIndex
 from minibert.inference.load import load
@@ -38,7 +38,7 @@ RETRIEVAL_COLUMNS = (("query", "answer"), ("question", "answer"), ("query", "pas
 SIMILARITY_COLUMNS = ("sentence1", "sentence2", "score")
 LABEL_COLUMN = "label"
 UNTRAINED_SEED = 0
-# Scores of one query-by-passage block stay under 128 MB.
+# A block of query-by-passage scores takes at most 128 MB.
 _BLOCK = 2**25
 
 
@@ -54,7 +54,7 @@ def evaluate(
     trust_remote_code: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Figures of ``model`` on ``data``.
+    """Return the metrics of ``model`` on ``data``.
 
     - **classification**: a text column (or pair of them), a column ``label`` (lists of classes where a text has several,
       numbers in regression), and a model with a sequence-classification head;
@@ -67,40 +67,43 @@ def evaluate(
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
         data: a file, a folder with a file per split, a Hub data set (owner/name or owner/name:config), or rows read already.
         split: the split of a folder or Hub data set to measure on; everything else is taken whole.
-        limit: measure on the first so many queries (or rows). The passages searched are always those of all rows.
-        baselines: beside an embedding model, measure BM25 (retrieval only) and the same model with random weights.
-        batch_size: texts computed at once.
+        limit: number of queries (or rows) to measure on, from the first. The passages searched are always those of all rows.
+        baselines: compare an embedding model with BM25 (retrieval only) and with the same model before training.
+        batch_size: texts in a batch.
+        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
+        trust_remote_code: run Python code that comes with the model.
+        show_progress: show progress bars on standard error.
 
     Example::
 
-        figures = evaluate("runs/quickstart/2-embed", "questions.jsonl")  # rows of query and answer
-        print(figures["systems"]["model"]["mrr@10"], figures["systems"]["bm25"]["mrr@10"])
+        metrics = evaluate("runs/quickstart/2-embed", "questions.jsonl")  # rows of query and answer
+        print(metrics["systems"]["model"]["mrr@10"], metrics["systems"]["bm25"]["mrr@10"])
 
     Returns:
         ``kind``, the counts of what was measured, and ``systems``: for each of ``model``, ``bm25`` and ``untrained`` its
-        figures by name, all between 0 and 1 (Spearman: -1 and 1).
+        metrics by name, all between 0 and 1 (Spearman: -1 and 1).
 
     Raises:
         FileNotFoundError: for a model or data that is neither here nor on the Hub.
-        ValueError: for data that cannot be read, columns that fit none of these, rows without a value, or labels the model
-            does not know.
+        ValueError: for data that cannot be read, columns that fit none of these, rows without a value, or labels that the
+            model does not know.
     """
     data = as_dataset(data, split=split)
     if not len(data):
-        raise ValueError("There are no rows to evaluate on.")
+        raise ValueError("The data has no rows; give a file or split that holds data.")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} leaves nothing to evaluate; give at least 1.")
+        raise ValueError(f"limit must be at least 1, got {limit} (--limit).")
     if not isinstance(model, SentenceTransformer):
         opened = open_with_head(model, heads=[CLASSIFIER, TAGGER], device=device, trust_remote_code=trust_remote_code)
         if opened:
             measure = classification if head_of(opened[0].config) == CLASSIFIER else tagging
-            return measure(*opened, _first(data, limit), batch_size=batch_size)
+            return measure(*opened, _first_rows(data, limit), batch_size=batch_size)
     columns = set(data.column_names)
     pair = next((pair for pair in RETRIEVAL_COLUMNS if columns.issuperset(pair)), None)
     if not pair and not columns.issuperset(SIMILARITY_COLUMNS):
         raise ValueError(
-            f"{_found(data)}, which is none of: query and answer (retrieval), sentence1, sentence2 and score (similarity), "
-            "or texts and label with a model that has a classification head."
+            f"{_name_columns(data)}, which is none of: query and answer (retrieval), "
+            "sentence1, sentence2 and score (similarity), or texts and label with a model that has a classification head."
         )
     encoder = (
         model if isinstance(model, SentenceTransformer) else load(model, device=device, trust_remote_code=trust_remote_code)
@@ -108,7 +111,7 @@ def evaluate(
     how: dict[str, Any] = {"baselines": baselines, "batch_size": batch_size, "show_progress": show_progress}
     if pair:
         return retrieval(encoder, *(_texts(data, name) for name in pair), limit=limit, **how)
-    return similarity(encoder, _first(data, limit), **how)
+    return similarity(encoder, _first_rows(data, limit), **how)
 
 
 def retrieval(
@@ -121,9 +124,9 @@ def retrieval(
     batch_size: int = 64,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Recall@1, @10 and @100, MRR@10 and nDCG@10 of finding ``answers[i]`` with ``queries[i]`` among all distinct answers.
+    """Return recall@1, @10 and @100, MRR@10 and nDCG@10 of finding ``answers[i]`` with ``queries[i]`` among all answers.
 
-    Recall is the share of a query's relevant passages that were found, as usual in information retrieval. Texts that repeat
+    Recall is the share of a query's relevant passages that were found, as usual in information retrieval. Equal texts
     count once. See :func:`evaluate` for the arguments and the result.
     """
     passages = {answer: str(number) for number, answer in enumerate(dict.fromkeys(answers))}
@@ -141,21 +144,21 @@ def retrieval(
         show_progress_bar=show_progress,
         write_csv=False,
     )
-    systems = {"model": _retrieval_figures(evaluator(model), f"{model.similarity_fn_name}_")}
+    systems = {"model": _retrieval_metrics(evaluator(model), f"{model.similarity_fn_name}_")}
     if baselines:
         hits = _bm25_hits(asked, list(passages), top_k=100)
         of_bm25 = evaluator.compute_metrics(list(hits))
         flat = {name.replace("@k", f"@{k}"): value for name, by_k in of_bm25.items() for k, value in by_k.items()}
-        systems["bm25"] = _retrieval_figures(flat)
+        systems["bm25"] = _retrieval_metrics(flat)
         if blank := untrained(model):
-            systems["untrained"] = _retrieval_figures(evaluator(blank), f"{model.similarity_fn_name}_")
+            systems["untrained"] = _retrieval_metrics(evaluator(blank), f"{model.similarity_fn_name}_")
     return {"kind": "retrieval", "queries": len(asked), "passages": len(passages), "systems": systems}
 
 
 def similarity(
     model: SentenceTransformer, data: Dataset, *, baselines: bool = True, batch_size: int = 64, show_progress: bool = False
 ) -> dict[str, Any]:
-    """Spearman's rank correlation between the cosine of ``sentence1`` and ``sentence2`` and their ``score``.
+    """Return Spearman's rank correlation between the cosine of ``sentence1`` and ``sentence2`` and their ``score``.
 
     See :func:`evaluate` for the arguments and the result.
     """
@@ -164,9 +167,9 @@ def similarity(
     rows = enumerate(scores, start=1)
     row = next((row for row, score in rows if not isinstance(score, int | float) or not math.isfinite(score)), None)
     if row is not None:
-        raise ValueError(f"Row {row} has the score {scores[row - 1]!r}; a score must be a number.")
+        raise ValueError(f"Row {row} has the score {scores[row - 1]!r}; a score must be a number. Fill it or remove the row.")
     if len(set(scores)) < 2:
-        raise ValueError("Every row has the same score, so there is no order to compare with; give rows of different scores.")
+        raise ValueError("Every row has the same score, which ranks nothing; give rows of different scores.")
     evaluator = EmbeddingSimilarityEvaluator(
         first,
         second,
@@ -178,7 +181,7 @@ def similarity(
         write_csv=False,
     )
     measured = {"model": model, "untrained": untrained(model) if baselines else None}
-    # Equal cosines everywhere have no order, and no defined correlation: that is a correlation of none.
+    # The correlation with equal cosines is undefined (nan); 0 says that they rank nothing.
     systems = {
         name: {"spearman": 0.0 if math.isnan(value := float(evaluator(system)["spearman_cosine"])) else value}
         for name, system in measured.items()
@@ -190,19 +193,21 @@ def similarity(
 def classification(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Accuracy and macro-averaged F1 of the most likely class; of several labels or a number, their figures.
+    """Return accuracy and macro-F1 of the most likely class, or the metrics of multi-label models or of regression.
 
     See :func:`evaluate` for the arguments and the result.
     """
-    # Similarity has the column score, which a regression model may be asked for.
+    # Similarity data names its numbers score; a regression model may be measured on them.
     numbers = problem_type_of(model.config) == REGRESSION and LABEL_COLUMN not in data.column_names
     column = SIMILARITY_COLUMNS[2] if numbers else LABEL_COLUMN
     if column not in data.column_names:
-        raise ValueError(f"{_found(data)}, and no column {column!r}, which a classifier is measured against; rename yours.")
+        raise ValueError(
+            f"{_name_columns(data)}, and no column {column!r} to compare a classifier with; rename the column of labels."
+        )
     names = next((names for names in TEXT_COLUMNS if set(names) <= set(data.column_names)), None)
     if names is None:
         wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
-        raise ValueError(f"{_found(data)}, and no text to classify; it needs one of {wanted}.")
+        raise ValueError(f"{_name_columns(data)}, and no text to classify; it needs one of {wanted}.")
     problem_type = problem_type_of(model.config)
     if problem_type == SINGLE:
         labels = np.array(_labels(data, model))
@@ -211,25 +216,25 @@ def classification(
     texts = [_texts(data, name) for name in names]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length_of(model, tokenizer))
     logits = torch.stack(compute_logits(model.eval(), tokenizer, encoded, batch_size))
-    figures = classification_figures(logits, labels, problem_type)
-    figures.pop("loss", None)
-    return {"kind": "classification", "rows": len(labels), "systems": {"model": figures}}
+    metrics = classification_metrics(logits, labels, problem_type)
+    metrics.pop("loss", None)
+    return {"kind": "classification", "rows": len(labels), "systems": {"model": metrics}}
 
 
 def tagging(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Entity-level F1 and accuracy of the words' tags. See :func:`evaluate` for the arguments and the result."""
+    """Return entity-level F1 and the accuracy of the words' tags. See :func:`evaluate` for the arguments and the result."""
     columns = find_tag_columns(data, None, None, "The data")
     sentences = read_words(data, columns[0])
     tags, _ = read_tags(data, columns[1], sentences, class_names(model.config))
     found = tag_sentences(model.eval(), tokenizer, sentences, batch_size=batch_size)
-    figures = tag_figures(tags, [sentence for sentence, _ in found])
-    return {"kind": "tagging", "rows": len(tags), "words": sum(map(len, tags)), "systems": {"model": figures}}
+    metrics = tag_metrics(tags, [sentence for sentence, _ in found])
+    return {"kind": "tagging", "rows": len(tags), "words": sum(map(len, tags)), "systems": {"model": metrics}}
 
 
 def untrained(model: SentenceTransformer) -> SentenceTransformer | None:
-    """``model`` with weights as they are before any training, from a fixed seed; ``None`` if it has no transformer."""
+    """Return ``model`` with the weights of a new model, from a fixed seed; ``None`` if it has no transformer."""
     if model.transformers_model is None:
         return None
     blank = copy.deepcopy(model)
@@ -243,22 +248,22 @@ def untrained(model: SentenceTransformer) -> SentenceTransformer | None:
     return blank.eval()
 
 
-def figures_table(result: dict[str, Any]) -> str:
-    """The figures of :func:`evaluate` as lines of text, one system per row."""
+def metrics_table(result: dict[str, Any]) -> str:
+    """Return the metrics of :func:`evaluate` as lines of text, one system per row."""
     counts = ", ".join(f"{value:,} {name}" for name, value in result.items() if isinstance(value, int))
     names = list(result["systems"]["model"])
     lines = [f"{result['kind']}: {counts}", "".join([f"{'':12}", *(f"{name:>12}" for name in names)])]
-    for system, figures in result["systems"].items():
-        lines.append("".join([f"{system:12}", *(f"{figures[name]:12.4f}" for name in names)]))
+    for system, metrics in result["systems"].items():
+        lines.append("".join([f"{system:12}", *(f"{metrics[name]:12.4f}" for name in names)]))
     return "\n".join(lines)
 
 
-def _retrieval_figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return {name: float(metrics[prefix + name]) for name in ("recall@1", "recall@10", "recall@100", "mrr@10", "ndcg@10")}
 
 
 def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterator[list[dict[str, Any]]]:
-    """BM25's best passages for each query; none where the passages hold nothing but stop words."""
+    """Yield BM25's best passages for each query; none where the passages hold only stop words."""
     try:
         index = WordIndex.build(passages)
     except ValueError:
@@ -268,12 +273,12 @@ def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterat
         yield [
             {"corpus_id": str(number), "score": score}
             for number, score in zip(numbers, scores, strict=True)
-            if number >= 0  # else no word is shared: such a passage was not found
+            if number >= 0  # a passage that shares no word has the number -1
         ]
 
 
 def _labels(data: Dataset, model: PreTrainedModel) -> list[int]:
-    """Class numbers of the column ``label``, which holds numbers or the names of the model's classes."""
+    """Return the class numbers of the column ``label``, which holds numbers or the names of the model's classes."""
     known = {str(name): number for number, name in sorted((model.config.id2label or {}).items())}
     feature, values = data.features[LABEL_COLUMN], list(data[LABEL_COLUMN])
     if isinstance(feature, ClassLabel) and set(feature.names) <= known.keys():
@@ -298,9 +303,9 @@ def _texts(data: Dataset, name: str) -> list[str]:
     return texts
 
 
-def _first(data: Dataset, limit: int | None) -> Dataset:
+def _first_rows(data: Dataset, limit: int | None) -> Dataset:
     return data if limit is None else data.select(range(min(limit, len(data))))
 
 
-def _found(data: Dataset) -> str:
+def _name_columns(data: Dataset) -> str:
     return f"The data has the columns {', '.join(data.column_names)}"

@@ -1,4 +1,4 @@
-"""Figures of predictions: the arithmetic that evaluation and training stages share. It is scikit-learn's and scipy's."""
+"""Compute metrics of predictions, for evaluation and for the training stages, with scikit-learn and scipy."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.tags import entity_spans, holds_entities
 
-# The figures of each problem type; the first one picks the best checkpoint where a recipe does not choose.
-FIGURES = {
+# The metrics of each problem type. The first of each picks the best checkpoint unless a recipe names another.
+METRICS = {
     SINGLE: ("accuracy", "macro_f1", "loss"),
     MULTI: ("micro_f1", "macro_f1", "subset_accuracy", "loss"),
     REGRESSION: ("spearman", "pearson", "mse"),
@@ -20,8 +20,8 @@ FIGURES = {
 SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
-def classification_figures(logits: Tensor, labels: np.ndarray, problem_type: str = SINGLE) -> dict[str, float]:
-    """The figures of ``problem_type`` for ``logits`` (rows, classes) against ``labels`` as :func:`read_labels` gives them.
+def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str = SINGLE) -> dict[str, float]:
+    """Return the metrics of ``problem_type`` for ``logits`` (rows, classes) and ``labels`` as :func:`read_labels` returns them.
 
     - single label: accuracy, macro-F1 over the classes that occur, cross entropy;
     - multi-label (a class is predicted from probability 0.5): micro-F1, macro-F1 over the classes, the share of rows with
@@ -52,12 +52,13 @@ def classification_figures(logits: Tensor, labels: np.ndarray, problem_type: str
     }
 
 
-def tag_figures(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Entity-level precision, recall and F1 (type and both ends must be right), and accuracy of the words' tags.
+def tag_metrics(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return entity-level precision, recall and F1 (type and both ends must be right), and the accuracy of the words' tags.
 
-    Tags that are no IOB2, such as parts of speech, have no entities: accuracy and macro-F1 over the tags that occur.
+    Tags that are not IOB2, such as parts of speech, have no entities; their metrics are accuracy and macro-F1 over the tags
+    that occur.
 
-    >>> tag_figures([["B-PER", "I-PER", "O"]], [["B-PER", "I-PER", "B-LOC"]])["precision"]
+    >>> tag_metrics([["B-PER", "I-PER", "O"]], [["B-PER", "I-PER", "B-LOC"]])["precision"]
     0.5
     """
     words = [tag for tags in expected for tag in tags]

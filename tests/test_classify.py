@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from helpers import read_rows
 from minibert import train_word_level
 from minibert.data.labels import MULTI, REGRESSION, SINGLE, read_labels
-from minibert.evaluation.metrics import classification_figures
+from minibert.evaluation.metrics import classification_metrics
 from minibert.train.arguments import ClassifyStage
 from minibert.train.rows import TokenizedDataset
 from minibert.train.stage import StageContext
@@ -120,10 +120,10 @@ def test_long_texts_are_cut(tokenizer):
 
 def test_figures():
     logits = torch.tensor([[2.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 2.0, 0.0]])
-    figures = classification_figures(logits, np.array([0, 1, 2, 1]))
-    assert figures["accuracy"] == 0.75
-    assert figures["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    assert figures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 1])).item())
+    metrics = classification_metrics(logits, np.array([0, 1, 2, 1]))
+    assert metrics["accuracy"] == 0.75
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 1])).item())
 
 
 @pytest.mark.parametrize(
@@ -271,16 +271,16 @@ def test_named_sets_may_be_numbered_in_another_order():
 
 def test_figures_of_several_labels():
     logits = torch.tensor([[0.1, -1.0], [1.0, 1.0], [-1.0, -0.1]])
-    figures = classification_figures(logits, np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32), MULTI)
-    assert figures["subset_accuracy"] == pytest.approx(1 / 3)
-    assert figures["micro_f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))  # two right, one too many, one missed
-    assert figures["macro_f1"] == pytest.approx((1 + 0) / 2)
+    metrics = classification_metrics(logits, np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32), MULTI)
+    assert metrics["subset_accuracy"] == pytest.approx(1 / 3)
+    assert metrics["micro_f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))  # two right, one too many, one missed
+    assert metrics["macro_f1"] == pytest.approx((1 + 0) / 2)
 
 
 def test_figures_of_numbers():
-    figures = classification_figures(torch.tensor([[1.0], [2.0], [9.0]]), np.array([1, 2, 3], dtype=np.float32), REGRESSION)
-    assert figures["spearman"] == pytest.approx(1) and 0.9 < figures["pearson"] < 1 and figures["mse"] == 12
-    same = classification_figures(torch.tensor([[1.0], [1.0]]), np.array([1, 2], dtype=np.float32), REGRESSION)
+    metrics = classification_metrics(torch.tensor([[1.0], [2.0], [9.0]]), np.array([1, 2, 3], dtype=np.float32), REGRESSION)
+    assert metrics["spearman"] == pytest.approx(1) and 0.9 < metrics["pearson"] < 1 and metrics["mse"] == 12
+    same = classification_metrics(torch.tensor([[1.0], [1.0]]), np.array([1, 2], dtype=np.float32), REGRESSION)
     assert same["spearman"] == same["pearson"] == 0
 
 

@@ -1,4 +1,4 @@
-"""Figures of a model: retrieval beside its baselines, similarity, classification, and the command that prints them."""
+"""Test the metrics of a model: retrieval with its baselines, similarity, classification, and the command."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from helpers import edit_weights, read_weights, run_command, save_model
 from minibert import MiniBertForSequenceClassification, train_word_level
 from minibert.evaluation import evaluate as module
-from minibert.evaluation.evaluate import evaluate, figures_table, retrieval, untrained
+from minibert.evaluation.evaluate import evaluate, metrics_table, retrieval, untrained
 from minibert.inference.load import load
 
 ANSWERS = [
@@ -22,7 +22,7 @@ ANSWERS = [
 ]
 QUERIES = ["the cat sleeps on", "a list is sorted", "the capital of france", "networks learn by"]
 PAIRS = {"query": [*QUERIES, QUERIES[0]], "answer": [*ANSWERS, ANSWERS[2]]}
-FIGURES = ["recall@1", "recall@10", "recall@100", "mrr@10", "ndcg@10"]
+METRICS = ["recall@1", "recall@10", "recall@100", "mrr@10", "ndcg@10"]
 
 
 @pytest.fixture(scope="session")
@@ -74,20 +74,20 @@ class Ranker:
 # --- retrieval ------------------------------------------------------------------------------------------------------------
 
 
-def test_retrieval_figures_by_hand():
+def test_retrieval_metrics_by_hand():
     # "q" belongs to "a" and "c"; "r" to "b". Passages are ranked a b c for q, and c a b for r.
     ranker = Ranker([[3.0, 2.0, 1.0], [2.0, 1.0, 3.0]], ["q", "r"], ["a", "b", "c"])
     result = retrieval(ranker, ["q", "r", "q", "q"], ["a", "b", "c", "a"], baselines=False)
     assert (result["queries"], result["passages"]) == (2, 3)
     ndcg_q = (1 + 1 / 2) / (1 + 1 / torch.log2(torch.tensor(3.0)).item())
-    figures = {
+    metrics = {
         "recall@1": (1 / 2 + 0) / 2,
         "recall@10": 1.0,
         "recall@100": 1.0,
         "mrr@10": (1 + 1 / 3) / 2,
         "ndcg@10": (ndcg_q + 1 / 2) / 2,
     }
-    assert result["systems"] == {"model": pytest.approx(figures)}
+    assert result["systems"] == {"model": pytest.approx(metrics)}
 
 
 def test_limit_asks_fewer_queries_of_all_passages():
@@ -97,7 +97,7 @@ def test_limit_asks_fewer_queries_of_all_passages():
     assert result["systems"]["model"]["mrr@10"] == pytest.approx(1 / 3)
 
 
-def test_blocks_of_passages_do_not_change_the_figures(encoder, monkeypatch):
+def test_blocks_of_passages_do_not_change_the_metrics(encoder, monkeypatch):
     passages = [*ANSWERS, *(f"passage {number}" for number in range(1_200))]
     data = Dataset.from_dict({"query": [f"{text} ?" for text in passages], "answer": passages})
     whole = evaluate(encoder, data, limit=20, baselines=False)
@@ -121,12 +121,12 @@ def test_data_is_read_by_path(encoder, tmp_path):
         evaluate(encoder, tmp_path / "absent.csv")
 
 
-def test_baselines_stand_beside_the_model(encoder):
+def test_baselines_are_measured_with_the_model(encoder):
     result = evaluate(encoder, Dataset.from_dict(PAIRS))
     assert result["kind"] == "retrieval"
     assert (result["queries"], result["passages"]) == (4, 4)
     assert list(result["systems"]) == ["model", "bm25", "untrained"]
-    assert all(list(figures) == FIGURES for figures in result["systems"].values())
+    assert all(list(metrics) == METRICS for metrics in result["systems"].values())
     # Words decide here: the first query has two answers, of which one shares no word with it.
     assert result["systems"]["bm25"]["recall@1"] == pytest.approx((1 / 2 + 3) / 4)
     assert result["systems"]["bm25"]["recall@100"] == pytest.approx((1 / 2 + 3) / 4)
@@ -140,8 +140,8 @@ def test_baselines_stand_beside_the_model(encoder):
     [(["the of", "a"], ["the", "of and"]), (["the of", "cat"], ["the cat", "of and"]), (["", "zebra"], ["cat", "dog"])],
 )
 def test_bm25_finds_nothing_where_no_word_is_shared(encoder, queries, answers):
-    figures = evaluate(encoder, Dataset.from_dict({"query": queries, "answer": answers}))["systems"]["bm25"]
-    assert set(figures.values()) == {0.0}
+    metrics = evaluate(encoder, Dataset.from_dict({"query": queries, "answer": answers}))["systems"]["bm25"]
+    assert set(metrics.values()) == {0.0}
 
 
 def test_bm25_knows_forms_of_a_word(encoder):
@@ -223,9 +223,9 @@ def test_classification_counts_right_answers(classifier, tokenizer, names):
     predicted = list(labels)
     labels[0] = (labels[0] + 1) % 3
     wrong = data.remove_columns("label").add_column("label", labels)
-    figures = evaluate(classifier, wrong)["systems"]["model"]
-    assert figures["accuracy"] == 0.75
-    assert figures["macro_f1"] == pytest.approx(_macro_f1(labels, predicted))
+    metrics = evaluate(classifier, wrong)["systems"]["model"]
+    assert metrics["accuracy"] == 0.75
+    assert metrics["macro_f1"] == pytest.approx(_macro_f1(labels, predicted))
     assert evaluate(classifier, wrong, limit=1)["systems"]["model"]["accuracy"] == 0.0
 
 
@@ -264,7 +264,7 @@ def test_rows_without_text_are_refused(encoder):
         evaluate(encoder, Dataset.from_dict({"query": ["a", "b"], "answer": ["a", None]}))
     with pytest.raises(ValueError, match="no rows"):
         evaluate(encoder, Dataset.from_dict({"query": [], "answer": []}))
-    with pytest.raises(ValueError, match="limit=0"):
+    with pytest.raises(ValueError, match=r"limit must be at least 1, got 0 \(--limit\)"):
         evaluate(encoder, Dataset.from_dict(PAIRS), limit=0)
 
 
@@ -277,7 +277,7 @@ def test_command_prints_a_table_or_json(encoder, tmp_path):
     expected = evaluate(encoder, Dataset.from_dict(PAIRS))
     table = run_command("evaluate", encoder, tmp_path)
     assert table.exit_code == 0, table.output
-    assert table.stdout.strip() == figures_table(expected).strip()
+    assert table.stdout.strip() == metrics_table(expected).strip()
     assert f"{expected['systems']['bm25']['mrr@10']:.4f}" in table.stdout.splitlines()[3]
     as_json = run_command("evaluate", encoder, tmp_path, "--json")
     assert json.loads(as_json.stdout) == {"model": str(encoder), "data": str(tmp_path), **expected}

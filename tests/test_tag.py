@@ -15,7 +15,7 @@ from helpers import in_iob2, write_rows
 from minibert import train_word_level, train_wordpiece
 from minibert.data.tags import entity_spans, read_tags, read_words, tokenize_windows
 from minibert.evaluation.evaluate import evaluate
-from minibert.evaluation.metrics import tag_figures
+from minibert.evaluation.metrics import tag_metrics
 from minibert.train.arguments import TagStage
 from minibert.train.recipe import load_recipe
 from minibert.train.rows import compute_outputs
@@ -180,8 +180,8 @@ def test_the_evaluation_computes_what_the_loss_does(pieces):
     rows = TagRows.from_words([["abc", "a", "b"], ["bcd"], ["a", "ab"]], tags, ["x", "y"], pieces, 24)
     batch = rows.collate(np.arange(3))
     with torch.no_grad():
-        figures = evaluator(rows, tags, ["x", "y"], batch_size=2)(model)
-        assert figures["loss"] == pytest.approx(float(model(**batch).loss), abs=1e-6)
+        metrics = evaluator(rows, tags, ["x", "y"], batch_size=2)(model)
+        assert metrics["loss"] == pytest.approx(float(model(**batch).loss), abs=1e-6)
         numbers, (logits,) = compute_outputs(model, rows, 2, "logits")
     assert sorted(numbers.tolist()) == [0, 1, 2] and [len(part) for part in logits] == [2, 1]
 
@@ -197,20 +197,20 @@ def test_entity_figures_are_those_of_a_library():
     true = [in_iob2([generator.choice(names) for _ in range(generator.randint(1, 12))]) for _ in range(200)]
     found = [[name if generator.random() < 0.6 else generator.choice(names) for name in tags] for tags in true]
     strict = nervaluate.Evaluator(true, found, tags=["PER", "LOC"], loader="list").evaluate()["overall"]["strict"]
-    figures = tag_figures(true, found)
-    assert 0.1 < figures["f1"] < 0.9
+    metrics = tag_metrics(true, found)
+    assert 0.1 < metrics["f1"] < 0.9
     for name in ("precision", "recall", "f1"):
-        assert figures[name] == pytest.approx(getattr(strict, name))
+        assert metrics[name] == pytest.approx(getattr(strict, name))
 
 
 def test_entities_need_type_and_both_ends():
     true = [["B-PER", "I-PER", "O", "B-LOC"]]
-    assert tag_figures(true, true)["f1"] == 1
-    assert tag_figures(true, [["B-PER", "O", "O", "B-LOC"]])["f1"] == 0.5
-    assert tag_figures(true, [["B-LOC", "I-LOC", "O", "B-LOC"]])["f1"] == 0.5
-    nothing = tag_figures([["O", "B-PER"]], [["O", "O"]])
+    assert tag_metrics(true, true)["f1"] == 1
+    assert tag_metrics(true, [["B-PER", "O", "O", "B-LOC"]])["f1"] == 0.5
+    assert tag_metrics(true, [["B-LOC", "I-LOC", "O", "B-LOC"]])["f1"] == 0.5
+    nothing = tag_metrics([["O", "B-PER"]], [["O", "O"]])
     assert (nothing["f1"], nothing["precision"], nothing["accuracy"]) == (0, 0, 0.5)
-    assert tag_figures([["B-PER", "O"]], [["O", "O"]])["recall"] == 0
+    assert tag_metrics([["B-PER", "O"]], [["O", "O"]])["recall"] == 0
 
 
 def test_an_entity_that_starts_without_b_is_refused():

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from minibert.data.columns import pick_columns
 from minibert.data.labels import read_labels
 from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
-from minibert.evaluation.metrics import FIGURES, classification_figures
+from minibert.evaluation.metrics import METRICS, classification_metrics
 from minibert.train.arguments import ClassifyStage
 from minibert.train.rows import TokenizedDataset, choose_metric, compute_outputs, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
@@ -22,7 +22,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     """Fine-tune a classifier of texts or pairs; ``context.output_dir`` ends as a complete model folder.
 
     Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`classification_figures`, of the best model,
+        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`classification_metrics`, of the best model,
         as eval_accuracy and so on.
 
     Raises:
@@ -31,7 +31,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels = read_labels(train, args.label_column, args.labels, args.problem_type)
-    metric = choose_metric(args.metric_for_best, FIGURES[labels.problem_type])
+    metric = choose_metric(args.metric_for_best, METRICS[labels.problem_type])
     held_out = load(args.eval_data, split="validation") if args.eval_data else None
 
     tokenizer = load_tokenizer(context)
@@ -84,6 +84,6 @@ def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Cal
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         numbers, (logits,) = compute_outputs(model, rows, batch_size, "logits")
-        return classification_figures(torch.cat(logits), rows.labels[numbers], problem_type)
+        return classification_metrics(torch.cat(logits), rows.labels[numbers], problem_type)
 
     return evaluate

@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification
 
 from minibert.data.load import load
 from minibert.data.tags import find_tag_columns, holds_entities, read_tags, read_words, tokenize_windows
-from minibert.evaluation.metrics import tag_figures
+from minibert.evaluation.metrics import tag_metrics
 from minibert.files.processes import processes
 from minibert.train.arguments import TagStage
 from minibert.train.rows import TOKENIZED_AT_ONCE, TokenizedDataset, choose_metric, compute_outputs, head_changes, in_eval_data
@@ -27,7 +27,7 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
     """Fine-tune a tagger of words; ``context.output_dir`` ends as a complete model folder.
 
     Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`tag_figures` and the loss per word, of the
+        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`tag_metrics` and the loss per word, of the
         best model, as eval_f1 and so on.
 
     Raises:
@@ -115,7 +115,7 @@ def evaluator(
             done += len(part)
         labelled = torch.from_numpy(rows.labels >= 0)
         found = [names[number] for number in of_tokens[labelled].argmax(-1).tolist()]
-        metrics = tag_figures(expected, [found[start:end] for start, end in pairwise(ends)])
+        metrics = tag_metrics(expected, [found[start:end] for start, end in pairwise(ends)])
         loss = nn.functional.cross_entropy(of_tokens[labelled], torch.from_numpy(rows.labels)[labelled])
         return {**metrics, "loss": float(loss)}
 
