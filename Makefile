@@ -6,13 +6,14 @@ INSTALLED := .venv/.installed
 TYPES := .venv/types
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart dev check test lint docs clean
+.PHONY: help quickstart dev check test test-slow lint docs clean
 
 help:
 	@echo "make quickstart   train a search model on the documentation of your Python packages and ask it questions"
 	@echo "make dev          set up .venv for editors and type checkers, and say what to tell them"
 	@echo "make check        run the quick tests of the model, the recipes and the package: a minute"
-	@echo "make test         run all tests"
+	@echo "make test         run the tests, in five minutes on two cores"
+	@echo "make test-slow    run the slow tests: kills, whole trainings, compilers, browsers"
 	@echo "make lint         check style and types"
 	@echo "make docs         build the documentation into build/docs; dead links fail"
 	@echo "make clean        remove .venv and the caches"
@@ -45,7 +46,10 @@ check: $(INSTALLED)
 
 # A process for each core, up to four; the tests of one file stay together, since they share what the first of them makes.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow'
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow
 
 lint: $(TYPES)/minibert
 	$(BIN)/ruff format --check .
