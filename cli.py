@@ -1,4 +1,4 @@
-"""The ``minibert`` command. Thin: every command imports what it needs when it runs, so that ``--help`` stays instant."""
+"""Provide the ``minibert`` command. Each command imports its modules when it runs, so that ``--help`` stays instant."""
 
 import errno
 import json
@@ -13,27 +13,32 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    help="Train, use and share a compact BERT-like text encoder.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+_PLAIN: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+app = typer.Typer(help="Train, use and share a compact BERT-like text encoder.", add_completion=False, **_PLAIN)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, if it is not one of ours.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, if it is not a MiniBERT.")
 ]
+Model = Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")]
+Split = Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is read completely.")]
+Limit = Annotated[int, typer.Option(min=1, help="Number of texts of a file to show, drawn at random.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the default keeps the dtype of the weights.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[STAGE.FIELD=VALUE]...", help="Fields to change; values are YAML.")
+]
+RunFolder = Annotated[Path | None, typer.Option(help="Folder of the run; the default is runs/<recipe name>.")]
+RunAgain = Annotated[bool, typer.Option("--force", help="Run changed stages, and those after them, again.")]
 
 
 def main() -> None:
-    """Entry point of the console script. Exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
+    """Run the console script. Exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
     app(prog_name="minibert")
 
 
-# What to do about what the system refuses. Libraries in other languages leave only its words, not its numbers.
+# Advice for errors of the operating system.
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space there, or choose another place, and run it again."),
     errno.EFBIG: "Choose a place that takes larger files, or raise the limit (ulimit -f), and run it again.",
@@ -44,11 +49,11 @@ _ADVICE = {
 
 
 def _sentence(error: BaseException) -> str | None:
-    """What to tell the user about ``error``, or ``None`` for one that is a mistake of ours."""
+    """Return what to tell the user about ``error``, or ``None`` if it is a bug of this package."""
     from huggingface_hub.errors import StrictDataclassError
 
     text = str(error)
-    # Torch and Rust's tokenizers raise their own class for whatever the system refused.
+    # Torch and the tokenizers (Rust) raise their own classes, which keep only the text of a system error.
     if isinstance(error, MemoryError) or re.search("can't allocate|Cannot allocate memory|out of memory", text):
         return "There is not enough memory for this; take a smaller model, batch or file, or a machine that has more."
     number = error.errno if isinstance(error, OSError) else None
@@ -58,7 +63,7 @@ def _sentence(error: BaseException) -> str | None:
     if number in _ADVICE:
         return f"{' '.join(text.split()).rstrip('.')}. {_ADVICE[number]}"
     if isinstance(error, OSError):
-        return " ".join(text.split())  # of a library, possibly in paragraphs
+        return " ".join(text.split())  # libraries write paragraphs
     return text if isinstance(error, ValueError | StrictDataclassError) else None
 
 
@@ -67,9 +72,9 @@ def plain_errors(debug: bool, interrupted: str = "Nothing was written.", extra: 
     """Turn errors of the input or the system into one sentence and exit status 2, and Ctrl-C into exit status 130.
 
     Args:
-        debug: let the error through, with its traceback.
-        interrupted: what Ctrl-C leaves the user to do, such as how to resume.
-        extra: name this extra for a missing module, where the command needs more than the extra of that module.
+        debug: raise the error itself, with its traceback.
+        interrupted: what to tell the user after Ctrl-C, such as how to resume.
+        extra: the extra to name for a missing module; the default is the extra of that module.
     """
     try:
         yield
@@ -78,7 +83,7 @@ def plain_errors(debug: bool, interrupted: str = "Nothing was written.", extra: 
             raise
         typer.echo(f"\n{str(stop) or 'Interrupted.'} {interrupted}".rstrip(), err=True)
         raise typer.Exit(130) from None
-    except ArithmeticError as error:  # a loss that is no number, or two models that should compute the same and do not
+    except ArithmeticError as error:  # a loss that is not finite, or two models whose outputs should agree and do not
         if debug:
             raise
         typer.echo(f"Error: {error}", err=True)
@@ -91,8 +96,8 @@ def plain_errors(debug: bool, interrupted: str = "Nothing was written.", extra: 
             raise
         typer.echo(f"Error: {missing(f'This command needs {module}', extra or EXTRAS[module])}", err=True)
         raise typer.Exit(2) from None
-    except Exception as error:  # which of them are the user's is looked up only now: their classes would slow every --help
-        # Nobody reads on from a closed pipe, which Typer ends quietly.
+    except Exception as error:  # importing the classes of user errors here would slow every --help
+        # Typer ends quietly when the reader of standard output has closed the pipe.
         if debug or isinstance(error, BrokenPipeError) or (sentence := _sentence(error)) is None:
             raise
         typer.echo(f"Error: {sentence}", err=True)
@@ -131,40 +136,41 @@ def _root(
 
 
 def _report_progress() -> None:
-    """Show on standard error which stage runs, and keep the libraries to errors and the bars that take long."""
+    """Show on standard error which stage runs, and silence the libraries except for long progress bars."""
     import logging
-
-    from datasets.utils.logging import set_verbosity
-    from transformers.utils import logging as transformers_logging
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("minibert")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-    set_verbosity(logging.CRITICAL)  # what it logs about an error stands in our sentence
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    _silence_libraries()
 
 
-def _in_a_line(metrics: dict[str, Any]) -> str:
-    """The numbers among ``metrics``: counts in full, others to four digits.
+def _silence_libraries() -> None:
+    """Silence logs, whose errors the command's sentence repeats, and the progress bars of loading weights."""
+    from datasets.utils.logging import CRITICAL, set_verbosity
+    from transformers.utils import logging
 
-    >>> _in_a_line({"train_rows": 34640, "train_loss": 1.55687, "train_seconds": 3614.21, "kept": "last"})
-    'train_rows 34640, train_loss 1.557, train_seconds 3614'
-    """
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
-    return ", ".join(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in numbers.items())
+    set_verbosity(CRITICAL)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _hide_loading_bars() -> None:
+    """Silence the libraries and every progress bar except those of the encoder."""
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+    _silence_libraries()
 
 
 @app.command(epilog="Example:  minibert train recipes/tinybert.yaml embed.batch_size=128 --output-dir runs/larger-batch")
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a bundled recipe such as tinybert.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[STAGE.FIELD=VALUE]...", help="Fields to change; values are YAML.")
-    ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; the default is runs/<recipe name>.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run changed stages, and those after them, again.")] = False,
+    overrides: Overrides = None,
+    output_dir: RunFolder = None,
+    force: RunAgain = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -173,40 +179,28 @@ def train(
     With many processes: torchrun --nproc_per_node N -m minibert train RECIPE.
     """
     with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train"):
+        from minibert.files.processes import processes
         from minibert.train.recipe import load_recipe
         from minibert.train.run import read_metrics, run_recipe
 
         _report_progress()
         run_dir = run_recipe(load_recipe(recipe, overrides or []), output_dir=output_dir, force=force)
-        if os.environ.get("RANK", "0") != "0":
-            return  # of torchrun's processes one speaks
-        figures = read_metrics(run_dir)
+        if not processes().is_main_process:
+            return
+        stages = read_metrics(run_dir)
         if as_json:
-            print_json({"output_dir": str(run_dir), "stages": figures})
-        else:
-            for stage, metrics in figures.items():
-                typer.echo(f"{stage}: {_in_a_line(metrics)}")
-                for name, result in metrics.items():
-                    if isinstance(result, dict) and "systems" in result:
-                        from minibert.evaluation.evaluate import metrics_table
+            print_json({"output_dir": str(run_dir), "stages": stages})
+            return
+        for stage, metrics in stages.items():
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+            short = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in numbers.items()}
+            typer.echo(f"{stage}: {', '.join(f'{name} {value}' for name, value in short.items())}")
+            for name, result in metrics.items():
+                if isinstance(result, dict) and "systems" in result:
+                    from minibert.evaluation.evaluate import metrics_table  # it needs more extras than training does
 
-                        typer.echo(f"{name}\n{metrics_table(result)}")
-            typer.echo(f"The run is in {run_dir}.")
-
-
-def _hide_loading_bars() -> None:
-    """Opening files and weights takes moments here; the bars worth seeing are those of the encoder.
-
-    What these libraries log about an error stands in its sentence already, or, of parts that a head adds, is no error.
-    """
-    from datasets import disable_progress_bars
-    from datasets.utils.logging import CRITICAL, set_verbosity
-    from transformers.utils import logging as transformers_logging
-
-    disable_progress_bars()
-    set_verbosity(CRITICAL)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+                    typer.echo(f"{name}\n{metrics_table(result)}")
+        typer.echo(f"The run is in {run_dir}.")
 
 
 @app.command(
@@ -233,18 +227,18 @@ def search(
             "JSON (lines), Parquet, or Hub data set.",
         ),
     ] = None,
-    column: Annotated[str | None, typer.Option(help="Column of --passages; needed when the file has several of texts.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of --passages; needed when several columns hold texts.")] = None,
     queries_file: Annotated[
         str | None,
         typer.Option("--queries", metavar="FILE", help="Read queries from a file: one per line, or a table (column query)."),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Passages shown for each query.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of passages to show for each query.")] = 5,
     hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="Of an INDEX: rank by words (BM25) too, and fuse the rankings.")
+        bool, typer.Option("--hybrid", help="With an INDEX: rank by words (BM25) too, and fuse the rankings.")
     ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Of an INDEX: compare with every vector, however many.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Of an INDEX: build it from nothing.")] = False,
-    model: Annotated[str | None, typer.Option(help="Of an INDEX: where the model that made it is now, if elsewhere.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="With an INDEX: compare with every vector.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="With an INDEX: build it again.")] = False,
+    model: Annotated[str | None, typer.Option(help="With an INDEX: the model that made it, if it has moved.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON; for --queries and queries read line by line, one object per line.")
@@ -255,10 +249,15 @@ def search(
 
     The first search in a folder builds its index, and later ones add what is new to it.
     """
-    with plain_errors(debug, "The vectors are as they were; search again."):
+    with plain_errors(debug, "The vectors are unchanged; search again."):
+        from minibert.search.search import check_queries, read_queries
+
         _hide_loading_bars()
         _report_progress()
-        asked = _asked(queries, queries_file)
+        if queries and queries_file is not None:
+            raise ValueError("There are queries on the command line and in --queries; give one of the two.")
+        check_queries(queries or [])
+        asked = read_queries(queries_file) if queries_file is not None else queries or None
         of_index = {"model": model, "hybrid": hybrid, "exact": exact, "rebuild": rebuild}
         if passages is None:
             searcher = _folder_searcher(target, column, trust_remote_code, **of_index)
@@ -274,21 +273,12 @@ def search(
 
 @contextmanager
 def _until_unread() -> Iterator[None]:
-    """End quietly when the reader of standard output, such as head, has seen enough."""
+    """End quietly when the reader of standard output, such as head, closes the pipe."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _asked(queries: list[str] | None, file: str | None) -> list[str] | None:
-    from minibert.search.search import check_queries, read_queries
-
-    if queries and file is not None:
-        raise ValueError("There are queries on the command line and in --queries; give one of the two.")
-    check_queries(queries or [])
-    return read_queries(file) if file is not None else queries or None
 
 
 def _passage_searcher(target: str, passages: str, column: str | None, trust_remote_code: bool, **of_index: Any) -> Any:
@@ -322,7 +312,7 @@ def _folder_searcher(folder: str, column: str | None, trust_remote_code: bool, *
 
 
 def _answers(searcher: Any, queries: list[str] | None, top_k: int) -> Iterator[dict[str, Any]]:
-    """Answers to ``queries``, many at once, or without any to what is typed, one by one."""
+    """Yield the answers to ``queries``, in batches; without queries, read them from standard input, one by one."""
     if queries is None:
         batches: Iterable[list[str]] = ([query] for query in _typed_queries())
     else:
@@ -341,7 +331,7 @@ def _answer(query: str, hits: list[Any]) -> dict[str, Any]:
 def _answer_lines(answer: dict[str, Any]) -> str:
     from textwrap import shorten
 
-    def shown(hit: dict[str, Any]) -> str:  # a folder of vectors may hold no texts
+    def shown(hit: dict[str, Any]) -> str:  # a folder of vectors may lack the texts
         return shorten(hit["passage"], 300, placeholder=" …") if hit["passage"] is not None else f"id {hit['id']}"
 
     hits = enumerate(answer["hits"], start=1)
@@ -349,7 +339,7 @@ def _answer_lines(answer: dict[str, Any]) -> str:
 
 
 def _typed_queries() -> Iterator[str]:
-    """Queries from standard input, one per line, until its end or an empty line."""
+    """Yield queries from standard input, one per line, until its end or an empty line."""
     while True:
         if sys.stdin.isatty():
             typer.echo("Query (empty to leave): ", nl=False, err=True)
@@ -360,7 +350,7 @@ def _typed_queries() -> Iterator[str]:
 
 @app.command(epilog="Example:  minibert encode runs/quickstart/2-embed notes.jsonl notes-vectors --column body --keep-text")
 def encode(
-    model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],
+    model: Model,
     data: Annotated[
         str,
         typer.Argument(
@@ -369,35 +359,36 @@ def encode(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the vectors: new, or that of a stopped run.")],
-    column: Annotated[str | None, typer.Option(help="Column of the texts; needed when there are several of strings.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the texts; needed when several columns hold strings.")] = None,
     id_column: Annotated[
-        str | None, typer.Option(help="Column whose values name the rows; unset means their number, from 0.")
+        str | None, typer.Option(help="Column of the ids of the rows; the default is their number, from 0.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
-    keep_text: Annotated[bool, typer.Option("--keep-text", help="Store the texts beside the vectors.")] = False,
-    precision: Annotated[str, typer.Option(help="Of the stored vectors: float32, float16, int8 or binary.")] = "float32",
-    rows_per_shard: Annotated[int, typer.Option(help="Rows in one file; what a kill costs at most.")] = 50_000,
-    on_bad_row: Annotated[str, typer.Option(help="A row without a text: refuse it, or skip it and say which.")] = "refuse",
-    append: Annotated[bool, typer.Option("--append", help="Encode the files that INPUT has more than before.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Begin anew, replacing the vectors in OUT.")] = False,
-    dtype: Annotated[str, typer.Option(help="Numbers to compute with: auto, float32, bfloat16 or float16.")] = "auto",
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens computed at once; unset suits the device.")] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Give vectors of length 1, whatever the model does.")] = False,
-    prompt: Annotated[str | None, typer.Option(help="Words to put before every text.")] = None,
+    split: Split = "train",
+    keep_text: Annotated[bool, typer.Option("--keep-text", help="Store the texts with the vectors.")] = False,
+    precision: Annotated[str, typer.Option(help="Dtype of the stored vectors: float32, float16, int8 or binary.")] = "float32",
+    rows_per_shard: Annotated[int, typer.Option(help="Rows in a shard; a killed run loses at most the last shard.")] = 50_000,
+    on_bad_row: Annotated[str, typer.Option(help="For rows without a text: refuse, or skip (and list them).")] = "refuse",
+    append: Annotated[bool, typer.Option("--append", help="Encode the files that are new in INPUT.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start again, replacing the vectors in OUT.")] = False,
+    dtype: Annotated[str, typer.Option(help="Dtype to compute in: auto, float32, bfloat16 or float16.")] = "auto",
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch; the default suits the device.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale the vectors to length 1.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Text to put before every text.")] = None,
     prompt_name: Annotated[
-        str | None, typer.Option(help="A prompt that the model brings, by name; unset: its own for passages.")
+        str | None, typer.Option(help="Name of a prompt of the model; the default is its prompt for passages.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; unset means the best one present.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what was chosen, and why.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; the default is the best one present.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print what was chosen, and why.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Encode a corpus of any size into a folder of vectors (Parquet), or go on where an earlier run was stopped.
+    """Encode a corpus of any size into a folder of vectors (Parquet), or resume where an earlier run stopped.
 
     With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode MODEL INPUT OUT.
     """
     with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
+        from minibert.files.processes import processes
         from minibert.search.encode_corpus import encode_corpus
 
         _hide_loading_bars()
@@ -408,8 +399,8 @@ def encode(
             **{"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name},
         }
         done = encode_corpus(model, data, out, show_progress=sys.stderr.isatty(), **options)
-        if os.environ.get("RANK", "0") != "0":
-            return  # of torchrun's processes one speaks
+        if not processes().is_main_process:
+            return
         if as_json:
             print_json({"out": str(out), **done.metrics()})
             return
@@ -420,19 +411,19 @@ def encode(
 
 @app.command(epilog="Example:  minibert evaluate runs/tinybert/3-embed questions.parquet --limit 1500 --json")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],
+    model: Model,
     data: Annotated[
         str, typer.Argument(help="File, folder with a file per split, or Hub data set (owner/name or owner/name:config).")
     ],
-    split: Annotated[str, typer.Option(help="Split to measure on; a single file is taken whole.")] = "validation",
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first so many queries or rows.")] = None,
-    baselines: Annotated[bool, typer.Option(help="Measure BM25 and the untrained model beside an embedding model.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts computed at once.")] = 64,
+    split: Annotated[str, typer.Option(help="Split to measure on; a single file is read completely.")] = "validation",
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of queries or rows to measure on, from the first.")] = None,
+    baselines: Annotated[bool, typer.Option(help="Compare an embedding model with BM25 and with itself untrained.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 64,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model on labelled data: what is measured follows from the columns.
+    """Measure a model on labelled data; the columns decide what is measured.
 
     query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a classifier: classification.
     tokens, ner_tags, with a tagger: entity-level F1.
@@ -460,7 +451,7 @@ def evaluate(
 
 @app.command(epilog="Example:  minibert predict runs/ner/2-tag articles.txt --out entities.jsonl")
 def predict(
-    model: Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")],
+    model: Model,
     data: Annotated[
         str,
         typer.Argument(
@@ -473,11 +464,11 @@ def predict(
         Path | None, typer.Option(metavar="FILE", help="Write a .jsonl, .csv or .parquet file, instead of printing.")
     ] = None,
     columns: Annotated[
-        list[str] | None, typer.Option("--column", help="Column to read; give it twice for pairs. Unset means detected.")
+        list[str] | None, typer.Option("--column", help="Column to read; give it twice for pairs. The default is detected.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
-    threshold: Annotated[float, typer.Option(help="Probability from which one of several labels is given.")] = 0.5,
-    batch_size: Annotated[int, typer.Option(help="Texts computed at once.")] = 64,
+    split: Split = "train",
+    threshold: Annotated[float, typer.Option(help="Lowest probability of a predicted label, for multi-label models.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Texts in a batch.")] = 64,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --out.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[
@@ -510,19 +501,12 @@ def predict(
         if out is not None:
             typer.echo(f"{write(predictions, out, force=force):,} rows are in {out}.", err=True)
             return
-        try:
+        with _until_unread():
             for row in predictions:
                 typer.echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
-        except BrokenPipeError:  # the reader, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-hub = typer.Typer(
-    help="Convert models of the BERT family to MiniBERT, and back; publish, fetch and check models.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+hub = typer.Typer(help="Convert models of the BERT family to MiniBERT, and back; publish, fetch and check models.", **_PLAIN)
 app.add_typer(hub, name="hub")
 
 
@@ -546,10 +530,8 @@ def _report(report: Any, as_json: bool) -> None:
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a BERT-family model, or its id on the Hub.")],
     output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the MiniBERT.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; the default keeps the numbers as they are.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -574,11 +556,11 @@ def export(
         ),
     ] = "bert",
     quantize: Annotated[str | None, typer.Option(help="int8: a second, smaller and less exact graph. Only with onnx.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a MiniBERT as a model that needs no code of ours.
+    """Write a MiniBERT as a model that opens without this package.
 
     Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
     """
@@ -606,11 +588,9 @@ def push(
         str | None, typer.Option(metavar="BRANCH", help="Branch to write to, created where it is missing; the default is main.")
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the model as a pull request.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; the default keeps the numbers as they are.")
-    ] = None,
+    dtype: Dtype = None,
     as_bert: Annotated[
-        bool, typer.Option("--as-bert", help="Publish the plain BERT that computes the same, which needs no trust_remote_code.")
+        bool, typer.Option("--as-bert", help="Publish a plain BERT with the same outputs, which needs no trust_remote_code.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Larger weights are split into files of at most this.")] = "5GB",
     licence: Annotated[
@@ -620,18 +600,19 @@ def push(
         list[str] | None, typer.Option("--language", help="For the card: code of a language, such as en; several are allowed.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build and prove; print the files and the card, send nothing.")
+        bool, typer.Option("--dry-run", help="Build and check; print the files and the card, send nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what the repository holds.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Publish a model on the Hub, proved before and after.
+    """Publish a model on the Hub, and check it before and after.
 
     The folder is built with card and code, opened in a fresh process without this package, and sent in one commit, which is
     then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
     """
     with plain_errors(debug, "What was sent is kept; push again to complete it."):
+        from minibert.hub.push import change_text, size_text
         from minibert.hub.push import push as push_model
 
         card: dict[str, Any] = {key: value for key, value in (("license", licence), ("language", languages)) if value}
@@ -651,24 +632,18 @@ def push(
         )
         if as_json:
             print_json(done.to_dict())
-        else:
-            _print_published(done)
-
-
-def _print_published(done: Any) -> None:
-    from minibert.hub.push import change_text, size_text
-
-    if done.commit is None:  # a dry run
-        for path, size in done.files.items():
-            typer.echo(f"{size_text(size):>12}  {path}")
-        typer.echo(f"\n{done.card}")
-    for change in done.changes:
-        typer.echo(change_text(change))
-    typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
-    if done.commit is not None:
-        typer.echo(f"{done.repo_id} is at commit {done.commit}")
-    if done.pull_request:
-        typer.echo(f"pull request: {done.pull_request}")
+            return
+        if done.commit is None:  # a dry run
+            for path, size in done.files.items():
+                typer.echo(f"{size_text(size):>12}  {path}")
+            typer.echo(f"\n{done.card}")
+        for change in done.changes:
+            typer.echo(change_text(change))
+        typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
+        if done.commit is not None:
+            typer.echo(f"{done.repo_id} is at commit {done.commit}")
+        if done.pull_request:
+            typer.echo(f"pull request: {done.pull_request}")
 
 
 @hub.command(epilog="Example:  minibert hub pull ann/tinybert@v1 tinybert")
@@ -732,13 +707,10 @@ def verify(
 
 plot = typer.Typer(
     help="Draw attention, embeddings and training as a page (.html) or an image (.png), similarities and tokens as a page.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    **_PLAIN,
 )
 app.add_typer(plot, name="plot")
 
-Model = Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")]
 PlotFile = Annotated[
     Path, typer.Option("--out", metavar="FILE", help="File to write: .html opens anywhere without network, .png is an image.")
 ]
@@ -748,11 +720,8 @@ TextColumn = Annotated[str | None, typer.Option(help="Column of texts, where a f
 
 @contextmanager
 def _drawing(debug: bool) -> Iterator[None]:
-    """Errors in one sentence, and the libraries quiet."""
+    """Report errors in one sentence, and silence the libraries."""
     with plain_errors(debug):
-        from transformers.utils.logging import set_verbosity_error
-
-        set_verbosity_error()
         _hide_loading_bars()
         yield
 
@@ -800,12 +769,12 @@ def embeddings(
         str | None, typer.Option(help="Column that colours the points; the default is label, where a file has it.")
     ] = None,
     labels: Annotated[list[str] | None, typer.Option("--label", help="Label of a text given here; once for each.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
+    split: Split = "train",
     tokens: Annotated[bool, typer.Option("--tokens", help="Show tokens, before and after the encoder.")] = False,
     method: Annotated[
         str, typer.Option(help="How wide vectors get into three dimensions: pca, tsne, or umap (pip install umap-learn).")
     ] = "pca",
-    limit: Annotated[int, typer.Option(min=1, help="Show at most so many texts of a file, drawn at random.")] = 1000,
+    limit: Limit = 1000,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
@@ -844,8 +813,8 @@ def similarity(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Page (.html) to write; it opens anywhere without network.")],
     second: Annotated[str | None, typer.Argument(metavar="[B]", help="Likewise; unset compares A with itself.")] = None,
     column: TextColumn = None,
-    split: Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is taken whole.")] = "train",
-    limit: Annotated[int, typer.Option(min=1, help="Show at most so many texts of a file, drawn at random.")] = 50,
+    split: Split = "train",
+    limit: Limit = 50,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
@@ -897,14 +866,13 @@ _EXAMPLE_QUESTIONS = (
 
 @app.command(epilog='Example:  minibert quickstart --query "how do I sort an array"')
 def quickstart(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[STAGE.FIELD=VALUE]...", help="Fields of the recipe to change.")
-    ] = None,
+    overrides: Overrides = None,
     queries: Annotated[
-        list[str] | None, typer.Option("--query", help="Your question; several are allowed. Without any, you are asked.")
+        list[str] | None,
+        typer.Option("--query", help="Question to answer; several are allowed. Without any, you are asked."),
     ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; the default is runs/quickstart.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run changed stages, and those after them, again.")] = False,
+    output_dir: RunFolder = None,
+    force: RunAgain = False,
     debug: Debug = False,
 ) -> None:
     """Train a search model on the documentation installed here, measure it, reload it elsewhere and ask it questions.
@@ -913,9 +881,13 @@ def quickstart(
     skipped, so that asking again takes no training.
     """
     with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train"):
+        from dataclasses import replace
+
         from minibert.data.docstrings import load_passages
         from minibert.evaluation.evaluate import metrics_table
-        from minibert.inference.load import load
+        from minibert.hub.isolated import compute
+        from minibert.hub.push import prove
+        from minibert.hub.verify import request_for
         from minibert.search.search import Searcher, check_queries
         from minibert.train.recipe import load_recipe
         from minibert.train.run import read_metrics, run_recipe
@@ -926,51 +898,19 @@ def quickstart(
         run_dir = run_recipe(load_recipe("quickstart", overrides or []), output_dir=output_dir, force=force)
         folder = run_dir / "2-embed"
         typer.echo("\nHeld-out modules, each summary against all descriptions:")
-        for figures in read_metrics(run_dir)["evaluate"].values():
-            typer.echo(metrics_table(figures))
+        for metrics in read_metrics(run_dir)["evaluate"].values():
+            typer.echo(metrics_table(metrics))
 
         questions = [*_EXAMPLE_QUESTIONS, *(queries or [])]
         passages = load_passages()["text"]
         typer.echo(f"\nReading {len(passages):,} passages to search ...", err=True)
         searcher = Searcher(folder, passages, show_progress=True)
-        difference = _difference_elsewhere(folder, questions, load(folder).encode(questions))
+        request = request_for(folder)
+        here, _ = compute(replace(request, trust=False))  # in this process, the installed classes open it
+        _, difference = prove(request, here, str(folder))
         typer.echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
         for question, hits in zip(questions, searcher.search(questions, top_k=3), strict=True):
             typer.echo(f"\n{_answer_lines(_answer(question, hits))}")
         typer.echo(f"\nThe model is in {folder}. Search your own text: minibert search {folder} --passages FILE")
-        if difference > 1e-5:
-            typer.echo("Error: the reloaded model gives other vectors, so the saved folder is not to be trusted.", err=True)
-            raise typer.Exit(1)
         for query in _typed_queries() if not queries and sys.stdin.isatty() else ():
             typer.echo(_answer_lines(_answer(query, searcher.search([query], top_k=3)[0])) + "\n")
-
-
-# What somebody without this package runs.
-_PLAIN_ENCODE = """
-import json, sys
-from sentence_transformers import SentenceTransformer
-vectors = SentenceTransformer(sys.argv[1], trust_remote_code=True).encode(json.load(sys.stdin))
-if "minibert" in sys.modules:
-    sys.exit("the package was imported, so this proves nothing")
-json.dump(vectors.tolist(), sys.stdout)
-"""
-
-
-def _difference_elsewhere(folder: Path, texts: list[str], vectors: Any) -> float:
-    """Largest difference between ``vectors`` and those of a new process that opens ``folder`` without this package."""
-    import subprocess
-    import tempfile
-
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as cache:  # the code is taken from the folder, not from an earlier copy of it
-        done = subprocess.run(
-            [sys.executable, "-c", _PLAIN_ENCODE, str(folder.resolve())],
-            input=json.dumps(texts),
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_MODULES_CACHE": cache},
-        )
-    if done.returncode:
-        raise OSError(f"{folder} cannot be opened by sentence-transformers without this package; its error stands above.")
-    return float(np.abs(np.array(json.loads(done.stdout)) - vectors).max())

@@ -1,4 +1,4 @@
-"""The command: instant help, one sentence and exit status 2 for wrong input, 130 with advice for Ctrl-C."""
+"""Test the command: instant help, one sentence and exit status 2 for wrong input, 130 with advice after Ctrl-C."""
 
 import json
 import re
@@ -63,14 +63,14 @@ def test_every_command_has_an_example():
         assert "--debug" in shown, name
 
 
-def test_train_prints_figures(command, tmp_path):
+def test_train_prints_metrics(command, tmp_path):
     done = command("recipe.yaml", "tokenizer.method=word_level", "tokenizer.vocab_size=10")
     assert done.exit_code == 0, done.output
     assert "tokenizer: rows 1, vocab_size 10" in done.stdout
     assert "runs/toy" in done.stdout.replace("\\", "/")
     again = command("recipe.yaml", "tokenizer.method=word_level", "tokenizer.vocab_size=10", "--json")
-    figures = json.loads(again.stdout)
-    assert figures["stages"] == {"tokenizer": {"rows": 1, "vocab_size": 10}}
+    printed = json.loads(again.stdout)
+    assert printed["stages"] == {"tokenizer": {"rows": 1, "vocab_size": 10}}
     assert "finished earlier, skipped" in again.stderr
 
 
@@ -110,7 +110,7 @@ def test_debug_shows_the_error_itself(command):
         (FloatingPointError("The loss is nan."), 1, "Error: The loss is nan."),
     ],
 )
-def test_what_stops_a_run_is_said_plainly(command, error, status, message):
+def test_what_stops_a_run_is_reported_in_one_sentence(command, error, status, message):
     command.fail_with(error)
     done = command("recipe.yaml")
     assert done.exit_code == status
@@ -118,6 +118,6 @@ def test_what_stops_a_run_is_said_plainly(command, error, status, message):
     assert "Traceback" not in done.output
 
 
-def test_an_error_of_ours_keeps_its_traceback(command):
+def test_a_bug_keeps_its_traceback(command):
     command.fail_with(RuntimeError("a bug"))
     assert isinstance(command("recipe.yaml").exception, RuntimeError)
