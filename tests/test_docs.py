@@ -1,4 +1,4 @@
-"""What the README and the documentation show is true: examples run, command lines parse, links lead somewhere."""
+"""Test what the README and the documentation show: examples run, command lines parse, links have a target."""
 
 import contextlib
 import importlib.util
@@ -36,10 +36,10 @@ class Block(NamedTuple):
     """A fenced block of a page.
 
     Args:
-        kind: what stands behind its first fence, such as python.
+        kind: the language after its first fence, such as python.
         text: its lines.
-        reason: why it is not run, if a comment before it says so.
-        shown: the ``text`` block right after it, which is what it prints.
+        reason: why it is not run, from a comment before it.
+        shown: the ``text`` block right after it, with its output.
     """
 
     kind: str
@@ -57,7 +57,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def prose(page: str) -> str:
-    """A page without its fenced blocks."""
+    """Return a page without its fenced blocks."""
     return FENCE.sub("", page)
 
 
@@ -70,7 +70,7 @@ def examples(page: str) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    """A folder with small stand-ins for the models and files that the pages name."""
+    """Make a folder with small stand-ins for the models and files that the pages name."""
     from minibert.search.encode_corpus import encode_corpus
 
     room = tmp_path_factory.mktemp("room")
@@ -90,7 +90,7 @@ def room(tmp_path_factory):
 
 
 def run_page(examples: list[Block], room: Path, printed: Path) -> None:
-    """Run a page's blocks in one session, in this process; leave what each printed, and the error that stopped them."""
+    """Run a page's blocks in one session, in this process; write what each printed, and the error that stopped them."""
     os.chdir(room)
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)  # pools of threads do not survive a fork
@@ -110,7 +110,7 @@ def run_page(examples: list[Block], room: Path, printed: Path) -> None:
 
 
 def alike(shown: str, printed: str) -> bool:
-    """Whether the words and whole numbers are equal, and other numbers but for two of the last digit shown."""
+    """Return True if words and integers are equal, and other numbers differ by at most 2 in the last digit shown."""
     number = re.compile(r"-?\d+\.\d*")
     words, others = (" ".join(number.sub("#", text).split()).replace("[ ", "[") for text in (shown, printed))
     close = (
@@ -140,7 +140,7 @@ DOCUMENTED = re.findall(r"^\.\. auto(?:class|function):: ([\w.]+)$", PAGES["refe
 
 
 def example_of(name: str) -> str | None:
-    """The example in a docstring, with the import that it needs."""
+    """Return the example in a docstring, with the import that it needs."""
     module, _, own = name.rpartition(".")
     documented = getattr(importlib.import_module(module), own)
     found = re.search(r"^Example::\n\n((?: {4}.*\n|\n)+)", inspect.getdoc(documented) + "\n", re.MULTILINE)
@@ -178,7 +178,7 @@ def test_what_an_example_prints_is_compared():
 
 
 def command_lines(page: str) -> list[str]:
-    """Every line of a shell in fenced or indented blocks, whole where a backslash continues it."""
+    """Return every shell line in fenced or indented blocks; a backslash joins a line with the next."""
     shells = [block.text for block in blocks(page) if block.kind in ("", "console", "bash", "sh")]
     indented = re.findall(r"^ {4}.*\S.*$", prose(page), re.MULTILINE)
     text = "\n".join([*shells, *(line[4:] for line in indented)]).replace("\\\n", " ")
@@ -186,7 +186,7 @@ def command_lines(page: str) -> list[str]:
 
 
 def words_of(line: str) -> list[str] | None:
-    """The words of ``minibert …`` behind launchers and before pipes and comments; None for other programs."""
+    """Return the words of ``minibert …`` without launchers, pipes and comments; None for other programs."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|>;&")
     lexer.whitespace_split = True
     words: list[str] = []
@@ -210,7 +210,7 @@ MINIBERT = [
 
 
 def parse(arguments: list[str]):
-    """Read ``arguments`` as the command does, without running it; raises what it would print."""
+    """Parse ``arguments`` as the command does, without running it; raise the error that it would print."""
     command = typer.main.get_command(app)
     while hasattr(command, "commands"):
         name, *arguments = arguments
@@ -292,7 +292,7 @@ def test_recipes_are_recipes(name, text, tmp_path):
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
+    """Return the anchors that GitHub gives a page's headings."""
     found: list[str] = []
     for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
