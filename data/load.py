@@ -19,7 +19,7 @@ from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 logger = logging.getLogger(__name__)
 
-# Texts such as "NA" or "null" stay texts; a comma at the end of every row is no reason to take the first column for an index.
+# Texts such as "NA" or "null" stay texts; a comma at the end of every row does not make the first column an index.
 CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False}
 # Suffix of a file to the builder of ``datasets`` that reads it, and its options.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,13 +28,9 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".csv": ("csv", CSV_OPTIONS),
     ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
-    ".txt": ("text", {"encoding": "utf-8-sig"}),  # a byte order mark is no character of the first text
+    ".txt": ("text", {"encoding": "utf-8-sig"}),  # a byte order mark does not belong to the first text
 }
-TOO_WIDE = (
-    "has a row with more values than its first line has columns. Name every column there, or put texts that hold the separator "
-    "in quotes."
-)
-# Columns that hold the text to classify, or the pair of them, in the data sets people publish.
+# Usual columns of the text to classify, or of the pair of texts.
 TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 SPLITS = {
     "train": "train",
@@ -49,7 +45,7 @@ SPLITS = {
 
 
 def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str = "line") -> Dataset:
-    """Read ``sources`` and put their rows one after the other, keeping the columns they share.
+    """Read ``sources`` and join their rows, with the columns that all of them have.
 
     Args:
         split: the split of every source that names none itself; of a single file only a slice in it counts.
@@ -71,7 +67,7 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
 
 
 def join(parts: list[Dataset]) -> Dataset:
-    """Rows of ``parts``, which have the same columns, one after the other.
+    """Join the rows of ``parts``, which have the same columns.
 
     Columns that differ only in kind of number or string get one type; a ClassLabel survives when all agree on it.
 
@@ -89,10 +85,10 @@ def join(parts: list[Dataset]) -> Dataset:
 
 
 def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
-    """``data`` itself, or the rows of the file, folder or Hub data set (owner/name or owner/name:config) that it names.
+    """Return ``data`` itself, or the rows of the file, folder or Hub data set (owner/name or owner/name:config) that it names.
 
     Args:
-        split: the split to read; a single file, or rows that were read already, are taken whole.
+        split: the split to read; a single file or a data set in memory is read completely.
 
     Raises: as :func:`load` does.
     """
@@ -102,10 +98,10 @@ def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
 
 
 def source_named(data: str | Path) -> DataSource:
-    """What a name on the command line stands for.
+    """Return the source that a name on the command line stands for.
 
     Raises:
-        ValueError: for a name that is empty or no Unicode.
+        ValueError: for a name that is empty or not UTF-8.
     """
     name = str(data)
     if not name:
@@ -117,17 +113,17 @@ def source_named(data: str | Path) -> DataSource:
 
 
 def check_name(name: str) -> None:
-    """Refuse the name of a file that is not UTF-8, for which Python has halves of pairs of surrogates.
+    """Refuse the name of a file that is not UTF-8 (Python reads such bytes as lone surrogates).
 
     Raises:
-        ValueError: naming it.
+        ValueError: gives the name.
     """
     if not is_unicode(name):
         raise ValueError(f"The name {name!r} is not UTF-8; rename the file or folder.")
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be tokenized: not with a lone surrogate, which Python puts where bytes were not UTF-8.
+    """Return True for a text that can be tokenized, without the lone surrogates that Python puts where bytes were not UTF-8.
 
     >>> is_unicode("café"), is_unicode(b"caf\\xe9".decode(errors="surrogateescape"))
     (True, False)
@@ -139,7 +135,7 @@ def is_unicode(text: str) -> bool:
 
 
 def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:
-    """Refuse data that lacks a column a stage needs or, where they must be ``filled``, has empty (null) values in it.
+    """Refuse data without the ``wanted`` columns or, if they must be ``filled``, with missing values (null) in them.
 
     Raises:
         ValueError: naming the missing columns and the columns found, or the first row without a value.
@@ -157,7 +153,7 @@ def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[Dat
 
 
 def text_columns(dataset: Dataset) -> list[str]:
-    """Names of the columns that hold strings, in the order of the data."""
+    """Return the names of the columns that hold strings, in the order of the data."""
     return [
         name
         for name, feature in dataset.features.items()
@@ -188,91 +184,106 @@ def _load_one(source: DataSource, split: str, sample_by: str = "line") -> Datase
 
 def _load_local(path: Path, split: str | None, default_split: str, sample_by: str) -> Dataset:
     parts = split_parts(split or default_split)
-    if path.is_file():  # of a single file the name of a split says nothing, a slice does
-        groups = {"file": [path]}
+    if path.is_file():  # a single file has no splits, but a slice of it can be taken
         parts = list(dict.fromkeys(("file", rows) for _, rows in parts))
     else:
-        groups = group_by_split(path)
         parts = [(SPLITS.get(name, name), rows) for name, rows in parts]
-        if missing := [name for name, _ in parts if name not in groups]:
-            raise ValueError(
-                f"{path} has no split {missing[0]!r}; it has {', '.join(sorted(groups))}. "
-                "Choose one with split:, or name a file."
-            )
-        # The usual splits have their turn; files under other names may be meant to be rows of this one.
-        if split is None and (left_out := describe_groups(groups, {*SPLITS.values(), *(name for name, _ in parts)})):
-            logger.warning("Of the folder %s, %s is read; left out: %s. Choose with split:.", path, default_split, left_out)
-    # Names of the reader's own: those of folders may hold characters that it refuses.
-    named = {name: f"split{number}" for number, name in enumerate(dict.fromkeys(name for name, _ in parts))}
-    files = list(dict.fromkeys(file for name in named for file in groups[name]))
-    if unknown := sorted({file.suffix for file in files} - BUILDERS.keys()):
-        raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(BUILDERS)}.")
+    # Without a choice of split, the usual splits may be for other stages; files under other names may be forgotten rows.
+    groups = find_files(path, [name for name, _ in parts], "split:", None if split else SPLITS.values())
+    files = [file for group in groups.values() for file in group]
     if len({BUILDERS[file.suffix][0] for file in files}) > 1:
         raise ValueError(f"{path} mixes files of several kinds; name one file, or one folder per kind.")
-    if empty := [file for file in files if not file.stat().st_size]:
-        raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
     builder, options = BUILDERS[files[0].suffix]
     if builder == "text":
         options = {**options, "sample_by": sample_by}
-    if builder == "json" and (problem := _not_utf8(files)):  # the JSON reader lets such bytes through; they fail much later
+    if builder == "json" and (problem := _not_utf8(files)):  # the JSON reader accepts such bytes; they fail much later
         raise ValueError(problem)
+    # ``datasets`` refuses some characters in the names of splits that a folder may have.
+    named = {name: f"split{number}" for number, name in enumerate(groups)}
     try:
-        data_files = {named[name]: [str(file) for file in groups[name]] for name in named}
+        data_files = {named[name]: [str(file) for file in group] for name, group in groups.items()}
         wanted = "+".join(named[name] + rows for name, rows in parts)
         with no_value_dropped():
             return load_dataset(builder, data_files=data_files, split=wanted, **options)
     except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # the file is well: the system refused something
-            refused = error.__cause__
+        refused = error.__cause__
+        if isinstance(refused, OSError) and refused.errno:  # the system refused something; the file is not damaged
             place = refused.filename or f"{config.HF_DATASETS_CACHE}, or {files[0]}"
             raise OSError(refused.errno, refused.strerror, str(place)) from error
-        raise ValueError(_why_unreadable(files, error)) from error
+        raise ValueError(why_unreadable(files, error)) from error
 
 
-def group_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Files of ``folder`` by split, read from names such as train.parquet, train-00000-of-00002.parquet or test/pos/1.txt.
+def find_files(path: Path, splits: Sequence[str], option: str, expected: Collection[str] | None) -> dict[str, list[Path]]:
+    """Return the files of each of ``splits`` in a folder, or the single file ``path``.
 
-    A folder in which no name is that of a usual split is all ``train``.
+    Names give the split: train.parquet, train-00000-of-00002.parquet or test/pos/1.txt. A folder in which no name is that of a
+    usual split is all ``train``.
+
+    Args:
+        option: how the user chooses a split, for messages.
+        expected: other splits that are left out without a warning; None never warns.
+
+    Raises:
+        ValueError: for an unknown split, a file of an unknown kind, or an empty file.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix in BUILDERS and not file.name.startswith("."))
-    if not files:
-        raise ValueError(f"{folder} holds no data file; files of these kinds are read: {', '.join(BUILDERS)}.")
     groups: dict[str, list[Path]] = {}
-    for file in files:
-        *folders, _ = file.relative_to(folder).parts
-        names = [*folders, re.sub(r"-\d+-of-\d+$", "", file.stem)]
-        usual = next((SPLITS[name] for name in names if name in SPLITS), None)
-        groups.setdefault(usual or names[0], []).append(file)
-    return groups if groups.keys() & set(SPLITS.values()) else {"train": files}
-
-
-def describe_groups(groups: dict[str, list[Path]], but: Collection[str]) -> str:
-    """The splits that are in no ``but``, and how many files each has.
-
-    >>> describe_groups({"train": [Path("train.txt")], "more": [Path("more.txt")]}, ["train"])
-    'more (1 file)'
-    """
-    others = sorted((name, len(files)) for name, files in groups.items() if name not in but)
-    return ", ".join(f"{name} ({files} file{'s' * (files > 1)})" for name, files in others)
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"{path} cannot be read: {path.suffix} is none of {', '.join(BUILDERS)}.")
+        groups = {name: [path] for name in splits}
+    else:
+        for file in sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and not file.name.startswith(".")):
+            *folders, _ = file.relative_to(path).parts
+            names = [*folders, re.sub(r"-\d+-of-\d+$", "", file.stem)]
+            usual = next((SPLITS[name] for name in names if name in SPLITS), None)
+            groups.setdefault(usual or names[0], []).append(file)
+        if not groups:
+            raise ValueError(f"{path} holds no data file; files of these kinds are read: {', '.join(BUILDERS)}.")
+        if not groups.keys() & set(SPLITS.values()):
+            groups = {"train": sorted(file for group in groups.values() for file in group)}
+    if missing := [name for name in splits if name not in groups]:
+        raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(sorted(groups))} ({option}).")
+    if expected is not None and (left_out := sorted(groups.keys() - set(splits) - set(expected))):
+        found = "Only the split %s of the folder %s is read; left out: %s. Choose with %s."
+        logger.warning(found, " + ".join(splits), path, ", ".join(left_out), option)
+    groups = {name: groups[name] for name in splits}
+    if empty := [file for group in groups.values() for file in group if not file.stat().st_size]:
+        raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
+    return groups
 
 
 def _not_utf8(files: list[Path]) -> str | None:
+    """Return a sentence about the first line that is not UTF-8, or None. Memory does not grow with the files."""
     for file in files:
-        if file.suffix != ".parquet" and (line := first_line_not_utf8(file)):
-            return f"{file} is not UTF-8: line {line} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
+        if file.suffix == ".parquet" or not file.is_file():
+            continue
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    fix = "Convert the file, for example with iconv -t UTF-8."
+                    return f"{file} is not UTF-8: line {number} cannot be decoded. {fix}"
     return None
 
 
-def _why_unreadable(files: list[Path], error: BaseException) -> str:
+def why_unreadable(files: list[Path], error: BaseException) -> str:
+    """Return one sentence about the damage to ``files`` that raised ``error``."""
     if problem := _not_utf8(files):
         return problem
     names = str(files[0]) if len(files) == 1 else f"One of {len(files)} files next to {files[0]}"
-    if isinstance(error.__cause__, pd.errors.ParserWarning):
-        return f"{names} {TOO_WIDE}"
-    cause = " ".join(str(error.__cause__ or error).split())
-    if "corresponds to no data" in cause:
+    cause = error.__cause__ or error
+    if isinstance(cause, pd.errors.ParserWarning):
+        return (
+            f"{names} has a row with more values than its first line has columns. Name every column there, or put texts that "
+            "hold the separator in quotes."
+        )
+    if isinstance(cause, UnicodeDecodeError):
+        return f"{names} holds a text that is not UTF-8. Repair it, or save it again."
+    reason = " ".join(str(cause).split())
+    if "corresponds to no data" in reason:
         return f"{names} has no rows; give a file that holds data."
-    return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {cause.rstrip('.')}. Repair it, or save it again."
+    return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {reason.rstrip('.')}. Repair it, or save it again."
 
 
 @contextlib.contextmanager
@@ -283,63 +294,46 @@ def no_value_dropped() -> Iterator[None]:
         yield
 
 
-def first_line_not_utf8(file: Path) -> int | None:
-    """Number (from 1) of the first line of ``file`` that is not UTF-8, or ``None``. Memory does not grow with the file."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return None
-
-
 def check_local(source: DataSource) -> None:
-    """Refuse a configuration of what is here.
+    """Refuse a configuration of a local file or folder.
 
     Raises:
-        ValueError: says that only data sets on the Hub have one.
+        ValueError: says that only data sets on the Hub have configurations.
     """
     if source.config is not None:
         raise ValueError(
             f"{source.path} is a file or folder here, which has no configuration {source.config!r}; name it without "
-            f"{':' + source.config!r}, or mean a data set on the Hub from another folder."
+            f"{':' + source.config!r}. If you mean a data set on the Hub, run from a directory without {source.path}."
         )
 
 
 def check_hub_name(source: DataSource) -> None:
-    """Refuse what is likelier a local path mistyped than the id of a data set.
+    """Refuse a name that is more likely a mistyped local path than the id of a data set on the Hub.
 
     Raises:
-        FileNotFoundError: says so.
+        FileNotFoundError: names the path.
     """
+    missing = f"There is no file or folder {source.path} (looked from {Path.cwd()})"
     try:
         validate_repo_id(source.path)
-        possible = Path(source.path).suffix not in BUILDERS
-    except HFValidationError:
-        possible = False
-    if not possible:
-        raise FileNotFoundError(f"There is no file or folder {source.path} (looked from {Path.cwd()}).")
-    if "/" in source.path and Path(source.path).parent.is_dir():  # a typo is likelier than an owner called like a folder here
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{missing}.") from error
+    if Path(source.path).suffix in BUILDERS:
+        raise FileNotFoundError(f"{missing}.")
+    if "/" in source.path and Path(source.path).parent.is_dir():
         raise FileNotFoundError(
-            f"There is no file or folder {source.path} (looked from {Path.cwd()}), but a folder {Path(source.path).parent}; "
-            "correct the path, or mean the Hub from another folder."
+            f"{missing}, but a folder {Path(source.path).parent}; fix the path. If you mean the data set on the Hub, run from "
+            "a directory without a folder of that name."
         )
-
-
-def _load_hub(source: DataSource, split: str) -> Dataset:
-    check_hub_name(source)
-    with hub_errors(source):
-        return _stream_hub(source, split) if source.streaming else _download_hub(source, split)
 
 
 @contextlib.contextmanager
 def hub_errors(source: DataSource) -> Iterator[None]:
-    """Say of a data set that the Hub does not give which one it is.
+    """Turn errors of the Hub into one sentence that names the data set.
 
     Raises:
-        FileNotFoundError: for one that is not there.
-        ValueError: for one that is, or that nobody could be asked about, and could not be read.
+        FileNotFoundError: for a data set that is not there.
+        ValueError: for a data set that could not be read, or a Hub that could not be reached.
     """
     try:
         yield
@@ -353,16 +347,16 @@ def hub_errors(source: DataSource) -> Iterator[None]:
         raise ValueError(f"The data set {where} could not be read from the Hub: {' '.join(str(error).split())}") from error
 
 
-def _download_hub(source: DataSource, split: str) -> Dataset:
-    dataset = load_dataset(source.path, source.config, split=source.split or split, revision=source.revision)
-    if files := dataset.cache_files:  # datasets names the folder of its cache after the commit
+def _load_hub(source: DataSource, split: str) -> Dataset:
+    check_hub_name(source)
+    split = source.split or split
+    with hub_errors(source):
+        if source.streaming:  # the first rows are read into memory
+            source._commit = HfApi().dataset_info(source.path, revision=source.revision).sha
+            stream = load_dataset(source.path, source.config, split=split, revision=source._commit, streaming=True)
+            return Dataset.from_list(list(stream.take(source.limit)), features=stream.features)
+        dataset = load_dataset(source.path, source.config, split=split, revision=source.revision)
+    if files := dataset.cache_files:  # ``datasets`` names the folder of its cache after the commit
         named = Path(files[0]["filename"]).parent.name
         source._commit = named if re.fullmatch(r"[0-9a-f]{40}", named) else None
     return dataset
-
-
-def _stream_hub(source: DataSource, split: str) -> Dataset:
-    """The first rows, read into memory."""
-    source._commit = HfApi().dataset_info(source.path, revision=source.revision).sha
-    stream = load_dataset(source.path, source.config, split=source.split or split, revision=source._commit, streaming=True)
-    return Dataset.from_list(list(stream.take(source.limit)), features=stream.features)

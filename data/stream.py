@@ -1,14 +1,13 @@
-"""Rows of data of any size, a block at a time: local files of every kind we read, or a data set on the Hub, streamed.
+"""Read rows of data of any size in blocks: local files, a data set on the Hub (streamed), or a data set in memory.
 
-Where :mod:`minibert.data.load` makes one memory-mapped table of the data, nothing here is copied to disk, and memory holds one
-block. A row that cannot be used becomes a value that says why, so that who reads decides what becomes of it.
+:mod:`minibert.data.load` makes one memory-mapped table of the data; here nothing is copied to disk, and memory holds one block.
+A value that cannot be used becomes a :class:`Bad`, which gives the reason, so that the caller can refuse or skip the row.
 """
 
 import contextlib
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,42 +24,40 @@ from minibert.data.load import (
     BUILDERS,
     CSV_OPTIONS,
     SPLITS,
-    TOO_WIDE,
     as_dataset,
     check_hub_name,
     check_local,
     check_name,
-    describe_groups,
-    first_line_not_utf8,
-    group_by_split,
+    find_files,
     hub_errors,
     is_unicode,
     no_value_dropped,
     source_named,
+    why_unreadable,
 )
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
-
-logger = logging.getLogger(__name__)
 
 # Columns taken as the text when several hold strings.
 USUAL_COLUMNS = ("text", "passage", "answer", "sentence")
 _BLOCK = 512  # rows in memory
-_PEEK = 100  # rows looked at to learn the columns of a file that does not list them
-
-# Which rows are wanted: the first range (start, stop) of them that ends behind a row.
-Wanted = Callable[[int], tuple[int, int]]
+_PEEK = 100  # rows that show the columns of a file without a schema
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Bad(NamedTuple):
-    """Stands where a row has no usable value; ``reason`` follows the number of the row: "is empty"."""
+    """Stand for a value that cannot be used; ``reason`` follows the number of the row: "is empty"."""
 
     reason: str
 
 
 class Rows(NamedTuple):
-    """Consecutive rows, numbered from 0: ``first`` in all of the data, ``first_in_part`` in the file they are from.
+    """Hold consecutive rows.
 
-    ``ids`` are values of the id column, or ``None`` without one. ``share`` of the data has been read so far.
+    Attributes:
+        first: the number of the first row in all of the data, from 0.
+        ids: the values of the id column, or None without one.
+        part: the name of the file that holds the rows.
+        first_in_part: the number of the first row in that file, from 0.
     """
 
     first: int
@@ -68,60 +65,25 @@ class Rows(NamedTuple):
     ids: list[Any] | None
     part: str
     first_in_part: int
-    share: float
 
 
-class _Block(NamedTuple):
-    """Rows of one part as they were found: ``columns`` has the values of every column read."""
-
-    first: int
-    columns: list[list[Any]]
-    share: float
-
-
-@dataclass
-class _Part:
-    """One file, or one data set. ``seen`` counts the rows that were read or passed over, in the end all of them."""
+class _Part(NamedTuple):
+    """A file, or a data set as its only part; ``kind`` is a key of ``_READERS``."""
 
     name: str
-    size: int
-    blocks: Callable[["_Part", list[str], Wanted], Iterator[_Block]]
-    content: Any  # path of the file, or the data set
-    columns: Callable[[Any], dict[str, pa.DataType]]
-    seen: int = 0
-
-    @contextlib.contextmanager
-    def plain_errors(self) -> Iterator[None]:
-        """What a reader says about damage, with the name of the file."""
-        try:
-            yield
-        except UnicodeDecodeError as error:
-            if self.blocks not in (_read_text, _read_csv, _read_json):  # of the others no line can be named
-                raise ValueError(f"{self.name} holds a text that is not UTF-8. Repair it, or save it again.") from error
-            line = first_line_not_utf8(self.content)
-            raise ValueError(
-                f"{self.name} is not UTF-8: line {line} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
-            ) from error
-        except pd.errors.ParserWarning as error:
-            raise ValueError(f"{self.name} {TOO_WIDE}") from error
-        except (OSError, pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-            # What the system or the Hub refuses is no damage; pyarrow's words about damage come without a number.
-            if isinstance(error, OSError) and (error.errno is not None or not isinstance(self.content, Path)):
-                raise
-            kind = Path(self.name).suffix.lstrip(".")
-            cause = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"{self.name} cannot be read as {kind}: {cause}. Repair it, or save it again.") from error
+    kind: str
+    content: Any
 
 
 @dataclass
 class Stream:
-    """Data opened to be read in order.
+    """Read the rows of opened data in order.
 
     Attributes:
-        source: what tells whether data is still the same; ``path`` is its name.
-        column: that of the texts.
-        id_column: that of the ids, or ``None``; ``id_type`` is their Arrow type.
-        rows: how many there are, where that is known beforehand.
+        source: identifies the data, to resume only with the same; ``path`` is its name.
+        column: the column of texts.
+        id_column: the column of ids, or None; ``id_type`` is their Arrow type.
+        rows: the number of rows, or None where only reading all of them would tell.
     """
 
     source: dict[str, Any]
@@ -133,54 +95,66 @@ class Stream:
     listing: list[str] = field(repr=False)
 
     def begins_with(self, source: dict[str, Any]) -> bool:
-        """Whether these files begin with all those that ``source`` identifies."""
+        """Return True if the first files are those that ``source`` identifies."""
         return "files" in source and digest(self.listing[: source["files"]]) == source["digest"]
 
-    def read(self, wanted: Wanted = lambda row: (0, 2**63)) -> Iterator[Rows]:
-        """The wanted rows in blocks, in order.
+    def read(self, ranges: Iterable[range] = (range(2**63),)) -> Iterator[Rows]:
+        """Yield the rows of ``ranges``, which are in order, in blocks that end where a range does.
 
         Raises:
             ValueError: for a file that is damaged, not UTF-8, or without the column.
         """
-        first, done, total = 0, 0, sum(part.size for part in self.parts) or 1
         names = list(dict.fromkeys([self.column, self.id_column or self.column]))
+        left, row = iter(ranges), 0
+        wanted = next(left, None)
         for part in self.parts:
-            part.seen = 0
-            for block in self._blocks(part, names, _behind(wanted, first)):
-                texts = [_text(text) for text in block.columns[0]]
-                ids = [_id(value, self.id_type) for value in block.columns[-1]] if self.id_column else None
-                share = (done + block.share * part.size) / total
-                yield Rows(first + block.first, texts, ids, part.name, block.first, share)
-            first += part.seen
-            done += part.size
-
-    def _blocks(self, part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
-        """The wanted rows of one part, cut where ranges begin and end."""
-        with part.plain_errors():
-            known = part.columns(part.content)
-            if missing := [name for name in names if name not in known]:
-                raise ValueError(f"{part.name} has no column {missing[0]!r}; it has {', '.join(known)}.")
-            for block in part.blocks(part, names, wanted):
-                size, row = len(block.columns[0]), block.first
-                while row < block.first + size:
-                    start, stop = wanted(row)
-                    start, stop = max(start, row), min(stop, block.first + size)
-                    if start >= stop:
-                        break
-                    inside = slice(start - block.first, stop - block.first)
-                    yield _Block(start, [values[inside] for values in block.columns], block.share)
+            columns, blocks, values = _READERS[part.kind]
+            begin = row
+            with _plain_errors(part):
+                known = columns(part.content)
+                if missing := [name for name in names if name not in known]:
+                    raise ValueError(f"{part.name} has no column {missing[0]!r}; it has {', '.join(known)}.")
+                for size, raw in blocks(part.content, names):
+                    stop = row + size
+                    for found in values(raw, names) if wanted and wanted.start < stop else ():
+                        end = row + len(found[0])
+                        while wanted and wanted.start < end:
+                            first = max(row, wanted.start)
+                            inside = slice(first - row, wanted.stop - row)
+                            texts = [_text(text) for text in found[0][inside]]
+                            ids = [_id(value, self.id_type) for value in found[-1][inside]] if self.id_column else None
+                            yield Rows(first, texts, ids, part.name, first - begin)
+                            if wanted.stop > end:
+                                break
+                            wanted = next(left, None)
+                        row = end
+                    if wanted is None:
+                        return
                     row = stop
+
+
+@contextlib.contextmanager
+def _plain_errors(part: _Part) -> Iterator[None]:
+    """Turn what a reader says about damage into one sentence with the name of the file."""
+    damage = (OSError, UnicodeDecodeError, pa.ArrowInvalid, pd.errors.ParserWarning, pd.errors.ParserError)
+    try:
+        yield
+    except (*damage, pd.errors.EmptyDataError) as error:
+        # Errors of the system or the Hub are not damage; pyarrow reports damage as an OSError without a number.
+        if isinstance(error, OSError) and (error.errno is not None or not isinstance(part.content, Path)):
+            raise
+        raise ValueError(why_unreadable([Path(part.name)], error)) from error
 
 
 def open_stream(
     data: str | Path | Dataset, column: str | None = None, *, id_column: str | None = None, split: str = "train"
 ) -> Stream:
-    """Open a file, a folder (all its files, or those of one split), a Hub data set, or rows read already.
+    """Open a file, a folder (all its files, or those of one split), a Hub data set, or a data set in memory.
 
     Args:
-        column: that of the texts; the default is the only column of strings, or else the one named as in ``USUAL_COLUMNS``.
-        id_column: that of values which name the rows.
-        split: of a folder with a file per split, or of a Hub data set.
+        column: the column of texts; the default is the only column of strings, or the one named as in ``USUAL_COLUMNS``.
+        id_column: the column of values that name the rows.
+        split: the split of a folder with a file per split, or of a Hub data set.
 
     Raises:
         FileNotFoundError: for data that is neither here nor on the Hub.
@@ -188,25 +162,29 @@ def open_stream(
             could be one of several.
     """
     source, parts, listing = _find_parts(data, split)
-    columns: dict[str, pa.DataType] = {}
-    for part in parts[:1]:
-        with part.plain_errors():
-            columns = part.columns(part.content)
+    with _plain_errors(parts[0]):
+        columns = _READERS[parts[0].kind][0](parts[0].content)
     strings = [name for name, kind in columns.items() if _is_string(kind)]
     usual = [(name,) for name in USUAL_COLUMNS]
     if column not in columns:  # rows of a named column that hold no text are reported one by one
         (column,) = pick_columns(strings, column and [column], usual, option="--column", columns=list(columns))
     if id_column is not None and id_column not in columns:
-        raise ValueError(f"There is no column {id_column!r} to take ids from; there are {', '.join(columns)} (--id-column).")
+        raise ValueError(f"Column {id_column!r} is not in the data; the columns are {', '.join(columns)} (--id-column).")
     id_type = pa.int64() if id_column is None else columns[id_column]
-    if id_column is not None and parts[0].blocks is _read_csv:
+    if id_column is not None and parts[0].kind == "csv":
         id_type = pa.string()  # values of CSV are taken as they are written, so that 007 stays 007
     if not (pa.types.is_integer(id_type) or _is_string(id_type)):
         kind = f"numbers with a fraction ({id_type})" if pa.types.is_floating(id_type) else id_type
         raise ValueError(f"Column {id_column!r} holds {kind}; ids are strings or whole numbers (--id-column).")
-    id_type = pa.string() if _is_string(id_type) else pa.int64()
-    rows = sum(part.size for part in parts) if all(part.blocks in _COUNTED for part in parts) else None
-    return Stream(source, column, id_column, id_type, rows, parts, listing)
+    rows: int | None = None
+    if isinstance(parts[0].content, Dataset):
+        rows = len(parts[0].content)
+    elif all(part.kind == "parquet" for part in parts):
+        rows = 0
+        for part in parts:
+            with _plain_errors(part):
+                rows += parquet.read_metadata(part.content).num_rows
+    return Stream(source, column, id_column, pa.string() if _is_string(id_type) else pa.int64(), rows, parts, listing)
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -217,7 +195,9 @@ def _is_string(kind: pa.DataType) -> bool:
 
 def _text(value: Any) -> str | Bad:
     if isinstance(value, str):
-        return (value if is_unicode(value) else _NOT_UNICODE) if value and not value.isspace() else Bad("is empty")
+        if not value or value.isspace():
+            return Bad("is empty")
+        return value if is_unicode(value) else Bad("is not valid Unicode")
     if isinstance(value, Bad):
         return value
     return Bad("has no text") if value is None else Bad(f"is of type {type(value).__name__}, not a string")
@@ -230,35 +210,22 @@ def _id(value: Any, kind: pa.DataType) -> Any:
         return Bad("has no id")
     if kind == pa.string():
         if not isinstance(value, str):
-            return Bad("has an id that is no string")
+            return Bad("has an id that is not a string")
         return value if is_unicode(value) else Bad("has an id that is not valid Unicode")
     if not isinstance(value, int) or isinstance(value, bool):
-        return Bad("has an id that is no whole number")
+        return Bad("has an id that is not a whole number")
     return value if -(2**63) <= value < 2**63 else Bad("has an id that is not between -2**63 and 2**63 - 1")
-
-
-_NOT_UNICODE = Bad("is not valid Unicode")
-
-
-def _behind(wanted: Wanted, first: int) -> Wanted:
-    """``wanted`` for rows that are counted from ``first``."""
-
-    def shifted(row: int) -> tuple[int, int]:
-        start, stop = wanted(first + row)
-        return start - first, stop - first
-
-    return shifted
 
 
 # ---------------------------------------------------------------------------------------------------------------- finding
 
 
 def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any], list[_Part], list[str]]:
-    """What identifies the data, its parts in order, and a line for each file."""
+    """Return what identifies the data, its parts in order, and a line for each file."""
     if isinstance(data, Dataset) or str(data) == INSTALLED_DOCS:
         table = as_dataset(data, split=split)
         source_id = {"path": "rows in memory" if data is table else str(data), "digest": table._fingerprint}
-        return source_id, [_table_part(table)], []
+        return source_id, [_Part("the rows", "table", table)], []
     source = source_named(data)
     if any(rows for _, rows in split_parts(split)) or "+" in split:
         raise ValueError(f"split={split!r} is more or less than one split; name one, such as train (--split).")
@@ -266,19 +233,8 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
     if not path.exists():
         return *_find_hub(source, split), []
     check_local(source)
-    if path.is_file():
-        files = [path]
-    else:
-        groups, name = group_by_split(path), SPLITS.get(split, split)
-        if name not in groups:
-            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(groups))} (--split).")
-        files = groups[name]
-        if left_out := describe_groups(groups, [name]):
-            logger.warning("Of the folder %s, the split %s is read; left out: %s. Choose with --split.", path, name, left_out)
-    if unknown := sorted({file.suffix for file in files} - _KINDS.keys()):
-        raise ValueError(f"{files[0]} cannot be read: {', '.join(unknown)} is none of {', '.join(_KINDS)}.")
-    if empty := [file for file in files if not file.stat().st_size]:
-        raise ValueError(f"{empty[0]} is empty; give a file that holds data.")
+    name = SPLITS.get(split, split)
+    files = next(iter(find_files(path, [name], "--split", expected=()).values()))
     for file in files:
         check_name(str(file))
     root = path if path.is_dir() else path.parent
@@ -286,11 +242,11 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
     source_id = {"path": str(data), "files": len(files), "digest": digest(listing)}
     if path.is_dir():
         source_id["split"] = split
-    return source_id, [_file_part(file) for file in files], listing
+    return source_id, [_Part(str(file), BUILDERS[file.suffix][0], file) for file in files], listing
 
 
 def digest(listing: Sequence[str]) -> str:
-    """What identifies files: their names and sizes."""
+    """Return a digest of the names and sizes of files."""
     return hashlib.sha256("".join(listing).encode()).hexdigest()
 
 
@@ -301,26 +257,12 @@ def _find_hub(source: DataSource, split: str) -> tuple[dict[str, Any], list[_Par
         revision = source.revision or HfApi().dataset_info(source.path).sha
         stream = load_dataset(source.path, source.config, split=split, revision=revision, streaming=True)
     name = source.path if source.config is None else f"{source.path}:{source.config}"
-    known = (stream.info.splits or {}).get(split)
-    rows = (known.num_examples if known else 0) or 0
-    part = _Part(name, rows, _read_stream, stream, _stream_columns)
-    return {"path": name, "split": split, "revision": revision}, [part]
-
-
-def _file_part(file: Path) -> _Part:
-    blocks, columns = _KINDS[file.suffix]
-    part = _Part(str(file), file.stat().st_size, blocks, file, columns)
-    if blocks is _read_parquet:
-        with part.plain_errors():
-            part.size = parquet.read_metadata(file).num_rows
-    return part
-
-
-def _table_part(table: Dataset) -> _Part:
-    return _Part("the rows", len(table), _read_table, table, lambda table: _types(table.features.arrow_schema))
+    return {"path": name, "split": split, "revision": revision}, [_Part(name, "table", stream)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
+# Each kind of data has three functions: the types of its columns; the blocks of rows, each as its size and what it takes to
+# read it; and the values of a block: lists of those columns that are read. Blocks without a wanted row stay unread.
 
 
 def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -329,7 +271,7 @@ def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 _KINDS_OF_VALUES: tuple[tuple[type, pa.DataType], ...] = (
     (str, pa.string()),
-    (bool, pa.bool_()),  # before int, which it is too
+    (bool, pa.bool_()),  # before int, the class it derives from
     (int, pa.int64()),
     (float, pa.float64()),
     (list, pa.list_(pa.null())),
@@ -338,8 +280,8 @@ _KINDS_OF_VALUES: tuple[tuple[type, pa.DataType], ...] = (
 )
 
 
-def _types_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, pa.DataType]:
-    """Columns of rows that bring no types: what the first value that is not missing suggests."""
+def _types_of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, pa.DataType]:
+    """Return the columns of rows without a schema, with the types of their first values that are not missing."""
     found: dict[str, pa.DataType] = {}
     for row in rows:
         for name, value in row.items():
@@ -352,167 +294,133 @@ def _parquet_columns(file: Path) -> dict[str, pa.DataType]:
     return _types(parquet.read_schema(file))
 
 
-def _read_parquet(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
-    """Row groups without a wanted row are not read at all."""
-    with parquet.ParquetFile(part.content) as file:
+def _parquet_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
+    with parquet.ParquetFile(path) as file:
         if double := [name for name in names if file.schema_arrow.names.count(name) > 1]:
-            raise ValueError(f"{part.name} has more than one column named {double[0]!r}; rename all but one.")
+            raise ValueError(f"{path} has more than one column named {double[0]!r}; rename all but one.")
         for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if wanted(part.seen)[0] >= part.seen + size:
-                part.seen += size
-                continue
-            for batch in file.iter_batches(batch_size=_BLOCK, row_groups=[group], columns=names, use_threads=False):
-                yield _Block(part.seen, [batch.column(name).to_pylist() for name in names], part.seen / part.size)
-                part.seen += len(batch)
+            yield file.metadata.row_group(group).num_rows, (file, group)
 
 
-def _lines(part: _Part, wanted: Wanted, *, blanks: bool) -> Iterator[tuple[int, list[str], float]]:
-    """Blocks of wanted lines: (number of the first, lines, share read). Others are passed over undecoded."""
-    block: list[str] = []
-    start, stop = wanted(0)
-    with part.content.open("rb") as file:
-        for line in file:
-            if not blanks and not line.strip():
-                continue
-            if part.seen >= stop:
-                start, stop = wanted(part.seen)
-            if part.seen >= start:
-                block.append(line.decode("utf-8-sig" if part.seen == 0 else "utf-8").rstrip("\r\n"))
-            part.seen += 1
-            if block and (len(block) == _BLOCK or part.seen >= stop):
-                yield part.seen - len(block), block, file.tell() / part.size
-                block = []
-    if block:
-        yield part.seen - len(block), block, 1.0
+def _parquet_values(raw: tuple[parquet.ParquetFile, int], names: list[str]) -> Iterator[list[list[Any]]]:
+    file, group = raw
+    for batch in file.iter_batches(batch_size=_BLOCK, row_groups=[group], columns=names, use_threads=False):
+        yield [batch.column(name).to_pylist() for name in names]
 
 
-def _read_text(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
-    for first, lines, share in _lines(part, wanted, blanks=True):
-        yield _Block(first, [lines for _ in names], share)
+def _line_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, list[bytes]]]:
+    with path.open("rb") as file:
+        if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
+            file.seek(0)
+        while lines := list(islice(file, _BLOCK)):
+            yield len(lines), lines
 
 
-def _is_array(file: Path) -> bool:
-    """Whether a JSON file is one array, instead of an object per line."""
-    with file.open("rb") as content:
-        return content.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+def _text_values(lines: list[bytes], names: list[str]) -> Iterator[list[list[Any]]]:
+    yield [[line.decode().rstrip("\r\n") for line in lines]] * len(names)
 
 
-def _json_columns(file: Path) -> dict[str, pa.DataType]:
-    if _is_array(file):
-        rows = _array(file)
-    else:
-        part = _Part(str(file), 1, _read_json, file, _json_columns)
-        blocks = islice(_lines(part, lambda row: (0, _PEEK), blanks=False), 1)
-        rows = [_parse(line) for _, lines, _ in blocks for line in lines]
-    columns = _types_of_rows([row for row in rows[:_PEEK] if isinstance(row, dict)])
+def _json_columns(path: Path) -> dict[str, pa.DataType]:
+    _, rows = next(_json_blocks(path, []), (0, []))
+    parsed = map(_parse, rows[:_PEEK])
+    columns = _types_of_rows(row for row in parsed if isinstance(row, dict))
     if not columns:
         raise ValueError(
-            f"{file} holds no JSON objects in its first {_PEEK} rows; give one object per line, such as "
+            f"{path} holds no JSON objects in its first {_PEEK} rows; give one object per line, such as "
             '{"text": "a text"}, or an array of objects.'
         )
     return columns
 
 
-def _array(file: Path) -> list[Any]:
-    """The rows of a JSON file that is one array."""
-    text = file.read_text(encoding="utf-8-sig")
+def _json_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, list[Any]]]:
+    """Yield blocks of lines that are not blank; a file that is one array is a single block of its parsed rows."""
+    with path.open("rb") as file:
+        is_array = file.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
+    if not is_array:
+        for _, lines in _line_blocks(path, names):
+            rows = [line for line in lines if line.strip()]
+            if rows:
+                yield len(rows), rows
+        return
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows: list[Any] = json.loads(text)
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as a JSON array: {error}. Repair it, or save it again.") from error
-    return rows
+        raise ValueError(f"{path} cannot be read as a JSON array: {error}. Repair it, or save it again.") from error
+    yield len(rows), rows
 
 
-_NO_OBJECT = Bad("is no JSON object")
+def _parse(row: Any) -> dict[str, Any] | Bad:
+    if isinstance(row, bytes):
+        text = row.decode()
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError:
+            row = None
+        except RecursionError:
+            return Bad("is nested too deeply")
+        except ValueError:  # Python does not convert numbers of thousands of digits
+            return Bad("holds a number of too many digits")
+    return row if isinstance(row, dict) else Bad("is not a JSON object")
 
 
-def _parse(line: str) -> dict[str, Any] | Bad:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return _NO_OBJECT
-    except RecursionError:
-        return Bad("is nested too deeply")
-    except ValueError:  # Python converts no number of thousands of digits
-        return Bad("holds a number of too many digits")
-    return row if isinstance(row, dict) else _NO_OBJECT
+def _json_values(raw: list[Any], names: list[str]) -> Iterator[list[list[Any]]]:
+    rows = [_parse(row) for row in raw]
+    yield [[row if isinstance(row, Bad) else row.get(name) for row in rows] for name in names]
 
 
-def _read_json(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
-    """One object per line; an array is read whole."""
-    if _is_array(part.content):
-        rows = [row if isinstance(row, dict) else _NO_OBJECT for row in _array(part.content)]
-        blocks: Iterator[tuple[int, list[Any], float]] = iter([(0, rows, 1.0)])
-        part.seen = len(rows)
-    else:
-        parsed = _lines(part, wanted, blanks=False)
-        blocks = ((first, [_parse(line) for line in lines], share) for first, lines, share in parsed)
-    for first, rows, share in blocks:
-        yield _Block(first, [[row if isinstance(row, Bad) else row.get(name) for row in rows] for name in names], share)
+def _csv_options(path: Path) -> dict[str, Any]:
+    return {**CSV_OPTIONS, "sep": "\t" if path.suffix == ".tsv" else ",", "encoding": "utf-8-sig"}
 
 
-def _csv_options(file: Path) -> dict[str, Any]:
-    return {**CSV_OPTIONS, "sep": "\t" if file.suffix == ".tsv" else ",", "encoding": "utf-8-sig"}
-
-
-def _csv_columns(file: Path) -> dict[str, pa.DataType]:
+def _csv_columns(path: Path) -> dict[str, pa.DataType]:
     with no_value_dropped():
-        found = pd.read_csv(file, nrows=_PEEK, **_csv_options(file))
+        found = pd.read_csv(path, nrows=_PEEK, **_csv_options(path))
     numbers = pd.api.types.is_numeric_dtype
     return {str(name): pa.float64() if numbers(found[name]) else pa.string() for name in found.columns}
 
 
-def _read_csv(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
-    """Every value as it is written; what is empty is missing."""
-    with part.content.open("rb") as file:
-        # All columns, also those that nobody asked for: of some of them pandas would not say that a row has too many values.
-        chunks = pd.read_csv(file, chunksize=_BLOCK, dtype=object, **_csv_options(part.content))
+def _csv_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+    # All columns are read: of some of them alone, pandas would not report a row with too many values.
+    with pd.read_csv(path, chunksize=_BLOCK, dtype=object, **_csv_options(path)) as chunks:
         while True:
             with no_value_dropped():
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            columns = [chunk[name].astype(object).where(chunk[name].notna(), None).tolist() for name in names]
-            yield _Block(part.seen, columns, min(1.0, file.tell() / part.size))
-            part.seen += len(chunk)
+            yield len(chunk), chunk
 
 
-def _read_table(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
-    table = part.content.select_columns(names).with_format(None)
-    while part.seen < len(table):
-        start, stop = wanted(part.seen)
-        start, stop = max(start, part.seen), min(stop, len(table), max(start, part.seen) + _BLOCK)
-        if start >= len(table):
-            part.seen = len(table)
-            return
-        rows = table[start:stop]
-        yield _Block(start, [rows[name] for name in names], stop / len(table))
-        part.seen = stop
+def _csv_values(chunk: pd.DataFrame, names: list[str]) -> Iterator[list[list[Any]]]:
+    """Yield every value as it is written; an empty value is missing."""
+    yield [chunk[name].astype(object).where(chunk[name].notna(), None).tolist() for name in names]
 
 
-def _stream_columns(stream: IterableDataset) -> dict[str, pa.DataType]:
-    if stream.features is not None:
-        return _types(stream.features.arrow_schema)
-    return _types_of_rows(list(stream.take(_PEEK)))
+def _table_columns(table: Dataset | IterableDataset) -> dict[str, pa.DataType]:
+    if table.features is not None:
+        return _types(table.features.arrow_schema)
+    return _types_of_rows(table.take(_PEEK))
 
 
-def _read_stream(part: _Part, names: list[str], wanted: Wanted) -> Iterator[_Block]:
-    part.seen = min(wanted(0)[0], 2**62)
-    for rows in part.content.skip(part.seen).select_columns(names).iter(batch_size=_BLOCK):
-        size = len(rows[names[0]])
-        yield _Block(part.seen, [list(rows[name]) for name in names], min(1.0, part.seen / part.size) if part.size else 0.0)
-        part.seen += size
+def _table_blocks(table: Dataset | IterableDataset, names: list[str]) -> Iterator[tuple[int, Any]]:
+    # Arrow tables of a data set in memory are views; streams without a schema cannot give tables.
+    table = table.select_columns(names).with_format("arrow" if isinstance(table, Dataset) else None)
+    for batch in table.iter(batch_size=_BLOCK):
+        yield len(batch[names[0]]), batch
 
 
-# Suffix of a file to what reads it and what tells its columns: the kinds that data.load reads.
-_TEXT = {"text": pa.string()}
-_READERS = {
-    "parquet": (_read_parquet, _parquet_columns),
-    "json": (_read_json, _json_columns),
-    "csv": (_read_csv, _csv_columns),
-    "text": (_read_text, lambda file: _TEXT),
+def _table_values(batch: Any, names: list[str]) -> Iterator[list[list[Any]]]:
+    columns = batch.to_pydict() if isinstance(batch, pa.Table) else batch
+    yield [list(columns[name]) for name in names]
+
+
+_Columns = Callable[[Any], dict[str, pa.DataType]]
+_Blocks = Callable[[Any, list[str]], Iterator[tuple[int, Any]]]
+_Values = Callable[[Any, list[str]], Iterator[list[list[Any]]]]
+_READERS: dict[str, tuple[_Columns, _Blocks, _Values]] = {
+    "parquet": (_parquet_columns, _parquet_blocks, _parquet_values),
+    "json": (_json_columns, _json_blocks, _json_values),
+    "csv": (_csv_columns, _csv_blocks, _csv_values),
+    "text": (lambda _: {"text": pa.string()}, _line_blocks, _text_values),
+    "table": (_table_columns, _table_blocks, _table_values),
 }
-_KINDS = {suffix: _READERS[builder] for suffix, (builder, _) in BUILDERS.items()}
-# Readers whose parts have a size in rows.
-_COUNTED = (_read_parquet, _read_table)

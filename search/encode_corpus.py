@@ -418,19 +418,15 @@ class _Job:
 
     def _windows(self) -> Iterator[_Window]:
         """Yield the rows of this process, in windows that end where shards do."""
-        shards = missing_shards(self.manifest, set(self.notes), self.state.process_index, self.state.num_processes)
+        missing = missing_shards(self.manifest, set(self.notes), self.state.process_index, self.state.num_processes)
+        shards, copies = tee(missing)
         shard, rows = next(shards)
-
-        def wanted(row: int) -> tuple[int, int]:
-            nonlocal shard, rows
-            while rows.stop <= row:
-                shard, rows = next(shards)
-            return rows.start, rows.stop
-
         texts: list[str] = []
         ids: list[Any] = []
         notes: dict[str, Any] = {}
-        for block in self.stream.read(wanted):
+        for block in self.stream.read(rows for _, rows in copies):
+            while rows.stop <= block.first:
+                shard, rows = next(shards)
             if not notes:
                 notes = {"fingerprint": self.manifest.fingerprint, "first_input_row": block.first, "input_rows": 0}
                 notes |= {"skipped": 0, "skipped_rows": []}

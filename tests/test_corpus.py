@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def read(tmp_path, tokenizer):
     def load(documents=DOCUMENTS, **options):
         file = tmp_path / "documents.jsonl"
         lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
-        if not file.exists() or file.read_text() != lines:  # a file written anew is read anew
+        if not file.exists() or file.read_text() != lines:  # a new file would have another fingerprint
             file.write_text(lines)
         return load_corpus([DataSource(path=str(file))], tokenizer, cache_dir=tmp_path / "cache", **options)
 
@@ -43,12 +44,10 @@ def read(tmp_path, tokenizer):
 
 
 def made(tmp_path, documents):
-    """A corpus straight from numbers of tokens: documents are lists of sentence lengths."""
+    """Return a corpus of documents, each given as the lengths of its sentences in tokens."""
     sentences = [size for document in documents for size in document]
-    np.save(tmp_path / "tokens.npy", np.arange(sum(sentences), dtype=np.int32))
-    np.save(tmp_path / "documents.npy", np.cumsum([0, *map(sum, documents)]))
-    np.save(tmp_path / "sentences.npy", np.cumsum([0, *sentences]))
-    return TokenizedCorpus(tmp_path)
+    arrays = np.arange(sum(sentences), dtype=np.int32), np.cumsum([0, *map(sum, documents)]), np.cumsum([0, *sentences])
+    return TokenizedCorpus(tmp_path, (block for block in [arrays]))
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -94,18 +93,18 @@ if __name__ == "__main__":
         process.terminate()
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert len(begun) >= 2 and not any(Path(f"/proc/{number}").exists() for number in begun)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="asks for room where the system can be asked")
-def test_a_full_disk_is_told_and_nothing_stays_on_it(read, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence_and_nothing_stays_on_it(read, tmp_path, monkeypatch):
     def full(*_):
+        yield np.zeros(10), np.zeros(1)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="could not be written .No space left on device.; the tokenized text is made anew"):
+    monkeypatch.setattr(corpora, "_tokenize", full)
+    with pytest.raises(OSError, match="could not be written .No space left on device.; the text is tokenized and cut again"):
         read()
-    assert not list((tmp_path / "cache").rglob("*.npy"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
@@ -146,16 +145,16 @@ def test_several_processes_give_the_same_corpus(read, tmp_path):
     documents = [f"a {text}" for text in DOCUMENTS * 300]
     one = read(documents, workers=1)
     tokens = np.array(one.tokens)
-    (one.folder / "corpus.json").unlink()  # as a tokenization that was interrupted leaves it
+    shutil.rmtree(one.folder / "corpus")  # an interrupted tokenization leaves no corpus in its folder
     two = read(documents, workers=2)
     assert two.folder == one.folder
     assert np.array_equal(two.tokens, tokens) and np.array_equal(two.documents, one.documents)
-    assert not list((tmp_path / "cache").glob(".*"))  # nothing is left beside it
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_is_tokenized_once(read, monkeypatch):
     first = read()
-    monkeypatch.setattr(corpora, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(corpora, "_token_lists", lambda *_, **__: pytest.fail("tokenized again"))
     assert read().fingerprint == first.fingerprint
     with pytest.raises(pytest.fail.Exception):
         read(sentence_delimiters=".")
@@ -196,7 +195,7 @@ def test_refuses_columns_that_are_not_clear(tmp_path, tokenizer):
     assert len(load(text_column="body").tokens) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(4, 20))
 def test_pieces_hold_every_token_once_and_rows_fit(tmp_path_factory, sizes, max_length):
     corpus = made(tmp_path_factory.mktemp("corpus"), [[size] for size in sizes])
@@ -211,7 +210,7 @@ def test_pieces_hold_every_token_once_and_rows_fit(tmp_path_factory, sizes, max_
         assert (pieces.lengths[begin:end] + 2).sum() <= max_length
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=8), st.integers(5, 24))
 def test_spans_are_neighbouring_sentences_that_fit(tmp_path_factory, documents, max_length):
     corpus = made(tmp_path_factory.mktemp("corpus"), documents)
@@ -251,9 +250,9 @@ def test_pieces_and_spans_are_made_once_and_stay_on_disk(tmp_path, monkeypatch):
     first = MlmChunks(corpus, 16), NspSpans(corpus, 16)
     monkeypatch.setattr(corpora, "_documents_in_blocks", lambda *_: pytest.fail("made again"))
     again = MlmChunks(corpus, 16), NspSpans(corpus, 16)
-    for ours, theirs in zip(first, again, strict=True):
-        for name, array in vars(ours).items():
+    for before, after in zip(first, again, strict=True):
+        for name, array in vars(before).items():
             assert isinstance(array, np.memmap)
-            assert np.array_equal(array, getattr(theirs, name))
+            assert np.array_equal(array, getattr(after, name))
     with pytest.raises(pytest.fail.Exception):
-        MlmChunks(corpus, 12)  # another length is another cut
+        MlmChunks(corpus, 12)  # another length is cut again

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from minibert.data.load import as_dataset, check_columns, first_line_not_utf8, load, text_columns
+from minibert.data.load import as_dataset, check_columns, load, text_columns
 from minibert.data.source import DataSource
 
 
@@ -157,7 +157,7 @@ def test_a_name_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minibert.data.load.load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
     (tmp_path / "data").mkdir()
-    with pytest.raises(FileNotFoundError, match="no file or folder data/sick .*, but a folder data; correct the path"):
+    with pytest.raises(FileNotFoundError, match="no file or folder data/sick .*, but a folder data; fix the path"):
         load([source("data/sick")])
 
 
@@ -181,7 +181,7 @@ def test_files_under_unusual_names_are_left_out_with_a_warning(tmp_path, caplog)
         (tmp_path / f"{name}.txt").write_text(f"{name}\n", encoding="utf-8")
     assert load([source(tmp_path)])["text"][:] == ["train"]
     assert [record.getMessage() for record in caplog.records if record.name == "minibert.data.load"] == [
-        f"Of the folder {tmp_path}, train is read; left out: more (1 file). Choose with split:."
+        f"Only the split train of the folder {tmp_path} is read; left out: more. Choose with split:."
     ]
     caplog.clear()
     load([source(tmp_path, split="train")])
@@ -198,8 +198,3 @@ def test_wrong_columns_list_those_found(tmp_path):
         check_columns(rows, ["answer"], where)
     with pytest.raises(ValueError, match="no column 'question'"):
         load([source(tmp_path / "a.csv", columns={"question": "query"})])
-
-
-def test_first_line_not_utf8(tmp_path):
-    (tmp_path / "good").write_text("é\n", encoding="utf-8")
-    assert first_line_not_utf8(tmp_path / "good") is None

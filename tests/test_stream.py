@@ -74,8 +74,8 @@ def test_json_that_python_does_not_convert_is_a_bad_row(tmp_path):
         "fine",
         Bad("is nested too deeply"),
         Bad("holds a number of too many digits"),
-        Bad("is no JSON object"),
-        Bad("is no JSON object"),
+        Bad("is not a JSON object"),
+        Bad("is not a JSON object"),
     ]
     for row in (deep, long, '{"text": '):
         (tmp_path / "in.json").write_text(f"[{row}]")
@@ -143,8 +143,8 @@ def test_files_that_are_left_out_are_told(tmp_path, caplog):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{name}\n")
     assert read(tmp_path) == ["train.txt"]
-    left_out = "more (1 file), test (1 file), test-1 (1 file)"
-    assert caplog.messages == [f"Of the folder {tmp_path}, the split train is read; left out: {left_out}. Choose with --split."]
+    left_out = "more, test, test-1. Choose with --split."
+    assert caplog.messages == [f"Only the split train of the folder {tmp_path} is read; left out: {left_out}"]
     caplog.clear()
     assert read(tmp_path / "test") == ["test/2.txt"]
     assert not caplog.messages
