@@ -1,7 +1,8 @@
-"""Every command with everything that goes wrong: exit status, one sentence with a next step, and nothing overwritten.
+"""Test what the commands do when something goes wrong: exit status, one sentence with a next step, nothing overwritten.
 
-The commands run as they are, each in a child that is forked from this process, where what they import is loaded already:
-what costs seconds as a new process costs a fraction of one here. A child gives up what root may do, so that permissions hold.
+Each command meets a problem with its model, its data and its output once, and each problem occurs once or more. Each command
+runs in a child process, forked from this process because the modules that it needs are imported here already. The child gives
+up the capabilities of root, so that file permissions hold.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from helpers import edit_json, save_model
 from hub_server import HubServer
 from minibert import cli, train_wordpiece
 
-# What the commands import when they run, so that no child has to.
+# Import here, once, the modules that the commands import when they run.
 for _module in (
     *("hub.convert", "hub.export", "hub.onnx", "hub.push", "hub.verify", "search.encode_corpus", "evaluation.evaluate"),
     *("plot", "inference.predict", "search.search", "train.stages.classify", "train.stages.embed", "train.recipe"),
@@ -62,7 +63,7 @@ class Done(NamedTuple):
 
 
 def run(line: str, place: Path, *prepare: Callable[[], object], stdout: str | None = None) -> Done:
-    """What ``minibert LINE`` does in the folder ``place``, after a child called ``prepare``; ``stdout`` names another file."""
+    """Run ``minibert LINE`` in the folder ``place`` in a child that first calls ``prepare``; ``stdout`` names another file."""
     streams = [place.parent / f"{place.name}.{name}" for name in ("stdout", "stderr")]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -103,7 +104,7 @@ def _redirect(stdout: str, stderr: str) -> None:
 
 
 def _command(line: str, place: Path, prepare: tuple[Callable[[], object], ...]) -> int:
-    """The status with which the interpreter would end."""
+    """Run the command and return the exit status of the interpreter."""
     from accelerate.state import AcceleratorState
 
     try:
@@ -126,14 +127,14 @@ def _command(line: str, place: Path, prepare: tuple[Callable[[], object], ...]) 
 
 
 def _be_nobody() -> None:
-    """Give up what root may do beyond others: its own files keep their permissions against it then."""
+    """Drop the capabilities of root, so that the permissions of its own files hold."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
     if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()):
         raise OSError(ctypes.get_errno(), "capset")
 
 
 def at(target: str, number: int, call: int = 1) -> Callable[[], None]:
-    """Have the child send itself the signal ``number`` when the function ``target`` (module:name) is called, the n-th time."""
+    """Return a step that makes the child signal itself at the n-th ``call`` of the function ``target`` (module:name)."""
 
     def prepare() -> None:
         module, _, path = target.partition(":")
@@ -156,12 +157,12 @@ def at(target: str, number: int, call: int = 1) -> Callable[[], None]:
 
 
 def full_disk() -> None:
-    """Files end at :data:`LIMIT` bytes; writing on fails as on a full disk, with another number."""
+    """Limit files to :data:`LIMIT` bytes; writing more fails as on a full disk, with another error number."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
 
 
 def little_memory() -> None:
-    """Memory for 100 MB more than what the process has."""
+    """Limit the process to 100 MB more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 100_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -177,7 +178,7 @@ def recipe(**more):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with a model, a BERT, texts, vectors and a run, made by the commands themselves."""
+    """Make a folder with a model, a BERT, texts, vectors and a run, by the commands themselves."""
     place = tmp_path_factory.mktemp("world") / "world"
     place.mkdir()
     tokenizer = train_wordpiece(TEXTS, vocab_size=60, model_max_length=16, show_progress=False)
@@ -202,12 +203,12 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def place(world, tmp_path):
-    """A copy of the world, to spoil."""
+    """Copy the world, for one test to damage."""
     return shutil.copytree(world, tmp_path / "world", symlinks=True)
 
 
 def snapshot(place: Path) -> dict[str, object]:
-    """What every file below ``place`` holds, by name."""
+    """Return a digest of every file below ``place``, by name."""
 
     def content(path: Path) -> object:
         if not path.is_file() or path.stat().st_size > 10**7 or not os.access(path, os.R_OK):
@@ -297,36 +298,27 @@ def larger_than_memory(folder: Path) -> None:
 
 
 AGAIN = "save or download the model again"
-PROBLEMS_OF_MODELS = {  # and what is said of each
-    absent: "no model folder (model|bert) .*give a folder, or",
-    a_file: "is a file; give the folder|no model folder (model|bert) .*give a folder",
-    empty_folder: "holds no (config.json|model.safetensors)",
-    damaged_configuration: f"config.json is damaged .*{AGAIN}",
-    damaged_weights: AGAIN,
-    empty_weights: AGAIN,
-    absurd_header: AGAIN,
-    only_a_pickle: "only as a pickle .*which can run code when it is opened; if you trust it, save it as safetensors first",
-    own_code: "brings Python code of its own, .*(read that code, and if you trust it|start from a model whose class)",
-    closed: "Permission denied: .*model.safetensors.*permissions",
-    larger_than_memory: "not enough memory.*smaller",
-}
-MODELS = {  # commands that open a model, which is the folder model, or bert
-    "train": "train recipe.yaml --output-dir out",
-    "search": "search model --passages texts.txt cat",
-    "search in vectors": "search vectors cat",
-    "encode": "encode model texts.txt out",
-    "evaluate": "evaluate model labels.csv",
-    "predict": "predict model texts.txt --out out.jsonl",
-    "plot attention": "plot attention model 'the cat sleeps' --out out.html",
-    "plot embeddings": "plot embeddings model texts.txt --out out.html",
-    "plot similarity": "plot similarity model texts.txt --out out.html",
-    "plot tokens": "plot tokens model 'the cat sleeps'",
-    "hub convert": "hub convert bert out",
-    "hub export": "hub export model out",
-    "hub export onnx": "hub export model out --to onnx",
-    "hub push": "hub push model ann/model",
-    "hub verify": "hub verify model",
-}
+MODELS = [  # a command that opens the model (or bert), the problem, and words of the sentence
+    ("train recipe.yaml --output-dir out", damaged_weights, AGAIN),
+    ("search model --passages texts.txt cat", absent, "no model folder model .*give a folder, or"),
+    ("search vectors cat", empty_weights, AGAIN),
+    ("encode model texts.txt out", only_a_pickle, "only as a pickle .*if you trust it, save it as safetensors first"),
+    ("encode model texts.txt out", larger_than_memory, "not enough memory.*smaller"),
+    ("evaluate model labels.csv", own_code, "brings Python code of its own, .*read that code, and if you trust it"),
+    ("predict model texts.txt --out out.jsonl", closed, "Permission denied: .*model.safetensors.*permissions"),
+    ("plot attention model 'the cat sleeps' --out out.html", larger_than_memory, "not enough memory.*smaller"),
+    ("plot embeddings model texts.txt --out out.html", absurd_header, AGAIN),
+    ("plot similarity model texts.txt --out out.html", empty_folder, "holds no (config.json|model.safetensors)"),
+    ("plot tokens model 'the cat sleeps'", damaged_configuration, f"config.json is damaged .*{AGAIN}"),
+    ("hub convert bert out", a_file, "is a file; give the folder|no model folder bert .*give a folder"),
+    ("hub convert bert out", own_code, "is of the family evil, which cannot be converted. Convertible are bert"),
+    ("hub export model out", damaged_weights, AGAIN),
+    ("hub export model out --to onnx", absent, "no model folder model "),
+    ("hub push model ann/model", own_code, "not a MiniBERT but evil; it does not need an export"),
+    ("hub verify model", absent, "no model folder model .*give a folder, or owner/name"),
+    ("hub verify model", only_a_pickle, "can run code when opened; .*delete them"),
+    ("hub verify model", own_code, "code is not that of the installed minibert.*read it"),
+]
 
 # -------------------------------------------------------------------------------------------------- what goes wrong with data
 
@@ -380,55 +372,37 @@ def data_wrong_columns(place: Path) -> str:
     return "numbers.csv"
 
 
-PROBLEMS_OF_DATA = {
-    data_absent: r"no file or folder nothing.csv \(looked from /.*world\)",
-    data_no_table: "picture.png cannot be read: .png is none of .parquet, .jsonl",
-    data_empty: "empty.csv is empty; give a file that holds data",
-    data_without_rows: "header.csv has no rows; give a file (or split )?that holds data",
-    data_empty_folder: "folder holds no data file; files of these kinds are read: .parquet",
-    data_not_utf8: "latin.csv is not UTF-8: line 2 cannot be decoded. Convert the file",
-    data_damaged: "damaged.parquet cannot be read as parquet: .*. Repair it, or save it again",
-    data_no_json: "torn.jsonl cannot be read as jsonl: .*. Repair it, or save it again|Row 1 of torn.jsonl is no JSON .* mend it",
-    data_closed: "Permission denied.*labels.csv.*Change its permissions",
-    data_wrong_columns: "one, two.* (Give data with|[Nn]ame|rename)|name one",
-}
-DATA = {
-    "train": "train recipe.yaml classify.data={} --output-dir out",
-    "quickstart": "quickstart tokenizer.data={} --output-dir out --query cat",
-    "search": "search model --passages {} cat",
-    "search queries": "search vectors --queries {}",
-    "encode": "encode model {} out",
-    "evaluate": "evaluate model {}",
-    "predict": "predict model {} --out out.jsonl",
-    "plot embeddings": "plot embeddings model {} --out out.html",
-    "plot similarity": "plot similarity model {} --out out.html",
-}
+DATA = [  # a command that reads data, the problem, and words of the sentence
+    ("train recipe.yaml classify.data={} --output-dir out", data_wrong_columns, "one, two.* (Give data with|[Nn]ame|rename)"),
+    ("quickstart tokenizer.data={} --output-dir out --query cat", data_empty_folder, "folder holds no data file; .*.parquet"),
+    ("search model --passages {} cat", data_not_utf8, "latin.csv is not UTF-8: line 2 cannot be decoded. Convert the file"),
+    ("search vectors --queries {}", data_empty, "empty.csv is empty; give a file that holds data"),
+    ("encode model {} out", data_no_json, "Row 1 of torn.jsonl is not a JSON "),
+    ("encode model {} out", data_damaged, "damaged.parquet cannot be read as parquet: .*. Repair it, or save it again"),
+    ("evaluate model {}", data_without_rows, "header.csv has no rows; give a file (or split )?that holds data"),
+    ("predict model {} --out out.jsonl", data_no_json, "torn.jsonl cannot be read as jsonl: .*. Repair it, or save it again"),
+    ("plot embeddings model {} --out out.html", data_no_table, "picture.png cannot be read: .png is none of .parquet, .jsonl"),
+    ("plot similarity model {} --out out.html", data_closed, "Permission denied.*labels.csv.*Change its permissions"),
+    ("evaluate model {}", data_absent, r"no file or folder nothing.csv \(looked from /.*world\)"),
+]
 
 
 # ------------------------------------------------------------------------------------------------ where results are to go
 
 OVERRIDES = "tokenizer.data=texts.txt tokenizer.text_columns=[text] tokenizer.vocab_size=60 --query cat"
-FOLDERS = {  # commands that write a folder
-    "train": "train recipe.yaml --output-dir {}",
-    "quickstart": f"quickstart {OVERRIDES} --output-dir {{}}",
-    "encode": "encode model texts.txt {}",
-    "hub convert": "hub convert bert {}",
-    "hub export": "hub export model {}",
-    "hub pull": "hub pull ann/model {}",
-}
-FILES = {  # and a file, after its suffix
-    "predict": "predict model texts.txt --out {}.jsonl",
-    "plot attention": "plot attention model 'the cat sleeps' --out {}.html",
-    "plot embeddings": "plot embeddings model texts.txt --out {}.html",
-    "plot similarity": "plot similarity model texts.txt --out {}.html",
-    "plot tokens": "plot tokens model 'the cat sleeps' --out {}.html",
-    "plot training": "plot training run --out {}.png",
-}
-PROBLEMS_OF_PLACES = {
-    "thesis": "thesis.* (choose another|choose an empty or a new folder|name another)",
-    "texts.txt/out": "texts.txt.*(Correct the path|Choose another|make it first)",
-    "locked/out": "Permission denied.*([Cc]hoose another)",
-    "full": "File too large.*(Choose a place that takes larger files|resume)",
+PLACES = {  # a command that writes to a place that takes nothing, and words of the sentence
+    "train recipe.yaml --output-dir full": "File too large.*Choose a place that takes larger files",
+    f"quickstart {OVERRIDES} --output-dir texts.txt/out": "texts.txt.*(Correct the path|Choose another|make it first)",
+    "encode model texts.txt thesis": "thesis.* choose an empty or a new folder",
+    "hub convert bert locked/out": "Permission denied.*([Cc]hoose another)",
+    "hub export model full": "File too large.*Choose a place that takes larger files",
+    "hub pull ann/model thesis": "thesis.* (choose another|choose an empty or a new folder|name another)",
+    "predict model texts.txt --out full.jsonl": "File too large.*Choose a place that takes larger files",
+    "plot attention model 'the cat sleeps' --out thesis.html": "thesis.* (choose another|name another)",
+    "plot embeddings model texts.txt --out locked/out.html": "Permission denied.*([Cc]hoose another)",
+    "plot similarity model texts.txt --out texts.txt/out.html": "texts.txt.*(Correct the path|Choose another|make it first)",
+    "plot tokens model 'the cat sleeps' --out full.html": "File too large.*Choose a place that takes larger files",
+    "plot training run --out thesis.png": "thesis.* (choose another|name another)",
 }
 
 
@@ -437,9 +411,13 @@ PROBLEMS_OF_PLACES = {
 FORWARD = "minibert.modeling_minibert:MiniBertModel.forward"
 MOMENTS = {  # a command, the function in which it is interrupted, the call of it, and what is said
     "train recipe.yaml --output-dir out": (FORWARD, 2, "Stopped at step 2 of 3.* To resume: minibert train recipe.yaml --out"),
-    f"quickstart {OVERRIDES} --output-dir out": ("minibert.train.recipe:train_tokenizer", 1, "To resume: minibert quickstart"),
-    "search model --passages texts.txt cat": (FORWARD, 1, "search again"),
-    "search vectors cat": (FORWARD, 1, "search again"),
+    f"quickstart {OVERRIDES} --output-dir out": (
+        "minibert.train.stages.tokenizer:train_tokenizer",
+        1,
+        "To resume: minibert quickstart",
+    ),
+    "search model --passages texts.txt cat": ("minibert.inference.encode:Encoder.encode_query", 1, "search again"),
+    "search vectors cat": ("minibert.inference.encode:Encoder.encode_query", 1, "search again"),
     "encode model texts.txt out --rows-per-shard 4": (f"{FORWARD}_packed", 2, "To resume: minibert encode model texts.txt out"),
     "evaluate model labels.csv": ("minibert.modeling_minibert:MiniBertForSequenceClassification.forward", 1, "Nothing was"),
     "predict model texts.txt --out out.jsonl": (
@@ -465,7 +443,7 @@ MOMENTS = {  # a command, the function in which it is interrupted, the call of i
 
 @pytest.fixture(scope="session")
 def hub(world):
-    """A server with the model as ann/model; call it in a child, to take it for the Hub."""
+    """Serve the model as ann/model; a child that calls the fixture's value takes the server for the Hub."""
     with HubServer() as server:
         files = {file.name: file.read_bytes() for file in (world / "model").iterdir()}
         server.add_repo("ann/model", files)
@@ -474,7 +452,7 @@ def hub(world):
 
 @pytest.fixture
 def run_in(place, hub):
-    """Run a command in a copy of the world; those on ann/... find the server."""
+    """Return a function that runs a command in a copy of the world; commands on ann/... find the server."""
 
     def run_in(line, *prepare, **how):
         server = [lambda: hub(place.parent / "home")] if "ann/" in line else []
@@ -483,12 +461,12 @@ def run_in(place, hub):
     return run_in
 
 
-# These say on standard error how far they are, or what they chose; then comes the sentence.
+# These print their progress or their choices on standard error before the sentence.
 TALKING = ("train", "quickstart", "search vectors", "plot tokens", "hub push")
 
 
 def check_refused(done: Done, line: str, words: str) -> None:
-    """Exit status 2 after one sentence that holds ``words`` (a regular expression), and nothing on standard output."""
+    """Expect exit status 2, one sentence that holds ``words`` (a regular expression), and nothing on standard output."""
     assert done.status == 2, done
     assert "Traceback" not in done.err and done.err.count("Error:") == 1, done.err
     *before, sentence = done.err.splitlines()
@@ -499,76 +477,47 @@ def check_refused(done: Done, line: str, words: str) -> None:
 
 
 def check_kept(before: dict[str, object], place: Path, *new: str) -> None:
-    """What was there is as it was, and what is new is below ``new``."""
+    """Expect what was there unchanged, and new files only below ``new``."""
     after = snapshot(place)
     assert {name: after.get(name) for name in before} == before
     assert not [name for name in after.keys() - before.keys() if not name.startswith(new)]
 
 
 def fails_check(done: Done, words: str) -> None:
-    """``hub verify`` reports what it finds on standard output, with exit status 1."""
+    """Expect a failed check on standard output and exit status 1, as ``hub verify`` reports them."""
     assert done.status == 1 and done.err == ""
     assert re.search(f"failed +(files|weights|tensors|code): .*({words})", done.out), done.out
 
 
-# Where a command says something else, or what is wrong with the weights does not matter to it.
-ELSE = {
-    ("train", absent): "couldn't connect .*Check your internet connection",  # a name without slash can be a model of the Hub
-    ("search in vectors", larger_than_memory): "changed since: encode again, or name the model as it was",
-    **dict.fromkeys(
-        [(f"hub {name}", absent) for name in ("convert", "export", "export onnx")],
-        "no model folder (model|bert) .*To enable repo look-ups and downloads online, set",
-    ),
-    **dict.fromkeys([("hub push", problem) for problem in (absent, a_file)], "give the folder of a run, of a stage or of a"),
-    ("hub push", own_code): "not a MiniBERT but evil; it does not need an export",
-    ("hub convert", own_code): "is of the family evil, which cannot be converted. Convertible are bert",
-    ("hub export", own_code): "not a MiniBERT but evil; it does not need an export",
-    ("hub export onnx", own_code): "not a MiniBERT but evil; it does not need an export",
-    ("hub verify", absent): "no model folder model .*give a folder, or owner/name",
-    ("hub verify", empty_folder): "no config.json; of a run, name the folder of a stage",
-    ("hub verify", only_a_pickle): "can run code when opened; .*delete them",
-    ("hub verify", own_code): "code is not that of the installed minibert.*read it",
-    ("hub verify", closed): "Permission denied",
-    ("hub verify", larger_than_memory): "Cannot allocate memory",
-}
-
-
-@pytest.mark.parametrize("problem", PROBLEMS_OF_MODELS, ids=lambda problem: problem.__name__)
-@pytest.mark.parametrize("command", MODELS)
-def test_a_model_that_is_not_right(run_in, place, command, problem):
-    line, words = MODELS[command], ELSE.get((command, problem), PROBLEMS_OF_MODELS[problem])
-    problem(place / ("bert" if command == "hub convert" else "model"))
+@pytest.mark.parametrize(("line", "problem", "words"), MODELS)
+def test_a_model_that_cannot_be_opened(run_in, place, line, problem, words):
+    problem(place / ("bert" if line.startswith("hub convert") else "model"))
     before = snapshot(place)
     done = run_in(line, *([little_memory] if problem is larger_than_memory else []))
-    if command == "hub verify" and problem not in (absent, a_file, empty_folder):
+    if line.startswith("hub verify") and problem is not absent:
         fails_check(done, words)
-    elif command == "plot tokens" and problem not in (absent, a_file, empty_folder, damaged_configuration):
-        assert (done.status, done.err) == (0, "")  # the tokenizer is all it opens
     else:
         check_refused(done, line, words)
     check_kept(before, place, "out")
     assert not (place / "out.html").exists() and not (place / "exploded").exists()
 
 
-@pytest.mark.parametrize("problem", PROBLEMS_OF_DATA, ids=lambda problem: problem.__name__)
-@pytest.mark.parametrize("command", DATA)
-def test_data_that_are_not_right(run_in, place, command, problem):
-    line = DATA[command].format(problem(place))
+@pytest.mark.parametrize(("line", "problem", "words"), DATA)
+def test_data_that_cannot_be_read(run_in, place, line, problem, words):
+    line = line.format(problem(place))
     before = snapshot(place)
-    check_refused(run_in(line), line, PROBLEMS_OF_DATA[problem])
+    check_refused(run_in(line), line, words)
     check_kept(before, place, "out")
     assert not [file for file in place.glob("out*") if file.is_file()]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS_OF_PLACES)
-@pytest.mark.parametrize("command", {**FOLDERS, **FILES})
-def test_a_place_that_takes_nothing(run_in, place, command, problem):
-    line = {**FOLDERS, **FILES}[command].format(problem)
+@pytest.mark.parametrize("line", PLACES)
+def test_a_place_that_takes_nothing(run_in, place, line):
     (place / "locked").mkdir(mode=0o555)
     before = snapshot(place)
-    check_refused(run_in(line, *([full_disk] if problem == "full" else [])), line, PROBLEMS_OF_PLACES[problem])
+    check_refused(run_in(line, *([full_disk] if "full" in line else [])), line, PLACES[line])
     check_kept(before, place, "full")
-    if problem == "full" and command != "train":  # which leaves what it had finished
+    if not line.startswith("train"):  # train leaves the stages that it had finished
         assert not [file for file in place.glob("*full*") if file.is_file()]
 
 
@@ -584,62 +533,37 @@ def test_interrupted(run_in, place, line):
         assert not list(place.glob("*out*"))
 
 
-# Seen to finish after a kill: all but those that take seconds, or write nothing.
-KILLED = [line for line in MOMENTS if not line.startswith(("quickstart", "hub push", "hub verify"))]
-
-
-@pytest.mark.parametrize("line", KILLED)
+# One command for each way of writing: checkpoints, shards, an index, a file, a folder.
+@pytest.mark.parametrize("line", [line for line in MOMENTS if re.match("train|encode|search v|predict|hub convert", line)])
 def test_killed_and_run_again(run_in, place, line):
     function, call, _ = MOMENTS[line]
     before = snapshot(place)
     assert run_in(line, at(function, signal.SIGKILL, call)).status == -signal.SIGKILL
     check_kept(before, place, "out", ".out", "vectors/index")
-    assert not list(place.glob("out.*"))  # a file is whole or absent
+    assert not list(place.glob("out.*"))  # a file is complete or absent
     done = run_in(line)
     assert done.status == 0, done
     check_kept(before, place, "out", ".out", "vectors/index")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "predict model texts.txt",
-        "search vectors cat",
-        "search model --passages texts.txt cat --json",
-        "evaluate model labels.csv",
-        "plot tokens model 'the cat'",
-        "encode model texts.txt out",
-        "hub convert bert out",
-    ],
-)
+@pytest.mark.parametrize("line", ["predict model texts.txt", "search vectors cat", "encode model texts.txt out"])
 def test_nowhere_to_print_to(run_in, line):
     done = run_in(line, stdout="/dev/full")
     assert done.status == 2 and "Traceback" not in done.err
     assert done.err.splitlines()[-1].startswith(f"Error: [Errno {errno.ENOSPC}] No space left on device. Free some space")
 
 
-WRONG = [
-    *("train nothing.yaml", "quickstart embed.nothing=3", "search nothing cat", "encode nothing texts.txt out"),
-    *("evaluate model nothing.csv", "predict model nothing.csv", "plot attention a/b/c text --out out.html"),
-    *("plot embeddings model nothing.csv --out out.html", "plot training nothing --out out.html"),
-    *("plot similarity model nothing.csv --out out.html", "plot tokens a/b/c text", "hub convert a/b/c out"),
-    *("hub export a/b/c out", "hub push a/b/c ann/model", "hub pull nothing out", "hub verify a/b/c"),
-]
-
-
-@pytest.mark.parametrize("line", WRONG)
+@pytest.mark.parametrize("line", ["search nothing cat", "plot tokens a/b/c text", "hub verify a/b/c"])
 def test_debug_shows_the_traceback(run_in, line):
-    plain, debug = run_in(line), run_in(f"{line} --debug")
-    check_refused(plain, line, "nothing|a/b/c")
-    assert debug.status == 1 and "Traceback (most recent call last)" in debug.err
+    done = run_in(f"{line} --debug")
+    assert done.status == 1 and "Traceback (most recent call last)" in done.err
 
 
-def test_every_command_is_in_the_matrix():
+def test_every_command_is_interrupted():
     def names(app, prefix=""):
         for info in app.registered_commands:
             yield f"{prefix}{info.name or info.callback.__name__}"
         for group in app.registered_groups:
             yield from names(group.typer_instance, f"{group.name} ")
 
-    for lines in (WRONG, MOMENTS):
-        assert not [name for name in names(cli.app) if not any(line.startswith(f"{name} ") for line in lines)]
+    assert not [name for name in names(cli.app) if not any(line.startswith(f"{name} ") for line in MOMENTS)]
