@@ -50,7 +50,7 @@ def is_being_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def is_unmodified_linear(module: nn.Module) -> bool:
+def is_unmodified_linear(module: nn.Linear) -> bool:
     """Return True for a plain ``nn.Linear`` on the CPU, in no-grad mode, without hooks, adapters, quantization or tracing."""
     return (
         type(module) is nn.Linear
@@ -68,7 +68,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def to_compute_dtype(tensor: Tensor, module: nn.Module) -> Tensor:
+def to_compute_dtype(tensor: Tensor, module: nn.Linear) -> Tensor:
     """Return ``tensor.to(module.weight.dtype)``, cast once for all layers that read it.
 
     A bfloat16 matrix needs bfloat16 inputs. Autocast would cast the tensor again for each of those layers.
@@ -80,7 +80,7 @@ def to_compute_dtype(tensor: Tensor, module: nn.Module) -> Tensor:
     return tensor.to(compute_dtype(weight))
 
 
-def linear(module: nn.Module, states: Tensor, act: nn.Module | None = None) -> Tensor:
+def linear(module: nn.Linear, states: Tensor, act: nn.Module | None = None) -> Tensor:
     """Return ``act(module(states.to(module.weight.dtype)))``, or without ``act`` the product alone: (…, in) -> (…, out).
 
     In half precision, without gradients, a CPU saves a sixth of the time if oneDNN adds the bias and computes GELU while the

@@ -54,5 +54,5 @@ def masked_lm_loss(transform: Callable[[Tensor], Tensor], decoder: nn.Linear, hi
     if hidden_states.device.type == "cpu":
         hidden_states = F.pad(hidden_states, (0, 0, 0, rounded(len(labels)) - len(labels)))
     weight, bias, dtype = decoder.weight, at_least_float32(decoder.bias), compute_dtype(decoder.weight)
-    loss: Tensor = FusedMaskedLMLoss.apply(transform(hidden_states).to(dtype), weight.to(dtype), bias, labels)  # type: ignore[no-untyped-call]
+    loss: Tensor = FusedMaskedLMLoss.apply(transform(hidden_states).to(dtype), weight.to(dtype), bias, labels)
     return loss

@@ -514,13 +514,13 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
 class MiniBertClassifierBase(MiniBertPreTrainedModel):
     """Share dropout and one linear layer on top of the encoder between the classification heads."""
 
-    def __init__(self, config: MiniBertConfig, outputs: int, add_pooling_layer: bool):
+    def __init__(self, config: MiniBertConfig, outputs: int | None, add_pooling_layer: bool):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.minibert = MiniBertModel(config, add_pooling_layer=add_pooling_layer)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = MiniBertDropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, outputs)
+        self.classifier = nn.Linear(config.hidden_size, outputs or 0)
         self.post_init()
 
     def classify(self, states: Tensor) -> Tensor:

@@ -353,7 +353,8 @@ def pack_batch(
         return None
     if cu_seqlens is not None:
         return Packing.of_cu_seqlens(cu_seqlens, int(max_length or cu_seqlens.diff().max()))
-    return Packing.of_mask(None if mask is None else mask.bool(), *inputs.shape[:2], inputs.device)
+    batch, length = inputs.shape[:2]
+    return Packing.of_mask(None if mask is None else mask.bool(), batch, length, inputs.device)
 
 
 def packed_forward(

@@ -160,7 +160,8 @@ def _read_sets(rows: Dataset, column: str | Sequence[str], names: Sequence[str] 
     if is_text(inner) or used & set(names):
         names = names or sorted(used)
         refuse_first(sets, [set(labels) <= set(names) for labels in named], column, f"each should be one of {', '.join(names)}")
-        sets, order = named, {name: number for number, name in enumerate(names)}
+        sets = named
+        order: dict[Any, int] = {name: number for number, name in enumerate(names)}
     else:
         count = len(names) or 1 + max((label for labels in sets for label in labels), default=0)
         if not names:

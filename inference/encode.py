@@ -280,14 +280,9 @@ class Encoder:
         check_texts(texts, first)
         if not len(texts):
             return np.empty((0, self.dimension), dtype=np.float32)
-        return self.model.encode(
-            list(texts),
-            prompt=prompt or "",
-            normalize_embeddings=self._normalize,
-            show_progress_bar=False,
-            convert_to_numpy=True,
-            **({} if task is None else {"task": task}),
-        ).astype(np.float32)
+        options: dict[str, Any] = {} if task is None else {"task": task}
+        options |= {"prompt": prompt or "", "normalize_embeddings": self._normalize, "show_progress_bar": False}
+        return np.asarray(self.model.encode(list(texts), **options), dtype=np.float32)
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:

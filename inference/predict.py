@@ -119,23 +119,23 @@ def predict(
             f"{model} has no head that predicts labels, tags, answers or choices; train one on top of it with a classify, tag, "
             "answer or choose stage, or use it as it is with minibert search."
         )
-    model, tokenizer = opened
-    head = head_of(model.config)
+    network, tokenizer = opened
+    head = head_of(network.config)
     if head == CLASSIFIER:
-        read = _classifier_columns(model.config, names, columns)
-        predictions = _classify(model, tokenizer, rows, read, batch_size, threshold)
+        read = _classifier_columns(network.config, names, columns)
+        predictions = _classify(network, tokenizer, rows, read, batch_size, threshold)
     elif head == TAGGER:
-        predictions = _tag(model, tokenizer, rows, _columns(names, columns, _TAGGED, most=1), batch_size)
+        predictions = _tag(network, tokenizer, rows, _columns(names, columns, _TAGGED, most=1), batch_size)
     elif head == ANSWERER:
-        predictions = _answer(model, tokenizer, rows, _columns(names, columns, [_ASKED], most=2), batch_size)
+        predictions = _answer(network, tokenizer, rows, _columns(names, columns, [_ASKED], most=2), batch_size)
     else:
         if columns:
             raise ValueError(
                 "Multiple choice finds its columns by their usual names, or those of its training; rename the columns."
             )
-        found = choice_columns_of(model, names)
+        found = choice_columns_of(network, names)
         read = [name for name in names if name in (*found.texts, *found.choices)]
-        predictions = _beside(rows, read, lambda given: choose_rows(model, tokenizer, given, batch_size=batch_size))
+        predictions = _beside(rows, read, lambda given: choose_rows(network, tokenizer, given, batch_size=batch_size))
     return iter(tqdm(predictions, desc="predict", total=total, unit="row", disable=not show_progress))
 
 

@@ -419,7 +419,8 @@ def _sample_queries(index: VectorIndex, rows: np.ndarray) -> np.ndarray:
     vectors = index.vectors(rows)
     if index.state.precision == "binary":
         vectors = vectors * np.abs(np.random.default_rng(2).standard_normal(vectors.shape, dtype=np.float32))
-    return normalize(vectors)
+    queries: np.ndarray = normalize(vectors)
+    return queries
 
 
 def choose_settings(index: VectorIndex, lists: Lists, sample: Sample) -> Lists:

@@ -89,7 +89,8 @@ class Manifest:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Return the type of those numbers."""
-        return np.dtype(PRECISIONS[self.precision].to_pandas_dtype())
+        found: np.dtype[Any] = np.dtype(PRECISIONS[self.precision].to_pandas_dtype())
+        return found
 
 
 _READER = TypeAdapter(Manifest)

@@ -327,7 +327,9 @@ class EmbedStage(TrainStage):
     """Train sentence embeddings on pairs (or triplets) with in-batch negatives, by sentence-transformers' trainer."""
 
     kind: Literal["embed"]
-    data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(description="Pairs, or texts with make_pairs.")
+    data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(  # type: ignore[assignment]  # a list is invariant
+        description="Pairs, or texts with make_pairs."
+    )
     eval_data: DataSources | None = Field(None, description="Pairs to measure retrieval on; unset means none.")
     make_pairs: bool = Field(
         False,

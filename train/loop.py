@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -248,7 +248,7 @@ class Meter:
         self.first_bad = torch.tensor(-1, device=accelerator.device)
         self.start = time.perf_counter() - progress.seconds
         self.first_seconds = progress.seconds
-        self.spent: Counter[str] = Counter()  # seconds
+        self.spent: defaultdict[str, float] = defaultdict(float)  # seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
         """Count a step, and note the first whose loss or gradient is not finite."""

@@ -30,5 +30,5 @@ def fit_stage(
     if processes().is_main_process:
         tokenizer.save_pretrained(context.output_dir)
     phases = rows if isinstance(rows, list) else [Phase(rows, rows.collate, args.batch_size, args.learning_rate)]
-    picks = {"evaluate": evaluate, "metric_for_best": metric} if evaluate else {}
+    picks: dict[str, Any] = {"evaluate": evaluate, "metric_for_best": metric} if evaluate else {}
     return fit(model, phases, arguments=args, output_dir=context.output_dir, seed=context.seed, **picks)

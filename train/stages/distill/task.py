@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from minibert.data.labels import SINGLE, read_labels
 from minibert.data.load import load
 from minibert.files.processes import processes
+from minibert.inference.predict import class_names
 from minibert.train.arguments import DistillTaskStage
 from minibert.train.rows import TokenizedDataset, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
@@ -38,7 +39,7 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     held_out = load(args.eval_data, split="validation") if args.eval_data else None
     labels = read_labels(train, args.label_column, args.labels)
     teacher = load_teacher(AutoModelForSequenceClassification, str(context.teacher), "a classifier")
-    names = [teacher.config.id2label[number] for number in range(teacher.config.num_labels)]
+    names = class_names(teacher.config)
     _check_labels(args, labels, teacher, names, str(context.teacher))
     teachers_number = np.array([names.index(name) for name in labels.names])  # of each of the data's classes
 
