@@ -66,7 +66,7 @@ def evaluate(
     Args:
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
         data: a file, a folder with a file per split, a Hub data set (owner/name or owner/name:config), or rows read already.
-        split: the split of a folder or Hub data set to measure on; everything else is taken whole.
+        split: the split of a folder or Hub data set to measure on; a single file or given rows are used completely.
         limit: number of queries (or rows) to measure on, from the first. The passages searched are always those of all rows.
         baselines: compare an embedding model with BM25 (retrieval only) and with the same model before training.
         batch_size: texts in a batch.

@@ -1,4 +1,4 @@
-"""Open a trained model for use: check its folder, then hand it to sentence-transformers."""
+"""Open a trained model with sentence-transformers, after a check of its folder."""
 
 import filecmp
 import hashlib
@@ -21,15 +21,15 @@ from minibert.files.model_folder import check_paths, check_weights, code_files, 
 
 logger = logging.getLogger(__name__)
 
-# Everything a model folder is read for; weights in other formats are never downloaded.
+# The files to download of a model; weights in other formats are never used.
 _WANTED_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.safetensors"]
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-# Files that vectors depend on; cards, figures and code beside them do not count.
+# Files that decide the vectors of a model, unlike its card, its pictures and its code.
 _DECIDING = (
     *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
 )
-_named: set[Path] = set()  # folders whose code was told to differ
+_warned: set[Path] = set()  # folders whose code differs, which was logged
 
 
 def load(
@@ -37,14 +37,14 @@ def load(
 ) -> SentenceTransformer:
     """Open ``model`` as a sentence-transformers model.
 
-    A folder that no sentence-transformers module list describes gets its configuration's ``pooling`` (mean where it names
-    none), and vectors of length 1.
+    A folder without a list of sentence-transformers modules gets the ``pooling`` of its configuration (mean by default), and
+    vectors of length 1.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
         trust_remote_code: run Python code that comes with the model. Models of this package and of transformers need none.
-        dtype: numbers to compute with; the default is what the model's configuration says.
+        dtype: of the weights and the computation; the default is that of the model's configuration.
 
     Example::
 
@@ -52,7 +52,7 @@ def load(
         model.similarity(model.encode(["sort a list"]), model.encode(["invert a matrix", "order items"]))  # (1, 2)
 
     Raises:
-        FileNotFoundError: for a model that is not here and not on the Hub, or a folder without weights or tokenizer.
+        FileNotFoundError: for a model that is neither a folder nor on the Hub, or a folder without weights or tokenizer.
         ValueError: for damaged, incomplete or pickled weights, weights that do not fit the configuration, or code that is not
             trusted.
     """
@@ -75,14 +75,13 @@ def load(
 
 
 def _without_cycle(model: SentenceTransformer) -> SentenceTransformer:
-    """``model``, freed with its last user: its card holds it and it holds its card, so that Python would keep the weights of
-    every model that was ever opened until it looks for cycles among all objects, which it does less and less often."""
+    """Return ``model`` without the reference cycle with its card, which keeps the weights until a full garbage collection."""
     model.model_card_data.model = cast(SentenceTransformer, weakref.proxy(model))
     return model
 
 
 def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """The folder of ``model``, downloaded if need be, after a check that it can be opened.
+    """Return the folder of ``model``, downloaded if necessary, after a check that it can be opened.
 
     Raises: as :func:`load` does.
     """
@@ -97,7 +96,7 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the model's tokenizer into it.")
     if config.get("model_type") == MiniBertConfig.model_type:
         _compare_code(encoder)
-    # Code that comes with a model is not used where the class is known here; our own checkpoints carry such code.
+    # The installed class of a known model type runs, not the code of the checkpoint, which every MiniBERT has.
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(
             f"{folder} brings Python code of its own, which opening it would run; read that code, and if you trust it, "
@@ -112,35 +111,36 @@ def _download(model: str) -> Path:
         raise NotADirectoryError(f"{model} is a file; give the folder of a model, or the id (owner/name) of one on the Hub.")
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"{here}; give a folder, or the id (owner/name) of a model on the Hub.")
-    if Path(model).parent.is_dir():  # a typo is likelier than a model whose owner is called like a folder here
+    if Path(model).parent.is_dir():  # a typo is likelier than an owner on the Hub with the name of a folder
         raise FileNotFoundError(
-            f"{here}, but a folder {Path(model).parent}; correct the path, or mean the Hub from another folder."
+            f"{here}, but a folder {Path(model).parent}; fix the path. If you mean the Hub, "
+            "run from a directory without a folder of that name."
         )
     try:
         return Path(snapshot_download(model, allow_patterns=_WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{here}, and the Hub did not give us one of that name: {reason}") from error
+        raise FileNotFoundError(f"{here}, and the Hub did not send a model of that name: {reason}") from error
 
 
 def encoder_folder(folder: Path) -> Path:
-    """Where the transformer lies: ``folder`` itself, or the folder of the first module of a sentence-transformers model."""
+    """Return the folder of the transformer: ``folder``, or that of the first module of a sentence-transformers model."""
     if (folder / "modules.json").exists():
         return folder / str(read_json(folder / "modules.json")[0]["path"])
     if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
-        raise FileNotFoundError(f"{folder} is not a model folder, but holds some; give one of {', '.join(stages)} in it.")
+        raise FileNotFoundError(f"{folder} is not a model folder, but contains some; give one of {', '.join(stages)} in it.")
     return folder
 
 
 def _compare_code(folder: Path) -> None:
-    """Warn, once, if a checkpoint's code differs from the installed code, which is what runs."""
+    """Log a warning, once, if a checkpoint's code differs from the installed code, which runs."""
     differing = [
         file.name
         for file in code_files()
         if (folder / file.name).exists() and not filecmp.cmp(folder / file.name, file, shallow=False)
     ]
-    if differing and folder.resolve() not in _named:
-        _named.add(folder.resolve())
+    if differing and folder.resolve() not in _warned:
+        _warned.add(folder.resolve())
         logger.warning(
             "%s %s from the installed minibert's; the installed code runs, which may compute something else.",
             f"{folder / differing[0]}{''.join(f' and {name}' for name in differing[1:])}",
@@ -149,9 +149,9 @@ def _compare_code(folder: Path) -> None:
 
 
 def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
-    """Refuse a MiniBERT whose weights lack a part of it, which transformers would fill with random numbers.
+    """Refuse a MiniBERT with missing weights, which transformers would fill with random numbers.
 
-    The pooler is no such part: embeddings do not use it.
+    The pooler may be missing: embeddings do not use it.
     """
     if not isinstance(encoder, modeling_minibert.MiniBertModel):
         return
@@ -166,9 +166,9 @@ def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
 
 
 def fingerprint(model: Path) -> str:
-    """SHA-256 of what decides a model's vectors: weights, configurations, tokenizer and the modules on top.
+    """Return the SHA-256 of the files that decide a model's vectors: weights, configurations, tokenizer and modules.
 
-    Two folders of the same content have the same one, wherever they lie.
+    Folders with the same content have the same fingerprint, wherever they are.
     """
     modules = read_json(model / "modules.json") if (model / "modules.json").exists() else []
     folders = sorted({model, *(model / module["path"] for module in modules)})

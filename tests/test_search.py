@@ -215,7 +215,7 @@ def test_missing_model_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minibert.inference.load.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
     (tmp_path / "runs").mkdir()
-    with pytest.raises(FileNotFoundError, match="no model folder runs/tiny .*, but a folder runs; correct the path"):
+    with pytest.raises(FileNotFoundError, match="no model folder runs/tiny .*, but a folder runs; fix the path"):
         load("runs/tiny")
 
 
