@@ -2,7 +2,7 @@
 
 It follows BERT in everything a user can see: the normaliser, the split into words and punctuation, ``##`` before a piece that
 continues a word, ``[CLS] first [SEP] second [SEP]`` with segments 0 and 1. It saves as ``tokenizer.json`` and reloads through
-``AutoTokenizer`` without any code of ours. The same texts in the same order always give the same vocabulary.
+``AutoTokenizer`` without this package. The same texts in the same order always give the same vocabulary.
 """
 
 import warnings
@@ -166,7 +166,7 @@ def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) 
 
 
 def _alphabet(words: dict[str, int]) -> set[str]:
-    """The characters to represent, without the rarest ``_IGNORED_CHARACTERS`` share of the text.
+    """Return the characters to represent, without the rarest ``_IGNORED_CHARACTERS`` share of the text.
 
     >>> sorted(_alphabet({"ab": 10_000, "c": 1}))
     ['a', 'b']
@@ -185,7 +185,7 @@ def _alphabet(words: dict[str, int]) -> set[str]:
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Texts in which every word occurs as often as counted: the library's trainers read texts, not counts."""
+    """Yield texts in which every word occurs as often as counted: the library's trainers read texts, not counts."""
     scale = -(-sum(words.values()) // _MOST_TRAINED_WORDS)
     for word, count in words.items():
         left = -(-count // scale)

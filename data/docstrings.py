@@ -1,6 +1,6 @@
-"""Question-and-passage pairs from the documentation of the Python packages that are installed here: the quickstart's corpus.
+"""Make pairs of question and passage from the documentation of the installed Python packages: the quickstart's corpus.
 
-Sources are parsed, never imported, so building the corpus runs no foreign code. A docstring's summary becomes the query, the
+Sources are parsed, never imported, so building the corpus runs none of their code. A docstring's summary becomes the query, the
 rest of it the answer. Whole modules are held out for validation, and a text seen in one pair appears in no other.
 """
 
@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -32,19 +32,9 @@ PACKAGES = (
     *("fsspec", "psutil", "yaml", "dateutil", "anyio", "pygments", "dill", "filelock", "packaging", "hypothesis", "pytest"),
     *("_pytest", "narwhals", "setuptools", "pip"),
 )
-SKIPPED_FOLDERS = {
-    "__pycache__",
-    "site-packages",
-    "test",
-    "tests",
-    "testing",
-    "_test",
-    "_tests",
-    "_vendor",
-    "idlelib",
-    "lib2to3",
-}
-# A third of all source text, mostly near-copies of one another or internals nobody asks about; reading them takes ten seconds.
+SKIPPED_FOLDERS = {"test", "tests", "testing", "_test", "_tests", "__pycache__", "site-packages", "_vendor"}
+SKIPPED_FOLDERS |= {"idlelib", "lib2to3"}
+# A third of all source text, mostly near-copies of one another or internals; reading them takes ten seconds.
 SKIPPED_PATHS = {("transformers", "models"), ("torch", "_inductor"), ("torch", "_dynamo"), ("pygments", "lexers")}
 HELD_OUT_PERCENT = 8
 MAX_PAIRS = 40_000
@@ -53,7 +43,7 @@ SEED = 42
 
 
 class Document(NamedTuple):
-    """One docstring, taken apart: where it was, its summary sentence, and the text after that."""
+    """Hold a docstring: its module, the name of its object, its summary sentence, and the text after that."""
 
     module: str
     name: str
@@ -62,12 +52,12 @@ class Document(NamedTuple):
 
     @property
     def is_public(self) -> bool:
-        """Whether no part of the name below the module starts with an underscore (compiled packages have private modules)."""
+        """Return True if no part of the name below the module is private (compiled packages have private modules)."""
         return not any(part.startswith("_") for part in self.name.removeprefix(self.module).split("."))
 
 
-def load_pairs(split: Literal["train", "validation"] = "train") -> "Dataset":
-    """Pairs of one split, shuffled in a fixed order.
+def load_pairs(split: str = "train") -> "Dataset":
+    """Return the pairs of one split, shuffled in a fixed order.
 
     Args:
         split: ``"train"``, or ``"validation"`` for the modules that training never sees.
@@ -91,7 +81,7 @@ def load_pairs(split: Literal["train", "validation"] = "train") -> "Dataset":
 
 
 def load_passages() -> "Dataset":
-    """Documents of public objects, of both splits, to search: ``text`` (name, summary, description) and ``name``."""
+    """Return the documents of public objects, of both splits, to search: ``text`` (name, summary, description) and ``name``."""
     from datasets import Dataset
 
     documents = [document for document in [*_split("train"), *_split("validation")] if document.is_public]
@@ -117,7 +107,7 @@ def _split(split: str) -> list[Document]:
 
 
 def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ...]:
-    """Import name and folder of the standard library (name ``""``) and of each installed package, without importing any."""
+    """Return the import name and folder of the standard library (name ``""``) and of each installed package."""
     roots = [("", Path(sysconfig.get_path("stdlib")))]
     for package in packages:
         spec = importlib.machinery.PathFinder.find_spec(package)
@@ -126,9 +116,9 @@ def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ..
     return tuple(roots)
 
 
-@functools.lru_cache(maxsize=1)  # the stages of one recipe run share a reading
+@functools.lru_cache(maxsize=1)  # the stages of a recipe share the result
 def collect(roots: tuple[tuple[str, Path], ...], max_documents: int = MAX_PAIRS) -> tuple[Document, ...]:
-    """Documents under the given roots in a fixed order, without repetition, at most ``max_documents`` of them."""
+    """Return at most ``max_documents`` documents under the given roots, in a fixed order, without repetition."""
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
     progress = tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5)
     found = (
@@ -138,7 +128,7 @@ def collect(roots: tuple[tuple[str, Path], ...], max_documents: int = MAX_PAIRS)
 
 
 def source_files(root: Path) -> list[Path]:
-    """Python files below a folder, sorted, leaving out tests and vendored packages."""
+    """Return the Python files below a folder, sorted, without tests and vendored packages."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -149,7 +139,7 @@ def source_files(root: Path) -> list[Path]:
 
 
 def module_name(package: str, root: Path, path: Path) -> str:
-    """Dotted import name of a source file.
+    """Return the dotted import name of a source file.
 
     >>> module_name("numpy", Path("/lib/numpy"), Path("/lib/numpy/linalg/__init__.py"))
     'numpy.linalg'
@@ -159,17 +149,17 @@ def module_name(package: str, root: Path, path: Path) -> str:
 
 
 def is_held_out(module: str) -> bool:
-    """Whether a module belongs to validation: a property of its name alone, the same on every machine."""
+    """Return True if a module belongs to validation; its name alone decides, so this is the same on every machine."""
     return int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 def read_documents(path: Path, module: str) -> Iterator[Document]:
-    """Documented objects of one source file whose docstring has a summary and something after it."""
+    """Yield the objects of a source file whose docstring has a summary and something after it."""
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        warnings.simplefilter("ignore")  # invalid escapes in strings
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):  # templates and files for another Python
@@ -181,7 +171,7 @@ def read_documents(path: Path, module: str) -> Iterator[Document]:
 
 
 def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """Qualified names and docstrings of a module, its classes and functions, and objects documented by a call.
+    """Yield qualified names and docstrings of a module, its classes and functions, and objects documented by a call.
 
     >>> list(docstrings(ast.parse("class A:\\n  def b(self):\\n    'Does b.'"), "m"))
     [('m.A.b', 'Does b.')]
@@ -199,7 +189,7 @@ def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
 
 
 def _documented_by_call(call: ast.Call) -> Iterator[tuple[str, str]]:
-    # numpy and torch document compiled functions so: add_newdoc("numpy", "zeros", """..."""), add_docstr(torch.abs, """...""")
+    # numpy and torch document compiled functions by add_newdoc("numpy", "zeros", """..."""), add_docstr(torch.abs, """...""")
     if "doc" not in ast.unparse(call.func) or len(call.args) < 2:
         return
     *target, text = call.args
@@ -227,7 +217,7 @@ _SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)[
 
 
 def plain_text(text: str) -> str:
-    """Prose of a docstring: examples, code, directives and markup removed, white space collapsed.
+    """Return the prose of a docstring, without examples, code, directives and markup, and with single spaces.
 
     >>> plain_text("Uses :func:`~os.walk` on ``top``.\\n\\n>>> 1 + 1\\n2\\n\\nReturns\\n-------\\nA list.")
     'Uses os.walk on top. Returns A list.'
@@ -239,7 +229,7 @@ def plain_text(text: str) -> str:
 
 
 def title_and_body(docstring: str) -> tuple[str, str]:
-    """Summary sentence and the rest of a docstring, both as plain text; two empty strings where either says too little.
+    """Return the summary sentence and the rest of a docstring as plain text; two empty strings where either is too short.
 
     >>> title_and_body("Return the larger of two numbers. Ties go to the first one, as they do in every sorting function.")
     ('Return the larger of two numbers.', 'Ties go to the first one, as they do in every sorting function.')

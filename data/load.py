@@ -15,6 +15,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from minibert.data.docstrings import load_pairs
+from minibert.data.labels import is_text
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 logger = logging.getLogger(__name__)
@@ -154,21 +156,12 @@ def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[Dat
 
 def text_columns(dataset: Dataset) -> list[str]:
     """Return the names of the columns that hold strings, in the order of the data."""
-    return [
-        name
-        for name, feature in dataset.features.items()
-        if isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-    ]
+    return [name for name, feature in dataset.features.items() if is_text(feature)]
 
 
 def _load_one(source: DataSource, split: str, sample_by: str = "line") -> Dataset:
     if source.path == INSTALLED_DOCS:
-        from minibert.data.docstrings import load_pairs
-
-        wanted = source.split or split
-        if wanted not in ("train", "validation"):
-            raise ValueError(f"{INSTALLED_DOCS} has no split {wanted!r}; it has train and validation.")
-        dataset = load_pairs("train" if wanted == "train" else "validation")
+        dataset = load_pairs(source.split or split)
     elif Path(source.path).expanduser().exists():
         check_local(source)
         dataset = _load_local(Path(source.path).expanduser(), source.split, split, sample_by)

@@ -1,4 +1,4 @@
-"""Rows that ask something: questions about a context, cut into windows where it is long, and questions with choices."""
+"""Read questions about a context, which is cut into windows where it is long, and questions with choices."""
 
 import logging
 import re
@@ -7,26 +7,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minibert.data.columns import pick_columns
+
 logger = logging.getLogger(__name__)
 
-# What the choices continue or answer, in the data sets people publish: one text, or two of which the second begins the choice.
+# Usual columns of the text that the choices continue or answer; of two texts, the second begins every choice.
 CHOICE_TEXTS = (("context", "question"), ("sent1", "sent2"), ("question",), ("context",), ("ctx",))
 CHOICE_LISTS = ("choices", "endings", "options")
 _NUMBERED = re.compile(r"(choice|ending|option)_?(\d+)")
 _LONGEST_QUESTION = 64  # tokens, as in BERT
-_told: set[int] = set()  # values of max_question_length of which the log says that questions are cut
-
-
-# ------------------------------------------------------------------------------------------------------------------ windows
+_warned: set[int] = set()  # values of max_question_length for which a warning was logged
 
 
 class WindowSizes(NamedTuple):
-    """How long contexts are cut, in tokens.
+    """Hold the sizes of windows, in tokens.
 
     Attributes:
-        max_length: of a window: special tokens, question and a piece of the context.
+        max_length: special tokens, question and a piece of the context.
         doc_stride: tokens of the context that neighbouring windows share.
-        max_question_length: longer questions are cut.
+        max_question_length: tokens of a question; longer questions are cut.
     """
 
     max_length: int
@@ -35,13 +34,13 @@ class WindowSizes(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A question beside a piece of its context, tokenized: ``[CLS] question [SEP] piece [SEP]``.
+    """Hold a question with a piece of its context, tokenized: ``[CLS] question [SEP] piece [SEP]``.
 
     Attributes:
-        row: number of its row among those given.
-        input_ids: (tokens,) int32; ``token_type_ids`` the same, or None where the tokenizer has no segments.
+        row: the number of its row among the given rows, from 0.
+        input_ids: (tokens,) int32; ``token_type_ids`` has the same shape, or is None where the tokenizer has no segments.
         first: the token at which the piece begins.
-        offsets: (tokens of the piece, 2) int32: first character of each in the raw context, and the one after its last.
+        offsets: (tokens of the piece, 2) int32: the first character of each in the raw context, and the end.
     """
 
     row: int
@@ -54,7 +53,7 @@ class Window(NamedTuple):
 def window_sizes(
     tokenizer: Any, max_length: int, doc_stride: int | None = None, max_question_length: int | None = None
 ) -> WindowSizes:
-    """Sizes of windows, with a third of ``max_length`` (for questions at most 64) where nothing is given.
+    """Return the sizes of windows; the default of both parts is a third of ``max_length``, for questions at most 64.
 
     Raises:
         ValueError: when a window would have no room for a new token of the context.
@@ -71,10 +70,10 @@ def window_sizes(
 
 
 def cut(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], sizes: WindowSizes) -> list[Window]:
-    """The windows of every row, in order; together those of a row hold every token of its context.
+    """Return the windows of all rows, in order; the windows of a row hold every token of its context.
 
     Raises:
-        ValueError: for a tokenizer without offsets, or that puts no ``[CLS]`` first, which stands for "no answer".
+        ValueError: for a tokenizer that is not fast, or that does not begin with ``[CLS]``, which stands for "no answer".
     """
     if not tokenizer.is_fast:
         raise ValueError("Questions need a fast tokenizer, which knows the characters of its tokens; save one with the model.")
@@ -110,7 +109,7 @@ def cut(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], sizes
 
 
 def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> list[str]:
-    """Questions, each ending after its token number ``longest`` at the latest."""
+    """Return the questions, cut after ``longest`` tokens."""
     encoded = tokenizer(
         list(questions), add_special_tokens=False, truncation=True, max_length=longest + 1, return_offsets_mapping=True
     )
@@ -118,23 +117,21 @@ def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> li
     for question, offsets in zip(questions, encoded["offset_mapping"], strict=True):
         if len(offsets) > longest:
             question = question[: offsets[longest - 1][1]]
-            if longest not in _told:
-                _told.add(longest)
-                logger.warning(
-                    "Questions of more than max_question_length=%d tokens are cut there; the first is %r …", longest, question
-                )
+            if longest not in _warned:
+                _warned.add(longest)
+                logger.warning("Questions over max_question_length=%d tokens are cut; the first is %r …", longest, question)
         short.append(question)
     return short
 
 
 def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int = 1) -> Iterator[tuple[str, ...]]:
-    """The texts in the columns ``names`` of every row.
+    """Yield the texts in the columns ``names`` of every row.
 
     Args:
-        first: number of the first row, for messages.
+        first: the number of the first row, for messages.
 
     Raises:
-        ValueError: for a row without one of the columns, or with something else than a text there.
+        ValueError: for a row without one of the columns, or with a value that is not a text.
     """
     for number, row in enumerate(rows, start=first):
         for name in names:
@@ -147,25 +144,22 @@ def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int
         yield tuple(row[name] for name in names)
 
 
-# ------------------------------------------------------------------------------------------------------------------ choices
-
-
 class ChoiceColumns(NamedTuple):
-    """Columns of multiple choice: one or two texts, and a column of lists or one column per choice."""
+    """Hold the columns of multiple choice: one or two texts, and a column of lists or one column per choice."""
 
     texts: tuple[str, ...]
     choices: tuple[str, ...]
 
 
 class Choices(NamedTuple):
-    """One row of multiple choice: what the choices answer, the start of every answer (or ""), and the choices."""
+    """Hold a row of multiple choice: the question, the start of every answer (or ""), and the choices."""
 
     text: str
     start: str
     choices: list[str]
 
     def pairs(self) -> list[tuple[str, str]]:
-        """What the encoder reads, one pair of texts per choice.
+        """Return the input of the encoder: a pair of texts per choice.
 
         >>> Choices("It rains.", "She", ["sings.", "swims."]).pairs()
         [('It rains.', 'She sings.'), ('It rains.', 'She swims.')]
@@ -176,7 +170,7 @@ class Choices(NamedTuple):
 def find_choice_columns(
     found: Collection[str], texts: Sequence[str] | None = None, choices: Sequence[str] | None = None
 ) -> ChoiceColumns:
-    """The columns given, or the usual ones among those ``found``.
+    """Return the given columns, or the usual columns among those ``found``.
 
     >>> find_choice_columns(["question", "choices", "label"])
     ChoiceColumns(texts=('question',), choices=('choices',))
@@ -184,27 +178,17 @@ def find_choice_columns(
     ChoiceColumns(texts=('sent1', 'sent2'), choices=('ending0', 'ending1'))
 
     Raises:
-        ValueError: listing the columns found.
+        ValueError: lists the columns found.
     """
-    columns = ", ".join(found)
-    if missing := [name for name in (*(texts or ()), *(choices or ())) if name not in found]:
-        raise ValueError(f"There is no column {', '.join(map(repr, missing))}; there are {columns}.")
-    texts = texts or next((names for names in CHOICE_TEXTS if set(names) <= set(found)), None)
-    choices = choices or next(([name] for name in CHOICE_LISTS if name in found), None) or _numbered(found)
-    if not texts:
-        usual = "; ".join(" + ".join(names) for names in CHOICE_TEXTS)
-        raise ValueError(f"There is no usual column of questions ({usual}) among {columns}; name one or two with text_columns.")
-    if not choices:
-        usual = ", ".join(CHOICE_LISTS)
-        raise ValueError(
-            f"There is no usual column of choices ({usual}, or ending0, ending1, …) among {columns}; "
-            "name one of lists, or one per choice, with choice_columns."
-        )
+    names = list(found)
+    texts = pick_columns(names, texts, CHOICE_TEXTS, option="text_columns")
+    usual = [*((name,) for name in CHOICE_LISTS), _numbered(found) or ("ending0", "ending1")]
+    choices = pick_columns(names, choices, usual, option="choice_columns")
     return ChoiceColumns(tuple(texts), tuple(choices))
 
 
 def _numbered(found: Collection[str]) -> list[str]:
-    """Two or more columns called ending0, ending1, … or choice1, choice2, …, in the order of their numbers."""
+    """Return two or more columns called ending0, ending1, … or choice1, choice2, …, in the order of their numbers."""
     groups: dict[str, list[tuple[int, str]]] = {}
     for name in found:
         if match := _NUMBERED.fullmatch(name):
@@ -213,10 +197,10 @@ def _numbered(found: Collection[str]) -> list[str]:
 
 
 def choices_of(rows: Iterable[Mapping[str, Any]], columns: ChoiceColumns, first: int = 1) -> Iterator[Choices]:
-    """The question and the choices of every row; ``first`` is the number of the first row, for messages.
+    """Yield the question and the choices of every row; ``first`` is the number of the first row, for messages.
 
     Raises:
-        ValueError: for a row without one of the columns, without choices, or with something else than texts.
+        ValueError: for a row without one of the columns, without choices, or with a value that is not a text.
     """
     for number, row in enumerate(rows, start=first):
         ((text, *start),) = texts_of([row], columns.texts, number)

@@ -1,4 +1,4 @@
-"""How a data set is named, in a recipe or on the command line. Light: what reads one is in ``minibert.data.load``."""
+"""Name a data set in a recipe or on the command line. This module imports little; ``minibert.data.load`` reads the data."""
 
 import os
 import re
@@ -12,7 +12,7 @@ _SPLIT_PART = re.compile(r"([\w.-]+)(\[(?:-?\d+%?)?:(?:-?\d+%?)?\])?")
 
 
 def split_parts(split: str) -> list[tuple[str, str]]:
-    """Names and slices of a split in the spelling of ``datasets``: parts joined by +, each whole or with a slice of its rows.
+    """Return the names and slices of a split as ``datasets`` writes it: parts joined by +, each with or without a slice.
 
     >>> split_parts("train[:45%]+train[50%:95%]")
     [('train', '[:45%]'), ('train', '[50%:95%]')]
@@ -33,7 +33,7 @@ def split_parts(split: str) -> list[tuple[str, str]]:
 
 
 class DataSource(BaseModel):
-    """Where rows come from. In YAML a plain string stands for ``path``, and ``owner/name:config`` names a Hub configuration
+    """Describe where rows come from. In YAML, a plain string is the ``path``; ``owner/name:config`` names a Hub configuration,
     unless there is a file of that name.
 
     >>> DataSource.model_validate("sentence-transformers/all-nli:pair-class").config
@@ -53,10 +53,10 @@ class DataSource(BaseModel):
     columns: dict[str, str] | None = Field(None, description="Columns to rename: name found in the data to name wanted.")
     limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Read at most this many rows, from the start.")
     streaming: bool = Field(
-        False, description="Of a Hub data set fetch the first rows alone, up to limit, instead of downloading all of it."
+        False, description="Fetch only the first rows of a Hub data set, up to limit, instead of downloading all of it."
     )
 
-    # Written by what reads the source; it is no field, so that a recipe stays what its author wrote.
+    # Set when the source is read. It is not a field, so that a recipe stays as its author wrote it.
     _commit: str | None = PrivateAttr(None)
 
     @property
@@ -69,7 +69,7 @@ class DataSource(BaseModel):
     def _from_string(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        here = os.path.exists(os.path.expanduser(value))  # names of files may have a colon too
+        here = os.path.exists(os.path.expanduser(value))  # names of files may also have a colon
         match = None if here else _HUB_WITH_CONFIG.fullmatch(value)
         return {"path": match[1], "config": match[2]} if match else {"path": value}
 
@@ -83,7 +83,7 @@ class DataSource(BaseModel):
     @model_validator(mode="after")
     def _streams_an_end(self) -> "DataSource":
         if self.streaming and self.limit is None:
-            raise ValueError("streaming fetches the first rows alone, so say how many with limit:.")
+            raise ValueError("streaming fetches only the first rows, so say how many with limit:.")
         if self.streaming and len(parts := split_parts(self.split or "train")) + sum(bool(rows) for _, rows in parts) > 1:
             raise ValueError(f"split={self.split!r} cannot be streamed, since it is a slice or a sum; name one whole split.")
         return self

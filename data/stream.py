@@ -217,9 +217,6 @@ def _id(value: Any, kind: pa.DataType) -> Any:
     return value if -(2**63) <= value < 2**63 else Bad("has an id that is not between -2**63 and 2**63 - 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------- finding
-
-
 def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any], list[_Part], list[str]]:
     """Return what identifies the data, its parts in order, and a line for each file."""
     if isinstance(data, Dataset) or str(data) == INSTALLED_DOCS:
@@ -260,7 +257,6 @@ def _find_hub(source: DataSource, split: str) -> tuple[dict[str, Any], list[_Par
     return {"path": name, "split": split, "revision": revision}, [_Part(name, "table", stream)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
 # Each kind of data has three functions: the types of its columns; the blocks of rows, each as its size and what it takes to
 # read it; and the values of a block: lists of those columns that are read. Blocks without a wanted row stay unread.
 
@@ -269,24 +265,13 @@ def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
     return dict(zip(schema.names, schema.types, strict=True))
 
 
-_KINDS_OF_VALUES: tuple[tuple[type, pa.DataType], ...] = (
-    (str, pa.string()),
-    (bool, pa.bool_()),  # before int, the class it derives from
-    (int, pa.int64()),
-    (float, pa.float64()),
-    (list, pa.list_(pa.null())),
-    (dict, pa.struct([])),
-    (type(None), pa.null()),
-)
-
-
 def _types_of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, pa.DataType]:
     """Return the columns of rows without a schema, with the types of their first values that are not missing."""
     found: dict[str, pa.DataType] = {}
     for row in rows:
         for name, value in row.items():
             if found.get(name, pa.null()) == pa.null():
-                found[name] = next((kind for of, kind in _KINDS_OF_VALUES if isinstance(value, of)), pa.binary())
+                found[name] = pa.infer_type([value])
     return found
 
 

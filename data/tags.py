@@ -6,28 +6,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from minibert.data.columns import pick_columns
 from minibert.data.labels import as_name, is_list, is_text
 
-# Columns of words and of their tags in the data sets people publish.
+# Usual columns of words and of their tags.
 TOKEN_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "pos_tags", "labels")
 
 
-def is_words(feature: Any) -> bool:
-    """Whether a column holds lists of strings."""
-    return is_list(feature) and is_text(feature.feature)
-
-
-# ------------------------------------------------------------------------------------------------------------ tags, purely
-
-
 def holds_entities(tags: Iterable[str]) -> bool:
-    """Whether ``tags`` mark entities (B-PER, I-PER, O) and are not classes of single words, such as parts of speech."""
+    """Return True if ``tags`` mark entities (B-PER, I-PER, O), False for classes of single words such as parts of speech."""
     return any(tag.startswith(("B-", "I-")) for tag in tags)
 
 
 def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Type, first word and word after the last, of every entity. An I- that continues nothing starts one, as in conlleval.
+    """Return the type, first word and end of every entity. An I- that continues nothing starts an entity, as in conlleval.
 
     >>> entity_spans(["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-ORG"])
     [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5), ('ORG', 5, 6)]
@@ -44,34 +37,29 @@ def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return spans
 
 
-# ------------------------------------------------------------------------------------------------------------- the reading
-
-
 def find_tag_columns(rows: Dataset, tokens: str | None, tags: str | None, where: str) -> tuple[str, str]:
-    """The columns of words and of tags: given, or those of the usual names.
+    """Return the columns of words and of tags: the given columns, or those with usual names.
 
     Raises:
-        ValueError: listing the columns found.
+        ValueError: lists the columns found.
     """
-    pairs = ((tokens, TOKEN_COLUMNS, "words", "token_column"), (tags, TAG_COLUMNS, "tags", "tag_column"))
-    found: list[str] = []
-    for given, usual, what, field in pairs:
-        column = given or next((name for name in usual if name in rows.column_names), "")
-        if column not in rows.column_names:
-            looked = repr(given) if given else f"of {what} ({', '.join(usual)})"
-            raise ValueError(f"{where} has no column {looked}; it has {', '.join(rows.column_names)}. Name one with {field}.")
-        found.append(column)
-    return found[0], found[1]
+    every = rows.column_names
+    usual = [(name,) for name in TOKEN_COLUMNS]
+    (words,) = pick_columns(every, tokens and [tokens], usual, option="token_column", where=where)
+    others, usual = [name for name in every if name != words], [(name,) for name in TAG_COLUMNS]
+    (found,) = pick_columns(others, tags and [tags], usual, option="tag_column", where=where, columns=every)
+    return words, found
 
 
 def read_words(rows: Dataset, column: str) -> list[list[str]]:
-    """The words of all rows.
+    """Return the words of all rows.
 
     Raises:
-        ValueError: a column that holds no lists of words, or a row without them.
+        ValueError: for a column that does not hold lists of words, or a row without words.
     """
-    if not is_words(rows.features[column]):
-        raise ValueError(f"Column {column!r} holds {rows.features[column]}; tagging needs a list of words in every row.")
+    feature = rows.features[column]
+    if not (is_list(feature) and is_text(feature.feature)):
+        raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of words in every row.")
     sentences: list[list[str]] = rows[column][:]
     for row, words in enumerate(sentences, start=1):
         if words is None or None in words:
@@ -140,16 +128,13 @@ def _check_iob2(sentences: list[list[str]], column: str) -> None:
                 )
 
 
-# ------------------------------------------------------------------------------------------------------------- the windows
-
-
 class Windows(NamedTuple):
-    """Sentences as tokens, in windows that a model takes. Every word belongs to exactly one window, at its first subword.
+    """Hold sentences as tokens, in windows that fit into a model. Every word belongs to one window, at its first subword.
 
     Attributes:
-        ids: of the tokens of each window; ``types`` the same for segments, or None where the model has none.
+        ids: the token ids of each window; ``types`` are the segments, or None where the model has none.
         words: for each window the number of the word that belongs to each token, or -1: (tokens,) int64.
-        rows: for each window, the sentence it is of.
+        rows: for each window, the number of its sentence.
     """
 
     ids: list[list[int]]
@@ -168,10 +153,10 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
         ValueError: when ``max_length`` leaves no room for words, or the tokenizer is not a fast one.
     """
     if not tokenizer.is_fast:
-        raise ValueError("Tagging needs a fast tokenizer (tokenizer.json), which knows what word a token is of.")
+        raise ValueError("Tagging needs a fast tokenizer (tokenizer.json), which knows the word of every token.")
     room = max_length - tokenizer.num_special_tokens_to_add()
     if room < 1:
-        raise ValueError(f"max_length={max_length} leaves no room for words beside the special tokens; give at least 8.")
+        raise ValueError(f"max_length={max_length} leaves no room for words between the special tokens; give at least 8.")
     overlap = room // 4
     windows = Windows([], [] if "token_type_ids" in tokenizer.model_input_names else None, [], [])
     filled = [row for row, words in enumerate(sentences) if words]
@@ -211,7 +196,7 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
 
 
 def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap: int) -> Any:
-    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # else the windows come from the end
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # else the windows would be cut from the end
     try:
         return tokenizer(
             sentences,
@@ -227,15 +212,15 @@ def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap
 
 
 def _differs_alone(tokenizer: Any) -> bool:
-    """Whether a word by itself is another token than inside a text, as in byte-level vocabularies, whose words begin with
-    their space: without it, every word would look like the end of another one."""
+    """Return True if a word alone is another token than in a text, as in byte-level vocabularies, whose words include their
+    space: without the space, every word would look like the end of another word."""
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return list(inside[1:]) != list(alone[1:])
 
 
 def _lost_words(encoded: Any, sentences: list[list[str]]) -> list[tuple[int, int]]:
-    """Number of the sentence and of the word, for words that left no token."""
+    """Return the numbers of the sentence and of the word, for words without a token."""
     seen: list[set[int | None]] = [set() for _ in sentences]
     for number, sentence in enumerate(encoded["overflow_to_sample_mapping"]):
         seen[sentence].update(encoded.word_ids(number))

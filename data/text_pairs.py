@@ -1,4 +1,4 @@
-"""Pairs made of plain text, for a search model of texts that nobody has asked questions about yet."""
+"""Make pairs of query and passage from plain text, for a search model of texts without queries."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -8,16 +8,16 @@ from datasets import Dataset
 
 from minibert.data.tokenized_corpus import split_sentences
 
-_FEWEST_WORDS = 5  # shorter sentences say too little to be found by
+_FEWEST_WORDS = 5  # shorter sentences give no useful query
 _KEPT = (0.15, 0.5)  # least and most of a sentence's words in its query
 _NEIGHBOUR = 0.3  # how often the sentence before, or the one after, belongs to the passage
 
 
 def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """A query and a passage for every sentence of a text: some of its words, and the sentence, at times with those beside it.
+    """Yield a query and a passage per sentence: some of its words, and the sentence, at times with the one before or after.
 
-    Words are left out as in TSDAE (Wang et al. 2021, arXiv:2104.06979), which rebuilds the sentence from the rest of them; here
-    the rest has to find it among others, as the words have to that somebody types who remembers half of what he read.
+    Words are deleted as in TSDAE (Wang et al. 2021, arXiv:2104.06979), which rebuilds the sentence from the words that are
+    left. Here these words are a query that must find the sentence among others.
 
     >>> list(pairs_of("The quick brown fox jumps over the lazy dog. Why?", random.Random(1)))
     [('The quick jumps', 'The quick brown fox jumps over the lazy dog.')]
@@ -35,7 +35,7 @@ def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def make_pairs(documents: Dataset, seed: int) -> Dataset:
-    """Columns ``anchor`` and ``positive`` of all ``documents`` (a column ``text``), the same for the same documents and seed.
+    """Return columns ``anchor`` and ``positive`` made of ``documents`` (a column ``text``); the seed determines them.
 
     Raises:
         ValueError: when no document has a sentence of five words.
@@ -58,6 +58,3 @@ def make_pairs(documents: Dataset, seed: int) -> Dataset:
             "sentences, or pairs (without make_pairs)."
         )
     return pairs
-
-
-__all__ = ["make_pairs", "pairs_of"]

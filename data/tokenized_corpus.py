@@ -195,9 +195,6 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-# ------------------------------------------------------------------------------------------------------------- sequences
-
-
 class MlmChunks:
     """Cut documents into chunks, and put the short last chunks of documents together into rows.
 

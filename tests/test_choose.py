@@ -206,13 +206,13 @@ def test_refuses_labels_and_columns_that_are_not_there(choose, tokenizer):
             choose([{**GOOD, "label": label}])
     with pytest.raises(ValueError, match=r"Row 1 has a single choice"):
         choose([{**GOOD, "choices": ["the cup"]}])
-    with pytest.raises(ValueError, match=r"no usual column of questions .* among text, choices, label; name one or two with"):
+    with pytest.raises(ValueError, match=r"usual are context \+ question; .*found text, choices, label; name it"):
         choose([{"text": "which ?", "choices": ["a", "b"], "label": 0}])
-    with pytest.raises(ValueError, match=r"no usual column of choices .* among question, label; name one of lists"):
+    with pytest.raises(ValueError, match=r"usual are choices; endings; .*; name it \(choice_columns\)"):
         choose([{"question": "which ?", "label": 0}])
-    with pytest.raises(ValueError, match=r"no column 'these'; there are question, choices, label"):
+    with pytest.raises(ValueError, match=r"Column 'these' is not there in the data; the columns are question, choices, label"):
         choose([GOOD], choice_columns=["these"])
-    with pytest.raises(ValueError, match=r"no column 'choices'; there are question, label"):
+    with pytest.raises(ValueError, match=r"Column 'choices' is not there in the data; the columns are question, label"):
         choose([GOOD], [{"question": "which ?", "label": 0}])
     with pytest.raises(ValueError, match=r"Row 2 of .*eval.jsonl has label=5"):
         choose([GOOD], [GOOD, {**GOOD, "label": 5}])

@@ -1,4 +1,4 @@
-"""The corpus on disk: every token once, documents and sentences where they were."""
+"""Test the corpus on disk: it has every token once, and keeps the bounds of documents and sentences."""
 
 import errno
 import itertools

@@ -1,4 +1,4 @@
-"""Data by path: what is read, and one clear sentence for what cannot be."""
+"""Test data named by path: what is read, and one clear sentence for what cannot be read."""
 
 import datasets
 import pytest

@@ -1,4 +1,4 @@
-"""Rows read a block at a time: what is damaged or not meant is said in one sentence, with the file and the row."""
+"""Test reading in blocks: damage and misuse give one sentence with the file and the row."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from minibert.data.stream import Bad, open_stream
 
 
 def read(*arguments, **options):
-    """Texts, or ids where there is a column of them."""
+    """Return the texts, or the ids where an id column is given."""
     stream = open_stream(*arguments, **options)
     return [value for rows in stream.read() for value in (rows.texts if rows.ids is None else rows.ids)]
 
@@ -28,7 +28,7 @@ def test_two_columns_of_a_name_are_refused(tmp_path):
 
 
 def damaged(file):
-    """A Parquet file whose pages are zeros, while its footer is whole."""
+    """Fill the pages of a Parquet file with zeros, but keep its footer."""
     Dataset.from_dict({"text": [f"text {row}" for row in range(100)]}).to_parquet(file)
     content = bytearray(file.read_bytes())
     content[4:400] = bytes(396)

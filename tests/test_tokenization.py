@@ -1,4 +1,4 @@
-"""Tokenizers: BERT's conventions, reloading without our code, one vocabulary per corpus, and what is refused."""
+"""Test the tokenizers: BERT's conventions, reloading without this package, one vocabulary per corpus, and refusals."""
 
 import functools
 import hashlib
