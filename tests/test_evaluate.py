@@ -286,14 +286,10 @@ def test_command_prints_a_table_or_json(encoder, tmp_path):
     assert (answer["passages"], list(answer["systems"])) == (1, ["model"])
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [("title,body\na,b\n", "columns title, body"), ("", "is empty"), ("query,answer\n", "has no rows")],
-)
-def test_bad_data_is_one_sentence_and_status_2(encoder, tmp_path, rows, message):
+def test_wrong_columns_are_one_sentence_and_status_2(encoder, tmp_path):
     file = tmp_path / "data.csv"
-    file.write_text(rows)
+    file.write_text("title,body\na,b\n")
     result = run_command("evaluate", encoder, file)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert message in result.stderr
+    assert "columns title, body" in result.stderr
     assert len(result.stderr.splitlines()) == 1
