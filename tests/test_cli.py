@@ -1,6 +1,7 @@
 """Test the command: instant help, one sentence and exit status 2 for wrong input, 130 with advice after Ctrl-C."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -121,3 +122,14 @@ def test_what_stops_a_run_is_reported_in_one_sentence(command, error, status, me
 def test_a_bug_keeps_its_traceback(command):
     command.fail_with(RuntimeError("a bug"))
     assert isinstance(command("recipe.yaml").exception, RuntimeError)
+
+
+def test_one_of_several_processes_prints_the_result(command, start, tmp_path):
+    def train():
+        done = command("recipe.yaml", "tokenizer.method=word_level", "tokenizer.vocab_size=10")
+        (tmp_path / f"printed-{os.environ['RANK']}").write_text(done.stdout, encoding="utf-8")
+        assert done.exit_code == 0
+
+    assert start.finish(start(2, train)) == [0, 0]
+    assert "tokenizer: rows 1" in (tmp_path / "printed-0").read_text(encoding="utf-8")
+    assert (tmp_path / "printed-1").read_text(encoding="utf-8") == ""
