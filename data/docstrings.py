@@ -17,12 +17,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from datasets import Dataset
 from tqdm.auto import tqdm
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 # The standard library always comes first; then these, where installed, best written documentation first.
 PACKAGES = (
@@ -56,7 +54,7 @@ class Document(NamedTuple):
         return not any(part.startswith("_") for part in self.name.removeprefix(self.module).split("."))
 
 
-def load_pairs(split: str = "train") -> "Dataset":
+def load_pairs(split: str = "train") -> Dataset:
     """Return the pairs of one split, shuffled in a fixed order.
 
     Args:
@@ -68,8 +66,6 @@ def load_pairs(split: str = "train") -> "Dataset":
     Raises:
         ValueError: for another split, or when the installed packages hold no documentation.
     """
-    from datasets import Dataset
-
     documents = _split(split)
     return Dataset.from_dict(
         {
@@ -80,10 +76,8 @@ def load_pairs(split: str = "train") -> "Dataset":
     )
 
 
-def load_passages() -> "Dataset":
+def load_passages() -> Dataset:
     """Return the documents of public objects, of both splits, to search: ``text`` (name, summary, description) and ``name``."""
-    from datasets import Dataset
-
     documents = [document for document in [*_split("train"), *_split("validation")] if document.is_public]
     return Dataset.from_dict(
         {
@@ -171,9 +165,9 @@ def read_documents(path: Path, module: str) -> Iterator[Document]:
 
 
 def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """Yield qualified names and docstrings of a module, its classes and functions, and objects documented by a call.
+    r"""Yield qualified names and docstrings of a module, its classes and functions, and objects documented by a call.
 
-    >>> list(docstrings(ast.parse("class A:\\n  def b(self):\\n    'Does b.'"), "m"))
+    >>> list(docstrings(ast.parse("class A:\n  def b(self):\n    'Does b.'"), "m"))
     [('m.A.b', 'Does b.')]
     """
     pending: list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]] = [(module, tree)]
@@ -217,9 +211,9 @@ _SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)[
 
 
 def plain_text(text: str) -> str:
-    """Return the prose of a docstring, without examples, code, directives and markup, and with single spaces.
+    r"""Return the prose of a docstring, without examples, code, directives and markup, and with single spaces.
 
-    >>> plain_text("Uses :func:`~os.walk` on ``top``.\\n\\n>>> 1 + 1\\n2\\n\\nReturns\\n-------\\nA list.")
+    >>> plain_text("Uses :func:`~os.walk` on ``top``.\n\n>>> 1 + 1\n2\n\nReturns\n-------\nA list.")
     'Uses os.walk on top. Returns A list.'
     """
     for pattern in (_CODE_FENCE, _DOCTEST, _DIRECTIVE, _UNDERLINE, _EXAMPLES, _TEMPLATE):

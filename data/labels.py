@@ -33,8 +33,7 @@ def read_labels(
 
     Args:
         names: the names of the classes in order; the default is those of the ClassLabel, the strings found (sorted), the
-            columns, or 0 … n-1. Where any label is among the names, all are read
-            as names; else numbers are positions.
+            columns, or 0 … n-1. Where any label is among the names, all are read as names; else numbers are positions.
         problem_type: the default is that of :func:`detect_problem_type`.
 
     Raises:
@@ -88,7 +87,7 @@ def is_list(feature: Any) -> bool:
 
 
 def as_name(label: Any, feature: Any) -> Any:
-    """Return a label as text: the name of the ClassLabel, or the number, without a fraction if it is whole."""
+    """Return a label as text: the name of the ClassLabel, or the number, without the fraction .0."""
     if isinstance(feature, ClassLabel):
         return feature.names[label] if isinstance(label, int) and 0 <= label < len(feature.names) else None
     whole = isinstance(label, float) and label.is_integer()

@@ -125,9 +125,9 @@ def check_name(name: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Return True for a text that can be tokenized, without the lone surrogates that Python puts where bytes were not UTF-8.
+    r"""Return True for a text that can be tokenized, without the lone surrogates that Python puts where bytes were not UTF-8.
 
-    >>> is_unicode("café"), is_unicode(b"caf\\xe9".decode(errors="surrogateescape"))
+    >>> is_unicode("café"), is_unicode(b"caf\xe9".decode(errors="surrogateescape"))
     (True, False)
     """
     try:

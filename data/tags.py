@@ -212,8 +212,10 @@ def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap
 
 
 def _differs_alone(tokenizer: Any) -> bool:
-    """Return True if a word alone is another token than in a text, as in byte-level vocabularies, whose words include their
-    space: without the space, every word would look like the end of another word."""
+    """Return True if a word alone is another token than in a text, as in byte-level vocabularies.
+
+    Their tokens include the space before a word; without it, every word would look like the end of another word.
+    """
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return list(inside[1:]) != list(alone[1:])

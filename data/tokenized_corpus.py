@@ -95,9 +95,9 @@ def load_corpus(
 
 
 def split_sentences(text: str, delimiters: str) -> list[str]:
-    """Cut a text at line breaks, and after each delimiter (and the closing quotes or brackets after it) before white space.
+    r"""Cut a text at line breaks, and after each delimiter (and the closing quotes or brackets after it) before white space.
 
-    >>> split_sentences('He left. "Why?" she asked.\\nNobody knew', ".!?")
+    >>> split_sentences('He left. "Why?" she asked.\nNobody knew', ".!?")
     ['He left.', '"Why?"', 'she asked.', 'Nobody knew']
     """
     pieces = re.split(rf"(?<=[{re.escape(delimiters)}])([\"'”’)\]]*)\s+|\n+", text) if delimiters else text.split("\n")
