@@ -291,7 +291,7 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
             {"data": ["a.csv", {"path": "b.csv", "hard_negatives": 2}]},
             "The sources have 0 and 2 hard_negatives per pair, which do not fit into one batch; set one_source_per_batch: true",
         ),
-        ("query,answer\na,b\nc,d\n", {"make_pairs": True}, "Name the one to train on with text_column"),
+        ("query,answer\na,b\nc,d\n", {"make_pairs": True}, "usual are text, found query, answer; name it .text_column."),
         ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, and there are none"),
         ("text\na b c d e\n", {"make_pairs": True}, "at least two rows are needed; .*wrong.csv has one"),
         ("text\na b\nc d\n", {"make_pairs": True, "anchor_column": "text"}, "so anchor_column must be left out"),

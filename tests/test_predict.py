@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_the_rows(classifier):
         (["{classifier}", "texts.txt", "--threshold", "2"], "threshold must lie between 0 and 1, got 2.0 (--threshold)"),
         (["{pairs}", "texts.txt"], "usual are a + b; premise + hypothesis; sentence1 + sentence2, found text; name it (--column)"),
         (["{answerer}", "texts.txt"], "usual are question + context, found text; name it (--column)"),
-        (["{chooser}", "texts.txt"], "question"),
+        (["{chooser}", "texts.txt"], "it should be a list of texts, one per choice"),
     ],
 )
 def test_nonsense_is_one_sentence_and_status_2(model, classifier, tagger, command, tmp_path, arguments, message):
