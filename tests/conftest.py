@@ -12,21 +12,27 @@ import multiprocessing
 import socket
 
 import pytest
-import torch
 
-from helpers import TINY
 from hub_server import HubServer
-from minibert import MiniBertConfig, MiniBertModel
+
+# torch and minibert are imported in the fixtures: the controller of pytest-xdist reads this file before it starts its workers.
 
 
 @pytest.fixture(scope="session", params=["search-8x768", "bert-base", "modern-6x384"])
 def config(request):
     """One tiny configuration for every combination of switches that a preset uses."""
+    from helpers import TINY
+    from minibert import MiniBertConfig
+
     return MiniBertConfig.preset(request.param, **TINY)
 
 
 @pytest.fixture(scope="session")
 def _model(config):
+    import torch
+
+    from minibert import MiniBertModel
+
     torch.manual_seed(0)
     return MiniBertModel(config).eval()
 
@@ -39,6 +45,8 @@ def model(_model):
 @pytest.fixture
 def batch():
     """Five rows of different lengths: padded on the right, on the left, with a hole, and one that is only padding."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     mask = torch.zeros(6, 12, dtype=torch.long)
     mask[0, :] = 1
@@ -66,6 +74,8 @@ def start():
             port = probe.getsockname()[1]
 
         def target(rank):
+            import torch
+
             from minibert.train.loop import AcceleratorState
 
             torch.set_num_threads(1)
