@@ -288,6 +288,8 @@ class Packing:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         """Compute attention of every sequence with itself: three (T, H, D) -> (T, H, D)."""
         if self.cu_seqlens is None:
+            if not torch.is_autocast_enabled("cpu"):
+                return self._attend_buckets(query, key, value, dropout, scaling)
             with torch.autocast("cpu", enabled=False):  # the queries have its dtype already
                 return self._attend_buckets(query, key, value, dropout, scaling)
         if varlen_attn is not None and query.dtype in HALF_DTYPES and dropout == 0.0:
