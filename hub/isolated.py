@@ -86,7 +86,6 @@ def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
         embedder = SentenceTransformer(request.model, device="cpu", model_kwargs=precise, **common)
         embedder.max_seq_length = min(embedder.max_seq_length or request.max_length, request.max_length)
         vectors = embedder.encode(TEXTS, convert_to_tensor=True, show_progress_bar=False)
-        embedder.similarity(vectors, vectors)  # fails where the configuration names an unknown similarity
         found["SentenceTransformer.encode"] = vectors.float().contiguous()
         opened.append("SentenceTransformer")
     return found, opened

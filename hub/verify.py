@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
@@ -253,6 +254,9 @@ def _opens(folder: Path) -> str:
     vectors, stated = outputs.get("SentenceTransformer.encode"), vector_dimension(folder)
     if vectors is not None and vectors.shape[-1] != stated:
         raise ValueError(f"Its vectors have {vectors.shape[-1]} numbers, but the configuration of its modules says {stated}.")
+    similarity = read_settings(folder / "config_sentence_transformers.json").get("similarity_fn_name")
+    if similarity not in (*SentenceTransformer.SUPPORTED_SIMILARITY_FN_NAMES, None):  # which would become cosine unnoticed
+        raise ValueError(f"config_sentence_transformers.json names the unknown similarity_fn_name={similarity!r}.")
     return f"In a fresh process without minibert: {', '.join(opened)}."
 
 

@@ -174,7 +174,7 @@ def test_settings_that_do_not_fit(folder, opened, name, fields, check, sentence)
     ("name", "fields", "sentence"),
     [
         ("1_Pooling/config.json", {"embedding_dimension": 7}, "vectors have 32 numbers, but the configuration of its modules"),
-        ("config_sentence_transformers.json", {"similarity_fn_name": "best"}, "'best' is not a valid SimilarityFunction"),
+        ("config_sentence_transformers.json", {"similarity_fn_name": "best"}, "unknown similarity_fn_name='best'"),
         ("config_sentence_transformers.json", {"default_prompt_name": "no"}, "Default prompt name 'no' not found"),
     ],
 )
