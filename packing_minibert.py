@@ -87,8 +87,7 @@ def exp2_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tens
 def keep_freed_activations() -> None:
     """Make glibc keep the memory of freed activations, once per process.
 
-    glibc returns every freed block above its threshold to the system, so that each layer would map its activations again.
-    Freeing one block of almost 32 MiB, which is never touched, raises that threshold (see mallopt(3), M_MMAP_THRESHOLD).
+    glibc unmaps freed blocks above a threshold; freeing one of almost 32 MiB raises it (mallopt(3), M_MMAP_THRESHOLD).
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
@@ -299,8 +298,7 @@ class Packing:
         return self._attend_padded(query, key, value, dropout, scaling)
 
     def _attend_buckets(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
-        # torch's CPU kernel has no dropout, and its backward is slow in half precision. Step by step, large products are
-        # fastest in half precision and small ones in float32 (see benchmarks/pieces.py).
+        # torch's CPU kernel has no dropout and a slow backward in half precision; benchmarks/pieces.py measures the choices.
         dtype, training = query.dtype, torch.is_grad_enabled() and query.requires_grad
         eager = dropout > 0.0
         if training:
@@ -323,12 +321,15 @@ class Packing:
 
         if self.padded_index is not None:
             query, key, value = (PadRows.apply(x, self.padded_index, self.source_index) for x in (query, key, value))
-        # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
-        sizes = [count * length for count, length in self.buckets]
-        parts = list(zip(self.buckets, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True))
-        fillers = [parts.pop()[4]] if self.num_filler_tokens else []  # any rows will do
-        contexts = [attend_bucket(*part) for part in parts] + fillers
-        context = torch.cat(contexts) if len(contexts) > 1 else contexts[0] if contexts else query
+        if len(self.buckets) == 1:
+            context = attend_bucket(self.buckets[0], self.masks[0], query, key, value)
+        else:
+            # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
+            sizes = [count * length for count, length in self.buckets]
+            parts = list(zip(self.buckets, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True))
+            fillers = [parts.pop()[4]] if self.num_filler_tokens else []  # any rows will do
+            contexts = [attend_bucket(*part) for part in parts] + fillers
+            context = torch.cat(contexts) if contexts else query
         return (context if self.padded_index is None else UnpadRows.apply(context, self.padded_index)).to(dtype)
 
     def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:

@@ -251,6 +251,26 @@ def latency(
 
 
 @app.command()
+def before(
+    checkout: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the earlier checkout.")],
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of a sentence-transformers model of the BERT family.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("before.json"),
+    texts: Annotated[Path | None, typer.Option(help="File of texts; the default is the documentation installed here.")] = None,
+    limit: Annotated[int, typer.Option(min=60, help="Texts to encode.")] = 60,
+    rounds: Annotated[int, typer.Option(min=5, help="Rounds, after a first that is not counted.")] = 25,
+) -> None:
+    """Compare speed and memory of this checkout with an earlier one, asked in turns.
+
+    Example: python -m benchmarks before --checkout ../earlier --model all-MiniLM-L6-v2
+    """
+    from benchmarks.before import run
+
+    run(checkout, model, out, texts=texts, limit=limit, rounds=rounds)
+
+
+@app.command()
 def growth(
     out: Annotated[Path, typer.Option(help="JSON file to write; the plot lies beside it.")] = Path("growth.json"),
     work: Annotated[Path, typer.Option(help="Folder for models with new weights.")] = Path("runs/benchmark-growth"),
