@@ -10,7 +10,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.callback()
 def benchmarks() -> None:
-    """Measure MiniBERT beside its peers, in one run, on one machine."""
+    """Compare MiniBERT with its peers, in one run, on one machine."""
 
 
 def _check_apart(model: Path, work: Path) -> None:
@@ -36,7 +36,7 @@ def train(
     queries: Annotated[int, typer.Option(help="Validation queries per retrieval set.")] = 1500,
     only_ours: Annotated[bool, typer.Option("--only-ours", help="Leave the peer out.")] = False,
 ) -> None:
-    """The TinyBERT seed's two phases (NLI, then question-passage pairs), ours beside BertModel.
+    """The TinyBERT seed's two phases (NLI, then question-passage pairs), with MiniBERT and with BertModel.
 
     The peer has the same shape, initial weights, tokenizer, batches, steps and precision, and is trained by
     sentence-transformers. Example: python -m benchmarks train --data data --precision bf16 --out train.json
@@ -124,7 +124,7 @@ def pretrain(
     steps: Annotated[int, typer.Option(help="Timed steps of a run.")] = 12,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of every side, in turns.")] = 3,
 ) -> None:
-    """Tokens per second of masked-LM pretraining, ours beside transformers' Trainer with BertForMaskedLM.
+    """Tokens per second of masked-LM pretraining, with MiniBERT and with transformers' Trainer with BertForMaskedLM.
 
     Example: python -m benchmarks pretrain --out pretrain.json
     """
@@ -154,7 +154,7 @@ def nano(
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every recipe, with seeds 42, 43, ….")] = 3,
 ) -> None:
-    """The recipes of width 3 beside logistic regression on the same words. Example: python -m benchmarks nano --data data"""
+    """The recipes of width 3 and logistic regression on the same words. Example: python -m benchmarks nano --data data"""
     from benchmarks.nano import run
 
     run(data, out, work, seeds=seeds)
@@ -165,7 +165,10 @@ def pieces(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pieces.json"),
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, interleaved.")] = 20,
 ) -> None:
-    """Dropout, attention, word loss and memory of a training step, ours beside torch's. Example: python -m benchmarks pieces"""
+    """Compare dropout, attention, word loss and memory of a training step with torch's.
+
+    Example: python -m benchmarks pieces
+    """
     from benchmarks.pieces import run
 
     run(out, repeats=repeats)
@@ -200,12 +203,13 @@ def encode(
             file_okay=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="JSON file to write; the plot lies beside it.")] = Path("encode.json"),
+    out: Annotated[Path, typer.Option(help="JSON file to write; the plot gets the same name.")] = Path("encode.json"),
     work: Annotated[Path, typer.Option(help="Folder for converted models and the peers' environment.")] = Path(
         "runs/benchmark-encode"
     ),
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Take new weights of so many layers instead of the model's; its tokenizer stays.")
+        int | None,
+        typer.Option(min=1, help="New weights with this number of layers; the tokenizer stays the model's."),
     ] = None,
     width: Annotated[int, typer.Option(min=64, help="Their width, with heads of 64.")] = 768,
     texts: Annotated[Path | None, typer.Option(help="File of texts; the default is the documentation installed here.")] = None,
@@ -214,14 +218,14 @@ def encode(
     repeats: Annotated[int, typer.Option(help="Rounds, after one that is not counted.")] = 5,
     peers: Annotated[bool, typer.Option(help="Measure ONNX and OpenVINO too, from an environment of their own.")] = True,
 ) -> None:
-    """Texts per second and exactness of MiniBERT beside sentence-transformers with BertModel, ONNX and OpenVINO.
+    """Texts per second and exactness of MiniBERT and of sentence-transformers with BertModel, ONNX and OpenVINO.
 
     Example: python -m benchmarks encode --model all-MiniLM-L6-v2 --out encode.json
     """
     from benchmarks.encode import draw, run
 
     if width % 64:
-        raise typer.BadParameter(f"--width {width} is no multiple of 64, the width of a head.")
+        raise typer.BadParameter(f"--width {width} must be a multiple of 64, the width of a head.")
     _check_apart(model, work)
     shape = (layers, width) if layers else None
     run(model, out, work, shape=shape, texts=texts, limit=limit, batch_size=batch_size, repeats=repeats, peers=peers)
@@ -240,7 +244,7 @@ def latency(
     texts: Annotated[Path | None, typer.Option(help="File of texts; the default is the documentation installed here.")] = None,
     limit: Annotated[int, typer.Option(help="Texts encoded for the peak of memory.")] = 1000,
 ) -> None:
-    """One query at a time, time to the first vector, and memory, beside sentence-transformers with BertModel.
+    """One query at a time, time to the first vector, and memory, compared with sentence-transformers and BertModel.
 
     Example: python -m benchmarks latency --model all-MiniLM-L6-v2
     """
@@ -272,12 +276,12 @@ def before(
 
 @app.command()
 def growth(
-    out: Annotated[Path, typer.Option(help="JSON file to write; the plot lies beside it.")] = Path("growth.json"),
+    out: Annotated[Path, typer.Option(help="JSON file to write; the plot gets the same name.")] = Path("growth.json"),
     work: Annotated[Path, typer.Option(help="Folder for models with new weights.")] = Path("runs/benchmark-growth"),
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, in turns, after one that is not counted.")] = 5,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Numbers that both compute with.")] = "float32",
 ) -> None:
-    """How cost grows with texts, their length, tokens at once and width, beside BertModel.
+    """Measure how cost grows with texts, their length, tokens at once and width, and the same for BertModel.
 
     Example: python -m benchmarks growth --dtype bfloat16
     """
@@ -298,7 +302,7 @@ def gpu(
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, in turns, after two that are not counted.")] = 20,
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")] = None,
 ) -> None:
-    """Encoding and training on a GPU beside BertModel, on mixed lengths; no network needed.
+    """Encoding and training on a GPU, compared with BertModel, on mixed lengths; no network needed.
 
     Example: python -m benchmarks gpu
     """
@@ -310,7 +314,7 @@ def gpu(
     if unknown := set(preset or []) - set(PRESETS):
         raise typer.BadParameter(f"there is no preset {', '.join(sorted(unknown))}; use one of {', '.join(PRESETS)}.")
     if device != "cpu" and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no GPU here that torch can use; --device cpu shows that the script runs.")
+        raise typer.BadParameter("torch finds no GPU; --device cpu shows that the script runs.")
     sizes = {"sequences": sequences, "longest": longest, "layers": layers}
     run(out, presets=preset or ["bert-base", "search-8x768"], device=device, masked=masked, repeats=repeats, **sizes)
 
@@ -338,7 +342,7 @@ def search(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model to search --data with.")] = None,
 ) -> None:
-    """Build and query times and recall of the index, beside exact search and HNSW; and what BM25 adds to it.
+    """Build and query times and recall of the index, of exact search and HNSW; and what BM25 adds to it.
 
     Example: python -m benchmarks search --rows 1000000 --data data --model runs/minilm
     """
@@ -362,7 +366,7 @@ def scale(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of one and of two processes, in turns.")] = 3,
     precision: Annotated[str, typer.Option(help="Of the stored vectors.")] = "float16",
 ) -> None:
-    """Memory and speed of encoding a large corpus; two processes beside one. Example: python -m benchmarks scale"""
+    """Memory and speed of encoding a large corpus; with one process and with two. Example: python -m benchmarks scale"""
     from benchmarks.scale import run
 
     run(
@@ -411,7 +415,7 @@ def distil(
     limit: Annotated[int, typer.Option(help="Texts that are encoded for the speed.")] = 500,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, in turns, after one that is not counted.")] = 5,
 ) -> None:
-    """What students keep of their teacher: similarity, retrieval, sizes and texts per second.
+    """Measure what students keep of their teacher: similarity, retrieval, sizes and texts per second.
 
     Example: python -m benchmarks distil --data data --teacher minilm --student runs/distil_minilm/1-distill
     """
@@ -442,7 +446,7 @@ def finetune(
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of both.")] = "bf16",
     queries: Annotated[int | None, typer.Option(help="Validation queries per retrieval set; unset means all.")] = None,
 ) -> None:
-    """A converted checkpoint trained on question-passage pairs, beside its original trained by sentence-transformers.
+    """A converted checkpoint trained on question-passage pairs, and of its original trained by sentence-transformers.
 
     Example: python -m benchmarks finetune --data data --model all-MiniLM-L6-v2
     """

@@ -1,4 +1,4 @@
-"""This checkout beside an earlier one: encoding, single queries, training steps and memory, asked in turns in one run.
+"""Compare this checkout with an earlier one: encoding, single queries, training steps and memory, asked in turns in one run.
 
 Both checkouts run in the environment of this one, each in a process of its own that stays open, so what the machine does
 meanwhile meets both alike. Every ratio is the median over pairs of neighbouring answers.

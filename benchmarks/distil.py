@@ -1,4 +1,4 @@
-"""What students keep of their teacher: vectors on data none was trained on, sizes, and texts per second, side by side.
+"""Measure what students keep of their teacher: vectors on data none was trained on, sizes, and texts per second, side by side.
 
 All are encoded by the same code (:class:`Encoder`, which ``minibert.encode`` is), in turns, so that the ratios of speed are
 those of the models alone.

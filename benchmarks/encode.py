@@ -1,4 +1,4 @@
-"""Encoding on one machine, in one run: MiniBERT beside sentence-transformers on its PyTorch, ONNX and OpenVINO backends.
+"""Compare encoding on one machine, in one run: MiniBERT and sentence-transformers on its PyTorch, ONNX and OpenVINO backends.
 
 All systems encode the same texts in turn, several times over, and the first round is not counted. The ONNX and OpenVINO
 backends need older libraries than ours: they run from an environment of their own, which the first run creates.
@@ -142,7 +142,7 @@ def _describe(model: Path, passages: list[str]) -> dict[str, Any]:
 
 
 def _reshaped(model: Path, shape: tuple[int, int], work: Path) -> Path:
-    """Folder of a BertModel of so many layers and so wide, with new weights and the tokenizer of ``model``."""
+    """Folder of a BertModel with this number of layers and this width, with new weights and the tokenizer of ``model``."""
     layers, width = shape
     folder = work / f"{layers}x{width}"
     if not folder.exists():

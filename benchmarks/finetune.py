@@ -1,4 +1,4 @@
-"""A converted checkpoint goes on learning from one's own pairs, beside its original trained by sentence-transformers.
+"""A converted checkpoint goes on learning from one's own pairs, and its original trained by sentence-transformers.
 
 Both sides run the ``embed`` stage's arguments: the same rows in the same batches, loss, steps and precision; ours on the
 converted model, theirs with ``SentenceTransformerTrainer`` on the original ``BertModel``. A short pair of runs gives the ratio
@@ -113,7 +113,7 @@ def _measure(data: Path, folder: Path, queries: int | None) -> dict[str, float]:
 
 
 def _ratios(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Time of ours as a share of theirs, seed by seed."""
+    """Time of MiniBERT as a share of the original's, seed by seed."""
     seconds = {side: {run["seed"]: run["seconds"] for run in runs if run["system"] == side} for side in ("minibert", "bert")}
     ratios = [ours / seconds["bert"][seed] for seed, ours in seconds["minibert"].items() if seed in seconds["bert"]]
     return {"time_ratios": ratios, "time_ratio_median": statistics.median(ratios)} if ratios else {}

@@ -1,4 +1,4 @@
-"""Encoding and training on a GPU beside transformers' BertModel: the same weights, the same batches of mixed lengths.
+"""Encoding and training on a GPU, compared with transformers' BertModel: the same weights, the same batches of mixed lengths.
 
 Weights are new and tokens random, so nothing is downloaded. The peer pads, and is measured with each attention that is
 there: torch's (sdpa) and, where the flash-attn package is installed, flash_attention_2. On a CPU it only shows that it runs.

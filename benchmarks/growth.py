@@ -1,4 +1,4 @@
-"""How the cost of encoding grows: with the texts, their length, the tokens computed at once, and the width of the model.
+"""Measure how the cost of encoding grows: with texts, their length, tokens computed at once, and width.
 
 Models have new weights, which cost what trained ones do, and texts are made-up words of one token each, so that lengths are
 exact. The peer is transformers' BertModel with the same weights and numbers, through sentence-transformers.

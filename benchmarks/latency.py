@@ -1,4 +1,4 @@
-"""One short query at a time, the time from nothing to the first vector, and memory: MiniBERT beside sentence-transformers."""
+"""One short query at a time, the time from nothing to the first vector, and memory: MiniBERT and sentence-transformers."""
 
 import json
 import statistics

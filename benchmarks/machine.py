@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor, threads and versions."""
+"""Describe what a number was measured on: processor, threads and versions."""
 
 import platform
 from importlib.metadata import version
@@ -10,7 +10,7 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "accel
 
 
 def describe() -> dict[str, object]:
-    """Processor, device, threads and package versions, to stand beside every figure."""
+    """Processor, device, threads and package versions, to be written with every number."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

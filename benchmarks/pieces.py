@@ -1,4 +1,4 @@
-"""The pieces of a training step (forward and backward) and of encoding that we do otherwise than torch, beside torch's own,
+"""The pieces of a training step (forward and backward) and of encoding that we do otherwise than torch, and torch's own,
 and a step with and without the memory that training keeps."""
 
 import json
@@ -102,7 +102,7 @@ def _half_attention() -> dict[str, dict[str, Callable[[], None]]]:
 
 def _encoding_attention() -> dict[str, dict[str, Callable[[], None]]]:
     """4,096 tokens in sequences of equal length, 12 heads of width 32, in bfloat16 without gradients: by whole products, which
-    are chosen where there is no AMX, and by torch's kernel."""
+    are chosen without AMX, and by torch's kernel."""
     pieces = {}
     for length in (16, 64, 256, 1024):
         packed = torch.randn(3, 4096, 12, 32).bfloat16().unflatten(1, (-1, length)).transpose(2, 3)

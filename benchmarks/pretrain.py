@@ -1,4 +1,4 @@
-"""Speed of masked-language-model pretraining: our loop beside transformers' Trainer with BertForMaskedLM.
+"""Speed of masked-language-model pretraining: MiniBERT's loop and transformers' Trainer with BertForMaskedLM.
 
 Both sides have the same shape, vocabulary, number of sequences in a step and length, and train on the same texts. The peer
 runs twice, at the same precision and at its defaults (float32). Runs are short and repeated in turns, so that a machine

@@ -1,4 +1,4 @@
-"""Encoding a corpus of generated passages: memory after every shard, speed, and one process beside two.
+"""Encoding a corpus of generated passages: memory after every shard, speed, with one process and with two.
 
 Passages are drawn from made-up words, so that the tokenizer has work as with text, and cost nothing to generate. The command
 that users run is timed from outside; its memory is what the system says the process holds.

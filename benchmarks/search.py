@@ -1,4 +1,4 @@
-"""Search of many vectors: build and query times and recall of the index beside exact search and a graph (HNSW), all FAISS on
+"""Search of many vectors: build and query times and recall of the index, of exact search and a graph (HNSW), all FAISS on
 the same vectors and threads; and what BM25 adds to the ranking by meaning, on labelled questions.
 """
 

@@ -1,4 +1,4 @@
-"""A pretraining run killed again and again, beside the same run left alone: are the weights the same, bit for bit?"""
+"""A pretraining run killed again and again and the same run left alone: are the weights the same, bit for bit?"""
 
 import json
 import random

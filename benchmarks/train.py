@@ -1,4 +1,4 @@
-"""Training speed and quality: the two phases of the TinyBERT seed, ours beside BertModel trained by sentence-transformers.
+"""Training speed and quality: the two phases of the TinyBERT seed, with MiniBERT and with BertModel.
 
 Phase 1 is natural language inference with three classes, phase 2 embeddings of questions and passages with in-batch
 negatives. Both sides start from the same weights and see the same batches in the same order; ours goes through the stages
@@ -140,7 +140,7 @@ def _start(folder: Path, preset: str, tokenizer: Any, seed: int) -> None:
 
 
 def _arguments(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What both sides are trained with: phase 1 and phase 2."""
+    """Return what both sides are trained with: phase 1 and phase 2."""
     shared = {"precision": options["precision"], "max_length": options["max_length"], "warmup_ratio": 0.1, "weight_decay": 0.01}
     nli = {**shared, "batch_size": NLI_BATCH, "max_steps": options["nli_steps"], "learning_rate": 3e-4}
     pairs = {**shared, "batch_size": options["pair_batch"], "max_steps": options["pair_steps"], "learning_rate": 5e-4}

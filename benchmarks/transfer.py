@@ -1,4 +1,4 @@
-"""What pretraining is worth: the same fine-tuning from a pretrained encoder, from new weights, and from BertModel.
+"""Measure what pretraining is worth: the same fine-tuning from a pretrained encoder, from new weights, and from BertModel.
 
 Each task is a stage of ``minibert train`` with the same arguments, tokenizer, seed and order of rows for every start. The
 third start is transformers' BertModel with the pretrained weights, so that it differs from the first in the code alone.
