@@ -139,7 +139,10 @@ def corpus(
     work: Annotated[Path, typer.Option(help="Folder for generated text and caches.")] = Path("runs/benchmark-corpus"),
     megabytes: Annotated[list[int] | None, typer.Option(help="Sizes of generated text; repeat it. Default: 100, 1000.")] = None,
 ) -> None:
-    """Memory while a corpus is tokenized and read, for two sizes. Example: python -m benchmarks corpus"""
+    """Measure memory while a corpus is tokenized and read, for two sizes.
+
+    Example: python -m benchmarks corpus
+    """
     from benchmarks.corpus import run
 
     run(out, work, megabytes=megabytes or [100, 1000])
@@ -154,7 +157,10 @@ def nano(
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every recipe, with seeds 42, 43, ….")] = 3,
 ) -> None:
-    """The recipes of width 3 and logistic regression on the same words. Example: python -m benchmarks nano --data data"""
+    """Compare the recipes of width 3 with logistic regression on the same words.
+
+    Example: python -m benchmarks nano --data data
+    """
     from benchmarks.nano import run
 
     run(data, out, work, seeds=seeds)
@@ -185,9 +191,12 @@ def survival(
     processes: Annotated[
         list[int] | None, typer.Option(help="Numbers of processes, by torchrun; the default is 1 and 2.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the moments at which it is killed.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the moments at which it is killed.")] = 0,
 ) -> None:
-    """Kill a pretraining run at random moments, compare with one left alone. Example: python -m benchmarks survival"""
+    """Kill a pretraining run at random moments, and compare it with a run left alone.
+
+    Example: python -m benchmarks survival
+    """
     from benchmarks.survival import run
 
     run(out, work, kills=kills, steps=steps, processes=processes or [1, 2], seed=seed)
@@ -364,9 +373,12 @@ def scale(
     words: Annotated[int, typer.Option(min=2, help="Words of a passage, on average.")] = 20,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Passages in a shard.")] = 50_000,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of one and of two processes, in turns.")] = 3,
-    precision: Annotated[str, typer.Option(help="Of the stored vectors.")] = "float16",
+    precision: Annotated[str, typer.Option(help="Dtype of the stored vectors.")] = "float16",
 ) -> None:
-    """Memory and speed of encoding a large corpus; with one process and with two. Example: python -m benchmarks scale"""
+    """Measure memory and speed of encoding a large corpus, with one process and with two.
+
+    Example: python -m benchmarks scale
+    """
     from benchmarks.scale import run
 
     run(

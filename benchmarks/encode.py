@@ -166,12 +166,9 @@ def _reshaped(model: Path, shape: tuple[int, int], work: Path) -> Path:
 
 
 def new_bert(config: MiniBertConfig, tokenizer: Any, folder: Path, **options: Any) -> SentenceTransformer:
-    """transformers' BertModel with new weights, as a sentence-transformers model whose tokens are averaged.
+    """Return a BertModel with new weights and mean pooling, and write a MiniBERT with the same weights into ``folder``.
 
-    ``folder`` gets a MiniBERT with the same weights.
-
-    Args:
-        options: of BertModel.
+    ``options`` are fields of transformers' BertConfig.
     """
     if not (folder / "bert").exists():
         torch.manual_seed(0)

@@ -116,7 +116,7 @@ def _preset(
 
 
 def _peer(ours: nn.Module, config: MiniBertConfig, same: dict[str, Any], attention: str) -> nn.Module:
-    """transformers' model with the weights of ``ours``."""
+    """Return transformers' model with the weights of ``ours``."""
     theirs = transformers.BertConfig(
         **same, vocab_size=_VOCABULARY, max_position_embeddings=config.max_position_embeddings, hidden_act=config.hidden_act
     )

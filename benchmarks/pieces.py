@@ -1,5 +1,7 @@
-"""The pieces of a training step (forward and backward) and of encoding that we do otherwise than torch, and torch's own,
-and a step with and without the memory that training keeps."""
+"""Compare pieces of a training step (forward and backward) and of encoding with torch's own.
+
+A step is also measured with and without the memory that training keeps.
+"""
 
 import json
 import statistics
@@ -101,8 +103,10 @@ def _half_attention() -> dict[str, dict[str, Callable[[], None]]]:
 
 
 def _encoding_attention() -> dict[str, dict[str, Callable[[], None]]]:
-    """4,096 tokens in sequences of equal length, 12 heads of width 32, in bfloat16 without gradients: by whole products, which
-    are chosen without AMX, and by torch's kernel."""
+    """Return both attentions of 4,096 tokens in sequences of equal length, 12 heads of width 32, in bfloat16.
+
+    One uses powers of two, as processors without AMX do; the other is torch's kernel. Neither computes gradients.
+    """
     pieces = {}
     for length in (16, 64, 256, 1024):
         packed = torch.randn(3, 4096, 12, 32).bfloat16().unflatten(1, (-1, length)).transpose(2, 3)
@@ -188,8 +192,10 @@ def _products() -> dict[str, dict[str, Callable[[], None]]]:
 
 
 def _mlps() -> dict[str, dict[str, Callable[[], None]]]:
-    """The MLPs of six layers of width 384, without gradients, for the rows of one query and of a full batch: as modules' own
-    matrices are multiplied, laid out once for it, and, of a query in float32, by copies in float16."""
+    """Return ways to compute the MLPs of six layers of width 384, for the rows of one query and of a full batch.
+
+    The matrices are the modules' own, prepacked, or (for a query in float32) copies in float16. None computes gradients.
+    """
     pieces, act = {}, GELUActivation()
     for dtype, rows in ((torch.bfloat16, 12), (torch.bfloat16, 4096), (torch.float32, 12)):
         linears = [(nn.Linear(384, 1536).to(dtype), nn.Linear(1536, 384).to(dtype)) for _ in range(6)]

@@ -172,7 +172,7 @@ class _Clock(TrainerCallback):
 def _theirs(
     texts: list[str], tokenizer: Any, work: Path, preset: str, length: int, batch: int, steps: int, bf16: bool, seed: int
 ):
-    """transformers' Trainer on sequences of ``length`` tokens, as its run_mlm example groups them."""
+    """Run transformers' Trainer on sequences of ``length`` tokens, as its run_mlm example groups them."""
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]

@@ -30,11 +30,11 @@ _GROUP = 10_000  # passages generated and written at once
 def run(
     out: Path, work: Path, *, passages: int, model: str | None, words: int, rows_per_shard: int, repeats: int, precision: str
 ) -> None:
-    """Encode ``passages`` once for memory, and an eighth of them ``repeats`` times by one and by two processes of one thread
-    each, in turns; print and write ``out``.
+    """Encode ``passages`` once for memory, and an eighth of them ``repeats`` times for speed; print and write ``out``.
 
-    One process of one thread tokenizes in another, and so keeps more than a core busy where one is free: it is also run with
-    a single core for all it does.
+    Speed is that of one and of two processes of one thread each, in turns. One process of one thread tokenizes in
+    another, and so keeps more than a core busy where one is free: it is also run with a single core for all it
+    does.
     """
     work.mkdir(parents=True, exist_ok=True)
     corpus = _generate(work / f"passages-{passages}-{words}.parquet", passages, words)
@@ -73,7 +73,7 @@ def run(
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures for people: memory after every shard (every tenth of them where there are many), then speed."""
+    """Print the metrics: memory after every shard (every tenth of them where there are many), then speed."""
     memory = results["whole"]["megabytes_after_shard"]
     step = max(1, len(memory) // 10)
     lines = [f"{'shards written':>16}  {'resident MB':>12}"]
@@ -131,8 +131,10 @@ def _encode(
     threads: int | None = None,
     pinned: bool = False,
 ) -> dict[str, Any]:
-    """Run ``minibert encode``, if ``pinned`` on one core for all its threads; its own figures, and resident memory after every
-    shard where there is one process."""
+    """Run ``minibert encode``, if ``pinned`` on one core for all its threads.
+
+    Return what it reports, and with one process the resident memory after every shard.
+    """
     module = ["-m", "minibert", "encode", model, str(corpus), str(vectors), "--force", "--json"]
     module += ["--rows-per-shard", str(rows_per_shard), "--precision", precision]
     command = [sys.executable, *module]

@@ -1,5 +1,6 @@
-"""Search of many vectors: build and query times and recall of the index, of exact search and a graph (HNSW), all FAISS on
-the same vectors and threads; and what BM25 adds to the ranking by meaning, on labelled questions.
+"""Measure search among many vectors: times and recall of the index, of exact search and of a graph (HNSW).
+
+All are FAISS on the same vectors and threads. What BM25 adds to the ranking by meaning is measured on labelled questions.
 """
 
 import json
@@ -72,9 +73,7 @@ def run(
 def clustered(rows: int, width: int, total: int, seed: int) -> np.ndarray:
     """(rows, width) float32 of length 1: a random tree of areas, topics, documents and passages, of which few are popular.
 
-    Args:
-        total: passages in the whole corpus, which sets the number of documents.
-        seed: of these rows; all seeds share the tree.
+    ``total`` passages in the complete corpus set the number of documents; rows of different seeds share the tree.
     """
     spectrum = np.arange(1, width + 1, dtype=np.float32) ** -FALL
     spectrum /= np.linalg.norm(spectrum)

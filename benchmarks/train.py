@@ -94,11 +94,9 @@ def sources(data: Path, names: tuple[str, ...], split: str) -> list[DataSource]:
 def held_out_figures(
     data: Path, encoder: SentenceTransformer, wanted: dict[str, tuple[str, ...]], queries: int | None = None
 ) -> dict[str, float]:
-    """Figures of ``encoder`` on validation splits, as ``NAME_FIGURE``.
+    """Return the metrics of ``encoder`` on validation splits, as ``NAME_METRIC``.
 
-    Args:
-        wanted: names of figures by data set.
-        queries: of retrieval sets only the first so many are asked.
+    ``wanted`` names the metrics of each data set; ``queries`` limits the queries of a retrieval set.
     """
     figures = {}
     for name, keys in wanted.items():

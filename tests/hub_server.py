@@ -172,10 +172,7 @@ class HubServer:
     def patch(self, monkeypatch, home, token: str | None = TOKEN, waiting: bool = False) -> None:
         """Make huggingface_hub, transformers and datasets of this process take this for the Hub, until the test ends.
 
-        Xet is off as long as the test does not call :meth:`use_xet`.
-
-        Args:
-            waiting: whether retries wait as long as they do outside tests.
+        Xet is off as long as the test does not call :meth:`use_xet`; ``waiting`` keeps the pauses between retries.
         """
         import datasets.config
         import huggingface_hub

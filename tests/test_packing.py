@@ -160,8 +160,10 @@ def test_powers_of_two_and_torchs_kernel_agree(lengths, at_once, monkeypatch):
 
 @pytest.mark.parametrize("shift", [0.0, 60.0, -30.0, 500.0, -500.0])
 def test_powers_of_two_are_exact_for_all_scores(shift, monkeypatch):
-    """Scores of 60 and -30 are computed so; powers of two of larger ones leave the numbers, and torch's kernel takes over, also
-    where only padding has such a score."""
+    """Scores of 60 and -30 are computed by powers of two; larger ones overflow, and torch's kernel takes over.
+
+    That holds where only padding has such a score, too.
+    """
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 16, 8).bfloat16()
     query[..., 0], key[..., 0] = 8.0, shift / 8  # softmax does not see what all scores have in common

@@ -187,7 +187,7 @@ def test_folder_that_cannot_be_opened_is_refused(folder, damage, message):
 
 
 def test_threads_that_open_models_at_once_take_turns(saved, monkeypatch):
-    """transformers replaces a method of the class of all models while it builds one; two at once left it replaced for good."""
+    """While transformers builds a model it replaces a method of the base class; two at once left it replaced for good."""
     built = MiniBertModel.__init__
     tie_weights = PreTrainedModel.tie_weights
 
