@@ -1,13 +1,15 @@
-"""Provide the ``minibert`` command. Each command imports its modules when it runs, so that ``--help`` stays instant."""
+"""Provide the ``minibert`` command. Commands import what they need, so that ``--help`` stays instant."""
 
 import errno
+import functools
+import inspect
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,10 +50,17 @@ _ADVICE = {
 }
 
 
-def _sentence(error: BaseException) -> str | None:
+def _sentence(error: BaseException, extra: str) -> str | None:
     """Return what to tell the user about ``error``, or ``None`` if it is a bug of this package."""
     from huggingface_hub.errors import StrictDataclassError
 
+    from minibert.files.installation import EXTRAS, missing
+
+    if isinstance(error, ModuleNotFoundError):
+        module = str(error.name).split(".")[0]
+        if module not in EXTRAS:
+            return None
+        return missing(f"This command needs {module}", extra or EXTRAS[module])
     text = str(error)
     # Torch and the tokenizers (Rust) raise their own classes, which keep only the text of a system error.
     if isinstance(error, MemoryError) or re.search("can't allocate|Cannot allocate memory|out of memory", text):
@@ -64,44 +73,53 @@ def _sentence(error: BaseException) -> str | None:
         return f"{' '.join(text.split()).rstrip('.')}. {_ADVICE[number]}"
     if isinstance(error, OSError):
         return " ".join(text.split())  # libraries write paragraphs
-    return text if isinstance(error, ValueError | StrictDataclassError) else None
+    return text if isinstance(error, ValueError | ArithmeticError | StrictDataclassError) else None
 
 
 @contextmanager
-def plain_errors(debug: bool, interrupted: str = "Nothing was written.", extra: str = "") -> Iterator[None]:
-    """Turn errors of the input or the system into one sentence and exit status 2, and Ctrl-C into exit status 130.
+def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
+    """Turn errors of the input or the system into a sentence and an exit status, see :func:`main`.
 
     Args:
-        debug: raise the error itself, with its traceback.
-        interrupted: what to tell the user after Ctrl-C, such as how to resume.
+        interrupted: what to tell the user after Ctrl-C.
         extra: the extra to name for a missing module; the default is the extra of that module.
     """
     try:
         yield
     except KeyboardInterrupt as stop:
-        if debug:
-            raise
-        typer.echo(f"\n{str(stop) or 'Interrupted.'} {interrupted}".rstrip(), err=True)
+        advice = interrupted.format(command=f"minibert {shlex.join(sys.argv[1:])}")
+        typer.echo(f"\n{str(stop) or 'Interrupted.'} {advice}", err=True)
         raise typer.Exit(130) from None
-    except ArithmeticError as error:  # a loss that is not finite, or two models whose outputs should agree and do not
-        if debug:
-            raise
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except ModuleNotFoundError as error:
-        from minibert.files.installation import EXTRAS, missing
-
-        module = str(error.name).split(".")[0]
-        if debug or module not in EXTRAS:
-            raise
-        typer.echo(f"Error: {missing(f'This command needs {module}', extra or EXTRAS[module])}", err=True)
-        raise typer.Exit(2) from None
     except Exception as error:  # importing the classes of user errors here would slow every --help
         # Typer ends quietly when the reader of standard output has closed the pipe.
-        if debug or isinstance(error, BrokenPipeError) or (sentence := _sentence(error)) is None:
+        if isinstance(error, BrokenPipeError) or (sentence := _sentence(error, extra)) is None:
             raise
         typer.echo(f"Error: {sentence}", err=True)
-        raise typer.Exit(2) from None
+        # Arithmetic: a loss that is not finite, or two models whose outputs should agree and do not.
+        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
+
+
+_RESUME = "To resume: {command}"
+
+
+def _command(
+    group: typer.Typer, example: str, *, interrupted: str = "Nothing was written.", extra: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command of ``group`` with ``--debug`` and :func:`plain_errors`."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*, debug: bool, **options: Any) -> None:
+            with nullcontext() if debug else plain_errors(interrupted, extra):
+                function(**options)
+
+        shown = inspect.signature(function)
+        last = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        run.__signature__ = shown.replace(parameters=[*shown.parameters.values(), last])  # type: ignore[attr-defined]
+        group.command(epilog=example)(run)
+        return function
+
+    return add
 
 
 def print_json(value: Any) -> None:
@@ -165,47 +183,52 @@ def _hide_loading_bars() -> None:
     _silence_libraries()
 
 
-@app.command(epilog="Example:  minibert train recipes/tinybert.yaml embed.batch_size=128 --output-dir runs/larger-batch")
+@_command(
+    app,
+    "Example:  minibert train recipes/tinybert.yaml embed.batch_size=128 --output-dir runs/larger-batch",
+    interrupted=_RESUME,
+    extra="train",
+)
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a bundled recipe such as tinybert.")],
     overrides: Overrides = None,
     output_dir: RunFolder = None,
     force: RunAgain = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Run a recipe, or resume it: finished stages are skipped, an interrupted one continues at its last checkpoint.
 
     With many processes: torchrun --nproc_per_node N -m minibert train RECIPE.
     """
-    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train"):
-        from minibert.files.processes import processes
-        from minibert.train.recipe import load_recipe
-        from minibert.train.run import read_metrics, run_recipe
+    from minibert.files.processes import processes
+    from minibert.train.recipe import load_recipe
+    from minibert.train.run import read_metrics, run_recipe
 
-        _report_progress()
-        run_dir = run_recipe(load_recipe(recipe, overrides or []), output_dir=output_dir, force=force)
-        if not processes().is_main_process:
-            return
-        stages = read_metrics(run_dir)
-        if as_json:
-            print_json({"output_dir": str(run_dir), "stages": stages})
-            return
-        for stage, metrics in stages.items():
-            numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
-            short = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in numbers.items()}
-            typer.echo(f"{stage}: {', '.join(f'{name} {value}' for name, value in short.items())}")
-            for name, result in metrics.items():
-                if isinstance(result, dict) and "systems" in result:
-                    from minibert.evaluation.evaluate import metrics_table  # it needs more extras than training does
+    _report_progress()
+    run_dir = run_recipe(load_recipe(recipe, overrides or []), output_dir=output_dir, force=force)
+    if not processes().is_main_process:
+        return
+    stages = read_metrics(run_dir)
+    if as_json:
+        print_json({"output_dir": str(run_dir), "stages": stages})
+        return
+    for stage, metrics in stages.items():
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+        short = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in numbers.items()}
+        typer.echo(f"{stage}: {', '.join(f'{name} {value}' for name, value in short.items())}")
+        for name, result in metrics.items():
+            if isinstance(result, dict) and "systems" in result:
+                from minibert.evaluation.evaluate import metrics_table  # it needs more extras than training does
 
-                    typer.echo(f"{name}\n{metrics_table(result)}")
-        typer.echo(f"The run is in {run_dir}.")
+                typer.echo(f"{name}\n{metrics_table(result)}")
+    typer.echo(f"The run is in {run_dir}.")
 
 
-@app.command(
-    epilog='Examples:  minibert search runs/notes-vectors "how do I sort a list" --top-k 3\n\n'
-    'minibert search runs/quickstart/2-embed --passages notes.txt "how do I sort a list"'
+@_command(
+    app,
+    'Examples:  minibert search runs/notes-vectors "how do I sort a list" --top-k 3\n\n'
+    'minibert search runs/quickstart/2-embed --passages notes.txt "how do I sort a list"',
+    interrupted="The vectors are unchanged; search again.",
 )
 def search(
     target: Annotated[
@@ -240,35 +263,40 @@ def search(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="With an INDEX: build it again.")] = False,
     model: Annotated[str | None, typer.Option(help="With an INDEX: the model that made it, if it has moved.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON; for --queries and queries read line by line, one object per line.")
-    ] = False,
-    debug: Debug = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per query and line.")] = False,
 ) -> None:
     """Find the passages that answer a query, best first, in a folder of vectors (INDEX) or in a file (MODEL --passages FILE).
 
     The first search in a folder builds its index, and later ones add what is new to it.
     """
-    with plain_errors(debug, "The vectors are unchanged; search again."):
-        from minibert.search.search import check_queries, read_queries
+    from minibert.search.search import FolderSearcher, Searcher, check_queries, read_passages, read_queries
 
-        _hide_loading_bars()
-        _report_progress()
-        if queries and queries_file is not None:
-            raise ValueError("There are queries on the command line and in --queries; give one of the two.")
-        check_queries(queries or [])
-        asked = read_queries(queries_file) if queries_file is not None else queries or None
-        of_index = {"model": model, "hybrid": hybrid, "exact": exact, "rebuild": rebuild}
-        if passages is None:
-            searcher = _folder_searcher(target, column, trust_remote_code, **of_index)
-        else:
-            searcher = _passage_searcher(target, passages, column, trust_remote_code, **of_index)
-        if queries and as_json:
-            print_json([_answer(*pair) for pair in zip(queries, searcher.search(queries, top_k), strict=True)])
-            return
-        with _until_unread():
-            for answer in _answers(searcher, asked, top_k):
-                typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _answer_lines(answer) + "\n")
+    _hide_loading_bars()
+    _report_progress()
+    if queries and queries_file is not None:
+        raise ValueError("There are queries on the command line and in --queries; give one of the two.")
+    check_queries(queries or [])
+    if queries_file is not None:
+        queries = read_queries(queries_file)
+    searcher: Searcher
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "show_progress": sys.stderr.isatty()}
+    of_index: dict[str, Any] = {"model": model, "hybrid": hybrid, "exact": exact, "rebuild": rebuild}
+    if passages is None:
+        if column is not None:
+            raise ValueError("--column is the column of --passages; a folder of vectors has its texts already.")
+        searcher = FolderSearcher(target, **of_index, **options)
+    else:
+        if given := [name for name, value in of_index.items() if value]:
+            raise ValueError(
+                f"--{given[0]} is for a folder of vectors, and --passages {passages} is none; "
+                f"make one with: minibert encode {target} {passages} OUT"
+            )
+        searcher = Searcher(target, read_passages(passages, column), **options)
+    with _until_unread():
+        for batch in [queries] if queries else ([query] for query in _typed_queries()):
+            for query, hits in zip(batch, searcher.search(batch, top_k)):
+                answer = {"query": query, "hits": [hit._asdict() for hit in hits]}
+                typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))
 
 
 @contextmanager
@@ -281,61 +309,14 @@ def _until_unread() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _passage_searcher(target: str, passages: str, column: str | None, trust_remote_code: bool, **of_index: Any) -> Any:
-    from minibert.search.search import Searcher, read_passages
-
-    if given := [name for name, value in of_index.items() if value]:
-        raise ValueError(
-            f"--{given[0]} is for a folder of vectors, and --passages {passages} is none; make one with: "
-            f"minibert encode {target} {passages} OUT"
-        )
-    texts = read_passages(passages, column)
-    return Searcher(target, texts, trust_remote_code=trust_remote_code, show_progress=sys.stderr.isatty())
-
-
-def _folder_searcher(folder: str, column: str | None, trust_remote_code: bool, **options: Any) -> Any:
-    from minibert.search.search import FolderSearcher
-    from minibert.search.vectors import MANIFEST
-
-    if column is not None:
-        raise ValueError("--column is the column of --passages; a folder of vectors has its texts already.")
-    path = Path(folder).expanduser()
-    if not (path / MANIFEST).exists():
-        raise FileNotFoundError(
-            f"{folder} is a model, not a folder of vectors: say what to search with --passages FILE, or make a folder of "
-            f"vectors with: minibert encode {folder} FILE OUT"
-            if any((path / name).exists() for name in ("config.json", "modules.json"))
-            else f"There is no folder of vectors {folder} (looked from {Path.cwd()}, for its {MANIFEST}); make one with "
-            "minibert encode, or name a model and --passages FILE."
-        )
-    return FolderSearcher(path, trust_remote_code=trust_remote_code, show_progress=sys.stderr.isatty(), **options)
-
-
-def _answers(searcher: Any, queries: list[str] | None, top_k: int) -> Iterator[dict[str, Any]]:
-    """Yield the answers to ``queries``, in batches; without queries, read them from standard input, one by one."""
-    if queries is None:
-        batches: Iterable[list[str]] = ([query] for query in _typed_queries())
-    else:
-        batches = (queries[start : start + 1024] for start in range(0, len(queries), 1024))
-    for batch in batches:
-        yield from map(_answer, batch, searcher.search(batch, top_k))
-
-
-def _answer(query: str, hits: list[Any]) -> dict[str, Any]:
-    def fields(hit: Any) -> dict[str, Any]:
-        return {"score": hit.score, **({} if hit.id is None else {"id": hit.id}), "passage": hit.passage}
-
-    return {"query": query, "hits": [fields(hit) for hit in hits]}
-
-
-def _answer_lines(answer: dict[str, Any]) -> str:
+def _in_lines(query: str, hits: list[Any]) -> str:
     from textwrap import shorten
 
-    def shown(hit: dict[str, Any]) -> str:  # a folder of vectors may lack the texts
-        return shorten(hit["passage"], 300, placeholder=" …") if hit["passage"] is not None else f"id {hit['id']}"
-
-    hits = enumerate(answer["hits"], start=1)
-    return "\n".join([answer["query"], *(f"{rank:4d}  {hit['score']:.4f}  {shown(hit)}" for rank, hit in hits)])
+    lines = [query]
+    for rank, hit in enumerate(hits, start=1):
+        shown = f"id {hit.id}" if hit.passage is None else shorten(hit.passage, 300, placeholder=" …")
+        lines.append(f"{rank:4d}  {hit.score:.4f}  {shown}")
+    return "\n".join([*lines, ""])
 
 
 def _typed_queries() -> Iterator[str]:
@@ -348,7 +329,11 @@ def _typed_queries() -> Iterator[str]:
         yield query
 
 
-@app.command(epilog="Example:  minibert encode runs/quickstart/2-embed notes.jsonl notes-vectors --column body --keep-text")
+@_command(
+    app,
+    "Example:  minibert encode runs/quickstart/2-embed notes.jsonl notes-vectors --column body --keep-text",
+    interrupted=_RESUME,
+)
 def encode(
     model: Model,
     data: Annotated[
@@ -381,35 +366,33 @@ def encode(
     explain: Annotated[bool, typer.Option("--explain", help="Print what was chosen, and why.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Encode a corpus of any size into a folder of vectors (Parquet), or resume where an earlier run stopped.
 
     With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode MODEL INPUT OUT.
     """
-    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}"):
-        from minibert.files.processes import processes
-        from minibert.search.encode_corpus import encode_corpus
+    from minibert.files.processes import processes
+    from minibert.search.encode_corpus import encode_corpus
 
-        _hide_loading_bars()
-        options: dict[str, Any] = {
-            **{"column": column, "id_column": id_column, "split": split, "on_bad_row": on_bad_row, "append": append},
-            **{"keep_text": keep_text, "precision": precision, "rows_per_shard": rows_per_shard, "force": force},
-            **{"dtype": dtype, "batch_tokens": batch_tokens, "device": device, "trust_remote_code": trust_remote_code},
-            **{"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name},
-        }
-        done = encode_corpus(model, data, out, show_progress=sys.stderr.isatty(), **options)
-        if not processes().is_main_process:
-            return
-        if as_json:
-            print_json({"out": str(out), **done.metrics()})
-            return
-        for line in done.lines(explain):
-            typer.echo(line)
-        typer.echo(f"The vectors are in {out}.")
+    _hide_loading_bars()
+    options: dict[str, Any] = {
+        **{"column": column, "id_column": id_column, "split": split, "on_bad_row": on_bad_row, "append": append},
+        **{"keep_text": keep_text, "precision": precision, "rows_per_shard": rows_per_shard, "force": force},
+        **{"dtype": dtype, "batch_tokens": batch_tokens, "device": device, "trust_remote_code": trust_remote_code},
+        **{"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name},
+    }
+    done = encode_corpus(model, data, out, show_progress=sys.stderr.isatty(), **options)
+    if not processes().is_main_process:
+        return
+    if as_json:
+        print_json({"out": str(out), **done.metrics()})
+        return
+    for line in done.lines(explain):
+        typer.echo(line)
+    typer.echo(f"The vectors are in {out}.")
 
 
-@app.command(epilog="Example:  minibert evaluate runs/tinybert/3-embed questions.parquet --limit 1500 --json")
+@_command(app, "Example:  minibert evaluate runs/tinybert/3-embed questions.parquet --limit 1500 --json")
 def evaluate(
     model: Model,
     data: Annotated[
@@ -421,35 +404,37 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 64,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Measure a model on labelled data; the columns decide what is measured.
 
     query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a classifier: classification.
     tokens, ner_tags, with a tagger: entity-level F1.
     """
-    with plain_errors(debug):
-        from minibert.evaluation.evaluate import evaluate as measure
-        from minibert.evaluation.evaluate import metrics_table
+    from minibert.evaluation.evaluate import evaluate as measure
+    from minibert.evaluation.evaluate import metrics_table
 
-        _hide_loading_bars()
-        result = measure(
-            model,
-            data,
-            split=split,
-            limit=limit,
-            baselines=baselines,
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-            show_progress=sys.stderr.isatty(),
-        )
-        if as_json:
-            print_json({"model": model, "data": data, **result})
-        else:
-            typer.echo(metrics_table(result))
+    _hide_loading_bars()
+    result = measure(
+        model,
+        data,
+        split=split,
+        limit=limit,
+        baselines=baselines,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+        show_progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        print_json({"model": model, "data": data, **result})
+    else:
+        typer.echo(metrics_table(result))
 
 
-@app.command(epilog="Example:  minibert predict runs/ner/2-tag articles.txt --out entities.jsonl")
+@_command(
+    app,
+    "Example:  minibert predict runs/ner/2-tag articles.txt --out entities.jsonl",
+    interrupted="The file of --out was not written.",
+)
 def predict(
     model: Model,
     data: Annotated[
@@ -474,36 +459,34 @@ def predict(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per row, with probabilities, instead of a line of text.")
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Predict labels, numbers, tags, answers or choices for a file: the head of the model decides which.
 
     A classifier reads texts or pairs of them; a tagger texts or lists of words (tokens); question answering reads question
     and context; multiple choice a question and its choices.
     """
-    with plain_errors(debug, f"{out} was not written." if out else "The remaining rows are missing."):
-        from minibert.inference.predict import check_output, in_a_line, write
-        from minibert.inference.predict import predict as predict_rows
+    from minibert.inference.predict import check_output, in_a_line, write
+    from minibert.inference.predict import predict as predict_rows
 
-        if out is not None:
-            check_output(out, force=force)
-        _hide_loading_bars()
-        predictions = predict_rows(
-            model,
-            data,
-            columns=columns,
-            split=split,
-            batch_size=batch_size,
-            threshold=threshold,
-            trust_remote_code=trust_remote_code,
-            show_progress=sys.stderr.isatty(),
-        )
-        if out is not None:
-            typer.echo(f"{write(predictions, out, force=force):,} rows are in {out}.", err=True)
-            return
-        with _until_unread():
-            for row in predictions:
-                typer.echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
+    if out is not None:
+        check_output(out, force=force)
+    _hide_loading_bars()
+    predictions = predict_rows(
+        model,
+        data,
+        columns=columns,
+        split=split,
+        batch_size=batch_size,
+        threshold=threshold,
+        trust_remote_code=trust_remote_code,
+        show_progress=sys.stderr.isatty(),
+    )
+    if out is not None:
+        typer.echo(f"{write(predictions, out, force=force):,} rows are in {out}.", err=True)
+        return
+    with _until_unread():
+        for row in predictions:
+            typer.echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
 
 
 hub = typer.Typer(help="Convert models of the BERT family to MiniBERT, and back; publish, fetch and check models.", **_PLAIN)
@@ -526,26 +509,24 @@ def _report(report: Any, as_json: bool) -> None:
         )
 
 
-@hub.command(epilog="Example:  minibert hub convert sentence-transformers/all-MiniLM-L6-v2 minilm")
+@_command(hub, "Example:  minibert hub convert sentence-transformers/all-MiniLM-L6-v2 minilm")
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a BERT-family model, or its id on the Hub.")],
     output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the MiniBERT.")],
     dtype: Dtype = None,
     revision: Revision = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Make a MiniBERT of a BERT, DistilBERT, RoBERTa, XLM-RoBERTa or CamemBERT with the same weights.
 
     Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
     """
-    with plain_errors(debug):
-        from minibert.hub.convert import convert as convert_model
+    from minibert.hub.convert import convert as convert_model
 
-        _report(convert_model(source, output_dir, dtype=dtype, revision=revision), as_json)
+    _report(convert_model(source, output_dir, dtype=dtype, revision=revision), as_json)
 
 
-@hub.command(epilog="Example:  minibert hub export minilm minilm-bert --to bert")
+@_command(hub, "Example:  minibert hub export minilm minilm-bert --to bert")
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a MiniBERT, or its id on the Hub.")],
     output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the exported model.")],
@@ -558,28 +539,30 @@ def export(
     quantize: Annotated[str | None, typer.Option(help="int8: a second, smaller and less exact graph. Only with onnx.")] = None,
     revision: Revision = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write a MiniBERT as a model that opens without this package.
 
     Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status 1.
     """
-    with plain_errors(debug):
-        if to not in ("bert", "onnx"):
-            raise ValueError(f"--to={to} is unknown; use bert or onnx.")
-        if to == "onnx":
-            from minibert.hub.onnx import export_onnx
+    if to not in ("bert", "onnx"):
+        raise ValueError(f"--to={to} is unknown; use bert or onnx.")
+    if to == "onnx":
+        from minibert.hub.onnx import export_onnx
 
-            _report(export_onnx(model, output_dir, quantize=quantize, revision=revision), as_json)
-            return
-        if quantize is not None:
-            raise ValueError(f"--quantize={quantize} is for --to onnx only.")
-        from minibert.hub.export import export as export_model
+        _report(export_onnx(model, output_dir, quantize=quantize, revision=revision), as_json)
+        return
+    if quantize is not None:
+        raise ValueError(f"--quantize={quantize} is for --to onnx only.")
+    from minibert.hub.export import export as export_model
 
-        _report(export_model(model, output_dir, revision=revision), as_json)
+    _report(export_model(model, output_dir, revision=revision), as_json)
 
 
-@hub.command(epilog="Example:  minibert hub push runs/tinybert ann/tinybert --private --license mit --language en")
+@_command(
+    hub,
+    "Example:  minibert hub push runs/tinybert ann/tinybert --private --license mit --language en",
+    interrupted="What was sent is kept; push again to complete it.",
+)
 def push(
     model: Annotated[str, typer.Argument(help="Folder of a run (its last model is taken), of a stage, or of a MiniBERT.")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Name on the Hub.")],
@@ -604,105 +587,103 @@ def push(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what the repository holds.")] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Publish a model on the Hub, and check it before and after.
 
     The folder is built with card and code, opened in a fresh process without this package, and sent in one commit, which is
     then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
     """
-    with plain_errors(debug, "What was sent is kept; push again to complete it."):
-        from minibert.hub.push import change_text, size_text
-        from minibert.hub.push import push as push_model
+    from minibert.hub.push import change_text, size_text
+    from minibert.hub.push import push as push_model
 
-        card: dict[str, Any] = {key: value for key, value in (("license", licence), ("language", languages)) if value}
-        done = push_model(
-            model,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            dtype=dtype,
-            as_bert=as_bert,
-            max_shard_size=max_shard_size,
-            dry_run=dry_run,
-            force=force,
-            report=lambda text: typer.echo(text, err=True),
-            **card,
-        )
-        if as_json:
-            print_json(done.to_dict())
-            return
-        if done.commit is None:  # a dry run
-            for path, size in done.files.items():
-                typer.echo(f"{size_text(size):>12}  {path}")
-            typer.echo(f"\n{done.card}")
-        for change in done.changes:
-            typer.echo(change_text(change))
-        typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
-        if done.commit is not None:
-            typer.echo(f"{done.repo_id} is at commit {done.commit}")
-        if done.pull_request:
-            typer.echo(f"pull request: {done.pull_request}")
+    card: dict[str, Any] = {key: value for key, value in (("license", licence), ("language", languages)) if value}
+    done = push_model(
+        model,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        dtype=dtype,
+        as_bert=as_bert,
+        max_shard_size=max_shard_size,
+        dry_run=dry_run,
+        force=force,
+        report=lambda text: typer.echo(text, err=True),
+        **card,
+    )
+    if as_json:
+        print_json(done.to_dict())
+        return
+    if done.commit is None:  # a dry run
+        for path, size in done.files.items():
+            typer.echo(f"{size_text(size):>12}  {path}")
+        typer.echo(f"\n{done.card}")
+    for change in done.changes:
+        typer.echo(change_text(change))
+    typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
+    if done.commit is not None:
+        typer.echo(f"{done.repo_id} is at commit {done.commit}")
+    if done.pull_request:
+        typer.echo(f"pull request: {done.pull_request}")
 
 
-@hub.command(epilog="Example:  minibert hub pull ann/tinybert@v1 tinybert")
+@_command(
+    hub,
+    "Example:  minibert hub pull ann/tinybert@v1 tinybert",
+    interrupted="What has arrived is kept; pull again to complete it.",
+)
 def pull(
     name: Annotated[
         str, typer.Argument(metavar="USER/NAME[@REVISION]", help="Model on the Hub, with a branch, tag or commit of it.")
     ],
     output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model.")],
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
-    with plain_errors(debug, "What has arrived is kept; pull again to complete it."):
-        from minibert.files import installation
-        from minibert.hub.pull import pull as pull_model
-        from minibert.hub.push import size_text
+    from minibert.files import installation
+    from minibert.hub.pull import pull as pull_model
+    from minibert.hub.push import size_text
 
-        done = pull_model(name, output_dir)
-        if as_json:
-            print_json(done.to_dict())
-            return
-        typer.echo(f"{done.repo_id} at commit {done.commit} is in {done.output}")
-        typer.echo(f"{len(done.files)} files, {size_text(sum(done.files.values()))}")
-        for path, digest in done.code.items():
-            typer.echo(f"sha256 {digest}  {path}")
-        installed = f"that of the installed minibert {installation.version()}"
-        changed = f"its code is not {installed}; minibert hub verify shows where it differs"
-        typer.echo({"installed": f"its code is {installed}", "none": "it brings no code", "changed": changed}[done.code_is])
-        if done.left_out:
-            typer.echo(f"left out: {', '.join(done.left_out)}")
+    done = pull_model(name, output_dir)
+    if as_json:
+        print_json(done.to_dict())
+        return
+    typer.echo(f"{done.repo_id} at commit {done.commit} is in {done.output}")
+    typer.echo(f"{len(done.files)} files, {size_text(sum(done.files.values()))}")
+    for path, digest in done.code.items():
+        typer.echo(f"sha256 {digest}  {path}")
+    installed = f"that of the installed minibert {installation.version()}"
+    changed = f"its code is not {installed}; minibert hub verify shows where it differs"
+    typer.echo({"installed": f"its code is {installed}", "none": "it brings no code", "changed": changed}[done.code_is])
+    if done.left_out:
+        typer.echo(f"left out: {', '.join(done.left_out)}")
 
 
-@hub.command(epilog="Example:  minibert hub verify ann/tinybert@v1 --json")
+@_command(hub, "Example:  minibert hub verify ann/tinybert@v1 --json")
 def verify(
     model: Annotated[str, typer.Argument(metavar="FOLDER|USER/NAME[@REVISION]", help="Model folder, or model on the Hub.")],
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Check a model: files, weights, tokenizer, card, code, and that it opens in a fresh process without this package.
 
     A failed check is exit status 1.
     """
-    with plain_errors(debug):
-        from minibert.hub.verify import verify as verify_model
+    from minibert.hub.verify import verify as verify_model
 
-        _hide_loading_bars()
-        found = verify_model(model, trust_remote_code=trust_remote_code)
-        if as_json:
-            print_json(found.to_dict())
-        else:
-            if found.commit:
-                typer.echo(f"{model} is at commit {found.commit}")
-            for check in found.checks:
-                typer.echo(f"{check.state:7}  {check.name}: {check.text}")
-                if check.detail:
-                    typer.echo(check.detail)
-        if not found.ok:
-            raise typer.Exit(1)
+    _hide_loading_bars()
+    found = verify_model(model, trust_remote_code=trust_remote_code)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        if found.commit:
+            typer.echo(f"{model} is at commit {found.commit}")
+        for check in found.checks:
+            typer.echo(f"{check.state:7}  {check.name}: {check.text}")
+            if check.detail:
+                typer.echo(check.detail)
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 plot = typer.Typer(
@@ -718,21 +699,13 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out.
 TextColumn = Annotated[str | None, typer.Option(help="Column of texts, where a file has several.")]
 
 
-@contextmanager
-def _drawing(debug: bool) -> Iterator[None]:
-    """Report errors in one sentence, and silence the libraries."""
-    with plain_errors(debug):
-        _hide_loading_bars()
-        yield
-
-
 def _save(picture: Any, out: Path, force: bool) -> None:
     for note in picture.notes:
         typer.echo(note, err=True)
     typer.echo(f"The picture is in {picture.save(out, force=force)}.", err=True)
 
 
-@plot.command(epilog='Example:  minibert plot attention minilm "The cat sat on the mat because it was tired." --out cat.html')
+@_command(plot, 'Example:  minibert plot attention minilm "The cat sat on the mat because it was tired." --out cat.html')
 def attention(
     model: Model,
     text: Annotated[str, typer.Argument(help="Text that the model reads.")],
@@ -743,23 +716,22 @@ def attention(
     max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens; the model's own limit is the most.")] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
-    debug: Debug = False,
 ) -> None:
     """Draw which tokens attend to which, in every layer and head: as heat maps and as lines between two columns of tokens.
 
     A page has menus for the layer and the head. An image shows all heads as small heat maps, or a single head with its tokens.
     """
-    with _drawing(debug):
-        from minibert import plot
+    from minibert import plot
 
-        plot.check_output(out, force=force)
-        picture = plot.attention(
-            model, text, second, layer=layer, head=head, max_tokens=max_tokens, trust_remote_code=trust_remote_code
-        )
-        _save(picture, out, force)
+    _hide_loading_bars()
+    plot.check_output(out, force=force)
+    picture = plot.attention(
+        model, text, second, layer=layer, head=head, max_tokens=max_tokens, trust_remote_code=trust_remote_code
+    )
+    _save(picture, out, force)
 
 
-@plot.command(epilog="Example:  minibert plot embeddings minilm reviews.csv --label-column stars --out reviews.html")
+@_command(plot, "Example:  minibert plot embeddings minilm reviews.csv --label-column stars --out reviews.html")
 def embeddings(
     model: Model,
     texts: Annotated[list[str], typer.Argument(metavar="TEXTS...", help="A file or Hub data set of texts, or texts.")],
@@ -777,36 +749,34 @@ def embeddings(
     limit: Limit = 1000,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
-    debug: Debug = False,
 ) -> None:
     """Draw texts, or their tokens, as points in three dimensions."""
-    with _drawing(debug):
-        from minibert import plot
+    from minibert import plot
 
-        plot.check_output(out, force=force)
-        read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
-        picture = plot.embeddings(
-            model, read, labels=labels or found, tokens=tokens, method=method, trust_remote_code=trust_remote_code
-        )
-        _save(picture, out, force)
+    _hide_loading_bars()
+    plot.check_output(out, force=force)
+    read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
+    picture = plot.embeddings(
+        model, read, labels=labels or found, tokens=tokens, method=method, trust_remote_code=trust_remote_code
+    )
+    _save(picture, out, force)
 
 
-@plot.command(epilog="Example:  minibert plot training runs/nano_imdb runs/mine --out curves.html")
+@_command(plot, "Example:  minibert plot training runs/nano_imdb runs/mine --out curves.html")
 def training(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or of one stage, or a log.jsonl.")],
     out: PlotFile,
     force: Force = False,
-    debug: Debug = False,
 ) -> None:
     """Draw loss, metrics, learning rate and speed of training runs, several in one picture. They may still be going on."""
-    with _drawing(debug):
-        from minibert import plot
+    from minibert import plot
 
-        plot.check_output(out, force=force)
-        _save(plot.training(runs), out, force)
+    _hide_loading_bars()
+    plot.check_output(out, force=force)
+    _save(plot.training(runs), out, force)
 
 
-@plot.command(epilog='Example:  minibert plot similarity minilm questions.txt "how do I sort a list" --out similar.html')
+@_command(plot, 'Example:  minibert plot similarity minilm questions.txt "how do I sort a list" --out similar.html')
 def similarity(
     model: Model,
     first: Annotated[str, typer.Argument(metavar="A", help="A file or Hub data set of texts, or a text.")],
@@ -817,20 +787,19 @@ def similarity(
     limit: Limit = 50,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
-    debug: Debug = False,
 ) -> None:
     """Draw how similar the texts of two lists are."""
-    with _drawing(debug):
-        from minibert import plot
+    from minibert import plot
 
-        plot.check_output(out, force=force, suffixes=[".html"])
-        lists = [
-            plot.read_texts([data], column=column, split=split, limit=limit)[0] for data in (first, second) if data is not None
-        ]
-        _save(plot.similarity(model, *lists, trust_remote_code=trust_remote_code), out, force)
+    _hide_loading_bars()
+    plot.check_output(out, force=force, suffixes=[".html"])
+    lists = [
+        plot.read_texts([data], column=column, split=split, limit=limit)[0] for data in (first, second) if data is not None
+    ]
+    _save(plot.similarity(model, *lists, trust_remote_code=trust_remote_code), out, force)
 
 
-@plot.command(epilog='Example:  minibert plot tokens minilm "Tokenization, unbelievably." --out tokens.html')
+@_command(plot, 'Example:  minibert plot tokens minilm "Tokenization, unbelievably." --out tokens.html')
 def tokens(
     model: Model,
     text: Annotated[str, typer.Argument(help="Text to split.")],
@@ -838,23 +807,21 @@ def tokens(
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show how a text is split into tokens: their ids, the words they belong to, and what the vocabulary lacks."""
-    with _drawing(debug):
-        from dataclasses import asdict
+    from dataclasses import asdict
 
-        from minibert import plot
+    from minibert import plot
 
-        if out is not None:
-            plot.check_output(out, force=force, suffixes=[".html"])
-        picture = plot.tokens(model, text, trust_remote_code=trust_remote_code)
-        if as_json:
-            print_json({"model": model, "text": text, "tokens": [asdict(token) for token in picture.tokens]})
-        elif out is None:
-            typer.echo(f"{picture.table()}\n{picture.summary}")
-        if out is not None:
-            _save(picture, out, force)
+    if out is not None:
+        plot.check_output(out, force=force, suffixes=[".html"])
+    picture = plot.tokens(model, text, trust_remote_code=trust_remote_code)
+    if as_json:
+        print_json({"model": model, "text": text, "tokens": [asdict(token) for token in picture.tokens]})
+    elif out is None:
+        typer.echo(f"{picture.table()}\n{picture.summary}")
+    if out is not None:
+        _save(picture, out, force)
 
 
 _EXAMPLE_QUESTIONS = (
@@ -864,7 +831,12 @@ _EXAMPLE_QUESTIONS = (
 )
 
 
-@app.command(epilog='Example:  minibert quickstart --query "how do I sort an array"')
+@_command(
+    app,
+    'Example:  minibert quickstart --query "how do I sort an array"',
+    interrupted=_RESUME,
+    extra="train",
+)
 def quickstart(
     overrides: Overrides = None,
     queries: Annotated[
@@ -873,44 +845,42 @@ def quickstart(
     ] = None,
     output_dir: RunFolder = None,
     force: RunAgain = False,
-    debug: Debug = False,
 ) -> None:
     """Train a search model on the documentation installed here, measure it, reload it elsewhere and ask it questions.
 
     Some minutes on two CPU cores, nothing to download. It is the bundled recipe named quickstart: finished stages are
     skipped, so that asking again takes no training.
     """
-    with plain_errors(debug, f"To resume: minibert {shlex.join(sys.argv[1:])}", extra="train"):
-        from dataclasses import replace
+    from dataclasses import replace
 
-        from minibert.data.docstrings import load_passages
-        from minibert.evaluation.evaluate import metrics_table
-        from minibert.hub.isolated import compute
-        from minibert.hub.push import prove
-        from minibert.hub.verify import request_for
-        from minibert.search.search import Searcher, check_queries
-        from minibert.train.recipe import load_recipe
-        from minibert.train.run import read_metrics, run_recipe
+    from minibert.data.docstrings import load_passages
+    from minibert.evaluation.evaluate import metrics_table
+    from minibert.hub.isolated import compute
+    from minibert.hub.push import prove
+    from minibert.hub.verify import request_for
+    from minibert.search.search import Searcher, check_queries
+    from minibert.train.recipe import load_recipe
+    from minibert.train.run import read_metrics, run_recipe
 
-        _name_foreign()
-        check_queries(queries or [])
-        _report_progress()
-        run_dir = run_recipe(load_recipe("quickstart", overrides or []), output_dir=output_dir, force=force)
-        folder = run_dir / "2-embed"
-        typer.echo("\nHeld-out modules, each summary against all descriptions:")
-        for metrics in read_metrics(run_dir)["evaluate"].values():
-            typer.echo(metrics_table(metrics))
+    _name_foreign()
+    check_queries(queries or [])
+    _report_progress()
+    run_dir = run_recipe(load_recipe("quickstart", overrides or []), output_dir=output_dir, force=force)
+    folder = run_dir / "2-embed"
+    typer.echo("\nHeld-out modules, each summary against all descriptions:")
+    for metrics in read_metrics(run_dir)["evaluate"].values():
+        typer.echo(metrics_table(metrics))
 
-        questions = [*_EXAMPLE_QUESTIONS, *(queries or [])]
-        passages = load_passages()["text"]
-        typer.echo(f"\nReading {len(passages):,} passages to search ...", err=True)
-        searcher = Searcher(folder, passages, show_progress=True)
-        request = request_for(folder)
-        here, _ = compute(replace(request, trust=False))  # in this process, the installed classes open it
-        _, difference = prove(request, here, str(folder))
-        typer.echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
-        for question, hits in zip(questions, searcher.search(questions, top_k=3), strict=True):
-            typer.echo(f"\n{_answer_lines(_answer(question, hits))}")
-        typer.echo(f"\nThe model is in {folder}. Search your own text: minibert search {folder} --passages FILE")
-        for query in _typed_queries() if not queries and sys.stdin.isatty() else ():
-            typer.echo(_answer_lines(_answer(query, searcher.search([query], top_k=3)[0])) + "\n")
+    questions = [*_EXAMPLE_QUESTIONS, *(queries or [])]
+    passages = load_passages()["text"]
+    typer.echo(f"\nReading {len(passages):,} passages to search ...", err=True)
+    searcher = Searcher(folder, passages, show_progress=True)
+    request = request_for(folder)
+    here, _ = compute(replace(request, trust=False))  # in this process, the installed classes open it
+    _, difference = prove(request, here, str(folder))
+    typer.echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
+    for question, hits in zip(questions, searcher.search(questions, top_k=3), strict=True):
+        typer.echo(f"\n{_in_lines(question, hits)}", nl=False)
+    typer.echo(f"\nThe model is in {folder}. Search your own text: minibert search {folder} --passages FILE")
+    for query in _typed_queries() if not queries and sys.stdin.isatty() else ():
+        typer.echo(_in_lines(query, searcher.search([query], top_k=3)[0]))

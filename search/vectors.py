@@ -106,7 +106,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     file = Path(folder) / MANIFEST
     if not file.exists():
         raise FileNotFoundError(
-            f"{folder} is not a folder of vectors: it holds no {MANIFEST}. Make one with: minibert encode MODEL INPUT {folder}"
+            f"There is no folder of vectors {folder} (looked from {Path.cwd()}, for its {MANIFEST}); "
+            "make one with minibert encode, or let a model search a file with --passages FILE."
         )
     try:
         return _READER.validate_json(file.read_bytes())

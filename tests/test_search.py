@@ -451,7 +451,7 @@ def test_a_file_is_searched(run, tmp_path):
     Dataset.from_dict({"number": range(len(PASSAGES)), "body": PASSAGES}).to_json(file)
     result = run("--passages", file, "--json", "--top-k", 1, "capital of france", "gradient descent")
     assert result.exit_code == 0, result.output
-    answers = json.loads(result.stdout)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert [answer["query"] for answer in answers] == ["capital of france", "gradient descent"]
     assert [[hit["passage"] for hit in answer["hits"]] for answer in answers] == [[PASSAGES[2]], [PASSAGES[3]]]
 
@@ -562,11 +562,11 @@ def test_options_of_a_folder_are_refused_for_passages(run, passages_file):
         assert f"{option[0]} is for a folder of vectors" in result.stderr
 
 
-def test_what_is_no_folder_of_vectors_says_what_it_is(run_index, saved, tmp_path):
-    assert f"{saved} is a model, not a folder of vectors: say what to search with --passages" in run_index(saved, "cat").stderr
-    result = run_index(tmp_path / "nowhere", "cat")
-    assert result.exit_code == 2
-    assert "There is no folder of vectors" in result.stderr
+def test_a_model_or_nothing_is_no_folder_of_vectors(run_index, saved, tmp_path):
+    for target in (saved, tmp_path / "nowhere"):
+        result = run_index(target, "cat")
+        assert result.exit_code == 2
+        assert f"There is no folder of vectors {target}" in result.stderr and "--passages FILE" in result.stderr
 
 
 def test_a_missing_shard_is_status_2(run_index, vectors):
