@@ -1,17 +1,16 @@
 """Find the nearest vectors of a folder with an index that the first search builds and later ones extend.
 
-Up to ``EXACT_ROWS`` vectors, a query is compared with all of them. Above, FAISS groups the vectors into lists around
-centroids (IVF) and compares a query with short codes (4-bit product quantization) of those in the nearest lists; the best
-candidates are compared again with the vectors as they are stored. Exact search needs no FAISS.
+Up to ``EXACT_ROWS`` vectors, a query is compared with all of them. Above, FAISS groups the vectors
+into lists around centroids (IVF) and compares a query with short codes (4-bit product quantization)
+of those in the nearest lists; the best are compared again with the vectors as they are stored.
 
-``index/`` in the folder holds the stored vectors of all shards (``vectors.bin``, memory-mapped, since Parquet cannot be), the
-FAISS index (``lists.faiss``) and ``index.json``. That file is written last; what it does not name does not count.
+``index/`` in the folder holds the stored vectors of all shards (``vectors.bin``, memory-mapped,
+since Parquet cannot be), the FAISS index (``lists.faiss``) and ``index.json``, which is written last.
 """
 
 import contextlib
 import logging
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -31,14 +30,14 @@ from minibert.search.vectors import Shard, VectorFolder, to_float
 logger = logging.getLogger(__name__)
 
 KEPT = "the vectors are complete"
-# Comparing a query with 50,000 vectors of 384 takes some milliseconds; building lists takes as long as thousands of queries.
+# Comparing a query with all of them takes some milliseconds; building lists, thousands of queries.
 EXACT_ROWS = 50_000
-# The recall of the nearest 10 is measured on 1,000 stored vectors. The target is a little above the promised 0.99, because
-# queries differ from the sample.
+# Recall is measured for the nearest 10 of stored vectors. The target is above the promised 0.99,
+# because queries differ from stored vectors.
 NEIGHBOURS = 10
 _SAMPLE = 1000
 _TARGET = 0.992
-# Queries are often further from their neighbours than passages from theirs, so codes alone never decide.
+# Queries are often further from their neighbours than passages, so codes alone never decide.
 _CANDIDATES = (4, 8, 16, 32)
 _MAX_LISTS = 16_384
 _TRAINING_VECTORS_PER_LIST = 40  # FAISS asks for 39
@@ -51,7 +50,7 @@ _STATE, _VECTORS, _LISTS = "index.json", "vectors.bin", "lists.faiss"
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """A shard as it was when it was indexed: its size and the time of its last change, in bytes and nanoseconds."""
+    """A shard when it was indexed; ``modified`` in nanoseconds."""
 
     file: str
     rows: int
@@ -69,7 +68,7 @@ class Lists:
         trained_rows: vectors in the folder when the centroids were trained.
         lists: number of lists, of which ``probes`` are searched.
         candidates: vectors per hit that are compared again, as they are stored.
-        recall: share of the true nearest ``NEIGHBOURS`` that are found with these settings, on the sample.
+        recall: share of the true nearest ``NEIGHBOURS`` that are found with these settings.
     """
 
     sha256: str
@@ -82,29 +81,12 @@ class Lists:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Random stored vectors by row, and the cosines of their true nearest ``NEIGHBOURS``, without the vector itself."""
-
-    rows: list[int]
-    scores: list[list[float]]
-
-
-@dataclass(frozen=True)
 class State:
     """The content of ``index.json``. Without ``lists``, search is exact."""
 
-    fingerprint: str
-    precision: str
-    dimension: int
     shards: list[IndexedShard] = field(default_factory=list)
     lists: Lists | None = None
-    sample: Sample | None = None
     format: Literal[1] = 1
-
-    @property
-    def rows(self) -> int:
-        """Return the number of indexed vectors."""
-        return sum(shard.rows for shard in self.shards)
 
 
 _READER = TypeAdapter(State)
@@ -113,12 +95,10 @@ _READER = TypeAdapter(State)
 class VectorIndex:
     """The nearest vectors of a folder by cosine.
 
-    Memory: the codes of the lists (half a byte per two dimensions, and the row's number) and the block that is being compared.
-    The stored vectors stay on disk, where the operating system caches what is used.
+    Memory holds the codes of the lists (half a byte per two dimensions, and a row number) and the
+    block that is being compared. The stored vectors stay on disk.
 
     Args:
-        folder: the vectors.
-        state: of the index on disk, as :func:`open_index` finds or makes it.
         exact: do not read the lists; every search then compares with all vectors.
 
     Raises:
@@ -128,7 +108,8 @@ class VectorIndex:
     def __init__(self, folder: VectorFolder, state: State, *, exact: bool = False) -> None:
         self.folder, self.state = folder, state
         home, manifest = index_folder(folder), folder.manifest
-        self._stored = np.asarray(np.memmap(home / _VECTORS, manifest.dtype, "r", shape=(state.rows, manifest.width)))
+        shape = (len(self), manifest.width)
+        self._stored = np.asarray(np.memmap(home / _VECTORS, manifest.dtype, "r", shape=shape))
         self._faiss: Any = None
         if state.lists is not None and not exact:
             import faiss
@@ -138,7 +119,7 @@ class VectorIndex:
             self._faiss = faiss.read_index(str(home / _LISTS))
 
     def __len__(self) -> int:
-        return self.state.rows
+        return sum(shard.rows for shard in self.state.shards)
 
     def describe(self) -> str:
         """Return the kind of search and its recall, in a line."""
@@ -146,15 +127,16 @@ class VectorIndex:
         if self._faiss is None or lists is None:
             return f"Exact search: each query is compared with all {len(self):,} vectors (recall@{NEIGHBOURS} 1)."
         return (
-            f"IVF-PQ index of {len(self):,} vectors: {lists.probes} of {lists.lists:,} lists are searched and "
-            f"{lists.candidates} candidates per hit compared in full; recall@{NEIGHBOURS} {lists.recall:.4f} against exact "
-            f"search, on {_SAMPLE:,} stored vectors."
+            f"IVF-PQ index of {len(self):,} vectors: {lists.probes} of {lists.lists:,} lists are searched "
+            f"and {lists.candidates} candidates per hit compared in full; recall@{NEIGHBOURS} "
+            f"{lists.recall:.4f} against exact search, on {_SAMPLE:,} stored vectors."
         )
 
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ``top_k`` rows nearest to each query, best first: cosines and row numbers, both (n, min(top_k, rows)).
+        """Return the ``top_k`` rows nearest to each query, best first: cosines and row numbers.
 
-        If the searched lists hold fewer vectors, the row numbers end with -1.
+        Both are (n, min(top_k, rows)). If the searched lists hold fewer vectors, the row numbers
+        end with -1.
 
         Args:
             queries: (n, dimension) float32, of any length.
@@ -164,7 +146,10 @@ class VectorIndex:
         found = []
         for start in range(0, len(queries), _QUERIES):
             some = queries[start : start + _QUERIES]
-            found.append(self._exact(some, top_k) if self._faiss is None or not lists else self._by_lists(some, top_k, lists))
+            if self._faiss is None or lists is None:
+                found.append(self._exact(some, top_k))
+            else:
+                found.append(self._by_lists(some, top_k, lists))
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -172,7 +157,7 @@ class VectorIndex:
         return self._floats(self._stored[rows])
 
     def blocks(self, first_row: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the vectors from a row on: number of the first row, and (n, dimension) float32."""
+        """Yield the number of a row and the (n, dimension) float32 vectors from it on."""
         for start in range(first_row, len(self), _BLOCK):
             yield start, self._floats(self._stored[start : start + _BLOCK])
 
@@ -180,9 +165,9 @@ class VectorIndex:
         vectors = to_float(stored, self.folder.manifest)
         return vectors if self.folder.manifest.normalized else normalize(vectors)
 
-    def _exact(self, queries: np.ndarray, top_k: int, *, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def _exact(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        for start, block in self.blocks(first_row):
+        for start, block in self.blocks():
             found, places = torch.from_numpy(queries @ block.T).topk(min(top_k, len(block)))
             scores, rows = _best([scores, found.numpy()], [rows, places.numpy() + start], top_k)
         return scores, rows
@@ -212,36 +197,33 @@ def index_folder(folder: VectorFolder) -> Path:
 def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
     """Open the index of ``folder``, after building it or adding the shards that it lacks.
 
-    It is built from nothing if there is none, if a shard in it has changed or is gone, or if a file of it is damaged or
+    It is built from nothing if a shard in it has changed or is gone, or a file of it is damaged or
     missing. Lists are trained again when the folder has grown fourfold.
 
     Args:
-        exact: neither make nor read lists, whatever the number of vectors; existing ones stay for later searches.
+        exact: neither make nor read lists; existing ones stay for later searches.
         rebuild: build it from nothing in any case.
-        show_progress: show a bar while it is built.
 
     Raises:
         FileNotFoundError: for a shard that is missing.
-        ModuleNotFoundError: for more than ``EXACT_ROWS`` vectors, unless ``exact``, if FAISS is not installed.
-        ValueError: for a folder without vectors, or a shard that is damaged or differs from the manifest.
+        ModuleNotFoundError: if lists are needed and FAISS is not installed.
+        ValueError: for a folder without vectors, or a shard that is damaged.
         OSError: for an index that cannot be written.
     """
-    manifest, rows = folder.manifest, len(folder)
+    rows = len(folder)
     if not rows:
         raise ValueError(
-            f"{folder.folder} holds no vectors yet; wait until minibert encode has written some."
-            if not manifest.complete
-            else f"{folder.folder} holds no vectors; encode an input that holds texts."
+            f"{folder.folder} holds no vectors; encode an input that holds texts, or wait until "
+            "minibert encode has written some."
         )
-    if manifest.precision == "int8" and not manifest.ranges:
-        raise ValueError(f"The manifest of {folder.folder} lacks the ranges of int8 vectors; encode again.")
     with_lists = rows > EXACT_ROWS and not exact
     if with_lists:
         import faiss  # noqa: F401  # fails here rather than after the vectors were copied
 
     def is_current(index: VectorIndex) -> bool:
         lists = index.state.lists
-        return len(index.state.shards) == len(folder.shards) and (not with_lists or (lists is not None and lists.rows == rows))
+        listed = not with_lists or (lists is not None and lists.rows == rows)
+        return listed and len(index.state.shards) == len(folder.shards)
 
     if not rebuild:
         with contextlib.suppress(ValueError):  # reported below, under the lock: another process may be building
@@ -261,16 +243,8 @@ def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = Fal
 
 @contextlib.contextmanager
 def index_lock(folder: VectorFolder) -> Iterator[None]:
-    """Wait until no other process builds the index of ``folder``, and keep others from it.
-
-    Raises:
-        OSError: if nothing can be written.
-    """
+    """Wait until no other process builds the index of ``folder``, and keep others from it."""
     home = index_folder(folder)
-    if not os.access(home if home.exists() else folder.folder, os.W_OK):
-        raise PermissionError(
-            f"{home} holds no current index and cannot be written; make it writable, or search a copy of {folder.folder}."
-        )
     with readable_os_errors(home, KEPT):
         home.mkdir(exist_ok=True)
     with exclusive_lock(home, "building", kept=KEPT, wait=True):
@@ -283,19 +257,16 @@ def _open_existing(folder: VectorFolder, exact: bool) -> VectorIndex | None:
     Raises:
         ValueError: it is damaged, or its shards are not those of the folder.
     """
-    home, manifest = index_folder(folder), folder.manifest
+    home = index_folder(folder)
     if not any((home / name).exists() for name in (_STATE, _VECTORS)):
         return None
     try:
-        index = VectorIndex(folder, _READER.validate_json((home / _STATE).read_bytes()), exact=exact)
+        state = _READER.validate_json((home / _STATE).read_bytes())
+        index = VectorIndex(folder, state, exact=exact)
     except (OSError, ValueError) as error:
         raise ValueError(f"The index in {home} was not finished, or is damaged.") from error
-    state = index.state
-    if (
-        (state.fingerprint, state.precision, state.dimension) != (manifest.fingerprint, manifest.precision, manifest.dimension)
-        or len(state.shards) > len(folder.shards)
-        or not all(_is_unchanged(folder, *pair) for pair in zip(state.shards, folder.shards, strict=False))
-    ):
+    unchanged = all(_is_unchanged(folder, *pair) for pair in zip(state.shards, folder.shards))
+    if len(state.shards) > len(folder.shards) or not unchanged:
         raise ValueError(f"The vectors in {folder.folder} have changed since they were indexed.")
     return index
 
@@ -313,12 +284,12 @@ def _is_unchanged(folder: VectorFolder, indexed: IndexedShard, shard: Shard) -> 
 
 def _build(folder: VectorFolder, before: VectorIndex | None, with_lists: bool, show_progress: bool) -> VectorIndex:
     """Add the vectors that the index ``before`` lacks (all, if there is none) and write the state."""
-    home, manifest = index_folder(folder), folder.manifest
+    home = index_folder(folder)
     if before is None:
         for name in (_STATE, _VECTORS, _LISTS):  # a process that searches them keeps its open files
             (home / name).unlink(missing_ok=True)
-    state = before.state if before else State(manifest.fingerprint, manifest.precision, manifest.dimension)
-    index = VectorIndex(folder, _add_vectors(folder, state, show_progress), exact=True)
+    state = _add_vectors(folder, before.state if before else State(), show_progress)
+    index = VectorIndex(folder, state, exact=True)
     if with_lists:
         _add_to_lists(index, before, show_progress)
     with readable_os_errors(home / _STATE, KEPT):
@@ -329,13 +300,15 @@ def _build(folder: VectorFolder, before: VectorIndex | None, with_lists: bool, s
 def _add_vectors(folder: VectorFolder, state: State, show_progress: bool) -> State:
     """Append the vectors of new shards to those that ``state`` names."""
     file, shards, manifest = index_folder(folder) / _VECTORS, list(state.shards), folder.manifest
+    rows = sum(shard.rows for shard in shards)
     with readable_os_errors(file, KEPT), file.open("ab") as target:
-        target.truncate(state.rows * manifest.width * manifest.dtype.itemsize)  # a killed process may have left more
+        target.truncate(rows * manifest.width * manifest.dtype.itemsize)  # more is of a killed process
     for shard in tqdm(folder.shards[len(shards) :], "mapping shards", disable=not show_progress, unit="shard"):
         source = folder.folder / shard.file
         seen, vectors = source.stat(), folder.read(shard)
         if vectors.dtype.kind == "f" and not (finite := np.isfinite(vectors).all(axis=1)).all():
-            raise ValueError(f"{source} holds a vector that is not finite (row {int(np.argmin(finite))} of it); encode again.")
+            row = int(np.argmin(finite))
+            raise ValueError(f"{source} holds a vector that is not finite (row {row} of it); encode again.")
         with readable_os_errors(file, KEPT), file.open("ab") as target:
             target.write(np.ascontiguousarray(vectors).data)
         shards.append(IndexedShard(shard.file, shard.rows, seen.st_size, seen.st_mtime_ns, sha256(source)))
@@ -345,29 +318,28 @@ def _add_vectors(folder: VectorFolder, state: State, show_progress: bool) -> Sta
 
 
 def _add_to_lists(index: VectorIndex, before: VectorIndex | None, show_progress: bool) -> None:
-    """Add the vectors that the lists of the index ``before`` lack, or train lists; choose the settings and write the lists."""
+    """Add the vectors that the lists of ``before`` lack, or train lists; choose the settings and write."""
     import faiss
 
-    home, rows, lists, sample = index_folder(index.folder), len(index), index.state.lists, index.state.sample
+    home, rows, lists = index_folder(index.folder), len(index), index.state.lists
     if before is None or lists is None or rows > _GROWTH * lists.trained_rows:
         if lists:
             logger.info("The folder has grown to %s vectors; the lists are trained again.", f"{rows:,}")
-        index._faiss, first, trained, sample = _train(index), 0, rows, None
+        index._faiss, first, trained = _train(index), 0, rows
     else:
         index._faiss, first, trained = before._faiss, lists.rows, lists.trained_rows
     with tqdm(desc="indexing vectors", total=rows, initial=first, disable=not show_progress, unit="vector") as bar:
         for _, block in index.blocks(first):
             index._faiss.add(block)
             bar.update(len(block))
-    sample = _extend_sample(index, sample, first)
     number = faiss.extract_index_ivf(index._faiss).nlist
-    lists = choose_settings(index, Lists("", rows, trained, number, 0, 0, 0.0), sample)
+    lists = choose_settings(index, Lists("", rows, trained, number, 0, 0, 0.0))
     with readable_os_errors(home / _LISTS, KEPT), atomic_write(home / _LISTS) as part:
         try:
             faiss.write_index(index._faiss, str(part))
         except RuntimeError as error:
             raise OSError(str(error).splitlines()[-1]) from error
-    index.state = replace(index.state, lists=replace(lists, sha256=sha256(home / _LISTS)), sample=sample)
+    index.state = replace(index.state, lists=replace(lists, sha256=sha256(home / _LISTS)))
 
 
 def number_of_lists(rows: int) -> int:
@@ -380,55 +352,57 @@ def number_of_lists(rows: int) -> int:
 
 
 def _train(index: VectorIndex) -> Any:
-    """Return an IVF-PQ index without vectors, its lists and codes fitted to a random sample of the vectors."""
+    """Return an IVF-PQ index without vectors, fitted to a random sample of the vectors."""
     import faiss
 
-    lists, width = number_of_lists(len(index)), index.state.dimension
-    # Codes of 4 bits for 2 dimensions each, compared in registers ("fast scan"): at equal recall several times the speed of
-    # 8-bit codes or of graphs (HNSW), and a fraction of their time to build. An odd width gets a column of zeros.
+    lists, width = number_of_lists(len(index)), index.folder.manifest.dimension
+    # Codes of 4 bits for 2 dimensions each, compared in registers ("fast scan"): at equal recall
+    # several times the speed of 8-bit codes or of graphs (HNSW), and a fraction of their time to
+    # build. An odd width gets a column of zeros.
     kind = f"Pad{width + width % 2},IVF{lists},PQ{(width + 1) // 2}x4fs"
     empty = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     wanted = min(len(index), lists * _TRAINING_VECTORS_PER_LIST)
-    empty.train(index.vectors(np.sort(np.random.default_rng(0).choice(len(index), wanted, replace=False))))
+    rows = np.random.default_rng(0).choice(len(index), wanted, replace=False)
+    empty.train(index.vectors(np.sort(rows)))
     return empty
 
 
-def _extend_sample(index: VectorIndex, sample: Sample | None, first_row: int) -> Sample:
-    """Find the true neighbours of random vectors, or update those of ``sample`` by the rows from ``first_row`` on."""
-    if sample is None:
-        rows = np.sort(np.random.default_rng(1).choice(len(index), min(_SAMPLE, len(index)), replace=False))
-        scores = np.empty((len(rows), 0), np.float32)
-    else:
-        rows, scores = np.array(sample.rows), np.array(sample.scores, np.float32)
-    found = index._exact(_sample_queries(index, rows), NEIGHBOURS + 1, first_row=first_row)
-    return Sample(rows.tolist(), _neighbour_scores(rows, *found, scores).tolist())
+class Sample:
+    """Random stored vectors as queries, and the cosines of their true neighbours.
 
-
-def _neighbour_scores(rows: np.ndarray, scores: np.ndarray, found: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the best ``NEIGHBOURS`` of ``scores`` and ``others``, leaving out each of ``rows`` that found itself."""
-    scores = np.concatenate([np.where(found == rows[:, None], -np.inf, scores), others], axis=1)
-    best: np.ndarray = -np.sort(-scores, axis=1)[:, :NEIGHBOURS]
-    return best
-
-
-def _sample_queries(index: VectorIndex, rows: np.ndarray) -> np.ndarray:
-    """Return the vectors of a sample as queries, (n, dimension) of length 1.
-
-    For binary vectors they are random vectors that round to the stored bits, since queries are not rounded.
+    Queries are not rounded, so those of binary vectors are random vectors that round to their bits.
     """
-    vectors = index.vectors(rows)
-    if index.state.precision == "binary":
-        vectors = vectors * np.abs(np.random.default_rng(2).standard_normal(vectors.shape, dtype=np.float32))
-    queries: np.ndarray = normalize(vectors)
-    return queries
+
+    def __init__(self, index: VectorIndex) -> None:
+        count = min(_SAMPLE, len(index))
+        self.index = index
+        self.rows = np.sort(np.random.default_rng(1).choice(len(index), count, replace=False))
+        vectors = index.vectors(self.rows)
+        if index.folder.manifest.precision == "binary":
+            noise = np.random.default_rng(2).standard_normal(vectors.shape, dtype=np.float32)
+            vectors = vectors * np.abs(noise)
+        self.queries = normalize(vectors)
+        self.scores = self._neighbours(*index._exact(self.queries, NEIGHBOURS + 1))
+
+    def _neighbours(self, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the best ``NEIGHBOURS`` of the scores, without that of a vector with itself."""
+        scores = np.where(rows == self.rows[:, None], -np.inf, scores)
+        best: np.ndarray = -np.sort(-scores, axis=1)[:, :NEIGHBOURS]
+        return best
+
+    def recall(self, settings: Lists) -> float:
+        """Return the share of neighbours found; vectors of equal cosine count the same."""
+        found = self._neighbours(*self.index._by_lists(self.queries, NEIGHBOURS + 1, settings))
+        return float((found >= self.scores[:, -1:] - 1e-5).mean())
 
 
-def choose_settings(index: VectorIndex, lists: Lists, sample: Sample) -> Lists:
-    """Return ``lists`` with about the fewest probes, then the fewest candidates, that reach the target recall."""
+def choose_settings(index: VectorIndex, lists: Lists) -> Lists:
+    """Return ``lists`` with about the fewest probes, then candidates, that reach the target recall."""
+    sample = Sample(index)
 
     @cache
     def recall(probes: int, candidates: int = _CANDIDATES[-1]) -> float:
-        return sample_recall(index, replace(lists, probes=probes, candidates=candidates), sample)
+        return sample.recall(replace(lists, probes=probes, candidates=candidates))
 
     steps = np.unique(np.geomspace(1, lists.lists, 64).round().astype(int)).tolist()
     probes = steps[bisect_left(steps[:-1], _TARGET, key=recall)]
@@ -437,16 +411,8 @@ def choose_settings(index: VectorIndex, lists: Lists, sample: Sample) -> Lists:
     return replace(lists, probes=probes, candidates=candidates, recall=recall(probes, candidates))
 
 
-def sample_recall(index: VectorIndex, settings: Lists, sample: Sample) -> float:
-    """Return the share of true neighbours found with these settings; vectors of equal cosine count the same."""
-    rows = np.array(sample.rows)
-    found = index._by_lists(_sample_queries(index, rows), NEIGHBOURS + 1, settings)
-    scores = _neighbour_scores(rows, *found, np.empty((len(rows), 0)))
-    return float((scores >= np.array(sample.scores)[:, -1:] - 1e-5).mean())
-
-
 def _best(scores: list[np.ndarray], rows: list[np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ``top_k`` best of several rankings, (n, k) each, best first; of equal scores that of the earlier one leads."""
+    """Join rankings, (n, k) each, into the ``top_k`` best; of equal scores the earlier one leads."""
     all_scores, all_rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
     order = np.argsort(-all_scores, axis=1, kind="stable")[:, :top_k]
     return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_rows, order, 1)

@@ -1,9 +1,8 @@
-"""Search passages by meaning: those of a file, encoded on the spot, or those of a folder of vectors, by its index."""
+"""Search passages by meaning: those of a file, or those of a folder of vectors by its index."""
 
 import contextlib
 import logging
 import shutil
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
@@ -43,8 +42,8 @@ _FUSION = 60
 class Hit(NamedTuple):
     """A passage found.
 
-    ``number`` is its place in the passages, from 0, and ``score`` its similarity to the query. ``passage`` is None in a folder
-    of vectors without texts; ``id`` is given only in a folder of vectors.
+    ``number`` is its place in the passages, from 0, and ``score`` its similarity to the query.
+    ``passage`` is None in a folder without texts; ``id`` is given only in a folder of vectors.
     """
 
     number: int
@@ -53,21 +52,20 @@ class Hit(NamedTuple):
     id: Any = None
 
 
-def read_passages(data: str | Path | Dataset, column: str | None = None, *, split: str = "train") -> list[str]:
-    """Read the passages in ``data``: the texts of one column, each once, without those that are missing or blank.
+def read_passages(data: str | Path | Dataset, column: str | None = None) -> list[str]:
+    """Read the passages in ``data``: each text of one column once, without blank ones.
 
     Args:
-        data: a file, a folder with a file per split, a Hub data set (owner/name or owner/name:config), or a data set in memory.
-        column: the column to take; the default is the only column of strings, or else the one named ``text``, ``passage``,
-            ``answer`` or ``sentence``.
-        split: the split of a folder or Hub data set to read; everything else is read completely.
+        data: a file, a folder with a file per split (``train`` is read), a Hub data set (owner/name
+            or owner/name:config), or a data set in memory.
+        column: the default is the only column of strings, or else the one named ``text``,
+            ``passage``, ``answer`` or ``sentence``.
 
     Raises:
         FileNotFoundError: for data that is neither here nor on the Hub.
-        ValueError: for a column that is missing or holds no texts, several columns to choose from, no passage at all, or
-            data that cannot be read.
+        ValueError: for a column that is missing or not clear, no passage, or unreadable data.
     """
-    data = as_dataset(data, split=split)
+    data = as_dataset(data, split="train")
     usual = [["text"], ["passage"], ["answer"], ["sentence"]]
     wanted = None if column is None else [column]
     (column,) = pick_columns(text_columns(data), wanted, usual, option="--column", columns=data.column_names)
@@ -78,71 +76,42 @@ def read_passages(data: str | Path | Dataset, column: str | None = None, *, spli
 
 
 def read_queries(data: str | Path | Dataset) -> list[str]:
-    """Read the queries in ``data``, one per row: all of them, in their order.
+    """Read the queries in ``data``, one per row, in their order.
 
-    They are in the only column of strings, or else in the one named ``query``, ``question`` or ``text``.
-
-    Args:
-        data: a file (text: a query per line), a folder, a Hub data set, or a data set in memory.
+    They are in the only column of strings, or else in the one named ``query``, ``question`` or
+    ``text``; ``data`` is as in :func:`read_passages`.
 
     Raises:
         FileNotFoundError: for data that is neither here nor on the Hub.
         ValueError: for a file that is empty, no such column, or a query that is blank.
     """
     data = as_dataset(data, split="train")
-    (column,) = pick_columns(
-        text_columns(data),
-        None,
-        [["query"], ["question"], ["text"]],
-        option="query",
-        where="the queries",
-        columns=data.column_names,
-    )
+    found, usual = text_columns(data), [["query"], ["question"], ["text"]]
+    where, columns = "the queries", data.column_names
+    (column,) = pick_columns(found, None, usual, option="query", where=where, columns=columns)
     queries = [query or "" for query in data[column]]
     check_queries(queries)
     return queries
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Refuse empty queries.
-
-    Raises:
-        ValueError: naming the first query that is empty, blank, or not UTF-8.
-    """
+    """Refuse a query that is empty, blank, or not UTF-8."""
     for number, query in enumerate(queries, start=1):
         if not query.strip():
             raise ValueError(f"Query {number} is empty; write what to look for.")
         if not is_unicode(query):
-            shown = shorten(repr(query), 80)
-            raise ValueError(f"Query {number} is not UTF-8: {shown}; convert it, for example with iconv -f latin1 -t utf8.")
+            raise ValueError(
+                f"Query {number} is not UTF-8: {shorten(repr(query), 80)}; convert it, for example with "
+                "iconv -f latin1 -t utf8."
+            )
 
 
-class _Searcher(ABC):
-    """Common part of the searchers: the checks of a search, and the model of the queries."""
-
-    encoder: Encoder
-
-    def search(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
-        """Return the ``top_k`` passages most similar to each query, best first.
-
-        Raises:
-            ValueError: for an empty query, or ``top_k`` below 1.
-        """
-        check_queries(queries)
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k} (--top-k).")
-        return self._find(queries, self.encoder.encode_query(queries), top_k) if queries else []
-
-    @abstractmethod
-    def _find(self, queries: Sequence[str], vectors: np.ndarray, top_k: int) -> list[list[Hit]]: ...
-
-
-class Searcher(_Searcher):
+class Searcher:
     """Passages and their vectors in memory, ready for queries.
 
     Args:
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
-        passages: texts to search; each is encoded once, here. Memory holds their vectors (``len(passages)`` x dimension).
+        passages: texts to search; each is encoded once, here. Memory holds their vectors.
 
     Example::
 
@@ -159,15 +128,25 @@ class Searcher(_Searcher):
         model: str | Path | SentenceTransformer,
         passages: Sequence[str],
         *,
-        device: str | None = None,
         trust_remote_code: bool = False,
         show_progress: bool = False,
     ) -> None:
         if not len(passages):
             raise ValueError("passages must hold at least one text, got none.")
         self.passages = passages
-        self.encoder = Encoder(model, device=device, trust_remote_code=trust_remote_code)
+        self.encoder = Encoder(model, trust_remote_code=trust_remote_code)
         self.vectors = torch.from_numpy(self.encoder.encode_document(passages, show_progress=show_progress))
+
+    def search(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
+        """Return the ``top_k`` passages most similar to each query, best first.
+
+        Raises:
+            ValueError: for an empty query, or ``top_k`` below 1.
+        """
+        check_queries(queries)
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k} (--top-k).")
+        return self._find(queries, self.encoder.encode_query(queries), top_k) if queries else []
 
     def _find(self, queries: Sequence[str], vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
         similarity = self.encoder.model.similarity
@@ -175,18 +154,17 @@ class Searcher(_Searcher):
         return [[Hit(number := int(hit["corpus_id"]), hit["score"], self.passages[number]) for hit in hits] for hits in found]
 
 
-class FolderSearcher(_Searcher):
+class FolderSearcher(Searcher):
     """A folder of vectors that ``minibert encode`` wrote, ready for queries.
 
-    Its index is built here if needed, or extended by new shards; see :func:`minibert.search.index.open_index`.
+    Its index is built here, or extended by new shards.
 
     Args:
-        folder: with a ``manifest.json``.
-        model: of the queries: where the model that made the vectors is now, or that model opened (which cannot be checked);
-            the default is the one that the manifest names.
+        model: of the queries: where the model that made the vectors is now, or that model opened
+            (which cannot be checked); the default is the one that the manifest names.
         exact: compare queries with all vectors, however many.
-        hybrid: fuse the ranking by meaning with the ranking by words of BM25 (reciprocal rank fusion); scores are then sums of
-            ``1 / (60 + rank)``.
+        hybrid: fuse the rankings by meaning and by words (BM25) by reciprocal rank; scores are then
+            sums of ``1 / (60 + rank)``.
         rebuild: build the index from nothing.
 
     Example::
@@ -196,9 +174,9 @@ class FolderSearcher(_Searcher):
             print(hit.id, hit.score, hit.passage)
 
     Raises:
-        FileNotFoundError: for a folder or model that is not there, or a missing shard.
-        ValueError: for a model that did not make these vectors, a folder without vectors or (``hybrid``) without texts, and
-            damaged files.
+        FileNotFoundError: for a folder, model or shard that is not there.
+        ValueError: for a model that did not make these vectors, a folder without vectors or
+            (``hybrid``) without texts, and damaged files.
     """
 
     def __init__(
@@ -209,29 +187,26 @@ class FolderSearcher(_Searcher):
         exact: bool = False,
         hybrid: bool = False,
         rebuild: bool = False,
-        device: str | None = None,
         trust_remote_code: bool = False,
         show_progress: bool = False,
     ) -> None:
         self.folder = VectorFolder(folder)
-        manifest = self.folder.manifest
+        count, dimension = len(self.folder), self.folder.manifest.dimension
         if hybrid and not self.folder.has_texts:
             raise ValueError(
-                f"{folder} holds no texts, which --hybrid searches by their words; encode again with --keep-text, or leave "
-                "--hybrid out."
+                f"{folder} holds no texts, which --hybrid searches by their words; encode again with "
+                "--keep-text, or leave --hybrid out."
             )
         if hybrid:
             from minibert.inference import bm25  # noqa: F401  # fails here rather than after the index was built
-        if not manifest.complete:
-            logger.warning(
-                "%s is not finished: minibert encode has written %s vectors so far.", folder, f"{len(self.folder):,}"
-            )
+        if not self.folder.manifest.complete:
+            logger.warning("%s is not finished: minibert encode has written %s vectors so far.", folder, f"{count:,}")
         if not isinstance(model, SentenceTransformer):
-            model = find_model_of(self.folder, model, trust_remote_code=trust_remote_code)
-        self.encoder = Encoder(model, device=device, trust_remote_code=trust_remote_code)
-        if self.encoder.dimension != manifest.dimension:
+            model = _find_model(self.folder, model, trust_remote_code)
+        self.encoder = Encoder(model, trust_remote_code=trust_remote_code)
+        if self.encoder.dimension != dimension:
             raise ValueError(
-                f"{folder} holds vectors of {manifest.dimension} dimensions, but the model computes {self.encoder.dimension}."
+                f"{folder} holds vectors of {dimension} dimensions, but the model computes {self.encoder.dimension}."
             )
         self.index = open_index(self.folder, exact=exact, rebuild=rebuild, show_progress=show_progress)
         shards = [shard.sha256 for shard in self.index.state.shards]
@@ -243,20 +218,15 @@ class FolderSearcher(_Searcher):
         if self.words:
             ranked = fuse([rows, self.words.search(queries, depth)[1]], top_k)
         else:
-            ranked = [list(zip(*pair, strict=True)) for pair in zip(rows.tolist(), scores.tolist(), strict=True)]
+            ranked = [list(zip(*pair)) for pair in zip(rows.tolist(), scores.tolist())]
         found = sorted({row for query in ranked for row, _ in query if row >= 0})
-        ids = dict(zip(found, self.folder.ids(found), strict=True))
-        texts = dict(zip(found, self.folder.texts(found), strict=True)) if self.folder.has_texts else {}
+        ids = dict(zip(found, self.folder.ids(found)))
+        texts = dict(zip(found, self.folder.texts(found))) if self.folder.has_texts else {}
         return [[Hit(row, score, texts.get(row), ids[row]) for row, score in query if row >= 0] for query in ranked]
 
 
-def find_model_of(folder: VectorFolder, model: str | Path | None = None, *, trust_remote_code: bool = False) -> Path:
-    """Return the folder of the model that made the vectors: ``model``, or the one that the manifest names.
-
-    Raises:
-        FileNotFoundError: for a model that is not there.
-        ValueError: for another model.
-    """
+def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_code: bool) -> Path:
+    """Return the folder of the model that made the vectors: ``model``, or the one of the manifest."""
     manifest = folder.manifest
     try:
         path = find_model(model or manifest.model, trust_remote_code=trust_remote_code)
@@ -266,20 +236,20 @@ def find_model_of(folder: VectorFolder, model: str | Path | None = None, *, trus
         raise FileNotFoundError(f"{error} It made the vectors in {folder.folder}: say where it is with --model.") from error
     if fingerprint(path) != manifest.fingerprint:
         raise ValueError(
-            f"The vectors in {folder.folder} were made by {manifest.model}, and {path} is another model or has changed since: "
-            "encode again, or name the model as it was with --model."
+            f"The vectors in {folder.folder} were made by {manifest.model}, and {path} is another model or "
+            "has changed since: encode again, or name the model as it was with --model."
         )
     return path
 
 
 def fuse(rankings: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
-    """Fuse rankings by the sum of ``1 / (60 + rank)`` over those that hold a row (reciprocal rank fusion).
+    """Fuse rankings by the sum of ``1 / (60 + rank)`` over those that hold a row.
 
     Args:
         rankings: row numbers, best first, (n, k) each; -1 stands for no row.
 
     Returns:
-        the best ``top_k`` rows and their scores for each of the n queries; of equal scores that of the earlier ranking leads.
+        the best ``top_k`` rows and their scores for each of the n queries.
 
     >>> fuse([np.array([[7, 8, 9]]), np.array([[8, 5, -1]])], top_k=2)
     [[(8, 0.03252247488101534), (7, 0.01639344262295082)]]
@@ -295,7 +265,7 @@ def fuse(rankings: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, flo
 
 
 def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool) -> "WordIndex":
-    """Open BM25 over the folder's texts, memory-mapped, after building it if it is not that of ``shards`` (their SHA-256).
+    """Open BM25 over the folder's texts, or build it if it is not that of ``shards`` (their SHA-256).
 
     The weight of a word depends on all texts, so new shards need a new index.
     """

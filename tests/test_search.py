@@ -246,8 +246,7 @@ def test_passages_come_from_the_only_column_of_texts_or_a_usual_one():
 def test_passages_are_read_by_path(tmp_path):
     (tmp_path / "train.txt").write_text("a\n", encoding="utf-8")
     (tmp_path / "test.txt").write_text("b\n", encoding="utf-8")
-    assert read_passages(tmp_path) == ["a"]
-    assert read_passages(str(tmp_path), split="test") == ["b"]
+    assert read_passages(tmp_path) == read_passages(str(tmp_path)) == ["a"]
 
 
 @pytest.mark.parametrize(
