@@ -376,19 +376,36 @@ def encode(
 
     _hide_loading_bars()
     options: dict[str, Any] = {
-        **{"column": column, "id_column": id_column, "split": split, "on_bad_row": on_bad_row, "append": append},
-        **{"keep_text": keep_text, "precision": precision, "rows_per_shard": rows_per_shard, "force": force},
-        **{"dtype": dtype, "batch_tokens": batch_tokens, "device": device, "trust_remote_code": trust_remote_code},
-        **{"normalize": normalize, "prompt": prompt, "prompt_name": prompt_name},
+        **{"column": column, "id_column": id_column, "split": split, "on_bad_row": on_bad_row},
+        **{"keep_text": keep_text, "precision": precision, "rows_per_shard": rows_per_shard},
+        **{"dtype": dtype, "batch_tokens": batch_tokens, "device": device, "normalize": normalize},
+        **{"prompt": prompt, "prompt_name": prompt_name, "append": append, "force": force},
+        **{"trust_remote_code": trust_remote_code, "show_progress": sys.stderr.isatty()},
     }
-    done = encode_corpus(model, data, out, show_progress=sys.stderr.isatty(), **options)
+    done = encode_corpus(model, data, out, **options)
     if not processes().is_main_process:
         return
+    manifest, shards = done.manifest, len(done.manifest.shards)
     if as_json:
-        print_json({"out": str(out), **done.metrics()})
+        names = ("rows", "dimension", "precision", "skipped", "skipped_rows")
+        of_folder = {name: getattr(manifest, name) for name in names}
+        of_run = {"written": done.written, "seconds": round(done.seconds, 3), "decisions": done.decisions}
+        print_json({"out": str(out), **of_folder, "shards": shards, **of_run})
         return
-    for line in done.lines(explain):
-        typer.echo(line)
+    if explain:
+        for name, choice in done.decisions.items():
+            typer.echo(f"{name}: {choice}")
+    if done.written:
+        rate = done.written / done.seconds
+        typer.echo(f"{done.written:,} vectors were written in {done.seconds:,.1f} s, {rate:,.0f} per second.")
+    else:
+        typer.echo("Nothing was left to do." if manifest.rows else "No row could be used.")
+    if manifest.skipped:
+        first = ", ".join(f"{row} ({reason})" for row, reason in manifest.skipped_rows[:5])
+        more = f" and {manifest.skipped - 5:,} more" if manifest.skipped > 5 else ""
+        typer.echo(f"{manifest.skipped:,} rows were skipped: {first}{more}.")
+    size = f"{manifest.dimension} dimensions in {manifest.precision}"
+    typer.echo(f"{manifest.rows:,} vectors of {size}, in {shards:,} shard{'' if shards == 1 else 's'}.")
     typer.echo(f"The vectors are in {out}.")
 
 

@@ -1,14 +1,14 @@
 """Encode a corpus of any size into a folder of vectors: ``minibert encode``.
 
-The input is cut into pieces of ``rows_per_shard`` rows. Piece ``k`` becomes shard ``k``, which is written by process ``k``
-modulo the number of processes. A shard appears complete or not at all and records which rows it holds, so a run killed at any
-moment resumes with the missing shards, and the manifest can be restored from the shards.
+The input is cut into pieces of ``rows_per_shard`` rows. Piece ``k`` becomes shard ``k``, written by
+process ``k`` modulo the number of processes. A shard appears complete or not at all and records
+which rows it holds, so a killed run resumes with the missing shards, and the manifest can be
+restored from the shards.
 """
 
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice, pairwise, tee
@@ -45,7 +45,6 @@ from minibert.search.vectors import (
 
 logger = logging.getLogger(__name__)
 
-ON_BAD_ROW = ("refuse", "skip")
 # Bad rows named in the manifest; the rest are counted.
 _NAMED = 20
 # Vectors that show the range of every dimension, for int8, and how much wider the range is taken.
@@ -53,49 +52,19 @@ _CALIBRATION, _MARGIN = WINDOW_TEXTS, 0.05
 _NO_END = 2**62  # a row that no input has
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """The result of :func:`encode_corpus`.
 
     Attributes:
         manifest: of the folder.
         written: vectors that this call wrote, with all its processes, in ``seconds``.
-        decisions: what was chosen and why, see :attr:`minibert.inference.encode.Encoder.decisions`.
+        decisions: what was chosen and why, see :class:`minibert.inference.encode.Encoder`.
     """
 
     manifest: Manifest
-    written: int = 0
-    seconds: float = 0.0
-    decisions: dict[str, str] = field(default_factory=dict)
-
-    def metrics(self) -> dict[str, Any]:
-        """Return the summary for machines."""
-        names = ("rows", "dimension", "precision", "skipped", "skipped_rows")
-        return {
-            **{name: getattr(self.manifest, name) for name in names},
-            "shards": len(self.manifest.shards),
-            "written": self.written,
-            "seconds": round(self.seconds, 3),
-            "decisions": self.decisions,
-        }
-
-    def lines(self, explain: bool = False) -> Iterator[str]:
-        """Yield the summary for people, a sentence at a time."""
-        manifest = self.manifest
-        if explain:
-            yield from (f"{name}: {choice}" for name, choice in self.decisions.items())
-        if not self.written:
-            yield "Nothing was left to do." if manifest.rows else "No row could be used."
-        else:
-            rate = self.written / max(1e-9, self.seconds)
-            yield f"{self.written:,} vectors were written in {self.seconds:,.1f} s, {rate:,.0f} per second."
-        if manifest.skipped:
-            first = ", ".join(f"{row} ({reason})" for row, reason in manifest.skipped_rows[:5])
-            more = f" and {manifest.skipped - 5:,} more" if manifest.skipped > 5 else ""
-            yield f"{manifest.skipped:,} rows were skipped: {first}{more}."
-        size = f"{manifest.dimension} dimensions in {manifest.precision}"
-        shards = len(manifest.shards)
-        yield f"{manifest.rows:,} vectors of {size}, in {shards:,} shard{'' if shards == 1 else 's'}."
+    written: int
+    seconds: float
+    decisions: dict[str, str]
 
 
 def encode_corpus(
@@ -117,39 +86,44 @@ def encode_corpus(
 ) -> Summary:
     """Encode the texts of ``data`` into ``out``, a folder of vectors, or resume an earlier call.
 
-    Memory does not grow with the number of rows. The processes that torchrun started share the shards; ``out`` must be the
-    same folder for all of them.
+    Memory does not grow with the number of rows. The processes that torchrun started share the
+    shards; ``out`` must be the same folder for all of them.
 
     Args:
-        data: a file, a folder, a Hub data set (owner/name or owner/name:config), which is streamed, or a data set in memory.
-        column: that of the texts; the default is as in :func:`minibert.data.stream.open_stream`.
-        id_column: that of the rows' ids; the default is their number in the input, from 0.
+        data: a file, a folder, a Hub data set (owner/name or owner/name:config), which is streamed,
+            or a data set in memory.
+        column: of the texts; the default is as in :func:`minibert.data.stream.open_stream`.
+        id_column: of the rows' ids; the default is their number in the input, from 0.
         keep_text: store the texts with the vectors.
-        precision: of the stored vectors: ``float32``, ``float16``, ``int8`` (256 steps within the range that the first rows
-            show) or ``binary`` (a bit per dimension).
+        precision: of the stored vectors: ``float32``, ``float16``, ``int8`` (256 steps within the
+            range that the first rows show) or ``binary`` (a bit per dimension).
         rows_per_shard: rows of the input in a shard; a kill costs at most so many.
-        on_bad_row: ``refuse`` to continue at a row without a text, or ``skip`` it and name it in the manifest.
-        append: encode the files that ``data`` has gained since the last call; they must come last by name.
+        on_bad_row: ``refuse`` to continue at a row without a text, or ``skip`` it and name it in
+            the manifest.
+        append: encode the files that ``data`` has gained since the last call; they must come last
+            by name.
         force: replace vectors of another model, precision or input.
-        options: as in :func:`minibert.inference.encode.encode`; the default prompt is the model's own for passages, if any.
+        options: as in :func:`minibert.inference.encode.encode`; the default prompt is the model's
+            own for passages, if any.
 
     Example::
 
         done = encode_corpus("runs/quickstart/2-embed", "notes.jsonl", "notes-vectors", keep_text=True)
-        for line in done.lines():
-            print(line)
+        print(done.written, done.manifest.rows)
 
     Raises:
-        FileNotFoundError, ValueError: as opening the model and the data does; for a row or a folder that cannot be used.
+        FileNotFoundError, ValueError: as opening the model and the data does; for a row or a folder
+            that cannot be used.
         OSError: the disk is full or not writable; complete shards stay.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)} (--precision).")
-    if on_bad_row not in ON_BAD_ROW:
+    if on_bad_row not in ("refuse", "skip"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; use refuse or skip (--on-bad-row).")
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard} (--rows-per-shard).")
-    _check_apart(data, Path(out))
+    out = Path(out)
+    _check_apart(data, out)
     stream = open_stream(data, column, id_column=id_column, split=split)
     folder = find_model(model, trust_remote_code=options.get("trust_remote_code", False))
     if options.get("prompt") is None and options.get("prompt_name") is None:
@@ -169,23 +143,28 @@ def encode_corpus(
         },
         rows_per_shard=rows_per_shard,
     )
-    job = _Job(Path(out), asked, folder, options, stream, on_bad_row == "skip", show_progress)
-    with job.alone():
+    job = _Job(out, asked, folder, options, stream, on_bad_row == "skip", show_progress)
+    count = job.state.num_processes
+    out.mkdir(parents=True, exist_ok=True)
+    lock = exclusive_lock(out, "encoding into", kept=KEPT)
+    with lock if job.state.is_main_process else contextlib.nullcontext():
         encoder = job.prepare(append=append, force=force)
         if job.manifest.complete:
-            return Summary(job.manifest)
+            return Summary(job.manifest, 0, 0.0, {})
         started, before = time.perf_counter(), sum(notes["rows"] for notes in job.notes.values())
         encoder = encoder or job.open_model()
         job.write(encoder)
         job.finish()
-        count, shards = job.state.num_processes, len(job.manifest.shards)
-        idle = f"; {count - shards} had nothing to do, smaller --rows-per-shard would change that" if shards < count else ""
-        decisions = {**encoder.decisions, "processes": f"{count}, shards {shards}{idle}"}
+        shards = len(job.manifest.shards)
+        shared = f"{count}, shards {shards}"
+        if shards < count:
+            shared += f"; {count - shards} had nothing to do, smaller --rows-per-shard would change that"
+        decisions = {**encoder.decisions, "processes": shared}
         return Summary(job.manifest, job.manifest.rows - before, time.perf_counter() - started, decisions)
 
 
 def _check_apart(data: str | Path | Dataset, out: Path) -> None:
-    """Refuse to write where the input is: vectors would be read as input, and input deleted with the vectors around it."""
+    """Refuse to write where the input is: vectors would be read as input, or delete it."""
     if isinstance(data, Dataset) or not Path(data).exists():
         return
     here, there = Path(data).resolve(), out.resolve()
@@ -194,7 +173,7 @@ def _check_apart(data: str | Path | Dataset, out: Path) -> None:
 
 
 def _document_prompt(folder: Path) -> str | None:
-    """Return the name of the prompt that ``SentenceTransformer.encode_document`` uses; None for a model without one."""
+    """Return the name of the prompt that ``SentenceTransformer.encode_document`` uses, if any."""
     file = folder / "config_sentence_transformers.json"
     prompts = read_json(file).get("prompts") or {} if file.exists() else {}
     name = next((name for name in ("document", "passage", "corpus") if name in prompts), None)
@@ -202,7 +181,7 @@ def _document_prompt(folder: Path) -> str | None:
 
 
 def _differences(found: Manifest, asked: Manifest) -> list[str]:
-    """Return why the vectors of ``found`` are not those that were asked for, as clauses that name both."""
+    """Return why the vectors of ``found`` are not those asked for, as clauses that name both."""
     differences = []
     if found.fingerprint != asked.fingerprint:
         model = f"{asked.model} as it is now" if found.model == asked.model else asked.model
@@ -223,10 +202,10 @@ def _input_name(manifest: Manifest) -> str:
 
 
 def missing_shards(manifest: Manifest, done: set[int], process: int = 0, count: int = 1) -> Iterator[tuple[int, range]]:
-    """Yield the number and the rows of every shard that is not ``done`` and that ``process`` of ``count`` writes.
+    """Yield the number and the rows of every shard that is not ``done`` and that ``process`` writes.
 
-    Each appending call began a shard (see ``starts``); the shard before it has fewer rows. The input ends somewhere in the rows
-    that the last call began, so those go on without end.
+    Each appending call began a shard (see ``starts``); the shard before it has fewer rows. Where
+    the input ends is not known, so the last rows go on without end.
 
     >>> manifest = Manifest("model", "", 384, "float32", True, {}, {}, {}, rows_per_shard=10, starts=[(0, 0), (2, 15)])
     >>> list(islice(missing_shards(manifest, {0, 2}, process=1, count=2), 3))
@@ -241,7 +220,7 @@ def missing_shards(manifest: Manifest, done: set[int], process: int = 0, count: 
 
 
 class _Window(NamedTuple):
-    """Usable rows of one shard, to be encoded together. In the ``last`` window of a shard, its ``notes`` are complete."""
+    """Usable rows of one shard, encoded together; its ``notes`` are complete in the ``last``."""
 
     shard: int
     texts: list[str]
@@ -252,7 +231,7 @@ class _Window(NamedTuple):
 
 @dataclass
 class _Job:
-    """The part of one process in filling the folder ``out`` with the vectors that ``asked`` describes."""
+    """The part of one process in filling ``out`` with the vectors that ``asked`` describes."""
 
     out: Path
     asked: Manifest
@@ -261,7 +240,7 @@ class _Job:
     stream: Stream
     skip: bool
     show_progress: bool
-    notes: dict[int, dict[str, Any]] = field(default_factory=dict)  # of the complete shards, by number
+    notes: dict[int, dict[str, Any]] = field(default_factory=dict)  # of complete shards, by number
 
     def __post_init__(self) -> None:
         self.state, self.manifest = processes(), self.asked
@@ -276,19 +255,8 @@ class _Job:
 
     # --- the folder
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Lock the folder against other runs, in the first process."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"The folder {self.out} cannot be made: {error.strerror}. Choose another one.") from error
-        lock = exclusive_lock(self.out, "encoding into", kept=KEPT)
-        with lock if self.state.is_main_process else contextlib.nullcontext():
-            yield
-
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:
-        """Let the first process look at the folder and tell the others; return the model if it had to open it for that."""
+        """Let the first process look at the folder and tell the others; return the model if opened."""
         encoder, refusal = None, None
         if self.state.is_main_process:
             try:
@@ -305,14 +273,14 @@ class _Job:
         return encoder
 
     def _resume(self, append: bool, force: bool) -> bool:
-        """Return True if the folder holds what was asked for, or its beginning; prepare it for what is to be appended.
+        """Return True if the folder holds what was asked for, or its beginning.
 
         Raises:
-            ValueError: for a folder that holds something else, unless ``force`` says to begin again, or an input that cannot be
-                appended to it.
+            ValueError: for a folder that holds something else, without ``force``, or an input that
+                cannot be appended to it.
         """
         if not shard_files(self.out) or not (self.out / MANIFEST).exists():
-            return False  # a manifest alone, of a run that ended before its first shard, means nothing
+            return False  # of a run that ended before its first shard
         try:
             manifest = read_manifest(self.out)
         except ValueError:
@@ -322,7 +290,8 @@ class _Job:
         differences = _differences(manifest, self.asked)
         if force and (differences or manifest.complete):
             return False
-        if differences and (not append or _differences(replace(manifest, source=self.stream.source), self.asked)):
+        apart_from_input = _differences(replace(manifest, source=self.stream.source), self.asked)
+        if differences and (apart_from_input or not append):
             raise ValueError(
                 f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or replace them with --force."
             )
@@ -331,12 +300,10 @@ class _Job:
         if not differences:
             return True
         if not manifest.complete or not self.stream.begins_with(manifest.source):
-            reason = (
-                "does not begin with the input encoded before: new files must be last by name"
-                if manifest.complete
-                else "can be appended once the input before it is encoded: leave out the new files"
+            raise ValueError(
+                f"The input {self.stream.source['path']} cannot be appended: the input before it must be "
+                "encoded completely, and new files must be last by name."
             )
-            raise ValueError(f"The input {self.stream.source['path']} {reason}.")
         last = manifest.shards[-1]
         manifest.starts.append((len(manifest.shards), last.first_input_row + last.input_rows))
         manifest.source, manifest.complete = self.stream.source, False
@@ -351,13 +318,14 @@ class _Job:
             raise ValueError(f"{self.out} holds other things ({shown}); choose an empty or a new folder.")
         encoder, path = self.open_model(), self.stream.source["path"]
         encoding = {**self.asked.encoding, "dtype": encoder.dtype}
-        self.manifest = replace(self.asked, dimension=encoder.dimension, normalized=encoder.normalized, encoding=encoding)
+        shape = {"dimension": encoder.dimension, "normalized": encoder.normalized}
+        self.manifest = replace(self.asked, encoding=encoding, **shape)
         if self.manifest.precision == "int8":
             self.manifest.ranges = self._calibrate(encoder)
         first = next(iter(self.stream.read()), None)
         if first is None:
             raise ValueError(f"{path} has no rows; give a file or split that holds data.")
-        deque(self._usable(first, {"skipped": 0, "skipped_rows": []}), maxlen=0)
+        list(self._usable(first, {"skipped": 0, "skipped_rows": []}))  # refuses bad rows
         remove_vectors(self.out)
         write_manifest(self.out, self.manifest)
         return encoder
@@ -380,10 +348,12 @@ class _Job:
 
     def _calibrate(self, encoder: Encoder) -> list[list[float]]:
         """Return the range of every dimension in the vectors of the first rows, with a margin."""
-        texts = chain.from_iterable([text for text in rows.texts if isinstance(text, str)] for rows in self.stream.read())
-        vectors = encoder.encode(list(islice(texts, _CALIBRATION)))
+        rows = chain.from_iterable(block.texts for block in self.stream.read())
+        texts = islice((text for text in rows if isinstance(text, str)), _CALIBRATION)
+        vectors = encoder.encode(list(texts))
         if not len(vectors):
-            raise ValueError(f"{self.stream.source['path']} has no row with a text in column {self.stream.column!r}.")
+            path, column = self.stream.source["path"], self.stream.column
+            raise ValueError(f"{path} has no row with a text in column {column!r}.")
         low, high = vectors.min(axis=0), vectors.max(axis=0)
         margin = _MARGIN * (high - low)
         return [(low - margin).tolist(), (high + margin).tolist()]
@@ -397,28 +367,24 @@ class _Job:
         count = self.state.num_processes
         done = sum(notes["input_rows"] for notes in self.notes.values()) // count
         total = None if self.stream.rows is None else self.stream.rows // count
-        with tqdm(
-            desc="encode",
-            initial=done,
-            total=total,
-            unit="row",
-            disable=not (self.show_progress and self.state.is_main_process),
-        ) as bar:
+        quiet = not (self.show_progress and self.state.is_main_process)
+        with tqdm(desc="encode", initial=done, total=total, unit="row", disable=quiet) as bar:
             for number, group in groupby(pairs, key=lambda pair: pair[0].shard):
-                with ShardWriter(self.out / shard_name(number), self.manifest, self.stream.id_type) as writer:
+                file = self.out / shard_name(number)
+                with ShardWriter(file, self.manifest, self.stream.id_type) as writer:
                     for window, vectors in group:
                         writer.write(window.ids, window.texts, quantize(vectors, self.manifest))
                         writer.notes = window.notes
                         bar.update(len(window.texts))
                         if window.last:
                             break  # the shard is complete now, not when the next one begins
-                self.notes[number] = {**writer.notes, "rows": writer.rows}
                 if self.state.is_main_process:
                     self._list_shards()
 
     def _windows(self) -> Iterator[_Window]:
         """Yield the rows of this process, in windows that end where shards do."""
-        missing = missing_shards(self.manifest, set(self.notes), self.state.process_index, self.state.num_processes)
+        place = self.state.process_index, self.state.num_processes
+        missing = missing_shards(self.manifest, set(self.notes), *place)
         shards, copies = tee(missing)
         shard, rows = next(shards)
         texts: list[str] = []
@@ -428,8 +394,8 @@ class _Job:
             while rows.stop <= block.first:
                 shard, rows = next(shards)
             if not notes:
-                notes = {"fingerprint": self.manifest.fingerprint, "first_input_row": block.first, "input_rows": 0}
-                notes |= {"skipped": 0, "skipped_rows": []}
+                notes = {"fingerprint": self.manifest.fingerprint, "first_input_row": block.first}
+                notes |= {"input_rows": 0, "skipped": 0, "skipped_rows": []}
             for row, text, name in self._usable(block, notes):
                 texts.append(text)
                 ids.append(row if name is None else name)
@@ -456,10 +422,10 @@ class _Job:
                 continue
             if not self.skip:
                 where = f"{block.first_in_part + place} of {block.part}"
-                number = "" if block.first == block.first_in_part else f"{block.first + place} of the input, row "
+                if block.first != block.first_in_part:
+                    where = f"{block.first + place} of the input, row {where}"
                 raise ValueError(
-                    f"Row {number}{where} {bad.reason} (rows are counted from 0); correct it, or skip such rows with "
-                    "--on-bad-row skip."
+                    f"Row {where} {bad.reason} (rows are counted from 0); correct it, or skip such rows with --on-bad-row skip."
                 )
             notes["skipped"] += 1
             if len(notes["skipped_rows"]) < _NAMED:
@@ -468,18 +434,14 @@ class _Job:
     # --- the end
 
     def finish(self) -> None:
-        """Wait for all processes; then the first one completes the manifest.
-
-        Raises:
-            OSError: for a shard that another process wrote and this one does not find.
-        """
+        """Wait for all processes; then the first one completes the manifest."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             numbers = shard_files(self.out).keys()
             if missing := sorted(set(range(max(numbers) + 1)) - numbers):
                 raise OSError(
-                    f"{self.out} lacks {shard_name(missing[0])}; the folder must be the same for all processes. "
-                    "Run the same command again to make what is missing."
+                    f"{self.out} lacks {shard_name(missing[0])}; the folder must be the same for all "
+                    "processes. Run the same command again to make what is missing."
                 )
             self._list_shards(complete=True)
         self.state.wait_for_everyone()
@@ -493,8 +455,8 @@ class _Job:
             if (notes := self.notes.get(number) or shard_notes(file)) is None:
                 break
             self.notes[number] = notes
-            shard = Shard(file.name, manifest.rows, notes["rows"], notes["first_input_row"], notes["input_rows"])
-            manifest.shards.append(shard)
+            counts = (notes["rows"], notes["first_input_row"], notes["input_rows"])
+            manifest.shards.append(Shard(file.name, manifest.rows, *counts))
             manifest.rows += notes["rows"]
             manifest.skipped += notes["skipped"]
             manifest.skipped_rows += notes["skipped_rows"][: _NAMED - len(manifest.skipped_rows)]

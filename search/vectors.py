@@ -1,7 +1,8 @@
 """Read and write a folder of vectors, which ``minibert encode`` makes: Parquet shards and a manifest.
 
-``manifest.json`` says which model made the vectors, from which input, and what the shards hold. ``part-00000.parquet``, … have
-the columns ``id``, ``text`` (if it was kept) and ``vector`` (a fixed-size list). Files appear complete or not at all.
+``manifest.json`` says which model made the vectors, from which input, and what the shards hold.
+``part-00000.parquet``, … have the columns ``id``, ``text`` (if it was kept) and ``vector`` (a
+fixed-size list). Files appear complete or not at all.
 """
 
 import contextlib
@@ -28,9 +29,10 @@ _KEY = b"minibert"
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the vectors: ``rows`` of them, numbered from ``first_row``.
+    """``rows`` vectors, numbered from ``first_row``.
 
-    They were made from ``input_rows`` rows of the input, from ``first_input_row`` on; ``rows`` is smaller if some were skipped.
+    They were made from ``input_rows`` rows of the input, from ``first_input_row`` on; ``rows`` is
+    smaller if some were skipped.
     """
 
     file: str
@@ -42,22 +44,23 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """The content of ``manifest.json``: what a folder of vectors holds.
+    """The content of ``manifest.json``.
 
     Attributes:
         model: as it was named.
-        fingerprint: of the model's weights, configuration and tokenizer, see :func:`minibert.inference.load.fingerprint`.
+        fingerprint: see :func:`minibert.inference.load.fingerprint`.
         dimension: of the vectors; binary ones take an eighth of it in bytes.
         precision: ``float32``, ``float16``, ``int8`` or ``binary``.
-        normalized: True if the vectors had length 1 before they were stored in that precision.
+        normalized: True if the vectors had length 1 before they were stored.
         source: identifies the encoded input.
-        columns: names of the input's columns taken as ``text`` and as ``id`` (``None``: the number of the row), and whether the
-            text is ``kept``.
-        encoding: everything else that the vectors depend on, such as the prompt and the dtype of the computation.
+        columns: the input's columns taken as ``text`` and as ``id`` (``None``: the number of the
+            row), and whether the text is ``kept``.
+        encoding: everything else that the vectors depend on, such as the prompt and the dtype.
         rows_per_shard: rows of the input per shard.
         rows: vectors in all shards.
-        skipped: number of skipped rows of the input; ``skipped_rows`` are the first of them, each a number and a reason.
-        starts: the number of the shard and the row of the input at which the first call and each appending call began.
+        skipped: number of skipped rows of the input.
+        skipped_rows: the first of them, each a number and a reason.
+        starts: the shard and the row of the input at which each (appending) call began.
         complete: True when the input has been read completely.
         ranges: lowest and highest value of every dimension, by which int8 was scaled.
         shards: in the order of the input.
@@ -187,7 +190,7 @@ class VectorFolder:
             return self._matrix(file.read(columns=["vector"]).column("vector").combine_chunks())
 
     def blocks(self, size: int = 16384) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the stored vectors, at most ``size`` at a time: number of the first row, and (n, width)."""
+        """Yield the number of a row and up to ``size`` stored vectors from it on: (n, width)."""
         for shard in self.shards:
             row = shard.first_row
             with self._open(shard) as file:
@@ -196,7 +199,7 @@ class VectorFolder:
                     row += len(batch)
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[Any]:
-        """Return the ids of these rows: their number in the input, or the value of the input's id column."""
+        """Return the ids of these rows: their number in the input, or the value of its id column."""
         return self._take("id", rows)
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
@@ -210,9 +213,10 @@ class VectorFolder:
         return self._take("text", rows)
 
     def _take(self, column: str, rows: Sequence[int] | np.ndarray) -> list[Any]:
-        """Return ``column`` of these rows, in their order; only the row groups that hold them are read.
+        """Return ``column`` of these rows, in their order.
 
-        ``pyarrow.dataset`` takes rows by number as well, but reads the column of every row for it.
+        ``pyarrow.dataset`` would read the column of every row for it; here, only the row groups
+        that hold them are read.
         """
         wanted = np.asarray(rows, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
@@ -244,10 +248,8 @@ class VectorFolder:
             with parquet.ParquetFile(file) as opened:
                 if (rows := opened.metadata.num_rows) != shard.rows:
                     raise ValueError(f"{file} holds {rows} rows, its manifest says {shard.rows}; encode again.")
-                kind = dict(zip(opened.schema_arrow.names, opened.schema_arrow.types, strict=True)).get("vector")
-                if (found := getattr(kind, "list_size", None)) != width:
-                    what = "no vectors" if found is None else f"vectors of {found} numbers"
-                    raise ValueError(f"{file} holds {what}, its manifest says {width}; encode again.")
+                if (found := opened.schema_arrow.field("vector").type.list_size) != width:
+                    raise ValueError(f"{file} holds vectors of {found} numbers, its manifest says {width}; encode again.")
                 yield opened
         except (pa.ArrowInvalid, OSError) as error:
             if getattr(error, "errno", None) is not None:  # such as a missing permission
@@ -269,7 +271,7 @@ def shard_name(number: int) -> str:
 
 
 def shard_files(folder: Path) -> dict[int, Path]:
-    """Return the shards of a folder by number; other files, such as copies of shards, are ignored."""
+    """Return the shards of a folder by number, without other files such as copies of shards."""
     found = {file.stem.removeprefix("part-"): file for file in folder.glob("part-*.parquet")}
     return {int(number): file for number, file in found.items() if number.isdecimal()}
 
@@ -277,27 +279,25 @@ def shard_files(folder: Path) -> dict[int, Path]:
 def remove_vectors(folder: Path) -> None:
     """Delete shards, complete or not, and the manifest, and nothing else."""
     # The manifest goes last: a folder without it is refused, because its files could be anything.
-    for file in (*shard_files(folder).values(), *folder.glob(".part-*.parquet.part"), folder / MANIFEST):
+    shards = [*shard_files(folder).values(), *folder.glob(".part-*.parquet.part")]
+    for file in (*shards, folder / MANIFEST):
         file.unlink(missing_ok=True)
 
 
 class ShardWriter:
     """Write one shard in a ``with`` block; after an exception in the block nothing is left.
 
-    Args:
-        file: path of the shard.
-        manifest: gives the precision and width of vectors, and whether texts are kept.
-        id_type: Arrow type of the ids.
-
-    Attributes:
-        notes: what :func:`shard_notes` reads; may be set until the end of the block.
-        rows: number of vectors written.
+    ``notes`` may be set until the end of the block; :func:`shard_notes` reads them.
     """
 
     def __init__(self, file: Path, manifest: Manifest, id_type: pa.DataType) -> None:
-        self.file, self.manifest, self.rows = file, manifest, 0
+        self.file, self.manifest = file, manifest
         self.notes: dict[str, Any] = {}
-        columns = {"id": id_type, "text": pa.string(), "vector": pa.list_(PRECISIONS[manifest.precision], manifest.width)}
+        columns = {
+            "id": id_type,
+            "text": pa.string(),
+            "vector": pa.list_(PRECISIONS[manifest.precision], manifest.width),
+        }
         if not manifest.columns["kept"]:
             del columns["text"]
         self.schema = pa.schema(columns)
@@ -316,12 +316,10 @@ class ShardWriter:
         """Add rows, as one row group; ``vectors`` (n, width) in the manifest's precision."""
         if not len(vectors):
             return
-        values = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=PRECISIONS[self.manifest.precision])
-        columns = {"id": ids, "text": texts, "vector": pa.FixedSizeListArray.from_arrays(values, self.manifest.width)}
-        table = pa.table([pa.array(columns[name], self.schema.field(name).type) for name in self.schema.names], self.schema)
+        lists = pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), self.manifest.width)
+        table = pa.table({"id": ids, "text": texts, "vector": lists}, self.schema)
         with readable_os_errors(self.file, KEPT):
             self._writer.write_table(table, row_group_size=len(table))
-        self.rows += len(table)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with readable_os_errors(self.file, KEPT):
@@ -331,7 +329,7 @@ class ShardWriter:
 
 
 def shard_notes(file: Path) -> dict[str, Any] | None:
-    """Return the notes that the writer of a shard left in it, and its number of ``rows``; None for an incomplete file."""
+    """Return the notes in a shard and its number of ``rows``; None for an incomplete file."""
     try:
         metadata = parquet.read_metadata(file)
         return {**json.loads(metadata.metadata[_KEY]), "rows": metadata.num_rows}

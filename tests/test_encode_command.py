@@ -498,7 +498,7 @@ def test_a_folder_with_other_things_in_it_is_not_written_to(run, data, tmp_path)
     assert "holds other things (thesis.tex)" in run(data, "--column", "text", "--force").stderr
     assert [file.name for file in out.iterdir()] == ["thesis.tex"]
     (tmp_path / "file").touch()
-    assert "cannot be made" in run(data, "--column", "text", out=tmp_path / "file").stderr
+    assert "File exists" in run(data, "--column", "text", out=tmp_path / "file").stderr
 
 
 def test_input_and_output_are_kept_apart(run, data, tmp_path):
@@ -579,7 +579,7 @@ def test_nothing_is_appended_behind_a_gap(run, tmp_path):
     run(folder, *options)
     (tmp_path / "out" / "part-00000.parquet").unlink()
     write(folder / "1.txt", TEXTS[6:])
-    assert "can be appended once the input before it is encoded" in run(folder, *options, "--append").stderr
+    assert "the input before it must be encoded completely" in run(folder, *options, "--append").stderr
 
 
 def test_passages_get_the_prompt_that_the_model_has_for_them(run, data, model, tmp_path):
