@@ -716,6 +716,15 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out.
 TextColumn = Annotated[str | None, typer.Option(help="Column of texts, where a file has several.")]
 
 
+def _begin_picture(out: Path | None, force: bool, *suffixes: str) -> None:
+    """Silence the libraries, and refuse an output before anything is computed."""
+    from minibert.inference.predict import check_output
+
+    _hide_loading_bars()
+    if out is not None:
+        check_output(out, suffixes, force=force)
+
+
 def _save(picture: Any, out: Path, force: bool) -> None:
     for note in picture.notes:
         typer.echo(note, err=True)
@@ -740,8 +749,7 @@ def attention(
     """
     from minibert import plot
 
-    _hide_loading_bars()
-    plot.check_output(out, force=force)
+    _begin_picture(out, force, ".html", ".png")
     picture = plot.attention(
         model, text, second, layer=layer, head=head, max_tokens=max_tokens, trust_remote_code=trust_remote_code
     )
@@ -770,8 +778,7 @@ def embeddings(
     """Draw texts, or their tokens, as points in three dimensions."""
     from minibert import plot
 
-    _hide_loading_bars()
-    plot.check_output(out, force=force)
+    _begin_picture(out, force, ".html", ".png")
     read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
     picture = plot.embeddings(
         model, read, labels=labels or found, tokens=tokens, method=method, trust_remote_code=trust_remote_code
@@ -788,8 +795,7 @@ def training(
     """Draw loss, metrics, learning rate and speed of training runs, several in one picture. They may still be going on."""
     from minibert import plot
 
-    _hide_loading_bars()
-    plot.check_output(out, force=force)
+    _begin_picture(out, force, ".html", ".png")
     _save(plot.training(runs), out, force)
 
 
@@ -808,8 +814,7 @@ def similarity(
     """Draw how similar the texts of two lists are."""
     from minibert import plot
 
-    _hide_loading_bars()
-    plot.check_output(out, force=force, suffixes=[".html"])
+    _begin_picture(out, force, ".html")
     lists = [
         plot.read_texts([data], column=column, split=split, limit=limit)[0] for data in (first, second) if data is not None
     ]
@@ -830,8 +835,7 @@ def tokens(
 
     from minibert import plot
 
-    if out is not None:
-        plot.check_output(out, force=force, suffixes=[".html"])
+    _begin_picture(out, force, ".html")
     picture = plot.tokens(model, text, trust_remote_code=trust_remote_code)
     if as_json:
         print_json({"model": model, "text": text, "tokens": [asdict(token) for token in picture.tokens]})

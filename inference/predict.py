@@ -395,7 +395,7 @@ def _is_iob(tag: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------------- the file
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:
     """Refuse an output that cannot or must not be written, before anything is computed.
 
     Raises:
@@ -403,8 +403,8 @@ def check_output(path: Path, *, force: bool) -> None:
         FileExistsError: for an existing file, without ``force``.
         FileNotFoundError: for a missing folder.
     """
-    if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(OUTPUT_SUFFIXES)}.")
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
     if path.is_dir() or (path.exists() and not force):
         raise FileExistsError(f"{path} exists already; choose another name, or replace it with --force.")
     if not path.parent.is_dir():

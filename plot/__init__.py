@@ -1,13 +1,13 @@
-"""Draw models and runs: as an interactive page (plotly), and some of them as an image too (matplotlib).
+"""Draw models and runs: as an interactive page (plotly), and some as an image too (matplotlib).
 
-Every function returns a picture: ``.save("x.html")`` and ``.save("x.png")`` write it, and the facts that it shows are its
-attributes.
+Every function returns a picture: ``.save("x.html")`` and ``.save("x.png")`` write it, and the facts
+that it shows are its attributes.
 """
 
 from minibert.plot.attention_maps import attention
-from minibert.plot.page import Picture, check_output, read_texts
+from minibert.plot.page import Picture, read_texts
 from minibert.plot.token_pieces import tokens
 from minibert.plot.training_curves import training
 from minibert.plot.vector_maps import embeddings, similarity
 
-__all__ = ["Picture", "attention", "check_output", "embeddings", "read_texts", "similarity", "tokens", "training"]
+__all__ = ["Picture", "attention", "embeddings", "read_texts", "similarity", "tokens", "training"]

@@ -1,4 +1,4 @@
-"""Draw attention: for each layer and head a heat map of its weights, and the same as lines between two columns of tokens."""
+"""Draw attention: for each head a heat map, and the same as lines between two columns of tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,10 @@ from matplotlib.figure import Figure
 from minibert.inference.answers import max_length_of
 from minibert.plot import page
 
-# Numbers in a page, 4 bytes each: with more, browsers become slow, so heads are averaged.
+# With more numbers in a page, browsers become slow, so heads are averaged.
 _PAGE_WEIGHTS = 4_000_000
-# Lines of a head; of more weights, only the strongest are drawn.
-_LINES = 400
-# Number of strengths in which lines are drawn.
-_LEVELS = 10
+# Lines of a head, the strongest, and the number of strengths in which they are drawn.
+_LINES, _LEVELS = 400, 10
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,8 +25,8 @@ class Attention(page.Drawing):
     Attributes:
         tokens: n tokens as people read them.
         second: for each token, True if it belongs to the second text.
-        weights: (layers, heads, n, n) float32: how much a row's token takes from a column's; every row sums to 1.
-        layers: numbers of the layers, from 1; heads: names of the heads.
+        weights: (layers, heads, n, n) float32: how much a row's token takes from a column's.
+        layers: their numbers, from 1; heads: their names.
     """
 
     tokens: list[str]
@@ -39,12 +37,13 @@ class Attention(page.Drawing):
 
     @property
     def labels(self) -> list[tuple[str, str]]:
-        """Tokens with their colors; a second text has its own color."""
-        return [(token, page.COLOURS[1] if other else page.INK) for token, other in zip(self.tokens, self.second)]
+        """Tokens with their colours; a second text has its own."""
+        colours = [page.COLOURS[1] if second else page.INK for second in self.second]
+        return list(zip(self.tokens, colours))
 
     def panels(self, layer: int, head: int) -> list[page.Panel]:
         """Return the heat map and the lines of a head; ``layer`` and ``head`` count from 0."""
-        count, weights = len(self.tokens), self.weights[layer, head]
+        count, weights, labels = len(self.tokens), self.weights[layer, head], self.labels
         shown = "from %{y}<br>to %{x}<br>weight %{z:.4f}<extra></extra>"
         heat = page.heat_map(weights, self.tokens, self.tokens, shown)
         lines = [
@@ -59,17 +58,18 @@ class Attention(page.Drawing):
             for level, ends in enumerate(line_ends(weights), start=1)
         ]
         places = page.ticks(count, 100)
-        texts = [page.Text((x, at), *self.labels[at], side) for at in places for x, side in ((0, "right"), (1, "left"))]
+        texts = [page.Text((0, at), *labels[at], "right") for at in places]
+        texts += [page.Text((1, at), *labels[at], "left") for at in places]
         note = f"the {_LINES} strongest weights of the head" if count**2 > _LINES else ""
         return [
-            page.Panel(traces=[heat], axes=("to", "from"), columns=self.labels, rows=self.labels),
+            page.Panel(traces=[heat], axes=("to", "from"), columns=labels, rows=labels),
             page.Panel(traces=lines, title=note, texts=texts, frame=((-0.42, 1.42), (count - 0.5, -0.5))),
         ]
 
     def interactive(self) -> go.Figure:
-        """Return a heat map and lines for each head, of which one is visible; the choice of a layer changes their data.
+        """Return a heat map and lines for each head, of which one is visible.
 
-        So the menu of layers and that of heads need not know each other's choice.
+        The choice of a layer changes the data of all heads, so the two menus are independent.
         """
         heads = range(len(self.heads))
         drawn = [[panel.traces for head in heads for panel in self.panels(at, head)] for at in range(len(self.layers))]
@@ -92,15 +92,14 @@ class Attention(page.Drawing):
             side = min(20.0, max(3.4, 0.2 * count))
             return page.image_figure(self.panels(0, 0), columns=2, cell=(side + 1.5, side + 0.7))
         columns = heads if layers > 1 and heads > 1 else min(layers * heads, 4)
-        maps = [
-            page.Panel(
-                traces=[page.heat_map(self.weights[at // heads, at % heads], self.tokens, self.tokens)],
-                title=f"layer {self.layers[at // heads]}, {self.heads[at % heads]}",
-                columns=self.labels if at + columns >= layers * heads else (),
-                rows=self.labels if at % columns == 0 else (),
-            )
-            for at in range(layers * heads)
-        ]
+        maps = []
+        for at in range(layers * heads):
+            layer, head = divmod(at, heads)
+            heat = page.heat_map(self.weights[layer, head], self.tokens, self.tokens, "")
+            title = f"layer {self.layers[layer]}, {self.heads[head]}"
+            below = self.labels if at + columns >= layers * heads else ()
+            beside = self.labels if at % columns == 0 else ()
+            maps.append(page.Panel(traces=[heat], title=title, columns=below, rows=beside))
         cell = max(0.8, min(2.6, 14 / columns))
         return page.image_figure(maps, columns=columns, cell=(cell, cell))
 
@@ -115,7 +114,7 @@ def attention(
     max_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> Attention:
-    """Return the attention weights of ``model`` for a text or a pair, as ``output_attentions=True`` returns them.
+    """Return the attention weights of ``model``, as ``output_attentions=True`` returns them.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
@@ -130,13 +129,27 @@ def attention(
 
     Raises:
         FileNotFoundError: the model does not exist.
-        ValueError: an empty text, a layer or head that the model does not have, or a model without attention weights.
+        ValueError: an empty text, a layer or head that the model does not have, or a model without
+            attention weights.
     """
     page.check_text(text)
     if second is not None:
         page.check_text(second, "The second text")
     pair = (text,) if second is None else (text, second)
-    weights, tokens, of_second, notes = _record(model, pair, max_tokens, trust_remote_code)
+    if max_tokens is not None and max_tokens < 4:
+        raise ValueError(f"max_tokens must be at least 4, to leave words to look at, got {max_tokens} (--max-tokens).")
+    encoder, tokenizer = page.open_encoder(model, trust_remote_code=trust_remote_code, attn_implementation="eager")
+    limit = max_length_of(encoder, tokenizer)
+    limit = min(limit, max_tokens or limit)
+    inputs = tokenizer(*pair, truncation=True, max_length=limit, return_tensors="pt")
+    with torch.inference_mode():
+        recorded = encoder(**inputs, output_attentions=True).attentions
+    if not recorded:
+        raise ValueError(f"{model} has no layers that return attention weights, so there is nothing to draw.")
+    weights = torch.cat(list(recorded)).float().numpy()  # (layers, heads, n, n)
+    notes = []
+    if (count := len(tokenizer(*pair, verbose=False)["input_ids"])) > limit:
+        notes.append(f"Of {count} tokens the first {limit} are read; of a pair, the longer text is cut first.")
     layers, heads = list(range(1, len(weights) + 1)), [f"head {number}" for number in range(1, weights.shape[1] + 1)]
     for what, number, count in (("layer", layer, len(layers)), ("head", head, len(heads))):
         if number is not None and not 1 <= number <= count:
@@ -147,52 +160,27 @@ def attention(
         weights, heads = weights[:, head - 1 : head], heads[head - 1 : head]
     if weights.size > _PAGE_WEIGHTS and len(heads) > 1:
         notes.append(
-            f"{weights.size:,} weights are more than a page can hold, so each layer shows the mean of its {len(heads)} heads; "
-            "choose a layer or a head to see single ones (--layer, --head)."
+            f"{weights.size:,} weights are more than a page can hold, so each layer shows the mean of its "
+            f"{len(heads)} heads; choose a layer or a head to see single ones (--layer, --head)."
         )
         weights, heads = weights.mean(axis=1, keepdims=True), [f"mean of {len(heads)}"]
     where = "".join([f", layer {layer}" if layer else "", f", head {head}" if head else ""])
     return Attention(
         title=f"Attention in {page.name_of(model)}{where}: {' + '.join(page.plain(part, 60) for part in pair)}",
         notes=tuple(notes),
-        tokens=tokens,
-        second=of_second,
+        tokens=page.token_labels(tokenizer, inputs["input_ids"][0].tolist()),
+        second=[number == 1 for number in inputs.encodings[0].sequence_ids],
         weights=weights,
         layers=layers,
         heads=heads,
     )
 
 
-def _record(
-    model: str | Path, pair: tuple[str, ...], max_tokens: int | None, trust_remote_code: bool
-) -> tuple[np.ndarray, list[str], list[bool], list[str]]:
-    """Return (layers, heads, n, n) weights, the n tokens, which of them belong to the second text, and what was cut."""
-    if max_tokens is not None and max_tokens < 4:
-        raise ValueError(f"max_tokens must be at least 4, to leave words to look at, got {max_tokens} (--max-tokens).")
-    encoder, tokenizer = page.open_encoder(model, trust_remote_code=trust_remote_code, attn_implementation="eager")
-    limit = max_length_of(encoder, tokenizer)
-    limit = min(limit, max_tokens or limit)
-    count = len(tokenizer(*pair, verbose=False)["input_ids"])
-    inputs = tokenizer(*pair, truncation=True, max_length=limit, return_tensors="pt")
-    with torch.inference_mode():
-        recorded = encoder(**inputs, output_attentions=True).attentions
-    if not recorded:
-        raise ValueError(f"{model} has no layers that return attention weights, so there is nothing to draw.")
-    sequence = inputs.encodings[0].sequence_ids if inputs.encodings else []
-    notes = []
-    if count > limit:
-        cut = "the longer text is cut first" if len(pair) > 1 else "the rest is cut off"
-        notes.append(f"Of {count} tokens the first {limit} are read; {cut}.")
-    tokens = page.token_labels(tokenizer, inputs["input_ids"][0].tolist())
-    second = [number == 1 for number in sequence] or [False] * len(tokens)
-    return torch.cat(list(recorded)).float().numpy(), tokens, second, notes
-
-
 def line_ends(weights: np.ndarray) -> list[np.ndarray]:
-    """Return the ends of the strongest lines of (n, n) weights, in ten levels of strength relative to the largest weight.
+    """Return the ends of the strongest lines of (n, n) weights, in ten levels, the weakest first.
 
-    The level of the weakest lines comes first. A level holds start, end and a gap (NaN) for each line, one after another;
-    weights below half a level are left out.
+    A level holds start, end and a gap (NaN) for each line, one after another; weights below half a
+    level are left out.
 
     >>> [ends.tolist() for ends in line_ends(np.array([[1.0, 0.01], [0.5, 0.5]], dtype=np.float32))][4::5]
     [[1.0, 0.0, nan, 1.0, 1.0, nan], [0.0, 0.0, nan]]

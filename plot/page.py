@@ -1,4 +1,4 @@
-"""Draw pictures: panels of traces that plotly renders as a page and matplotlib as an image, and texts shown as they are."""
+"""Draw panels of traces as a page (plotly) and as an image (matplotlib), and texts on a page."""
 
 import html
 import io
@@ -16,27 +16,28 @@ import matplotlib as mpl
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io
+from datasets import ClassLabel
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert.data.columns import pick_columns
-from minibert.data.load import as_dataset, text_columns
+from minibert.data.load import BUILDERS, as_dataset, text_columns
 from minibert.files.disk import atomic_write
 from minibert.files.model_folder import opening
 from minibert.inference.load import encoder_folder, find_model
+from minibert.inference.predict import check_output
 
-SUFFIXES = {".html": "a page to explore", ".png": "an image"}
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart, without yellow, and four more.
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart, without yellow,
+# and four more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#882255", "#44AA99", "#332288")
 INK = "#222222"
 _SCALE = "Blues"
-_DOTS_PER_INCH = 130
 # matplotlib's names for the lines and markers of plotly.
 _LINES = {"solid": "-", "dash": "--", "dot": ":"}
 _MARKERS = {"circle": "o", "diamond": "D", "square": "s"}
-# Scripts that matplotlib's own font lacks are drawn in those of these fonts that are installed.
+# Fonts for scripts that matplotlib's own font lacks, if they are installed.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans Devanagari")
 
 _PAGE = """<!doctype html>
@@ -71,9 +72,9 @@ class Panel:
     """A diagram that plotly and matplotlib draw from the same data.
 
     Attributes:
-        traces: plotly's traces: a heat map, or lines and points in two or three dimensions.
+        traces: plotly's: a heat map, or lines and points in two or three dimensions.
         axes: names of the axes, x first.
-        columns: text and color of each column of a heat map; rows: likewise.
+        columns: text and colour of each column of a heat map; ``rows`` likewise.
         frame: limits of x and of y in a panel that hides its axes.
     """
 
@@ -87,12 +88,12 @@ class Panel:
 
     @property
     def kind(self) -> str:
-        """The type of the first trace, or ``bare`` if the axes are hidden."""
-        return "bare" if self.frame else str(self.traces[0].type)
+        """The type of the first trace."""
+        return str(self.traces[0].type)
 
 
-def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hover_text: str = "") -> go.Heatmap:
-    """Return a heat map of (rows, columns) values, whose pointer shows ``hover_text``, the value and both texts."""
+def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hover_text: str) -> go.Heatmap:
+    """Return a heat map of (rows, columns) values; ``hover_text`` is plotly's ``hovertemplate``."""
     x, y = ([f"{at} {hover(text)}" for at, text in enumerate(texts, start=1)] for texts in (columns, rows))
     return go.Heatmap(
         z=cells,
@@ -101,36 +102,26 @@ def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hov
         zmin=min(0.0, float(cells.min())),
         zmax=float(cells.max()),
         colorscale=_SCALE,
-        colorbar={
-            "orientation": "h",
-            "x": 1,
-            "xanchor": "right",
-            "y": 1,
-            "ypad": 30,
-            "lenmode": "pixels",
-            "len": 130,
-            "thickness": 9,
-        },
-        hovertemplate=hover_text or "%{z:.4f}<br>%{y}<br><b>and</b><br>%{x}<extra></extra>",
+        colorbar={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "ypad": 30, "len": 0.12, "thickness": 9},
+        hovertemplate=hover_text,
     )
 
 
-def page_figure(
-    panels: Sequence[Panel], *, columns: int = 1, menus: Mapping[str, Mapping[str, dict[str, Any]]] | None = None
-) -> go.Figure:
+def page_figure(panels: Sequence[Panel], *, columns: int, menus: Mapping[str, Mapping[str, Any]] | None = None) -> go.Figure:
     """Return ``panels``, which are of one kind, in ``columns`` of a plotly figure.
 
     Args:
-        menus: for each menu its items, and what each of them changes in the traces (plotly's restyle).
+        menus: the items of each menu, and what an item changes in the traces (plotly's restyle).
     """
     kind, rows = panels[0].kind, -(-len(panels) // columns)
     each = {"scatter3d": 560, "scatter": 190}.get(kind, min(2400, max(240, 18 * len(panels[0].rows))))
     height = rows * (each + 62) - 62
-    kinds = [{"type": "scene" if kind == "scatter3d" else "xy"} for _ in panels] + [None] * (rows * columns - len(panels))
+    cells: list[Any] = [{"type": "scene" if kind == "scatter3d" else "xy"} for _ in panels]
+    cells += [None] * (rows * columns - len(panels))
     figure = make_subplots(
         rows,
         columns,
-        specs=[kinds[at : at + columns] for at in range(0, len(kinds), columns)],
+        specs=[cells[at : at + columns] for at in range(0, len(cells), columns)],
         subplot_titles=[markup(panel.title) for panel in panels],
         horizontal_spacing=0.06,
         vertical_spacing=62 / height,
@@ -158,19 +149,19 @@ def page_figure(
         figure.layout.annotations += tuple({**text, "xref": f"x{at + 1}", "yref": f"y{at + 1}"} for text in texts)
         figure.update_xaxes(title={"text": panel.axes[0], "standoff": 5}, **place)
         figure.update_yaxes(title_text=panel.axes[1], **place)
-        if panel.kind == "heatmap":
-            figure.update_xaxes(type="category", showgrid=False, **_labels(panel.columns, 48), **place)
-            figure.update_yaxes(type="category", showgrid=False, autorange="reversed", **_labels(panel.rows, 170), **place)
-        elif panel.frame:
+        if panel.frame:
             figure.update_xaxes(visible=False, fixedrange=True, range=panel.frame[0], **place)
             figure.update_yaxes(visible=False, fixedrange=True, range=panel.frame[1], **place)
+        elif panel.kind == "heatmap":
+            figure.update_xaxes(type="category", **_labels(panel.columns, 48), **place)
+            figure.update_yaxes(type="category", autorange="reversed", **_labels(panel.rows, 170), **place)
         else:
             figure.update_xaxes(matches="x", **place)
     named: dict[str, Any] = {}
     for trace in figure.data:
         trace.legendgroup = trace.name
         trace.showlegend = bool(trace.name) and named.setdefault(trace.name, trace) is trace
-    margin = {"l": 40, "r": 10, "t": 90 if menus else 60 if kind == "heatmap" else 40, "b": 20 + 22 * min(8, len(named))}
+    margin = {"l": 40, "r": 10, "t": 90 if menus else 60, "b": 20 + 22 * min(8, len(named))}
     return figure.update_layout(
         template="plotly_white",
         font={"color": INK, "size": 11},
@@ -196,8 +187,8 @@ def page_figure(
 
 def _labels(texts: Sequence[tuple[str, str]], most: int) -> dict[str, Any]:
     shown = ticks(len(texts), most)
-    labels = [f'<span style="color:{colour}">{markup(text, 30)}</span>' for text, colour in (texts[at] for at in shown)]
-    return {"tickvals": shown, "ticktext": labels, "automargin": True}
+    labels = [f'<span style="color:{colour}">{markup(text, 30)}</span>' for text, colour in texts]
+    return {"tickvals": shown, "ticktext": [labels[at] for at in shown], "automargin": True, "showgrid": False}
 
 
 def page_part(figure: go.Figure) -> str:
@@ -208,7 +199,7 @@ def page_part(figure: go.Figure) -> str:
 
 
 def image_figure(panels: Sequence[Panel], *, columns: int, cell: tuple[float, float]) -> Figure:
-    """Return ``panels`` in ``columns`` of a matplotlib figure; ``cell`` is the width and height of each, in inches."""
+    """Return ``panels`` in ``columns`` of a matplotlib figure; ``cell`` is the size of each, in inches."""
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.0, cell[0] * columns), cell[1] * rows + 0.9), layout="constrained")
     named: dict[str, Any] = {}
@@ -218,10 +209,10 @@ def image_figure(panels: Sequence[Panel], *, columns: int, cell: tuple[float, fl
         axes: Any = figure.add_subplot(rows, columns, at, projection=space, sharex=shared)
         axes.set(**{f"{letter}label": name for letter, name in zip("xyz", panel.axes)})
         axes.set_title(panel.title, fontsize=min(9.0, 5 * cell[0]))
+        if panel.kind == "heatmap":
+            _draw_cells(axes, panel, min(cell))
+            continue
         for trace in panel.traces:
-            if panel.kind == "heatmap":
-                _draw_cells(axes, panel, min(cell))
-                continue
             (line,) = axes.plot(
                 *(trace[letter] for letter in "xyz"[: len(panel.axes)]),
                 color=trace.line.color or trace.marker.color,
@@ -239,7 +230,7 @@ def image_figure(panels: Sequence[Panel], *, columns: int, cell: tuple[float, fl
             axes.axis("off")
         elif space:
             axes.set_box_aspect(None, zoom=0.95)
-        elif panel.kind == "scatter":
+        else:
             axes.grid(color="#E5E5E5", linewidth=0.6)
     named.pop("", None)
     if named:
@@ -249,7 +240,7 @@ def image_figure(panels: Sequence[Panel], *, columns: int, cell: tuple[float, fl
 
 
 def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
-    """Draw a heat map that is ``inches`` wide: with a color bar if its axes have names, and with labels that can be read."""
+    """Draw a heat map that is ``inches`` wide, with the labels that can be read."""
     image = axes.imshow(panel.traces[0].z, cmap=_SCALE, vmin=0, interpolation="nearest")
     if any(panel.axes):
         axes.figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02).outline.set_visible(False)
@@ -257,7 +248,8 @@ def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
     for axis, labels in ((axes.xaxis, panel.columns), (axes.yaxis, panel.rows)):
         shown = ticks(len(labels), 100)
         size = min(8.0, 45 * inches / max(1, len(shown)))
-        shown = shown if size >= 4 else []
+        if size < 4:
+            shown = []
         axis.set_ticks(shown, [plain(labels[at][0], 14) for at in shown], fontsize=size)
         axis.set_tick_params(length=0)
         for at, label in zip(shown, axis.get_ticklabels()):
@@ -267,9 +259,8 @@ def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
 
 @contextmanager
 def _image_settings() -> Iterator[None]:
-    """Set matplotlib to show texts between dollar signs as they are, and to draw rare scripts where a font has them."""
-    installed = set(font_manager.get_font_names())
-    more = [name for name in _MORE_FONTS if name in installed]
+    """Show texts between dollar signs as they are, and draw rare scripts where a font has them."""
+    more = sorted({*_MORE_FONTS} & {*font_manager.get_font_names()})
     settings: Any = {
         "text.parse_math": False,
         "text.usetex": False,
@@ -309,16 +300,17 @@ class Picture(ABC):
         return _PAGE.format(title=html.escape(plain(self.title)), notes=notes, body=self.body())
 
     def save(self, out: str | Path, *, force: bool = False) -> Path:
-        """Write a page (``.html``) or an image (``.png``), which replaces an existing file only with ``force``.
+        """Write a page (``.html``) or an image (``.png``).
 
         Raises:
             FileExistsError: ``out`` exists, and ``force`` is not set.
             ValueError: the suffix is not one of ``suffixes``.
             OSError: the folder is missing or cannot be written to.
         """
-        out = check_output(out, force=force, suffixes=self.suffixes)
+        out = Path(out).expanduser()
+        check_output(out, self.suffixes, force=force)
         with atomic_write(out) as part:
-            part.write_bytes(self.page().encode("utf-8") if out.suffix.lower() == ".html" else self.image())
+            part.write_bytes(self.page().encode() if out.suffix == ".html" else self.image())
         return out
 
     def image(self) -> bytes:
@@ -330,11 +322,11 @@ class Picture(ABC):
 class Drawing(Picture):
     """A picture that is a plotly figure on a page, and a matplotlib figure as an image."""
 
-    suffixes: ClassVar[tuple[str, ...]] = tuple(SUFFIXES)
+    suffixes: ClassVar[tuple[str, ...]] = (".html", ".png")
 
     @abstractmethod
     def interactive(self) -> go.Figure:
-        """Return the plotly figure, without title and notes, which a page has above it."""
+        """Return the plotly figure, without title and notes."""
 
     @abstractmethod
     def draw(self) -> Figure:
@@ -344,39 +336,24 @@ class Drawing(Picture):
         """Return the HTML of the plotly figure."""
         return page_part(self.interactive())
 
+    @_image_settings()
     def static(self) -> Figure:
         """Return the matplotlib figure."""
-        with _image_settings():
-            figure = self.draw()
-            characters = round(figure.get_figwidth() * 11)
-            lines = [self.title, *self.notes]
-            figure.suptitle("\n".join(textwrap.fill(plain(line), characters) for line in lines), fontsize=10, color=INK)
-            figure.draw_without_rendering()  # labels that are created later would read formulas into texts
+        figure = self.draw()
+        characters = round(figure.get_figwidth() * 11)
+        lines = [self.title, *self.notes]
+        figure.suptitle("\n".join(textwrap.fill(plain(line), characters) for line in lines), fontsize=10, color=INK)
+        figure.draw_without_rendering()  # labels that are created later would read formulas into texts
         return figure
 
+    @_image_settings()
     def image(self) -> bytes:
         """Return a PNG file."""
         buffer = io.BytesIO()
-        with _image_settings():
-            self.static().savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+        self.static().savefig(buffer, format="png", dpi=130, metadata={"Software": None})
         return buffer.getvalue()
 
     _repr_png_ = image  # for notebooks, whose files can hold it
-
-
-def check_output(out: str | Path, *, force: bool, suffixes: Sequence[str] = tuple(SUFFIXES)) -> Path:
-    """Refuse a file that :meth:`Picture.save` would refuse, before anything is computed."""
-    out = Path(out).expanduser()
-    if out.suffix.lower() not in suffixes:
-        allowed = " or ".join(f"{suffix} ({SUFFIXES[suffix]})" for suffix in suffixes)
-        raise ValueError(f"--out must end in {allowed}, got {out}.")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder; name a file.")
-    if out.exists() and not force:
-        raise FileExistsError(f"--out {out} exists; name another file, or replace it with --force.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"The folder {out.parent} of --out {out} does not exist; make it first.")
-    return out
 
 
 def plain(text: str, width: int | None = None) -> str:
@@ -414,49 +391,48 @@ def read_texts(
     *,
     column: str | None = None,
     label_column: str | None = None,
-    split: str = "train",
-    limit: int | None = None,
+    split: str,
+    limit: int,
 ) -> tuple[list[str], list[str] | None]:
-    """Return the texts that are given, or those of the file, folder or Hub data set that is named, with their labels.
+    """Return the texts that are given, or those of the data that a single argument names, with labels.
 
-    A single argument names data if it is a path, ends in a known suffix, or holds a slash and no blank.
+    An argument names data if it is a path, ends in a known suffix, or holds a slash and no blank.
 
     Args:
-        column: column of the texts; by default the only column of texts, or the first that has a usual name.
-        label_column: column of the labels; by default ``label``, if there is one.
-        limit: maximum number of rows; a larger file is sampled, always alike, in the order of the file.
+        column: of the texts; by default the only column of texts, or the first with a usual name.
+        label_column: by default ``label``, if there is one.
+        limit: maximum number of rows; a larger file is sampled, always alike.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`minibert.data.load.load` does, or a column is missing.
+        FileNotFoundError, ValueError: for data that is missing or cannot be read, or such a column.
     """
-    if not _names_data(given):
+    name = given[0]
+    known = "/" in name or Path(name).suffix in BUILDERS
+    if len(given) > 1 or not (os.path.exists(os.path.expanduser(name)) or (known and " " not in name)):
         if column or label_column:
             raise ValueError("Texts have no columns; name a file, or leave out --column and --label-column.")
         return list(given), None
-    rows = as_dataset(given[0], split=split)
-    where, every = given[0], rows.column_names
-    label = ["label"] if "label" in every else []
+    rows = as_dataset(name, split=split)
+    every = rows.column_names
     if label_column is not None:
-        label = pick_columns(every, [label_column], [], option="--label-column", where=where)
-    texts = [name for name in text_columns(rows) if name not in label or name == column]
+        pick_columns(every, [label_column], [], option="--label-column", where=name)
+    elif "label" in every:
+        label_column = "label"
+    texts = [found for found in text_columns(rows) if found != label_column or found == column]
     usual = [["text"], ["sentence"], ["passage"], ["query"], ["sentence1"]]
-    (wanted,) = pick_columns(texts, [column] if column else None, usual, option="--column", where=where, columns=every)
-    rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=wanted)
-    if limit is not None and len(rows) > limit:
-        rows = rows.select(sorted(np.random.default_rng(0).choice(len(rows), limit, replace=False)))
+    wanted = None if column is None else [column]
+    (column,) = pick_columns(texts, wanted, usual, option="--column", where=name, columns=every)
+    rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=column)
     if not len(rows):
-        raise ValueError(f"Every text in column {wanted!r} of {where} is blank; give texts.")
-    if not label:
-        return list(rows[wanted]), None
-    names = getattr(rows.features[label[0]], "names", None)
-    return list(rows[wanted]), [str(names[value] if names and isinstance(value, int) else value) for value in rows[label[0]]]
-
-
-def _names_data(given: Sequence[str]) -> bool:
-    if len(given) != 1:
-        return False
-    known = Path(given[0]).suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt") or "/" in given[0]
-    return os.path.exists(os.path.expanduser(given[0])) or (" " not in given[0] and known)  # Path refuses long texts
+        raise ValueError(f"Every text in column {column!r} of {name} is blank; give texts.")
+    if len(rows) > limit:
+        rows = rows.select(sorted(np.random.default_rng(0).choice(len(rows), limit, replace=False)))
+    if label_column is None:
+        return list(rows[column]), None
+    labels, feature = rows[label_column], rows.features[label_column]
+    if isinstance(feature, ClassLabel):
+        labels = [None if label is None else feature.int2str(label) for label in labels]
+    return list(rows[column]), [str(label) for label in labels]
 
 
 def ticks(count: int, most: int) -> list[int]:
@@ -484,19 +460,18 @@ def name_of(model: str | Path) -> str:
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Return tokens as people read them: byte-level tokens are decoded, with ``▁`` in place of a space.
+    """Return tokens as people read them: byte-level tokens are decoded, with ``▁`` for a space.
 
     Special tokens, and tokens that are only a part of a character, stay as they are.
     """
-    byte_level = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)).__name__ == "ByteLevel"
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    byte_level = type(decoder).__name__ == "ByteLevel"
     labels = []
     for number, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids))):
         readable = token
-        if number not in tokenizer.all_special_ids and token and not token.isascii():
+        if byte_level and number not in tokenizer.all_special_ids:
             decoded = tokenizer.convert_tokens_to_string([token])
-            if token[0] == "Ġ":
-                readable = "▁" + decoded.lstrip(" ")
-            elif byte_level and "\ufffd" not in decoded:
-                readable = decoded
+            if "\ufffd" not in decoded:
+                readable = decoded.replace(" ", "▁", 1)
         labels.append(plain(readable) or repr(token))
     return labels

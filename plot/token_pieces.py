@@ -25,7 +25,7 @@ class Token:
     """A token.
 
     Attributes:
-        token: the token as people read it; id: its number in the vocabulary.
+        token: as people read it; id: its number in the vocabulary.
         word: number of the word it belongs to, from 1; None for special tokens.
         text: the part of the text that it stands for.
         unknown: True if the vocabulary lacks that part.
@@ -52,17 +52,16 @@ class Tokens(Picture):
 
     def table(self) -> str:
         """Return lines of text: id, token, word, and the text that the token stands for."""
-        rows = [("id", "token", "word", "text")]
+        table = [("id", "token", "word", "text")]
         for token in self.tokens:
             text = plain(token.text, 40) + ("  (not in the vocabulary)" if token.unknown else "")
-            rows.append((str(token.id), plain(token.token, 50), "-" if token.word is None else str(token.word), text))
-        widths = [max(len(row[place]) for row in rows) for place in range(3)]
-        return "\n".join(
-            f"{row[0]:>{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
-        )
+            table.append((str(token.id), plain(token.token, 50), str(token.word or "-"), text))
+        first, second, third, _ = (max(map(len, column)) for column in zip(*table))
+        lines = [f"{id:>{first}}  {token:<{second}}  {word:>{third}}  {text}" for id, token, word, text in table]
+        return "\n".join(line.rstrip() for line in lines)
 
     def body(self) -> str:
-        """Return the tokens as HTML boxes; the pointer shows the word and the text of a token."""
+        """Return the tokens as HTML boxes; the pointer shows word and text."""
         boxes = []
         for token in self.tokens:
             word = "special token" if token.word is None else f"word {token.word}, stands for: {token.text}"
@@ -77,10 +76,11 @@ class Tokens(Picture):
 
 
 def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> Tokens:
-    """Return the tokens into which the tokenizer of ``model`` splits ``text``, including special tokens.
+    """Return the tokens into which the tokenizer of ``model`` splits ``text``, with special tokens.
 
     Args:
-        model: a model folder, the id (owner/name) of a model on the Hub, or a folder that holds only a tokenizer.
+        model: a model folder, the id (owner/name) of a model on the Hub, or a folder that holds
+            only a tokenizer.
 
     Example::
 
@@ -93,15 +93,12 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
     check_text(text)
     tokenizer = _open_tokenizer(model, trust_remote_code)
     encoded = tokenizer(text, verbose=False)
-    ids = encoded["input_ids"]
-    fast = encoded.encodings[0] if encoded.encodings else None
-    words = [None] * len(ids) if fast is None else fast.word_ids
-    spans = [(0, 0)] * len(ids) if fast is None else fast.offsets
-    found = [
-        Token(label, number, None if word is None else word + 1, text[start:end], number == tokenizer.unk_token_id)
-        for label, number, word, (start, end) in zip(token_labels(tokenizer, ids), ids, words, spans)
-    ]
-    notes = ["Words are in turns blue and orange, special tokens grey, unknown tokens red; below each token is its id."]
+    ids, fast = encoded["input_ids"], encoded.encodings[0]
+    found = []
+    for label, number, word, (start, end) in zip(token_labels(tokenizer, ids), ids, fast.word_ids, fast.offsets):
+        unknown = number == tokenizer.unk_token_id
+        found.append(Token(label, number, None if word is None else word + 1, text[start:end], unknown))
+    notes = ["Words are in turns blue and orange, special tokens grey, unknown tokens red; ids are below."]
     if len(found) > tokenizer.model_max_length:
         notes.append(f"The model reads only the first {tokenizer.model_max_length} of them.")
     return Tokens(title=f"Tokens of {name_of(model)}: {plain(text, 80)}", notes=tuple(notes), tokens=found)

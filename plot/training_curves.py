@@ -1,4 +1,4 @@
-"""Draw training runs: every metric in their log.jsonl over steps, epochs or minutes, several runs overlaid."""
+"""Draw training runs: every metric in their log.jsonl, several runs overlaid."""
 
 import json
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from minibert.plot import page
 LOG = "log.jsonl"
 # What the horizontal axis may count, and the key of a line that holds it.
 AXES = {"step": "step", "epoch": "epoch", "minutes": "seconds"}
-# Order of the panels; evaluation metrics follow the loss, and what else a log holds comes last, by name.
+# Panels come in this order: the loss, metrics of evaluation, these, and others by name.
 _ORDER = ("loss", "learning_rate", "tokens_per_second", "grad_norm")
 _EVAL = "eval_"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The log of one stage: its name, and the metrics of each line by name."""
+    """The log of one stage: the metrics of each line by name."""
 
     name: str
     lines: list[dict[str, float]]
 
     def curve(self, key: str, axis: str) -> tuple[list[float], list[float]]:
-        """Return where the metric ``key`` was measured, counted in ``axis``, and its values."""
+        """Return where ``key`` was measured, counted in ``axis``, and its values."""
         found = [line for line in self.lines if key in line]
         places = [line[AXES[axis]] / (60 if axis == "minutes" else 1) for line in found]
         return places, [line[key] for line in found]
@@ -40,7 +40,7 @@ class Training(page.Drawing):
 
     @property
     def metrics(self) -> dict[str, list[str]]:
-        """Title and keys of every panel: the loss of evaluation is drawn with that of training."""
+        """Title and keys of every panel; the loss of evaluation is drawn with that of training."""
         keys = {key for run in self.runs for line in run.lines for key in line} - set(AXES.values())
         evaluated = sorted(key for key in keys if key.startswith(_EVAL))
         order = [key for key in dict.fromkeys(["loss", *evaluated, *_ORDER, *sorted(keys)]) if key in keys]
@@ -50,7 +50,7 @@ class Training(page.Drawing):
         return panels
 
     def panels(self, axis: str = "step") -> list[page.Panel]:
-        """Return a panel for each metric, with a curve for each run that has it, over ``axis``."""
+        """Return a panel for each metric, with a curve for each run that has it."""
         panels = []
         for title, keys in self.metrics.items():
             traces = []
@@ -68,7 +68,7 @@ class Training(page.Drawing):
         return panels
 
     def interactive(self) -> go.Figure:
-        """Return two columns of panels, whose horizontal axis a menu chooses among those that all lines have."""
+        """Return two columns of panels; a menu chooses among the axes that all lines have."""
         lines = [line for run in self.runs for line in run.lines]
         axes = [axis for axis, key in AXES.items() if all(key in line for line in lines)]
         choices = {axis: {"x": [trace.x for panel in self.panels(axis) for trace in panel.traces]} for axis in axes}
@@ -84,7 +84,7 @@ class Training(page.Drawing):
 
 
 def training(runs: str | Path | Sequence[str | Path]) -> Training:
-    """Return the curves of runs, which may still be going on: folders of runs or of single stages, or log files.
+    """Return the curves of runs: folders of runs or of single stages, or log files.
 
     Example::
 
@@ -115,7 +115,7 @@ def find_logs(path: Path) -> list[Path]:
 
 
 def read_log(log: Path) -> list[dict[str, float]]:
-    """Return the lines of a log with their numbers; a last line that is truncated, as after a kill, is left out.
+    """Return the lines of a log with their numbers, without a last line that a kill truncated.
 
     Lines of evaluation get the seconds of the line before them.
 
@@ -144,7 +144,7 @@ def read_log(log: Path) -> list[dict[str, float]]:
 
 
 def _names(logs: list[Path]) -> list[str]:
-    """Return for each log its last folders: at least two (run and stage), and enough to tell all logs apart."""
+    """Return the last folders of each log: run and stage, or as many as tell all logs apart."""
     parts = [(log.parent if log.name == LOG else log.with_suffix("")).resolve().parts for log in logs]
     for count in range(2, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]

@@ -18,13 +18,13 @@ from minibert.inference.load import load
 from minibert.plot import page
 
 METHODS = ("pca", "tsne", "umap")
-# Numbers of points that have their names next to them, and of labels that have a color and marker of their own.
+# Points have names if they are few; more labels than that share a colour and marker.
 _NAMED, _KINDS = 60, 30
 _SYMBOLS = ("circle", "diamond", "square")
 
 
 class Space(NamedTuple):
-    """Points in three dimensions: their name, their (n, 3) coordinates, and the names of the axes."""
+    """Points in three dimensions: (n, 3) coordinates, and the names of the axes."""
 
     name: str
     points: np.ndarray
@@ -37,9 +37,9 @@ class Embeddings(page.Drawing):
 
     Attributes:
         spaces: the same things in one or more spaces.
-        names: names of the points, drawn next to them if they are at most 60.
+        names: of the points, drawn next to them if they are at most 60.
         texts: what the pointer shows on a point.
-        labels: labels of the points, which choose their color; None for a single color.
+        labels: choose the colours of the points; None for a single colour.
     """
 
     spaces: list[Space]
@@ -48,7 +48,7 @@ class Embeddings(page.Drawing):
     labels: list[str] | None = None
 
     def panels(self) -> list[page.Panel]:
-        """Return a panel for each space, with a trace for each label; labels beyond the first 30 share a trace."""
+        """Return a panel for each space, with a trace for each of the first 30 labels."""
         kinds: dict[str, list[int]] = {}
         for place, label in enumerate(self.labels or [""] * len(self.texts)):
             known = label in kinds or len(kinds) < _KINDS
@@ -70,7 +70,8 @@ class Embeddings(page.Drawing):
                 )
                 for number, (label, places) in enumerate(kinds.items())
             ]
-            texts = [page.Text(*named) for named in zip(space.points, self.names)] if len(self.names) <= _NAMED else []
+            few = len(self.names) <= _NAMED
+            texts = [page.Text(*named) for named in zip(space.points, self.names)] if few else []
             title = space.name if len(self.spaces) > 1 else ""
             panels.append(page.Panel(title=title, axes=space.axes, traces=traces, texts=texts))
         return panels
@@ -95,12 +96,13 @@ def embeddings(
 ) -> Embeddings:
     """Return texts as points in three dimensions, or the tokens of texts before and after the encoder.
 
-    Vectors of width 3 are shown as they are; wider vectors are projected by their principal components, t-SNE or UMAP.
+    Vectors of width 3 are shown as they are; wider vectors are projected.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
-        labels: a label per text, for the colors; without labels, the tokens of several texts have the color of their text.
-        tokens: show the tokens of the texts: what enters the first layer, and what leaves the last.
+        labels: a label per text, for the colours; without labels, tokens have the colour of their
+            text.
+        tokens: show the tokens: what enters the first layer, and what leaves the last.
         method: ``pca``, ``tsne`` or ``umap`` (which needs ``pip install umap-learn``).
 
     Example::
@@ -110,7 +112,8 @@ def embeddings(
 
     Raises:
         FileNotFoundError: the model does not exist.
-        ValueError: no or empty texts, too few or many labels, too few points, or a method that is unknown or not installed.
+        ValueError: no or empty texts, labels that do not fit, too few points, or a method that is
+            unknown or not installed.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -167,9 +170,10 @@ def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, metho
 
 
 def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[str]]:
-    """Project (n, width) vectors to (n, 3), and return the points and the names of their axes.
+    """Project (n, width) vectors to (n, 3); return the points and the names of their axes.
 
-    ``pca`` only adds zeros to vectors of up to three dimensions; its names tell the share of the variance of each component.
+    ``pca`` only adds zeros to vectors of up to three dimensions; else its names tell the share of
+    the variance of each component.
     """
     count, width = vectors.shape
     vectors = np.asarray(vectors, dtype=np.float64)
@@ -186,7 +190,8 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
         raise ValueError(f"--method {method} arranges neighbourhoods, of which {count} points have none; use pca.")
     if method == "tsne":
         settings: dict[str, Any] = {"init": "pca", "random_state": 0, "perplexity": min(30.0, (count - 1) / 3)}
-        # In three dimensions the approximation is the slower one for some hundred points, and the usual step too long.
+        # In three dimensions the approximation is slower for some hundred points, and the usual
+        # step too long.
         settings |= {"method": "exact" if count <= 1000 else "barnes_hut", "learning_rate": max(10.0, count / 48)}
         points = TSNE(3, **settings).fit_transform(vectors)
     else:
@@ -199,24 +204,20 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Similarity(page.Picture):
-    """Similarities between two lists of texts.
-
-    Attributes:
-        rows, columns: the texts.
-        values: (rows, columns).
-    """
+    """Similarities (rows, columns) between two lists of texts."""
 
     rows: list[str]
     columns: list[str]
     values: np.ndarray
 
     def interactive(self) -> go.Figure:
-        """Return a heat map as a plotly figure, with numbers in its cells if they fit in."""
+        """Return a plotly figure, with numbers in the cells if they fit."""
         columns, rows = ([(text, page.INK) for text in texts] for texts in (self.columns, self.rows))
-        heat = page.heat_map(self.values, self.columns, self.rows)
+        shown = "%{z:.4f}<br>%{y}<br><b>and</b><br>%{x}<extra></extra>"
+        heat = page.heat_map(self.values, self.columns, self.rows, shown)
         if self.values.size <= 150 and len(self.columns) <= 12:
             heat.update(text=np.char.mod("%.2f", self.values.round(2) + 0.0), texttemplate="%{text}")  # no -0.00
-        return page.page_figure([page.Panel(traces=[heat], columns=columns, rows=rows)])
+        return page.page_figure([page.Panel(traces=[heat], columns=columns, rows=rows)], columns=1)
 
     def body(self) -> str:
         """Return the HTML of the plotly figure."""
@@ -229,7 +230,9 @@ class Similarity(page.Picture):
 def similarity(
     model: str | Path, rows: Sequence[str], columns: Sequence[str] | None = None, *, trust_remote_code: bool = False
 ) -> Similarity:
-    """Return the similarities of two lists of texts, or of a list with itself, by the model's own measure (mostly cosine).
+    """Return the similarities of two lists of texts, or of a list with itself.
+
+    The measure is the model's own, mostly the cosine.
 
     Example::
 
