@@ -1,15 +1,21 @@
 """Read the labels of texts in the usual forms: one class, several classes, or a number."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
-SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
 
 # More numbered classes than rows are refused above this number.
 _CLASSES_OF_FEW_ROWS = 1000
+_NUMBERS = ("int", "uint", "float", "bool")
 
 
 class Labels(NamedTuple):
@@ -17,7 +23,8 @@ class Labels(NamedTuple):
 
     Attributes:
         problem_type: one of :data:`PROBLEM_TYPES`, as in a model's configuration.
-        values: (rows,) classes, int64; (rows, classes) zeros and ones, float32; or (rows,) numbers, float32.
+        values: (rows,) classes, int64; (rows, classes) zeros and ones, float32; or (rows,)
+            numbers, float32.
         names: the names of the classes in order, or the name of the number.
     """
 
@@ -27,33 +34,49 @@ class Labels(NamedTuple):
 
 
 def read_labels(
-    rows: Dataset, column: str | Sequence[str], names: Sequence[str] | None = None, problem_type: str | None = None
+    rows: Dataset,
+    column: str | Sequence[str],
+    names: Sequence[str] | None = None,
+    problem_type: str | None = None,
 ) -> Labels:
-    """Read the labels of all rows from one column, or from a column of 0 and 1 for each of several classes.
+    """Read the labels of all rows from one column, or from one of 0 and 1 for each class.
 
     Args:
-        names: the names of the classes in order; the default is those of the ClassLabel, the strings found (sorted), the
-            columns, or 0 … n-1. Where any label is among the names, all are read as names; else numbers are positions.
+        names: the names of the classes in order; the default is as in :func:`number_labels`, or
+            the names of the columns.
         problem_type: the default is that of :func:`detect_problem_type`.
 
     Raises:
-        ValueError: for a label that is not a class or number, with its row counted from 1, and columns that do not fit the
-            problem.
+        ValueError: for a label that is not a class or number, with its row counted from 1, and
+            columns that do not fit the problem.
     """
     problem_type = problem_type or detect_problem_type(rows, column, names)
-    if problem_type == MULTI:
-        return Labels(MULTI, *_read_sets(rows, column, names))
     if not isinstance(column, str):
-        raise ValueError(f"problem_type={problem_type} reads its labels from one column, not from {', '.join(column)}.")
+        if problem_type != MULTI:
+            raise ValueError(f"problem_type={problem_type} reads its labels from one column, not from {', '.join(column)}.")
+        return _read_flags(rows, column, names)
+    feature, values = rows.features[column], rows[column][:]
     if problem_type == REGRESSION:
         if names and len(names) > 1:
             raise ValueError(f"Regression predicts one number, which has one name, not {', '.join(names)}; leave labels out.")
-        return Labels(REGRESSION, _read_numbers(rows, column), list(names or [column]))
-    return Labels(SINGLE, *_read_classes(rows, column, names))
+        good = [isinstance(value, int | float) and math.isfinite(value) for value in values]
+        _refuse_first(values, good, column, "a finite number belongs there; correct it or remove the row")
+        numbers = np.array(values, dtype=np.float32)
+        return Labels(REGRESSION, numbers, list(names or [column]))
+    if problem_type == MULTI:
+        return _read_sets(values, feature, column, names)
+    classes, known = number_labels([[value] for value in values], feature, column, names)
+    labels = np.array(classes, dtype=np.int64).ravel()
+    if len(known) < 2 or (not names and not isinstance(feature, ClassLabel) and np.ptp(labels) == 0):
+        raise ValueError(f"Column {column!r} holds the single class {str(values[0])!r}; a classifier needs at least two.")
+    return Labels(SINGLE, labels, known)
 
 
 def detect_problem_type(rows: Dataset, column: str | Sequence[str], names: Sequence[str] | None = None) -> str:
-    """Return multi-label for lists or several columns, regression for fractions without named classes, else single-label.
+    """Return the problem that the labels suggest.
+
+    It is multi-label for lists or several columns, regression for fractions without named classes,
+    else single-label.
 
     >>> detect_problem_type(Dataset.from_dict({"label": [0.0, 2.5]}), "label")
     'regression'
@@ -68,12 +91,53 @@ def detect_problem_type(rows: Dataset, column: str | Sequence[str], names: Seque
     return SINGLE
 
 
-def refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
-    """Refuse the first of ``values`` that is not ``good`` (one bool each), with its row counted from 1."""
-    good = np.asarray(good, dtype=bool)
-    if not good.all():
-        row = int(np.argmin(good))
-        raise ValueError(f"Row {row + 1} has {column}={values[row]!r}; {advice}.")
+def number_labels(
+    lists: Sequence[Sequence[Any]], feature: Any, column: str, names: Sequence[str] | None = None
+) -> tuple[list[list[int]], list[str]]:
+    """Return the numbers of the labels in ``lists``, and the names of all classes in order.
+
+    Where labels are strings, or any label is among the names, all are read as names; else numbers
+    are positions.
+
+    Args:
+        feature: the type of a label.
+        names: the default is the names of the ClassLabel, the strings found (sorted), or 0 … n-1.
+
+    Raises:
+        ValueError: for the first label that is not a class, with its row counted from 1.
+    """
+    is_class = isinstance(feature, ClassLabel)
+    if not (is_class or is_text(feature) or (isinstance(feature, Value) and feature.dtype.startswith(_NUMBERS))):
+        raise ValueError(f"Column {column!r} holds {feature}, not classes; a label is a number from 0 up, or a string.")
+    names = list(names or (feature.names if is_class else ()))
+    keys = [[_name(label, feature) for label in labels] for labels in lists]
+    used = {key for labels in keys for key in labels}
+    numbers: dict[Any, int]
+    if is_text(feature) or used & set(names):
+        names = names or sorted(used - {None})
+        numbers = {name: number for number, name in enumerate(names)}
+        allowed = f"are {', '.join(names)}"
+    else:
+        keys = [list(labels) for labels in lists]
+        whole = (int(key) for labels in keys for key in labels if key is not None and float(key).is_integer())
+        count = len(names) or 1 + max(whole, default=0)
+        if not names and count > max(len(lists), _CLASSES_OF_FEW_ROWS):
+            raise ValueError(
+                f"Column {column!r} holds the number {count - 1}, which makes {count} classes of "
+                f"{len(lists)} rows; number the classes from 0 up, write their names, or give "
+                "labels: with all names in order."
+            )
+        numbers = {number: number for number in range(count)}
+        allowed = f"are numbered 0 to {count - 1}" + (f" ({', '.join(names)})" if names else "")
+        names = names or list(map(str, range(count)))
+    for row, labels in enumerate(keys):
+        for place, key in enumerate(labels):
+            if key not in numbers:
+                raise ValueError(
+                    f"Row {row + 1} has the label {lists[row][place]!r} in {column!r}; the classes "
+                    f"{allowed}. Correct it or remove the row."
+                )
+    return [[numbers[key] for key in labels] for labels in keys], names
 
 
 def is_text(feature: Any) -> bool:
@@ -86,104 +150,48 @@ def is_list(feature: Any) -> bool:
     return isinstance(feature, List | LargeList)
 
 
-def as_name(label: Any, feature: Any) -> Any:
-    """Return a label as text: the name of the ClassLabel, or the number, without the fraction .0."""
+def _name(label: Any, feature: Any) -> Any:
+    """Return a label as text: the name of the ClassLabel, or the number without the fraction .0."""
     if isinstance(feature, ClassLabel):
-        return feature.names[label] if isinstance(label, int) and 0 <= label < len(feature.names) else None
-    whole = isinstance(label, float) and label.is_integer()
-    return label if label is None or isinstance(label, str) else str(int(label) if whole else label)
+        known = isinstance(label, int) and 0 <= label < len(feature.names)
+        return feature.names[label] if known else None
+    if label is None or isinstance(label, str):
+        return label
+    return str(int(label) if isinstance(label, float) and label.is_integer() else label)
 
 
-def _read_classes(rows: Dataset, column: str, names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
-    feature, values = rows.features[column], rows[column][:]
-    known = list(names or (feature.names if isinstance(feature, ClassLabel) else ()))
-    if not isinstance(feature, Value | ClassLabel):
-        raise ValueError(f"Column {column!r} holds {feature}, not classes; a label is a number from 0 up, or a string.")
-    named = [as_name(value, feature) for value in values]
-    if is_text(feature) or set(named) & set(known):
-        known = known or sorted(set(named))
-        numbers = {name: number for number, name in enumerate(known)}
-        refuse_first(values, [name in numbers for name in named], column, f"it should be one of {', '.join(known)}")
-        labels = np.array([numbers[name] for name in named], dtype=np.int64)
-    else:
-        array = np.asarray(values)
-        if array.dtype == object or array.ndim != 1 or array.dtype.kind not in "iufb":
-            raise ValueError(f"Column {column!r} holds {feature}, not classes; a label is a number from 0 up, or a string.")
-        refuse_first(values, np.isfinite(array) & (array == np.floor(array)), column, "a label must be a whole number")
-        labels = array.astype(np.int64)
-        count = len(known) if known else max(2, int(labels.max()) + 1)
-        if not known:
-            _refuse_far_numbers(count, len(labels), column)
-        advice = f"classes are numbered 0 to {count - 1}"
-        refuse_first(values, (labels >= 0) & (labels < count), column, f"{advice}; correct it or remove the row")
-        known = known or list(map(str, range(count if np.any(labels != labels[0]) else 1)))
-    if len(known) < 2:
-        raise ValueError(f"Column {column!r} holds the single class {str(named[0])!r}; a classifier needs at least two.")
-    return labels, known
+def _refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
+    """Refuse the first of ``values`` that is not ``good`` (one bool each), with its row."""
+    good = np.asarray(good, dtype=bool)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise ValueError(f"Row {row + 1} has {column}={values[row]!r}; {advice}.")
 
 
-def _refuse_far_numbers(count: int, rows: int, column: str) -> None:
-    """Refuse ``count`` numbered classes if they are many more than ``rows`` could show."""
-    if count > max(rows, _CLASSES_OF_FEW_ROWS):
-        raise ValueError(
-            f"Column {column!r} holds the number {count - 1}, which makes {count} classes of {rows} rows; number the classes "
-            "from 0 up, write their names, or give labels: with all names in order."
-        )
-
-
-def _read_numbers(rows: Dataset, column: str) -> np.ndarray:
-    feature, values = rows.features[column], rows[column][:]
-    if not isinstance(feature, Value) or np.asarray(values).dtype.kind not in "iufb":
-        raise ValueError(f"Column {column!r} holds {feature}; regression needs a number in every row.")
-    numbers = np.asarray(values, dtype=np.float32)
-    refuse_first(values, np.isfinite(numbers), column, "regression needs a finite number in every row")
-    return numbers
-
-
-def _read_sets(rows: Dataset, column: str | Sequence[str], names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
-    if not isinstance(column, str):
-        return _read_flags(rows, column, names)
-    feature, sets = rows.features[column], rows[column][:]
+def _read_sets(sets: Sequence[Sequence[Any]], feature: Any, column: str, names: Sequence[str] | None) -> Labels:
     if not is_list(feature):
         raise ValueError(
-            f"Column {column!r} holds {feature}, one label per row; {MULTI} needs lists of classes, "
-            "or several columns of 0 and 1."
+            f"Column {column!r} holds {feature}, one label per row; {MULTI} needs lists of "
+            "classes, or several columns of 0 and 1."
         )
-    inner = feature.feature
-    refuse_first(sets, [None not in labels for labels in sets], column, "a list of classes has no empty places")
-    if not (isinstance(inner, ClassLabel) or is_text(inner) or (isinstance(inner, Value) and "int" in inner.dtype)):
-        raise ValueError(f"Column {column!r} holds {feature}; a list of classes holds their names, or their numbers from 0 up.")
-    names = list(names or (inner.names if isinstance(inner, ClassLabel) else ()))
-    named = [[as_name(label, inner) for label in labels] for labels in sets]
-    used = {name for labels in named for name in labels}
-    if is_text(inner) or used & set(names):
-        names = names or sorted(used)
-        refuse_first(sets, [set(labels) <= set(names) for labels in named], column, f"each should be one of {', '.join(names)}")
-        sets = named
-        order: dict[Any, int] = {name: number for number, name in enumerate(names)}
-    else:
-        count = len(names) or 1 + max((label for labels in sets for label in labels), default=0)
-        if not names:
-            _refuse_far_numbers(count, len(sets), column)
-        order = {number: number for number in range(count)}
-        numbered = f"classes are numbered 0 to {count - 1}"
-        refuse_first(sets, [set(labels) <= order.keys() for labels in sets], column, numbered)
-        names = names or list(map(str, range(count)))
-    refuse_first(sets, [len(set(labels)) == len(labels) for labels in sets], column, "a list names each class once")
-    if not names:
+    unique = [labels is not None and len(set(labels)) == len(labels) for labels in sets]
+    _refuse_first(sets, unique, column, "a list names each class once")
+    classes, known = number_labels(sets, feature.feature, column, names)
+    if not known:
         raise ValueError(f"Column {column!r} names no class in any row; a classifier needs at least one.")
-    values = np.zeros((len(sets), len(names)), dtype=np.float32)
-    for row, labels in enumerate(sets):
-        values[row, [order[label] for label in labels]] = 1
-    return values, names
+    values = np.zeros((len(sets), len(known)), dtype=np.float32)
+    for row, numbers in enumerate(classes):
+        values[row, numbers] = 1
+    return Labels(MULTI, values, known)
 
 
-def _read_flags(rows: Dataset, columns: Sequence[str], names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+def _read_flags(rows: Dataset, columns: Sequence[str], names: Sequence[str] | None) -> Labels:
     if names and len(names) != len(columns):
         raise ValueError(f"{len(columns)} columns of labels have {len(names)} names; give one name for each, or none.")
     values = np.zeros((len(rows), len(columns)), dtype=np.float32)
     for number, column in enumerate(columns):
         flags = rows[column][:]
-        refuse_first(flags, [flag in (0, 1) for flag in flags], column, "with several columns each holds 0 or 1")
+        good = [flag in (0, 1) for flag in flags]
+        _refuse_first(flags, good, column, "with several columns each holds 0 or 1")
         values[:, number] = flags
-    return values, list(names or columns)
+    return Labels(MULTI, values, list(names or columns))

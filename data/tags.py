@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset
 
 from minibert.data.columns import pick_columns
-from minibert.data.labels import as_name, is_list, is_text
+from minibert.data.labels import is_list, is_text, number_labels
 
 # Usual columns of words and of their tags.
 TOKEN_COLUMNS = ("tokens", "words")
@@ -70,48 +70,36 @@ def read_words(rows: Dataset, column: str) -> list[list[str]]:
 def read_tags(
     rows: Dataset, column: str, words: Sequence[Sequence[str]], names: Sequence[str] | None = None
 ) -> tuple[list[list[str]], list[str]]:
-    """Return the tags of every word and the names of all tags in order; tags that mark entities must be IOB2.
+    """Return the tags of every word and the names of all tags; tags that mark entities must be IOB2.
 
     Args:
         words: the words of the same rows; every word has one tag.
-        names: the names of the tags in order; the default is those of the ClassLabel, or those found: O, then B- and I- of
-            every type. Where any tag is among the names, all are read as names; else numbers are positions.
+        names: the names of the tags in order; the default is those of the ClassLabel, or those
+            found: O, then B- and I- of every type.
 
     Raises:
-        ValueError: for a row with more or fewer tags than words, and a tag that is unknown or not IOB2; rows count from 1.
+        ValueError: for a row with more or fewer tags than words, and a tag that is unknown or not
+            IOB2; rows count from 1.
     """
     feature, sentences = rows.features[column], rows[column][:]
     inner = feature.feature if is_list(feature) else None
-    numbered = isinstance(inner, ClassLabel) or (isinstance(inner, Value) and "int" in inner.dtype)
-    if not numbered and not is_text(inner):
-        raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of tags (strings or numbers) in every row.")
+    if inner is None or not (names or is_text(inner) or isinstance(inner, ClassLabel)):
+        raise ValueError(
+            f"Column {column!r} holds {feature}; tagging needs a list of tags in every row: strings, "
+            "or numbers with their names in order (labels: [O, B-…, …])."
+        )
     for row, (tags, row_words) in enumerate(zip(sentences, words, strict=True), start=1):
-        if tags is not None and len(tags) != len(row_words):
-            raise ValueError(f"Row {row} has {len(row_words)} words but {len(tags)} tags in {column!r}; every word needs one.")
-        if tags is None or None in tags:
-            raise ValueError(f"Row {row} has {column}={tags!r}; every word needs a tag. Correct it or remove the row.")
-    own = list(inner.names) if isinstance(inner, ClassLabel) else []
-    named = [[as_name(tag, inner) or str(tag) for tag in tags] for tags in sentences]
-    if numbered and not {tag for tags in named for tag in tags} & set(names or own):
-        known = list(names or own)
-        if not known:
-            raise ValueError(f"Column {column!r} holds numbers without names; name the tags in order with labels: [O, B-…, …].")
-        for row, tags in enumerate(sentences, start=1):
-            if wrong := [tag for tag in tags if not 0 <= tag < len(known)]:
-                raise ValueError(f"Row {row} has the tag {wrong[0]} in {column!r}; tags are numbered 0 to {len(known) - 1}.")
-        named = [[known[tag] for tag in tags] for tags in sentences]
-    sentences, names = named, names or own or None
-    used = {tag for tags in sentences for tag in tags}
-    if holds_entities([*used, *(names or ())]):
-        _check_iob2(sentences, column)
-        if names is None:
-            kinds = sorted({tag[2:] for tag in used if tag != "O"})
-            names = ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
-    names = list(names or sorted(used))
-    for row, tags in enumerate(sentences, start=1):
-        if unknown := [tag for tag in tags if tag not in names]:
-            raise ValueError(f"Row {row} has the tag {unknown[0]!r} in {column!r}; the tags are {', '.join(names)}.")
-    return sentences, names
+        if tags is None or len(tags) != len(row_words):
+            found = "none" if tags is None else len(tags)
+            raise ValueError(f"Row {row} has {len(row_words)} words but {found} tags in {column!r}; every word needs one.")
+    numbers, known = number_labels(sentences, inner, column, names)
+    tagged = [[known[number] for number in row] for row in numbers]
+    if holds_entities(known):
+        _check_iob2(tagged, column)
+        if not names and is_text(inner):
+            kinds = sorted({tag[2:] for tag in known if tag != "O"})
+            known = ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
+    return tagged, known
 
 
 def _check_iob2(sentences: list[list[str]], column: str) -> None:

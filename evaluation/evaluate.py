@@ -9,19 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minibert.data.labels import REGRESSION, SINGLE, read_labels
+from minibert.data.labels import REGRESSION, read_labels
 from minibert.data.load import TEXT_COLUMNS, as_dataset
+from minibert.data.questions import texts_of
 from minibert.data.tags import find_tag_columns, read_tags, read_words
 from minibert.evaluation.metrics import classification_metrics, tag_metrics
 from minibert.inference.answers import max_length_of
-from minibert.inference.bm25 import WordIndex
 from minibert.inference.load import load
 from minibert.inference.predict import (
     CLASSIFIER,
@@ -110,7 +109,7 @@ def evaluate(
     )
     how: dict[str, Any] = {"baselines": baselines, "batch_size": batch_size, "show_progress": show_progress}
     if pair:
-        return retrieval(encoder, *(_texts(data, name) for name in pair), limit=limit, **how)
+        return retrieval(encoder, *_texts(data, pair), limit=limit, **how)
     return similarity(encoder, _first_rows(data, limit), **how)
 
 
@@ -162,17 +161,11 @@ def similarity(
 
     See :func:`evaluate` for the arguments and the result.
     """
-    first, second = (_texts(data, name) for name in SIMILARITY_COLUMNS[:2])
-    scores = list(data["score"])
-    rows = enumerate(scores, start=1)
-    row = next((row for row, score in rows if not isinstance(score, int | float) or not math.isfinite(score)), None)
-    if row is not None:
-        raise ValueError(f"Row {row} has the score {scores[row - 1]!r}; a score must be a number. Fill it or remove the row.")
+    scores = read_labels(data, "score", problem_type=REGRESSION).values.tolist()
     if len(set(scores)) < 2:
         raise ValueError("Every row has the same score, which ranks nothing; give rows of different scores.")
     evaluator = EmbeddingSimilarityEvaluator(
-        first,
-        second,
+        *_texts(data, SIMILARITY_COLUMNS[:2]),
         scores,
         main_similarity="cosine",
         similarity_fn_names=["cosine"],
@@ -209,12 +202,8 @@ def classification(
         wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
         raise ValueError(f"{_name_columns(data)}, and no text to classify; it needs one of {wanted}.")
     problem_type = problem_type_of(model.config)
-    if problem_type == SINGLE:
-        labels = np.array(_labels(data, model))
-    else:
-        labels = read_labels(data, column, class_names(model.config), problem_type).values
-    texts = [_texts(data, name) for name in names]
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length_of(model, tokenizer))
+    labels = read_labels(data, column, class_names(model.config), problem_type).values
+    encoded = tokenizer(*_texts(data, names), truncation=True, max_length=max_length_of(model, tokenizer))
     logits = torch.stack(compute_logits(model.eval(), tokenizer, encoded, batch_size))
     metrics = classification_metrics(logits, labels, problem_type)
     metrics.pop("loss", None)
@@ -264,6 +253,8 @@ def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, f
 
 def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterator[list[dict[str, Any]]]:
     """Yield BM25's best passages for each query; none where the passages hold only stop words."""
+    from minibert.inference.bm25 import WordIndex  # slow to import, and only this needs it
+
     try:
         index = WordIndex.build(passages)
     except ValueError:
@@ -277,30 +268,10 @@ def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterat
         ]
 
 
-def _labels(data: Dataset, model: PreTrainedModel) -> list[int]:
-    """Return the class numbers of the column ``label``, which holds numbers or the names of the model's classes."""
-    known = {str(name): number for number, name in sorted((model.config.id2label or {}).items())}
-    feature, values = data.features[LABEL_COLUMN], list(data[LABEL_COLUMN])
-    if isinstance(feature, ClassLabel) and set(feature.names) <= known.keys():
-        # The data may number the same names in another order than the model.
-        values = [feature.names[value] if isinstance(value, int) and value >= 0 else value for value in values]
-    labels = []
-    for row, label in enumerate(values, start=1):
-        number = known.get(label) if isinstance(label, str) else label
-        if not isinstance(number, int) or number not in range(len(known)):
-            raise ValueError(f"Row {row} has the label {label!r}; the model knows 0 to {len(known) - 1} ({', '.join(known)}).")
-        labels.append(number)
-    return labels
-
-
-def _texts(data: Dataset, name: str) -> list[str]:
-    texts = list(data[name])
-    row = next((row for row, text in enumerate(texts, start=1) if not isinstance(text, str)), None)
-    if row is not None:
-        raise ValueError(
-            f"Row {row} has {texts[row - 1]!r} in column {name!r}, where a text belongs; fill it or remove the row."
-        )
-    return texts
+def _texts(data: Dataset, names: Sequence[str]) -> list[list[str]]:
+    """Return the texts of each of the columns ``names``."""
+    rows = texts_of(data.select_columns(list(names)), names)
+    return list(map(list, zip(*rows, strict=True)))
 
 
 def _first_rows(data: Dataset, limit: int | None) -> Dataset:

@@ -148,11 +148,11 @@ def test_labels_in_every_form(values, feature, given, labels, names):
 @pytest.mark.parametrize(
     ("labels", "changes", "message"),
     [
-        ([0, 1, 0.5], {"labels": ["a", "b"]}, r"Row 3 has label=0.5; a label must be a whole number"),
-        ([0, 1, 0.5], {"problem_type": SINGLE}, r"Row 3 has label=0.5; a label must be a whole number"),
-        ([0, -1, 1], {}, r"Row 2 has label=-1; classes are numbered 0 to 1; correct it or remove the row"),
-        ([0, 1, 2], {"labels": ["a", "b"]}, r"Row 3 has label=2; classes are numbered 0 to 1"),
-        (["a", "b", "c"], {"labels": ["a", "b"]}, r"Row 3 has label='c'; it should be one of a, b"),
+        ([0, 1, 0.5], {"labels": ["a", "b"]}, r"Row 3 has the label 0.5 in 'label'; the classes are numbered 0 to 1"),
+        ([0, 1, 0.5], {"problem_type": SINGLE}, r"Row 3 has the label 0.5 in 'label'; the classes are numbered 0 to 1"),
+        ([0, -1, 1], {}, r"Row 2 has the label -1 .* numbered 0 to 1. Correct it or remove the row"),
+        ([0, 1, 2], {"labels": ["a", "b"]}, r"Row 3 has the label 2 in 'label'; the classes are numbered 0 to 1"),
+        (["a", "b", "c"], {"labels": ["a", "b"]}, r"Row 3 has the label 'c' in 'label'; the classes are a, b"),
         (["a", "a", "a"], {}, r"single class 'a'"),
         ([0, 0, 0], {}, r"single class '0'; a classifier needs at least two"),
         ([0, 1, 5000], {}, r"holds the number 5000, which makes 5001 classes of 3 rows; .* or give labels"),
@@ -161,14 +161,14 @@ def test_labels_in_every_form(values, feature, given, labels, names):
         ([[0], [1], [0]], {"problem_type": SINGLE}, r"not classes"),
         ([[0], [1, 0], []], {"problem_type": SINGLE}, r"holds List.*, not classes"),
         ([0, 1, 0], {"problem_type": MULTI}, r"one label per row; multi_label_classification needs lists of classes"),
-        ([["a"], ["b", "c"], []], {"labels": ["a", "b"]}, r"Row 2 has label=\['b', 'c'\]; each should be one of a, b"),
-        ([[0], [1, -1], []], {}, r"Row 2 has label=\[1, -1\]; classes are numbered 0 to 1"),
+        ([["a"], ["b", "c"], []], {"labels": ["a", "b"]}, r"Row 2 has the label 'c' in 'label'; the classes are a, b"),
+        ([[0], [1, -1], []], {}, r"Row 2 has the label -1 in 'label'; the classes are numbered 0 to 1"),
         ([[0, 1, 1], [0], [1]], {}, r"Row 1 has label=\[0, 1, 1\]; a list names each class once"),
-        ([["a"], ["b", None], []], {}, r"Row 2 has label=\['b', None\]; a list of classes has no empty places"),
+        ([["a"], ["b", None], []], {}, r"Row 2 has the label None in 'label'"),
         ([["a"], None, []], {}, r"no value in column 'label' of row 2"),
-        ([[0.5], [1.0], [0.0]], {}, r"a list of classes holds their names, or their numbers"),
-        ([0.5, float("nan"), 1], {}, r"Row 2 has label=nan; regression needs a finite number"),
-        (["a", "b", "a"], {"problem_type": REGRESSION}, r"regression needs a number in every row"),
+        ([[0.5], [1.0], [0.0]], {}, r"Row 1 has the label 0.5 in 'label'"),
+        ([0.5, float("nan"), 1], {}, r"Row 2 has label=nan; a finite number belongs there"),
+        (["a", "b", "a"], {"problem_type": REGRESSION}, r"Row 1 has label='a'; a finite number belongs there"),
         ([0.5, 2.5, 1], {"problem_type": REGRESSION, "labels": ["a", "b"]}, r"Regression predicts one number"),
         ([0, 1, 2], {"label_column": ["label", "more"]}, r"no column 'more'"),
         ([0, 1, 2], {"labels": ["a", "b", "a"]}, r"labels\n.* a is given more than once; give every name once"),
@@ -246,14 +246,14 @@ def test_numbers_beside_names_found_as_strings_are_names():
     found = read_labels(Dataset.from_dict({"label": ["2", "1", "x"]}), "label").names
     for values in ([2, 1], [2.0, 1.0], ["2", "1"]):
         assert read_labels(Dataset.from_dict({"label": values}), "label", found).values.tolist() == [1, 0]
-    with pytest.raises(ValueError, match=r"Row 2 has label=0; it should be one of 1, 2, x"):
+    with pytest.raises(ValueError, match=r"Row 2 has the label 0 in 'label'; the classes are 1, 2, x"):
         read_labels(Dataset.from_dict({"label": [1, 0]}), "label", found)
     named = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=["x", "1"])}))
     assert read_labels(named, "label", found).values.tolist() == [2, 0]
 
     found = read_labels(Dataset.from_dict({"label": [["2"], ["1", "x"]]}), "label").names
     assert read_labels(Dataset.from_dict({"label": [[2], [1, 2]]}), "label", found).values.tolist() == [[0, 1, 0], [1, 1, 0]]
-    with pytest.raises(ValueError, match=r"Row 1 has label=\[0\]; each should be one of 1, 2, x"):
+    with pytest.raises(ValueError, match=r"Row 1 has the label 0 in 'label'; the classes are 1, 2, x"):
         read_labels(Dataset.from_dict({"label": [[0], [1]]}), "label", found)
 
 
@@ -287,9 +287,9 @@ def test_figures_of_numbers():
 def test_refuses_data_without_usual_columns_and_unseen_labels_in_validation(classify):
     with pytest.raises(ValueError, match=r"not clear which column of .* found title, body, label; name it \(text_columns\)"):
         classify([{"title": "cat", "body": "the cat", "label": 0}, {"title": "cup", "body": "the cup", "label": 1}])
-    with pytest.raises(ValueError, match=r"Row 2 has label=2; it should be one of 0, 1"):
+    with pytest.raises(ValueError, match=r"Row 2 has the label 2 in 'label'; the classes are 0, 1"):
         classify(sentences(), [{"text": "the cat", "label": 0}, {"text": "the cup", "label": 2}])
-    with pytest.raises(ValueError, match=r"eval_data, whose labels must all be known from data: Row 1 has label=\['c'\]"):
+    with pytest.raises(ValueError, match=r"eval_data, whose labels must all be known from data: Row 1 has the label 'c'"):
         classify([{"text": "the cat", "label": ["a"]}] * 2, [{"text": "the cat", "label": ["c"]}])
 
 

@@ -224,7 +224,7 @@ def test_numbers_beside_tags_found_as_strings_are_names():
     words = [["a", "b"]]
     _, names = read_tags(Dataset.from_dict({"tags": [["2", "1", "x"]]}), "tags", [["a", "b", "c"]])
     assert read_tags(Dataset.from_dict({"tags": [[2, 1]]}), "tags", words, names) == ([["2", "1"]], ["1", "2", "x"])
-    with pytest.raises(ValueError, match=r"Row 1 has the tag '0' in 'tags'; the tags are 1, 2, x"):
+    with pytest.raises(ValueError, match=r"Row 1 has the label 0 in 'tags'; the classes are 1, 2, x"):
         read_tags(Dataset.from_dict({"tags": [[1, 0]]}), "tags", words, names)
     assert read_tags(Dataset.from_dict({"tags": [[1, 0]]}), "tags", words, ["N", "V"])[0] == [["V", "N"]]
 
@@ -245,17 +245,17 @@ def test_lists_of_wide_offsets_are_lists():
             {},
             r"Row 2 has 'I-X' at word 2, where no entity of that type goes on",
         ),
-        ({"tokens": [["a"], ["b"]], "tags": [["B-X"], ["B-Y"]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the tag 'B-Y' in"),
+        ({"tokens": [["a"], ["b"]], "tags": [["B-X"], ["B-Y"]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the label 'B-Y' in"),
         (
             {"tokens": [["a"], ["b"]], "tags": [[0], [1]]},
             {},
-            r"holds numbers without names; name the tags in order with labels",
+            r"'tags' holds .*; tagging needs a list of tags in every row: strings, or numbers with their names",
         ),
-        ({"tokens": [["a"], ["b"]], "tags": [[0], [3]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the tag 3 in 'tags'; .* 0 to 1"),
+        ({"tokens": [["a"], ["b"]], "tags": [[0], [3]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the label 3 .* 0 to 1"),
         ({"tokens": [["a"]], "tags": [["O"]]}, {"labels": ["O", "O"]}, r"labels\n.* O is given more than once"),
         ({"tokens": [["a"], None], "tags": [["O"], ["O"]]}, {}, r"Row 2 has tokens=None; every word must be there"),
         ({"tokens": [["a"], ["a", None]], "tags": [["O"], ["O", "O"]]}, {}, r"Row 2 has tokens=\['a', None\]"),
-        ({"tokens": [["a"], ["b"]], "tags": [["O"], None]}, {}, r"Row 2 has tags=None; every word needs a tag"),
+        ({"tokens": [["a"], ["b"]], "tags": [["O"], None]}, {}, r"Row 2 has 1 words but none tags in 'tags'"),
         ({"tokens": ["a", "b"], "tags": [["O"], ["O"]]}, {}, r"'tokens' holds .*; tagging needs a list of words"),
         ({"tokens": [["a"], ["b"]], "tags": ["O", "O"]}, {}, r"'tags' holds .*; tagging needs a list of tags"),
         ({"tokens": [["a"]], "gold": [["O"]], "silver": [["O"]]}, {}, r"usual are ner_tags; .*found tokens, gold, silver"),
@@ -277,7 +277,7 @@ def test_refusals_name_the_row_or_field(tag, tmp_path, columns, changes, message
 
 def test_tags_only_in_validation_are_refused(tag):
     rows = [{"tokens": ["ann"], "tags": ["B-PER"]}]
-    with pytest.raises(ValueError, match=r"eval_data, .* known from data: Row 2 has the tag 'B-LOC' in 'tags'; the tags are O"):
+    with pytest.raises(ValueError, match=r"eval_data, .* known from data: Row 2 has the label 'B-LOC' in 'tags'; the classes"):
         tag(rows, [*rows, {"tokens": ["oslo"], "tags": ["B-LOC"]}])
 
 
