@@ -704,7 +704,7 @@ def verify(
 
 
 plot = typer.Typer(
-    help="Draw attention, embeddings and training as a page (.html) or an image (.png), similarities and tokens as a page.",
+    help="Draw attention, embeddings, training and similarities as a page (.html) or an image (.png); list tokens.",
     **_PLAIN,
 )
 app.add_typer(plot, name="plot")
@@ -716,13 +716,13 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out.
 TextColumn = Annotated[str | None, typer.Option(help="Column of texts, where a file has several.")]
 
 
-def _begin_picture(out: Path | None, force: bool, *suffixes: str) -> None:
+def _begin_picture(out: Path, force: bool) -> None:
     """Silence the libraries, and refuse an output before anything is computed."""
     from minibert.inference.predict import check_output
+    from minibert.plot.page import SUFFIXES
 
     _hide_loading_bars()
-    if out is not None:
-        check_output(out, suffixes, force=force)
+    check_output(out, SUFFIXES, force=force)
 
 
 def _save(picture: Any, out: Path, force: bool) -> None:
@@ -749,7 +749,7 @@ def attention(
     """
     from minibert import plot
 
-    _begin_picture(out, force, ".html", ".png")
+    _begin_picture(out, force)
     picture = plot.attention(
         model, text, second, layer=layer, head=head, max_tokens=max_tokens, trust_remote_code=trust_remote_code
     )
@@ -768,9 +768,7 @@ def embeddings(
     labels: Annotated[list[str] | None, typer.Option("--label", help="Label of a text given here; once for each.")] = None,
     split: Split = "train",
     tokens: Annotated[bool, typer.Option("--tokens", help="Show tokens, before and after the encoder.")] = False,
-    method: Annotated[
-        str, typer.Option(help="How wide vectors get into three dimensions: pca, tsne, or umap (pip install umap-learn).")
-    ] = "pca",
+    method: Annotated[str, typer.Option(help="How wide vectors get into three dimensions: pca or tsne.")] = "pca",
     limit: Limit = 1000,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -778,7 +776,7 @@ def embeddings(
     """Draw texts, or their tokens, as points in three dimensions."""
     from minibert import plot
 
-    _begin_picture(out, force, ".html", ".png")
+    _begin_picture(out, force)
     read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
     picture = plot.embeddings(
         model, read, labels=labels or found, tokens=tokens, method=method, trust_remote_code=trust_remote_code
@@ -795,7 +793,7 @@ def training(
     """Draw loss, metrics, learning rate and speed of training runs, several in one picture. They may still be going on."""
     from minibert import plot
 
-    _begin_picture(out, force, ".html", ".png")
+    _begin_picture(out, force)
     _save(plot.training(runs), out, force)
 
 
@@ -803,7 +801,7 @@ def training(
 def similarity(
     model: Model,
     first: Annotated[str, typer.Argument(metavar="A", help="A file or Hub data set of texts, or a text.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Page (.html) to write; it opens anywhere without network.")],
+    out: PlotFile,
     second: Annotated[str | None, typer.Argument(metavar="[B]", help="Likewise; unset compares A with itself.")] = None,
     column: TextColumn = None,
     split: Split = "train",
@@ -814,19 +812,17 @@ def similarity(
     """Draw how similar the texts of two lists are."""
     from minibert import plot
 
-    _begin_picture(out, force, ".html")
+    _begin_picture(out, force)
     lists = [
         plot.read_texts([data], column=column, split=split, limit=limit)[0] for data in (first, second) if data is not None
     ]
     _save(plot.similarity(model, *lists, trust_remote_code=trust_remote_code), out, force)
 
 
-@_command(plot, 'Example:  minibert plot tokens minilm "Tokenization, unbelievably." --out tokens.html')
+@_command(plot, 'Example:  minibert plot tokens minilm "Tokenization, unbelievably."')
 def tokens(
     model: Model,
     text: Annotated[str, typer.Argument(help="Text to split.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Page (.html) to write; unset prints a table.")] = None,
-    force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -835,14 +831,12 @@ def tokens(
 
     from minibert import plot
 
-    _begin_picture(out, force, ".html")
-    picture = plot.tokens(model, text, trust_remote_code=trust_remote_code)
+    _hide_loading_bars()
+    found = plot.tokens(model, text, trust_remote_code=trust_remote_code)
     if as_json:
-        print_json({"model": model, "text": text, "tokens": [asdict(token) for token in picture.tokens]})
-    elif out is None:
-        typer.echo(f"{picture.table()}\n{picture.summary}")
-    if out is not None:
-        _save(picture, out, force)
+        print_json({"model": model, "text": text, "tokens": [asdict(token) for token in found.tokens]})
+    else:
+        typer.echo(found)
 
 
 _EXAMPLE_QUESTIONS = (

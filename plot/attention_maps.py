@@ -19,7 +19,7 @@ _LINES, _LEVELS = 400, 10
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Attention(page.Drawing):
+class Attention(page.Picture):
     """Attention of one text, or of a pair.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Draw panels of traces as a page (plotly) and as an image (matplotlib), and texts on a page."""
+"""Draw panels of traces as a page (plotly) and as an image (matplotlib)."""
 
 import html
 import io
@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import plotly.graph_objects as go
-import plotly.io
 from datasets import ClassLabel
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -29,6 +28,7 @@ from minibert.files.model_folder import opening
 from minibert.inference.load import encoder_folder, find_model
 from minibert.inference.predict import check_output
 
+SUFFIXES = (".html", ".png")
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart, without yellow,
 # and four more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#882255", "#44AA99", "#332288")
@@ -191,13 +191,6 @@ def _labels(texts: Sequence[tuple[str, str]], most: int) -> dict[str, Any]:
     return {"tickvals": shown, "ticktext": [labels[at] for at in shown], "automargin": True, "showgrid": False}
 
 
-def page_part(figure: go.Figure) -> str:
-    """Return the HTML of a plotly figure, which needs no network."""
-    config = {"responsive": True, "displaylogo": False}
-    part: str = plotly.io.to_html(figure, full_html=False, include_plotlyjs=True, config=config)
-    return part
-
-
 def image_figure(panels: Sequence[Panel], *, columns: int, cell: tuple[float, float]) -> Figure:
     """Return ``panels`` in ``columns`` of a matplotlib figure; ``cell`` is the size of each, in inches."""
     rows = -(-len(panels) // columns)
@@ -278,7 +271,7 @@ def _image_settings() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Picture(ABC):
-    """Facts, and a page that shows them.
+    """Facts, a page that shows them (plotly), and an image (matplotlib).
 
     Attributes:
         title: one line about what is shown.
@@ -287,42 +280,6 @@ class Picture(ABC):
 
     title: str
     notes: tuple[str, ...] = ()
-    #: Suffixes of the files that :meth:`save` writes.
-    suffixes: ClassVar[tuple[str, ...]] = (".html",)
-
-    @abstractmethod
-    def body(self) -> str:
-        """Return the HTML below the title and the notes."""
-
-    def page(self) -> str:
-        """Return a complete HTML page, which needs no network."""
-        notes = "\n".join(f"<p>{html.escape(plain(note))}</p>" for note in self.notes)
-        return _PAGE.format(title=html.escape(plain(self.title)), notes=notes, body=self.body())
-
-    def save(self, out: str | Path, *, force: bool = False) -> Path:
-        """Write a page (``.html``) or an image (``.png``).
-
-        Raises:
-            FileExistsError: ``out`` exists, and ``force`` is not set.
-            ValueError: the suffix is not one of ``suffixes``.
-            OSError: the folder is missing or cannot be written to.
-        """
-        out = Path(out).expanduser()
-        check_output(out, self.suffixes, force=force)
-        with atomic_write(out) as part:
-            part.write_bytes(self.page().encode() if out.suffix == ".html" else self.image())
-        return out
-
-    def image(self) -> bytes:
-        """Return a PNG file."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Drawing(Picture):
-    """A picture that is a plotly figure on a page, and a matplotlib figure as an image."""
-
-    suffixes: ClassVar[tuple[str, ...]] = (".html", ".png")
 
     @abstractmethod
     def interactive(self) -> go.Figure:
@@ -332,17 +289,20 @@ class Drawing(Picture):
     def draw(self) -> Figure:
         """Return the matplotlib figure without title and notes."""
 
-    def body(self) -> str:
-        """Return the HTML of the plotly figure."""
-        return page_part(self.interactive())
+    def page(self) -> str:
+        """Return a complete HTML page, which needs no network."""
+        notes = "\n".join(f"<p>{html.escape(plain(note))}</p>" for note in self.notes)
+        config = {"responsive": True, "displaylogo": False}
+        body = self.interactive().to_html(config=config, full_html=False)
+        return _PAGE.format(title=html.escape(plain(self.title)), notes=notes, body=body)
 
     @_image_settings()
     def static(self) -> Figure:
         """Return the matplotlib figure."""
         figure = self.draw()
         characters = round(figure.get_figwidth() * 11)
-        lines = [self.title, *self.notes]
-        figure.suptitle("\n".join(textwrap.fill(plain(line), characters) for line in lines), fontsize=10, color=INK)
+        lines = [textwrap.fill(plain(line), characters) for line in (self.title, *self.notes)]
+        figure.suptitle("\n".join(lines), fontsize=10, color=INK)
         figure.draw_without_rendering()  # labels that are created later would read formulas into texts
         return figure
 
@@ -354,6 +314,20 @@ class Drawing(Picture):
         return buffer.getvalue()
 
     _repr_png_ = image  # for notebooks, whose files can hold it
+
+    def save(self, out: str | Path, *, force: bool = False) -> Path:
+        """Write a page (``.html``) or an image (``.png``).
+
+        Raises:
+            FileExistsError: ``out`` exists, and ``force`` is not set.
+            ValueError: another suffix.
+            OSError: the folder is missing or cannot be written to.
+        """
+        out = Path(out).expanduser()
+        check_output(out, SUFFIXES, force=force)
+        with atomic_write(out) as part:
+            part.write_bytes(self.page().encode() if out.suffix == ".html" else self.image())
+        return out
 
 
 def plain(text: str, width: int | None = None) -> str:

@@ -1,6 +1,5 @@
-"""Draw how a text is split into tokens: their ids, the words they belong to, and what the vocabulary lacks."""
+"""Show how a text is split into tokens: their ids, the words they belong to, what the vocabulary lacks."""
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,16 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minibert.files.disk import read_json
 from minibert.inference.load import find_model
-from minibert.plot.page import Picture, check_text, name_of, plain, token_labels
-
-_STYLE = """<style>
-.token { display: inline-block; margin: 0 1px 4px 0; padding: 4px 8px; border: 2px solid transparent; text-align: center;
-    font: 15px 'DejaVu Sans Mono', Menlo, Consolas, monospace; color: #222; background: #EEE; white-space: pre; }
-.token small { display: block; font-size: 10px; }
-.odd { background: #FBE3D3; }
-.even { background: #DCEBF7; }
-.unknown { border-color: #C62828; color: #C62828; }
-</style>"""
+from minibert.plot.page import check_text, plain, token_labels
 
 
 @dataclass(frozen=True)
@@ -38,41 +28,26 @@ class Token:
     unknown: bool
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Tokens(Picture):
-    """The tokens of a text; a notebook shows their page."""
+@dataclass(frozen=True, repr=False)
+class Tokens:
+    """The tokens of a text; as a string, a table of them. The model reads at most ``limit``."""
 
     tokens: list[Token]
+    limit: int
 
-    @property
-    def summary(self) -> str:
-        """The number of tokens, words and unknown tokens."""
-        words = len({token.word for token in self.tokens} - {None})
-        return f"{len(self.tokens):,} tokens of {words:,} words, {sum(token.unknown for token in self.tokens)} unknown."
-
-    def table(self) -> str:
-        """Return lines of text: id, token, word, and the text that the token stands for."""
+    def __repr__(self) -> str:
         table = [("id", "token", "word", "text")]
         for token in self.tokens:
             text = plain(token.text, 40) + ("  (not in the vocabulary)" if token.unknown else "")
             table.append((str(token.id), plain(token.token, 50), str(token.word or "-"), text))
         first, second, third, _ = (max(map(len, column)) for column in zip(*table))
         lines = [f"{id:>{first}}  {token:<{second}}  {word:>{third}}  {text}" for id, token, word, text in table]
+        words = len({token.word for token in self.tokens} - {None})
+        unknown = sum(token.unknown for token in self.tokens)
+        lines.append(f"{len(self.tokens):,} tokens of {words:,} words, {unknown} unknown.")
+        if len(self.tokens) > self.limit:
+            lines.append(f"The model reads only the first {self.limit} of them.")
         return "\n".join(line.rstrip() for line in lines)
-
-    def body(self) -> str:
-        """Return the tokens as HTML boxes; the pointer shows word and text."""
-        boxes = []
-        for token in self.tokens:
-            word = "special token" if token.word is None else f"word {token.word}, stands for: {token.text}"
-            kind = "token" if token.word is None else f"token {'odd' if token.word % 2 else 'even'}"
-            if token.unknown:
-                word, kind = f"{word} (not in the vocabulary)", f"{kind} unknown"
-            box = f"{html.escape(plain(token.token, 50))}<small>{token.id}</small>"
-            boxes.append(f'<span class="{kind}" title="{html.escape(plain(word, 200))}">{box}</span>')
-        return "\n".join([_STYLE, *boxes])
-
-    _repr_html_ = body
 
 
 def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> Tokens:
@@ -84,7 +59,7 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
 
     Example::
 
-        print(plot.tokens("runs/quickstart/2-embed", "uncommonness").table())
+        print(plot.tokens("runs/quickstart/2-embed", "uncommonness"))
 
     Raises:
         FileNotFoundError: the model does not exist.
@@ -98,10 +73,7 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
     for label, number, word, (start, end) in zip(token_labels(tokenizer, ids), ids, fast.word_ids, fast.offsets):
         unknown = number == tokenizer.unk_token_id
         found.append(Token(label, number, None if word is None else word + 1, text[start:end], unknown))
-    notes = ["Words are in turns blue and orange, special tokens grey, unknown tokens red; ids are below."]
-    if len(found) > tokenizer.model_max_length:
-        notes.append(f"The model reads only the first {tokenizer.model_max_length} of them.")
-    return Tokens(title=f"Tokens of {name_of(model)}: {plain(text, 80)}", notes=tuple(notes), tokens=found)
+    return Tokens(found, tokenizer.model_max_length)
 
 
 def _open_tokenizer(model: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -33,7 +33,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Training(page.Drawing):
+class Training(page.Picture):
     """Curves of one or more runs."""
 
     runs: list[Run]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from minibert.inference.answers import max_length_of
 from minibert.inference.load import load
 from minibert.plot import page
 
-METHODS = ("pca", "tsne", "umap")
+METHODS = ("pca", "tsne")
 # Points have names if they are few; more labels than that share a colour and marker.
 _NAMED, _KINDS = 60, 30
 _SYMBOLS = ("circle", "diamond", "square")
@@ -32,7 +31,7 @@ class Space(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Embeddings(page.Drawing):
+class Embeddings(page.Picture):
     """Texts or tokens as points in three dimensions.
 
     Attributes:
@@ -103,7 +102,7 @@ def embeddings(
         labels: a label per text, for the colours; without labels, tokens have the colour of their
             text.
         tokens: show the tokens: what enters the first layer, and what leaves the last.
-        method: ``pca``, ``tsne`` or ``umap`` (which needs ``pip install umap-learn``).
+        method: ``pca`` (principal components) or ``tsne``.
 
     Example::
 
@@ -112,8 +111,7 @@ def embeddings(
 
     Raises:
         FileNotFoundError: the model does not exist.
-        ValueError: no or empty texts, labels that do not fit, too few points, or a method that is
-            unknown or not installed.
+        ValueError: no or empty texts, labels that do not fit, too few points, an unknown method.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -124,8 +122,6 @@ def embeddings(
         raise ValueError(f"{len(texts)} text(s) need as many labels, got {len(labels)} (--label).")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r} (--method).")
-    if method == "umap" and find_spec("umap") is None:
-        raise ValueError("method umap needs another package; install it (pip install umap-learn), or use --method pca or tsne.")
     if not tokens and len(texts) < 3:
         raise ValueError(f"{len(texts)} text(s) make no picture; give three or more, or show their tokens (--tokens).")
     names = None if labels is None else [str(label) for label in labels]
@@ -187,44 +183,43 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
             axes = [f"component {number} ({share:.0%})" for number, share in enumerate(shares, start=1)]
         return np.pad(points, ((0, 0), (0, 3 - points.shape[1]))), axes
     if count < 6:
-        raise ValueError(f"--method {method} arranges neighbourhoods, of which {count} points have none; use pca.")
-    if method == "tsne":
-        settings: dict[str, Any] = {"init": "pca", "random_state": 0, "perplexity": min(30.0, (count - 1) / 3)}
-        # In three dimensions the approximation is slower for some hundred points, and the usual
-        # step too long.
-        settings |= {"method": "exact" if count <= 1000 else "barnes_hut", "learning_rate": max(10.0, count / 48)}
-        points = TSNE(3, **settings).fit_transform(vectors)
-    else:
-        from umap import UMAP
-
-        neighbours = min(15, count - 1)
-        points = UMAP(neighbours, n_components=3, init="random", random_state=0, n_jobs=1).fit_transform(vectors)
-    return np.asarray(points), [f"{'t-SNE' if method == 'tsne' else 'UMAP'} {number}" for number in (1, 2, 3)]
+        raise ValueError(f"--method tsne arranges neighbourhoods, of which {count} points have none; use pca.")
+    # In three dimensions the approximation is slower for some hundred points, and the usual step too long.
+    points = TSNE(
+        n_components=3,
+        init="pca",
+        random_state=0,
+        perplexity=min(30.0, (count - 1) / 3),
+        method="exact" if count <= 1000 else "barnes_hut",
+        learning_rate=max(10.0, count / 48),
+    ).fit_transform(vectors)
+    return points, [f"t-SNE {number}" for number in (1, 2, 3)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Similarity(page.Picture):
-    """Similarities (rows, columns) between two lists of texts."""
+    """Similarities of the texts ``rows`` with the texts ``columns``: ``values`` (rows, columns)."""
 
     rows: list[str]
     columns: list[str]
     values: np.ndarray
 
-    def interactive(self) -> go.Figure:
-        """Return a plotly figure, with numbers in the cells if they fit."""
+    def panel(self) -> page.Panel:
+        """Return a heat map, whose cells on a page hold their numbers if they fit."""
         columns, rows = ([(text, page.INK) for text in texts] for texts in (self.columns, self.rows))
         shown = "%{z:.4f}<br>%{y}<br><b>and</b><br>%{x}<extra></extra>"
         heat = page.heat_map(self.values, self.columns, self.rows, shown)
         if self.values.size <= 150 and len(self.columns) <= 12:
             heat.update(text=np.char.mod("%.2f", self.values.round(2) + 0.0), texttemplate="%{text}")  # no -0.00
-        return page.page_figure([page.Panel(traces=[heat], columns=columns, rows=rows)], columns=1)
+        return page.Panel(traces=[heat], columns=columns, rows=rows)
 
-    def body(self) -> str:
-        """Return the HTML of the plotly figure."""
-        return page.page_part(self.interactive())
+    def interactive(self) -> go.Figure:
+        """Return the heat map."""
+        return page.page_figure([self.panel()], columns=1)
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.interactive()._repr_mimebundle_(**options)  # a notebook shows it as a plotly figure
+    def draw(self) -> Figure:
+        """Return the heat map, without numbers."""
+        return page.image_figure([self.panel()], columns=1, cell=(6.2, 6.2))
 
 
 def similarity(

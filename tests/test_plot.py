@@ -24,8 +24,7 @@ from minibert.plot.vector_maps import project
 
 TEXTS = ["the cat sleeps on the sofa", "a dog sleeps on the mat", "stocks fell today", "gold rose after the news"]
 EVIL = '$x^2$ <b>cat</b> </script><script>document.title="taken"</script> &amp; sleeps'
-DRAWINGS = ("attention", "embeddings", "training")
-NAMES = (*DRAWINGS, "similarity", "tokens")
+NAMES = ("attention", "embeddings", "training", "similarity")
 
 
 def shape_of(tokenizer, **more):
@@ -83,7 +82,6 @@ def pictures(models, run_folder):
         "attention": plot.attention(models / "minibert", EVIL, "a dog"),
         "embeddings": plot.embeddings(models / "minibert", [*TEXTS, EVIL], labels=["a", "a", "b", "b", "<b>cat</b>$"]),
         "similarity": plot.similarity(models / "minibert", [*TEXTS, EVIL, "<b>cat</b>", "<a href='x'>$x^2$</a>"]),
-        "tokens": plot.tokens(models / "minibert", EVIL),
         "training": plot.training(run_folder),
     }
 
@@ -207,7 +205,7 @@ def test_tokens_words_and_unknowns(tmp_path):
     assert [token.id for token in picture.tokens] == tokenizer("the zebra sleeps")["input_ids"]
     zebra = next(token for token in picture.tokens if token.text == "zebra")
     assert zebra.unknown and zebra.word == 2 and sum(token.unknown for token in picture.tokens) == 1
-    assert "1 unknown" in picture.summary and "not in the vocabulary" in picture.table()
+    assert "1 unknown" in str(picture) and "not in the vocabulary" in str(picture)
     assert picture.tokens[0].word is None
 
 
@@ -281,11 +279,14 @@ def test_a_page_needs_no_network_and_holds_no_tags_of_texts(pictures, name):
     assert "<b>cat" not in page[: page.find("<script")] + page[page.rfind("Plotly.newPlot(") :]
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_page_and_image_show_the_same_data(pictures, name):
     picture = pictures[name]
     shown = [trace for trace in picture.interactive().data if trace.type != "heatmap"]
-    panels = picture.panels(0, 0) if name == "attention" else picture.panels()
+    if name == "similarity":
+        panels = [picture.panel()]
+    else:
+        panels = picture.panels(0, 0) if name == "attention" else picture.panels()
     lines = [line for axes in image_figure(panels, columns=2, cell=(3, 3)).axes for line in axes.lines]
     for trace, line in zip(shown, lines):
         for letter, values in zip("xyz", getattr(line, "get_data_3d", line.get_data)()):
@@ -293,7 +294,7 @@ def test_page_and_image_show_the_same_data(pictures, name):
     assert len(lines) == (10 if name == "attention" else len(shown))
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_image_shows_texts_as_they_are(pictures, name):
     texts = pictures[name].static().findobj(matplotlib.text.Text)
     assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())  # else $x^2$ would be a formula
@@ -321,14 +322,11 @@ def test_a_file_is_complete_or_absent_and_never_replaced_by_accident(pictures, t
 def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match=r"a.jpg cannot be written: its name must end in one of .html, .png\.$"):
         pictures["embeddings"].save(tmp_path / "a.jpg")
-    for name in ("tokens", "similarity"):
-        with pytest.raises(ValueError, match=r"a.png cannot be written: its name must end in one of .html\.$"):
-            pictures[name].save(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere"):
-        pictures["tokens"].save(tmp_path / "nowhere" / "a.html")
+        pictures["embeddings"].save(tmp_path / "nowhere" / "a.html")
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(FileExistsError):
-        pictures["tokens"].save(tmp_path / "folder.html")
+        pictures["embeddings"].save(tmp_path / "folder.html")
 
 
 # Refusals
@@ -346,7 +344,7 @@ def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
         (lambda m: plot.embeddings(m / "minibert", []), "No texts are given"),
         (lambda m: plot.embeddings(m / "minibert", ["a", "", "b"]), "Text 2 is empty"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, labels=["a"]), "4 text.s. need as many labels, got 1"),
-        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "must be one of pca, tsne, umap, got 'mds'"),
+        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "must be one of pca, tsne, got 'mds'"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS[:2]), "three or more"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, method="tsne"), "use pca"),
         (lambda m: plot.similarity(m / "minibert", TEXTS, []), "second list of texts is empty"),
@@ -374,12 +372,6 @@ def test_a_log_without_lines_or_with_a_damaged_one_is_refused(tmp_path):
         plot.training(tmp_path)
 
 
-def test_umap_explains_itself_where_it_is_missing(models, monkeypatch):
-    monkeypatch.setattr("minibert.plot.vector_maps.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install umap-learn"):
-        plot.embeddings(models / "minibert", TEXTS, method="umap")
-
-
 # The command
 
 
@@ -400,7 +392,7 @@ def test_every_command_writes_a_file(command, models, run_folder, tmp_path):
         "tokens-in-space.png": ["embeddings", model, TEXTS[0], "--tokens"],
         "training.png": ["training", run_folder],
         "similarity.html": ["similarity", model, "texts.csv", "a cat"],
-        "tokens.html": ["tokens", model, TEXTS[0]],
+        "similarity.png": ["similarity", model, "texts.csv"],
     }.items():
         done = command(*arguments, "--out", name)
         assert done.exit_code == 0, done.output
@@ -430,11 +422,9 @@ def test_tokens_are_printed_as_a_table_or_as_json(command, models):
         (["embeddings", "MODEL", "a b", "c d", "e f", "--label", "a", "--out", "x.png"], "as many labels"),
         (["embeddings", "MODEL", "a b", "c d", "e f", "--column", "a", "--out", "x.png"], "no columns"),
         (["similarity", "MODEL", "texts.csv", "", "--out", "x.html"], "empty"),
-        (["similarity", "MODEL", "texts.csv", "--out", "x.png"], "must end in one of .html"),
         (["training", "none", "--out", "x.png"], "The run none does not exist"),
         (["training", "MODEL", "--out", "x.png"], "holds no log.jsonl"),
         (["tokens", "MODEL", " "], "text is empty"),
-        (["tokens", "MODEL", "the cat", "--out", "x.png"], "must end in one of .html"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(command, models, tmp_path, arguments, message):
@@ -455,7 +445,7 @@ def test_a_missing_extra_explains_itself(command, models, monkeypatch):
 
 
 def test_every_plot_command_has_an_example():
-    for name in NAMES:
+    for name in (*NAMES, "tokens"):
         assert f"minibert plot {name}" in run_command("plot", name, "--help").stdout
 
 
@@ -487,7 +477,7 @@ def opened(browser, pictures, tmp_path):
         tab.on("dialog", lambda dialog: wrong.append(dialog.message))
         tab.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
         tab.goto(pictures[name].save(tmp_path / f"{name}-{width}.html", force=True).as_uri())
-        tab.wait_for_function("document.querySelector('.token, .js-plotly-plot .main-svg') !== null")
+        tab.wait_for_function("document.querySelector('.js-plotly-plot .main-svg') !== null")
         tab.evaluate("window.figure = document.querySelector('.js-plotly-plot')")
         return tab
 
@@ -543,9 +533,7 @@ def test_pointing_at_a_cell_shows_its_tokens_and_weight(opened, pictures):
 
 @pytest.mark.slow
 def test_texts_are_shown_as_they_were_written(opened):
-    tab = opened("tokens")
-    shown = [text.strip("0123456789") for text in tab.locator(".token").all_text_contents()]
-    assert {"<", ">", "&", "$"} <= set(shown)
+    tab = opened("attention")
     assert EVIL[:40] in tab.locator("h1").inner_text() and tab.title() != "taken"
     labels = opened("similarity").locator(".ytick").all_text_contents()
     assert "<b>cat</b>" in labels and "<a href='x'>$x^2$</a>" in labels
