@@ -198,7 +198,7 @@ def image_figure(panels: Sequence[Panel], *, columns: int, cell: tuple[float, fl
     named: dict[str, Any] = {}
     for at, panel in enumerate(panels, start=1):
         space = "3d" if panel.kind == "scatter3d" else None
-        shared = figure.axes[0] if panel.kind == "scatter" and at > 1 else None
+        shared = figure.axes[0] if panels[0].kind == "scatter" and at > 1 else None
         axes: Any = figure.add_subplot(rows, columns, at, projection=space, sharex=shared)
         axes.set(**{f"{letter}label": name for letter, name in zip("xyz", panel.axes)})
         axes.set_title(panel.title, fontsize=min(9.0, 5 * cell[0]))
@@ -243,7 +243,7 @@ def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
         size = min(8.0, 45 * inches / max(1, len(shown)))
         if size < 4:
             shown = []
-        axis.set_ticks(shown, [plain(labels[at][0], 14) for at in shown], fontsize=size)
+        axis.set_ticks(shown, [plain(labels[at][0], 24) for at in shown], fontsize=size)
         axis.set_tick_params(length=0)
         for at, label in zip(shown, axis.get_ticklabels()):
             label.set_color(labels[at][1])

@@ -129,7 +129,9 @@ def test_one_layer_and_head_can_be_chosen(models):
     one = plot.attention(models / "minibert", TEXTS[0], layer=2, head=3)
     np.testing.assert_array_equal(one.weights[0, 0], whole.weights[1, 2])
     assert (one.layers, one.heads) == ([2], ["head 3"])
-    assert len(one.static().axes) > 1 and len(whole.static().axes) == 8
+    heat, _, lines = one.static().axes
+    assert heat.get_xlim() == (-0.5, len(one.tokens) - 0.5) and len(lines.lines) == 10
+    assert len(whole.static().axes) == 8
 
 
 def test_long_texts_are_cut_averaged_and_thinned_and_say_so(models, monkeypatch):
