@@ -6,10 +6,10 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
-from datasets import ClassLabel, Dataset, Value, concatenate_datasets, config, load_dataset
+from datasets import ClassLabel, Dataset, IterableDataset, Value, concatenate_datasets, config, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
@@ -35,14 +35,9 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 # Usual columns of the text to classify, or of the pair of texts.
 TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 SPLITS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 
 
@@ -87,45 +82,34 @@ def join(parts: list[Dataset]) -> Dataset:
 
 
 def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
-    """Return ``data`` itself, or the rows of the file, folder or Hub data set (owner/name or owner/name:config) that it names.
+    """Return ``data`` itself, or the rows of what it names: see :func:`source_named`.
 
     Args:
         split: the split to read; a single file or a data set in memory is read completely.
 
     Raises: as :func:`load` does.
     """
-    if isinstance(data, Dataset):
-        return data
-    return load([source_named(data)], split=split)
+    return data if isinstance(data, Dataset) else load([source_named(data)], split=split)
 
 
 def source_named(data: str | Path) -> DataSource:
-    """Return the source that a name on the command line stands for.
+    """Return the source of a name: of a file, a folder, or a Hub data set (owner/name[:config]).
 
     Raises:
-        ValueError: for a name that is empty or not UTF-8.
+        ValueError: for a name that is empty or not UTF-8 (Python reads such bytes as surrogates).
     """
     name = str(data)
     if not name:
         raise ValueError(
             "The name of the data is empty; give a file, a folder, or the id (owner/name) of a data set on the Hub."
         )
-    check_name(name)
+    if not is_unicode(name):
+        raise ValueError(f"The name {name!r} is not UTF-8; rename the file or folder.")
     return DataSource.model_validate(name)
 
 
-def check_name(name: str) -> None:
-    """Refuse the name of a file that is not UTF-8 (Python reads such bytes as lone surrogates).
-
-    Raises:
-        ValueError: gives the name.
-    """
-    if not is_unicode(name):
-        raise ValueError(f"The name {name!r} is not UTF-8; rename the file or folder.")
-
-
 def is_unicode(text: str) -> bool:
-    r"""Return True for a text that can be tokenized, without the lone surrogates that Python puts where bytes were not UTF-8.
+    r"""Return True for a text without lone surrogates, which cannot be tokenized.
 
     >>> is_unicode("café"), is_unicode(b"caf\xe9".decode(errors="surrogateescape"))
     (True, False)
@@ -159,14 +143,13 @@ def text_columns(dataset: Dataset) -> list[str]:
     return [name for name, feature in dataset.features.items() if is_text(feature)]
 
 
-def _load_one(source: DataSource, split: str, sample_by: str = "line") -> Dataset:
+def _load_one(source: DataSource, split: str, sample_by: str) -> Dataset:
     if source.path == INSTALLED_DOCS:
         dataset = load_pairs(source.split or split)
-    elif Path(source.path).expanduser().exists():
-        check_local(source)
-        dataset = _load_local(Path(source.path).expanduser(), source.split, split, sample_by)
+    elif path := local_path(source):
+        dataset = _load_local(path, source.split, split, sample_by)
     else:
-        dataset = _load_hub(source, split)
+        dataset = _load_hub(source, source.split or split)
     if not len(dataset):
         raise ValueError(f"{source.path} has no rows; give a file or split that holds data.")
     if source.columns:
@@ -189,8 +172,8 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
     builder, options = BUILDERS[files[0].suffix]
     if builder == "text":
         options = {**options, "sample_by": sample_by}
-    if builder == "json" and (problem := _not_utf8(files)):  # the JSON reader accepts such bytes; they fail much later
-        raise ValueError(problem)
+    if builder == "json":  # its reader accepts bytes that are not UTF-8, which fail much later
+        _refuse_other_encodings(files)
     # ``datasets`` refuses some characters in the names of splits that a folder may have.
     named = {name: f"split{number}" for number, name in enumerate(groups)}
     try:
@@ -203,7 +186,7 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         if isinstance(refused, OSError) and refused.errno:  # the system refused something; the file is not damaged
             place = refused.filename or f"{config.HF_DATASETS_CACHE}, or {files[0]}"
             raise OSError(refused.errno, refused.strerror, str(place)) from error
-        raise ValueError(why_unreadable(files, error)) from error
+        refuse_unreadable(files, error)
 
 
 def find_files(path: Path, splits: Sequence[str], option: str, expected: Collection[str] | None) -> dict[str, list[Path]]:
@@ -245,8 +228,8 @@ def find_files(path: Path, splits: Sequence[str], option: str, expected: Collect
     return groups
 
 
-def _not_utf8(files: list[Path]) -> str | None:
-    """Return a sentence about the first line that is not UTF-8, or None. Memory does not grow with the files."""
+def _refuse_other_encodings(files: list[Path]) -> None:
+    """Refuse the first line that is not UTF-8; memory does not grow with the files."""
     for file in files:
         if file.suffix == ".parquet" or not file.is_file():
             continue
@@ -254,16 +237,20 @@ def _not_utf8(files: list[Path]) -> str | None:
             for number, line in enumerate(lines, start=1):
                 try:
                     line.decode()
-                except UnicodeDecodeError:
-                    fix = "Convert the file, for example with iconv -t UTF-8."
-                    return f"{file} is not UTF-8: line {number} cannot be decoded. {fix}"
-    return None
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{file} is not UTF-8: line {number} cannot be decoded. Convert the file, "
+                        "for example with iconv -t UTF-8."
+                    ) from error
 
 
-def why_unreadable(files: list[Path], error: BaseException) -> str:
-    """Return one sentence about the damage to ``files`` that raised ``error``."""
-    if problem := _not_utf8(files):
-        return problem
+def refuse_unreadable(files: list[Path], error: BaseException) -> NoReturn:
+    """Raise a ``ValueError`` with one sentence about the damage that raised ``error``."""
+    _refuse_other_encodings(files)
+    raise ValueError(_why_unreadable(files, error)) from error
+
+
+def _why_unreadable(files: list[Path], error: BaseException) -> str:
     names = str(files[0]) if len(files) == 1 else f"One of {len(files)} files next to {files[0]}"
     cause = error.__cause__ or error
     if isinstance(cause, pd.errors.ParserWarning):
@@ -287,37 +274,34 @@ def no_value_dropped() -> Iterator[None]:
         yield
 
 
-def check_local(source: DataSource) -> None:
-    """Refuse a configuration of a local file or folder.
+def local_path(source: DataSource) -> Path | None:
+    """Return the file or folder of ``source``, or None if there is none, so that it is on the Hub.
 
     Raises:
-        ValueError: says that only data sets on the Hub have configurations.
+        ValueError: for a file or folder with a configuration, which only Hub data sets have.
+        FileNotFoundError: for a name that is more likely a mistyped path than an id on the Hub.
     """
-    if source.config is not None:
+    path = Path(source.path).expanduser()
+    if path.exists() and source.config is not None:
         raise ValueError(
             f"{source.path} is a file or folder here, which has no configuration {source.config!r}; name it without "
             f"{':' + source.config!r}. If you mean a data set on the Hub, run from a directory without {source.path}."
         )
-
-
-def check_hub_name(source: DataSource) -> None:
-    """Refuse a name that is more likely a mistyped local path than the id of a data set on the Hub.
-
-    Raises:
-        FileNotFoundError: names the path.
-    """
+    if path.exists():
+        return path
     missing = f"There is no file or folder {source.path} (looked from {Path.cwd()})"
     try:
         validate_repo_id(source.path)
     except HFValidationError as error:
         raise FileNotFoundError(f"{missing}.") from error
-    if Path(source.path).suffix in BUILDERS:
+    if path.suffix in BUILDERS:
         raise FileNotFoundError(f"{missing}.")
-    if "/" in source.path and Path(source.path).parent.is_dir():
+    if "/" in source.path and path.parent.is_dir():
         raise FileNotFoundError(
-            f"{missing}, but a folder {Path(source.path).parent}; fix the path. If you mean the data set on the Hub, run from "
-            "a directory without a folder of that name."
+            f"{missing}, but a folder {path.parent}; fix the path. If you mean the data set on the "
+            "Hub, run from a directory without a folder of that name."
         )
+    return None
 
 
 @contextlib.contextmanager
@@ -336,18 +320,23 @@ def hub_errors(source: DataSource) -> Iterator[None]:
             f"{' '.join(str(error).split())}"
         ) from error
     except (HTTPError, DatasetsError, RuntimeError, ValueError) as error:
-        where = f"{source.path}{f', configuration {source.config}' * bool(source.config)}"
+        where = source.path + (f", configuration {source.config}" if source.config else "")
         raise ValueError(f"The data set {where} could not be read from the Hub: {' '.join(str(error).split())}") from error
 
 
-def _load_hub(source: DataSource, split: str) -> Dataset:
-    check_hub_name(source)
-    split = source.split or split
+def open_hub_stream(source: DataSource, split: str) -> tuple[IterableDataset, str]:
+    """Return the streamed rows of a Hub data set, and the commit that they are of."""
     with hub_errors(source):
-        if source.streaming:  # the first rows are read into memory
-            source._commit = HfApi().dataset_info(source.path, revision=source.revision).sha
-            stream = load_dataset(source.path, source.config, split=split, revision=source._commit, streaming=True)
+        commit = HfApi().dataset_info(source.path, revision=source.revision).sha
+        return load_dataset(source.path, source.config, split=split, revision=commit, streaming=True), str(commit)
+
+
+def _load_hub(source: DataSource, split: str) -> Dataset:
+    if source.streaming:
+        stream, source._commit = open_hub_stream(source, split)
+        with hub_errors(source):
             return Dataset.from_list(list(stream.take(source.limit)), features=stream.features)
+    with hub_errors(source):
         dataset = load_dataset(source.path, source.config, split=split, revision=source.revision)
     if files := dataset.cache_files:  # ``datasets`` names the folder of its cache after the commit
         named = Path(files[0]["filename"]).parent.name

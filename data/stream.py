@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, IterableDataset, load_dataset
-from huggingface_hub import HfApi
+from datasets import Dataset, IterableDataset
 from pyarrow import parquet
 
 from minibert.data.columns import pick_columns
@@ -25,17 +24,15 @@ from minibert.data.load import (
     CSV_OPTIONS,
     SPLITS,
     as_dataset,
-    check_hub_name,
-    check_local,
-    check_name,
     find_files,
-    hub_errors,
     is_unicode,
+    local_path,
     no_value_dropped,
+    open_hub_stream,
+    refuse_unreadable,
     source_named,
-    why_unreadable,
 )
-from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
+from minibert.data.source import INSTALLED_DOCS, split_parts
 
 # Columns taken as the text when several hold strings.
 USUAL_COLUMNS = ("text", "passage", "answer", "sentence")
@@ -143,7 +140,7 @@ def _plain_errors(part: _Part) -> Iterator[None]:
         # Errors of the system or the Hub are not damage; pyarrow reports damage as an OSError without a number.
         if isinstance(error, OSError) and (error.errno is not None or not isinstance(part.content, Path)):
             raise
-        raise ValueError(why_unreadable([Path(part.name)], error)) from error
+        refuse_unreadable([Path(part.name)], error)
 
 
 def open_stream(
@@ -226,14 +223,13 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
     source = source_named(data)
     if any(rows for _, rows in split_parts(split)) or "+" in split:
         raise ValueError(f"split={split!r} is more or less than one split; name one, such as train (--split).")
-    path = Path(source.path).expanduser()
-    if not path.exists():
-        return *_find_hub(source, split), []
-    check_local(source)
-    name = SPLITS.get(split, split)
-    files = next(iter(find_files(path, [name], "--split", expected=()).values()))
+    path = local_path(source)
+    if path is None:
+        stream, commit = open_hub_stream(source, split)
+        return {"path": str(data), "split": split, "revision": commit}, [_Part(str(data), "table", stream)], []
+    files = next(iter(find_files(path, [SPLITS.get(split, split)], "--split", expected=()).values()))
     for file in files:
-        check_name(str(file))
+        source_named(file)  # refuses names that are not UTF-8
     root = path if path.is_dir() else path.parent
     listing = [f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files]
     source_id = {"path": str(data), "files": len(files), "digest": digest(listing)}
@@ -245,16 +241,6 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
 def digest(listing: Sequence[str]) -> str:
     """Return a digest of the names and sizes of files."""
     return hashlib.sha256("".join(listing).encode()).hexdigest()
-
-
-def _find_hub(source: DataSource, split: str) -> tuple[dict[str, Any], list[_Part]]:
-    check_hub_name(source)
-    with hub_errors(source):
-        # The commit is pinned, so that rows have the same numbers when the work is resumed.
-        revision = source.revision or HfApi().dataset_info(source.path).sha
-        stream = load_dataset(source.path, source.config, split=split, revision=revision, streaming=True)
-    name = source.path if source.config is None else f"{source.path}:{source.config}"
-    return {"path": name, "split": split, "revision": revision}, [_Part(name, "table", stream)]
 
 
 # Each kind of data has three functions: the types of its columns; the blocks of rows, each as its size and what it takes to

@@ -127,8 +127,8 @@ def test_a_hub_data_set_is_streamed(model, tmp_path, expected, monkeypatch):
         asked.append((arguments, options))
         return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
 
-    monkeypatch.setattr(stream_module, "load_dataset", load_dataset)
-    monkeypatch.setattr(stream_module.HfApi, "dataset_info", lambda self, name: type("Info", (), {"sha": "abc"}))
+    monkeypatch.setattr("minibert.data.load.load_dataset", load_dataset)
+    monkeypatch.setattr("minibert.data.load.HfApi.dataset_info", lambda self, name, revision: type("Info", (), {"sha": "abc"}))
     encode_corpus(model, "owner/texts:small", tmp_path / "out", rows_per_shard=5, dtype="float32", split="test")
     assert asked == [(("owner/texts", "small"), {"split": "test", "revision": "abc", "streaming": True})]
     np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)

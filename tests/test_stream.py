@@ -6,10 +6,10 @@ import json
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from pyarrow import parquet
 
-from minibert.data import stream as stream_module
 from minibert.data.stream import Bad, open_stream
 
 
@@ -109,7 +109,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
     def unreachable(*_, **__):
         raise HTTPError("Name or service not known")
 
-    monkeypatch.setattr(stream_module.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
     with pytest.raises(ValueError, match="^The data set owner/name could not be read from the Hub: Name or service not known"):
         open_stream("owner/name")
 
