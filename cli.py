@@ -14,25 +14,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train, use and share a compact BERT-like text encoder.", add_completion=False, **_PLAIN)
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, if it is not a MiniBERT.")
-]
-Model = Annotated[str, typer.Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")]
-Split = Annotated[str, typer.Option(help="Split of a folder or Hub data set; a single file is read completely.")]
-Limit = Annotated[int, typer.Option(min=1, help="Number of texts of a file to show, drawn at random.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the default keeps the dtype of the weights.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[STAGE.FIELD=VALUE]...", help="Fields to change; values are YAML.")
-]
-RunFolder = Annotated[Path | None, typer.Option(help="Folder of the run; the default is runs/<recipe name>.")]
-RunAgain = Annotated[bool, typer.Option("--force", help="Run changed stages, and those after them, again.")]
+# The data that commands read.
+_DATA = "Text file (a text per line), CSV, TSV, JSON (lines), Parquet, Hub data set"
+
+Debug = Annotated[bool, Option("--debug", help="Show the full traceback of an error.")]
+Json = Annotated[bool, Option("--json", help="Print the result as one JSON object on standard output.")]
+TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Model = Annotated[str, Argument(help="Model folder, or the id (owner/name) of a model on the Hub.")]
+Split = Annotated[str, Option(help="Split of a folder or Hub data set; a single file is read completely.")]
+Force = Annotated[bool, Option("--force", help="Replace the file of --out.")]
+NewModel = Annotated[Path, Argument(metavar="OUT", help="New folder for the model.")]
+Limit = Annotated[int, Option(min=1, help="Number of texts of a file to show, drawn at random.")]
+Dtype = Annotated[str | None, Option(help="float32, float16 or bfloat16; the default keeps the dtype of the weights.")]
+Revision = Annotated[str | None, Option(help="Branch, tag or commit of a model on the Hub.")]
+Overrides = Annotated[list[str] | None, Argument(metavar="[STAGE.FIELD=VALUE]...", help="Fields to change; values are YAML.")]
+RunFolder = Annotated[Path | None, Option(help="Folder of the run; the default is runs/<recipe name>.")]
+RunAgain = Annotated[bool, Option("--force", help="Run changed stages, and those after them, again.")]
 
 
 def main() -> None:
@@ -146,27 +148,23 @@ def _name_foreign() -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     pass
 
 
 def _report_progress() -> None:
-    """Show on standard error which stage runs, and silence the libraries except for long progress bars."""
+    """Show on standard error what happens, and silence the libraries except for long bars."""
     import logging
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("minibert")
-    logger.handlers, logger.propagate = [handler], False
+    logger.handlers, logger.propagate = [logging.StreamHandler()], False
     logger.setLevel(logging.INFO)
     _silence_libraries()
 
 
 def _silence_libraries() -> None:
-    """Silence logs, whose errors the command's sentence repeats, and the progress bars of loading weights."""
+    """Silence logs, whose errors the command repeats, and the bars of loading weights."""
     from datasets.utils.logging import CRITICAL, set_verbosity
     from transformers.utils import logging
 
@@ -190,7 +188,7 @@ def _hide_loading_bars() -> None:
     extra="train",
 )
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a bundled recipe such as tinybert.")],
+    recipe: Annotated[str, Argument(help="Recipe file, or the name of a bundled recipe such as tinybert.")],
     overrides: Overrides = None,
     output_dir: RunFolder = None,
     force: RunAgain = False,
@@ -231,39 +229,20 @@ def train(
     interrupted="The vectors are unchanged; search again.",
 )
 def search(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="INDEX|MODEL",
-            help="Folder of vectors that minibert encode wrote; with --passages: model folder, or id (owner/name) on the Hub.",
-        ),
-    ],
+    target: Annotated[str, Argument(metavar="INDEX|MODEL", help="Folder of vectors; with --passages: model folder or id.")],
     queries: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[QUERY]...", help="What to look for; without any, queries are read line by line."),
+        list[str] | None, Argument(metavar="[QUERY]...", help="What to look for; unset reads standard input.")
     ] = None,
-    passages: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Search this with the MODEL instead of a folder of vectors: text file (one passage per line), CSV, TSV, "
-            "JSON (lines), Parquet, or Hub data set.",
-        ),
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="Column of --passages; needed when several columns hold texts.")] = None,
-    queries_file: Annotated[
-        str | None,
-        typer.Option("--queries", metavar="FILE", help="Read queries from a file: one per line, or a table (column query)."),
-    ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Number of passages to show for each query.")] = 5,
-    hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="With an INDEX: rank by words (BM25) too, and fuse the rankings.")
-    ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="With an INDEX: compare with every vector.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="With an INDEX: build it again.")] = False,
-    model: Annotated[str | None, typer.Option(help="With an INDEX: the model that made it, if it has moved.")] = None,
+    passages: Annotated[str | None, Option(metavar="FILE", help=f"Search this with the MODEL, not an INDEX: {_DATA}.")] = None,
+    column: Annotated[str | None, Option(help="Column of --passages; needed when several columns hold texts.")] = None,
+    queries_file: Annotated[str | None, Option("--queries", metavar="FILE", help=f"Read queries from it: {_DATA}.")] = None,
+    top_k: Annotated[int, Option(min=1, help="Number of passages to show for each query.")] = 5,
+    hybrid: Annotated[bool, Option("--hybrid", help="With an INDEX: rank by words (BM25) too, and fuse the rankings.")] = False,
+    exact: Annotated[bool, Option("--exact", help="With an INDEX: compare with every vector.")] = False,
+    rebuild: Annotated[bool, Option("--rebuild", help="With an INDEX: build it again.")] = False,
+    model: Annotated[str | None, Option(help="With an INDEX: the model that made it, if it has moved.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per query and line.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object per query and line.")] = False,
 ) -> None:
     """Find the passages that answer a query, best first, in a folder of vectors (INDEX) or in a file (MODEL --passages FILE).
 
@@ -336,34 +315,24 @@ def _typed_queries() -> Iterator[str]:
 )
 def encode(
     model: Model,
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT",
-            help="Text file (one text per line), CSV, TSV, JSON (lines), Parquet, a folder of such files, or Hub data set.",
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the vectors: new, or that of a stopped run.")],
-    column: Annotated[str | None, typer.Option(help="Column of the texts; needed when several columns hold strings.")] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="Column of the ids of the rows; the default is their number, from 0.")
-    ] = None,
+    data: Annotated[str, Argument(metavar="INPUT", help=f"{_DATA}, or folder of files.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder for the vectors: new, or that of a stopped run.")],
+    column: Annotated[str | None, Option(help="Column of the texts; needed when several columns hold strings.")] = None,
+    id_column: Annotated[str | None, Option(help="Column of the ids of rows; the default is their number, from 0.")] = None,
     split: Split = "train",
-    keep_text: Annotated[bool, typer.Option("--keep-text", help="Store the texts with the vectors.")] = False,
-    precision: Annotated[str, typer.Option(help="Dtype of the stored vectors: float32, float16, int8 or binary.")] = "float32",
-    rows_per_shard: Annotated[int, typer.Option(help="Rows in a shard; a killed run loses at most the last shard.")] = 50_000,
-    on_bad_row: Annotated[str, typer.Option(help="For rows without a text: refuse, or skip (and list them).")] = "refuse",
-    append: Annotated[bool, typer.Option("--append", help="Encode the files that are new in INPUT.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start again, replacing the vectors in OUT.")] = False,
-    dtype: Annotated[str, typer.Option(help="Dtype to compute in: auto, float32, bfloat16 or float16.")] = "auto",
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch; the default suits the device.")] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale the vectors to length 1.")] = False,
-    prompt: Annotated[str | None, typer.Option(help="Text to put before every text.")] = None,
-    prompt_name: Annotated[
-        str | None, typer.Option(help="Name of a prompt of the model; the default is its prompt for passages.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; the default is the best one present.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Print what was chosen, and why.")] = False,
+    keep_text: Annotated[bool, Option("--keep-text", help="Store the texts with the vectors.")] = False,
+    precision: Annotated[str, Option(help="Dtype of the stored vectors: float32, float16, int8 or binary.")] = "float32",
+    rows_per_shard: Annotated[int, Option(help="Rows in a shard; a killed run loses at most the last shard.")] = 50_000,
+    on_bad_row: Annotated[str, Option(help="For rows without a text: refuse, or skip (and list them).")] = "refuse",
+    append: Annotated[bool, Option("--append", help="Encode the files that are new in INPUT.")] = False,
+    force: Annotated[bool, Option("--force", help="Start again, replacing the vectors in OUT.")] = False,
+    dtype: Annotated[str, Option(help="Dtype to compute in: auto, float32, bfloat16 or float16.")] = "auto",
+    batch_tokens: Annotated[int | None, Option(help="Tokens in a batch; the default suits the device.")] = None,
+    normalize: Annotated[bool, Option("--normalize", help="Scale the vectors to length 1.")] = False,
+    prompt: Annotated[str | None, Option(help="Text to put before every text.")] = None,
+    prompt_name: Annotated[str | None, Option(help="Name of a prompt of the model; the default is that for passages.")] = None,
+    device: Annotated[str | None, Option(help="Such as cpu or cuda:1; the default is the best one present.")] = None,
+    explain: Annotated[bool, Option("--explain", help="Print what was chosen, and why.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -412,13 +381,11 @@ def encode(
 @_command(app, "Example:  minibert evaluate runs/tinybert/3-embed questions.parquet --limit 1500 --json")
 def evaluate(
     model: Model,
-    data: Annotated[
-        str, typer.Argument(help="File, folder with a file per split, or Hub data set (owner/name or owner/name:config).")
-    ],
-    split: Annotated[str, typer.Option(help="Split to measure on; a single file is read completely.")] = "validation",
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of queries or rows to measure on, from the first.")] = None,
-    baselines: Annotated[bool, typer.Option(help="Compare an embedding model with BM25 and with itself untrained.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 64,
+    data: Annotated[str, Argument(help=f"{_DATA}, or folder with a file per split.")],
+    split: Annotated[str, Option(help="Split to measure on; a single file is read completely.")] = "validation",
+    limit: Annotated[int | None, Option(min=1, help="Number of queries or rows to measure on, from the first.")] = None,
+    baselines: Annotated[bool, Option(help="Compare an embedding model with BM25 and with itself untrained.")] = True,
+    batch_size: Annotated[int, Option(min=1, help="Texts in a batch.")] = 64,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -454,28 +421,15 @@ def evaluate(
 )
 def predict(
     model: Model,
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="Text file (one text per line), CSV, TSV, JSON (lines), Parquet, folder, Hub data set, or - for lines of "
-            "standard input.",
-        ),
-    ],
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a .jsonl, .csv or .parquet file, instead of printing.")
-    ] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option("--column", help="Column to read; give it twice for pairs. The default is detected.")
-    ] = None,
+    data: Annotated[str, Argument(metavar="FILE", help=f"{_DATA}, folder, or - for lines of standard input.")],
+    out: Annotated[Path | None, Option(metavar="FILE", help="Write .jsonl, .csv or .parquet instead of printing.")] = None,
+    columns: Annotated[list[str] | None, Option("--column", help="Column to read; twice for pairs. Unset detects it.")] = None,
     split: Split = "train",
-    threshold: Annotated[float, typer.Option(help="Lowest probability of a predicted label, for multi-label models.")] = 0.5,
-    batch_size: Annotated[int, typer.Option(help="Texts in a batch.")] = 64,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --out.")] = False,
+    threshold: Annotated[float, Option(help="Lowest probability of a predicted label, for multi-label models.")] = 0.5,
+    batch_size: Annotated[int, Option(help="Texts in a batch.")] = 64,
+    force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per row, with probabilities, instead of a line of text.")
-    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object per row, with probabilities.")] = False,
 ) -> None:
     """Predict labels, numbers, tags, answers or choices for a file: the head of the model decides which.
 
@@ -528,8 +482,8 @@ def _report(report: Any, as_json: bool) -> None:
 
 @_command(hub, "Example:  minibert hub convert sentence-transformers/all-MiniLM-L6-v2 minilm")
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder of a BERT-family model, or its id on the Hub.")],
-    output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the MiniBERT.")],
+    source: Annotated[str, Argument(help="Folder of a BERT-family model, or its id on the Hub.")],
+    output_dir: NewModel,
     dtype: Dtype = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -545,15 +499,10 @@ def convert(
 
 @_command(hub, "Example:  minibert hub export minilm minilm-bert --to bert")
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a MiniBERT, or its id on the Hub.")],
-    output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the exported model.")],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="bert: plain transformers, of the family the model was converted from; onnx: a graph for onnxruntime."
-        ),
-    ] = "bert",
-    quantize: Annotated[str | None, typer.Option(help="int8: a second, smaller and less exact graph. Only with onnx.")] = None,
+    model: Annotated[str, Argument(help="Folder of a MiniBERT, or its id on the Hub.")],
+    output_dir: NewModel,
+    to: Annotated[str, Option(help="bert: plain transformers, of the family it came from; onnx: for onnxruntime.")] = "bert",
+    quantize: Annotated[str | None, Option(help="int8: a second, smaller and less exact graph. Only with onnx.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -581,28 +530,18 @@ def export(
     interrupted="What was sent is kept; push again to complete it.",
 )
 def push(
-    model: Annotated[str, typer.Argument(help="Folder of a run (its last model is taken), of a stage, or of a MiniBERT.")],
-    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Name on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="Branch to write to, created where it is missing; the default is main.")
-    ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the model as a pull request.")] = False,
+    model: Annotated[str, Argument(help="Folder of a run (its last model is taken), of a stage, or of a MiniBERT.")],
+    repo_id: Annotated[str, Argument(metavar="USER/NAME", help="Name on the Hub.")],
+    private: Annotated[bool, Option("--private", help="Create the repository as private.")] = False,
+    revision: Annotated[str | None, Option(metavar="BRANCH", help="New or existing branch; the default is main.")] = None,
+    create_pr: Annotated[bool, Option("--create-pr", help="Propose the model as a pull request.")] = False,
     dtype: Dtype = None,
-    as_bert: Annotated[
-        bool, typer.Option("--as-bert", help="Publish a plain BERT with the same outputs, which needs no trust_remote_code.")
-    ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Larger weights are split into files of at most this.")] = "5GB",
-    licence: Annotated[
-        str | None, typer.Option("--license", help="For the card: the Hub's id of a licence, such as mit.")
-    ] = None,
-    languages: Annotated[
-        list[str] | None, typer.Option("--language", help="For the card: code of a language, such as en; several are allowed.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build and check; print the files and the card, send nothing.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what the repository holds.")] = False,
+    as_bert: Annotated[bool, Option("--as-bert", help="Publish a BERT, which needs no trust_remote_code.")] = False,
+    max_shard_size: Annotated[str, Option(help="Larger weights are split into files of at most this.")] = "5GB",
+    licence: Annotated[str | None, Option("--license", help="For the card: the Hub's id of a licence, such as mit.")] = None,
+    languages: Annotated[list[str] | None, Option("--language", help="For the card: a code such as en; repeatable.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Build and check; print the files and the card, send nothing.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace what the repository holds.")] = False,
     as_json: Json = False,
 ) -> None:
     """Publish a model on the Hub, and check it before and after.
@@ -650,10 +589,8 @@ def push(
     interrupted="What has arrived is kept; pull again to complete it.",
 )
 def pull(
-    name: Annotated[
-        str, typer.Argument(metavar="USER/NAME[@REVISION]", help="Model on the Hub, with a branch, tag or commit of it.")
-    ],
-    output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model.")],
+    name: Annotated[str, Argument(metavar="USER/NAME[@REVISION]", help="Model on the Hub, and branch, tag or commit.")],
+    output_dir: NewModel,
     as_json: Json = False,
 ) -> None:
     """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
@@ -678,7 +615,7 @@ def pull(
 
 @_command(hub, "Example:  minibert hub verify ann/tinybert@v1 --json")
 def verify(
-    model: Annotated[str, typer.Argument(metavar="FOLDER|USER/NAME[@REVISION]", help="Model folder, or model on the Hub.")],
+    model: Annotated[str, Argument(metavar="FOLDER|USER/NAME[@REVISION]", help="Model folder, or model on the Hub.")],
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -709,11 +646,8 @@ plot = typer.Typer(
 )
 app.add_typer(plot, name="plot")
 
-PlotFile = Annotated[
-    Path, typer.Option("--out", metavar="FILE", help="File to write: .html opens anywhere without network, .png is an image.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out.")]
-TextColumn = Annotated[str | None, typer.Option(help="Column of texts, where a file has several.")]
+PlotFile = Annotated[Path, Option("--out", metavar="FILE", help="Page (.html) or image (.png) to write.")]
+TextColumn = Annotated[str | None, Option(help="Column of texts, where a file has several.")]
 
 
 def _begin_picture(out: Path, force: bool) -> None:
@@ -734,12 +668,12 @@ def _save(picture: Any, out: Path, force: bool) -> None:
 @_command(plot, 'Example:  minibert plot attention minilm "The cat sat on the mat because it was tired." --out cat.html')
 def attention(
     model: Model,
-    text: Annotated[str, typer.Argument(help="Text that the model reads.")],
+    text: Annotated[str, Argument(help="Text that the model reads.")],
     out: PlotFile,
-    second: Annotated[str | None, typer.Argument(metavar="[SECOND TEXT]", help="Second text of a pair.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Only this layer, from 1.")] = None,
-    head: Annotated[int | None, typer.Option(help="Only this head, from 1.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens; the model's own limit is the most.")] = None,
+    second: Annotated[str | None, Argument(metavar="[SECOND TEXT]", help="Second text of a pair.")] = None,
+    layer: Annotated[int | None, Option(help="Only this layer, from 1.")] = None,
+    head: Annotated[int | None, Option(help="Only this head, from 1.")] = None,
+    max_tokens: Annotated[int | None, Option(help="Read only so many tokens; the model's own limit is the most.")] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -759,16 +693,14 @@ def attention(
 @_command(plot, "Example:  minibert plot embeddings minilm reviews.csv --label-column stars --out reviews.html")
 def embeddings(
     model: Model,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXTS...", help="A file or Hub data set of texts, or texts.")],
+    texts: Annotated[list[str], Argument(metavar="TEXTS...", help="A file or Hub data set of texts, or texts.")],
     out: PlotFile,
     column: TextColumn = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column that colours the points; the default is label, where a file has it.")
-    ] = None,
-    labels: Annotated[list[str] | None, typer.Option("--label", help="Label of a text given here; once for each.")] = None,
+    label_column: Annotated[str | None, Option(help="Column that colours the points; the default is label.")] = None,
+    labels: Annotated[list[str] | None, Option("--label", help="Label of a text given here; once for each.")] = None,
     split: Split = "train",
-    tokens: Annotated[bool, typer.Option("--tokens", help="Show tokens, before and after the encoder.")] = False,
-    method: Annotated[str, typer.Option(help="How wide vectors get into three dimensions: pca or tsne.")] = "pca",
+    tokens: Annotated[bool, Option("--tokens", help="Show tokens, before and after the encoder.")] = False,
+    method: Annotated[str, Option(help="How wide vectors get into three dimensions: pca or tsne.")] = "pca",
     limit: Limit = 1000,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -786,7 +718,7 @@ def embeddings(
 
 @_command(plot, "Example:  minibert plot training runs/nano_imdb runs/mine --out curves.html")
 def training(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or of one stage, or a log.jsonl.")],
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folder of a run or of one stage, or a log.jsonl.")],
     out: PlotFile,
     force: Force = False,
 ) -> None:
@@ -800,9 +732,9 @@ def training(
 @_command(plot, 'Example:  minibert plot similarity minilm questions.txt "how do I sort a list" --out similar.html')
 def similarity(
     model: Model,
-    first: Annotated[str, typer.Argument(metavar="A", help="A file or Hub data set of texts, or a text.")],
+    first: Annotated[str, Argument(metavar="A", help="A file or Hub data set of texts, or a text.")],
     out: PlotFile,
-    second: Annotated[str | None, typer.Argument(metavar="[B]", help="Likewise; unset compares A with itself.")] = None,
+    second: Annotated[str | None, Argument(metavar="[B]", help="Likewise; unset compares A with itself.")] = None,
     column: TextColumn = None,
     split: Split = "train",
     limit: Limit = 50,
@@ -822,7 +754,7 @@ def similarity(
 @_command(plot, 'Example:  minibert plot tokens minilm "Tokenization, unbelievably."')
 def tokens(
     model: Model,
-    text: Annotated[str, typer.Argument(help="Text to split.")],
+    text: Annotated[str, Argument(help="Text to split.")],
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -854,10 +786,7 @@ _EXAMPLE_QUESTIONS = (
 )
 def quickstart(
     overrides: Overrides = None,
-    queries: Annotated[
-        list[str] | None,
-        typer.Option("--query", help="Question to answer; several are allowed. Without any, you are asked."),
-    ] = None,
+    queries: Annotated[list[str] | None, Option("--query", help="Question; repeatable. Unset asks for them.")] = None,
     output_dir: RunFolder = None,
     force: RunAgain = False,
 ) -> None:
