@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,14 @@ from minibert.data.questions import texts_of
 from minibert.data.tags import TOKEN_COLUMNS, entity_spans, holds_entities, tokenize_windows
 from minibert.files.disk import atomic_write
 from minibert.files.model_folder import opening
-from minibert.inference.answers import answer_rows, choice_columns_of, choose_rows, max_length_of, rows_ahead
+from minibert.inference.answers import (
+    answer_rows,
+    choice_columns_of,
+    choose_rows,
+    max_length_of,
+    padded_batches,
+    rows_ahead,
+)
 from minibert.inference.load import encoder_folder, find_model
 
 Row = Mapping[str, Any]
@@ -121,13 +129,20 @@ def predict(
         )
     network, tokenizer = opened
     head = head_of(network.config)
+    run: Callable[[Iterable[Row]], Iterator[dict[str, Any]]]
     if head == CLASSIFIER:
-        read = _classifier_columns(network.config, names, columns)
-        predictions = _classify(network, tokenizer, rows, read, batch_size, threshold)
+        trained = getattr(network.config, "text_columns", None)
+        usual = [trained, *(names for names in TEXT_COLUMNS if len(names) == len(trained))] if trained else TEXT_COLUMNS
+        read = _columns(names, columns, usual)
+        run = partial(_classify, network, tokenizer, columns=read, batch_size=batch_size, threshold=threshold)
     elif head == TAGGER:
-        predictions = _tag(network, tokenizer, rows, _columns(names, columns, _TAGGED, most=1), batch_size)
+        read = _columns(names, columns, _TAGGED)
+        run = partial(_tag, network, tokenizer, column="".join(read), batch_size=batch_size)
     elif head == ANSWERER:
-        predictions = _answer(network, tokenizer, rows, _columns(names, columns, [_ASKED], most=2), batch_size)
+        asked = _columns(names, columns, [_ASKED])
+        rows = ({name: row.get(column) for name, column in zip(_ASKED, asked, strict=True)} for row in rows)
+        read = list(_ASKED)
+        run = partial(answer_rows, network, tokenizer, batch_size=batch_size)
     else:
         if columns:
             raise ValueError(
@@ -135,7 +150,9 @@ def predict(
             )
         found = choice_columns_of(network, names)
         read = [name for name in names if name in (*found.texts, *found.choices)]
-        predictions = _beside(rows, read, lambda given: choose_rows(network, tokenizer, given, batch_size=batch_size))
+        run = partial(choose_rows, network, tokenizer, batch_size=batch_size)
+    given, shown = tee(rows)
+    predictions = ({**{name: row.get(name) for name in read}, **result} for result, row in zip(run(given), shown, strict=False))
     return iter(tqdm(predictions, desc="predict", total=total, unit="row", disable=not show_progress))
 
 
@@ -178,9 +195,6 @@ def head_of(config: Any) -> str | None:
     return next((head for head in _HEADS if architecture.endswith(head)), None)
 
 
-# -------------------------------------------------------------------------------------------------------------- what is read
-
-
 def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
     """Return the rows, the names of their columns (none without rows), and their number if it is known."""
     if isinstance(data, str | Path | Dataset) and str(data) != STANDARD_INPUT:
@@ -207,55 +221,41 @@ def _standard_input() -> Iterator[str]:
         ) from error
 
 
-def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Sequence[str]], *, most: int) -> list[str]:
+def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Sequence[str]]) -> list[str]:
     """Pick the columns to read; none without rows."""
     if not found:
         return []
     columns = pick_columns(found, wanted, usual, option="--column")
-    if len(columns) > most or len(columns) not in {len(group) for group in usual}:
+    if len(columns) not in {len(group) for group in usual}:
         raise ValueError(f"This model reads {' or '.join(' + '.join(group) for group in usual)}, not {', '.join(columns)}.")
     return columns
 
 
-def _classifier_columns(config: Any, found: list[str], wanted: Sequence[str] | None) -> list[str]:
-    trained = getattr(config, "text_columns", None)
-    usual = [trained, *(names for names in TEXT_COLUMNS if len(names) == len(trained))] if trained else TEXT_COLUMNS
-    if wanted and len(wanted) > 2:
-        raise ValueError(f"A classifier reads one column or two, not {', '.join(wanted)}.")
-    return pick_columns(found, wanted, usual, option="--column") if found else []
-
-
 @torch.inference_mode()
 def compute_logits(model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, list[Any]], batch_size: int) -> list[Tensor]:
-    """Compute the logits of each of ``inputs`` (lists of token ids etc.): (classes,), or (longest, classes) for tokens."""
-    lengths = list(map(len, inputs["input_ids"]))
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])  # neighbours of similar length need little padding
-    logits: list[Any] = [None] * len(order)
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        # Always on the right: the positions of words are counted from the left.
-        batch = tokenizer.pad(
-            {name: [values[number] for number in numbers] for name, values in inputs.items()}, padding_side="right"
-        )
-        tensors = {name: torch.tensor(values, device=model.device) for name, values in batch.items()}
+    """Compute the logits of each of ``inputs``: (classes,), or (longest, classes) for tokens."""
+    logits: list[Any] = [None] * len(inputs["input_ids"])
+    for numbers, tensors in padded_batches(model, tokenizer, inputs, batch_size):
         for number, row in zip(numbers, model(**tensors).logits.float().cpu(), strict=True):
             logits[number] = row
     return logits
 
 
-# ----------------------------------------------------------------------------------------------------- what each head predicts
-
-
 def _classify(
-    model: PreTrainedModel, tokenizer: Any, rows: Iterable[Row], columns: list[str], batch_size: int, threshold: float
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Iterable[Row],
+    *,
+    columns: list[str],
+    batch_size: int,
+    threshold: float,
 ) -> Iterator[dict[str, Any]]:
     problem_type, names = problem_type_of(model.config), class_names(model.config)
     for first, some in rows_ahead(rows, batch_size):
-        texts = list(texts_of(some, columns, first))
-        given = (list(column) for column in zip(*texts, strict=True))
-        encoded = tokenizer(*given, truncation=True, max_length=max_length_of(model, tokenizer))
-        for row, logits in zip(texts, compute_logits(model, tokenizer, encoded, batch_size), strict=True):
-            yield {**dict(zip(columns, row, strict=True)), **label_of(logits, names, problem_type, threshold)}
+        texts = map(list, zip(*texts_of(some, columns, first), strict=True))
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length_of(model, tokenizer))
+        for logits in compute_logits(model, tokenizer, encoded, batch_size):
+            yield label_of(logits, names, problem_type, threshold)
 
 
 def label_of(logits: Tensor, names: Sequence[str], problem_type: str, threshold: float = 0.5) -> dict[str, Any]:
@@ -275,21 +275,27 @@ def label_of(logits: Tensor, names: Sequence[str], problem_type: str, threshold:
 
 
 def _tag(
-    model: PreTrainedModel, tokenizer: Any, rows: Iterable[Row], columns: list[str], batch_size: int
+    model: PreTrainedModel, tokenizer: Any, rows: Iterable[Row], *, column: str, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     marks_entities = holds_entities(class_names(model.config))
     for first, some in rows_ahead(rows, batch_size):
-        given = [_words_or_text(row, columns[0], number) for number, row in enumerate(some, start=first)]
+        given = [row.get(column) for row in some]
+        for number, value in enumerate(given, start=first):
+            if not all(isinstance(word, str) for word in (value if isinstance(value, list) else [value])):
+                raise ValueError(
+                    f"Row {number} has {value!r} in column {column!r}, where a text or a list of words belongs; "
+                    "fill it or remove the row."
+                )
         places = [split_words(value) if isinstance(value, str) else None for value in given]
         sentences = [
-            [value[start:end] for start, end in spans] if isinstance(value, str) and spans is not None else list(value)
+            value if spans is None else [value[start:end] for start, end in spans]
             for value, spans in zip(given, places, strict=True)
         ]
         tagged = tag_sentences(model, tokenizer, sentences, batch_size=batch_size)
         for value, spans, words, (tags, scores) in zip(given, places, sentences, tagged, strict=True):
             kinds = entity_spans(tags) if marks_entities else []
             entities = [_entity(value, spans, kind, start, end, scores) for kind, start, end in kinds]
-            shown = {columns[0]: value} if spans is None else {columns[0]: value, "words": words}
+            shown = {} if spans is None else {"words": words}
             yield {**shown, "tags": tags, "scores": scores, "entities": entities}
 
 
@@ -320,15 +326,6 @@ def split_words(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in _WORD.finditer(text)]
 
 
-def _words_or_text(row: Row, column: str, number: int) -> str | list[str]:
-    value = row.get(column)
-    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value)):
-        return value
-    raise ValueError(
-        f"Row {number} has {value!r} in column {column!r}, where a text or a list of words belongs; fill it or remove the row."
-    )
-
-
 def _entity(
     value: str | list[str], spans: list[tuple[int, int]] | None, kind: str, first: int, end: int, scores: Sequence[float]
 ) -> dict[str, Any]:
@@ -339,24 +336,6 @@ def _entity(
         start, stop, word = first, end, " ".join(value[first:end])
     score = sum(scores[first:end]) / (end - first)
     return {"entity_group": kind, "word": word, "start": start, "end": stop, "score": score}
-
-
-def _answer(
-    model: PreTrainedModel, tokenizer: Any, rows: Iterable[Row], columns: list[str], batch_size: int
-) -> Iterator[dict[str, Any]]:
-    asked = ({name: row.get(column) for name, column in zip(_ASKED, columns, strict=False)} for row in rows)
-    return _beside(asked, _ASKED, lambda given: answer_rows(model, tokenizer, given, batch_size=batch_size))
-
-
-def _beside(
-    rows: Iterable[Row], names: Sequence[str], run: Callable[[Iterable[Row]], Iterator[dict[str, Any]]]
-) -> Iterator[dict[str, Any]]:
-    """Yield the named columns of each row together with its result."""
-    given, shown = tee(rows)
-    return ({**{name: row.get(name) for name in names}, **result} for result, row in zip(run(given), shown, strict=False))
-
-
-# -------------------------------------------------------------------------------------------------------------- what comes out
 
 
 def in_a_line(prediction: Row) -> str:
@@ -390,9 +369,6 @@ def in_a_line(prediction: Row) -> str:
 
 def _is_iob(tag: str) -> bool:
     return tag == "O" or tag.startswith(("B-", "I-"))
-
-
-# ------------------------------------------------------------------------------------------------------------------- the file
 
 
 def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:

@@ -16,6 +16,7 @@ from helpers import read_rows, write_recipe, write_rows
 from minibert import MiniBertConfig, MiniBertForQuestionAnswering, MiniBertModel, train_word_level, train_wordpiece
 from minibert.data.questions import Window, WindowSizes, cut, window_sizes
 from minibert.inference.answers import answer_rows, best_spans, find_spans
+from minibert.train import rows as rows_module
 from minibert.train.arguments import AnswerStage
 from minibert.train.recipe import load_recipe
 from minibert.train.run import read_metrics, run_recipe
@@ -144,7 +145,7 @@ def test_batches_hold_the_tokenizers_ids_and_the_places_of_the_answers(tokenizer
     answers = [list(zip(row["answer_start"], row["text"])) for row in rows["answers"]]
     made = stage.window_rows(rows, answers, tokenizer, window_sizes(tokenizer, 40))
     some = [4, 0, 3]  # the first has no answer
-    batch = made.collate(made.__getitems__(some))
+    batch = made.collate(np.array(some))
     expected = tokenizer(rows[some]["question"], rows[some]["context"], padding=True, return_tensors="pt")
     assert all(torch.equal(batch[name], expected[name]) for name in expected) and "labels" not in batch
     for row, first, last in zip(some, batch["start_positions"].tolist(), batch["end_positions"].tolist()):
@@ -213,6 +214,12 @@ class Oracle(torch.nn.Module):
         return type("Output", (), {"start_logits": logits(self.start), "end_logits": logits(self.end)})
 
 
+def oracle(start, end, **settings):
+    model = Oracle(start, end)
+    model.config.question_answering = settings
+    return model
+
+
 def test_spans_lie_in_the_context_and_not_in_the_question_or_special_tokens(tokenizer):
     ids = tokenizer.get_vocab()
     table = {ids["ann"]: 9.0, ids["[SEP]"]: 8.0, ids["[PAD]"]: 8.0, ids["rome"]: 2.0, ids["lima"]: 1.0}
@@ -220,13 +227,10 @@ def test_spans_lie_in_the_context_and_not_in_the_question_or_special_tokens(toke
         {"question": "where lives ann ?", "context": " well , in rome  or lima ."},
         {"question": "where lives ann ?", "context": "oslo"},
     ]
-    first, second = answer_rows(Oracle(table, table), tokenizer, rows, n_best=3, max_answer_length=1)
+    first, second = answer_rows(oracle(table, table, max_answer_length=1), tokenizer, rows)
     assert first["text"] == "rome" and rows[0]["context"][first["start"] : first["end"]] == "rome"
-    assert [span["text"] for span in first["n_best"][:2]] == ["rome", "lima"]
-    assert second["text"] == "oslo"
-    shares = [span["score"] for span in second["n_best"]] + [second["no_answer_score"]]
-    assert sum(shares) == pytest.approx(1)
-    (longer,) = answer_rows(Oracle({ids["rome"]: 3.0}, {ids["lima"]: 3.0}), tokenizer, rows[:1], max_answer_length=3)
+    assert second["text"] == "oslo" and second["score"] + second["no_answer_score"] == pytest.approx(1)
+    (longer,) = answer_rows(oracle({ids["rome"]: 3.0}, {ids["lima"]: 3.0}, max_answer_length=3), tokenizer, rows[:1])
     assert longer["text"] == "rome  or lima"
 
 
@@ -243,22 +247,19 @@ def test_windows_compete_and_their_lowest_null_score_counts(tokenizer):
             return output
 
     model = TwoNulls({ids["rome"]: 4.0, ids["lima"]: 3.0}, {ids["rome"]: 4.0, ids["lima"]: 3.0})
-    how = {"max_length": 20, "doc_stride": 5, "n_best": 2}
-    (found,) = answer_rows(model, tokenizer, [row], **how)
-    assert [span["text"] for span in found["n_best"]] == ["rome", "lima"]
-    assert found["no_answer_score"] < found["score"]
-    (found,) = answer_rows(model, tokenizer, [row], null_threshold=-7.5, **how)  # 1 + 0 is not more than 4 + 4 - 7.5 ...
-    assert found["text"] == ""
-    (found,) = answer_rows(model, tokenizer, [row], null_threshold=-6.5, **how)
+    sizes = {"max_length": 20, "doc_stride": 5}
+    model.config.question_answering = sizes
+    (found,) = answer_rows(model, tokenizer, [row])
+    assert found["text"] == "rome" and found["no_answer_score"] < found["score"]
+    model.config.question_answering = {**sizes, "null_threshold": -6.5}
+    (found,) = answer_rows(model, tokenizer, [row])
     assert found["text"] == "rome"
-    model.config.question_answering = {"null_threshold": -7.5}
-    (found,) = answer_rows(model, tokenizer, [row], **how)
+    model.config.question_answering = {**sizes, "null_threshold": -7.5}  # 1 + 0 is more than 4 + 4 - 7.5
+    (found,) = answer_rows(model, tokenizer, [row])
     assert (found["text"], found["start"], found["end"], found["score"]) == ("", 0, 0, found["no_answer_score"])
-    (found,) = answer_rows(model, tokenizer, [row], null_threshold=math.inf, **how)
-    assert found["text"] == "rome"
 
 
-def test_a_span_seen_in_two_windows_has_its_better_score():
+def test_a_span_seen_in_two_windows_has_its_better_score(tokenizer):
     scores = iter([5.0, 2.0])  # the longer window is computed first
 
     def model(**inputs):
@@ -269,7 +270,7 @@ def test_a_span_seen_in_two_windows_has_its_better_score():
     places = np.array([[0, 4], [5, 9], [10, 14]], dtype=np.int32)
     windows = [Window(0, np.arange(5 + more), None, 2, places[: 2 + more]) for more in (1, 0)]
     model.eval, model.device = lambda: model, "cpu"
-    (found,) = find_spans(model, windows, 1, batch_size=1, max_answer_length=1, pad=0)
+    (found,) = find_spans(model, tokenizer, windows, 1, batch_size=1, longest=1)
     assert found[0][0] == (10.0, 0, 4)
 
 
@@ -351,10 +352,10 @@ def test_processes_share_the_evaluation(trained, monkeypatch):
         shares.append(share)
         return [pair for part in shares for pair in part]
 
-    monkeypatch.setattr(stage, "gather_object", gather)
+    monkeypatch.setattr(rows_module, "gather_object", gather)
     for index in range(3):
         state = SimpleNamespace(process_index=index, num_processes=3, is_main_process=False)
-        monkeypatch.setattr(stage, "processes", lambda state=state: state)
+        monkeypatch.setattr(rows_module, "processes", lambda state=state: state)
         if index < 2:
             with pytest.raises(KeyError):
                 evaluate(model)
@@ -430,8 +431,6 @@ def test_refuses_data_of_another_kind_and_sizes_without_room(answer, tokenizer):
         answer([GOOD], doc_stride=20)
     with pytest.raises(ValueError, match=r"Row 70 has None in column 'context', where a text belongs"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD] * 69 + [{**GOOD, "context": None}], batch_size=2))
-    with pytest.raises(ValueError, match=r"max_answer_length must be at least 1, got 0"):
-        list(answer_rows(Oracle({}, {}), tokenizer, [GOOD], max_answer_length=0))
     with pytest.raises(ValueError, match=r"batch_size must be at least 1, got 0"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD], batch_size=0))
     with pytest.raises(ValueError, match=r"Row 1 has no column 'question'; it has text"):
