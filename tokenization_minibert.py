@@ -1,8 +1,9 @@
-"""Train a WordPiece or a word-level tokenizer from texts; the result is an ordinary ``PreTrainedTokenizerFast``.
+"""Train a WordPiece or a word-level tokenizer from texts: a plain ``PreTrainedTokenizerFast``.
 
-It follows BERT in everything a user can see: the normaliser, the split into words and punctuation, ``##`` before a piece that
-continues a word, ``[CLS] first [SEP] second [SEP]`` with segments 0 and 1. It saves as ``tokenizer.json`` and reloads through
-``AutoTokenizer`` without this package. The same texts in the same order always give the same vocabulary.
+It follows BERT in everything a user can see: the normaliser, the split into words and punctuation,
+``##`` before a piece that continues a word, ``[CLS] first [SEP] second [SEP]`` with segments 0 and
+1. It saves as ``tokenizer.json`` and reloads through ``AutoTokenizer`` without this package. The
+same texts in the same order always give the same vocabulary.
 """
 
 import warnings
@@ -41,8 +42,9 @@ def train_wordpiece(
     """Train a subword tokenizer as BERT's (Devlin et al. 2018, arXiv:1810.04805).
 
     Args:
-        texts: The corpus; read once, one text at a time, so it may be a generator over more text than memory holds.
-        vocab_size: Entries wanted, special tokens included. A text too small to fill them gives fewer, with a warning.
+        texts: The corpus; read once, so it may be a generator over more text than memory holds.
+        vocab_size: Entries wanted, special tokens included. A text too small to fill them gives
+            fewer, with a warning.
         lowercase: Fold case and strip accents, in training and in use.
         min_frequency: Pieces must occur this often to be merged into a longer one.
         model_max_length: Longest sequence in tokens when truncating.
@@ -50,8 +52,8 @@ def train_wordpiece(
         show_progress: Show a progress bar over the texts.
 
     Raises:
-        ValueError: when ``texts`` holds no word or something other than strings, or when ``vocab_size`` has no room for the
-            text's characters.
+        ValueError: when ``texts`` holds no word or something other than strings, or when
+            ``vocab_size`` has no room for the text's characters.
     """
     words = _count_words(texts, lowercase=lowercase, show_progress=show_progress)
     alphabet = _alphabet(words)
@@ -76,18 +78,13 @@ def train_wordpiece(
         show_progress=False,
     )
     scratch.train_from_iterator(_repeated(words), trainer)
-    vocabulary = scratch.get_vocab()
     model = models.WordPiece(
-        vocabulary, unk_token="[UNK]", continuing_subword_prefix=CONTINUING, max_input_chars_per_word=_LONGEST_WORD
+        scratch.get_vocab(),
+        unk_token="[UNK]",
+        continuing_subword_prefix=CONTINUING,
+        max_input_chars_per_word=_LONGEST_WORD,
     )
-    return _finished(
-        model,
-        len(vocabulary),
-        vocab_size,
-        lowercase=lowercase,
-        model_max_length=model_max_length,
-        truncation_side=truncation_side,
-    )
+    return _finished(model, vocab_size, lowercase, model_max_length, truncation_side)
 
 
 def train_word_level(
@@ -102,17 +99,11 @@ def train_word_level(
 ) -> PreTrainedTokenizerFast:
     """Make a tokenizer whose tokens are the most frequent whole words; every other word is ``[UNK]``.
 
-    Args:
-        texts: The corpus; read once, one text at a time, so it may be a generator over more text than memory holds.
-        vocab_size: Entries wanted, special tokens included. A text with fewer words gives fewer, with a warning.
-        lowercase: Fold case and strip accents, in training and in use.
-        min_frequency: Words must occur this often.
-        model_max_length: Longest sequence in tokens when truncating.
-        truncation_side: Where longer texts are cut: ``"right"`` keeps their beginning, ``"left"`` their end.
-        show_progress: Show a progress bar over the texts.
+    Args: as of :func:`train_wordpiece`; ``min_frequency`` is that of words.
 
     Raises:
-        ValueError: when ``texts`` holds no word or something other than strings, or when ``vocab_size`` has no room for words.
+        ValueError: when ``texts`` holds no word or something other than strings, or when
+            ``vocab_size`` has no room for words.
     """
     if vocab_size <= len(SPECIAL_TOKENS):
         raise ValueError(
@@ -123,14 +114,7 @@ def train_word_level(
     frequent = sorted((word for word, count in words.items() if count >= min_frequency), key=lambda word: (-words[word], word))
     tokens = [*SPECIAL_TOKENS, *frequent][:vocab_size]
     model = models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]")
-    return _finished(
-        model,
-        len(tokens),
-        vocab_size,
-        lowercase=lowercase,
-        model_max_length=model_max_length,
-        truncation_side=truncation_side,
-    )
+    return _finished(model, vocab_size, lowercase, model_max_length, truncation_side)
 
 
 def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) -> dict[str, int]:
@@ -195,14 +179,14 @@ def _repeated(words: dict[str, int]) -> Iterator[str]:
 
 
 def _finished(
-    model: models.Model, size: int, vocab_size: int, *, lowercase: bool, model_max_length: int, truncation_side: str
+    model: models.Model, vocab_size: int, lowercase: bool, model_max_length: int, truncation_side: str
 ) -> PreTrainedTokenizerFast:
-    if size < vocab_size:
+    tokenizer = Tokenizer(model)
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
         warnings.warn(
             f"The text supports a vocabulary of {size} entries, not the {vocab_size} asked for; the tokenizer has {size}.",
             stacklevel=3,
         )
-    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=CONTINUING)
