@@ -4,12 +4,12 @@ import errno
 import functools
 import inspect
 import json
-import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -239,7 +239,6 @@ def search(
     top_k: Annotated[int, Option(min=1, help="Number of passages to show for each query.")] = 5,
     hybrid: Annotated[bool, Option("--hybrid", help="With an INDEX: rank by words (BM25) too, and fuse the rankings.")] = False,
     exact: Annotated[bool, Option("--exact", help="With an INDEX: compare with every vector.")] = False,
-    rebuild: Annotated[bool, Option("--rebuild", help="With an INDEX: build it again.")] = False,
     model: Annotated[str | None, Option(help="With an INDEX: the model that made it, if it has moved.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per query and line.")] = False,
@@ -259,7 +258,7 @@ def search(
         queries = read_queries(queries_file)
     searcher: Searcher
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "show_progress": sys.stderr.isatty()}
-    of_index: dict[str, Any] = {"model": model, "hybrid": hybrid, "exact": exact, "rebuild": rebuild}
+    of_index: dict[str, Any] = {"model": model, "hybrid": hybrid, "exact": exact}
     if passages is None:
         if column is not None:
             raise ValueError("--column is the column of --passages; a folder of vectors has its texts already.")
@@ -271,21 +270,10 @@ def search(
                 f"make one with: minibert encode {target} {passages} OUT"
             )
         searcher = Searcher(target, read_passages(passages, column), **options)
-    with _until_unread():
-        for batch in [queries] if queries else ([query] for query in _typed_queries()):
-            for query, hits in zip(batch, searcher.search(batch, top_k)):
-                answer = {"query": query, "hits": [hit._asdict() for hit in hits]}
-                typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))
-
-
-@contextmanager
-def _until_unread() -> Iterator[None]:
-    """End quietly when the reader of standard output, such as head, closes the pipe."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for batch in [queries] if queries else ([query] for query in _typed_queries()):
+        for query, hits in zip(batch, searcher.search(batch, top_k)):
+            answer = {"query": query, "hits": [hit._asdict() for hit in hits]}
+            typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))
 
 
 def _in_lines(query: str, hits: list[Any]) -> str:
@@ -455,9 +443,8 @@ def predict(
     if out is not None:
         typer.echo(f"{write(predictions, out, force=force):,} rows are in {out}.", err=True)
         return
-    with _until_unread():
-        for row in predictions:
-            typer.echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
+    for row in predictions:
+        typer.echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
 
 
 hub = typer.Typer(help="Convert models of the BERT family to MiniBERT, and back; publish, fetch and check models.", **_PLAIN)
@@ -466,7 +453,7 @@ app.add_typer(hub, name="hub")
 
 def _report(report: Any, as_json: bool) -> None:
     if as_json:
-        print_json(report.to_dict())
+        print_json(asdict(report))
         return
     typer.echo(f"{report.source} is now a {report.architecture} in {report.output}")
     typer.echo(f"{report.tensors} tensors with {report.parameters:,} parameters")
@@ -549,7 +536,8 @@ def push(
     The folder is built with card and code, opened in a fresh process without this package, and sent in one commit, which is
     then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
     """
-    from minibert.hub.push import change_text, size_text
+    from rich.filesize import decimal
+
     from minibert.hub.push import push as push_model
 
     card: dict[str, Any] = {key: value for key, value in (("license", licence), ("language", languages)) if value}
@@ -568,14 +556,14 @@ def push(
         **card,
     )
     if as_json:
-        print_json(done.to_dict())
+        print_json(asdict(done))
         return
     if done.commit is None:  # a dry run
         for path, size in done.files.items():
-            typer.echo(f"{size_text(size):>12}  {path}")
+            typer.echo(f"{decimal(size):>12}  {path}")
         typer.echo(f"\n{done.card}")
     for change in done.changes:
-        typer.echo(change_text(change))
+        typer.echo(change.text)
     typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
     if done.commit is not None:
         typer.echo(f"{done.repo_id} is at commit {done.commit}")
@@ -594,16 +582,17 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
+    from rich.filesize import decimal
+
     from minibert.files import installation
     from minibert.hub.pull import pull as pull_model
-    from minibert.hub.push import size_text
 
     done = pull_model(name, output_dir)
     if as_json:
-        print_json(done.to_dict())
+        print_json(asdict(done))
         return
     typer.echo(f"{done.repo_id} at commit {done.commit} is in {done.output}")
-    typer.echo(f"{len(done.files)} files, {size_text(sum(done.files.values()))}")
+    typer.echo(f"{len(done.files)} files, {decimal(sum(done.files.values()))}")
     for path, digest in done.code.items():
         typer.echo(f"sha256 {digest}  {path}")
     installed = f"that of the installed minibert {installation.version()}"
@@ -628,7 +617,7 @@ def verify(
     _hide_loading_bars()
     found = verify_model(model, trust_remote_code=trust_remote_code)
     if as_json:
-        print_json(found.to_dict())
+        print_json(asdict(found))
     else:
         if found.commit:
             typer.echo(f"{model} is at commit {found.commit}")
@@ -650,16 +639,14 @@ PlotFile = Annotated[Path, Option("--out", metavar="FILE", help="Page (.html) or
 TextColumn = Annotated[str | None, Option(help="Column of texts, where a file has several.")]
 
 
-def _begin_picture(out: Path, force: bool) -> None:
-    """Silence the libraries, and refuse an output before anything is computed."""
+def _draw(out: Path, force: bool, draw: Callable[[], Any]) -> None:
+    """Save the picture that ``draw`` returns, after a check that it can be saved."""
     from minibert.inference.predict import check_output
     from minibert.plot.page import SUFFIXES
 
     _hide_loading_bars()
     check_output(out, SUFFIXES, force=force)
-
-
-def _save(picture: Any, out: Path, force: bool) -> None:
+    picture = draw()
     for note in picture.notes:
         typer.echo(note, err=True)
     typer.echo(f"The picture is in {picture.save(out, force=force)}.", err=True)
@@ -673,7 +660,6 @@ def attention(
     second: Annotated[str | None, Argument(metavar="[SECOND TEXT]", help="Second text of a pair.")] = None,
     layer: Annotated[int | None, Option(help="Only this layer, from 1.")] = None,
     head: Annotated[int | None, Option(help="Only this head, from 1.")] = None,
-    max_tokens: Annotated[int | None, Option(help="Read only so many tokens; the model's own limit is the most.")] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -683,11 +669,8 @@ def attention(
     """
     from minibert import plot
 
-    _begin_picture(out, force)
-    picture = plot.attention(
-        model, text, second, layer=layer, head=head, max_tokens=max_tokens, trust_remote_code=trust_remote_code
-    )
-    _save(picture, out, force)
+    options: dict[str, Any] = {"layer": layer, "head": head, "trust_remote_code": trust_remote_code}
+    _draw(out, force, lambda: plot.attention(model, text, second, **options))
 
 
 @_command(plot, "Example:  minibert plot embeddings minilm reviews.csv --label-column stars --out reviews.html")
@@ -708,12 +691,13 @@ def embeddings(
     """Draw texts, or their tokens, as points in three dimensions."""
     from minibert import plot
 
-    _begin_picture(out, force)
-    read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
-    picture = plot.embeddings(
-        model, read, labels=labels or found, tokens=tokens, method=method, trust_remote_code=trust_remote_code
-    )
-    _save(picture, out, force)
+    options: dict[str, Any] = {"tokens": tokens, "method": method, "trust_remote_code": trust_remote_code}
+
+    def draw() -> plot.Picture:
+        read, found = plot.read_texts(texts, column=column, label_column=label_column, split=split, limit=limit)
+        return plot.embeddings(model, read, labels=labels or found, **options)
+
+    _draw(out, force, draw)
 
 
 @_command(plot, "Example:  minibert plot training runs/nano_imdb runs/mine --out curves.html")
@@ -725,8 +709,7 @@ def training(
     """Draw loss, metrics, learning rate and speed of training runs, several in one picture. They may still be going on."""
     from minibert import plot
 
-    _begin_picture(out, force)
-    _save(plot.training(runs), out, force)
+    _draw(out, force, lambda: plot.training(runs))
 
 
 @_command(plot, 'Example:  minibert plot similarity minilm questions.txt "how do I sort a list" --out similar.html')
@@ -744,11 +727,12 @@ def similarity(
     """Draw how similar the texts of two lists are."""
     from minibert import plot
 
-    _begin_picture(out, force)
-    lists = [
-        plot.read_texts([data], column=column, split=split, limit=limit)[0] for data in (first, second) if data is not None
-    ]
-    _save(plot.similarity(model, *lists, trust_remote_code=trust_remote_code), out, force)
+    def draw() -> plot.Picture:
+        given = [data for data in (first, second) if data is not None]
+        lists = [plot.read_texts([data], column=column, split=split, limit=limit)[0] for data in given]
+        return plot.similarity(model, *lists, trust_remote_code=trust_remote_code)
+
+    _draw(out, force, draw)
 
 
 @_command(plot, 'Example:  minibert plot tokens minilm "Tokenization, unbelievably."')
@@ -759,8 +743,6 @@ def tokens(
     as_json: Json = False,
 ) -> None:
     """Show how a text is split into tokens: their ids, the words they belong to, and what the vocabulary lacks."""
-    from dataclasses import asdict
-
     from minibert import plot
 
     _hide_loading_bars()

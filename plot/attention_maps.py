@@ -111,7 +111,6 @@ def attention(
     *,
     layer: int | None = None,
     head: int | None = None,
-    max_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> Attention:
     """Return the attention weights of ``model``, as ``output_attentions=True`` returns them.
@@ -120,7 +119,6 @@ def attention(
         model: a model folder, or the id (owner/name) of a model on the Hub.
         second: the second text of a pair.
         layer: show only this layer, counted from 1; head: only this head, counted from 1.
-        max_tokens: number of tokens to read, at most; the limit of the model applies as well.
 
     Example::
 
@@ -136,11 +134,8 @@ def attention(
     if second is not None:
         page.check_text(second, "The second text")
     pair = (text,) if second is None else (text, second)
-    if max_tokens is not None and max_tokens < 4:
-        raise ValueError(f"max_tokens must be at least 4, to leave words to look at, got {max_tokens} (--max-tokens).")
     encoder, tokenizer = page.open_encoder(model, trust_remote_code=trust_remote_code, attn_implementation="eager")
     limit = max_length_of(encoder, tokenizer)
-    limit = min(limit, max_tokens or limit)
     inputs = tokenizer(*pair, truncation=True, max_length=limit, return_tensors="pt")
     with torch.inference_mode():
         recorded = encoder(**inputs, output_attentions=True).attentions

@@ -340,8 +340,6 @@ class _Job:
             else:
                 self.notes[number] = notes
         named = set(range(len(self.manifest.shards)))
-        if missing := sorted(named - self.notes.keys()):
-            logger.warning("%s is missing and is made again.", ", ".join(map(shard_name, missing)))
         if named != self.notes.keys():
             self.manifest.complete = False
         self._list_shards()

@@ -194,7 +194,7 @@ def index_folder(folder: VectorFolder) -> Path:
     return folder.folder / "index"
 
 
-def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
+def open_index(folder: VectorFolder, *, exact: bool = False, show_progress: bool = False) -> VectorIndex:
     """Open the index of ``folder``, after building it or adding the shards that it lacks.
 
     It is built from nothing if a shard in it has changed or is gone, or a file of it is damaged or
@@ -202,7 +202,6 @@ def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = Fal
 
     Args:
         exact: neither make nor read lists; existing ones stay for later searches.
-        rebuild: build it from nothing in any case.
 
     Raises:
         FileNotFoundError: for a shard that is missing.
@@ -225,14 +224,13 @@ def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = Fal
         listed = not with_lists or (lists is not None and lists.rows == rows)
         return listed and len(index.state.shards) == len(folder.shards)
 
-    if not rebuild:
-        with contextlib.suppress(ValueError):  # reported below, under the lock: another process may be building
-            if (index := _open_existing(folder, exact)) and is_current(index):
-                return index
+    with contextlib.suppress(ValueError):  # reported below, under the lock: another process may be building
+        if (index := _open_existing(folder, exact)) and is_current(index):
+            return index
     with index_lock(folder):
         index = None
         try:
-            index = None if rebuild else _open_existing(folder, exact)
+            index = _open_existing(folder, exact)
         except ValueError as error:
             logger.warning("%s The index is built again.", error)
         if index is None or not is_current(index):

@@ -165,7 +165,6 @@ class FolderSearcher(Searcher):
         exact: compare queries with all vectors, however many.
         hybrid: fuse the rankings by meaning and by words (BM25) by reciprocal rank; scores are then
             sums of ``1 / (60 + rank)``.
-        rebuild: build the index from nothing.
 
     Example::
 
@@ -186,7 +185,6 @@ class FolderSearcher(Searcher):
         *,
         exact: bool = False,
         hybrid: bool = False,
-        rebuild: bool = False,
         trust_remote_code: bool = False,
         show_progress: bool = False,
     ) -> None:
@@ -208,7 +206,7 @@ class FolderSearcher(Searcher):
             raise ValueError(
                 f"{folder} holds vectors of {dimension} dimensions, but the model computes {self.encoder.dimension}."
             )
-        self.index = open_index(self.folder, exact=exact, rebuild=rebuild, show_progress=show_progress)
+        self.index = open_index(self.folder, exact=exact, show_progress=show_progress)
         shards = [shard.sha256 for shard in self.index.state.shards]
         self.words = _open_words(self.folder, shards, show_progress) if hybrid else None
 

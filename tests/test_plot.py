@@ -137,7 +137,6 @@ def test_one_layer_and_head_can_be_chosen(models):
 def test_long_texts_are_cut_averaged_and_thinned_and_say_so(models, monkeypatch):
     cut = plot.attention(models / "minibert", " ".join(TEXTS * 9))
     assert len(cut.tokens) == 40 and "the first 40 are read" in cut.notes[0]
-    assert len(plot.attention(models / "minibert", " ".join(TEXTS), max_tokens=9).tokens) == 9
     lines = line_ends(cut.weights[0, 0])
     assert sum(len(ends) for ends in lines) / 3 <= plot_attention._LINES < 40**2
     assert "strongest" in cut.panels(0, 0)[1].title and not plot.attention(models / "nano", "the cat").panels(0, 0)[1].title
@@ -342,7 +341,6 @@ def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
         (lambda m: plot.attention(m / "minibert", "the cat", ""), "second text is empty"),
         (lambda m: plot.attention(m / "minibert", "the cat", layer=3), "no layer 3; its layers are 1 to 2"),
         (lambda m: plot.attention(m / "minibert", "the cat", head=0), "no head 0; its heads are 1 to 4"),
-        (lambda m: plot.attention(m / "minibert", "the cat", max_tokens=2), "max_tokens must be at least 4.* got 2"),
         (lambda m: plot.embeddings(m / "minibert", []), "No texts are given"),
         (lambda m: plot.embeddings(m / "minibert", ["a", "", "b"]), "Text 2 is empty"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, labels=["a"]), "4 text.s. need as many labels, got 1"),
