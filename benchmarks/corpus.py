@@ -93,7 +93,7 @@ def _read(text: str, cache: str) -> None:
     tokenized = time.perf_counter() - started
     stage = PretrainStage(kind="pretrain", data=[DataSource(path=text)])
     rows = PackedRows(corpus, 128, Masking(tokenizer, stage))
-    steps = Steps([Phase(rows, rows.collate, 64, 1e-3)], accumulation=1, seed=0, process=0, processes=1)
+    steps = Steps([Phase(rows, 64, 1e-3)], accumulation=1, seed=0, process=0, processes=1)
     started = time.perf_counter()
     for step in range(1000):
         steps[step]

@@ -22,8 +22,9 @@ from benchmarks.train import PAIRS, RETRIEVAL, held_out_figures, sources
 from minibert.hub.convert import convert
 from minibert.train.arguments import EmbedStage
 from minibert.train.recipe import load_recipe
+from minibert.train.sentence_trainer import trainer_arguments
 from minibert.train.stage import StageContext
-from minibert.train.stages.embed import _loss, _trainer_arguments, embed, training_pairs
+from minibert.train.stages.embed import _loss, embed, training_pairs
 
 
 def run(
@@ -97,7 +98,7 @@ def _train_theirs(stage: EmbedStage, folder: Path, seed: int, model: Path) -> fl
     pairs = training_pairs(stage, seed)
     SentenceTransformerTrainer(
         model=encoder,
-        args=_trainer_arguments(stage, StageContext(folder, seed)),
+        args=trainer_arguments(stage, StageContext(folder, seed)),
         train_dataset=datasets.DatasetDict(pairs) if stage.one_source_per_batch else next(iter(pairs.values())),
         loss=_loss(stage, encoder),
     ).train()

@@ -31,9 +31,10 @@ from minibert.evaluation.evaluate import evaluate
 from minibert.hub.families import FAMILIES
 from minibert.train.arguments import ClassifyStage, DataSource, EmbedStage
 from minibert.train.loop import rows_of_step
+from minibert.train.sentence_trainer import trainer_arguments
 from minibert.train.stage import StageContext
 from minibert.train.stages.classify import classify
-from minibert.train.stages.embed import _trainer_arguments, embed
+from minibert.train.stages.embed import embed
 
 NLI = ("nli_new_protocols", "nli_cad", "sick")
 PAIRS = (
@@ -212,7 +213,7 @@ def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **option
     context = StageContext(folder / "bert", seed)
     SentenceTransformerTrainer(
         model=encoder,
-        args=_trainer_arguments(stage, context),
+        args=trainer_arguments(stage, context),
         train_dataset=load(stage.data).select_columns(["query", "answer"]),
         loss=MultipleNegativesRankingLoss(encoder),
     ).train()

@@ -103,7 +103,7 @@ def test_batches_are_padded_to_their_longest_row_and_hold_the_tokenizers_ids(tok
     rows = Dataset.from_dict({"a": ["the cat", "the very very dog", "cup"], "b": ["pen", "the key", "owl"]})
     made = TokenizedDataset.from_texts(rows, ("a", "b"), np.array([1, 0, 1]), tokenizer, 32)
     for wanted in ([0], [2, 0], [0, 1, 2]):
-        batch = made.collate(made.__getitems__(wanted))
+        batch = made.collate(np.array(wanted))
         expected = tokenizer(rows[wanted]["a"], rows[wanted]["b"], padding=True, return_tensors="pt")
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         assert batch["labels"].tolist() == [[1, 0, 1][row] for row in wanted]

@@ -17,9 +17,9 @@ from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceCla
 from minibert.train.arguments import OBJECTIVES, Recipe
 from minibert.train.loop import StopRequest
 from minibert.train.recipe import load_recipe
-from minibert.train.run import _resolve
+from minibert.train.run import _function, _resolve
 from minibert.train.stage import StageContext
-from minibert.train.stages.distill import distill, embedding, pretraining, task
+from minibert.train.stages.distill import embedding, pretraining, task
 from minibert.train.stages.distill import student as student_module
 from minibert.train.stages.distill import teacher as teacher_module
 from minibert.train.stages.embed import sentence_model
@@ -94,7 +94,7 @@ def run(folder, tmp_path):
         args = arguments(folder, objective, **fields)
         context = _resolve(args, tmp_path / name, 3, None, None, {})
         context.output_dir.mkdir(exist_ok=True)
-        return distill(args, context)
+        return _function(args)(args, context)
 
     return run
 

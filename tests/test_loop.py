@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForPreTraining
 from minibert.inference import cpu
 from minibert.train import checkpoint, loop
 from minibert.train.arguments import LoopArguments
+from minibert.train.stage import StageContext
 
 ROWS = 29  # does not divide by anything used below: the last step of an epoch is always uneven
 
@@ -30,15 +32,29 @@ ROWS = 29  # does not divide by anything used below: the last step of an epoch i
 class Rows:
     """Rows of random tokens; the label says whether the first token is in the upper half."""
 
-    def __init__(self, count=ROWS):
+    def __init__(self, count=ROWS, make=None):
+        self.make = make or collate
         generator = np.random.default_rng(0)
         self.ids = [generator.integers(5, 40, size=generator.integers(3, 9)) for _ in range(count)]
 
     def __len__(self):
         return len(self.ids)
 
-    def __getitem__(self, row):
-        return self.ids[row]
+    def collate(self, numbers):
+        return self.make([self.ids[number] for number in numbers])
+
+
+class Numbers:
+    """Rows that are their own numbers."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def collate(self, numbers):
+        return {"labels": torch.tensor(numbers)}
 
 
 def collate(rows):
@@ -80,17 +96,10 @@ def arguments(**changes):
     return LoopArguments(**{**base, **changes})
 
 
-def fit(folder, model=None, rows=None, make=collate, **changes):
-    options = {key: changes.pop(key) for key in ("evaluate", "metric_for_best") if key in changes}
-    settings = arguments(**changes)
-    return loop.fit(
-        model or tiny_model(),
-        [loop.Phase(rows or Rows(), make, settings.batch_size, settings.learning_rate)],
-        arguments=settings,
-        output_dir=folder,
-        seed=7,
-        **options,
-    )
+def fit(folder, model=None, rows=None, make=collate, evaluate=None, metric=None, **changes):
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    rows = Rows(make=make) if rows is None else rows
+    return loop.fit(model or tiny_model(), tokenizer, rows, arguments(**changes), StageContext(folder, 7), evaluate, metric)
 
 
 def assert_same(left, right):
@@ -134,7 +143,7 @@ def test_norms_and_biases_do_not_decay():
 
 def test_phases_share_out_the_steps_and_each_row_comes_once_per_pass():
     def phase(rows, batch_size, share, rate):
-        return loop.Phase(range(rows), lambda rows: {"labels": torch.tensor(rows)}, batch_size, rate, share)
+        return loop.Phase(Numbers(rows), batch_size, rate, share)
 
     steps = loop.Steps([phase(90, 3, 0.9, 0.1), phase(40, 2, 0.1, 0.2)], accumulation=1, seed=3, process=0, processes=1)
     assert steps.per_epoch == round(1 / (0.9 / 30 + 0.1 / 20))  # of 30 steps over all rows in the one, 20 in the other
@@ -153,7 +162,7 @@ def test_every_row_once_per_epoch_and_disjoint_over_processes(processes, accumul
     """Whatever the split, the processes together see each row once, and agree on the number of micro-batches."""
     steps = [
         loop.Steps(
-            [loop.Phase(range(ROWS), lambda rows: {"labels": torch.tensor(rows)}, batch_size=3, learning_rate=0.1)],
+            [loop.Phase(Numbers(ROWS), batch_size=3, learning_rate=0.1)],
             accumulation=accumulation,
             seed=1,
             process=process,
@@ -217,7 +226,7 @@ def test_one_step_is_that_of_adamw(tmp_path):
     for step in range(3):
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.01 * (step + 1) / 3
         ids = loop.rows_of_step(step, rows=8, rows_per_step=4, seed=7)
-        model(**collate([rows[row] for row in ids])).loss.backward()
+        model(**rows.collate(ids)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     options = {"batch_size": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "weight_decay": 0.1}
@@ -238,7 +247,7 @@ def test_workers_make_the_same_batches(tmp_path):
 
     items = []
     for workers in (0, 2):
-        phase = loop.Phase(Rows(), noisy, batch_size=4, learning_rate=0.1)
+        phase = loop.Phase(Rows(make=noisy), batch_size=4, learning_rate=0.1)
         steps = loop.Steps([phase], accumulation=2, seed=1, process=0, processes=1)
         items.append(list(DataLoader(steps, batch_size=None, sampler=range(2, 9), num_workers=workers)))
     for left, right in zip(*items, strict=True):
@@ -260,7 +269,7 @@ def test_keeps_the_best_model(tmp_path):
         kept.append({name: value.clone() for name, value in model.state_dict().items()})
         return {"accuracy": next(scores)}
 
-    metrics = fit(tmp_path, evaluate=evaluate, metric_for_best="accuracy", eval_steps=None)
+    metrics = fit(tmp_path, evaluate=evaluate, metric="accuracy", eval_steps=None)
     assert metrics["eval_accuracy"] == 0.9 and metrics["best_step"] == 8
     saved = read_weights(tmp_path)
     assert all(torch.equal(saved[name], kept[1][name]) for name in saved)
@@ -269,7 +278,7 @@ def test_keeps_the_best_model(tmp_path):
 
 def test_a_lower_loss_is_better(tmp_path):
     scores = iter([3.0, 1.0, 2.0])
-    metrics = fit(tmp_path, evaluate=lambda _: {"loss": next(scores)}, metric_for_best="loss")
+    metrics = fit(tmp_path, evaluate=lambda _: {"loss": next(scores)}, metric="loss")
     assert metrics["eval_loss"] == 1.0
 
 
@@ -283,12 +292,14 @@ def test_bfloat16_checkpointing_and_float32_in_a_row(tmp_path):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU trains here")
 @pytest.mark.parametrize(("half", "said"), [(50.0, True), (300.0, False)])
-def test_a_slow_bfloat16_is_a_warning(tmp_path, monkeypatch, caplog, half, said):
+def test_precision_of_a_cpu(monkeypatch, caplog, half, said):
     monkeypatch.setattr(cpu, "product_rates", lambda: {"float32": 100.0, "bfloat16": half})
-    for precision in ("fp32", "bf16"):
-        assert "is slower" not in caplog.text
-        fit(tmp_path / precision, precision=precision, max_steps=1)
+    loop.check_precision("fp32")
+    assert "is slower" not in caplog.text
+    loop.check_precision("bf16")
     assert ("bf16 is slower than float32 on this processor" in caplog.text) == said
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        loop.check_precision("fp16")
 
 
 # ------------------------------------------------------------------------------------------- interruptions and refusals
@@ -335,7 +346,7 @@ def test_unreadable_lines_of_the_log_are_left_out(tmp_path):
 
 
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):
-    best = {"evaluate": lambda _: {"accuracy": 0.5}, "metric_for_best": "accuracy"}
+    best = {"evaluate": lambda _: {"accuracy": 0.5}, "metric": "accuracy"}
     first = fit(tmp_path, **best)
     before = read_weights(tmp_path)
     again = fit(tmp_path, make=crashing_after(0), **best)
@@ -377,7 +388,7 @@ def test_without_a_valid_checkpoint_the_run_says_so_and_starts_again(tmp_path, u
 
 def test_a_damaged_best_model_is_named_and_the_next_best_is_kept(tmp_path, caplog):
     scores = {4: 0.9, 8: 0.5, 12: 0.7}
-    options = {"metric_for_best": "accuracy", "evaluate": lambda _: {"accuracy": scores[steps.pop(0)]}}
+    options = {"metric": "accuracy", "evaluate": lambda _: {"accuracy": scores[steps.pop(0)]}}
     steps = [4, 8, 12]
     with pytest.raises(Crash):
         fit(tmp_path, make=crashing_after(13), **options)
@@ -396,7 +407,7 @@ def test_leftovers_of_a_kill_while_writing_are_no_checkpoints(tmp_path):
     folder = tmp_path / "checkpoints/step-00000004"
     shutil.copytree(folder, tmp_path / "checkpoints/step-00000006.tmp-123")
     shutil.copytree(folder, tmp_path / "checkpoints/step-00000004.tmp-123.retired")
-    assert checkpoint.latest_valid(tmp_path / "checkpoints") == (folder, [])
+    assert checkpoint.latest_valid(tmp_path / "checkpoints") == (folder, {})
     fit(tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
 
@@ -469,8 +480,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, undisturbed, monkeypatch):
 class Poisoned(Rows):
     """Row 11 holds a token that nothing else holds."""
 
-    def __getitem__(self, row):
-        return np.array([4, 4, 4]) if row == 11 else self.ids[row]
+    def __init__(self):
+        super().__init__()
+        self.ids[11] = np.array([4, 4, 4])
 
 
 def poisoned_model(finite_gradient):
@@ -559,16 +571,13 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, undisturbed, start):
 
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="training data holds no rows"):
-        loop.fit(tiny_model(), [loop.Phase([], collate, 2, 0.1)], arguments=arguments(), output_dir=tmp_path, seed=0)
+        fit(tmp_path, rows=Rows(0))
     with pytest.raises(ValueError, match="trackers: nonsense is not installed or unknown"):
         fit(tmp_path, trackers=["nonsense"])
     with pytest.raises(ValueError, match="metric_for_best='f1' is unknown here; use one of accuracy"):
-        fit(tmp_path, evaluate=lambda _: {"accuracy": 1.0}, metric_for_best="f1")
-    if not torch.accelerator.is_available():
-        with pytest.raises(ValueError, match="fp16 needs a GPU"):
-            fit(tmp_path, precision="fp16")
+        fit(tmp_path, evaluate=lambda _: {"accuracy": 1.0}, metric="f1")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot be made"):
+    with pytest.raises(OSError, match="could not be written"):
         fit(tmp_path / "file" / "run")
 
 

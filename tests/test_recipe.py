@@ -37,19 +37,17 @@ def calls(monkeypatch):
         (context.output_dir / "model.safetensors").write_text("weights")
         return {"loss": float(len(ran))}
 
-    monkeypatch.setattr(run_module, "_function", lambda kind: stage)
+    monkeypatch.setattr(run_module, "_function", lambda args: stage)
     return ran
 
 
 def test_a_good_recipe_and_its_overrides(write):
     path = write(TOKENIZER, CLASSIFY, {**EMBED, "name": "search"})
-    recipe = load_recipe(
-        path, ["classify.learning_rate=2e-4", "search.data.1.split=dev", "seed=7", "classify.model.hidden_size=6"]
-    )
+    recipe = load_recipe(path, ["classify.learning_rate=2e-4", "search.max_length=9", "seed=7", "classify.model.hidden_size=6"])
     tokenizer, classify, search = recipe.stages
     assert (type(tokenizer), type(classify), type(search)) == (TokenizerStage, ClassifyStage, EmbedStage)
     assert classify.learning_rate == 2e-4
-    assert search.data[1].split == "dev"
+    assert search.max_length == 9
     assert recipe.seed == 7
     assert classify.model.config(vocab_size=50).hidden_size == 6
     assert (tokenizer.name, search.name) == ("tokenizer", "search")
@@ -128,11 +126,6 @@ def test_stages_that_do_not_fit(write, stages, message):
         load_recipe(write(*stages))
 
 
-def test_sharding_by_hand_is_refused_with_what_shares_the_data(write):
-    with pytest.raises(ValueError, match=r"stage 2 \(classify\): fsdp is not supported; .*: torchrun --nproc_per_node N -m"):
-        load_recipe(write(TOKENIZER, {**CLASSIFY, "fsdp": True}))
-
-
 @pytest.mark.parametrize("text", ["", "- a", "name: [", "just words"])
 def test_not_a_recipe(tmp_path, text):
     path = tmp_path / "recipe.yaml"
@@ -202,7 +195,7 @@ def test_a_finished_result_is_kept_until_its_successor_is_there(write, calls, tm
     run_dir = run_recipe(recipe, output_dir=tmp_path / "run")
     changed = load_recipe(write(TOKENIZER, CLASSIFY), ["classify.learning_rate=3e-4"])
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_function", lambda kind: lambda args, context: 1 / 0)
+        patch.setattr(run_module, "_function", lambda args: lambda args, context: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_recipe(changed, output_dir=run_dir, force=True)
     assert (run_dir / "2-classify.replaced" / "model.safetensors").exists()

@@ -182,7 +182,7 @@ def test_the_evaluation_computes_what_the_loss_does(pieces):
     with torch.no_grad():
         metrics = evaluator(rows, tags, ["x", "y"], batch_size=2)(model)
         assert metrics["loss"] == pytest.approx(float(model(**batch).loss), abs=1e-6)
-        numbers, (logits,) = compute_outputs(model, rows, 2, "logits")
+        numbers, logits = compute_outputs(model, rows, 2)
     assert sorted(numbers.tolist()) == [0, 1, 2] and [len(part) for part in logits] == [2, 1]
 
 

@@ -1,7 +1,7 @@
-"""Define and check the fields of a recipe: one pydantic model per kind of stage, one sentence per field, no unknown fields."""
+"""Define and check the fields of a recipe: one model per kind of stage, one sentence per field."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -16,6 +16,7 @@ SampleBy = Annotated[
     Field(description="What a text is in .txt files: a line, a paragraph (up to an empty line) or the file."),
 ]
 _BEST = "Metric that picks the checkpoint to keep."
+_OR_LAST = " Null keeps the last."
 # Marks a field that may differ when a run is resumed, because it does not change the result.
 FREE = "free"
 
@@ -27,7 +28,7 @@ def _named_once(names: Any) -> Any:
 
 
 class Arguments(BaseModel):
-    """Refuse unknown fields and values of another type, in every part of a recipe."""
+    """Refuse unknown fields and values of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -54,10 +55,11 @@ class NewModel(BaseModel):
         return self
 
     def config(self, **changes: Any) -> Any:
-        """Return the ``MiniBertConfig``, with ``changes`` to fields that the recipe does not give.
+        """Return the ``MiniBertConfig``, with ``changes`` to fields that the recipe leaves out.
 
         Raises:
-            ValueError: for an unknown preset or field, a wrong type, or fields that contradict each other.
+            ValueError: an unknown preset or field, a wrong type, or fields that contradict each
+                other.
         """
         from huggingface_hub.errors import StrictDataclassError
 
@@ -93,11 +95,11 @@ class ModelStage(Stage):
         Annotated[str, Tag("text")] | Annotated[NewModel, Tag("new")] | Annotated[None, Tag("none")], Discriminator(_model_form)
     ] = Field(
         None,
-        description="Unset continues with the previous stage's model; a string is an earlier stage's name, a folder or "
-        "a Hub id; {preset: name, ...} starts from new weights.",
+        description="An earlier stage's name, a folder or a Hub id; {preset: name, ...} starts from new weights; unset "
+        "continues with the previous stage's model.",
     )
     tokenizer: str | None = Field(
-        None, description="Folder or Hub id; unset means the model's own, and for new weights the latest tokenizer stage's."
+        None, description="Folder or Hub id; unset: the model's own, or the latest tokenizer stage's for new weights."
     )
 
 
@@ -113,7 +115,6 @@ class LoopArguments(Arguments):
     dropout: Share | None = Field(None, description="Dropout of hidden states and attention; unset keeps the model's.")
     weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; biases and norms are never decayed.")
     adam_betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False, description="Decay rates of AdamW's two averages.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Term that keeps AdamW's division finite.")
     warmup_ratio: Share = Field(0.0, description="Share of the steps over which the learning rate rises from zero.")
     warmup_steps: NotNegative | None = Field(None, description="Number of warm-up steps; use it or warmup_ratio, not both.")
     schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
@@ -139,16 +140,6 @@ class LoopArguments(Arguments):
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both given; keep one of them.")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_fsdp(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "fsdp" in value:
-            raise ValueError(
-                "fsdp is not supported; leave it out. Each process holds the complete model, and several processes share the "
-                "data: torchrun --nproc_per_node N -m minibert train RECIPE."
-            )
-        return value
 
 
 class TrainStage(ModelStage, LoopArguments):
@@ -191,10 +182,10 @@ class MaskedWordArguments(Arguments):
     random_replace_prob: Share = Field(0.1, description="Share of the tokens to predict that become another word.")
     whole_word_mask: bool = Field(False, description="Mask all pieces of a word together.")
     preprocessing_num_workers: Annotated[Positive | None, FREE] = Field(
-        None, description="Processes that tokenize; unset: one per processor."
+        None, description="Processes; unset: one per processor."
     )
     cache_dir: Annotated[str | None, FREE] = Field(
-        None, description="Folder that keeps tokenized text; unset means a folder in the cache of datasets."
+        None, description="Folder of tokenized text; unset: in the cache of datasets."
     )
 
     @model_validator(mode="after")
@@ -210,14 +201,12 @@ class PretrainStage(TrainStage, MaskedWordArguments):
     kind: Literal["pretrain"]
     text_column: str | None = Field(None, description="Column of documents; unset: text, or the only column of strings.")
     next_sentence: bool = Field(False, description="Also predict whether the second segment follows the first, as BERT did.")
-    sentence_delimiters: str = Field(
-        ".!?", min_length=1, description="Characters that end a sentence before white space, for next_sentence."
-    )
+    sentence_delimiters: str = Field(".!?", min_length=1, description="Characters that end a sentence, for next_sentence.")
     phases: list[PhaseArguments] | None = Field(
         None, min_length=1, description="Parts of the run, such as short sequences first and long ones later; unset: one."
     )
     metric_for_best: Literal["loss", "perplexity", "masked_accuracy", "next_sentence_accuracy"] | None = Field(
-        None, description="Metric that picks the checkpoint to keep; null keeps the last."
+        None, description=_BEST + _OR_LAST
     )
 
     @model_validator(mode="after")
@@ -237,19 +226,18 @@ class ClassifyStage(TrainStage):
     text_columns: Names | None = Field(None, max_length=2, description="One column, or two for pairs; unset means detected.")
     label_column: str | Annotated[list[str], Field(min_length=1)] = Field(
         "label",
-        description="Column of the class (a number, a string or a ClassLabel), of lists of them, or of numbers to predict; "
-        "several columns hold 0 or 1 each.",
+        description="Column of the class (a number, a string or a ClassLabel), of lists of classes, or of numbers to "
+        "predict; several columns hold 0 or 1 each.",
     )
     labels: list[str] | None = Field(None, min_length=1, description="Names of the classes in order; unset: from the data.")
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
         None,
-        description="Unset: lists or several columns are multi-label, numbers with fractions (and no labels given) are "
-        "regression, all else is single-label.",
+        description="Unset: lists or several columns are multi-label, numbers with fractions regression.",
     )
     metric_for_best: str | None = Field(
         None,
         description="Metric that picks the checkpoint to keep: accuracy, macro_f1 or loss; multi-label micro_f1, "
-        "macro_f1, subset_accuracy or loss; regression spearman, pearson or mse. Unset means the first of these.",
+        "macro_f1, subset_accuracy or loss; regression spearman, pearson or mse. Unset: the first.",
     )
 
     _names = field_validator("labels", "label_column")(_named_once)
@@ -260,17 +248,13 @@ class TagStage(TrainStage):
 
     kind: Literal["tag"]
     token_column: str | None = Field(None, description="Column of lists of words; unset means tokens or words.")
-    tag_column: str | None = Field(
-        None, description="Column of lists of tags, strings or numbers; unset means ner_tags, tags, pos_tags or labels."
-    )
+    tag_column: str | None = Field(None, description="Column of lists of tags; unset: ner_tags, tags, pos_tags or labels.")
     labels: list[str] | None = Field(None, min_length=2, description="Names of the tags in order; unset: from the data.")
-    max_length: Positive | None = Field(
-        None, description="Longest sequence in tokens; longer ones are cut into windows. Unset means the model's positions."
-    )
+    max_length: Positive | None = Field(None, description="Tokens of a window; unset means the model's positions.")
     metric_for_best: str | None = Field(
         None,
         description="Metric that picks the checkpoint to keep: f1, precision, recall, accuracy or loss; for tags "
-        "that mark no entities accuracy, macro_f1 or loss. Unset means the first of these.",
+        "that mark no entities accuracy, macro_f1 or loss. Unset: the first.",
     )
 
     _names = field_validator("labels")(_named_once)
@@ -281,17 +265,15 @@ class AnswerStage(TrainStage):
 
     kind: Literal["answer"]
     data: DataSources = Field(description="Training data: question, context and answers {text: [...], answer_start: [...]}.")
-    doc_stride: NotNegative | None = Field(
-        None, description="Tokens of a long context that neighbouring windows share; unset means a third of max_length."
-    )
+    doc_stride: NotNegative | None = Field(None, description="Tokens that windows share; unset: a third of max_length.")
     max_question_length: Positive | None = Field(
-        None, description="Questions are cut after this many tokens; unset means 64, or a third of max_length if that is less."
+        None, description="Questions are cut after this many tokens; unset: 64, but at most a third of max_length."
     )
     max_answer_length: Positive = Field(30, description="Longest answer that is given, in tokens.")
     null_threshold: float | None = Field(
         None,
-        description="How much higher than the best span 'no answer' must score to win; unset means 0 where the training data "
-        "has questions without answer, and else that it never wins.",
+        description="How much higher than the best span 'no answer' must score; unset: 0 where the training data has "
+        "questions without answer, else it never wins.",
     )
     metric_for_best: Literal["f1", "exact_match"] = Field("f1", description=_BEST)
 
@@ -333,9 +315,8 @@ class EmbedStage(TrainStage):
     eval_data: DataSources | None = Field(None, description="Pairs to measure retrieval on; unset means none.")
     make_pairs: bool = Field(
         False,
-        description="Make the pairs of plain text: some words of each sentence ask for the sentence, at times with its "
-        "neighbours (languages that put spaces between words). A source may say it for itself: "
-        "data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
+        description="Make the pairs of plain text: some words of each sentence ask for it, at times with its neighbours "
+        "(languages with spaces). A source may say it for itself: data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
     )
     text_column: str | None = Field(None, description="make_pairs: column of texts; unset: text, or the only string column.")
     sample_by: SampleBy = "paragraph"
@@ -344,25 +325,19 @@ class EmbedStage(TrainStage):
     negative_column: str | None = Field(None, description="Column of hard negatives; unset means none are used.")
     hard_negatives: NotNegative = Field(
         0,
-        description="Hard negatives per pair, mined by sentence-transformers with the model as it is before training. With "
-        "one_source_per_batch a source may say it for itself.",
+        description="Hard negatives per pair, mined with the model as it is before training. With one_source_per_batch a "
+        "source may say it for itself.",
     )
     loss: Literal["mnrl", "cached_mnrl"] = Field(
         "mnrl", description="Multiple negatives ranking, plain or cached (large batches in little memory)."
     )
     mini_batch_size: Positive = Field(32, description="Rows computed at once by cached_mnrl.")
     scale: float = Field(20.0, gt=0, description="Cosine similarities are multiplied by this (inverse temperature).")
-    gather_across_devices: bool = Field(False, description="Use the other processes' passages as negatives too.")
-    batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
-        "no_duplicates", description="no_duplicates keeps equal texts out of one batch, where they would be false negatives."
-    )
-    one_source_per_batch: bool = Field(
-        False, description="Fill each batch from one of the sources in data: texts alike are the harder negatives."
-    )
+    one_source_per_batch: bool = Field(False, description="Fill each batch from one source: like texts are harder negatives.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Vector that stands for a text; unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")
     metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100"] | None = Field(
-        "mrr@10", description="Retrieval metric that picks the checkpoint to keep; null keeps the last."
+        "mrr@10", description=_BEST + _OR_LAST
     )
 
     @model_validator(mode="after")
@@ -372,8 +347,8 @@ class EmbedStage(TrainStage):
             raise ValueError("negative_column names hard negatives and hard_negatives mines some; keep one of them.")
         if len(mined) > 1 and not self.one_source_per_batch:
             raise ValueError(
-                f"The sources have {' and '.join(map(str, sorted(mined)))} hard_negatives per pair, which do not fit into one "
-                "batch; set one_source_per_batch: true, or give all the same."
+                f"The sources have {' and '.join(map(str, sorted(mined)))} hard_negatives per pair, "
+                "which do not fit into one batch; set one_source_per_batch: true, or give all the same."
             )
         made = [self.makes_pairs_of(source) for source in self.data]
         useless = ("anchor_column", "positive_column", "negative_column") if all(made) else ("negative_column",)
@@ -396,26 +371,25 @@ class EmbedStage(TrainStage):
 
 
 class DistillStage(TrainStage):
-    """Teach a smaller model the outputs of a larger one: a classifier's logits, a masked-language model's, or text vectors."""
+    """Teach a smaller model the outputs of a larger one."""
 
     kind: Literal["distill"]
     teacher: str = Field(
         min_length=1,
-        description="An earlier stage's name, a folder or a Hub id of a classifier, of a MiniBERT that predicts words, or of "
-        "a sentence-transformers model.",
+        description="An earlier stage's name, a folder or a Hub id: a classifier, a MiniBERT that predicts words, or a "
+        "sentence-transformers model.",
     )
     student_layers: Positive | Annotated[list[NotNegative], Field(min_length=1)] | None = Field(
         None,
-        description="Start the student from this number of the teacher's layers, chosen evenly, or from those listed, counted "
-        "from 0; unset: from model.",
+        description="Start from this number of the teacher's layers, spread evenly, or from those listed, counted from 0.",
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillStage":
         if self.model is not None and self.student_layers is not None:
             raise ValueError(
-                "model and student_layers are both given; keep model to start from it, or student_layers to start from the "
-                "teacher's layers."
+                "model and student_layers are both given; keep model to start from it, or "
+                "student_layers to start from the teacher's layers."
             )
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
         if weights and not any(getattr(self, name) for name in weights):
@@ -452,7 +426,7 @@ class DistillPretrainingStage(DistillStage, MaskedWordArguments):
 
     @property
     def text_column(self) -> str | None:
-        """Return the column of documents under the name that ``pretrain`` gives it."""
+        """Return the column under the name that ``pretrain`` gives it."""
         return self.text_columns[0] if self.text_columns else None
 
 
@@ -466,23 +440,18 @@ class DistillEmbeddingStage(DistillStage):
     max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the teacher's.")
     metric_for_best: str = Field(
         "score",
-        description="Metric that picks the checkpoint to keep; score is the mean of spearman and ndcg@10 over the "
-        "data sets of eval_data.",
+        description=_BEST + " The score is the mean of spearman and ndcg@10 over the data sets of eval_data.",
     )
-    vector_loss: Literal["cosine", "mse"] = Field(
-        "cosine", description="One minus the cosine to the teacher's vector, or the squared distance."
-    )
+    vector_loss: Literal["cosine", "mse"] = Field("cosine", description="One minus the cosine, or the squared distance.")
     vector_weight: float = Field(1.0, ge=0, description="Weight of vector_loss.")
     similarity_weight: float = Field(1.0, ge=0, description="Weight of the squared error of cosines between texts of a batch.")
     hidden_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of the squared error of hidden states, layer by layer; both models must read the same tokens, and "
-        "the teacher runs at every step.",
+        description="Weight of the squared error of hidden states; both models must read the same tokens, and the teacher "
+        "runs at every step.",
     )
-    matryoshka_dims: list[Positive] | None = Field(
-        None, min_length=1, description="Lengths of the vectors' prefixes that learn the similarities too."
-    )
+    matryoshka_dims: list[Positive] | None = Field(None, min_length=1, description="Lengths of prefixes that learn the same.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Vector of a text; unset: as the teacher does.")
     normalize: bool | None = Field(None, description="Scale vectors to length 1; unset: as the teacher does.")
 
@@ -514,18 +483,8 @@ OBJECTIVES: dict[str, type[DistillStage]] = {
     "pretraining": DistillPretrainingStage,
     "embedding": DistillEmbeddingStage,
 }
-AnyStage = Annotated[
-    TokenizerStage
-    | PretrainStage
-    | ClassifyStage
-    | TagStage
-    | AnswerStage
-    | ChooseStage
-    | EmbedStage
-    | Annotated[DistillTaskStage | DistillPretrainingStage | DistillEmbeddingStage, Field(discriminator="objective")]
-    | EvaluateStage,
-    Field(discriminator="kind"),
-]
+_Distill = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="objective")]  # type: ignore[valid-type]  # noqa: UP007
+AnyStage: Any = Annotated[Union[tuple({**KINDS, "distill": _Distill}.values())], Field(discriminator="kind")]  # noqa: UP007
 
 
 class Recipe(Arguments):

@@ -1,15 +1,15 @@
 """Write folders that are complete or absent: under a temporary name, synced, then renamed.
 
-A checkpoint is a folder ``step-00000120`` whose ``manifest.json`` lists the size of every other file. A process that is killed
-at any moment leaves no incomplete folder without ``.tmp`` in its name; files that are missing or cut short later are found by
-the manifest, but a flipped bit is not.
+A checkpoint is a folder ``step-00000120`` whose ``manifest.json`` lists the size of every other
+file. A kill leaves no incomplete folder without ``.tmp`` in its name. The manifest shows files that
+are missing or cut short later, but not a flipped bit.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from minibert.files import disk
@@ -18,12 +18,15 @@ MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp"
 _KEPT = "what was saved before is untouched"
 
+readable_os_errors = partial(disk.readable_os_errors, kept=_KEPT)
+exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
+
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Make ``target`` the folder that ``fill`` writes, or leave everything as it was.
 
     Raises:
-        OSError: the disk is full or not writable; an earlier folder of that name, and its neighbours, are untouched.
+        OSError: the disk is full or not writable; what was there before is untouched.
     """
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
     with readable_os_errors(target):
@@ -44,7 +47,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Sync all files of ``folder``, then list their sizes in its manifest, which :func:`find_corruption` checks."""
+    """Sync all files of ``folder``, then list their sizes in its manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     for path in files:
         disk.sync(path)
@@ -53,7 +56,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """Return a sentence about the first missing or truncated file of a folder with a manifest, or None if it is valid."""
+    """Return a sentence about the first missing or truncated file, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, size in manifest.items():
@@ -66,18 +69,18 @@ def find_corruption(folder: Path) -> str | None:
     return None
 
 
-def latest_valid(root: Path, kind: str = "step") -> tuple[Path | None, list[str]]:
-    """Return the valid checkpoint with the highest step, and a sentence about each damaged one that is newer."""
-    problems: list[str] = []
+def latest_valid(root: Path, kind: str = "step") -> tuple[Path | None, dict[Path, str]]:
+    """Return the valid checkpoint with the highest step, and what is wrong with newer ones."""
+    problems: dict[Path, str] = {}
     for folder in reversed(_steps(root, kind)):
         if (problem := find_corruption(folder)) is None:
             return folder, problems
-        problems.append(problem)
+        problems[folder] = problem
     return None, problems
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move the files of ``source`` over those of ``target``, each by one rename, then delete ``source`` and its manifest."""
+    """Move the files of ``source`` over those of ``target``, each by one rename."""
     with readable_os_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.iterdir()):
@@ -90,14 +93,9 @@ def move_files(source: Path, target: Path) -> None:
         disk.sync(target)
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Return the folder of the checkpoint at ``step``."""
-    return root / f"step-{step:08d}"
-
-
 def rotate(root: Path, keep: int, newest: Path) -> None:
-    """Delete all but the ``keep`` checkpoints up to ``newest``, and later ones, which can only be damaged."""
-    folders = _steps(root)
+    """Delete all but the ``keep`` checkpoints up to ``newest``, and later ones: they are damaged."""
+    folders = _steps(root, "step")
     position = folders.index(newest) + 1
     for folder in (*folders[: max(0, position - keep)], *folders[position:]):
         shutil.rmtree(folder)
@@ -109,15 +107,9 @@ def clear_leftovers(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _steps(root: Path, kind: str = "step") -> list[Path]:
-    return sorted(path for path in root.glob(f"{kind}-????????") if path.is_dir())
-
-
-def readable_os_errors(target: Path) -> AbstractContextManager[None]:
-    """:func:`minibert.files.disk.readable_os_errors` for a training run."""
-    return disk.readable_os_errors(target, _KEPT)
-
-
-def exclusive_lock(folder: Path) -> AbstractContextManager[None]:
-    """:func:`minibert.files.disk.exclusive_lock` for a training run."""
-    return disk.exclusive_lock(folder, "training in", kept=_KEPT)
+def _steps(root: Path, kind: str) -> list[Path]:
+    numbers = {path: path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*")}
+    return sorted(
+        (path for path, number in numbers.items() if number.isdecimal()),
+        key=lambda path: int(numbers[path]),
+    )

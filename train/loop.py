@@ -1,8 +1,8 @@
-"""Train a model that computes its own loss: the loop of the stages pretrain, classify, tag, answer, choose and distill.
+"""Train a model that computes its own loss: the loop of all stages but embed.
 
-A run is a pure function of its arguments, seed and data. The rows of a step, their order, and the random numbers that mask or
-drop in it follow from (seed, step, process) alone, so a checkpoint holds no sampler and no generator: weights, optimizer state
-and the number of finished steps are enough to continue bit for bit, also in the middle of an epoch.
+The rows of a step, their order and its random numbers follow from (seed, step, process) alone, so
+a checkpoint holds no sampler and no generator: weights, optimizer state and the number of finished
+steps are enough to continue bit for bit, also in the middle of an epoch.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ from minibert.files.processes import processes
 from minibert.inference.cpu import bfloat16_is_faster
 from minibert.train import checkpoint
 from minibert.train.arguments import LoopArguments
+from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +54,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 def learning_rate(
     step: int, *, peak: float, warmup: int, total: int, schedule: str = "linear", decay_ratio: float = 0.1
 ) -> float:
-    """Return the learning rate of ``step``: linear warm-up to ``peak``, then linear, cosine, constant or wsd.
+    """Return the learning rate of ``step``: linear warm-up to ``peak``, then ``schedule``.
 
-    The schedule wsd (warm-up, stable, decay) stays at ``peak`` until the last ``decay_ratio`` of all steps and then falls as
-    one minus a square root (Hägele et al. 2024, arXiv:2405.18392).
+    wsd (warm-up, stable, decay) stays at ``peak`` until the last ``decay_ratio`` of all steps and
+    then falls as one minus a square root (Hägele et al. 2024, arXiv:2405.18392).
 
     >>> [learning_rate(s, peak=1.0, warmup=2, total=6) for s in (0, 1, 2, 4, 6)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -75,7 +76,9 @@ def learning_rate(
 
 
 def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.ndarray:
-    """Return the rows of one optimizer step, across all processes: each epoch is a new permutation, cut into steps.
+    """Return the rows of one optimizer step, across all processes.
+
+    Each epoch is a new permutation, cut into steps.
 
     >>> sorted(np.concatenate([rows_of_step(s, rows=5, rows_per_step=2, seed=0) for s in range(3)]).tolist())
     [0, 1, 2, 3, 4]
@@ -86,9 +89,9 @@ def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.n
 
 
 def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[list[np.ndarray]]:
-    """Cut the rows of a step into micro-batches: ``result[a][p]`` is the part of process p in micro-batch a.
+    """Cut the rows of a step: ``result[a][p]`` is the part of process p in micro-batch a.
 
-    Only the last step of an epoch is uneven. Its parts may be empty, but not for all processes at once.
+    The last step of an epoch is uneven: parts may be empty, but not for all processes at once.
 
     >>> [[part.tolist() for part in parts] for parts in split_rows(np.arange(3), accumulation=2, processes=2)]
     [[[0], [1]], [[2], []]]
@@ -99,7 +102,7 @@ def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[l
 
 
 def count_labels(batch: dict[str, Any]) -> int:
-    """Count the terms that a model averages in its loss: labels that are not -100, or rows if there are no ``labels``."""
+    """Count the terms of the mean loss: labels that are not -100, or rows without ``labels``."""
     labels = batch.get("labels")
     return len(next(iter(batch.values()))) if labels is None else int((labels != -100).sum())
 
@@ -121,7 +124,7 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the parameters for AdamW: matrices decay, vectors (biases, norm scales) do not, as in BERT."""
+    """Group the parameters for AdamW: matrices decay; biases and norms do not, as in BERT."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -146,27 +149,27 @@ class Phase:
     """A part of a run that has its own rows, batch size and peak learning rate.
 
     Attributes:
-        rows: data set with ``__len__`` and ``__getitem__``, or ``__getitems__`` for many row numbers at once.
-        collate: turns rows into the keyword arguments of the model; its random numbers come from the seeded generators of
-            Python, numpy and torch. ``attention_mask``, if any, counts tokens, and ``labels`` the terms of the loss.
+        rows: has a length and ``collate``, which makes the keyword arguments of the model for an
+            array of row numbers. Its random numbers come from the seeded generators of Python,
+            numpy and torch. ``attention_mask``, if any, counts tokens. A ``fingerprint``, if any,
+            must not change when a run is resumed.
         batch_size: rows per process and micro-batch.
         share: relative share of the optimizer steps of the run.
     """
 
     rows: Any
-    collate: Callable[[Any], dict[str, Tensor]]
     batch_size: int
     learning_rate: float
     share: float = 1.0
 
 
 class Steps(Dataset[StepBatch]):
-    """Make this process's :class:`StepBatch` of any optimizer step, in any order and in any data worker."""
+    """Make this process's :class:`StepBatch` of any optimizer step, in any order."""
 
     def __init__(self, phases: Sequence[Phase], *, accumulation: int, seed: int, process: int, processes: int):
         self.phases, self.seed = phases, seed
         self.accumulation, self.process, self.processes = accumulation, process, processes
-        # A step of a phase makes 1 / (steps of a pass over its rows) of an epoch; phases are weighted by their shares.
+        # A step makes 1 / (steps of a pass over the rows) of an epoch, weighted by shares.
         total = sum(phase.share for phase in phases)
         passes = (phase.share / total / math.ceil(len(phase.rows) / self.rows_per_step(phase)) for phase in phases)
         self.per_epoch = max(1, round(1 / sum(passes)))
@@ -197,12 +200,11 @@ class Steps(Dataset[StepBatch]):
     def __getitem__(self, step: int) -> StepBatch:
         seed_everything(self.seed, step, self.process, 0)
         batches, terms, counts, tokens = [], [], [], 0
-        rows = self.row_ids(step)
-        phase = self.phases[self.locate(step)[0]]
+        rows, phase = self.row_ids(step), self.phases[self.locate(step)[0]]
         for parts in split_rows(rows, accumulation=self.accumulation, processes=self.processes):
             mine = parts[self.process]
-            # A process without rows still computes gradients, because the others wait for them; they have the weight 0.
-            batch = phase.collate(_fetch(phase.rows, mine if len(mine) else rows[:1]))
+            # The others wait for the gradients of a process without rows; they have the weight 0.
+            batch = phase.rows.collate(mine if len(mine) else rows[:1])
             batches.append(batch)
             terms.append(count_labels(batch) if len(mine) else 0)
             counts.append(len(mine))
@@ -210,18 +212,12 @@ class Steps(Dataset[StepBatch]):
         return StepBatch(batches, terms, counts, tokens)
 
 
-def _fetch(rows: Any, ids: np.ndarray) -> Any:
-    if hasattr(rows, "__getitems__"):
-        return rows.__getitems__(ids.tolist())
-    return [rows[row] for row in ids.tolist()]
-
-
 def _count_tokens(batch: dict[str, Tensor]) -> int:
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
 
 
-# ------------------------------------------------------------------------------------------------------ metrics while training
+# ------------------------------------------------------------------------------ metrics while training
 
 
 @dataclass
@@ -252,7 +248,7 @@ class Meter:
 
     def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
         """Count a step, and note the first whose loss or gradient is not finite."""
-        # With float16, gradients overflow now and then: the scaler skips that step and lowers its scale.
+        # With float16, the scaler skips a step whose gradients overflow.
         finite = torch.isfinite(loss if self.accelerator.scaler else loss + grad_norm)
         self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, self.progress.step)
         self.loss_sum += loss
@@ -262,7 +258,7 @@ class Meter:
         self.progress.all_tokens += tokens * self.accelerator.num_processes
 
     def read(self) -> tuple[float, int]:
-        """Wait for the device; return the sum of the losses since the last line and the first bad step (or -1)."""
+        """Return the sum of the losses since the last line and the first bad step (or -1)."""
         with self.timed("steps"):
             sums = torch.stack([self.loss_sum.double(), self.first_bad.double()])[None]
             if self.accelerator.num_processes > 1:
@@ -270,11 +266,11 @@ class Meter:
             return sums[:, 0].mean().item(), int(sums[:, 1].max())
 
     def seconds(self) -> float:
-        """Return the seconds of training without evaluation, over this run and those that it resumed."""
+        """Return the seconds of training without evaluation, with those of resumed runs."""
         return time.perf_counter() - self.start - self.spent["evaluation"]
 
     def share_outside(self) -> float:
-        """Return the share of this run's seconds outside forward, backward and step: waiting for data, logging, saving."""
+        """Return the share of the seconds outside steps: waiting for data, logging, saving."""
         steps = self.spent["steps"]
         return max(0.0, 1 - steps / max(1e-9, self.seconds() - self.first_seconds)) if steps else 0.0
 
@@ -304,9 +300,9 @@ class Meter:
 
 
 class Log:
-    """Append metrics to ``log.jsonl``, one JSON object per line, and report them to the trackers.
+    """Append metrics to ``log.jsonl``, one JSON object per line, and report them to trackers.
 
-    A resumed run drops the lines after its checkpoint and those that a kill or a crash of the system left unreadable.
+    A resumed run drops unreadable lines and those after its checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int):
@@ -317,7 +313,7 @@ class Log:
                 write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append ``line``, which has a ``step``, to the log; only the main process writes."""
+        """Append ``line``, which has a ``step``."""
         if self.accelerator.is_main_process:
             with checkpoint.readable_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -334,7 +330,7 @@ def _step_of(line: str) -> float:
 
 
 class StopRequest:
-    """Note a Ctrl-C or a scheduler's SIGTERM, so that the loop stops after its step; a second signal interrupts at once."""
+    """Note Ctrl-C or SIGTERM, so that the loop stops after its step; a second stops at once."""
 
     def __init__(self) -> None:
         self.number, self.asked = 0, 0.0
@@ -345,13 +341,13 @@ class StopRequest:
         if not self.number:
             self.number, self.asked = number, now
             logger.warning("Stopping after this step and saving a checkpoint; interrupt again to stop at once.")
-        elif now - self.asked > 1:  # torchrun repeats to its children at once what the terminal has already sent them
+        elif now - self.asked > 1:  # torchrun repeats the terminal's signal to its children
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Install the handlers for the length of the block, in the main thread."""
-        if threading.current_thread() is not threading.main_thread():  # Python refuses to set handlers elsewhere
+        if threading.current_thread() is not threading.main_thread():  # which alone may set them
             yield
             return
         previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -367,40 +363,43 @@ class StopRequest:
 
 def fit(
     model: nn.Module,
-    phases: Sequence[Phase],
-    *,
-    arguments: LoopArguments,
-    output_dir: Path,
-    seed: int,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    metric_for_best: str | None = None,
+    tokenizer: Any,
+    rows: Any,
+    args: LoopArguments,
+    context: StageContext,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    metric: str | None = None,
 ) -> dict[str, Any]:
-    """Train ``model``, and save it in ``output_dir`` with ``metrics.json``, ``log.jsonl`` and ``checkpoints/``.
+    """Train ``model``, and save it in the stage's folder with ``metrics.json`` and ``log.jsonl``.
 
-    Called again after an interruption, it continues from the latest valid checkpoint. Under torchrun every process calls it;
-    ``batch_size`` rows go to each, and only the main process writes.
+    Called again after an interruption, it continues from the latest valid checkpoint. Under
+    torchrun every process calls it; ``batch_size`` rows go to each.
 
     Args:
-        model: a transformers model whose output has a ``loss``; trained in place, on Accelerate's device.
-        phases: parts of the run, one after the other; most runs have one.
-        evaluate: computes metrics of the model (in evaluation mode, without gradients); called in every process.
-        metric_for_best: the metric of ``evaluate`` that picks the weights to keep; None keeps the last ones.
+        model: its output has a ``loss``; trained in place, on Accelerate's device.
+        tokenizer: saved with the model.
+        rows: the training data, see :class:`Phase`; or a list of phases.
+        evaluate: measures the model (in evaluation mode, without gradients); called in every
+            process. Without it, the last weights are kept.
+        metric: the metric of ``evaluate`` that picks the weights to keep; None keeps the last.
 
     Returns:
         The metrics of ``metrics.json``.
 
     Raises:
-        ValueError: no rows to train on, arguments that this machine cannot meet, checkpoints of a different run, or another
-            process that trains in the same folder.
-        FloatingPointError: the loss or its gradient is not finite; the message names step and rows. No such weights are saved.
+        ValueError: no rows to train on, arguments that this machine cannot meet, checkpoints of a
+            different run, or another process that trains in the same folder.
+        FloatingPointError: the loss or its gradient is not finite; no such weights are saved.
         OSError: a checkpoint cannot be written; earlier ones are untouched.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; the message says how to resume.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
+    phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
         raise ValueError("The training data holds no rows; check the data and its limit.")
     keep_memory()
-    run = _Run(model, phases, arguments, output_dir, seed, metric_for_best)
-    with checkpoint.exclusive_lock(run.output_dir) if run.accelerator.is_main_process else contextlib.nullcontext():
+    run = _Run(model, tokenizer, phases, args, context, metric if evaluate else None)
+    main = run.accelerator.is_main_process
+    with checkpoint.exclusive_lock(run.output_dir) if main else contextlib.nullcontext():
         run.resume()
         run.train(evaluate)
         return run.finish()
@@ -410,16 +409,23 @@ class _Run:
     """The objects of one call of :func:`fit`."""
 
     def __init__(
-        self, model: nn.Module, phases: Sequence[Phase], arguments: LoopArguments, folder: Path, seed: int, metric: str | None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        phases: Sequence[Phase],
+        arguments: LoopArguments,
+        context: StageContext,
+        metric: str | None,
     ):
-        self.arguments, self.seed, self.output_dir = arguments, seed, Path(folder)
+        self.arguments, self.tokenizer = arguments, tokenizer
+        self.seed, self.output_dir = context.seed, context.output_dir
         self.metric_for_best, self.sign = metric, -1 if metric in SMALLER_IS_BETTER else 1
         self.root = self.output_dir / "checkpoints"
         self.accelerator = accelerator = _accelerator(arguments, self.output_dir)
         self.steps = Steps(
             phases,
             accumulation=arguments.gradient_accumulation_steps,
-            seed=seed,
+            seed=self.seed,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
@@ -428,7 +434,7 @@ class _Run:
         self.warmup = arguments.warmup_steps or int(arguments.warmup_ratio * self.total)
         self.identity = {
             **arguments.model_dump(mode="json", exclude=arguments.free_fields()),
-            "seed": seed,
+            "seed": self.seed,
             "rows": [len(phase.rows) for phase in phases],
             "data": [getattr(phase.rows, "fingerprint", None) for phase in phases],
             "rows_per_step": [self.steps.rows_per_step(phase) for phase in phases],
@@ -436,17 +442,15 @@ class _Run:
         }
         model.to(accelerator.device)
         if arguments.gradient_checkpointing:
-            # transformers renamed it; older versions know only the second name.
-            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(model)
         if arguments.compile:
             model.compile(dynamic=True)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, arguments.weight_decay),
             lr=arguments.learning_rate,
             betas=arguments.adam_betas,
-            eps=arguments.adam_epsilon,
-            fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),  # one pass over the weights instead of a dozen
+            # One pass over the weights instead of a dozen.
+            fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
         )
         self.model = accelerator.prepare_model(model, device_placement=False)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -486,7 +490,7 @@ class _Run:
                 if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
                     self.evaluate(evaluate)
                 stopping = stop.number
-                if accelerator.num_processes > 1:  # they agree only at logged steps, where they wait for each other anyway
+                if accelerator.num_processes > 1:  # at logged steps they wait for each other anyway
                     number = torch.tensor([stopping], device=accelerator.device)
                     stopping = int(accelerator.gather(number).max()) if logging_now else 0
                 if stopping or self._due(arguments.save_steps or self.steps.per_epoch):
@@ -496,7 +500,7 @@ class _Run:
         self.share_outside = self.meter.share_outside()
 
     def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor]:
-        """Run forward and backward over the micro-batches, clip, step; return the loss and the norm before clipping."""
+        """Update the weights; return the loss and the norm of the gradient before clipping."""
         accelerator, processes = self.accelerator, self.accelerator.num_processes
         seed_everything(self.seed, self.progress.step, accelerator.process_index, 1)
         sums = torch.tensor([float(sum(batch.terms)), float(sum(batch.rows))], device=accelerator.device)
@@ -509,10 +513,10 @@ class _Run:
             with contextlib.nullcontext() if number == len(batch.batches) else accelerator.no_sync(self.model):
                 inputs = send_to_device(inputs, accelerator.device, non_blocking=True)
                 output = self.model(**inputs)
-                # The step's loss is the mean over all its terms; processes average their gradients, hence the factor.
+                # The loss is the mean over all terms; processes average their gradients.
                 weight = terms * processes / all_terms
                 loss = output.loss * weight
-                if "next_sentence_label" in inputs:  # this part of the loss is a mean over rows, not over labelled words
+                if "next_sentence_label" in inputs:  # this part is a mean over rows
                     follows = F.cross_entropy(output.seq_relationship_logits, inputs["next_sentence_label"])
                     loss = loss + follows * (rows * processes / all_rows - weight)
                 accelerator.backward(loss)
@@ -535,10 +539,10 @@ class _Run:
         )
 
     def checked_loss(self) -> float:
-        """Return the sum of the losses since the last line of the log; called before anything is written.
+        """Return the sum of the losses since the last line of the log.
 
         Raises:
-            FloatingPointError: a loss or gradient since the last call is not finite.
+            FloatingPointError: a loss or gradient is not finite.
         """
         loss_sum, bad = self.meter.read()
         if bad < 0:
@@ -549,12 +553,13 @@ class _Run:
         if self.saved_step is not None:
             saved = f"Run the same command again to resume from step {self.saved_step} ({self.root})."
         raise FloatingPointError(
-            f"The loss or its gradient is not finite at step {bad + 1} of {self.total}, learning rate {self.rate(bad):.3g}, "
-            f"rows {shown}. Nothing was saved since; look at these rows, lower learning_rate, or use precision: fp32. {saved}"
+            f"The loss or its gradient is not finite at step {bad + 1} of {self.total}, "
+            f"learning rate {self.rate(bad):.3g}, rows {shown}. Nothing was saved since; look at "
+            f"these rows, lower learning_rate, or use precision: fp32. {saved}"
         )
 
     def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
-        """Measure the model, log the metrics, and keep the weights if they are the best so far."""
+        """Measure the model, and keep its weights if they are the best so far."""
         self.checked_loss()
         with self.meter.timed("evaluation"), torch.no_grad():
             metrics = evaluate(self.accelerator.unwrap_model(self.model).eval())
@@ -574,16 +579,16 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint of this step and delete the oldest."""
         self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.meter.seconds()
-        self.meter.loss_sum.fill_(self.progress.loss_sum)  # the mean over processes, with which a resumed run goes on, too
+        self.meter.loss_sum.fill_(self.progress.loss_sum)  # as in a resumed run
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        folder = checkpoint.step_folder(self.root, self.progress.step)
+        folder = self.root / f"step-{self.progress.step:08d}"
         self._write(folder, {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler})
         if self.accelerator.is_main_process:
             checkpoint.rotate(self.root, self.arguments.save_total_limit, newest=folder)
         self.saved_step = self.progress.step
 
     def _write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights and ``state.json``, and for a checkpoint the optimizer's tensors, numbered by parameter."""
+        """Write weights and ``state.json``, and for a checkpoint the optimizer's tensors."""
         if not self.accelerator.is_main_process:
             return
         best = folder.name.startswith("best-")
@@ -602,15 +607,15 @@ class _Run:
                 shutil.rmtree(other)
 
     def resume(self) -> None:
-        """Continue from the latest valid checkpoint, and name the damaged ones; without any, start from the beginning."""
+        """Continue from the latest valid checkpoint, if any, and name the damaged ones."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             checkpoint.clear_leftovers(self.root)
             found = [(checkpoint.latest_valid(self.root), checkpoint.latest_valid(self.root, kind="best"))]
-        # The main process decides: of the others, one might see a file that another does not see yet.
+        # Another process might not see every file yet.
         (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
         if self.accelerator.is_main_process:
-            for problem in (*problems, *best_problems):
+            for problem in (*problems.values(), *best_problems.values()):
                 logger.warning("%s It is not used.", problem)
             if problems and not folder:
                 logger.warning("No checkpoint in %s is valid, so the run starts from the beginning.", self.root)
@@ -654,7 +659,7 @@ class _Run:
         return state
 
     def finish(self) -> dict[str, Any]:
-        """Put the best model, or the last one, into the output directory as a complete folder; write ``metrics.json``."""
+        """Make the output directory a complete folder of the best model, or of the last one."""
         progress, accelerator = self.progress, self.accelerator
         bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
         evaluation = progress.evaluation
@@ -675,6 +680,7 @@ class _Run:
         if accelerator.is_main_process:
 
             def fill(temporary: Path) -> None:
+                self.tokenizer.save_pretrained(temporary)
                 bare.save_pretrained(temporary)
                 write_json(temporary / "metrics.json", metrics)
 
@@ -703,8 +709,8 @@ class _Run:
 def keep_memory() -> None:
     """Make glibc keep all memory that this process frees (mallopt(3)); elsewhere do nothing.
 
-    By default glibc returns blocks above 32 MiB at once, and the system clears and maps the next such activation page by page.
-    The model's own files only make it keep smaller blocks, because they run in processes that are not ours to change.
+    By default glibc returns blocks above 32 MiB, and the next such activation is mapped again page
+    by page. The model's own files only keep smaller blocks: they run in processes of others.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_MAX, 0)
@@ -717,21 +723,25 @@ def in_precision(arguments: LoopArguments) -> torch.autocast:
     return torch.autocast(processes().device.type, dtype=dtype, enabled=arguments.precision != "fp32")
 
 
-def check_precision(arguments: LoopArguments) -> None:
-    """Refuse half precision that this machine cannot train in.
+def check_precision(precision: str) -> None:
+    """Refuse float16 on a CPU, and warn where bfloat16 only takes longer.
 
     Raises:
         ValueError: for float16 on a CPU.
     """
-    if arguments.precision == "fp16" and processes().device.type == "cpu":
+    if processes().device.type != "cpu":
+        return
+    if precision == "fp16":
         raise ValueError("precision: fp16 needs a GPU; use bf16 or fp32 on this machine.")
-
-
-def warn_of_precision(arguments: LoopArguments) -> None:
-    """Warn where bfloat16 only takes longer."""
-    wanted = arguments.precision == "bf16" and processes().device.type == "cpu" and processes().is_main_process
-    if wanted and not bfloat16_is_faster():
+    if precision == "bf16" and not bfloat16_is_faster():
         logger.warning("precision: bf16 is slower than float32 on this processor; use precision: fp32.")
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute the activations of ``model`` in the backward pass."""
+    # transformers renamed it; older versions know only the second name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
@@ -739,22 +749,17 @@ def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     if unknown := sorted(set(arguments.trackers) - available):
         here = ", ".join(sorted(available)) or "none"
         raise ValueError(f"trackers: {', '.join(unknown)} is not installed or unknown; installed here: {here}.")
-    # One Accelerator per stage, and the next stage may want another precision: forget the settings, keep the processes.
+    # The next stage may want another precision: forget the settings, keep the processes.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    check_precision(arguments)
-    warn_of_precision(arguments)
     accelerator = Accelerator(
         cpu=processes().device.type == "cpu",
         mixed_precision={"fp32": "no"}.get(arguments.precision, arguments.precision),
         log_with=arguments.trackers or None,
         project_dir=str(output_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients, not two
+        # One copy of the gradients, not two.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"The folder {output_dir} cannot be made: {error.strerror}. Choose another output directory.") from error
     if arguments.trackers:
         accelerator.init_trackers(output_dir.name, config={"seed": arguments.seed or 0})
     return accelerator

@@ -22,7 +22,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file, or the name of a recipe that comes with the package, such as ``"tinybert"``.
-        overrides: ``"stage.field=value"`` or ``"field=value"``; values are YAML, and ``stage.field.0.key`` reaches deeper.
+        overrides: ``"stage.field=value"`` or ``"field=value"``; values are YAML.
 
     Raises:
         FileNotFoundError: when there is no such recipe.
@@ -45,17 +45,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _read_yaml(path: str | Path) -> Any:
-    file = Path(path)
+    folder = resources.files("minibert.recipes")
+    file: Any = Path(path)
     if not file.is_file():
-        bundled = {recipe.name.removesuffix(".yaml"): recipe for recipe in resources.files("minibert.recipes").iterdir()}
-        bundled = {name: recipe for name, recipe in bundled.items() if recipe.name.endswith(".yaml")}
-        if str(path).removesuffix(".yaml") not in bundled:
-            raise FileNotFoundError(
-                f"There is no recipe {path}; give a YAML file or one of the bundled recipes: {', '.join(sorted(bundled))}."
-            )
-        text = bundled[str(path).removesuffix(".yaml")].read_bytes()
-    else:
-        text = file.read_bytes()
+        file = folder / f"{str(path).removesuffix('.yaml')}.yaml"
+    if not file.is_file():
+        names = sorted(recipe.name.removesuffix(".yaml") for recipe in folder.iterdir() if recipe.name.endswith(".yaml"))
+        raise FileNotFoundError(
+            f"There is no recipe {path}; give a YAML file or one of the bundled recipes: {', '.join(names)}."
+        )
+    text = file.read_bytes()
     try:
         return yaml.load(text, Loader=disk.YamlLoader)  # a subclass of SafeLoader
     except _YAML_ERRORS as error:
@@ -67,32 +66,25 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     target, equals, text = override.partition("=")
     if not equals or not target:
         return f"override {override!r} is not of the form stage.field=value."
-    keys = target.split(".")
+    *path, last = target.split(".")
     place: Any = raw
-    if len(keys) > 1:
+    if path:
         listed = raw.get("stages")
         stages = [stage for stage in listed if isinstance(stage, dict)] if isinstance(listed, list) else []
-        names = [str(stage.get("name") or stage.get("kind")) for stage in stages]
-        if keys[0] not in names:
-            return f"override {override!r} names no stage of this recipe; its stages are {', '.join(names)}."
-        place = stages[names.index(keys.pop(0))]
+        named = {str(stage.get("name") or stage.get("kind")): stage for stage in stages}
+        stage = path.pop(0)
+        if stage not in named:
+            return f"override {override!r} names no stage of this recipe; its stages are {', '.join(named)}."
+        place = named[stage]
     try:
         value = yaml.load(text, Loader=disk.YamlLoader)
     except _YAML_ERRORS:
         return f"the value of override {override!r} is not YAML; quote it."
-    for key in keys[:-1]:
-        if isinstance(place, dict):
-            place = place.setdefault(key, {})
-        elif isinstance(place, list) and key.isdigit() and int(key) < len(place):
-            place = place[int(key)]
-        else:
-            return f"override {override!r} reaches into {key!r}, which holds no fields."
-    if isinstance(place, dict):
-        place[keys[-1]] = value
-    elif isinstance(place, list) and keys[-1].isdigit() and int(keys[-1]) < len(place):
-        place[int(keys[-1])] = value
-    else:
+    for key in path:
+        place = place.setdefault(key, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
         return f"override {override!r} sets a field of something that holds no fields."
+    place[last] = value
     return None
 
 

@@ -25,7 +25,7 @@ from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
 
-# The functions of the stages that the main process runs alone; the other functions have the name of their kind.
+# Stages that the main process runs alone; the other functions have the name of their kind.
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
 
@@ -34,22 +34,23 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
 
     Args:
         output_dir: folder of the run; the default is the recipe's own, else ``runs/<name>``.
-        resume: continue an interrupted stage at its last checkpoint; ``False`` starts that stage from the beginning.
-        force: run stages whose arguments changed since an earlier run, and those after them, again. Finished results stay in
-            ``N-name.replaced`` until the run is finished.
+        resume: continue an interrupted stage at its last checkpoint instead of its beginning.
+        force: run stages whose arguments changed, and those after them, again. Finished results
+            stay in ``N-name.replaced`` until the run is finished.
 
     Returns:
         The folder of the run, with ``recipe.yaml`` and one folder per stage.
 
     Raises:
-        ValueError: when the folder holds something else, or without ``force`` a run with other arguments.
+        ValueError: the folder holds something else, or without ``force`` a run with other
+            arguments.
     """
     minibert.register()
     state = processes()
     run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name).expanduser()
     _check_models(recipe)
     for stage in recipe.stages:  # a missing package shows before the first stage trains
-        _function(stage.kind)
+        _function(stage)
     if state.is_main_process:
         _open_run(run_dir, recipe, force)
     state.wait_for_everyone()
@@ -62,10 +63,11 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
             context = StageContext(folder, recipe.seed)
         else:
             context = _resolve(stage, folder, recipe.seed, model, tokenizer, folders)
+        finished = (folder / "stage.json").exists()
         if state.is_main_process:
-            done = "finished earlier, skipped" if (folder / "stage.json").exists() else str(folder)
+            done = "finished earlier, skipped" if finished else str(folder)
             logger.info("Stage %d of %d, %s: %s", number, len(recipe.stages), stage.name, done)
-        if not (folder / "stage.json").exists():
+        if not finished:
             _run_stage(stage, context, state, resume=resume)
         folders[stage.name] = str(folder)
         if not isinstance(stage, TokenizerStage | EvaluateStage):
@@ -91,16 +93,16 @@ def _resolve(
 
 
 def _named_model(name: str, folders: dict[str, str]) -> str:
-    """Return the folder of the earlier stage ``name``; a folder or an id on the Hub is returned as it is."""
+    """Return the folder of the earlier stage ``name``, else ``name``: a folder or a Hub id."""
     return folders.get(name) or os.path.expanduser(name)
 
 
 def _check_models(recipe: Recipe) -> None:
-    """Check the models and tokenizers that stages name, before anything is written or downloaded.
+    """Check the models and tokenizers that stages name, before anything is written.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: for a name that is neither a folder nor can be an id on the Hub.
-        ValueError: for a folder whose weights are damaged or pickled, or that brings its own code.
+        FileNotFoundError, NotADirectoryError: a name is neither a folder nor an id on the Hub.
+        ValueError: a folder has weights that are damaged or pickled, or brings its own code.
     """
     names = {stage.name for stage in recipe.stages}
     kinds = {"model": "model", "teacher": "model", "tokenizer": "tokenizer"}
@@ -117,8 +119,8 @@ def _check_models(recipe: Recipe) -> None:
             )
         elif name.count("/") > 1 or name.startswith(("/", ".", "~")) or ("/" in name and folder.parent.is_dir()):
             raise FileNotFoundError(
-                f"There is no {kind} folder {name} (looked from {Path.cwd()}); give a folder, the id (owner/name) of a {kind} "
-                "on the Hub, or the name of an earlier stage."
+                f"There is no {kind} folder {name} (looked from {Path.cwd()}); give a folder, the id "
+                f"(owner/name) of a {kind} on the Hub, or the name of an earlier stage."
             )
 
 
@@ -128,13 +130,16 @@ def _check_code(folder: Path) -> None:
     config = disk.read_json(folder / "config.json")
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
-            f"{folder} brings its own Python code, which training never runs; start from a model whose class transformers "
-            "or this package has."
+            f"{folder} brings its own Python code, which training never runs; start from a model whose "
+            "class transformers or this package has."
         )
 
 
-def _function(kind: str) -> Callable[[Any, StageContext], dict[str, Any]]:
-    function: Callable[..., Any] = getattr(importlib.import_module(f"minibert.train.stages.{kind}"), _ALONE.get(kind, kind))
+def _function(stage: Any) -> Callable[[Any, StageContext], dict[str, Any]]:
+    module, name = stage.kind, _ALONE.get(stage.kind, stage.kind)
+    if isinstance(stage, DistillStage):
+        module, name = f"distill.{stage.objective}", f"distill_{stage.objective}"
+    function: Callable[..., Any] = getattr(importlib.import_module(f"minibert.train.stages.{module}"), name)
     return function
 
 
@@ -148,7 +153,7 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
     state.wait_for_everyone()
     if state.is_main_process or not alone:
         try:
-            metrics = _function(stage.kind)(stage, context)
+            metrics = _function(stage)(stage, context)
         except BaseException:
             with contextlib.suppress(OSError):  # a stage that left no files may still be changed without --force
                 context.output_dir.rmdir()
@@ -164,7 +169,7 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
 
 
 def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
-    """Create the folder of a run, or check that it holds this run and set aside the stages that ``force`` replaces."""
+    """Create the folder of a run, or check that it holds this run and set replaced stages aside."""
     record = run_dir / "recipe.yaml"
     earlier: list[dict[str, Any]] = []
     changes: list[tuple[int, str]] = []
@@ -175,16 +180,21 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
         earlier, changes = old["stages"], list(_changes(old, recipe, run_dir))
         if changes and not force:
             raise ValueError(
-                f"{run_dir} holds a run with other arguments: {'; '.join(text for _, text in changes)}. Choose another "
-                f"--output-dir, or run stage {changes[0][0]} and those after it again with --force (replaces their folders)."
+                f"{run_dir} holds a run with other arguments: {'; '.join(text for _, text in changes)}. "
+                f"Choose another --output-dir, or run stage {changes[0][0]} and those after it again "
+                "with --force (replaces their folders)."
             )
     elif run_dir.exists() and (not run_dir.is_dir() or any(path.name != ".recipe.yaml.part" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     again = changes[0][0] if changes else len(recipe.stages) + 1  # the first stage whose result is replaced
-    for number, stage in enumerate(recipe.stages, start=1):
-        finished = number < again and (_stage_folder(run_dir, number, stage.name) / "stage.json").exists()
-        if isinstance(stage, LoopArguments) and not finished:
-            check_precision(stage)
+    precisions = {
+        stage.precision: None
+        for number, stage in enumerate(recipe.stages, start=1)
+        if isinstance(stage, LoopArguments)
+        and (number >= again or not (_stage_folder(run_dir, number, stage.name) / "stage.json").exists())
+    }
+    for precision in precisions:
+        check_precision(precision)
     replaced = [_stage_folder(run_dir, n, stage["name"]) for n, stage in enumerate(earlier, start=1) if n >= again]
     with contextlib.ExitStack() as locks:
         for folder in replaced:
@@ -198,7 +208,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename the folder of a finished stage, so that it stays until the new run is finished; delete an unfinished one."""
+    """Rename the folder of a finished stage until the run is finished; delete an unfinished one."""
     if (folder / "stage.json").exists():
         replaced = folder.with_name(f"{folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -208,7 +218,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
-    """Yield the number of the stage and a description, for every change to a stage that was already started."""
+    """Yield the number of the stage and a description, for changes to stages that were started."""
     for number, before in enumerate(old["stages"], start=1):
         if not _stage_folder(run_dir, number, before["name"]).exists():
             continue
@@ -239,11 +249,7 @@ def _stage_folder(run_dir: Path, number: int, name: str) -> Path:
 
 
 def _read_record(record: Path) -> dict[str, Any]:
-    """Read the recipe of an earlier run.
-
-    Raises:
-        ValueError: for a file that is damaged.
-    """
+    """Read the recipe of an earlier run; raise ValueError where it is damaged."""
     try:
         found = yaml.load(record.read_text(encoding="utf-8"), Loader=disk.YamlLoader)
         valid = isinstance(found["name"], str) and all({"kind", "name"} <= stage.keys() for stage in found["stages"])

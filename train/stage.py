@@ -27,27 +27,29 @@ class StageContext:
     teacher: str | None = None
 
 
-def load_tokenizer(context: StageContext, max_length: int | None = None) -> Any:
+def load_tokenizer(context: StageContext) -> Any:
     """Load the tokenizer of a stage.
 
-    Args:
-        max_length: longest sequence in tokens; ``None`` keeps the tokenizer's own.
-
     Raises:
-        OSError, ValueError: when the folder or Hub id holds no tokenizer, or a damaged one.
+        OSError, ValueError: the folder or Hub id holds no tokenizer, or a damaged one.
     """
     from transformers import AutoTokenizer
 
-    # trust_remote_code is always given: left out, a checkpoint that carries code asks a question on the terminal.
+    # Without trust_remote_code, a checkpoint that carries code asks a question on the terminal.
     try:
-        tokenizer = AutoTokenizer.from_pretrained(context.tokenizer, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(context.tokenizer, trust_remote_code=False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{context.tokenizer} holds no tokenizer that can be opened ({str(error).splitlines()[0]}); save or train it again."
         ) from error
-    if max_length is not None:
-        tokenizer.model_max_length = max_length
-    return tokenizer
+
+
+def load_start(auto_class: Any, args: Any, context: StageContext, **changes: Any) -> tuple[Any, Any, int]:
+    """Return the tokenizer and the model of a stage, and its longest sequence in tokens."""
+    tokenizer = load_tokenizer(context)
+    model = load_model(auto_class, args, context, tokenizer, **changes)
+    tokenizer.model_max_length = sequence_length(args.max_length, model.config, tokenizer)
+    return tokenizer, model, tokenizer.model_max_length
 
 
 def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokenizer: Any, **changes: Any) -> Any:

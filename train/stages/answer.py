@@ -1,16 +1,14 @@
-"""Fine-tune extractive question answering, the ``answer`` stage: find the answer to a question in a context."""
+"""The ``answer`` stage: fine-tune extractive question answering."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torchmetrics.functional.text import squad
-from tqdm.auto import tqdm
 from transformers import AutoModelForQuestionAnswering
 
 from minibert.data.load import check_columns, load, text_columns
@@ -18,63 +16,58 @@ from minibert.data.questions import Window, WindowSizes, cut, window_sizes
 from minibert.files.processes import processes
 from minibert.inference.answers import answer_rows
 from minibert.train.arguments import AnswerStage
-from minibert.train.rows import TokenizedDataset
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.fitting import fit_stage
+from minibert.train.loop import fit
+from minibert.train.rows import TokenizedDataset, in_chunks, results_of
+from minibert.train.stage import StageContext, load_start
 
 logger = logging.getLogger(__name__)
 
 _TEXTS = ("question", "context")
-_CUT_AT_ONCE = 1024
 
 # The answers of one row, as (first character, text).
 Answers = list[tuple[int, str]]
 
 
 def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a model that marks answers in contexts; ``context.output_dir`` ends as a complete model folder.
+    """Fine-tune a model that marks answers; ``context.output_dir`` ends as a complete folder.
 
     Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also eval_exact_match and eval_f1 of the best model, and both for
-        the rows with and without an answer where there are both.
+        The metrics of ``metrics.json``; with ``eval_data`` also eval_exact_match and eval_f1 of the
+        best model, and both for the rows with and without an answer where there are both.
 
     Raises:
-        ValueError: missing columns, an answer that is not at its place (names the row), no room for the context.
+        ValueError: missing columns, an answer that is not at its place (names the row), no room
+            for the context.
     """
     train = load(args.data, split="train")
     answers = read_answers(train, args.data)
-    held_out = load(args.eval_data, split="validation") if args.eval_data else None
-    expected = read_answers(held_out, args.eval_data) if held_out is not None and args.eval_data else []
-
-    tokenizer = load_tokenizer(context)
     # Two outputs, first and last token: transformers' heads count them as labels.
-    model = load_model(AutoModelForQuestionAnswering, args, context, tokenizer, num_labels=2)
-    tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
+    tokenizer, model, max_length = load_start(AutoModelForQuestionAnswering, args, context, num_labels=2)
     sizes = window_sizes(tokenizer, max_length, args.doc_stride, args.max_question_length)
     threshold = args.null_threshold
     if threshold is None and not all(answers):
         threshold = 0.0
-    # Kept in config.json, so that prediction uses the sizes of the training.
+    # Kept in config.json, for prediction.
     model.config.question_answering = {
         **sizes._asdict(),
         "max_answer_length": args.max_answer_length,
         "null_threshold": threshold,
     }
-    rows = window_rows(train, answers, tokenizer, sizes)
     evaluate = None
-    if held_out is not None:
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
+        expected = read_answers(held_out, args.eval_data)
         evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
-    return fit_stage(model, tokenizer, args, context, rows, evaluate, args.metric_for_best)
-
-
-# ---------------------------------------------------------------------------------------------------------------- the data
+    rows = window_rows(train, answers, tokenizer, sizes)
+    return fit(model, tokenizer, rows, args, context, evaluate, args.metric_for_best)
 
 
 def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
-    """Return the answers of every row after a check of their places; a question without answer has an empty list.
+    """Return the answers of every row; a question without answer has an empty list.
 
     Raises:
-        ValueError: a column is missing, a row has no value, or an answer is not at its place in the context; names the row.
+        ValueError: a column is missing, a row has no value, or an answer is not at its place in
+            the context; names the row.
     """
     check_columns(rows, [*_TEXTS, "answers"], sources)
     if not_text := sorted(set(_TEXTS) - set(text_columns(rows))):
@@ -106,76 +99,72 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
 
 
 def _whole(start: Any) -> int | None:
-    """Return a place in a context as an integer, or None. Pandas writes 4.0 where a column has missing values."""
+    """Return an integer or None. Pandas writes 4.0 where a column has missing values."""
     if isinstance(start, float) and start.is_integer():
         return int(start)
     return start if isinstance(start, int) and not isinstance(start, bool) else None
 
 
 class AnswerRows(TokenizedDataset):
-    """Windows with the first and last token of their answer, ``labels`` (windows, 2), as inputs of the model."""
+    """Windows with the first and last token of their answer, ``labels`` (windows, 2)."""
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the inputs of the model, (rows, longest) each, and start_positions and end_positions (rows,)."""
+        """Return the inputs of the model, with start_positions and end_positions (rows,)."""
         batch = super().collate(rows)
         first, last = batch.pop("labels").unbind(dim=1)
         return {**batch, "start_positions": first, "end_positions": last}
 
 
 def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes: WindowSizes) -> AnswerRows:
-    """Return the windows to train on. A window that does not hold the complete first answer is labelled ``[CLS]``.
+    """Return the windows to train on. Those without the first answer are labelled ``[CLS]``.
 
     Raises:
         ValueError: the tokenizer drops all characters of an answer; names the row.
     """
-    windows: list[Window] = []
     labels: list[tuple[int, int]] = []
     lost = 0
-    quiet = not processes().is_main_process
-    for start in tqdm(range(0, len(rows), _CUT_AT_ONCE), desc="tokenize", disable=quiet, leave=False):
-        some = rows[start : start + _CUT_AT_ONCE]
-        for row, group in groupby(cut(tokenizer, some["question"], some["context"], sizes), key=lambda window: window.row):
-            pieces = list(group)
-            wanted = answers[start + row][:1]
-            places = [find_tokens(pieces, first, first + len(text)) for first, text in wanted]
-            if None in places:
-                raise ValueError(
-                    f"Row {start + row + 1} has the answer {wanted[0][1]!r}, of which the tokenizer keeps nothing; "
-                    "correct it, or remove the row."
-                )
-            found = places[0] if places and places[0] else [(0, 0)] * len(pieces)
-            lost += bool(wanted) and not any(first for first, _ in found)
-            labels += found
-            windows += [window._replace(offsets=_NONE) for window in pieces]  # in a large corpus offsets are most of the memory
-    if lost and not quiet:
+
+    def chunks() -> Iterator[tuple[Any, Any]]:
+        nonlocal lost
+        for some in in_chunks(len(rows)):
+            texts = rows[some]
+            windows = cut(tokenizer, texts["question"], texts["context"], sizes)
+            for row, group in groupby(windows, key=lambda window: window.row):
+                pieces = list(group)
+                wanted = answers[some.start + row][:1]
+                places = [find_tokens(pieces, first, first + len(text)) for first, text in wanted]
+                if None in places:
+                    raise ValueError(
+                        f"Row {some.start + row + 1} has the answer {wanted[0][1]!r}, of which the tokenizer "
+                        "keeps nothing; correct it, or remove the row."
+                    )
+                found = places[0] if places and places[0] else [(0, 0)] * len(pieces)
+                lost += bool(wanted) and not any(first for first, _ in found)
+                labels.extend(found)
+            types = [window.token_type_ids for window in windows]
+            yield [window.input_ids for window in windows], None if types[0] is None else types
+
+    made = AnswerRows(chunks(), tokenizer.pad_token_id)
+    made.labels = np.array(labels, dtype=np.int64)
+    if lost and processes().is_main_process:
         logger.warning(
             "%d of %d answers are complete in no window and count as unanswerable; raise doc_stride (%d) or max_length (%d).",
             *(lost, len(rows), sizes.doc_stride, sizes.max_length),
         )
-    lengths = [len(window.input_ids) for window in windows]
-    segments = [window.token_type_ids for window in windows if window.token_type_ids is not None]
-    return AnswerRows(
-        np.concatenate([window.input_ids for window in windows]),
-        np.concatenate(segments).astype(np.int8) if segments else None,
-        np.cumsum([0, *lengths], dtype=np.int64),
-        np.array(labels, dtype=np.int64),
-        tokenizer.pad_token_id,
-    )
-
-
-_NONE = np.empty((0, 2), dtype=np.int32)
+    return made
 
 
 def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[int, int]] | None:
-    """Return the first and last token of the characters ``start`` to ``end`` in each window of a row.
+    """Return the first and last token of characters ``start`` to ``end`` in each window of a row.
 
     Returns:
-        (0, 0), the place of ``[CLS]``, for windows that do not hold all of them; None where no token covers any.
+        (0, 0), the place of ``[CLS]``, for windows that do not hold all of them; None where no
+        token covers any.
     """
     found: list[tuple[int, int] | None] = []
-    places: list[tuple[int, int]] = []  # characters, of the answer's tokens in the windows that hold some
+    places: list[tuple[int, int]] = []  # characters of the answer's tokens
     for window in windows:
-        # Tokens may share a character (an accent taken apart) or leave some out (spaces), but both columns never fall.
+        # Tokens may share a character or leave some out, but both columns never fall.
         first = int(np.searchsorted(window.offsets[:, 1], start, side="right"))
         last = int(np.searchsorted(window.offsets[:, 0], end, side="left")) - 1
         found.append((first, last) if first <= last else None)
@@ -191,31 +180,24 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------- the evaluation
-
-
 def evaluator(
     rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures answers to ``rows``: each process answers its share, all return the same metrics."""
+    """Return a function that measures answers to ``rows``; processes share the rows."""
     texts = [[text for _, text in row] for row in answers]
     rows = rows.select_columns(list(_TEXTS))
 
     def evaluate(model: Any) -> dict[str, float]:
-        state = processes()
-        mine = range(state.process_index, len(rows), state.num_processes)
-        results = answer_rows(model, tokenizer, rows.select(mine), batch_size=batch_size)
-        bar = tqdm(results, desc="evaluate", total=len(mine), leave=False, disable=not state.is_main_process)
-        given = dict(gather_object([(number, result["text"]) for number, result in zip(mine, bar, strict=True)]))
-        return answer_metrics([given[number] for number in range(len(rows))], texts)
+        results = results_of(rows, lambda mine: answer_rows(model, tokenizer, mine, batch_size=batch_size))
+        return answer_metrics([result["text"] for result in results], texts)
 
     return evaluate
 
 
 def answer_metrics(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return exact match and F1 as SQuAD defines them (Rajpurkar et al. 2018, arXiv:1806.03822).
+    """Return exact match and F1 of SQuAD (Rajpurkar et al. 2018, arXiv:1806.03822).
 
-    If some rows have no answer, both metrics are also given for the rows with and without an answer.
+    If some rows have no answer, both are also given for the rows with and without an answer.
 
     Args:
         given: a text per row; an empty text is no answer.

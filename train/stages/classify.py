@@ -1,4 +1,4 @@
-"""Fine-tune a classifier of texts, or of pairs of texts: the ``classify`` stage."""
+"""The ``classify`` stage: fine-tune a classifier of texts, or of pairs of texts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,57 +13,52 @@ from minibert.data.labels import read_labels
 from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
 from minibert.evaluation.metrics import METRICS, classification_metrics
 from minibert.train.arguments import ClassifyStage
+from minibert.train.loop import fit
 from minibert.train.rows import TokenizedDataset, choose_metric, compute_outputs, head_changes, in_eval_data
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.fitting import fit_stage
+from minibert.train.stage import StageContext, load_start
 
 
 def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a classifier of texts or pairs; ``context.output_dir`` ends as a complete model folder.
+    """Fine-tune a classifier; ``context.output_dir`` ends as a complete model folder.
 
     Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`classification_metrics`, of the best model,
-        as eval_accuracy and so on.
+        The metrics of ``metrics.json``; with ``eval_data`` also those of
+        :func:`classification_metrics`, of the best model, as eval_accuracy and so on.
 
     Raises:
-        ValueError: missing columns, a label that is not a class (names the row), an unknown metric, too few positions.
+        ValueError: missing columns, a label that is not a class (names the row), an unknown
+            metric, too few positions.
     """
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels = read_labels(train, args.label_column, args.labels, args.problem_type)
     metric = choose_metric(args.metric_for_best, METRICS[labels.problem_type])
-    held_out = load(args.eval_data, split="validation") if args.eval_data else None
 
-    tokenizer = load_tokenizer(context)
-    model = load_model(
+    tokenizer, model, max_length = load_start(
         AutoModelForSequenceClassification,
         args,
         context,
-        tokenizer,
         problem_type=labels.problem_type,
         **head_changes(context, labels.names),
     )
-    tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
-    model.config.text_columns = columns  # kept in config.json, so that files with the same columns are understood later
+    model.config.text_columns = columns  # kept in config.json, for files with the same columns
 
-    rows = TokenizedDataset.from_texts(train, columns, labels.values, tokenizer, max_length)
     evaluate = None
-    if held_out is not None and args.eval_data:
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
         find_text_columns(held_out, columns, args.label_column, args.eval_data)
         with in_eval_data():
             expected = read_labels(held_out, args.label_column, labels.names, labels.problem_type)
         evaluated = TokenizedDataset.from_texts(held_out, columns, expected.values, tokenizer, max_length)
         evaluate = evaluator(evaluated, labels.problem_type, args.eval_batch_size)
-    return fit_stage(model, tokenizer, args, context, rows, evaluate, metric)
-
-
-# ---------------------------------------------------------------------------------------------------------------- the data
+    rows = TokenizedDataset.from_texts(train, columns, labels.values, tokenizer, max_length)
+    return fit(model, tokenizer, rows, args, context, evaluate, metric)
 
 
 def find_text_columns(
     rows: Dataset, wanted: Sequence[str] | None, label_column: str | Sequence[str], sources: Sequence[Any]
 ) -> list[str]:
-    """Return the columns to read, given or detected, after a check that they and the columns of labels have values.
+    """Return the columns to read, given or detected; they and the labels must have values.
 
     Raises:
         ValueError: there is no such column, or it does not hold texts; lists the columns found.
@@ -76,14 +71,11 @@ def find_text_columns(
     return columns
 
 
-# ---------------------------------------------------------------------------------------------------------- the evaluation
-
-
 def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a classifier: each process computes its share, all return the same metrics."""
+    """Return a function that measures a classifier; processes share the rows."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        numbers, (logits,) = compute_outputs(model, rows, batch_size, "logits")
+        numbers, logits = compute_outputs(model, rows, batch_size)
         return classification_metrics(torch.cat(logits), rows.labels[numbers], problem_type)
 
     return evaluate

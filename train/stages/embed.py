@@ -1,4 +1,4 @@
-"""The ``embed`` stage: sentence embeddings from pairs, trained by sentence-transformers' own trainer."""
+"""The ``embed`` stage: sentence embeddings from pairs, trained by sentence-transformers."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
@@ -25,57 +25,48 @@ from minibert.files.model_folder import opening
 from minibert.files.processes import processes
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
-from minibert.train.loop import check_precision, in_precision, warn_of_precision
-from minibert.train.sentence_trainer import run_trainer, trainer_arguments
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.loop import checkpoint_activations, in_precision
+from minibert.train.sentence_trainer import train
+from minibert.train.stage import StageContext, load_start
 
 # A passage that is this close to the positive, as a share of the positive's similarity, may well answer the query too.
 _MARGIN = 0.05
 
 
 def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
-    """Train embeddings as ``args`` say and leave a sentence-transformers folder in ``context.output_dir``.
+    """Leave a trained sentence-transformers folder in ``context.output_dir``.
 
-    The loss is the multiple negatives ranking loss (Henderson et al. 2017, arXiv:1705.00652), or its cached form (Gao et al.
-    2021, arXiv:2101.06983).
+    The loss is the multiple negatives ranking loss (Henderson et al. 2017, arXiv:1705.00652), or
+    its cached form (Gao et al. 2021, arXiv:2101.06983).
 
     Returns:
-        Retrieval metrics on ``eval_data`` (if any), the number of rows and steps, the mean loss and the training seconds.
+        Retrieval metrics on ``eval_data`` (if any), the number of rows and steps, the mean loss
+        and the training seconds.
 
     Raises:
-        ValueError: the data lacks a column or has fewer than two rows, or a length is above the model's positions.
+        ValueError: the data lacks a column or has fewer than two rows, or a length is above the
+            model's positions.
         FloatingPointError: the loss is not a finite number.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
-    check_precision(args)
-    warn_of_precision(args)
     sources = training_pairs(args, context.seed)
     evaluate = _evaluator(args)
     model = _starting_model(args, context)
     sources = _with_negatives(sources, model, args, context.output_dir / "negatives")
-    metrics = run_trainer(
-        SentenceTransformerTrainer,
-        _trainer_arguments(args, context),
-        model,
-        args,
-        context,
-        train_dataset=sources if args.one_source_per_batch else join(list(sources.values())),
-        loss=_loss(args, model),
-        evaluate=evaluate,
-        metric=args.metric_for_best,
-    )
+    pairs = sources if args.one_source_per_batch else join(list(sources.values()))
+    metrics = train(model, pairs, _loss(args, model), args, context, evaluate)
     return {**metrics, "train_rows": sum(map(len, sources.values()))}
 
 
 def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
-    """Return the training data with only its columns of queries, passages and (if named) negatives, in that order.
+    """Return columns of queries, passages and (if named) negatives, in that order.
 
     Args:
         seed: of the pairs that are made from plain text.
 
     Returns:
-        Data sets by place and path: with ``one_source_per_batch`` one for each source, else one of given pairs and one of
-        pairs made from plain text.
+        Data sets by place and path: with ``one_source_per_batch`` one for each source, else one of
+        given pairs and one of pairs made from plain text.
     """
     if args.one_source_per_batch:
         groups = [[source] for source in args.data]
@@ -107,8 +98,9 @@ def _with_negatives(
 ) -> dict[str, Dataset]:
     """Add hard negatives where ``args`` ask for them, and drop the pairs with too few.
 
-    Hard negatives are the passages most similar to the query, by ``model``, but clearly less similar than the positive. They
-    are mined once and kept in ``folder``, so that a run that resumes trains on the same rows, as does a source given twice.
+    Hard negatives are the passages most similar to the query, by ``model``, but clearly less
+    similar than the positive. They are mined once and kept in ``folder``, so that a run that
+    resumes trains on the same rows, as does a source given twice.
     """
     mined = dict(sources)
     for number, (name, pairs) in enumerate(sources.items()):
@@ -155,17 +147,13 @@ def _pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSour
 
 
 def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransformer:
-    """Return the stage's model with pooling (and normalization), as sentence-transformers modules."""
-    tokenizer = load_tokenizer(context)
-    encoder = load_model(AutoModel, args, context, tokenizer)
-    tokenizer.model_max_length = sequence_length(args.max_length, encoder.config, tokenizer)
+    tokenizer, encoder, _ = load_start(AutoModel, args, context)
     pooling = args.pooling or getattr(encoder.config, "pooling", "mean")
     if hasattr(encoder.config, "pooling"):
         encoder.config.pooling = pooling
     model = sentence_model(encoder, tokenizer, context.output_dir / ".start", pooling, args.normalize)
     if args.gradient_checkpointing:
-        transformer: Any = model[0].auto_model
-        transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model[0].auto_model)
     return model
 
 
@@ -175,8 +163,8 @@ def sentence_model(
     """Wrap ``encoder`` with pooling (and normalization) as sentence-transformers modules.
 
     Args:
-        start: a folder that does not exist. Encoder and tokenizer are saved there, because sentence-transformers can only
-            open folders, and deleted again.
+        start: a folder that does not exist. Encoder and tokenizer are saved there, because
+            sentence-transformers only opens folders, and deleted again.
         options: of :class:`SentenceTransformer`.
     """
     state = processes()
@@ -195,15 +183,9 @@ def sentence_model(
 
 
 def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
-    options: dict[str, Any] = {"scale": args.scale, "gather_across_devices": args.gather_across_devices}
     if args.loss == "cached_mnrl":
-        return CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, **options)
-    return MultipleNegativesRankingLoss(model, **options)
-
-
-def _trainer_arguments(args: EmbedStage, context: StageContext) -> Any:
-    samplers = {"batch_sampler": args.batch_sampler, "multi_dataset_batch_sampler": "proportional"}
-    return trainer_arguments(SentenceTransformerTrainingArguments, args, context, **samplers)
+        return CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, scale=args.scale)
+    return MultipleNegativesRankingLoss(model, scale=args.scale)
 
 
 def _evaluator(args: EmbedStage) -> Callable[[SentenceTransformer], dict[str, float]] | None:
@@ -215,7 +197,6 @@ def _evaluator(args: EmbedStage) -> Callable[[SentenceTransformer], dict[str, fl
 
     def evaluate(model: SentenceTransformer) -> dict[str, float]:
         found = retrieval(model, queries, passages, baselines=False, batch_size=args.eval_batch_size)
-        metrics: dict[str, float] = found["systems"]["model"]
-        return metrics
+        return dict(found["systems"]["model"])
 
     return evaluate

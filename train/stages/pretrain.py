@@ -1,8 +1,8 @@
-"""Pretrain on raw text by masked language modelling, alone or with next-sentence prediction: the ``pretrain`` stage."""
+"""The ``pretrain`` stage: masked language modelling, alone or with next-sentence prediction."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,22 @@ from minibert.data.source import DataSource
 from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, load_corpus
 from minibert.files.processes import processes
 from minibert.train.arguments import DistillPretrainingStage, MaskedWordArguments, PhaseArguments, PretrainStage
-from minibert.train.loop import Phase, seed_everything
+from minibert.train.loop import Phase, fit, seed_everything
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.fitting import fit_stage
 
-_BEGINNINGS = ("Ġ", "▁")  # the space before a word, as byte-level and SentencePiece tokenizers write it
+_BEGINNINGS = ("Ġ", "▁")  # the space before a word, in byte-level and SentencePiece tokenizers
 
 
 def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
-    """Pretrain an encoder on a corpus; ``context.output_dir`` ends as a complete model folder with its word-prediction head.
+    """Pretrain an encoder; ``context.output_dir`` ends as a complete model folder with its head.
 
     Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also eval_loss, eval_perplexity and eval_masked_accuracy (and
-        eval_next_sentence_accuracy) of the best model.
+        The metrics of ``metrics.json``; with ``eval_data`` also eval_loss, eval_perplexity and
+        eval_masked_accuracy (and eval_next_sentence_accuracy) of the best model.
 
     Raises:
-        ValueError: no text, a single document for next_sentence, a length above the model's positions, a tokenizer without
-            [MASK], or a model that is not a MiniBERT.
+        ValueError: no text, a single document for next_sentence, a length above the model's
+            positions, a tokenizer without [MASK], or a model that is not a MiniBERT.
     """
     tokenizer = load_tokenizer(context)
     masking = Masking(tokenizer, args)
@@ -50,25 +49,23 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
     lengths = [phase.max_length or args.max_length or tokenizer.model_max_length for phase in phases]
     parts = []
     for phase, length in zip(phases, lengths, strict=True):
-        rows, rate = rows_of(corpus, length, masking), phase.learning_rate or args.learning_rate
-        parts.append(Phase(rows, rows.collate, phase.batch_size or args.batch_size, rate, phase.share))
+        rate = phase.learning_rate or args.learning_rate
+        rows = rows_of(corpus, length, masking)
+        parts.append(Phase(rows, phase.batch_size or args.batch_size, rate, phase.share))
     evaluate = None
     if args.eval_data:
         held_out = tokenize_corpus(args, args.eval_data, "validation", tokenizer, delimiters)
         evaluate = evaluator(rows_of(held_out, max(lengths), masking), args.eval_batch_size)
-    return fit_stage(model, tokenizer, args, context, parts, evaluate, args.metric_for_best)
+    return fit(model, tokenizer, parts, args, context, evaluate, args.metric_for_best)
 
 
 def refuse_unpacked(config: Any, name: str) -> None:
-    """Refuse a model that cannot read packed sequences, which is any but a MiniBERT.
-
-    Raises:
-        ValueError: it is another model.
-    """
+    """Refuse a model that cannot read packed sequences: any but a MiniBERT."""
     if config.model_type != "minibert":
         raise ValueError(
-            f"{name} is a {config.model_type} model, which cannot read packed sequences; convert it first with: minibert hub "
-            "convert SOURCE FOLDER, and give that folder, or start from new weights: model: {preset: ...}."
+            f"{name} is a {config.model_type} model, which cannot read packed sequences; convert it "
+            "first with: minibert hub convert SOURCE FOLDER, and give that folder, or start from new "
+            "weights: model: {preset: ...}."
         )
 
 
@@ -93,15 +90,12 @@ def tokenize_corpus(
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- masking
-
-
 class Masking:
-    """Choose the tokens to predict, and the tokens that the model sees in their place (Devlin et al. 2018, section 3.1).
+    """Choose the tokens to predict, and what stands in their place (Devlin et al. 2018, 3.1).
 
     Attributes:
         special: (V,) True for ids that are never masked nor put in place of a word.
-        continues: (V,) True for pieces that continue a word, to mask words as a whole; None masks each token by itself.
+        continues: (V,) True for pieces that continue a word; None masks each token by itself.
 
     Raises:
         ValueError: the tokenizer lacks [MASK], [CLS] or [SEP], or its pieces do not show where words begin.
@@ -123,10 +117,10 @@ class Masking:
         self.mask_share, self.random_share = args.mask_replace_prob, args.random_replace_prob
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids (T,) that the model sees, and labels (T,): the token to predict, -100 elsewhere."""
+        """Return the ids (T,) that the model sees, and labels (T,), -100 where there is none."""
         draws = rng.random(len(ids))
         if self.continues is not None:
-            draws = draws[np.cumsum(~self.continues[ids]) - 1]  # one draw per word; a cut word goes with what precedes it
+            draws = draws[np.cumsum(~self.continues[ids]) - 1]  # one draw per word
         ordinary = ~self.special[ids]
         chosen = ordinary & (draws < self.probability)
         if not chosen.any() and ordinary.any():  # a batch without labels has no mean
@@ -143,13 +137,7 @@ class Masking:
 
 
 def _continues(tokenizer: Any) -> np.ndarray:
-    """Return (V,) True for pieces that continue a word: with WordPiece's prefix, or without the mark of a beginning.
-
-    BPE and Unigram mark the pieces that begin a word.
-
-    Raises:
-        ValueError: the pieces do not show where words begin.
-    """
+    """Return (V,) True for pieces that continue a word; BPE and Unigram mark those that begin one."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     if model["type"] == "WordLevel":
@@ -159,14 +147,14 @@ def _continues(tokenizer: Any) -> np.ndarray:
     begins = np.array([token.startswith(_BEGINNINGS) for token in tokens])
     if not begins.any():
         raise ValueError(
-            "whole_word_mask: the pieces of this tokenizer do not say where a word begins (as ## does in WordPiece, Ġ or ▁ "
-            "elsewhere); leave whole_word_mask out."
+            "whole_word_mask: the pieces of this tokenizer do not say where a word begins (as ## does "
+            "in WordPiece, Ġ or ▁ elsewhere); leave whole_word_mask out."
         )
     return ~begins
 
 
 def _generator() -> np.random.Generator:
-    """Return a generator that is seeded by numpy's global state, which the loop seeds at every step."""
+    """Return a generator seeded by numpy's global state, which the loop seeds at every step."""
     return np.random.default_rng(np.random.randint(0, 2**32, size=4, dtype=np.uint32))
 
 
@@ -181,11 +169,8 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return places
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
-
-
 class PackedRows:
-    """Rows for masked language modelling: pieces of documents, without padding or attention to each other."""
+    """Rows of pieces of documents, without padding or attention to each other."""
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
         self.corpus, self.masking, self.pieces = corpus, masking, MlmChunks(corpus, max_length)
@@ -194,14 +179,12 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.pieces.rows) - 1
 
-    def __getitems__(self, rows: Sequence[int]) -> np.ndarray:
-        return np.asarray(rows)  # rows stay on disk; collate fetches all of a batch at once
-
     def collate(self, rows: np.ndarray) -> dict[str, Any]:
-        """Return one row (1, T) of all pieces, each between [CLS] and [SEP], with the bounds that keep them apart."""
+        """Return one row (1, T) of all pieces, each between [CLS] and [SEP], with their bounds."""
         rng, pieces = _generator(), self.pieces
         chosen = _places(pieces.rows[rows], pieces.rows[rows + 1] - pieces.rows[rows])
-        chosen = chosen[np.argsort(pieces.lengths[chosen], kind="stable")]  # equal lengths share an attention call on a CPU
+        # Equal lengths share an attention call on a CPU.
+        chosen = chosen[np.argsort(pieces.lengths[chosen], kind="stable")]
         sizes = pieces.lengths[chosen] + 2
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         ids = np.empty(bounds[-1], dtype=np.int64)
@@ -225,10 +208,10 @@ class PackedRows:
 
 
 class SentencePairs:
-    """Rows for masked language modelling with next-sentence prediction: two segments of complete sentences each.
+    """Rows of two segments of complete sentences each, for next-sentence prediction.
 
-    The second segment follows the first in its document or, half of the time, comes from another document. The end of the
-    first and the other document are drawn each time a row is read.
+    The second segment follows the first in its document or, half of the time, comes from another
+    document. The end of the first and the other document are drawn each time a row is read.
     """
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
@@ -236,17 +219,14 @@ class SentencePairs:
         self.spans = spans = NspSpans(corpus, max_length)
         if not len(spans.document) or spans.document[0] == spans.document[-1]:  # they are in order
             raise ValueError(
-                f"next_sentence needs two documents or more with at least two sentences each, and the corpus has "
-                f"{len(np.unique(spans.document))} of {len(corpus.documents) - 1}; separate its documents (see sample_by and "
-                "sentence_delimiters), or set next_sentence: false."
+                f"next_sentence needs two documents or more with at least two sentences each, and the "
+                f"corpus has {len(np.unique(spans.document))} of {len(corpus.documents) - 1}; separate "
+                "its documents (see sample_by and sentence_delimiters), or set next_sentence: false."
             )
         self.fingerprint = f"{corpus.fingerprint}-{max_length}-pairs"
 
     def __len__(self) -> int:
         return len(self.spans.first)
-
-    def __getitems__(self, rows: Sequence[int]) -> np.ndarray:
-        return np.asarray(rows)
 
     def pair(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
         """Return the ids of two segments, and 0 if the second follows the first, else 1 (as in BERT)."""
@@ -282,11 +262,8 @@ class SentencePairs:
         return {**{name: torch.from_numpy(array) for name, array in batch.items()}, "next_sentence_label": follows}
 
 
-# ------------------------------------------------------------------------------------------------------------- evaluation
-
-
 def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a model, always under the same masks; processes share the batches."""
+    """Return a function that measures under the same masks; processes share the batches."""
 
     def evaluate(model: Any) -> dict[str, float]:
         state = processes()
@@ -294,9 +271,8 @@ def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn
         sums = np.zeros(5)  # loss, right words, words; right pairs, pairs
         for number in tqdm(numbers, desc="evaluate", leave=False, disable=not state.is_main_process):
             seed_everything(0, number)
-            batch = send_to_device(
-                rows.collate(np.arange(number * batch_size, min(len(rows), (number + 1) * batch_size))), state.device
-            )
+            chosen_rows = np.arange(number * batch_size, min(len(rows), (number + 1) * batch_size))
+            batch = send_to_device(rows.collate(chosen_rows), state.device)
             labels, follows = batch.pop("labels"), batch.pop("next_sentence_label", None)
             output = model.minibert(**batch)
             chosen = labels != -100

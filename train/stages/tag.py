@@ -1,23 +1,21 @@
-"""Fine-tune a tagger of words, the ``tag`` stage; the first subword of each word carries its tag."""
+"""The ``tag`` stage: fine-tune a tagger; the first subword of each word carries its tag."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForTokenClassification
 
 from minibert.data.load import load
 from minibert.data.tags import find_tag_columns, holds_entities, read_tags, read_words, tokenize_windows
 from minibert.evaluation.metrics import tag_metrics
-from minibert.files.processes import processes
 from minibert.train.arguments import TagStage
-from minibert.train.rows import TOKENIZED_AT_ONCE, TokenizedDataset, choose_metric, compute_outputs, head_changes, in_eval_data
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.fitting import fit_stage
+from minibert.train.loop import fit
+from minibert.train.rows import TokenizedDataset, choose_metric, compute_outputs, head_changes, in_chunks, in_eval_data
+from minibert.train.stage import StageContext, load_start
 
 _ENTITY_METRICS = ("f1", "precision", "recall", "accuracy", "loss")
 _TAG_METRICS = ("accuracy", "macro_f1", "loss")
@@ -27,11 +25,12 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
     """Fine-tune a tagger of words; ``context.output_dir`` ends as a complete model folder.
 
     Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`tag_metrics` and the loss per word, of the
-        best model, as eval_f1 and so on.
+        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`tag_metrics` and
+        the loss per word, of the best model, as eval_f1 and so on.
 
     Raises:
-        ValueError: missing columns, words and tags that do not match (names the row), an unknown metric.
+        ValueError: missing columns, words and tags that do not match (names the row), an unknown
+            metric.
     """
     train = load(args.data, split="train")
     columns = find_tag_columns(train, args.token_column, args.tag_column, args.data[0].path)
@@ -40,28 +39,27 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
     if not any(sentences):
         raise ValueError(f"{args.data[0].path} has no word in any row; give data that holds words.")
     metric = choose_metric(args.metric_for_best, _ENTITY_METRICS if holds_entities(names) else _TAG_METRICS)
-    held_out = load(args.eval_data, split="validation") if args.eval_data else None
+    changes = head_changes(context, names)
+    tokenizer, model, max_length = load_start(AutoModelForTokenClassification, args, context, **changes)
 
-    tokenizer = load_tokenizer(context)
-    model = load_model(AutoModelForTokenClassification, args, context, tokenizer, **head_changes(context, names))
-    tokenizer.model_max_length = max_length = sequence_length(args.max_length, model.config, tokenizer)
-
-    rows = TagRows.from_words(sentences, tags, names, tokenizer, max_length)
     evaluate = None
-    if held_out is not None and args.eval_data:
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
         find_tag_columns(held_out, *columns, args.eval_data[0].path)
         with in_eval_data():
             held_out_sentences = read_words(held_out, columns[0])
             expected, _ = read_tags(held_out, columns[1], held_out_sentences, names)
         evaluated = TagRows.from_words(held_out_sentences, expected, names, tokenizer, max_length)
         evaluate = evaluator(evaluated, expected, names, args.eval_batch_size)
-    return fit_stage(model, tokenizer, args, context, rows, evaluate, metric)
+    rows = TagRows.from_words(sentences, tags, names, tokenizer, max_length)
+    return fit(model, tokenizer, rows, args, context, evaluate, metric)
 
 
 class TagRows(TokenizedDataset):
-    """Windows of tagged sentences. ``labels`` is (tokens of all windows,): a tag at the first subword of a word, else -100.
+    """Windows of tagged sentences.
 
-    Every word has its tag once, so the labelled tokens, from the first window to the last, are the words in order.
+    ``labels`` is (tokens of all windows,): a tag at the first subword of a word, else -100. Every
+    word has its tag once, so the labelled tokens of all windows are the words in order.
     """
 
     @classmethod
@@ -73,23 +71,20 @@ class TagRows(TokenizedDataset):
         tokenizer: Any,
         max_length: int,
     ) -> "TagRows":
-        """Cut ``sentences`` into windows of at most ``max_length`` tokens and put the numbers of their ``tags`` in place."""
-        ids, types, words = [], [], []
-        lengths: list[int] = []
-        quiet = not processes().is_main_process
-        for start in tqdm(range(0, len(sentences), TOKENIZED_AT_ONCE), desc="tokenize", disable=quiet, leave=False):
-            windows = tokenize_windows(sentences[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length)
-            lengths += map(len, windows.ids)
-            ids.append(np.fromiter(chain.from_iterable(windows.ids), dtype=np.int32))
-            words += windows.words
-            if windows.types is not None:
-                types.append(np.fromiter(chain.from_iterable(windows.types), dtype=np.int8))
-        labels = np.full(sum(lengths), -100, dtype=np.int64)
+        """Cut ``sentences`` into windows of at most ``max_length`` tokens, and label them."""
+        words = []
+
+        def chunks() -> Iterator[tuple[Any, Any]]:
+            for some in in_chunks(len(sentences)):
+                windows = tokenize_windows(sentences[some], tokenizer, max_length)
+                words.extend(windows.words)
+                yield windows.ids, windows.types
+
+        made = cls(chunks(), tokenizer.pad_token_id)
+        made.labels = np.full(len(made.ids), -100, dtype=np.int64)
         numbers = {name: number for number, name in enumerate(names)}
-        # Windows are in the order of the sentences, and a word is in one of them: so are words in the order of the tags.
-        labels[np.concatenate(words) >= 0] = [numbers[name] for name in chain.from_iterable(tags)]
-        ends = np.cumsum([0, *lengths], dtype=np.int64)
-        return cls(np.concatenate(ids), np.concatenate(types) if types else None, ends, labels, tokenizer.pad_token_id)
+        made.labels[np.concatenate(words) >= 0] = [numbers[name] for name in chain.from_iterable(tags)]
+        return made
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return the inputs of the model and labels, (windows, longest) each."""
@@ -102,11 +97,11 @@ class TagRows(TokenizedDataset):
 def evaluator(
     rows: TagRows, expected: Sequence[Sequence[str]], names: Sequence[str], batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a tagger on every word: each process computes its share, all return the same."""
+    """Return a function that measures a tagger on every word; processes share the windows."""
     ends = np.cumsum([0, *map(len, expected)])
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        numbers, (logits,) = compute_outputs(model, rows, batch_size, "logits")
+        numbers, logits = compute_outputs(model, rows, batch_size)
         of_tokens = torch.empty(len(rows.labels), len(names))
         done = 0
         for part in logits:  # (windows, longest, tags)

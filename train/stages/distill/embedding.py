@@ -1,4 +1,4 @@
-"""Objective ``embedding``: a student learns the vectors that a sentence-transformers model gives unlabelled texts."""
+"""Objective ``embedding``: a student learns a teacher's vectors of unlabelled texts."""
 
 import copy
 import math
@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from minibert.data.columns import pick_columns
 from minibert.data.load import load, text_columns
@@ -25,7 +26,7 @@ from minibert.train.arguments import DistillEmbeddingStage
 from minibert.train.loop import in_precision
 from minibert.train.rows import TokenizedDataset, choose_metric
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.distill.student import Distillation, DistillationOutput, cosine_distance, fit_student, from_layers
+from minibert.train.stages.distill.student import Distillation, cosine_distance, fit_student, from_layers
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
 from minibert.train.stages.embed import sentence_model
 
@@ -48,13 +49,11 @@ def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Return the mean squared error of hidden states (B, L, C) of real tokens.
-
-    Embeddings are compared with embeddings, and every layer of the student with the teacher's at the same share of its depth.
+    """Return the mean squared error of hidden states (B, L, C) where ``mask`` (B, L) is 1.
 
     Args:
-        student, teacher: embeddings, then the output of each layer.
-        mask: (B, L), 1 for real tokens.
+        student, teacher: embeddings, then the output of each layer. Each is compared with the
+            teacher's at the same share of the depth.
     """
     real = mask.bool()
     depth = (len(teacher) - 1) / (len(student) - 1)
@@ -80,12 +79,11 @@ class EmbeddingDistillation(Distillation):
         if args.hidden_weight:
             self.state_map = _map_between(*(model[0].auto_model.config.hidden_size for model in (student, teacher)))
 
-    def forward(self, teacher_vectors: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> DistillationOutput:
-        """Return the loss of a batch of texts.
+    def forward(self, teacher_vectors: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> ModelOutput:
+        """Return the loss of a batch of texts, which have no ``labels``.
 
         Args:
             teacher_vectors: (B, C); None computes them here from the same inputs.
-            labels: unused; texts have none.
         """
         args, hidden = self.args, self.args.hidden_weight > 0
         vectors, states = vectors_and_states(self.student, inputs, hidden)
@@ -103,7 +101,7 @@ class EmbeddingDistillation(Distillation):
         if hidden:
             mapped = [self.state_map(state) for state in states]
             loss = loss + args.hidden_weight * hidden_error(mapped, teacher_states, inputs["attention_mask"])
-        return DistillationOutput(loss=loss)
+        return ModelOutput(loss=loss)
 
 
 def _map_between(student: int, teacher: int) -> nn.Module:
@@ -111,7 +109,7 @@ def _map_between(student: int, teacher: int) -> nn.Module:
 
 
 def vectors_and_states(model: Any, inputs: dict[str, Tensor], hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the vectors (B, C) of a batch and, if ``hidden``, the states (B, L, C) of the embeddings and of each layer."""
+    """Return the vectors (B, C) and, if ``hidden``, the states (B, L, C) of all layers."""
     if not hidden:
         return model(dict(inputs))["sentence_embedding"], ()
     output = model[0].auto_model(**inputs, output_hidden_states=True, return_dict=True)
@@ -122,14 +120,15 @@ def vectors_and_states(model: Any, inputs: dict[str, Tensor], hidden: bool) -> t
 
 
 def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dict[str, Any]:
-    """Train an embedding model on texts and a teacher's vectors of them, and return the metrics of both."""
+    """Train an embedding model on a teacher's vectors, and return the metrics of both."""
     texts = read_texts(args)
     held_out = [(name, load([source], split="validation")) for name, source in _named(args.eval_data or [])]
     with opening(str(context.teacher)):
         opened = SentenceTransformer(str(context.teacher), trust_remote_code=False, model_kwargs={"use_safetensors": True})
         teacher: SentenceTransformer = freeze(opened)
     student, length = _student(args, context, teacher)
-    teacher.max_seq_length = min(length, teacher.max_seq_length or length)  # it reads at most as much as the student
+    # It reads at most as much as the student.
+    teacher.max_seq_length = min(length, teacher.max_seq_length or length)
 
     key = fingerprint(teacher, texts, teacher.max_seq_length, args.eval_batch_size, args.precision)
 

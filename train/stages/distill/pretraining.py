@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import ModelOutput
 
 from minibert.train.arguments import DistillPretrainingStage
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.distill.student import (
     Distillation,
-    DistillationOutput,
     cosine_distance,
     fit_student,
     from_layers,
@@ -24,12 +24,12 @@ from minibert.train.stages.pretrain import Masking, PackedRows, evaluator, refus
 class MaskedLMDistillation(Distillation):
     """DistilBERT's three losses (Sanh et al. 2019, section 2).
 
-    The student learns the teacher's distribution and the word itself at masked positions, and the direction of the teacher's
-    last hidden state at every token.
+    The student learns the teacher's distribution and the word itself at masked positions, and the
+    direction of the teacher's last hidden state at every token.
     """
 
-    def forward(self, labels: Tensor, **inputs: Any) -> DistillationOutput:
-        """Return the loss of packed rows; ``labels`` (1, T) hold the word at masked positions and -100 elsewhere."""
+    def forward(self, labels: Tensor, **inputs: Any) -> ModelOutput:
+        """Return the loss of packed rows; ``labels`` (1, T) are -100 outside masked positions."""
         args, masked = self.args, labels != -100
         states = self.student.minibert(**inputs).last_hidden_state  # (1, T, C)
         logits = self.student.lm_head(states[masked])  # (masked, V)
@@ -44,7 +44,7 @@ class MaskedLMDistillation(Distillation):
             loss = loss + args.mlm_weight * words
         if args.cosine_weight:
             loss = loss + args.cosine_weight * cosine_distance(states[0], teacher_states[0])
-        return DistillationOutput(loss=loss)
+        return ModelOutput(loss=loss)
 
 
 def distill_pretraining(args: DistillPretrainingStage, context: StageContext) -> dict[str, Any]:
@@ -55,8 +55,9 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
     tokenizer = load_tokenizer(context)
     if not same_tokens(tokenizer, AutoTokenizer.from_pretrained(source, trust_remote_code=False)):
         raise ValueError(
-            f"objective: pretraining compares words, and the teacher {source} has other words than {context.tokenizer}; give "
-            "the teacher's as tokenizer. With other words objective: task and embedding still work."
+            f"objective: pretraining compares words, and the teacher {source} has other words than "
+            f"{context.tokenizer}; give the teacher's as tokenizer. With other words objective: task "
+            "and embedding still work."
         )
     masking = Masking(tokenizer, args)
     if args.student_layers:
@@ -68,19 +69,20 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
     widths = student.config.hidden_size, teacher.config.hidden_size
     if args.cosine_weight and widths[0] != widths[1]:
         raise ValueError(
-            f"Hidden states of width {widths[0]} have no cosine with the teacher's of width {widths[1]}; give the student that "
-            "hidden_size, or set cosine_weight: 0."
+            f"Hidden states of width {widths[0]} have no cosine with the teacher's of width {widths[1]}; "
+            "give the student that hidden_size, or set cosine_weight: 0."
         )
     if student.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(
-            f"The student predicts vocab_size={student.config.vocab_size} words and the teacher {teacher.config.vocab_size}; "
-            "give the student the teacher's vocab_size."
+            f"The student predicts vocab_size={student.config.vocab_size} words and the teacher "
+            f"{teacher.config.vocab_size}; give the student the teacher's vocab_size."
         )
     length = min(sequence_length(args.max_length, model.config, tokenizer) for model in (student, teacher))
     tokenizer.model_max_length = sequence_length(None, student.config, tokenizer)
 
     rows = PackedRows(tokenize_corpus(args, args.data, "train", tokenizer), length, masking)
-    rows.fingerprint = f"{rows.fingerprint}-{fingerprint(teacher)}"  # a run never resumes with another teacher
+    # A run never resumes with another teacher.
+    rows.fingerprint = f"{rows.fingerprint}-{fingerprint(teacher)}"
     measure, teacher_metrics = None, {}
     if args.eval_data:
         held_out = PackedRows(tokenize_corpus(args, args.eval_data, "validation", tokenizer), length, masking)

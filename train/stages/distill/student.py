@@ -4,7 +4,6 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import numpy as np
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from minibert.train.arguments import DistillStage
+from minibert.train.loop import checkpoint_activations, fit
 from minibert.train.stage import StageContext
-from minibert.train.stages.fitting import fit_stage
 
 
 def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
-    """Return the numbers of the layers that a student starts from: so many, evenly from first to last, or those listed.
+    """Return the layers that a student starts from: so many, spread evenly, or those listed.
 
     >>> choose_layers(6, 12)  # those of DistilBERT
     [0, 2, 4, 7, 9, 11]
@@ -36,14 +34,14 @@ def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
         numbers = list(wanted)
     if len(numbers) > available or max(numbers) >= available:
         raise ValueError(
-            f"student_layers={wanted} asks for more than the teacher's {available} layers, which are counted from 0 to "
-            f"{available - 1}; choose fewer."
+            f"student_layers={wanted} asks for more than the teacher's {available} layers, which are "
+            f"counted from 0 to {available - 1}; choose fewer."
         )
     return numbers
 
 
 def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
-    """Copy a MiniBERT ``teacher`` with some of its layers (Sanh et al. 2019 take every other one), trainable, in float32.
+    """Copy a MiniBERT ``teacher`` with some of its layers, trainable, in float32.
 
     Raises:
         ValueError: the teacher is not a MiniBERT, or has fewer layers.
@@ -52,8 +50,9 @@ def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
     kind = teacher.config.model_type
     if kind != "minibert":
         raise ValueError(
-            f"student_layers takes layers of a MiniBERT, and the teacher {source} is a {kind} model; convert it with: minibert "
-            f"hub convert {source} FOLDER, and give teacher: FOLDER, or give model: instead of student_layers."
+            f"student_layers takes layers of a MiniBERT, and the teacher {source} is a {kind} model; "
+            f"convert it with: minibert hub convert {source} FOLDER, and give teacher: FOLDER, or give "
+            "model: instead of student_layers."
         )
     chosen = choose_layers(args.student_layers, teacher.config.num_hidden_layers)
     config = copy.deepcopy(teacher.config)
@@ -70,9 +69,9 @@ def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
 
 
 def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return ``T² · KL(teacher ‖ student)`` of logits (rows, classes) divided by ``temperature`` T, as a mean over the rows.
+    """Return ``T² · KL(teacher ‖ student)`` of logits (rows, classes) over T, as a mean over rows.
 
-    The factor keeps the size of the gradient, which shrinks as 1 / T². Without rows the result is 0.
+    The factor keeps the size of the gradient, which shrinks as 1 / T². It is 0 without rows.
     """
     divergence = F.kl_div(
         F.log_softmax(student.float() / temperature, dim=-1),
@@ -88,22 +87,15 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
 
 
-@dataclass
-class DistillationOutput(ModelOutput):
-    """Hold the loss, which is all that the loop reads."""
-
-    loss: Tensor | None = None
-
-
 class Distillation(nn.Module):
-    """A student under the loss of its objective, as :func:`fit` trains it; the student alone is saved."""
+    """A student under the loss of its objective; the student alone is saved."""
 
     teacher: Any
 
     def __init__(self, args: Any, student: Any, teacher: Any = None):
         super().__init__()
         self.args, self.student = args, student
-        # Not set through nn.Module: the teacher must not be trained, saved, or put into training mode.
+        # Not set through nn.Module: the teacher is not trained, saved, or put into training mode.
         object.__setattr__(self, "teacher", teacher)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -113,10 +105,8 @@ class Distillation(nn.Module):
 
     def activation_checkpointing_enable(self, options: dict[str, Any]) -> None:
         """Recompute the student's activations in the backward pass."""
-        encoder: Any = self.student[0].auto_model if isinstance(self.student, SentenceTransformer) else self.student
-        # transformers renamed it; older versions know only the second name.
-        enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
-        enable(options)
+        wrapped = isinstance(self.student, SentenceTransformer)
+        checkpoint_activations(self.student[0].auto_model if wrapped else self.student)
 
 
 def fit_student(
@@ -130,14 +120,13 @@ def fit_student(
     metric: str,
     teacher_metrics: dict[str, float],
 ) -> dict[str, Any]:
-    """Train the student of ``distillation`` and return its metrics, its size, and the teacher's metrics and size.
+    """Train the student of ``distillation`` with :func:`fit`.
 
-    Args:
-        measure: measures a student; None without evaluation data.
-        metric: the metric of ``measure`` that picks the checkpoint kept as the result.
+    Returns:
+        Its metrics and size, and those of the teacher.
     """
     evaluate = None if measure is None else (lambda trained: measure(trained.student))
-    metrics = fit_stage(distillation, tokenizer, args, context, rows, evaluate, metric)
+    metrics = fit(distillation, tokenizer, rows, args, context, evaluate, metric)
     for name, model in (("parameters", distillation.student), ("teacher_parameters", teacher)):
         metrics[name] = sum(parameter.numel() for parameter in model.parameters())
     return metrics | {f"teacher_{name}": value for name, value in teacher_metrics.items()}

@@ -1,42 +1,40 @@
-"""Objective ``task``: a classifier learns from the labels and from the logits of a teacher that knows the same classes."""
+"""Objective ``task``: a classifier learns from labels and from the logits of a teacher."""
 
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import ModelOutput
 
 from minibert.data.labels import SINGLE, read_labels
 from minibert.data.load import load
-from minibert.files.processes import processes
 from minibert.inference.predict import class_names
 from minibert.train.arguments import DistillTaskStage
 from minibert.train.rows import TokenizedDataset, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.classify import evaluator, find_text_columns
-from minibert.train.stages.distill.student import Distillation, DistillationOutput, fit_student, from_layers, soft_divergence
+from minibert.train.stages.distill.student import Distillation, fit_student, from_layers, soft_divergence
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, load_teacher, same_tokens
 
 
 class TaskDistillation(Distillation):
     """``alpha · T² · KL(teacher ‖ student) + (1 - alpha) · cross-entropy``, as a mean over the rows."""
 
-    def forward(self, labels: Tensor, teacher_logits: Tensor, **inputs: Any) -> DistillationOutput:
-        """Return the loss for ``labels`` (B,), numbers of classes, and ``teacher_logits`` (B, classes)."""
+    def forward(self, labels: Tensor, teacher_logits: Tensor, **inputs: Any) -> ModelOutput:
+        """Return the loss for ``labels`` (B,) and ``teacher_logits`` (B, classes)."""
         logits = self.student(**inputs).logits
         soft = soft_divergence(logits, teacher_logits, self.args.temperature)
         hard = F.cross_entropy(logits.float(), labels)
-        return DistillationOutput(loss=self.args.alpha * soft + (1 - self.args.alpha) * hard)
+        return ModelOutput(loss=self.args.alpha * soft + (1 - self.args.alpha) * hard)
 
 
 def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any]:
     """Train a classifier on labels and a teacher's logits, and return the metrics of both."""
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
-    held_out = load(args.eval_data, split="validation") if args.eval_data else None
     labels = read_labels(train, args.label_column, args.labels)
     teacher = load_teacher(AutoModelForSequenceClassification, str(context.teacher), "a classifier")
     names = class_names(teacher.config)
@@ -59,12 +57,19 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     if its_length != length or not same_tokens(tokenizer, its_tokenizer):
         read = TokenizedDataset.from_texts(train, columns, rows.labels, its_tokenizer, its_length)
     key = fingerprint(teacher, read.fingerprint, its_length)
-    logits = cached_teacher_outputs(
-        context.output_dir / "checkpoints", key, len(read), lambda some: _logits(teacher, read, np.array(some), args)
-    )
+
+    @torch.no_grad()
+    def compute(some: range) -> np.ndarray:
+        found = np.empty((len(some), teacher.config.num_labels), dtype=np.float32)
+        for batch in read.batches(np.array(some), args.eval_batch_size):
+            found[batch - some.start] = read.logits(teacher, batch).numpy()
+        return found
+
+    logits = cached_teacher_outputs(context.output_dir / "checkpoints", key, len(read), compute)
 
     measure, teacher_metrics = None, {}
-    if held_out is not None and args.eval_data:
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
         find_text_columns(held_out, columns, args.label_column, args.eval_data)
         with in_eval_data():
             expected = teachers_number[read_labels(held_out, args.label_column, labels.names, SINGLE).values]
@@ -79,27 +84,16 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
 
 
 def _check_labels(args: DistillTaskStage, labels: Any, teacher: Any, names: list[str], source: str) -> None:
-    """Refuse data that is not single-label classification, or whose labels do not have the names of the teacher's."""
+    """Refuse data that is not single-label classification, or has other labels than the teacher."""
     if labels.problem_type != SINGLE or teacher.config.problem_type not in (None, SINGLE):
         raise ValueError(
-            f"objective: task needs one label per row, and a teacher of such labels; column {args.label_column!r} is "
-            f"{labels.problem_type} and the teacher {teacher.config.problem_type or SINGLE}."
+            "objective: task needs one label per row, and a teacher of such labels; column "
+            f"{args.label_column!r} is {labels.problem_type} and the teacher "
+            f"{teacher.config.problem_type or SINGLE}."
         )
     if len(set(names)) != len(names) or set(names) != set(labels.names):
         raise ValueError(
-            f"The teacher {source} tells {', '.join(names)} apart, and the data {', '.join(labels.names)}; give labels: with "
-            "the teacher's names in the order of the data's classes if they mean the same, or another teacher."
+            f"The teacher {source} tells {', '.join(names)} apart, and the data "
+            f"{', '.join(labels.names)}; give labels: with the teacher's names in the order of the "
+            "data's classes if they mean the same, or another teacher."
         )
-
-
-@torch.no_grad()
-def _logits(teacher: Any, rows: TokenizedDataset, numbers: np.ndarray, args: DistillTaskStage) -> np.ndarray:
-    """Return the logits (rows, classes) of the rows ``numbers``."""
-    found = np.empty((len(numbers), teacher.config.num_labels), dtype=np.float32)
-    order = np.argsort(-rows.lengths[numbers], kind="stable")  # batches of like lengths waste no time on padding
-    for start in range(0, len(order), args.eval_batch_size):
-        places = order[start : start + args.eval_batch_size]
-        batch = rows.collate(numbers[places])
-        inputs = send_to_device({name: batch[name] for name in rows.INPUTS if name in batch}, processes().device)
-        found[places] = teacher(**inputs).logits.float().cpu().numpy()
-    return found

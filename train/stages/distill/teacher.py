@@ -1,7 +1,7 @@
 """Load a frozen teacher, and compute its outputs once: they do not change between epochs."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ ROWS_PER_FILE = 65536
 
 
 def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedModel:
-    """Load a frozen model in evaluation mode, onto the device of this process.
+    """Load a frozen model.
 
     Args:
         description: of the kind of model that is needed, for the message.
 
     Raises:
         OSError: the folder or Hub id holds no model, or no safetensors.
-        ValueError: its weights lack a part, such as a head that was never trained, or do not fit its configuration.
+        ValueError: its weights lack a part, such as a head, or do not fit its configuration.
     """
     with opening(source):
         teacher, report = auto_class.from_pretrained(
@@ -37,15 +37,16 @@ def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedMo
         )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{source} is not {description}: its weights lack {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. "
-            "Give a teacher that was trained for it, or train one in an earlier stage."
+            f"{source} is not {description}: its weights lack {', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}. Give a teacher that was trained for it, or train "
+            "one in an earlier stage."
         )
     frozen: PreTrainedModel = freeze(teacher)
     return frozen
 
 
 def freeze(teacher: Any) -> Any:
-    """Put ``teacher`` into evaluation mode, without gradients, on the device of this process, and return it."""
+    """Return ``teacher`` in evaluation mode, without gradients, on the device of this process."""
     return teacher.eval().requires_grad_(False).to(processes().device)
 
 
@@ -65,16 +66,17 @@ def fingerprint(model: nn.Module, *facts: Any) -> str:
 
 
 def cached_teacher_outputs(folder: Path, key: str, rows: int, compute: Callable[[range], Any]) -> list[np.ndarray]:
-    """Compute a teacher's outputs for all rows, or find them in ``folder``, and return them memory-mapped.
+    """Compute a teacher's outputs for all rows, or find them in ``folder``.
 
-    Processes share the work, and a run that is interrupted keeps what was done; all processes must see the same folder.
+    Processes share the work, and an interrupted run keeps what was done; all processes must see the
+    same folder.
 
     Args:
         key: changes with the teacher, the texts and all else that the outputs follow from.
         compute: returns the outputs of a range of rows, (rows of the range, C).
 
     Returns:
-        Arrays of ``ROWS_PER_FILE`` rows each, (rows of the file, C) float32; the last one may be shorter.
+        Memory-mapped arrays of ``ROWS_PER_FILE`` rows, or fewer in the last, (rows, C) float32.
     """
     state = processes()
     paths = [folder / f"teacher-{key}-{start:010d}.npy" for start in range(0, rows, ROWS_PER_FILE)]
@@ -98,8 +100,8 @@ class TaughtRows:
 
     Args:
         name: of the outputs among the arguments of the student.
-        outputs: as :func:`cached_teacher_outputs` returns them, or None where the teacher runs at every step.
-        teacher: its fingerprint, a part of the rows' own, so that a run never resumes with another teacher.
+        outputs: of :func:`cached_teacher_outputs`; None where the teacher runs at every step.
+        teacher: its fingerprint; a run never resumes with another teacher.
     """
 
     def __init__(self, rows: TokenizedDataset, name: str, outputs: list[np.ndarray] | None, teacher: str):
@@ -109,11 +111,8 @@ class TaughtRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, rows: Sequence[int]) -> np.ndarray:
-        return self.rows.__getitems__(rows)
-
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the inputs of the student, labels included, and the teacher's outputs (rows, C)."""
+        """Return the inputs and labels of the student, and the teacher's outputs (rows, C)."""
         batch = self.rows.collate(rows)
         if self.outputs is not None:
             found = [self.outputs[row // ROWS_PER_FILE][row % ROWS_PER_FILE] for row in rows]
