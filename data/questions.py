@@ -11,7 +11,7 @@ from minibert.data.columns import pick_columns
 
 logger = logging.getLogger(__name__)
 
-# Usual columns of the text that the choices continue or answer; of two texts, the second begins every choice.
+# Usual columns of the text that the choices continue or answer.
 CHOICE_TEXTS = (("context", "question"), ("sent1", "sent2"), ("question",), ("context",), ("ctx",))
 CHOICE_LISTS = ("choices", "endings", "options")
 _NUMBERED = re.compile(r"(choice|ending|option)_?(\d+)")
@@ -144,47 +144,34 @@ def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int
         yield tuple(row[name] for name in names)
 
 
-class ChoiceColumns(NamedTuple):
-    """Hold the columns of multiple choice: one or two texts, and a column of lists or one column per choice."""
-
-    texts: tuple[str, ...]
-    choices: tuple[str, ...]
-
-
 class Choices(NamedTuple):
-    """Hold a row of multiple choice: the question, the start of every answer (or ""), and the choices."""
+    """Hold a row of multiple choice: the choices, and the pair of texts to encode for each."""
 
-    text: str
-    start: str
     choices: list[str]
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Return the input of the encoder: a pair of texts per choice.
-
-        >>> Choices("It rains.", "She", ["sings.", "swims."]).pairs()
-        [('It rains.', 'She sings.'), ('It rains.', 'She swims.')]
-        """
-        return [(self.text, f"{self.start} {choice}" if self.start else choice) for choice in self.choices]
+    pairs: list[tuple[str, str]]
 
 
 def find_choice_columns(
     found: Collection[str], texts: Sequence[str] | None = None, choices: Sequence[str] | None = None
-) -> ChoiceColumns:
-    """Return the given columns, or the usual columns among those ``found``.
+) -> tuple[list[str], list[str]]:
+    """Return the columns of the texts (one or two) and of the choices (lists, or one per choice).
+
+    These are the given columns, or the usual columns among those ``found``.
 
     >>> find_choice_columns(["question", "choices", "label"])
-    ChoiceColumns(texts=('question',), choices=('choices',))
+    (['question'], ['choices'])
     >>> find_choice_columns(["sent1", "sent2", "ending1", "ending0", "label"])
-    ChoiceColumns(texts=('sent1', 'sent2'), choices=('ending0', 'ending1'))
+    (['sent1', 'sent2'], ['ending0', 'ending1'])
 
     Raises:
         ValueError: lists the columns found.
     """
     names = list(found)
-    texts = pick_columns(names, texts, CHOICE_TEXTS, option="text_columns")
     usual = [*((name,) for name in CHOICE_LISTS), _numbered(found) or ("ending0", "ending1")]
-    choices = pick_columns(names, choices, usual, option="choice_columns")
-    return ChoiceColumns(tuple(texts), tuple(choices))
+    return (
+        pick_columns(names, texts, CHOICE_TEXTS, option="text_columns"),
+        pick_columns(names, choices, usual, option="choice_columns"),
+    )
 
 
 def _numbered(found: Collection[str]) -> list[str]:
@@ -196,19 +183,31 @@ def _numbered(found: Collection[str]) -> list[str]:
     return next(([name for _, name in sorted(group)] for group in groups.values() if len(group) > 1), [])
 
 
-def choices_of(rows: Iterable[Mapping[str, Any]], columns: ChoiceColumns, first: int = 1) -> Iterator[Choices]:
-    """Yield the question and the choices of every row; ``first`` is the number of the first row, for messages.
+def choices_of(
+    rows: Iterable[Mapping[str, Any]], columns: tuple[Sequence[str], Sequence[str]], first: int = 1
+) -> Iterator[Choices]:
+    """Yield the choices of every row; of two texts, the second begins every choice.
+
+    Args:
+        columns: those of the texts and of the choices.
+        first: the number of the first row, for messages.
+
+    >>> row = {"sent1": "It rains.", "sent2": "She", "endings": ["sings.", "swims."]}
+    >>> next(choices_of([row], (["sent1", "sent2"], ["endings"]))).pairs
+    [('It rains.', 'She sings.'), ('It rains.', 'She swims.')]
 
     Raises:
-        ValueError: for a row without one of the columns, without choices, or with a value that is not a text.
+        ValueError: for a row without one of the columns, without choices, or with a value that is
+            not a text.
     """
+    texts, (name, *more) = columns
     for number, row in enumerate(rows, start=first):
-        ((text, *start),) = texts_of([row], columns.texts, number)
-        if len(columns.choices) > 1:
-            choices: Any = list(next(texts_of([row], columns.choices, number)))
+        ((text, *start),) = texts_of([row], texts, number)
+        if more:
+            choices: Any = list(next(texts_of([row], [name, *more], number)))
         else:
-            name = columns.choices[0]
             choices = row.get(name)
             if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
                 raise ValueError(f"Row {number} has {name}={choices!r}; it should be a list of texts, one per choice.")
-        yield Choices(text, start[0] if start else "", choices)
+        begin = [word for word in start if word]
+        yield Choices(choices, [(text, " ".join([*begin, choice])) for choice in choices])

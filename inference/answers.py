@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minibert.data.questions import ChoiceColumns, Window, choices_of, cut, find_choice_columns, texts_of, window_sizes
+from minibert.data.questions import Window, choices_of, cut, find_choice_columns, texts_of, window_sizes
 
 MAX_ANSWER_LENGTH = 30  # tokens
 # Spans of a row that share the probability with "no answer"; the other spans have almost none.
@@ -58,7 +58,7 @@ def answer_rows(
             yield _answer(context, spans, null_score, math.inf if threshold is None else threshold)
 
 
-def choice_columns_of(model: PreTrainedModel, found: Sequence[str]) -> ChoiceColumns:
+def choice_columns_of(model: PreTrainedModel, found: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the columns of the training if all are ``found``, else those of the usual names.
 
     Raises:
@@ -100,7 +100,7 @@ def choose_rows(
         columns = columns or choice_columns_of(model, list(some[0]))
         asked = list(choices_of(some, columns, first))
         # A pair is a question with one choice, whose score does not depend on the other choices.
-        firsts, seconds = zip(*(pair for row in asked for pair in row.pairs()), strict=True)
+        firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         encoded = tokenizer(list(firsts), list(seconds), truncation=True, max_length=limit)
         logits = torch.empty(len(firsts))
         for numbers, inputs in padded_batches(model, tokenizer, encoded, batch_size):

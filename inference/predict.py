@@ -148,8 +148,8 @@ def predict(
             raise ValueError(
                 "Multiple choice finds its columns by their usual names, or those of its training; rename the columns."
             )
-        found = choice_columns_of(network, names)
-        read = [name for name in names if name in (*found.texts, *found.choices)]
+        found = {name for some in choice_columns_of(network, names) for name in some}
+        read = [name for name in names if name in found]
         run = partial(choose_rows, network, tokenizer, batch_size=batch_size)
     given, shown = tee(rows)
     predictions = ({**{name: row.get(name) for name in read}, **result} for result, row in zip(run(given), shown, strict=False))

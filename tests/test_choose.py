@@ -18,7 +18,7 @@ from minibert import (
     MiniBertForSequenceClassification,
     train_word_level,
 )
-from minibert.data.questions import Choices, choices_of, find_choice_columns
+from minibert.data.questions import choices_of, find_choice_columns
 from minibert.inference.answers import choose_rows
 from minibert.train.arguments import ChooseStage
 from minibert.train.recipe import load_recipe
@@ -126,12 +126,12 @@ def test_rows_of_different_numbers_of_choices_are_predicted_and_choices_do_not_i
 
 
 def test_batches_hold_every_choice_of_their_rows(tokenizer):
-    rows = [Choices(row["question"], "", row["choices"]) for row in questions(5)]
+    rows = list(choices_of(questions(5), (["question"], ["choices"])))
     labels = np.array([row["label"] for row in questions(5)])
     made = stage.ChoiceRows.from_choices(rows, labels, tokenizer, 24)
     assert len(made) == 5
     batch = made.collate(np.array([3, 1]))
-    pairs = [pair for number in (3, 1) for pair in rows[number].pairs()]
+    pairs = [pair for number in (3, 1) for pair in rows[number].pairs]
     expected = tokenizer(*map(list, zip(*pairs)), padding=True, return_tensors="pt")
     assert all(torch.equal(batch[name], expected[name].view(2, 3, -1)) for name in expected)
     assert batch["labels"].tolist() == labels[[3, 1]].tolist()
@@ -171,12 +171,12 @@ def test_starts_from_a_classifier_and_from_a_chooser(choose, tmp_path, tokenizer
     ],
 )
 def test_usual_columns(found, texts, choices):
-    assert find_choice_columns(found) == (texts, choices)
+    assert find_choice_columns(found) == (list(texts), list(choices))
 
 
 def test_the_second_text_begins_every_choice():
     (row,) = choices_of([swag(next(iter(questions(1))))], find_choice_columns(["sent1", "sent2", "ending0", "ending1"]))
-    assert [second.split()[:3] for _, second in row.pairs()] == [["it", "is", "the"]] * 2
+    assert [second.split()[:3] for _, second in row.pairs] == [["it", "is", "the"]] * 2
 
 
 GOOD = {"question": "which is a thing ?", "choices": ["the cup", "the cat"], "label": 0}

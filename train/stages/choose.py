@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMultipleChoice
 
 from minibert.data.load import check_columns, load
-from minibert.data.questions import ChoiceColumns, Choices, choices_of, find_choice_columns
+from minibert.data.questions import Choices, choices_of, find_choice_columns
 from minibert.inference.answers import choose_rows
 from minibert.train.arguments import ChooseStage
 from minibert.train.loop import fit
@@ -20,16 +20,7 @@ from minibert.train.stage import StageContext, load_start
 
 
 def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a model that scores choices; ``context.output_dir`` ends as a complete folder.
-
-    Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also eval_accuracy and eval_loss of the
-        best model.
-
-    Raises:
-        ValueError: missing columns, rows with different numbers of choices, a label that names no
-            choice (names the row).
-    """
+    """Fine-tune a model that scores choices, and measure it by :func:`choice_metrics`."""
     train = load(args.data, split="train")
     columns = find_choice_columns(train.column_names, args.text_columns, args.choice_columns)
     asked, labels = read_choices(train, columns, args.label_column, args.data)
@@ -46,14 +37,14 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
     # Kept in config.json, for files with the same columns.
     model.config.multiple_choice = {
         "max_length": max_length,
-        "text_columns": list(columns.texts),
-        "choice_columns": list(columns.choices),
+        "text_columns": columns[0],
+        "choice_columns": columns[1],
     }
 
     evaluate = None
     if args.eval_data:
         held_out = load(args.eval_data, split="validation")
-        find_choice_columns(held_out.column_names, columns.texts, columns.choices)
+        find_choice_columns(held_out.column_names, *columns)
         _, expected = read_choices(held_out, columns, args.label_column, args.eval_data)
         evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
     rows = ChoiceRows.from_choices(asked, labels, tokenizer, max_length)
@@ -61,14 +52,14 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
 
 
 def read_choices(
-    rows: Dataset, columns: ChoiceColumns, label_column: str, sources: Sequence[Any]
+    rows: Dataset, columns: tuple[list[str], list[str]], label_column: str, sources: Sequence[Any]
 ) -> tuple[list[Choices], np.ndarray]:
     """Return the questions with their choices, and the number of the right choice of each.
 
     Raises:
         ValueError: a column has no value, or a label names no choice; names the row.
     """
-    check_columns(rows, [*columns.texts, *columns.choices, label_column], sources)
+    check_columns(rows, [*columns[0], *columns[1], label_column], sources)
     asked = list(choices_of(rows, columns))
     labels = []
     for number, (row, label) in enumerate(zip(asked, rows[label_column], strict=True), start=1):
@@ -122,7 +113,7 @@ class ChoiceRows:
     @classmethod
     def from_choices(cls, asked: Sequence[Choices], labels: np.ndarray, tokenizer: Any, max_length: int) -> "ChoiceRows":
         """Tokenize, cutting the longer of question and choice first."""
-        firsts, seconds = zip(*(pair for row in asked for pair in row.pairs()), strict=True)
+        firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         texts = Dataset.from_dict({"first": firsts, "second": seconds})
         choices = len(texts) // len(labels)
         repeated = np.repeat(labels, choices)
