@@ -41,7 +41,7 @@ class Attention(page.Picture):
         colours = [page.COLOURS[1] if second else page.INK for second in self.second]
         return list(zip(self.tokens, colours))
 
-    def panels(self, layer: int, head: int) -> list[page.Panel]:
+    def panels(self, layer: int = 0, head: int = 0) -> list[page.Panel]:
         """Return the heat map and the lines of a head; ``layer`` and ``head`` count from 0."""
         count, weights, labels = len(self.tokens), self.weights[layer, head], self.labels
         shown = "from %{y}<br>to %{x}<br>weight %{z:.4f}<extra></extra>"
@@ -80,7 +80,7 @@ class Attention(page.Picture):
             menus["layer"][f"layer {number}"] = changes
         for number, head in enumerate(self.heads):
             menus["head"][head] = {"visible": [at // (1 + _LEVELS) == number for at in range(len(traces))]}
-        figure = page.page_figure(self.panels(0, 0), columns=2, menus=menus)
+        figure = page.page_figure(self.panels(), menus)
         for at, panel in enumerate(drawn[0][2:]):
             figure.add_traces([trace.update(visible=False) for trace in panel], 1, at % 2 + 1)
         return figure
@@ -90,7 +90,7 @@ class Attention(page.Picture):
         layers, heads, count, _ = self.weights.shape
         if layers * heads == 1:
             side = min(20.0, max(3.4, 0.2 * count))
-            return page.image_figure(self.panels(0, 0), columns=2, cell=(side + 1.5, side + 0.7))
+            return page.image_figure(self.panels(), (side + 1.5, side + 0.7))
         columns = heads if layers > 1 and heads > 1 else min(layers * heads, 4)
         maps = []
         for at in range(layers * heads):
@@ -101,7 +101,7 @@ class Attention(page.Picture):
             beside = self.labels if at % columns == 0 else ()
             maps.append(page.Panel(traces=[heat], title=title, columns=below, rows=beside))
         cell = max(0.8, min(2.6, 14 / columns))
-        return page.image_figure(maps, columns=columns, cell=(cell, cell))
+        return page.image_figure(maps, (cell, cell), columns)
 
 
 def attention(

@@ -107,13 +107,14 @@ def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hov
     )
 
 
-def page_figure(panels: Sequence[Panel], *, columns: int, menus: Mapping[str, Mapping[str, Any]] | None = None) -> go.Figure:
-    """Return ``panels``, which are of one kind, in ``columns`` of a plotly figure.
+def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] | None = None) -> go.Figure:
+    """Return ``panels``, which are of one kind, in up to two columns of a plotly figure.
 
     Args:
         menus: the items of each menu, and what an item changes in the traces (plotly's restyle).
     """
-    kind, rows = panels[0].kind, -(-len(panels) // columns)
+    kind, columns = panels[0].kind, min(2, len(panels))
+    rows = -(-len(panels) // columns)
     each = {"scatter3d": 560, "scatter": 190}.get(kind, min(2400, max(240, 18 * len(panels[0].rows))))
     height = rows * (each + 62) - 62
     cells: list[Any] = [{"type": "scene" if kind == "scatter3d" else "xy"} for _ in panels]
@@ -191,8 +192,9 @@ def _labels(texts: Sequence[tuple[str, str]], most: int) -> dict[str, Any]:
     return {"tickvals": shown, "ticktext": [labels[at] for at in shown], "automargin": True, "showgrid": False}
 
 
-def image_figure(panels: Sequence[Panel], *, columns: int, cell: tuple[float, float]) -> Figure:
-    """Return ``panels`` in ``columns`` of a matplotlib figure; ``cell`` is the size of each, in inches."""
+def image_figure(panels: Sequence[Panel], cell: tuple[float, float], columns: int = 2) -> Figure:
+    """Return ``panels`` in a matplotlib figure; ``cell`` is the size of each, in inches."""
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.0, cell[0] * columns), cell[1] * rows + 0.9), layout="constrained")
     named: dict[str, Any] = {}
@@ -280,14 +282,20 @@ class Picture(ABC):
 
     title: str
     notes: tuple[str, ...] = ()
+    #: Width and height of a panel in an image, in inches.
+    cell = (6.2, 4.6)
 
     @abstractmethod
+    def panels(self) -> list[Panel]:
+        """Return the diagrams, for a page or an image."""
+
     def interactive(self) -> go.Figure:
         """Return the plotly figure, without title and notes."""
+        return page_figure(self.panels())
 
-    @abstractmethod
     def draw(self) -> Figure:
         """Return the matplotlib figure without title and notes."""
+        return image_figure(self.panels(), self.cell)
 
     def page(self) -> str:
         """Return a complete HTML page, which needs no network."""

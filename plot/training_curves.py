@@ -37,6 +37,7 @@ class Training(page.Picture):
     """Curves of one or more runs."""
 
     runs: list[Run]
+    cell = (5.2, 2.3)
 
     @property
     def metrics(self) -> dict[str, list[str]]:
@@ -72,13 +73,12 @@ class Training(page.Picture):
         lines = [line for run in self.runs for line in run.lines]
         axes = [axis for axis, key in AXES.items() if all(key in line for line in lines)]
         choices = {axis: {"x": [trace.x for panel in self.panels(axis) for trace in panel.traces]} for axis in axes}
-        return page.page_figure(self.panels(), columns=2, menus={"axis": choices})
+        return page.page_figure(self.panels(), {"axis": choices})
 
     def draw(self) -> Figure:
-        """Return two columns of panels over steps."""
-        columns = min(2, len(self.metrics))
-        figure = page.image_figure(self.panels(), columns=columns, cell=(5.2, 2.3))
-        for axes in figure.axes[-columns:]:
+        """Return the panels over steps."""
+        figure = super().draw()
+        for axes in figure.axes[-2:]:
             axes.set_xlabel("step")
         return figure
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 import torch
-from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -74,14 +73,6 @@ class Embeddings(page.Picture):
             title = space.name if len(self.spaces) > 1 else ""
             panels.append(page.Panel(title=title, axes=space.axes, traces=traces, texts=texts))
         return panels
-
-    def interactive(self) -> go.Figure:
-        """Return the spaces next to each other."""
-        return page.page_figure(self.panels(), columns=len(self.spaces))
-
-    def draw(self) -> Figure:
-        """Return the spaces next to each other."""
-        return page.image_figure(self.panels(), columns=len(self.spaces), cell=(6.2, 4.6))
 
 
 def embeddings(
@@ -204,22 +195,14 @@ class Similarity(page.Picture):
     columns: list[str]
     values: np.ndarray
 
-    def panel(self) -> page.Panel:
+    def panels(self) -> list[page.Panel]:
         """Return a heat map, whose cells on a page hold their numbers if they fit."""
         columns, rows = ([(text, page.INK) for text in texts] for texts in (self.columns, self.rows))
         shown = "%{z:.4f}<br>%{y}<br><b>and</b><br>%{x}<extra></extra>"
         heat = page.heat_map(self.values, self.columns, self.rows, shown)
         if self.values.size <= 150 and len(self.columns) <= 12:
             heat.update(text=np.char.mod("%.2f", self.values.round(2) + 0.0), texttemplate="%{text}")  # no -0.00
-        return page.Panel(traces=[heat], columns=columns, rows=rows)
-
-    def interactive(self) -> go.Figure:
-        """Return the heat map."""
-        return page.page_figure([self.panel()], columns=1)
-
-    def draw(self) -> Figure:
-        """Return the heat map, without numbers."""
-        return page.image_figure([self.panel()], columns=1, cell=(6.2, 6.2))
+        return [page.Panel(traces=[heat], columns=columns, rows=rows)]
 
 
 def similarity(

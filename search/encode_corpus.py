@@ -318,8 +318,8 @@ class _Job:
             raise ValueError(f"{self.out} holds other things ({shown}); choose an empty or a new folder.")
         encoder, path = self.open_model(), self.stream.source["path"]
         encoding = {**self.asked.encoding, "dtype": encoder.dtype}
-        shape = {"dimension": encoder.dimension, "normalized": encoder.normalized}
-        self.manifest = replace(self.asked, encoding=encoding, **shape)
+        self.manifest = replace(self.asked, encoding=encoding, dimension=encoder.dimension)
+        self.manifest.normalized = encoder.normalized
         if self.manifest.precision == "int8":
             self.manifest.ranges = self._calibrate(encoder)
         first = next(iter(self.stream.read()), None)
@@ -339,8 +339,7 @@ class _Job:
                 file.unlink()
             else:
                 self.notes[number] = notes
-        named = set(range(len(self.manifest.shards)))
-        if named != self.notes.keys():
+        if self.notes.keys() != set(range(len(self.manifest.shards))):
             self.manifest.complete = False
         self._list_shards()
 

@@ -160,8 +160,7 @@ class FolderSearcher(Searcher):
     Its index is built here, or extended by new shards.
 
     Args:
-        model: of the queries: where the model that made the vectors is now, or that model opened
-            (which cannot be checked); the default is the one that the manifest names.
+        model: where the model that made the vectors is now; the default is as the manifest says.
         exact: compare queries with all vectors, however many.
         hybrid: fuse the rankings by meaning and by words (BM25) by reciprocal rank; scores are then
             sums of ``1 / (60 + rank)``.
@@ -181,7 +180,7 @@ class FolderSearcher(Searcher):
     def __init__(
         self,
         folder: str | Path,
-        model: str | Path | SentenceTransformer | None = None,
+        model: str | Path | None = None,
         *,
         exact: bool = False,
         hybrid: bool = False,
@@ -189,7 +188,6 @@ class FolderSearcher(Searcher):
         show_progress: bool = False,
     ) -> None:
         self.folder = VectorFolder(folder)
-        count, dimension = len(self.folder), self.folder.manifest.dimension
         if hybrid and not self.folder.has_texts:
             raise ValueError(
                 f"{folder} holds no texts, which --hybrid searches by their words; encode again with "
@@ -198,14 +196,10 @@ class FolderSearcher(Searcher):
         if hybrid:
             from minibert.inference import bm25  # noqa: F401  # fails here rather than after the index was built
         if not self.folder.manifest.complete:
-            logger.warning("%s is not finished: minibert encode has written %s vectors so far.", folder, f"{count:,}")
-        if not isinstance(model, SentenceTransformer):
-            model = _find_model(self.folder, model, trust_remote_code)
-        self.encoder = Encoder(model, trust_remote_code=trust_remote_code)
-        if self.encoder.dimension != dimension:
-            raise ValueError(
-                f"{folder} holds vectors of {dimension} dimensions, but the model computes {self.encoder.dimension}."
-            )
+            count = f"{len(self.folder):,}"
+            logger.warning("%s is not finished: minibert encode has written %s vectors so far.", folder, count)
+        path = _find_model(self.folder, model, trust_remote_code)
+        self.encoder = Encoder(path, trust_remote_code=trust_remote_code)
         self.index = open_index(self.folder, exact=exact, show_progress=show_progress)
         shards = [shard.sha256 for shard in self.index.state.shards]
         self.words = _open_words(self.folder, shards, show_progress) if hybrid else None

@@ -284,11 +284,7 @@ def test_a_page_needs_no_network_and_holds_no_tags_of_texts(pictures, name):
 def test_page_and_image_show_the_same_data(pictures, name):
     picture = pictures[name]
     shown = [trace for trace in picture.interactive().data if trace.type != "heatmap"]
-    if name == "similarity":
-        panels = [picture.panel()]
-    else:
-        panels = picture.panels(0, 0) if name == "attention" else picture.panels()
-    lines = [line for axes in image_figure(panels, columns=2, cell=(3, 3)).axes for line in axes.lines]
+    lines = [line for axes in image_figure(picture.panels(), (3, 3)).axes for line in axes.lines]
     for trace, line in zip(shown, lines):
         for letter, values in zip("xyz", getattr(line, "get_data_3d", line.get_data)()):
             np.testing.assert_allclose(values, trace[letter])

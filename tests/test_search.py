@@ -406,13 +406,6 @@ def test_the_model_may_have_moved_but_not_changed(saved, folder, vectors, tmp_pa
         FolderSearcher(vectors)
 
 
-def test_an_opened_model_of_another_width_is_refused(saved, vectors):
-    model = load(saved)
-    model.truncate_dim = 16
-    with pytest.raises(ValueError, match="vectors of 32 dimensions, but the model computes 16"):
-        FolderSearcher(vectors, model)
-
-
 def test_a_folder_that_is_still_being_encoded_is_searched_with_a_word_of_it(saved, tmp_path, caplog):
     folder = write_passages(tmp_path / "vectors", saved, PASSAGES, complete=False)
     assert FolderSearcher(folder).search(["cat"], 1)
