@@ -86,11 +86,6 @@ class Panel:
     rows: Sequence[tuple[str, str]] = ()
     frame: tuple[tuple[float, float], tuple[float, float]] | None = None
 
-    @property
-    def kind(self) -> str:
-        """The type of the first trace."""
-        return str(self.traces[0].type)
-
 
 def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hover_text: str) -> go.Heatmap:
     """Return a heat map of (rows, columns) values; ``hover_text`` is plotly's ``hovertemplate``."""
@@ -113,7 +108,7 @@ def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] 
     Args:
         menus: the items of each menu, and what an item changes in the traces (plotly's restyle).
     """
-    kind, columns = panels[0].kind, min(2, len(panels))
+    kind, columns = panels[0].traces[0].type, min(2, len(panels))
     rows = -(-len(panels) // columns)
     each = {"scatter3d": 560, "scatter": 190}.get(kind, min(2400, max(240, 18 * len(panels[0].rows))))
     height = rows * (each + 62) - 62
@@ -153,7 +148,7 @@ def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] 
         if panel.frame:
             figure.update_xaxes(visible=False, fixedrange=True, range=panel.frame[0], **place)
             figure.update_yaxes(visible=False, fixedrange=True, range=panel.frame[1], **place)
-        elif panel.kind == "heatmap":
+        elif kind == "heatmap":
             figure.update_xaxes(type="category", **_labels(panel.columns, 48), **place)
             figure.update_yaxes(type="category", autorange="reversed", **_labels(panel.rows, 170), **place)
         else:
@@ -194,17 +189,17 @@ def _labels(texts: Sequence[tuple[str, str]], most: int) -> dict[str, Any]:
 
 def image_figure(panels: Sequence[Panel], cell: tuple[float, float], columns: int = 2) -> Figure:
     """Return ``panels`` in a matplotlib figure; ``cell`` is the size of each, in inches."""
-    columns = min(columns, len(panels))
+    kind, columns = panels[0].traces[0].type, min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.0, cell[0] * columns), cell[1] * rows + 0.9), layout="constrained")
     named: dict[str, Any] = {}
     for at, panel in enumerate(panels, start=1):
-        space = "3d" if panel.kind == "scatter3d" else None
-        shared = figure.axes[0] if panels[0].kind == "scatter" and at > 1 else None
+        space = "3d" if kind == "scatter3d" else None
+        shared = figure.axes[0] if kind == "scatter" and at > 1 else None
         axes: Any = figure.add_subplot(rows, columns, at, projection=space, sharex=shared)
         axes.set(**{f"{letter}label": name for letter, name in zip("xyz", panel.axes)})
         axes.set_title(panel.title, fontsize=min(9.0, 5 * cell[0]))
-        if panel.kind == "heatmap":
+        if kind == "heatmap" and not panel.frame:
             _draw_cells(axes, panel, min(cell))
             continue
         for trace in panel.traces:

@@ -273,12 +273,7 @@ class _Job:
         return encoder
 
     def _resume(self, append: bool, force: bool) -> bool:
-        """Return True if the folder holds what was asked for, or its beginning.
-
-        Raises:
-            ValueError: for a folder that holds something else, without ``force``, or an input that
-                cannot be appended to it.
-        """
+        """Return True if the folder holds what was asked for, or its beginning; refuse anything else."""
         if not shard_files(self.out) or not (self.out / MANIFEST).exists():
             return False  # of a run that ended before its first shard
         try:
@@ -405,11 +400,7 @@ class _Job:
             yield _Window(shard, texts, ids, notes, True)
 
     def _usable(self, block: Rows, notes: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
-        """Yield (number, text, id) of the usable rows of a block, and note the others.
-
-        Raises:
-            ValueError: naming the first bad row, if they are refused.
-        """
+        """Yield (number, text, id) of the usable rows of a block; refuse or note the others."""
         for place, text in enumerate(block.texts):
             name = None if block.ids is None else block.ids[place]
             bad = next((value for value in (text, name) if isinstance(value, Bad)), None)

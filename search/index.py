@@ -204,10 +204,8 @@ def open_index(folder: VectorFolder, *, exact: bool = False, show_progress: bool
         exact: neither make nor read lists; existing ones stay for later searches.
 
     Raises:
-        FileNotFoundError: for a shard that is missing.
         ModuleNotFoundError: if lists are needed and FAISS is not installed.
-        ValueError: for a folder without vectors, or a shard that is damaged.
-        OSError: for an index that cannot be written.
+        OSError, ValueError: for shards that cannot be used, or an index that cannot be written.
     """
     rows = len(folder)
     if not rows:
@@ -250,11 +248,7 @@ def index_lock(folder: VectorFolder) -> Iterator[None]:
 
 
 def _open_existing(folder: VectorFolder, exact: bool) -> VectorIndex | None:
-    """Open the index on disk, which may lack the last shards; return None if there is none.
-
-    Raises:
-        ValueError: it is damaged, or its shards are not those of the folder.
-    """
+    """Open the index on disk, which may lack the last shards, if any; refuse one of other shards."""
     home = index_folder(folder)
     if not any((home / name).exists() for name in (_STATE, _VECTORS)):
         return None
@@ -340,20 +334,13 @@ def _add_to_lists(index: VectorIndex, before: VectorIndex | None, show_progress:
     index.state = replace(index.state, lists=replace(lists, sha256=sha256(home / _LISTS)))
 
 
-def number_of_lists(rows: int) -> int:
-    """Return the number of lists for ``rows`` vectors: the power of 2 next to four times the square root.
-
-    >>> [number_of_lists(rows) for rows in (60_000, 1_000_000, 1_000_000_000)]
-    [1024, 4096, 16384]
-    """
-    return min(1 << round(math.log2(4 * math.sqrt(rows))), _MAX_LISTS)
-
-
 def _train(index: VectorIndex) -> Any:
     """Return an IVF-PQ index without vectors, fitted to a random sample of the vectors."""
     import faiss
 
-    lists, width = number_of_lists(len(index)), index.folder.manifest.dimension
+    width = index.folder.manifest.dimension
+    # The power of 2 next to four times the square root of the number of vectors.
+    lists = min(1 << round(math.log2(4 * math.sqrt(len(index)))), _MAX_LISTS)
     # Codes of 4 bits for 2 dimensions each, compared in registers ("fast scan"): at equal recall
     # several times the speed of 8-bit codes or of graphs (HNSW), and a fraction of their time to
     # build. An odd width gets a column of zeros.

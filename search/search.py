@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows whose texts are read at once for the index of words.
-_CHUNK = 10_000
 # Depth to which the rankings by meaning and by words are read before they are fused.
 _FUSED_DEPTH = 100
 # Reciprocal rank fusion adds 1 / (60 + rank); 60 is the constant of its paper (Cormack et al., 2009).
@@ -274,8 +272,8 @@ def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool
                 logger.warning("%s The word index is built again.", error)
         for earlier in home.parent.glob("words-*"):
             shutil.rmtree(earlier)
-        blocks = (np.arange(start, min(start + _CHUNK, len(folder))) for start in range(0, len(folder), _CHUNK))
-        built = WordIndex.build(chain.from_iterable(map(folder.texts, blocks)), show_progress=show_progress)
+        rows = (range(shard.first_row, shard.first_row + shard.rows) for shard in folder.shards)
+        built = WordIndex.build(chain.from_iterable(map(folder.texts, rows)), show_progress=show_progress)
         with readable_os_errors(home, KEPT), TemporaryDirectory(prefix="words-", dir=home.parent) as temporary:
             built.save(Path(temporary) / "index")
             (Path(temporary) / "index").replace(home)

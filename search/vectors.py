@@ -172,17 +172,13 @@ class VectorFolder:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.shards = self.manifest.shards
+        self.has_texts = bool(self.manifest.columns.get("kept"))
         for shard in self.shards:
             if not (self.folder / shard.file).exists():
                 raise FileNotFoundError(f"{folder} lacks {shard.file}, which its manifest names; encode again to restore it.")
 
     def __len__(self) -> int:
         return self.manifest.rows
-
-    @property
-    def has_texts(self) -> bool:
-        """Return True if the texts were kept."""
-        return bool(self.manifest.columns.get("kept"))
 
     def read(self, shard: Shard) -> np.ndarray:
         """Return the vectors of a shard as they are stored: (shard.rows, width)."""
@@ -293,14 +289,9 @@ class ShardWriter:
     def __init__(self, file: Path, manifest: Manifest, id_type: pa.DataType) -> None:
         self.file, self.manifest = file, manifest
         self.notes: dict[str, Any] = {}
-        columns = {
-            "id": id_type,
-            "text": pa.string(),
-            "vector": pa.list_(PRECISIONS[manifest.precision], manifest.width),
-        }
-        if not manifest.columns["kept"]:
-            del columns["text"]
-        self.schema = pa.schema(columns)
+        vector = pa.list_(PRECISIONS[manifest.precision], manifest.width)
+        text = [("text", pa.string())] if manifest.columns["kept"] else []
+        self.schema = pa.schema([("id", id_type), *text, ("vector", vector)])
 
     def __enter__(self) -> "ShardWriter":
         # Vectors do not compress; everything else does.

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from helpers import edit_json, write_vectors
 from minibert.search import index as module
-from minibert.search.index import NEIGHBOURS, index_folder, number_of_lists, open_index
+from minibert.search.index import NEIGHBOURS, index_folder, open_index
 from minibert.search.vectors import (
     Shard,
     ShardWriter,
@@ -160,7 +160,7 @@ def test_recall_is_the_share_of_true_neighbours_found(folder, small):
 def test_settings_reach_the_recall_aimed_at(folder):
     lists = open_index(folder).state.lists
     assert lists.recall >= 0.99
-    assert 1 <= lists.probes <= lists.lists == number_of_lists(ROWS)
+    assert 1 <= lists.probes <= lists.lists == 128  # the power of 2 next to 4 * sqrt(ROWS)
     assert state(folder)["lists"]["recall"] == lists.recall
 
 
