@@ -1,7 +1,8 @@
-"""Make pairs of question and passage from the documentation of the installed Python packages: the quickstart's corpus.
+"""Make the quickstart's corpus: pairs from the documentation of the installed Python packages.
 
-Sources are parsed, never imported, so building the corpus runs none of their code. A docstring's summary becomes the query, the
-rest of it the answer. Whole modules are held out for validation, and a text seen in one pair appears in no other.
+Sources are parsed, never imported, so building the corpus runs none of their code. A docstring's
+summary becomes the query, the rest of it the answer. Whole modules are held out for validation, and
+a text seen in one pair appears in no other.
 """
 
 import ast
@@ -38,20 +39,16 @@ HELD_OUT_PERCENT = 8
 MAX_PAIRS = 40_000
 MAX_ANSWER_CHARACTERS = 1_000
 SEED = 42
+_RUN = 6  # words
 
 
 class Document(NamedTuple):
-    """Hold a docstring: its module, the name of its object, its summary sentence, and the text after that."""
+    """Hold a docstring: its module, its object's name, its summary sentence, and the text after."""
 
     module: str
     name: str
     title: str
     body: str
-
-    @property
-    def is_public(self) -> bool:
-        """Return True if no part of the name below the module is private (compiled packages have private modules)."""
-        return not any(part.startswith("_") for part in self.name.removeprefix(self.module).split("."))
 
 
 def load_pairs(split: str = "train") -> Dataset:
@@ -61,36 +58,30 @@ def load_pairs(split: str = "train") -> Dataset:
         split: ``"train"``, or ``"validation"`` for the modules that training never sees.
 
     Returns:
-        A data set with the string columns ``query`` (summary), ``answer`` (name and description) and ``module``.
+        The string columns ``query`` (summary), ``answer`` (name and description) and ``module``.
 
     Raises:
         ValueError: for another split, or when the installed packages hold no documentation.
     """
-    documents = _split(split)
-    return Dataset.from_dict(
-        {
-            "query": [document.title for document in documents],
-            "answer": [f"{document.name}: {document.body}" for document in documents],
-            "module": [document.module for document in documents],
-        }
-    )
+    rows = [{"query": title, "answer": f"{name}: {body}", "module": module} for module, name, title, body in _split(split)]
+    return Dataset.from_list(rows)
 
 
 def load_passages() -> Dataset:
-    """Return the documents of public objects, of both splits, to search: ``text`` (name, summary, description) and ``name``."""
-    documents = [document for document in [*_split("train"), *_split("validation")] if document.is_public]
-    return Dataset.from_dict(
-        {
-            "text": [f"{document.name}: {document.title} {document.body}" for document in documents],
-            "name": [document.name for document in documents],
-        }
-    )
+    """Return the documents of public objects, of both splits, to search: ``text`` and ``name``."""
+    rows = [
+        {"text": f"{name}: {title} {body}", "name": name}
+        for module, name, title, body in [*_split("train"), *_split("validation")]
+        if not any(part.startswith("_") for part in name.removeprefix(module).split("."))
+    ]
+    return Dataset.from_list(rows)
 
 
 def _split(split: str) -> list[Document]:
     if split not in ("train", "validation"):
         raise ValueError(f"The installed documentation has no split {split!r}; use train or validation.")
-    documents = [document for document in collect(find_roots()) if is_held_out(document.module) == (split == "validation")]
+    held_out = split == "validation"
+    documents = [document for document in collect(find_roots()) if is_held_out(document.module) == held_out]
     if not documents:
         raise ValueError(
             f"The packages installed in this environment hold no documentation for the split {split}; "
@@ -111,14 +102,14 @@ def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ..
 
 
 @functools.lru_cache(maxsize=1)  # the stages of a recipe share the result
-def collect(roots: tuple[tuple[str, Path], ...], max_documents: int = MAX_PAIRS) -> tuple[Document, ...]:
-    """Return at most ``max_documents`` documents under the given roots, in a fixed order, without repetition."""
+def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
+    """Return the first documents under the given roots, without repetition."""
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
     progress = tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5)
-    found = (
-        document for package, root, path in progress for document in read_documents(path, module_name(package, root, path))
+    found = itertools.chain.from_iterable(
+        read_documents(path, module_name(package, root, path)) for package, root, path in progress
     )
-    return tuple(itertools.islice(without_repetition(found), max_documents))
+    return tuple(itertools.islice(without_repetition(found), MAX_PAIRS))
 
 
 def source_files(root: Path) -> list[Path]:
@@ -143,7 +134,7 @@ def module_name(package: str, root: Path, path: Path) -> str:
 
 
 def is_held_out(module: str) -> bool:
-    """Return True if a module belongs to validation; its name alone decides, so this is the same on every machine."""
+    """Return True if a module belongs to validation, which its name alone decides."""
     return int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
@@ -165,7 +156,7 @@ def read_documents(path: Path, module: str) -> Iterator[Document]:
 
 
 def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    r"""Yield qualified names and docstrings of a module, its classes and functions, and objects documented by a call.
+    r"""Yield the names and docstrings of a module, its classes, functions and documented objects.
 
     >>> list(docstrings(ast.parse("class A:\n  def b(self):\n    'Does b.'"), "m"))
     [('m.A.b', 'Does b.')]
@@ -183,7 +174,8 @@ def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
 
 
 def _documented_by_call(call: ast.Call) -> Iterator[tuple[str, str]]:
-    # numpy and torch document compiled functions by add_newdoc("numpy", "zeros", """..."""), add_docstr(torch.abs, """...""")
+    # numpy and torch document compiled functions by add_newdoc("numpy", "zeros", """..."""),
+    # add_docstr(torch.abs, """...""").
     if "doc" not in ast.unparse(call.func) or len(call.args) < 2:
         return
     *target, text = call.args
@@ -211,7 +203,7 @@ _SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)[
 
 
 def plain_text(text: str) -> str:
-    r"""Return the prose of a docstring, without examples, code, directives and markup, and with single spaces.
+    r"""Return the prose of a docstring, without examples, code, directives and markup.
 
     >>> plain_text("Uses :func:`~os.walk` on ``top``.\n\n>>> 1 + 1\n2\n\nReturns\n-------\nA list.")
     'Uses os.walk on top. Returns A list.'
@@ -223,7 +215,7 @@ def plain_text(text: str) -> str:
 
 
 def title_and_body(docstring: str) -> tuple[str, str]:
-    """Return the summary sentence and the rest of a docstring as plain text; two empty strings where either is too short.
+    """Return the summary sentence and the rest as plain text; empty where either is too short.
 
     >>> title_and_body("Return the larger of two numbers. Ties go to the first one, as they do in every sorting function.")
     ('Return the larger of two numbers.', 'Ties go to the first one, as they do in every sorting function.')
@@ -243,11 +235,12 @@ def _is_prose(text: str) -> bool:
     return sum(character.isascii() and (character.isalpha() or character == " ") for character in text) > 0.75 * len(text)
 
 
-def without_repetition(documents: Iterable[Document], shingle: int = 6) -> Iterator[Document]:
-    """Leave out documents whose title or name was seen, or whose body mostly was, and titles that name too many things.
+def without_repetition(documents: Iterable[Document]) -> Iterator[Document]:
+    """Leave out documents seen before, and titles that name too many things.
 
-    A body counts as seen when half of its runs of ``shingle`` words occurred in the bodies before it: documentation is often
-    copied from class to class, and such a copy must not stand on the other side of the split.
+    A document was seen if its title or name was, or half of the runs of words in its body:
+    documentation is often copied from class to class, and such a copy must not stand on the other
+    side of the split.
     """
     documents = list(documents)
     keys = [_words(document.title) for document in documents]
@@ -255,7 +248,7 @@ def without_repetition(documents: Iterable[Document], shingle: int = 6) -> Itera
     seen: set[object] = set()
     for document, key in zip(documents, keys, strict=True):
         words = _words(document.body)
-        runs = {hash(words[start : start + shingle]) for start in range(max(1, len(words) - shingle + 1))}
+        runs = {hash(words[start : start + _RUN]) for start in range(max(1, len(words) - _RUN + 1))}
         if uses[key] <= 4 and key not in seen and document.name not in seen and len(runs & seen) < 0.5 * len(runs):
             seen |= {key, document.name}
             yield document

@@ -151,12 +151,11 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
     if not filled:
         return windows
     space = " " if _differs_alone(tokenizer) else ""
-    given = [[space + word for word in sentences[row]] for row in filled]
+    spaced = [space + word for word in dict.fromkeys(word for words in sentences for word in words)]
+    ids = tokenizer(spaced, add_special_tokens=False)["input_ids"]
+    lost = {word for word, tokens in zip(spaced, ids, strict=True) if not tokens}
+    given = [[tokenizer.unk_token if space + word in lost else space + word for word in sentences[row]] for row in filled]
     encoded = _encode(given, tokenizer, max_length, overlap)
-    if lost := _lost_words(encoded, given):
-        for number, word in lost:
-            given[number][word] = tokenizer.unk_token
-        encoded = _encode(given, tokenizer, max_length, overlap)
     of_window = encoded["overflow_to_sample_mapping"]
     start, content = 0, np.empty(0, dtype=np.int64)
     for number, sentence in enumerate(of_window):
@@ -207,12 +206,3 @@ def _differs_alone(tokenizer: Any) -> bool:
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return list(inside[1:]) != list(alone[1:])
-
-
-def _lost_words(encoded: Any, sentences: list[list[str]]) -> list[tuple[int, int]]:
-    """Return the numbers of the sentence and of the word, for words without a token."""
-    seen: list[set[int | None]] = [set() for _ in sentences]
-    for number, sentence in enumerate(encoded["overflow_to_sample_mapping"]):
-        seen[sentence].update(encoded.word_ids(number))
-    lengths = enumerate(map(len, sentences))
-    return [(number, word) for number, length in lengths for word in range(length) if word not in seen[number]]

@@ -1,8 +1,9 @@
-"""Texts to vectors, fast: no padding anywhere, batches by tokens instead of by texts, tokenization ahead of the model.
+"""Texts to vectors, fast: without padding, in batches by tokens, tokenized ahead of the model.
 
-Texts are taken in windows, sorted by length there, and laid end to end in one row per batch, which MiniBERT computes as it
-is and from which they are pooled. The vectors are those of ``SentenceTransformer.encode``. sentence-transformers itself encodes
-with models that are not MiniBERT or have modules other than pooling and normalization on top.
+Texts are taken in windows, sorted by length there, and laid end to end in one row per batch, which
+MiniBERT computes as it is and from which they are pooled. The vectors are those of
+``SentenceTransformer.encode``. sentence-transformers itself encodes with models that are not
+MiniBERT or have modules other than pooling and normalization on top.
 """
 
 import copy
@@ -24,6 +25,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.util import get_device_name
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from minibert.data.load import is_unicode
 from minibert.inference.batching import Batch, Tokenizer, check_texts, cut_windows, tokenizing_thread, turn
@@ -34,69 +36,15 @@ from minibert.packing_minibert import PREFERS_EXP2, Packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FEW_TEXTS = 8  # handing so few to another thread takes longer than tokenizing them
-_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
+_CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # in a batch
 # Seconds between two returns of free memory to the system: each takes milliseconds, and mapping it again some more.
 TRIM_SECONDS = 20.0
 _trimmed = time.monotonic()
 _malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def encode(
-    model: str | Path | SentenceTransformer,
-    texts: str | Sequence[str],
-    *,
-    batch_tokens: int | None = None,
-    dtype: str = "auto",
-    normalize: bool = False,
-    prompt: str | None = None,
-    prompt_name: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    show_progress: bool = False,
-) -> np.ndarray:
-    """Encode ``texts`` into vectors (texts, dimension) in float32, or a single text into one of (dimension,).
-
-    Memory, except that of the vectors, does not grow with the number of texts.
-
-    Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
-        batch_tokens: tokens computed at once; the default depends on the device.
-        dtype: precision to compute in: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 if the processor
-            multiplies at least a quarter faster in it (timed once per process), else float32. An opened model keeps its own by
-            default.
-        normalize: scale vectors to length 1, also if the model has no such module.
-        prompt: text to put before every text; ``prompt_name`` names one of the model's prompts.
-        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best device present.
-        trust_remote_code: run Python code that comes with the model.
-
-    Example::
-
-        vectors = encode("runs/quickstart/2-embed", ["read a table", "sort a list"])
-        vectors @ vectors.T  # (2, 2) cosines: the vectors of this model have length 1
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load`, and for an unknown ``dtype`` or
-            ``prompt_name``, a device that is not present, and a text that is not a string or holds a lone surrogate.
-    """
-    encoder = Encoder(
-        model,
-        batch_tokens=batch_tokens,
-        dtype=dtype,
-        normalize=normalize,
-        prompt=prompt,
-        prompt_name=prompt_name,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        query_copies=False,  # the copies only pay off when the encoder is reused
-    )
-    if isinstance(texts, str):
-        vector: np.ndarray = encoder.encode([texts])[0]
-        return vector
-    return encoder.encode(texts, show_progress=show_progress)
-
-
 class EncoderOptions(TypedDict, total=False):
-    """Type the options of :func:`encode` that decide how a model is used, for functions that pass them on."""
+    """Type the options of :func:`encode`, for functions that pass them on."""
 
     batch_tokens: int | None
     dtype: str
@@ -107,15 +55,57 @@ class EncoderOptions(TypedDict, total=False):
     trust_remote_code: bool
 
 
+def encode(
+    model: str | Path | SentenceTransformer,
+    texts: str | Sequence[str],
+    *,
+    show_progress: bool = False,
+    **options: Unpack[EncoderOptions],
+) -> np.ndarray:
+    """Encode ``texts`` into vectors (texts, dimension) in float32, or a single text into one of (dimension,).
+
+    Memory, except that of the vectors, does not grow with the number of texts.
+
+    Args:
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
+        batch_tokens: tokens computed at once; the default depends on the device.
+        dtype: precision to compute in: ``float32``, ``bfloat16``, ``float16``, or ``auto``:
+            bfloat16 if the processor multiplies at least a quarter faster in it (timed once per
+            process), else float32. An opened model keeps its own by default.
+        normalize: scale vectors to length 1, also if the model has no such module.
+        prompt: text to put before every text.
+        prompt_name: the name of one of the model's prompts, instead.
+        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best device present.
+        trust_remote_code: run Python code that comes with the model.
+
+    Example::
+
+        vectors = encode("runs/quickstart/2-embed", ["read a table", "sort a list"])
+        vectors @ vectors.T  # (2, 2) cosines: the vectors of this model have length 1
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load`, and for an unknown
+            ``dtype`` or ``prompt_name``, a device that is not present, and a text that is not a
+            string or holds a lone surrogate.
+    """
+    encoder = Encoder(model, query_copies=False, **options)  # copies only pay off in an encoder that is reused
+    if isinstance(texts, str):
+        vector: np.ndarray = encoder.encode([texts])[0]
+        return vector
+    return encoder.encode(texts, show_progress=show_progress)
+
+
 class Encoder:
     """Keep a model open to encode any number of texts; arguments as in :func:`encode`.
 
     Args:
-        query_copies: if ``dtype="auto"`` takes float32, multiply fewer than 32 tokens (a query) by copies of the matrices in
-            float16, which take half the time to read. The first query makes them and takes longer for it.
+        query_copies: if ``dtype="auto"`` takes float32, multiply fewer than 32 tokens (a query) by
+            copies of the matrices in float16, which take half the time to read. The first query
+            makes them and takes longer for it.
 
     Attributes:
-        model: the sentence-transformers model. One that was opened here cannot be saved: its matrices may be prepacked.
+        model: the sentence-transformers model. One that was opened here cannot be saved: its
+            matrices may be prepacked.
         dimension: width of the vectors.
         normalized: True if the vectors have length 1.
         packed: True if batches are computed without padding.
@@ -148,10 +138,7 @@ class Encoder:
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens} (--batch-tokens).")
         if prompt is not None and prompt_name is not None:
-            raise ValueError(
-                f"prompt={prompt!r} and prompt_name={prompt_name!r} are both given; give one of the two "
-                "(--prompt, --prompt-name)."
-            )
+            raise ValueError("prompt and prompt_name are both given; give one of the two (--prompt, --prompt-name).")
         if prompt is not None and not is_unicode(prompt):
             raise ValueError(f"The prompt {prompt!r} is not UTF-8; convert it (--prompt).")
         if device is not None:
@@ -169,7 +156,8 @@ class Encoder:
         dimension = self.model.get_embedding_dimension()
         assert dimension is not None  # of every model that gives sentence embeddings
         self.dimension = dimension
-        self.batch_tokens = batch_tokens or self._suitable_batch()
+        usual = _CPU_TOKENS if self.model.device.type == "cpu" else _GPU_TOKENS
+        self.batch_tokens = batch_tokens or usual
         if self.packed:
             encoder = _encoder_of(self.model)
             self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config)
@@ -202,9 +190,6 @@ class Encoder:
         """Return the precision of the computation, such as ``"float32"``."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
-    def _suitable_batch(self) -> int:
-        return _BATCH_TOKENS["cpu" if self.model.device.type == "cpu" else "gpu"]
-
     def explain(self) -> str:
         """Return what was decided and why, one line for each option."""
         return "\n".join(f"{name}: {choice}" for name, choice in self.decisions.items())
@@ -218,11 +203,11 @@ class Encoder:
         return self._encode(texts, self.prompt, None, show_progress)
 
     def encode_query(self, queries: Sequence[str]) -> np.ndarray:
-        """Encode queries as ``SentenceTransformer.encode_query``: by default after the model's prompt named ``query``."""
+        """Encode queries as sentence-transformers does: after the model's prompt named ``query``."""
         return self._encode(queries, self._task_prompt("query"), "query", False)
 
     def encode_document(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
-        """Encode passages as ``SentenceTransformer.encode_document``: by default after the model's prompt for passages."""
+        """Encode passages as sentence-transformers does: after the model's prompt for passages."""
         return self._encode(texts, self._task_prompt("document", "passage", "corpus"), "document", show_progress)
 
     def _task_prompt(self, *names: str) -> str | None:
@@ -240,7 +225,9 @@ class Encoder:
         return vectors
 
     def windows(self, windows: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
-        """Yield the (n, dimension) float32 vectors of every window of ``n`` texts; the next window is tokenized meanwhile.
+        """Yield the (n, dimension) float32 vectors of every window of ``n`` texts.
+
+        The next window is tokenized meanwhile.
 
         Raises:
             ValueError: for the first text that is not a string or holds a lone surrogate.
@@ -286,7 +273,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        """Compute the (count, dimension) vectors of a window from its batches; a text without a token gets zeros."""
+        """Compute the (count, dimension) vectors of a window; a text without a token gets zeros."""
         device = self.model.device
         vectors = torch.zeros(count, self.dimension, device=device)
         for batch in batches:
@@ -321,7 +308,7 @@ class Encoder:
 def trim_memory() -> None:
     """Return free memory to the system, at most every ``TRIM_SECONDS``.
 
-    Tensors of ever new sizes leave holes between them, which glibc keeps (``benchmarks/soak.py`` shows it).
+    Tensors of ever new sizes leave holes between them, which glibc keeps (``benchmarks/soak.py``).
     """
     global _trimmed
     if _malloc_trim is not None and time.monotonic() - _trimmed >= TRIM_SECONDS:
@@ -330,7 +317,7 @@ def trim_memory() -> None:
 
 
 def _check_device(device: str) -> None:
-    """Refuse a device that this computer or this PyTorch does not have, before a model is read for it."""
+    """Refuse a device that this computer or PyTorch does not have, before a model is read."""
     try:
         torch.zeros(1, device=device).cpu()  # "meta" accepts tensors but returns none
     except torch.OutOfMemoryError:

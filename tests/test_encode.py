@@ -526,7 +526,7 @@ def test_the_faster_numbers_are_chosen_and_said(monkeypatch, half, expected):
         (["a"] * 5000 + [None], {}, "Text 5000 is NoneType"),
         (["a", "\ud800"], {}, r"Text 1 holds a lone surrogate, which is not a character: '.ud800'; decode it"),
         (["a"], {"prompt": "caf\udce9 "}, r"The prompt 'caf.udce9 ' is not UTF-8"),
-        (["a"], {"prompt": "a", "prompt_name": "zzz"}, "prompt='a' and prompt_name='zzz' are both given"),
+        (["a"], {"prompt": "a", "prompt_name": "zzz"}, "prompt and prompt_name are both given"),
     ],
 )
 def test_wrong_arguments_are_refused(folders, texts, options, message):
