@@ -160,25 +160,20 @@ def _report_progress() -> None:
     logger = logging.getLogger("minibert")
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
     logger.setLevel(logging.INFO)
-    _silence_libraries()
+    _silence_libraries(bars=True)
 
 
-def _silence_libraries() -> None:
-    """Silence logs, whose errors the command repeats, and the bars of loading weights."""
+def _silence_libraries(bars: bool = False) -> None:
+    """Silence logs, whose errors the command repeats, and bars; ``bars`` hides those of weights only."""
+    from datasets import disable_progress_bars
     from datasets.utils.logging import CRITICAL, set_verbosity
     from transformers.utils import logging
 
+    if not bars:
+        disable_progress_bars()
     set_verbosity(CRITICAL)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _hide_loading_bars() -> None:
-    """Silence the libraries and every progress bar except those of the encoder."""
-    from datasets import disable_progress_bars
-
-    disable_progress_bars()
-    _silence_libraries()
 
 
 @_command(
@@ -249,7 +244,7 @@ def search(
     """
     from minibert.search.search import FolderSearcher, Searcher, check_queries, read_passages, read_queries
 
-    _hide_loading_bars()
+    _silence_libraries()
     _report_progress()
     if queries and queries_file is not None:
         raise ValueError("There are queries on the command line and in --queries; give one of the two.")
@@ -265,10 +260,8 @@ def search(
         searcher = FolderSearcher(target, **of_index, **options)
     else:
         if given := [name for name, value in of_index.items() if value]:
-            raise ValueError(
-                f"--{given[0]} is for a folder of vectors, and --passages {passages} is none; "
-                f"make one with: minibert encode {target} {passages} OUT"
-            )
+            wanted = f"make one with: minibert encode {target} {passages} OUT"
+            raise ValueError(f"--{given[0]} is for a folder of vectors; {wanted}")
         searcher = Searcher(target, read_passages(passages, column), **options)
     for batch in [queries] if queries else ([query] for query in _typed_queries()):
         for query, hits in zip(batch, searcher.search(batch, top_k)):
@@ -331,7 +324,7 @@ def encode(
     from minibert.files.processes import processes
     from minibert.search.encode_corpus import encode_corpus
 
-    _hide_loading_bars()
+    _silence_libraries()
     options: dict[str, Any] = {
         **{"column": column, "id_column": id_column, "split": split, "on_bad_row": on_bad_row},
         **{"keep_text": keep_text, "precision": precision, "rows_per_shard": rows_per_shard},
@@ -385,7 +378,7 @@ def evaluate(
     from minibert.evaluation.evaluate import evaluate as measure
     from minibert.evaluation.evaluate import metrics_table
 
-    _hide_loading_bars()
+    _silence_libraries()
     result = measure(
         model,
         data,
@@ -429,7 +422,7 @@ def predict(
 
     if out is not None:
         check_output(out, force=force)
-    _hide_loading_bars()
+    _silence_libraries()
     predictions = predict_rows(
         model,
         data,
@@ -614,7 +607,7 @@ def verify(
     """
     from minibert.hub.verify import verify as verify_model
 
-    _hide_loading_bars()
+    _silence_libraries()
     found = verify_model(model, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(asdict(found))
@@ -644,7 +637,7 @@ def _draw(out: Path, force: bool, draw: Callable[[], Any]) -> None:
     from minibert.inference.predict import check_output
     from minibert.plot.page import SUFFIXES
 
-    _hide_loading_bars()
+    _silence_libraries()
     check_output(out, SUFFIXES, force=force)
     picture = draw()
     for note in picture.notes:
@@ -745,7 +738,7 @@ def tokens(
     """Show how a text is split into tokens: their ids, the words they belong to, and what the vocabulary lacks."""
     from minibert import plot
 
-    _hide_loading_bars()
+    _silence_libraries()
     found = plot.tokens(model, text, trust_remote_code=trust_remote_code)
     if as_json:
         print_json({"model": model, "text": text, "tokens": [asdict(token) for token in found.tokens]})

@@ -109,9 +109,7 @@ def find_logs(path: Path) -> list[Path]:
         raise FileNotFoundError(f"The run {path} does not exist (looked from {Path.cwd()}).")
     if logs := [path] if path.is_file() else sorted(path.glob(LOG)) or sorted(path.glob(f"*/{LOG}")):
         return logs
-    raise FileNotFoundError(
-        f"{path} holds no {LOG}, nor does a stage in it; give the folder of a run that trained, or of one of its stages."
-    )
+    raise FileNotFoundError(f"{path} holds no {LOG}, nor does a stage in it; give the folder of a run that trained.")
 
 
 def read_log(log: Path) -> list[dict[str, float]]:
@@ -132,9 +130,7 @@ def read_log(log: Path) -> list[dict[str, float]]:
         except (ValueError, AttributeError, KeyError) as error:
             if number == len(texts) and lines and not text.endswith("}"):
                 break
-            raise ValueError(
-                f"Line {number} of {log} is not a line of a training log (a JSON object with a step); repair or remove it."
-            ) from error
+            raise ValueError(f"Line {number} of {log} is not a JSON object with a step; repair or remove it.") from error
         if lines and "seconds" not in values and "seconds" in lines[-1]:
             values["seconds"] = lines[-1]["seconds"]
         lines.append(values)

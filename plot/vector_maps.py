@@ -15,7 +15,6 @@ from minibert.inference.answers import max_length_of
 from minibert.inference.load import load
 from minibert.plot import page
 
-METHODS = ("pca", "tsne")
 # Points have names if they are few; more labels than that share a colour and marker.
 _NAMED, _KINDS = 60, 30
 _SYMBOLS = ("circle", "diamond", "square")
@@ -111,8 +110,8 @@ def embeddings(
         page.check_text(text, f"Text {number}")
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"{len(texts)} text(s) need as many labels, got {len(labels)} (--label).")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r} (--method).")
+    if method not in ("pca", "tsne"):
+        raise ValueError(f"method must be pca or tsne, got {method!r} (--method).")
     if not tokens and len(texts) < 3:
         raise ValueError(f"{len(texts)} text(s) make no picture; give three or more, or show their tokens (--tokens).")
     names = None if labels is None else [str(label) for label in labels]

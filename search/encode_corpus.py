@@ -53,12 +53,9 @@ _NO_END = 2**62  # a row that no input has
 
 
 class Summary(NamedTuple):
-    """The result of :func:`encode_corpus`.
+    """The result of :func:`encode_corpus`: vectors ``written`` in ``seconds``, by all processes.
 
-    Attributes:
-        manifest: of the folder.
-        written: vectors that this call wrote, with all its processes, in ``seconds``.
-        decisions: what was chosen and why, see :class:`minibert.inference.encode.Encoder`.
+    ``decisions`` are those of the encoder, and how the processes shared the work.
     """
 
     manifest: Manifest
@@ -287,9 +284,7 @@ class _Job:
             return False
         apart_from_input = _differences(replace(manifest, source=self.stream.source), self.asked)
         if differences and (apart_from_input or not append):
-            raise ValueError(
-                f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or replace them with --force."
-            )
+            raise ValueError(f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or use --force.")
         self.manifest = manifest
         self._find_shards()
         if not differences:
@@ -412,9 +407,8 @@ class _Job:
                 where = f"{block.first_in_part + place} of {block.part}"
                 if block.first != block.first_in_part:
                     where = f"{block.first + place} of the input, row {where}"
-                raise ValueError(
-                    f"Row {where} {bad.reason} (rows are counted from 0); correct it, or skip such rows with --on-bad-row skip."
-                )
+                advice = "correct it, or skip such rows with --on-bad-row skip"
+                raise ValueError(f"Row {where} {bad.reason} (rows are counted from 0); {advice}.")
             notes["skipped"] += 1
             if len(notes["skipped_rows"]) < _NAMED:
                 notes["skipped_rows"].append([block.first + place, bad.reason])
@@ -427,10 +421,8 @@ class _Job:
         if self.state.is_main_process:
             numbers = shard_files(self.out).keys()
             if missing := sorted(set(range(max(numbers) + 1)) - numbers):
-                raise OSError(
-                    f"{self.out} lacks {shard_name(missing[0])}; the folder must be the same for all "
-                    "processes. Run the same command again to make what is missing."
-                )
+                lost = self.out / shard_name(missing[0])
+                raise OSError(f"{lost} is missing; run the command again, in the same folder for all processes.")
             self._list_shards(complete=True)
         self.state.wait_for_everyone()
         self.manifest = read_manifest(self.out)

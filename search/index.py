@@ -209,10 +209,7 @@ def open_index(folder: VectorFolder, *, exact: bool = False, show_progress: bool
     """
     rows = len(folder)
     if not rows:
-        raise ValueError(
-            f"{folder.folder} holds no vectors; encode an input that holds texts, or wait until "
-            "minibert encode has written some."
-        )
+        raise ValueError(f"{folder.folder} holds no vectors; encode an input that holds texts, or wait for the first.")
     with_lists = rows > EXACT_ROWS and not exact
     if with_lists:
         import faiss  # noqa: F401  # fails here rather than after the vectors were copied

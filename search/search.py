@@ -98,10 +98,8 @@ def check_queries(queries: Sequence[str]) -> None:
         if not query.strip():
             raise ValueError(f"Query {number} is empty; write what to look for.")
         if not is_unicode(query):
-            raise ValueError(
-                f"Query {number} is not UTF-8: {shorten(repr(query), 80)}; convert it, for example with "
-                "iconv -f latin1 -t utf8."
-            )
+            shown = shorten(repr(query), 80)
+            raise ValueError(f"Query {number} is not UTF-8: {shown}; convert it, as with iconv -f latin1 -t utf8.")
 
 
 class Searcher:
@@ -187,10 +185,7 @@ class FolderSearcher(Searcher):
     ) -> None:
         self.folder = VectorFolder(folder)
         if hybrid and not self.folder.has_texts:
-            raise ValueError(
-                f"{folder} holds no texts, which --hybrid searches by their words; encode again with "
-                "--keep-text, or leave --hybrid out."
-            )
+            raise ValueError(f"{folder} holds no texts for --hybrid; encode again with --keep-text, or leave it out.")
         if hybrid:
             from minibert.inference import bm25  # noqa: F401  # fails here rather than after the index was built
         if not self.folder.manifest.complete:

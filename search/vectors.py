@@ -133,9 +133,7 @@ def quantize(vectors: np.ndarray, manifest: Manifest) -> np.ndarray:
     if manifest.precision.startswith("float"):
         return vectors.astype(manifest.precision)
     ranges = None if manifest.ranges is None else np.array(manifest.ranges, dtype=np.float32)
-    quantized = quantize_embeddings(vectors, manifest.precision, ranges=ranges)  # type: ignore[arg-type]
-    assert isinstance(quantized, np.ndarray)  # one matrix in, one out
-    return quantized
+    return np.asarray(quantize_embeddings(vectors, manifest.precision, ranges=ranges))  # type: ignore[arg-type]
 
 
 def to_float(stored: np.ndarray, manifest: Manifest) -> np.ndarray:

@@ -340,7 +340,7 @@ def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
         (lambda m: plot.embeddings(m / "minibert", []), "No texts are given"),
         (lambda m: plot.embeddings(m / "minibert", ["a", "", "b"]), "Text 2 is empty"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, labels=["a"]), "4 text.s. need as many labels, got 1"),
-        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "must be one of pca, tsne, got 'mds'"),
+        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "must be pca or tsne, got 'mds'"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS[:2]), "three or more"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, method="tsne"), "use pca"),
         (lambda m: plot.similarity(m / "minibert", TEXTS, []), "second list of texts is empty"),
@@ -350,7 +350,7 @@ def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
         (lambda m: plot.training([]), "No run is given"),
         (lambda m: plot.training(m / "none"), "The run .* does not exist"),
         (lambda m: plot.training(m / "bert"), "holds no log.jsonl"),
-        (lambda m: plot.training(m / "bert" / "config.json"), "Line 1 of .* is not a line of a training log"),
+        (lambda m: plot.training(m / "bert" / "config.json"), "Line 1 of .* is not a JSON object"),
     ],
 )
 def test_wrong_input_is_refused_in_words(models, call, message):

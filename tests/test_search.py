@@ -323,7 +323,7 @@ def test_a_folder_without_texts_gives_ids(saved, tmp_path, run_index):
     assert result.stdout.strip().endswith("id 2")
     result = run_index(folder, "capital of france", "--hybrid")
     assert result.exit_code == 2
-    assert "holds no texts, which --hybrid searches by their words" in result.stderr
+    assert "holds no texts for --hybrid" in result.stderr
 
 
 def test_hybrid_search_finds_words_the_model_does_not_know(saved, tmp_path):
