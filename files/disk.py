@@ -1,7 +1,6 @@
 """Write files safely: one writer per folder, files that appear complete or not at all, readable errors, and YAML."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 
 _JSON_LIMIT = 64_000_000  # bytes
@@ -18,7 +18,7 @@ _JSON_LIMIT = 64_000_000  # bytes
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from writing into ``folder``; the system releases the lock when this process ends.
+    """Keep other processes from writing into ``folder`` until the block or this process ends.
 
     Args:
         doing: what this process does there, for the message to others: ``"training in"``.
@@ -38,22 +38,19 @@ def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -
     try:
         yield
     finally:
-        (folder / ".lock").unlink(missing_ok=True)  # before the release, so that nobody removes the lock of the next process
+        # Before the release: later, it could remove the lock of the next process.
+        (folder / ".lock").unlink(missing_ok=True)
         lock.release()
 
 
 @contextlib.contextmanager
 def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
-    """Raise disk trouble, including that of safetensors, as one OSError that says what to do.
-
-    Args:
-        kept: what is not lost, as a clause.
-    """
+    """Raise disk trouble as one OSError that says what to do, and what is not lost (``kept``)."""
     try:
         yield
+    except Timeout:
+        raise
     except (OSError, SafetensorError) as error:
-        if isinstance(error, Timeout):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise OSError(
             f"{target} could not be written ({reason}); {kept}. "
@@ -63,7 +60,7 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces ``path``, synced, when the block ends; after an error the old file stays."""
+    """Yield a temporary path that replaces ``path`` when the block ends; after an error, it does not."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
@@ -94,7 +91,7 @@ def read_json(file: Path) -> Any:
     if not file.exists():
         raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
     if file.stat().st_size > _JSON_LIMIT:
-        raise ValueError(f"{file} is larger than the {_JSON_LIMIT:,} bytes that are read; this is not a file of a model.")
+        raise ValueError(f"{file} is larger than {_JSON_LIMIT:,} bytes; it is not a file of a model.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -104,10 +101,7 @@ def read_json(file: Path) -> Any:
 def sha256(file: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as content:
-        digest = hashlib.sha256()
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha_fileobj(content).hex()
 
 
 def sync(path: Path) -> None:
@@ -136,7 +130,7 @@ for _reads_or_writes in (YamlLoader, _YamlDumper):
 
 
 def to_yaml(value: Any) -> str:
-    """Write a recipe, or a part of it, as readable text that :class:`YamlLoader` reads back as the same value.
+    """Write a value as readable text that :class:`YamlLoader` reads back as the same value.
 
     >>> yaml.load(to_yaml({"data": ["\x85.csv", "1e5"], "rate": 1e-5}), Loader=YamlLoader)
     {'data': ['\x85.csv', '1e5'], 'rate': 1e-05}

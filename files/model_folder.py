@@ -1,7 +1,7 @@
-"""Check the files of a model folder before a library opens them: weights, pickles, code, links, and names of files.
+"""Check the files of a model folder before a library opens them: weights, pickles, code, links, names.
 
-Nothing here loads a tensor, runs code or follows a name. A folder that passes can still be wrong, but opening it takes no more
-memory than its files, and reads no file outside of it. Every caller opens its models within :func:`opening`.
+Nothing here loads a tensor, runs code or follows a name. Opening a folder that passes takes no more
+memory than its files, and reads no file outside of it. Open models within :func:`opening`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -22,17 +22,21 @@ from minibert.files.disk import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.bin.index.json")
+# Files that can run code when they are opened.
+PICKLES = (
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.bin.index.json"),
+    *("*.joblib", "*.npy", "*.h5"),
+)
 
-# Bytes. safetensors allows 100 MB; the largest published models need a tenth of this, and a parsed header takes many times
-# its size in memory.
+# Bytes. safetensors allows 100 MB, but a parsed header takes many times its size in memory.
 HEADER_LIMIT = 16_000_000
-# Layers can share weights, so a configuration may describe this many times the stored numbers, or this many in any case.
+# Layers can share weights, so a configuration may describe this many times the stored numbers, or
+# this many in any case.
 _SHARED = 16
 _SMALL = 2**28
 # Suffixes of the files that opening a model reads; a link among them could lead to any file of this machine.
 _READ = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
-# One lock per process: a forked child would wait for ever for a lock that a thread of its parent held.
+# One lock per process: a forked child would wait for ever for a lock of its parent's thread.
 _LOCKS: dict[int, threading.RLock] = {}
 # module.Class, optionally with the folder of the module, and with the repository on the Hub before it.
 _CODE = re.compile(r"(?:[\w.-]+/[\w.-]+--)?(?:\w+/)*\w+\.\w+")
@@ -49,17 +53,16 @@ def code_files() -> tuple[Path, ...]:
 
 
 def check_model(folder: Path) -> None:
-    """Run every check of this module on a model folder; call it before a model is opened.
-
-    Raises:
-        FileNotFoundError: weights are missing.
-        ValueError: as :func:`check_paths` and :func:`check_weights` say.
-    """
+    """Run every check of this module on a model folder; call it before a model is opened."""
     check_paths(folder)
     check_weights(folder / next(_module_paths(folder)) if (folder / "modules.json").exists() else folder)
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+def refuse_missing(model: str | Path, advice: str) -> NoReturn:
+    """Raise a FileNotFoundError that says that there is no folder ``model``, with an ``advice``."""
+    path = Path(model).expanduser()
+    here = f"There is no model folder {model} (looked from {Path.cwd()})"
+    raise FileNotFoundError(f"{f'{model} is a file' if path.is_file() else here}; {advice}.")
 
 
 def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
@@ -109,7 +112,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors weights, with damaged weights, or with a configuration far larger than its weights.
+    """Check that a folder holds the safetensors weights of a model, and a configuration of that size.
 
     Raises:
         FileNotFoundError: weights are missing.
@@ -117,12 +120,11 @@ def check_weights(folder: Path) -> None:
     """
     files = weight_files(folder)
     if not files:
-        if pickles := pickled(folder):
-            refuse_pickles(folder, pickles)
+        if names := pickles(os.listdir(folder)):
+            refuse_pickles(folder, names)
         raise FileNotFoundError(
-            f"{folder} holds no {WEIGHTS}; was the training that writes it finished? Weights in the format of "
-            "another library must be saved as safetensors first, with transformers: "
-            "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)."
+            f"{folder} holds no {WEIGHTS}; was the training that writes it finished? Save weights of "
+            "another format with transformers: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)."
         )
     stored = 0
     for file in files:
@@ -133,7 +135,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _check_size(file: Path, stored: int) -> None:
-    """Refuse a configuration that describes far more than the ``stored`` numbers, before a library builds that model."""
+    """Refuse a configuration of far more than the ``stored`` numbers, before a library builds it."""
     config = read_settings(file)
 
     def size(*names: str) -> int:
@@ -147,34 +149,37 @@ def _check_size(file: Path, stored: int) -> None:
     if described > max(_SHARED * stored, _SMALL):
         digits = int(described.bit_length() * math.log10(2))  # the number itself may be too long to print
         raise ValueError(
-            f"{file} describes a model of about 10^{digits} numbers, but its weights hold {stored:,}; save or download the "
-            "model again."
+            f"{file} describes a model of about 10^{digits} numbers, but its weights hold {stored:,}; save "
+            "or download the model again."
         )
 
 
-def pickled(folder: Path) -> list[str]:
-    """Return the names of the files in ``folder`` whose suffix is that of a pickle."""
-    return sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+def pickles(paths: Iterable[str]) -> list[str]:
+    """Return those of ``paths`` whose opening can run code, sorted.
+
+    >>> pickles(["pytorch_model.bin", "1_Dense/model.safetensors"])
+    ['pytorch_model.bin']
+    """
+    return sorted(path for path in paths if any(PurePosixPath(path).match(one) for one in PICKLES))
 
 
 def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") -> NoReturn:
-    """Raise a ValueError that says how to save the pickles ``names`` of ``folder`` as safetensors with ``opener``."""
+    """Raise a ValueError that says how ``opener`` saves the pickles ``names`` as safetensors."""
     raise ValueError(
-        f"{folder} holds weights only as a pickle ({', '.join(names)}), which can run code when it is opened; if you trust it, "
-        f"save it as safetensors first: {opener}.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)."
+        f"{folder} holds weights only as a pickle ({', '.join(names)}), which can run code when it is "
+        "opened; if you trust it, save it as safetensors first: "
+        f"{opener}.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)."
     )
 
 
-# ----------------------------------------------------------------------------------------------- names, links and code
-
-
 def check_paths(folder: Path) -> None:
-    """Refuse a model folder in which a name or a link leads out of it: of modules, code, or parts of the weights.
+    """Refuse a model folder in which a name or a link leads out of it.
 
     Links of the Hub's cache lead into ``blobs`` of the same repository and are allowed.
 
     Raises:
-        ValueError: naming the file and what it leads to; also for kernels from the Hub, and pickled weights of a module.
+        ValueError: naming the file and what it leads to; also for kernels from the Hub, and pickled
+            weights of a module.
     """
     modules = [folder / path for path in _module_paths(folder)] if (folder / "modules.json").exists() else [folder]
     _check_links(folder, modules)
@@ -183,8 +188,11 @@ def check_paths(folder: Path) -> None:
             _check_code(place / name)
     weight_files(modules[0])
     for place in modules[1:]:
-        if place not in (folder, modules[0]) and (pickles := pickled(place)) and not weight_files(place):
-            refuse_pickles(folder, [f"{place.relative_to(folder)}/{name}" for name in pickles], "SentenceTransformer")
+        if place not in (folder, modules[0]) and not weight_files(place):
+            path = place.relative_to(folder).as_posix()
+            names = [f"{path}/{name}" for name in os.listdir(place)] if place.is_dir() else []
+            if found := pickles(names):
+                refuse_pickles(folder, found, "SentenceTransformer")
 
 
 def _module_paths(folder: Path) -> Iterator[str]:
@@ -201,7 +209,7 @@ def _module_paths(folder: Path) -> Iterator[str]:
 
 
 def _check_code(file: Path) -> None:
-    """Refuse an auto_map that names anything but Python files, and kernels from the Hub, which transformers runs unasked."""
+    """Refuse kernels from the Hub, which transformers runs unasked, and an auto_map of other files."""
     settings = read_settings(file)
     for key, value in settings.items():
         named = value.values() if isinstance(value, dict) else [value]
@@ -216,8 +224,8 @@ def _check_code(file: Path) -> None:
         for code in value if isinstance(value, list) else [value]:
             if code is not None and not (isinstance(code, str) and _CODE.fullmatch(code)):
                 raise ValueError(
-                    f"{file} has {_short(code)} in its auto_map, which is not module.Class of a file there; do not use "
-                    "this model, or ask who made it."
+                    f"{file} has {_short(code)} in its auto_map, which is not module.Class of a file "
+                    "there; do not use this model, or ask who made it."
                 )
 
 
@@ -231,7 +239,7 @@ def _check_name(file: Path, name: str) -> None:
 
 def _check_links(folder: Path, modules: list[Path]) -> None:
     root = folder.resolve()
-    for parent in root.parents:  # in the Hub's cache, models--owner--name/snapshots/commit, links stay within the repository
+    for parent in root.parents:  # in the Hub's cache: models--owner--name/snapshots/commit
         if parent.name == "snapshots" and re.match(r"(models|datasets|spaces)--", parent.parent.name):
             root = parent.parent
             break
@@ -245,8 +253,8 @@ def _files_to_read(folder: Path, modules: list[Path]) -> Iterator[Path]:
     # Other links next to a model are allowed: its folder may be a working directory.
     yield from (file for file in folder.iterdir() if file.suffix in _READ)
     for place in dict.fromkeys(modules):
-        for step in range(len(place.relative_to(folder).parts), 0, -1):  # the folders on the way could be links
-            yield Path(folder, *place.relative_to(folder).parts[:step])
+        between = place.relative_to(folder).parents  # the folders on the way could be links
+        yield from (folder / path for path in (place.relative_to(folder), *between) if path.parts)
         if place != folder:
             for found, folders, files in os.walk(place):  # follows no links
                 yield from (Path(found, name) for name in (*folders, *files))
@@ -265,7 +273,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """Return ``value`` as text for a message, cut where it is long: it comes from the file."""
+    """Return ``value``, which a stranger wrote, as short text for a message."""
     text = ascii(value[:80] if isinstance(value, str) else value[:8] if isinstance(value, list) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -274,11 +282,11 @@ def _short(value: Any) -> str:
 def opening(model: str | Path) -> Iterator[None]:
     """Open ``model`` within this block, which one thread enters at a time.
 
-    While transformers builds a model, it replaces ``tie_weights`` of the class that all models share by a function that does
-    nothing. If two threads do so at once, one may restore that function for good, and every later model is left untied.
+    While transformers builds a model, it replaces ``tie_weights`` of the class that all models share.
+    Two threads at once can leave it replaced for good, and every later model untied.
 
     Raises:
-        ValueError: the configuration does not fit the weights; naming the model.
+        ValueError: the configuration does not fit the weights.
     """
     try:
         with _LOCKS.setdefault(os.getpid(), threading.RLock()):

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
+from minibert.files.disk import read_json
 from minibert.files.model_folder import check_paths, check_weights, code_files, read_header, read_settings, weight_files
 from minibert.hub import folders, provenance
 
@@ -34,23 +35,20 @@ _TEXT_TASKS = (
     *("translation", "zero-shot-classification"),
 )
 _ID = r"[\w.-]+(/[\w.-]+)?"
-# Fields that the publisher may state: whether a text, a list of texts or either is meant, what a text must match, and the
-# words for it.
-FIELDS: dict[str, tuple[str, str, str]] = {
-    "license": ("either", r"[a-z0-9][a-z0-9.+-]*", "the Hub's id of a licence, such as mit or apache-2.0"),
-    "license_name": ("text", r".+", "a name"),
-    "license_link": ("text", r".+", "an address or a file of the repository"),
-    "language": ("either", r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", "codes of languages such as en or de"),
-    "datasets": ("either", _ID, "ids of data sets on the Hub, such as owner/name"),
-    "base_model": ("either", _ID, "ids of models on the Hub, such as owner/name"),
-    "base_model_relation": ("text", r"adapter|finetune|merge|quantized", "adapter, finetune, merge or quantized"),
-    "tags": ("list", r".+", "words"),
-    "metrics": ("list", r".+", "names of metrics"),
+# Fields that the publisher may state, the pattern of each of their texts, and words for it.
+FIELDS = {
+    "license": (r"[a-z0-9][a-z0-9.+-]*", "the Hub's id of a licence, such as mit or apache-2.0"),
+    "license_name": (r".+", "a name"),
+    "license_link": (r".+", "an address or a file of the repository"),
+    "language": (r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", "codes of languages such as en or de"),
+    "datasets": (_ID, "ids of data sets on the Hub, such as owner/name"),
+    "base_model": (_ID, "ids of models on the Hub, such as owner/name"),
+    "tags": (r".+", "words"),
 }
 # Fields that are found in the model's files.
 _FOUND = {
-    "library_name": ("text", r"[\w.-]+", "the name of a library, such as sentence-transformers"),
-    "pipeline_tag": ("text", "|".join(_TEXT_TASKS), f"one of {', '.join(_TEXT_TASKS)}"),
+    "library_name": (r"[\w.-]+", "the name of a library, such as sentence-transformers"),
+    "pipeline_tag": ("|".join(_TEXT_TASKS), f"one of {', '.join(_TEXT_TASKS)}"),
 }
 
 
@@ -58,11 +56,10 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
     """Return the README.md of a model, made from its files and from the run that trained it.
 
     Args:
-        folder: of the model, as training or conversion left it; its recipe and its evaluation are found next to it.
-        repo_id: owner/name that it will have on the Hub; ``None`` leaves a placeholder in the examples.
-        origin: the folder that training or conversion left, where ``folder`` is a copy made for publishing.
-        fields: metadata that only the publisher knows, such as ``license="mit"`` or ``language=["en"]``; those in
-            :data:`FIELDS`. They replace what is found.
+        repo_id: owner/name that it will have on the Hub; ``None`` leaves a placeholder.
+        origin: the folder that training or conversion left, where ``folder`` is a copy of it.
+        fields: metadata such as ``license="mit"`` or ``language=["en"]``; those in :data:`FIELDS`.
+            They replace what is found.
 
     Raises:
         FileNotFoundError: the folder is not a finished model.
@@ -72,28 +69,30 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
     validate_repo_id(repo_id)
     check_paths(folder)
     encoder, modules = folders.encoder_folder(folder), folders.modules(folder)
-    config: dict[str, Any] = folders.read_json(encoder / "config.json")
+    config: dict[str, Any] = read_json(encoder / "config.json")
     check_weights(encoder)
     record = provenance.read(Path(origin or folder))
     fields = {**record.fields, **fields}
-    _check_fields(fields, FIELDS, others=False)
+    if unknown := ", ".join(sorted(fields.keys() - FIELDS.keys())):
+        raise ValueError(f"The card has no field {unknown}; its fields are {', '.join(FIELDS)}.")
+    _check_fields(fields)
     architecture = (config.get("architectures") or ["Model"])[0]
     task = next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), "feature-extraction")
     task = "sentence-similarity" if modules else task
     title = repo_id.split("/")[-1]
     results = list(_results(record, task))
-    tags = [str(config.get("model_type")), *["feature-extraction"] * bool(modules), *["custom_code"] * ("auto_map" in config)]
+    tags = [str(config.get("model_type"))]
+    tags += ["feature-extraction"] * bool(modules) + ["custom_code"] * ("auto_map" in config)
     found = {
         "library_name": "sentence-transformers" if modules else "transformers",
         "pipeline_tag": task,
-        "datasets": list(dict.fromkeys(source.path for source in provenance.training_data(record) if source.on_hub)) or None,
+        "datasets": provenance.datasets(record) or None,
         "base_model": record.base_model,
         **fields,
-        "tags": list(dict.fromkeys([*tags, *fields.get("tags", [])])),
+        "tags": list(dict.fromkeys([*tags, *_listed(fields.get("tags", []))])),
     }
     data = ModelCardData(**found, model_name=title if results else None, eval_results=results or None)
     template = (resources.files("minibert.hub") / "card.md").read_text(encoding="utf-8")
-    content = _content(folder, encoder, config, record)
     card = ModelCard.from_template(
         data,
         template_str=template,
@@ -103,8 +102,8 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
         architecture=architecture,
         pooling=_pooling(folder),
         dimension=vector_dimension(folder) if modules else None,
-        labels=[_cell(name) for name in (config.get("id2label") or {}).values()] if task.endswith("-classification") else [],
-        **content,
+        labels=list(map(_cell, config.get("id2label", {}).values())) if task.endswith("-classification") else [],
+        **_content(folder, encoder, config, record),
     )
     check_card(str(card))
     return str(card)
@@ -117,12 +116,12 @@ def vector_dimension(folder: Path) -> int:
         for name in ("out_features", "embedding_dimension", "word_embedding_dimension"):
             if name in settings:
                 return int(settings[name])
-    config = folders.read_json(folders.encoder_folder(folder) / "config.json")
+    config = read_json(folders.encoder_folder(folder) / "config.json")
     return int(config.get("hidden_size") or config.get("dim") or 0)
 
 
 def longest_text(folder: Path) -> int | None:
-    """Return how many tokens of a text a model reads: what its modules, its tokenizer and its positions all allow."""
+    """Return how many tokens of a text a model reads, by its modules, tokenizer and positions."""
     encoder = folders.encoder_folder(folder)
     config = read_settings(encoder / "config.json")
     lengths = [folders.max_length(folder), read_settings(encoder / "tokenizer_config.json").get("model_max_length")]
@@ -130,9 +129,6 @@ def longest_text(folder: Path) -> int | None:
         numbered_from_pad = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
         lengths.append(config["max_position_embeddings"] - (config.get("pad_token_id", 1) + 1 if numbered_from_pad else 0))
     return min((int(length) for length in lengths if length and length < 1e9), default=None)
-
-
-# ------------------------------------------------------------------------------------------------------------- content
 
 
 def _content(folder: Path, encoder: Path, config: dict[str, Any], record: provenance.Record) -> dict[str, Any]:
@@ -178,14 +174,11 @@ def _cell(value: Any) -> str:
 
 
 def _pooling(folder: Path) -> dict[str, Any] | None:
-    """Return how token vectors become a text's vector ("mode" and "normalize"), where a few lines of torch can say it."""
-    modules = folders.modules(folder)
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    """Return how token vectors become a text's vector, where a few lines of torch can say it."""
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in folders.modules(folder)]
     if kinds[1:] not in (["Pooling"], ["Pooling", "Normalize"]):
         return None
-    settings = read_settings(folder / modules[1]["path"] / "config.json")
-    mode = settings.get("pooling_mode") or [name for name, on in settings.items() if on is True and "pooling_mode" in name]
-    mode = {("pooling_mode_mean_tokens",): "mean", ("pooling_mode_cls_token",): "cls"}.get(tuple(mode), mode)
+    mode = folders.pooling_mode(folder)
     prompt = read_settings(folder / "config_sentence_transformers.json").get("default_prompt_name")
     return {"mode": mode, "normalize": "Normalize" in kinds} if mode in ("mean", "cls") and not prompt else None
 
@@ -207,14 +200,8 @@ def _results(record: provenance.Record, task: str) -> Iterator[EvalResult]:
                 )
 
 
-# --------------------------------------------------------------------------------------------------------------- check
-
-
 def check_card(text: str) -> None:
-    """Refuse a card whose metadata the Hub would refuse, as far as that is known without asking it.
-
-    Args:
-        text: of README.md: metadata in YAML between two lines ---, then Markdown.
+    """Refuse a README.md whose metadata the Hub would refuse, as far as that is known without asking it.
 
     Raises:
         ValueError: naming the field, what it holds and what is allowed.
@@ -224,45 +211,22 @@ def check_card(text: str) -> None:
         raise ValueError("The card has no metadata: README.md must begin with YAML between two lines ---.")
     try:
         data = yaml.safe_load(block[2])
-    except yaml.YAMLError as error:
-        raise ValueError(f"The card's metadata is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ValueError("The card's metadata is not a mapping; write one field: value on each line.")
-    _check_fields(data, FIELDS | _FOUND)
-    try:
-        found = ModelCard(text).data
-        results = found.eval_results if isinstance(found, ModelCardData) else None
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The card's model-index cannot be read ({' '.join(str(error).split())}); it is a list of name and results, each "
-            "with task, dataset and metrics."
-        ) from error
-    problems = [problem for result in results or () for problem in _wrong_result(result)]
-    if problems:
-        raise ValueError(f"The card's model-index is refused: {'; '.join(dict.fromkeys(problems))}.")
+        ModelCard(text)  # reads the results in model-index too
+    except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"The card's metadata cannot be read: {' '.join(str(error).split())}.") from error
+    _check_fields(data)
 
 
-def _check_fields(data: dict[str, Any], known: dict[str, tuple[str, str, str]], *, others: bool = True) -> None:
+def _check_fields(data: dict[str, Any]) -> None:
     problems = []
-    for name, value in data.items():
-        if name not in known:
-            if not others:
-                problems.append(f"there is no field {name!r}; the fields are {', '.join(known)}")
-            continue
-        form, pattern, words = known[name]
-        listed = value if isinstance(value, list) else [value]
-        wrong = (form == "text" and isinstance(value, list)) or (form == "list" and not isinstance(value, list))
-        if wrong or not listed or not all(isinstance(text, str) and re.fullmatch(pattern, text) for text in listed):
-            shape = {"text": "a text", "list": "a list of texts", "either": "a text or a list of texts"}[form]
-            problems.append(f"{name}={value!r} should be {shape}: {words}")
+    for name, (pattern, words) in (FIELDS | _FOUND).items():
+        texts = _listed(data.get(name))
+        valid = [text for text in texts if isinstance(text, str) and re.fullmatch(pattern, text)]
+        if name in data and (not texts or len(valid) < len(texts)):
+            problems.append(f"{name}={data[name]!r} should be {words}")
     if problems:
         raise ValueError(f"The card's metadata is refused: {'; '.join(problems)}.")
 
 
-def _wrong_result(result: EvalResult) -> Iterator[str]:
-    for name in ("task_type", "dataset_type", "dataset_name", "metric_type"):
-        if not isinstance(getattr(result, name), str) or not getattr(result, name):
-            yield f"{name}={getattr(result, name)!r} should be a text"
-    value = result.metric_value
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or value != value:
-        yield f"the value of {result.metric_type!r} is {value!r}, which should be a number"
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,7 +1,7 @@
 """Turn a BERT-family model into a MiniBERT of the same weights, and prove that it computes the same."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.dynamic_module_utils import custom_object_save
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.files.disk import write_json
+from minibert.files.disk import read_json, write_json
+from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
-from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
+from minibert.hub.families import FAMILIES, POOLED, Family
+from minibert.inference.load import find_folder
 
 # Holds the tensors that a MiniBERT does not use, by their names in the source, so that export can write them back.
 UNUSED = "converted_from.safetensors"
@@ -39,15 +41,11 @@ class Report:
     """The result of a conversion or an export.
 
     Attributes:
-        source: the model that was read.
-        output: the folder that was written.
         family: of the plain model, such as ``"bert"``; ``"onnx"`` for a graph.
         architecture: name of the written class.
-        tensors: how many were written.
-        parameters: numbers in the written weights.
-        unused: names of the tensors that the written model does not use; a conversion keeps them in a file of their own.
-        differences: the largest absolute difference of every output between both models on the built-in texts.
-        cosine_int8: the lowest and the mean cosine between vectors of the quantized and the exact graph on these texts.
+        unused: names of the tensors that the written model does not use.
+        differences: the largest absolute difference of every output on the built-in texts.
+        cosine_int8: the lowest and the mean cosine of quantized with exact vectors.
     """
 
     source: str
@@ -60,10 +58,6 @@ class Report:
     differences: dict[str, float] = field(default_factory=dict)
     cosine_int8: dict[str, float] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
 
 def convert(
     source: str | Path,
@@ -72,15 +66,11 @@ def convert(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
 ) -> Report:
-    """Write ``source`` as a MiniBERT into ``output_dir``: weights, tokenizer, labels, sentence-transformers modules.
-
-    Of the two models that are compared at the end, one is in memory at a time.
+    """Write ``source`` as a MiniBERT with its tokenizer, labels and modules into a new folder.
 
     Args:
         source: folder, or id of a model on the Hub; plain transformers or sentence-transformers.
-        output_dir: new or empty folder.
-        dtype: of the written weights, such as ``"bfloat16"``; the default keeps that of each tensor.
-        revision: branch, tag or commit of a model on the Hub.
+        dtype: of the written weights, such as ``"bfloat16"``; the default keeps each tensor's.
 
     Example::
 
@@ -89,27 +79,27 @@ def convert(
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it cannot be expressed exactly, its tensors are not those of its configuration, its weights are pickled, or
-            the output folder is not empty.
+        ValueError: it cannot be expressed exactly, its tensors are not those of its configuration,
+            its weights are pickled, or the output folder is not empty.
         Mismatch: the result computes something else; nothing was written.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
-    wanted = _dtype(dtype)
-    folder = folders.find(source, revision)
+    wanted = checked_dtype(dtype)
+    folder = find_folder(source, revision)
     encoder = folders.encoder_folder(folder)
-    raw = folders.read_json(encoder / "config.json")
+    raw = read_json(encoder / "config.json")
     family = _family(raw, encoder)
     checkpoint = folders.Checkpoint(encoder)
     family_config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
-    kind = _kind(raw, family, checkpoint)
+    kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)
     config = _config(raw, family_config, family, kind, folder, wanted)
     tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
     tensors, unused = _tensors(checkpoint, config, family_config, family, kind, wanted)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in tensors}
     with folders.new_folder(output_dir) as temporary:
-        parameters = folders.write_tensors(temporary / folders.WEIGHTS, tensors)
+        parameters = folders.write_tensors(temporary / WEIGHTS, tensors)
         if unused:
             folders.write_tensors(temporary / UNUSED, unused)
         config.save_pretrained(temporary)
@@ -142,10 +132,8 @@ def convert(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- checks
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return a dtype by its name, or refuse one that weights cannot have."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is unknown; use float32, float16 or bfloat16.")
@@ -156,68 +144,34 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
     """Return the family of a config.json, or refuse it by name."""
     model_type = raw.get("model_type")
     possible = f"Convertible are {', '.join(FAMILIES)}."
-    if raw.get("is_encoder_decoder"):
-        raise ValueError(f"{folder} is an encoder-decoder ({model_type}); MiniBERT is an encoder. {possible}")
     if model_type == MiniBertConfig.model_type:
         raise ValueError(f"{folder} is a MiniBERT already; there is nothing to convert.")
-    if model_type in REFUSED:
-        raise ValueError(f"{model_type} cannot be expressed exactly: {REFUSED[model_type]}. {possible}")
-    if model_type not in FAMILIES:
+    if raw.get("is_encoder_decoder") or model_type not in FAMILIES:
         raise ValueError(f"{folder} is of the family {model_type}, which cannot be converted. {possible}")
     if "auto_map" in raw:
-        raise ValueError(
-            f"{folder} brings Python code of its own, so that it computes something else than {model_type}. {possible}"
-        )
+        raise ValueError(f"{folder} brings Python code of its own and computes something else. {possible}")
     return FAMILIES[model_type]
 
 
-def _kind(raw: dict[str, Any], family: Family, checkpoint: folders.Checkpoint) -> str:
+def _kind(raw: dict[str, Any], family: Family) -> str:
     """Return the class of the checkpoint without the family's name, such as ``"ForMaskedLM"``."""
     known = [f"{family.class_name}{kind}" for kind in family.classes]
-    named: str | None = (raw.get("architectures") or [None])[0]
-    if named is None:
-        heads = {kind for kind in family.classes if any(_belongs(name, kind, family) for name in checkpoint.names)}
-        if not heads:
-            return "Model"
-        raise ValueError(
-            "Its config.json names no architectures, but the weights hold a head; add the class they are of, one of "
-            f"{', '.join(known)}."
-        )
-    if named.endswith(("LMHeadModel", "ForCausalLM")):
-        raise ValueError(f"{named} is a decoder; MiniBERT is an encoder. Convertible are {', '.join(known)}.")
+    named: str = (raw.get("architectures") or known[:1])[0]
     if named not in known:
-        raise ValueError(f"{named} has a head that MiniBERT lacks; convertible are {', '.join(known)}.")
+        raise ValueError(f"MiniBERT lacks the class {named}; convertible are {', '.join(known)}.")
     return named.removeprefix(family.class_name)
 
 
-def _belongs(name: str, kind: str, family: Family) -> bool:
-    """Return True for a tensor of the head of the class ``kind``."""
-    target = family.minibert_name(name, kind)
-    return target is not None and kind != "Model" and not target.startswith("minibert.")
-
-
 def _check_config(raw: dict[str, Any], config: PreTrainedConfig, family: Family, kind: str, folder: Path) -> None:
-    problems = []
-    if raw.get("position_embedding_type", "absolute") != "absolute":
-        problems.append(f"position_embedding_type={raw['position_embedding_type']!r} (only 'absolute' is known)")
-    for name in ("is_decoder", "add_cross_attention"):
-        if raw.get(name):
-            problems.append(f"{name}={raw[name]} (MiniBERT is an encoder)")
-    for name in ("pruned_heads", "quantization_config"):
-        if raw.get(name):
-            problems.append(f"{name} is set (every layer must be complete and in floating point)")
-    if raw.get("embedding_size", config.hidden_size) != config.hidden_size:
-        problems.append(f"embedding_size={raw['embedding_size']} differs from hidden_size={config.hidden_size}")
-    act = getattr(config, family.fields["hidden_act"])
-    if family.numbers_from_pad and kind == "ForMaskedLM" and act != "gelu":
-        problems.append(f"hidden_act={act!r} (the word head of this family always has 'gelu', MiniBERT's that of the layers)")
+    wanted: dict[str, Any] = {"position_embedding_type": "absolute", "embedding_size": config.hidden_size}
+    wanted |= dict.fromkeys(("is_decoder", "add_cross_attention", "pruned_heads", "quantization_config"))
+    problems = [f"{name}={raw[name]!r}" for name, value in wanted.items() if raw.get(name) and raw[name] != value]
+    if family.numbers_from_pad and kind == "ForMaskedLM" and config.hidden_act != "gelu":
+        problems.append(f"hidden_act={config.hidden_act!r} (the word head of this family always has 'gelu')")
     if family.numbers_from_pad and config.pad_token_id is None:
-        problems.append("pad_token_id is missing (positions are numbered from it)")
+        problems.append("pad_token_id=None (positions are numbered from it)")
     if problems:
-        raise ValueError(f"{folder} uses what MiniBERT lacks: {'; '.join(problems)}.")
-
-
-# --------------------------------------------------------------------------------------------- configuration, tokenizer
+        raise ValueError(f"{folder} uses what MiniBERT lacks: {', '.join(problems)}.")
 
 
 def _config(
@@ -244,20 +198,14 @@ def _config(
 
 
 def _pooling(folder: Path, kind: str, family: Family) -> str:
-    """Return "cls" for heads and for BERT's pooler, else the pooling of the sentence-transformers modules."""
-    if kind != "Model":
-        return "cls"
-    for module in folders.modules(folder):
-        if module["type"].endswith("Pooling"):
-            given = folders.read_json(folder / module["path"] / "config.json")
-            if given.get("pooling_mode", "mean") == "cls" or given.get("pooling_mode_cls_token"):
-                return "cls"
-            return "mean"
-    return "mean" if family.model_type == "distilbert" else "cls"
+    """Return "cls" for heads and for BERT's pooler, else the pooling of sentence-transformers."""
+    if kind == "Model" and any("Pooling" in module["type"] for module in folders.modules(folder)):
+        return "cls" if folders.pooling_mode(folder) == "cls" else "mean"
+    return "mean" if kind == "Model" and family.model_type == "distilbert" else "cls"
 
 
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """Open the tokenizer in ``folder``, limited to the length that sentence-transformers and the positions allow.
+    """Open the tokenizer in ``folder``, limited to ``max_length`` and to the model's positions.
 
     Raises:
         FileNotFoundError: there is none that transformers can open.
@@ -272,18 +220,15 @@ def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None)
         raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can open ({error}).") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer of {folder} has {len(tokenizer)} entries but the embeddings only {config.vocab_size}; give the "
-            "model its own tokenizer, or call resize_token_embeddings before you convert."
+            f"The tokenizer of {folder} has {len(tokenizer)} entries but the embeddings only "
+            f"{config.vocab_size}; give the model its own tokenizer, or call resize_token_embeddings first."
         )
     tokenizer.model_max_length = min(max_length or tokenizer.model_max_length, config.max_position_embeddings)
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------------------- tensors
-
-
 def empty(config: MiniBertConfig, kind: str) -> PreTrainedModel:
-    """Return a model of the class MiniBert``kind`` on the device "meta": without memory for its weights."""
+    """Return a model of the class MiniBert``kind`` on the device "meta", without weights."""
     with torch.device("meta"):
         model: PreTrainedModel = getattr(modeling_minibert, f"MiniBert{kind}")(config)
         return model
@@ -302,7 +247,7 @@ def _tensors(
     kind: str,
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Callable[[], Tensor]]]:
-    """Return a function that reads each tensor of the MiniBERT, and of each unused one, after a check that none is unknown.
+    """Return functions that read each tensor of the MiniBERT and each unused one; refuse unknown ones.
 
     Clears ``config.tie_word_embeddings`` if the tensors to share differ.
     """
@@ -347,13 +292,9 @@ def _tensors(
             tensors[beside] = partial(_read, checkpoint, stored[name], slice(None), dtype)
         else:
             unused[name] = partial(_read, checkpoint, stored[name], slice(None), dtype)
-    problems = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("unknown", unknown), ("missing", missing), ("of another shape", wrong))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"The weights are not those of a {family.class_name}{kind}; {'; '.join(problems)}.")
+    problems = {"unknown": unknown, "missing": missing, "of another shape": wrong}
+    if listed := [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]:
+        raise ValueError(f"The weights are not those of a {family.class_name}{kind}; {'; '.join(listed)}.")
     return tensors, unused
 
 
@@ -363,7 +304,7 @@ def _read(checkpoint: folders.Checkpoint, name: str, rows: slice, dtype: torch.d
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
-    """Return the MiniBERT name of a tensor that the class ``kind`` does not use; None if no class of the family has it."""
+    """Return the MiniBERT name of a tensor that the class ``kind`` does not use, if a class has it."""
     target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
     # A part of the encoder that its configuration does not describe, such as a further layer, is unknown too.
     further = target is not None and target.startswith("minibert.") and not target.startswith("minibert.pooler.")
@@ -379,7 +320,7 @@ def _plain(name: str, family: Family) -> str:
 
 
 def _shared(checkpoint: folders.Checkpoint, stored: dict[str, str], family: Family, kind: str) -> bool:
-    """Return True if the decoder's weights are absent or equal to those that tying would share."""
+    """Return True if the decoder's weights are absent, or equal to those that tying would share."""
     for target, source in modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys.items():
         names = [family.family_name(name, kind) for name in (target, source)]
         if names[0] != names[1] and all(name in stored for name in names):
@@ -387,6 +328,3 @@ def _shared(checkpoint: folders.Checkpoint, stored: dict[str, str], family: Fami
             if not torch.equal(one, other):
                 return False
     return True
-
-
-__all__ = ["UNUSED", "Report", "convert"]

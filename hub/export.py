@@ -10,31 +10,29 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from minibert import MiniBertConfig, modeling_minibert
+from minibert.files.disk import read_json
+from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
 from minibert.hub.convert import CARRIED, POSITIONS, UNUSED, Report, empty, full, open_tokenizer
 from minibert.hub.families import FAMILIES, POOLED, Family
+from minibert.inference.load import find_folder
 from minibert.modeling_minibert import sinusoidal_table
 
 _SEGMENTS = "minibert.embeddings.token_type_embeddings.weight"
 
 
 def export(model: str | Path, output_dir: str | Path, *, revision: str | None = None) -> Report:
-    """Write ``model`` as plain BERT, or as the family it was converted from, into ``output_dir``.
+    """Write a MiniBERT, a folder or a model on the Hub, as plain BERT into a new folder.
 
-    A model from :func:`minibert.hub.convert.convert` is written with the tensors of its source, bit for bit.
-
-    Args:
-        model: folder, or id on the Hub, of a MiniBERT.
-        output_dir: new or empty folder.
-        revision: branch, tag or commit of a model on the Hub.
+    A converted model is written as the family that it came from, with the same tensors bit for bit.
 
     Example::
 
-        export("my-minibert", "my-bert-again")  # the tensors of my-bert, bit for bit
+        export("my-minibert", "my-bert-again")
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it is not a MiniBERT, it uses what BERT lacks (every such field is named), its tensors are not those of its
+        ValueError: it is not a MiniBERT, it uses what BERT lacks, its tensors are not those of its
             configuration, or the output folder is not empty.
         Mismatch: the result computes something else; nothing was written.
     """
@@ -48,7 +46,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
     tensors, unused = _tensors(checkpoint, encoder, config, family_config, family, kind)
     pooled = kind == "Model" and any("pooler" in name for name in tensors)
     with folders.new_folder(output_dir) as temporary:
-        parameters = folders.write_tensors(temporary / folders.WEIGHTS, tensors)
+        parameters = folders.write_tensors(temporary / WEIGHTS, tensors)
         family_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         folders.name_tokenizer_class(temporary)
@@ -75,13 +73,10 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 
 
 def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, folders.Checkpoint]:
-    """Return the folder, configuration, class (without MiniBert) and tensors of a MiniBERT.
-
-    Raises: as :func:`export` does.
-    """
-    folder = folders.find(model, revision)
+    """Return the folder, configuration, class (without MiniBert) and tensors of a MiniBERT."""
+    folder = find_folder(model, revision)
     encoder = folders.encoder_folder(folder)
-    raw = folders.read_json(encoder / "config.json")
+    raw = read_json(encoder / "config.json")
     if raw.get("model_type") != MiniBertConfig.model_type:
         raise ValueError(f"{folder} is not a MiniBERT but {raw.get('model_type')}; it does not need an export.")
     named = (raw.get("architectures") or ["MiniBertModel"])[0]
@@ -91,17 +86,14 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
     return folder, MiniBertConfig.from_pretrained(encoder), named.removeprefix("MiniBert"), checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------- family
-
-
 def _family(config: MiniBertConfig, kind: str) -> Family:
-    """Return the family that the model came from if it still fits, else BERT, or refuse and name every field."""
-    origin = FAMILIES.get((getattr(config, "converted_from", None) or {}).get("model_type", "bert"), FAMILIES["bert"])
-    if not _problems(config, kind, origin):
-        return origin
-    if problems := _problems(config, kind, FAMILIES["bert"]):
-        raise ValueError(f"BERT has nothing like {', '.join(problems)}; such a model can only be exported to onnx.")
-    return FAMILIES["bert"]
+    """Return the family that the model came from if it still fits, else BERT."""
+    origin = (getattr(config, "converted_from", None) or {}).get("model_type", "bert")
+    for family in (FAMILIES.get(origin, FAMILIES["bert"]), FAMILIES["bert"]):
+        problems = _problems(config, kind, family)
+        if not problems:
+            return family
+    raise ValueError(f"BERT has nothing like {', '.join(problems)}; export such a model to onnx.")
 
 
 def _problems(config: MiniBertConfig, kind: str, family: Family) -> list[str]:
@@ -135,9 +127,6 @@ def _config(config: MiniBertConfig, family: Family, kind: str) -> PreTrainedConf
     return CONFIG_MAPPING[family.model_type](**fields, architectures=[family.class_name + kind], dtype=config.dtype)
 
 
-# --------------------------------------------------------------------------------------------------------- tensors
-
-
 def _tensors(
     checkpoint: folders.Checkpoint,
     encoder: Path,
@@ -146,7 +135,7 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
-    """Return a function that reads each tensor of the plain model, and the names of those left out; refuse missing tensors."""
+    """Return functions that read each tensor of the plain model, and the names of those left out."""
     tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
     expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
     stored = {full(name, kind): name for name in checkpoint.names}
@@ -192,7 +181,7 @@ def _bare(name: str, kind: str, family: Family) -> str:
 def _with_unused_rows(
     read: Callable[[], Tensor], pad_token_id: int, spare: folders.Checkpoint | None, family: Family
 ) -> Callable[[], Tensor]:
-    """Prepend the rows of the table of positions that are never looked up: those of the source, or zeros."""
+    """Prepend the rows of the table that are never looked up: those of the source, or zeros."""
     name = f"{family.prefix}.embeddings.position_embeddings.weight"
 
     def table() -> Tensor:
@@ -202,6 +191,3 @@ def _with_unused_rows(
         return torch.cat([first.to(rows.dtype), rows])
 
     return table
-
-
-__all__ = ["export", "open_minibert"]

@@ -1,12 +1,16 @@
-"""Tables of the model families that MiniBERT can represent: their names of parameters and of configuration fields.
+"""Tables of the model families that MiniBERT can represent: names of parameters and of fields.
 
-The same tables are read in both directions, by :mod:`minibert.hub.convert` and :mod:`minibert.hub.export`.
+They are read in both directions, by :mod:`minibert.hub.convert` and :mod:`minibert.hub.export`.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import BertConfig, DistilBertConfig
+
+from minibert import MiniBertConfig
 
 # Endings of class names, after the name of the family or after MiniBert.
 CLASSES = (
@@ -18,6 +22,7 @@ CLASSES = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
+_WITHOUT_PRETRAINING = tuple(kind for kind in CLASSES if kind != "ForPreTraining")
 # Classes that read the pooled vector.
 POOLED = ("ForPreTraining", "ForSequenceClassification", "ForMultipleChoice")
 
@@ -74,34 +79,9 @@ _DISTILBERT = {
 }
 
 # Fields of MiniBertConfig, and their names in a family.
-_FIELDS = {
-    name: name
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-        "max_position_embeddings",
-        "type_vocab_size",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "classifier_dropout",
-        "initializer_range",
-        "layer_norm_eps",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "tie_word_embeddings",
-    )
-}
+_FIELDS = {name: name for name in MiniBertConfig.__annotations__ if name in BertConfig.__annotations__}
 _DISTILBERT_FIELDS = {
-    **{
-        field: name
-        for field, name in _FIELDS.items()
-        if field not in ("type_vocab_size", "layer_norm_eps", "classifier_dropout")
-    },
+    **{name: name for name in _FIELDS if name in DistilBertConfig.__annotations__},
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
@@ -117,7 +97,6 @@ class Family:
     """A ``model_type`` of transformers.
 
     Attributes:
-        model_type: its name in config.json.
         prefix: name of the encoder in a model with a head.
         class_name: beginning of the names of its classes.
         modules: modules of MiniBERT -> modules of the family; ``{}`` is the number of a layer.
@@ -125,7 +104,7 @@ class Family:
         fields: fields of MiniBertConfig -> fields of the family.
         fixed: fields of MiniBertConfig that the family lacks, and the value that it computes with.
         classes: endings of its classes that can be converted.
-        numbers_from_pad: positions begin at ``pad_token_id + 1``; the rows of the table before are unused.
+        numbers_from_pad: positions begin at ``pad_token_id + 1``.
     """
 
     model_type: str
@@ -177,7 +156,7 @@ def _roberta(model_type: str, class_name: str) -> Family:
             "ForSequenceClassification": {"minibert.pooler.dense": "classifier.dense", "classifier": "classifier.out_proj"}
         },
         fixed={"pooler_act": "tanh"},
-        classes=tuple(kind for kind in CLASSES if kind != "ForPreTraining"),
+        classes=_WITHOUT_PRETRAINING,
         numbers_from_pad=True,
     )
 
@@ -197,36 +176,10 @@ FAMILIES = {
             },
             fields=_DISTILBERT_FIELDS,
             fixed={"type_vocab_size": 0, "layer_norm_eps": 1e-12, "pooler_act": "relu"},
-            classes=tuple(kind for kind in CLASSES if kind != "ForPreTraining"),
+            classes=_WITHOUT_PRETRAINING,
         ),
         _roberta("roberta", "Roberta"),
         _roberta("xlm-roberta", "XLMRoberta"),
         _roberta("camembert", "Camembert"),
     )
 }
-
-# Families that look convertible, and the reason why they are not.
-REFUSED = {
-    "albert": "it uses the weights of one layer in all of them, and narrower embeddings",
-    "big_bird": "its attention is sparse",
-    "deberta": "its attention depends on relative positions",
-    "deberta-v2": "its attention depends on relative positions",
-    "electra": "its embeddings are projected to the width of the layers, and its heads have other activations",
-    "ernie": "it adds embeddings of tasks",
-    "esm": "it has rotary positions and norms of its own",
-    "funnel": "it shortens the sequence from layer to layer",
-    "longformer": "its attention is local",
-    "mobilebert": "its layers have bottlenecks",
-    "modernbert": "its attention is local in most layers, and its norms have no bias",
-    "mpnet": "its attention adds relative positions that all layers share",
-    "nomic_bert": "it has rotary positions and gated layers with norms after the sum",
-    "rembert": "its embeddings have another width than its layers",
-    "roberta-prelayernorm": "its embeddings are normalised before layers that normalise their inputs",
-    "roformer": "its rotary positions turn other pairs of numbers",
-    "squeezebert": "its layers are grouped convolutions",
-    "xlm": "it adds embeddings of languages",
-    "xlm-roberta-xl": "its norms come before the blocks",
-    "xlnet": "its attention depends on relative positions",
-}
-
-__all__ = ["CLASSES", "FAMILIES", "POOLED", "REFUSED", "Family"]

@@ -7,44 +7,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minibert.files.disk import exclusive_lock, readable_os_errors, write_json
-from minibert.files.disk import read_json as read_json
-from minibert.files.model_folder import WEIGHTS as WEIGHTS  # also read as folders.WEIGHTS
-from minibert.files.model_folder import check_paths, check_weights, pickled, read_header, refuse_pickles, weight_files
-
-_WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", "*.bin.index.json"]
-
-
-def find(source: str | Path, revision: str | None = None) -> Path:
-    """Return the folder ``source``, or download the model of that id on the Hub and return its folder.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise FileNotFoundError(
-            f"{source} is a file; give the folder of the model that it belongs to, or the id of one on the Hub."
-        )
-    here = f"There is no model folder {source} (looked from {Path.cwd()})"
-    if folder.exists() or str(source).count("/") > 1 or str(source).startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"{here}; give a folder, or the id of a model on the Hub.")
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_WANTED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"{here}, and the Hub did not provide it: {' '.join(str(error).split())}") from error
+from minibert.files.disk import exclusive_lock, read_json, readable_os_errors, write_json
+from minibert.files.model_folder import (
+    PICKLES,
+    WEIGHTS,
+    check_paths,
+    check_weights,
+    read_header,
+    read_settings,
+    weight_files,
+)
 
 
 def modules(folder: Path) -> list[dict[str, Any]]:
-    """Return the modules of a sentence-transformers model, or an empty list for any other model.
+    """Return the modules of a sentence-transformers model; none of any other model.
 
     Raises:
         ValueError: the first is not a transformer, or one lies outside of the folder.
@@ -54,7 +34,7 @@ def modules(folder: Path) -> list[dict[str, Any]]:
         return []
     listed: list[dict[str, Any]] = read_json(folder / "modules.json")
     if not str(listed[0].get("type", "")).endswith("Transformer"):
-        raise ValueError(f"The first module in {folder / 'modules.json'} must be a transformer; only such models are handled.")
+        raise ValueError(f"The first module in {folder / 'modules.json'} must be a transformer.")
     return listed
 
 
@@ -65,18 +45,12 @@ def encoder_folder(folder: Path) -> Path:
 
 
 def copy_modules(source: Path, target: Path) -> None:
-    """Copy the sentence-transformers modules but for the transformer, which ``target`` itself will hold.
-
-    Raises:
-        ValueError: the weights of a module are pickled, or lie outside of the folder.
-    """
+    """Copy the sentence-transformers modules but for the transformer, which ``target`` will hold."""
     listed = modules(source)
     if not listed:
         return
     for path in [module["path"] for module in listed[1:] if (source / module["path"]).is_dir()]:
-        if pickles := pickled(source / path):
-            refuse_pickles(source, [f"{path}/{name}" for name in pickles], "SentenceTransformer")
-        shutil.copytree(source / path, target / path)
+        shutil.copytree(source / path, target / path, ignore=shutil.ignore_patterns(*PICKLES))
     first, listed[0]["path"] = source / listed[0]["path"], ""
     write_json(target / "modules.json", listed)
     for file in (*first.glob("sentence_*_config.json"), source / "config_sentence_transformers.json"):
@@ -85,9 +59,20 @@ def copy_modules(source: Path, target: Path) -> None:
 
 
 def max_length(folder: Path) -> int | None:
-    """Return the longest sequence, in tokens, that sentence-transformers allows the model in ``folder``, if it says so."""
-    files = sorted(encoder_folder(folder).glob("sentence_*_config.json"))
-    return next((int(length) for file in files if (length := read_json(file).get("max_seq_length"))), None)
+    """Return the longest sequence, in tokens, that sentence-transformers allows, if it says so."""
+    files = encoder_folder(folder).glob("sentence_*_config.json")
+    return next(filter(None, (read_json(file).get("max_seq_length") for file in sorted(files))), None)
+
+
+def pooling_mode(folder: Path) -> str | None:
+    """Return the mode of the first pooling of a sentence-transformers model, if it has one of one mode."""
+    for module in modules(folder):
+        if str(module.get("type", "")).endswith("Pooling"):
+            settings = read_settings(folder / module["path"] / "config.json")
+            earlier = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+            modes = [earlier.get(name, name) for name, on in settings.items() if on is True and "pooling_mode" in name]
+            return settings.get("pooling_mode") or (modes[0] if len(modes) == 1 else None)
+    return None
 
 
 def paths_in(folder: Path) -> list[str]:
@@ -96,9 +81,9 @@ def paths_in(folder: Path) -> list[str]:
 
 
 def name_tokenizer_class(folder: Path) -> None:
-    """Give the tokenizer in ``folder`` the class name that transformers before version 5 knows as well."""
+    """Give the tokenizer in ``folder`` the class name that transformers 4 knows as well."""
     file = folder / "tokenizer_config.json"
-    settings = read_json(file) if file.exists() else {}
+    settings = read_settings(file)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         write_json(file, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
@@ -107,11 +92,7 @@ class Checkpoint:
     """Read the tensors of a folder one at a time.
 
     Args:
-        folder: of the model.
-        name: read this file of it alone.
-
-    Attributes:
-        names: of all tensors, sorted.
+        name: read this file of the folder alone.
 
     Raises:
         FileNotFoundError: there are no weights, or a file of them is missing.
@@ -119,16 +100,10 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, name: str = WEIGHTS):
-        files = [folder / name]
         if name == WEIGHTS:
             check_weights(folder)
-            files = weight_files(folder)
-        else:
-            read_header(files[0])
-        self._files: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                self._files |= dict.fromkeys(opened.keys(), file)
+        files = weight_files(folder) if name == WEIGHTS else [folder / name]
+        self._files = {tensor: file for file in files for tensor in read_header(file)}
         self.names = sorted(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -147,8 +122,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> in
     """Write a safetensors file, and return its number of parameters.
 
     Args:
-        file: to write.
-        tensors: a function for every name that reads the tensor. A tensor of :class:`Checkpoint` stays on the disk until then.
+        tensors: a function for every name that reads the tensor.
     """
     state = {name: load().contiguous() for name, load in tensors.items()}
     with readable_os_errors(file, "nothing was written"):

@@ -1,8 +1,8 @@
 """Open a model in a fresh process that cannot import this package, and return its outputs.
 
-Run as a script, this file reads a request (JSON) on standard input, blocks ``minibert``, opens the model in every way that its
-card promises, writes the outputs into a safetensors file, and prints a report (JSON). Imported, it starts such a process.
-So it imports nothing of this package, and only the standard library before the request is read.
+Run as a script, this file reads a request (JSON) on standard input, blocks ``minibert``, opens the
+model in every way that its card promises, and writes the outputs into a safetensors file. Before the
+request is read, it imports nothing but the standard library.
 """
 
 import json
@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Short enough for every tiny model: plain, empty, longer than the others, other scripts, punctuation.
+# Plain, empty, long, of other scripts, with punctuation.
 TEXTS = [
     "A short text.",
     "",
-    "How do I read a table, and invert the matrix that it holds?",
-    "Größe, naïve, 北京市, Ελλάδα 🙂",
-    'TABS\tand\nlines -- 1,234.56 (ok?) "quoted"',
+    "How do I read a table from a comma separated file, and invert the matrix that it holds?",
+    "Größe, naïve, 北京市, 東京, עברית, नमस्ते, Ελλάδα, 🙂👍🏽, e\u0301 and \u200b nothing",
+    'TABS\tand\nlines   -- 1,234.56 (ok?) https://example.org/a_b#c <s> [UNK] \\ "quoted"',
 ]
 # The pipeline of transformers for a head; question answering, multiple choice and pretraining have none.
 TASKS = {
@@ -29,6 +29,8 @@ TASKS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
+_OUTPUTS = "outputs.safetensors"
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Request:
         max_length: of the texts, in tokens.
         revision: commit of a model in the cache.
         transformer: folder of the transformer, if that is not ``model`` itself.
-        dtype: of the weights; the default is that of its configuration.
+        dtype: of the weights, if not that of the configuration.
     """
 
     model: str
@@ -57,7 +59,7 @@ class Request:
 
 
 def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
-    """Return every output of the model as a float32 tensor by name, and the ways in which the model was opened."""
+    """Return every output of the model in float32, by name, and the ways in which it was opened."""
     import torch
     import transformers
 
@@ -117,67 +119,59 @@ def _numbers(answer: Any) -> list[float]:
     return [float(answer)] if isinstance(answer, float) or hasattr(answer, "item") else []
 
 
-# -------------------------------------------------------------------------------------- starting such a process
-
-
 class NotOpened(Exception):
     """The model could not be opened in the fresh process; the text says why."""
 
 
 def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Call :func:`compute` in a fresh process without this package, without the network and without the token.
+    """Call :func:`compute` in a fresh process without this package, the network and the token.
 
     Args:
-        request: the model, and how to open it.
         cache: of the Hub, for a model that is not a folder.
 
     Raises:
         NotOpened: it failed there.
     """
     import torch
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     with tempfile.TemporaryDirectory() as place:
-        # The empty folder for modules makes transformers copy the code from the model, not use an earlier copy.
-        settings = {"HF_MODULES_CACHE": f"{place}/modules", "HF_HUB_OFFLINE": "1", "HF_TOKEN_PATH": f"{place}/token"}
-        settings |= {"HF_HUB_CACHE": str(cache)} if cache else {}
-        settings |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        settings["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # another number of threads may round differently
-        hidden = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+        environment = {name: value for name, value in os.environ.items() if name not in _TOKENS}
+        environment |= {
+            # An empty folder makes transformers copy the code from the model, not use an earlier copy.
+            "HF_MODULES_CACHE": f"{place}/modules",
+            "HF_TOKEN_PATH": f"{place}/token",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other numbers may round differently
+        }
+        if cache:
+            environment["HF_HUB_CACHE"] = str(cache)
         done = subprocess.run(
             [sys.executable, "-I", str(Path(__file__).resolve())],
-            input=json.dumps({**asdict(request), "out": f"{place}/outputs.safetensors"}),
+            input=json.dumps(asdict(request)),
             capture_output=True,
             text=True,
-            env={name: value for name, value in os.environ.items() if name not in hidden} | settings,
+            env=environment,
             cwd=place,
         )
-        try:
-            report = json.loads(done.stdout)
-        except ValueError:
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise NotOpened(f"the process ended early: {last}") from None
-        if "error" in report:
-            raise NotOpened(report["error"])
-        return load_file(f"{place}/outputs.safetensors"), report["opened"]
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            raise NotOpened(last[0])
+        with safe_open(Path(place, _OUTPUTS), framework="pt") as file:
+            outputs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return outputs, json.loads(file.metadata()["opened"])
 
 
 def _main() -> None:
-    request = json.load(sys.stdin)
-    out = request.pop("out")
-    real = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # standard output carries the report alone, whatever libraries print
+    request = Request(**json.load(sys.stdin))
     sys.modules["minibert"] = None  # type: ignore[assignment]  # from here on, importing it fails
     try:
-        found, opened = compute(Request(**request))
-        from safetensors.torch import save_file
+        outputs, opened = compute(request)
+    except Exception as error:  # whatever it is, the other process reports it
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    from safetensors.torch import save_file
 
-        save_file(found, out)
-        report: dict[str, Any] = {"opened": opened}
-    except Exception as error:  # whatever it is, the report tells the other process
-        report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    with real:
-        json.dump(report, real)
+    save_file(outputs, _OUTPUTS, {"opened": json.dumps(opened)})
 
 
 if __name__ == "__main__":

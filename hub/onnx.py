@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,34 @@ from minibert.hub.convert import Report, full, open_tokenizer
 from minibert.hub.export import open_minibert
 
 GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
-# Bytes. A file of the format holds at most 2 GB, so the weights of larger graphs go to a second file.
+# Bytes. A file of the format holds at most 2 GB; larger weights go to a second file.
 _LARGEST_FILE = 1_800_000_000
 
 
 def export_onnx(
     model: str | Path, output_dir: str | Path, *, quantize: str | None = None, revision: str | None = None
 ) -> Report:
-    """Write ``model`` as ``model.onnx`` with its tokenizer and config.json into ``output_dir``.
+    """Write a MiniBERT as ``model.onnx`` with its tokenizer and config.json into a new folder.
 
-    Batch and length (and the number of choices) are dynamic. A sentence-transformers model has the output
-    ``sentence_embedding`` after ``last_hidden_state``; heads have their logits.
+    Batch and length (and the number of choices) are dynamic. A sentence-transformers model has the
+    output ``sentence_embedding`` after ``last_hidden_state``; heads have their logits.
 
     Args:
-        model: folder, or id on the Hub, of a MiniBERT.
-        output_dir: new or empty folder.
-        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are 8-bit integers; the report holds the
-            cosines between its vectors and the exact ones.
-        revision: branch, tag or commit of a model on the Hub.
+        model: folder, or id on the Hub.
+        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are 8-bit integers.
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it is not a MiniBERT, ``quantize`` is unknown, the packages are missing, or the output folder is not empty.
+        ValueError: it is not a MiniBERT, ``quantize`` is unknown, the packages are missing, or the
+            output folder is not empty.
         Mismatch: the graph computes something else; nothing was written.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
     if quantize not in (None, "int8"):
         raise ValueError(f"--quantize={quantize} is unknown; use int8, or leave it out.")
-    _check_packages()
+    if lacking := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise ValueError(missing(f"Export to ONNX needs {', '.join(lacking)}", "export"))
     folder, config, kind, checkpoint = open_minibert(model, revision)
     encoder = folders.encoder_folder(folder)
     tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
@@ -54,7 +54,9 @@ def export_onnx(
     with parity.quiet():
         network = getattr(modeling_minibert, f"MiniBert{kind}").from_pretrained(encoder, dtype=torch.float32).eval()
         heads = _heads(folder)
-    wrapped = _Graph(network, _inputs(tokenizer, config), heads, pooled=kind != "Model" or has_pooler)
+    segments = config.type_vocab_size > 0 and "token_type_ids" in tokenizer.model_input_names
+    inputs = ["input_ids", "attention_mask", *["token_type_ids"] * segments]
+    wrapped = _Graph(network, inputs, heads, pooled=kind != "Model" or has_pooler)
     with folders.new_folder(output_dir) as temporary:
         parameters = _write(wrapped, temporary / GRAPH)
         settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key != "auto_map"}  # no code
@@ -80,19 +82,10 @@ def export_onnx(
     )
 
 
-def _check_packages() -> None:
-    from importlib.util import find_spec
-
-    if lacking := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise ValueError(missing(f"Export to ONNX needs {', '.join(lacking)}", "export"))
-
-
 class _Graph(nn.Module):
-    """Wrap a model: inputs by position, outputs as a tuple, both with names.
+    """Wrap a model: named inputs by position, outputs as a tuple.
 
     Args:
-        model: the network.
-        inputs: names of the inputs, in order.
         heads: sentence-transformers modules that compute the vector of a text.
         pooled: the pooler was trained.
     """
@@ -116,11 +109,6 @@ class _Graph(nn.Module):
                 features = module(features)
             found["sentence_embedding"] = features["sentence_embedding"]
         return tuple(found[name] for name in self.outputs)
-
-
-def _inputs(tokenizer: Any, config: Any) -> list[str]:
-    segments = config.type_vocab_size > 0 and "token_type_ids" in tokenizer.model_input_names
-    return ["input_ids", "attention_mask", *["token_type_ids"] * segments]
 
 
 def _heads(folder: Path) -> list[nn.Module]:
@@ -156,23 +144,18 @@ def _write(graph: _Graph, file: Path) -> int:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hide the exporter's warnings about packages that are not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Hide advice and warnings about packages that are not needed, which go to the root logger too."""
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-
-
-# ----------------------------------------------------------------------------------------------------------- proof
+        logging.disable(logging.NOTSET)
 
 
 def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Tensor]]:
-    """Return batches of the built-in texts, and of random ids in several shapes: one token, one text, as many tokens as fit."""
+    """Return batches of the built-in texts, and of random ids in several shapes."""
     longest = min(tokenizer.model_max_length, positions)
     found = [{name: batch[name] for name in graph.inputs} for batch in parity.batches(tokenizer, longest)]
     generator = torch.Generator().manual_seed(0)
@@ -221,20 +204,14 @@ def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> 
 def _quantize(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # it advises on the root logger
-    try:
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)  # one scale per row: far closer
-    finally:
-        logging.root.setLevel(level)
+    with _silent():
+        # One scale per row is far closer than one per matrix.
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Return cosines between the vectors of the built-in texts (the first three batches), or of their tokens."""
+    """Return cosines of the vectors of the built-in texts (the first three batches), or of tokens."""
     name = "sentence_embedding" if any(key.startswith("sentence_embedding") for key in exact) else next(iter(exact)).split()[0]
     pairs = [(exact[f"{name} {number}"], found[f"{name} {number}"]) for number in range(3)]
     cosines = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])
     return {"lowest": float(cosines.min()), "mean": float(cosines.mean())}
-
-
-__all__ = ["GRAPH", "QUANTIZED", "export_onnx"]

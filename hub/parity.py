@@ -10,17 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from minibert.files.model_folder import opening
+from minibert.files.model_folder import opening, read_settings
 from minibert.hub import folders
+from minibert.hub.isolated import TEXTS
 
 TOLERANCE = 1e-4
-TEXTS = (
-    "A short text.",
-    "",
-    "How do I read a table from a comma separated file, and invert the matrix that it holds?",
-    "Größe, naïve, 北京市, 東京, עברית, नमस्ते, Ελλάδα, 🙂👍🏽, e\u0301 and \u200b nothing",
-    'TABS\tand\nlines   -- 1,234.56 (ok?) https://example.org/a_b#c <s> [UNK] \\ "quoted"',
-)
 LONG = "The quick brown fox jumps over the lazy dog, and 12 others sleep. " * 800
 PAIRS = (
     ("What is the capital of Italy?", "Rome has been the capital since 1871."),
@@ -49,9 +43,9 @@ def quiet() -> Iterator[None]:
 
 
 def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
-    """Tokenize short texts, pairs of texts (each padded to equal length), and a single text of ``max_length`` tokens."""
+    """Tokenize short texts, pairs of texts, and a single text of ``max_length`` tokens."""
     kinds: list[tuple[list[str], list[str] | None]] = [
-        (list(TEXTS), None),
+        (TEXTS, None),
         ([first for first, _ in PAIRS], [second for _, second in PAIRS]),
         ([LONG], None),
     ]
@@ -63,11 +57,9 @@ def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
 
 @torch.inference_mode()
 def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments: int, pooled: bool) -> dict[str, Tensor]:
-    """Return every output of ``model`` for :func:`batches`, in float32, without the vectors of padding.
+    """Return every output of ``model`` for :func:`batches`, in float32, without those of padding.
 
     Args:
-        model: of any class.
-        inputs: the batches.
         segments: size of the table of segments; below two, the model gets no ``token_type_ids``.
         pooled: the pooler was trained; ``pooler_output`` is left out otherwise.
     """
@@ -89,9 +81,8 @@ def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments
 
 
 def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the vectors of single texts by sentence-transformers, if ``folder`` is one of its models."""
-    settings = folder / "config_sentence_transformers.json"
-    kind = folders.read_json(settings).get("model_type") if settings.exists() else None
+    """Return the vectors of texts by sentence-transformers, if ``folder`` is one of its models."""
+    kind = read_settings(folder / "config_sentence_transformers.json").get("model_type")
     if not folders.modules(folder) or kind not in (None, "SentenceTransformer"):
         return {}
     from sentence_transformers import SentenceTransformer
@@ -119,10 +110,9 @@ def differences(
     Args:
         source: folder and class of a model.
         result: folder and class of the model to compare with it.
-        tokenizer: of both.
         max_length: positions of the model; the tokenizer may allow less.
         segments: size of the table of segments.
-        dtype: round both models' weights to it first.
+        dtype: round the weights of both models to it first.
         pooled: also compare ``pooler_output``.
     """
     inputs = batches(tokenizer, min(tokenizer.model_max_length, max_length))
@@ -152,6 +142,6 @@ def check(worsts: dict[str, float], what: str) -> None:
     """Raise :class:`Mismatch` for a difference above the tolerance, or for NaN."""
     if wrong := [f"{name} by {worst:.1e}" for name, worst in worsts.items() if not worst <= TOLERANCE]:
         raise Mismatch(
-            f"{what} computes something else: {', '.join(wrong)}, where at most {TOLERANCE:.0e} is allowed. Nothing was "
-            "written; please report this model."
+            f"{what} computes something else: {', '.join(wrong)}, where at most {TOLERANCE:.0e} is "
+            "allowed. Nothing was written; please report this model."
         )

@@ -11,14 +11,14 @@ from pydantic import BaseModel, ValidationError
 from minibert.files.disk import YamlLoader, sha256, to_yaml, write_json, write_text
 from minibert.files.model_folder import read_settings
 
-# A published model keeps its record in these files; in a run, the record is read from the files of its stages.
+# A published model keeps its record in these files; that of a run is read from its stages.
 RECORD, RECIPE = "record.json", "recipe.yaml"
 # The parts of metrics.json and environment.json that a card shows.
 _METRICS = ("train_rows", "train_tokens", "steps", "epochs", "train_seconds")
 _ENVIRONMENT = ("accelerator", "processor", "cores", "processes", "versions")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DATA_FILES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt")
-# Fields of a recipe that name data or models by a path of the training machine or by an id on the Hub, and those left out.
+# Fields of a recipe that name data or models by a path or by an id on the Hub, and those left out.
 _NAMES = ("path", "model", "teacher", "tokenizer")
 _DROPPED = ("cache_dir", "output_dir")
 
@@ -42,7 +42,7 @@ class Stage(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """Metrics of the model on one source of data (of several evaluated at once: their joined paths), and of its baselines.
+    """Metrics of the model and of its baselines on one source of data, or on several at once.
 
     Attributes:
         rows: numbers of rows by what they hold, such as {"queries": 1875}.
@@ -59,11 +59,8 @@ class Record(BaseModel):
 
     Attributes:
         stages: those that the model went through, including the tokenizer's, in order.
-        metrics: of the last stage's training, as metrics.json has them.
-        environment: processor, versions and processes of that training.
         base_model: id on the Hub of the weights that it started from.
         new_weights: it started from random weights.
-        recipe: the complete recipe, without paths of the training machine.
         fields: what its publisher stated for the card, such as the licence.
     """
 
@@ -84,51 +81,61 @@ def read(folder: Path) -> Record:
     Raises:
         ValueError: a file of the record is damaged.
     """
+    folder = folder.resolve()
     metrics, environment = read_settings(folder / "metrics.json"), read_settings(folder / "environment.json")
     found: dict[str, Any] = {
         "metrics": {name: metrics[name] for name in _METRICS if isinstance(metrics.get(name), int | float)},
         "environment": {name: environment[name] for name in _ENVIRONMENT if environment.get(name)},
     }
-    if (recipe := _recipe_of(folder)) is None:
-        return _published(folder) or Record(**found, base_model=read_settings(folder / "conversion.json").get("base_model"))
-    folder, stages = folder.resolve(), recipe["stages"]
-    folders = [folder.parent / f"{number}-{stage['name']}" for number, stage in enumerate(stages, start=1)]
-    at = folders.index(folder)
-    environments = [read_settings(place / "environment.json") for place in folders]
-    path = ancestors(stages, at)
-    later = [
-        number for number in range(at, len(stages)) if stages[number]["kind"] == "evaluate" and _start(stages, number) == at
-    ]
-    evaluations = [*_of_training(stages[at], metrics, environment)]
-    evaluations += [
-        one
-        for number in later
-        for one in _of_stage(stages[number], read_settings(folders[number] / "metrics.json"), environments[number])
-    ]
+    run = folder.parent
+    if not (folder / "stage.json").exists() or not (run / RECIPE).exists():
+        origin = read_settings(folder / "conversion.json").get("base_model")
+        return _published(folder) or Record(**found, base_model=origin)
+    recipe = read_recipe(run / RECIPE)
+    path = [folder]
+    while (before := read_settings(path[0] / "environment.json").get("started_from")) not in (None, path[0].name):
+        path.insert(0, run / before)
+    stages = [read_settings(place / "stage.json") for place in path]
+    environments = [read_settings(place / "environment.json") for place in path]
+    evaluations = list(_of_training(stages[-1], metrics, environment))
+    for place in sorted(run.glob("*/stage.json")):
+        evaluations += _of_stage(place.parent, folder.name)
     return Record(
         **found,
         stages=[
             Stage(
-                **{name: stages[number][name] for name in ("kind", "name")},
-                data=[_source(source, environments[number]) for source in stages[number].get("data") or []],
+                kind=stage["kind"],
+                name=stage["name"],
+                data=[_source(source, made) for source in stage.get("data") or []],
             )
-            for number in path
+            for stage, made in zip(stages, environments, strict=True)
         ],
         evaluations=_merged(evaluations),
-        base_model=next((base for number in path if (base := environments[number].get("base_model"))), None),
-        new_weights=any(isinstance(stages[number].get("model"), dict) for number in path),
+        base_model=next(filter(None, (made.get("base_model") for made in environments)), None),
+        new_weights=any(isinstance(stage.get("model"), dict) for stage in stages),
         teacher=environment.get("teacher"),
-        recipe=to_yaml(_public(recipe, {stage["name"] for stage in stages})),
+        recipe=to_yaml(_public(recipe, {stage["name"] for stage in recipe["stages"]})),
     )
 
 
-def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
-    """Write ``record`` next to the weights in ``folder``, where :func:`read` finds it; an empty record writes nothing.
+def read_recipe(file: Path) -> dict[str, Any]:
+    """Read the recipe of a run.
 
-    Args:
-        record: the record.
-        folder: the model.
-        fields: what the publisher states for the card.
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        recipe: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=YamlLoader)
+        recipe["stages"][0]["name"]
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is damaged; restore it, or train the model again.") from error
+    return recipe
+
+
+def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
+    """Write ``record``, with the ``fields`` that the publisher states, next to the weights in ``folder``.
+
+    An empty record writes nothing.
     """
     record = record.model_copy(update={"fields": {**record.fields, **fields}})
     if record.recipe:
@@ -137,10 +144,10 @@ def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
         write_json(folder / RECORD, {"weights": _weights(folder), **kept})
 
 
-def training_data(record: Record) -> list[Source]:
-    """Return every source that the weights were trained on, once."""
-    found = (source for stage in record.stages if stage.kind != "tokenizer" for source in stage.data)
-    return list({(source.path, source.config): source for source in found}.values())
+def datasets(record: Record) -> list[str]:
+    """Return the ids of the data sets on the Hub that the weights were trained on."""
+    sources = [source for stage in record.stages if stage.kind != "tokenizer" for source in stage.data]
+    return list(dict.fromkeys(source.path for source in sources if source.on_hub))
 
 
 def public_name(name: str, *, on_hub: bool = False) -> str:
@@ -153,9 +160,6 @@ def public_name(name: str, *, on_hub: bool = False) -> str:
     if on_hub or (is_id and not Path(name).exists()):
         return name
     return PurePosixPath(PureWindowsPath(name).as_posix()).name or "local data"
-
-
-# --------------------------------------------------------------------------------------------------- published models
 
 
 def _weights(folder: Path) -> dict[str, str]:
@@ -175,43 +179,6 @@ def _published(folder: Path) -> Record | None:
     if (folder / RECIPE).exists():
         record.recipe = (folder / RECIPE).read_text(encoding="utf-8")
     return record
-
-
-# -------------------------------------------------------------------------------------------------------- runs
-
-
-def _recipe_of(folder: Path) -> dict[str, Any] | None:
-    """Return the recipe that ``folder`` is a finished stage of, if any."""
-    folder = folder.resolve()
-    file = folder.parent / "recipe.yaml"
-    if not file.exists() or not (folder / "stage.json").exists():
-        return None
-    try:
-        recipe = yaml.load(file.read_text(encoding="utf-8"), Loader=YamlLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged ({' '.join(str(error).split())}); train the model again.") from error
-    stages = (recipe.get("stages") if isinstance(recipe, dict) else None) or []
-    return recipe if folder.name in [f"{number}-{stage['name']}" for number, stage in enumerate(stages, start=1)] else None
-
-
-def _start(stages: list[dict[str, Any]], at: int) -> int | None:
-    """Return the stage whose model stage ``at`` begins with; None for new weights, or those of a folder or the Hub."""
-    stage = stages[at]
-    wanted = stage.get("teacher") if stage.get("student_layers") else stage.get("model")
-    earlier = [number for number in range(at) if stages[number]["kind"] not in ("tokenizer", "evaluate")]
-    if wanted is None:
-        return earlier[-1] if earlier else None
-    return next((number for number in earlier if stages[number]["name"] == wanted), None)
-
-
-def ancestors(stages: list[dict[str, Any]], at: int) -> list[int]:
-    """Return the stages that the model of stage ``at`` went through, itself and the tokenizer's included, in order."""
-    path, begin = [at], at
-    while (before := _start(stages, begin)) is not None:
-        path.append(begin := before)
-    if stages[begin].get("tokenizer") is None and isinstance(stages[begin].get("model"), dict):
-        path += [number for number in range(begin) if stages[number]["kind"] == "tokenizer"][-1:]
-    return sorted(path)
 
 
 def _source(source: dict[str, Any], environment: dict[str, Any], split: str | None = None) -> Source:
@@ -234,7 +201,12 @@ def _of_training(stage: dict[str, Any], metrics: dict[str, Any], environment: di
         yield Evaluation(data=joined if len(sources) > 1 else sources[0], metrics=measured)
 
 
-def _of_stage(stage: dict[str, Any], metrics: dict[str, Any], environment: dict[str, Any]) -> Iterator[Evaluation]:
+def _of_stage(folder: Path, model: str) -> Iterator[Evaluation]:
+    """Yield the evaluations of ``model``, a stage of the same run, in the stage ``folder``."""
+    stage, environment = read_settings(folder / "stage.json"), read_settings(folder / "environment.json")
+    if stage["kind"] != "evaluate" or environment.get("started_from") != model:
+        return
+    metrics = read_settings(folder / "metrics.json")
     for source in stage["data"]:
         name = source["path"] if source.get("split") is None else f"{source['path']} {source['split']}"
         if found := metrics.get(name):
@@ -255,7 +227,7 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def _public(value: Any, stages: set[str], key: str = "") -> Any:
-    """Return a part of a recipe without unset fields, and without what only the training machine understands."""
+    """Return a part of a recipe without unset fields, and without paths of the training machine."""
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if name not in _DROPPED and inner is not None}
         return {name: _public(inner, stages, name) for name, inner in kept.items()}

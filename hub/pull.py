@@ -1,9 +1,8 @@
 """Download one commit of a model from the Hub, without opening or running any of it."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minibert.files.model_folder import PICKLES, check_paths, check_weights
 from minibert.hub import folders, verify
@@ -15,9 +14,6 @@ class Pulled:
     """The result of :func:`pull`.
 
     Attributes:
-        repo_id: of the model.
-        commit: that was downloaded.
-        output: the folder of the model.
         files: sizes in bytes by path.
         code: SHA-256 of every Python file, which opening the model could run, by path.
         code_is: ``"installed"`` for the code of the installed version, ``"changed"``, or ``"none"``.
@@ -32,18 +28,15 @@ class Pulled:
     code_is: str
     left_out: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
 
 def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pulled:
     """Download the model ``USER/NAME[@REVISION]`` into a new folder, as the one commit that its revision means now.
 
-    Nothing of it is opened or run. Without the network (``HF_HUB_OFFLINE=1``) it comes from the cache.
+    Nothing of it is opened or run. With ``HF_HUB_OFFLINE=1`` it comes from the cache.
 
     Raises:
-        ValueError: the name is invalid, the folder is not empty, or the model is damaged, pickled or leads out of its folder.
+        ValueError: the name is invalid, the folder is not empty, or the model is damaged, pickled or
+            leads out of its folder.
         HubError: the Hub refused, or could not be reached.
     """
     repo_id, revision = split_name(name)

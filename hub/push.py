@@ -6,25 +6,26 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import HfApi, save_torch_state_dict
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from rich.filesize import decimal
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minibert import configuration_minibert
 from minibert.files import installation
-from minibert.files.disk import YamlLoader, readable_os_errors, write_json, write_text
-from minibert.files.model_folder import code_files
+from minibert.files.disk import read_json, readable_os_errors, write_json, write_text
+from minibert.files.model_folder import WEIGHTS, code_files, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
-from minibert.hub.convert import UNUSED, open_tokenizer
+from minibert.hub.convert import UNUSED, checked_dtype, open_tokenizer
 from minibert.hub.export import export, open_minibert
 from minibert.hub.remote import Change, ask, commit, compare, connect, download, files_of, look_up, split_name
 
@@ -34,8 +35,6 @@ CODE_LICENCE = "LICENSE.minibert"
 # Fields that say where a file was on the publisher's machine, or how it was opened there.
 _OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
 _TEXTS = (".json", ".txt", ".md", ".yaml", ".py", ".jinja")
-_DTYPES = ("float32", "float16", "bfloat16")
-_SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB)", re.IGNORECASE)
 
 
 @dataclass
@@ -43,15 +42,12 @@ class Published:
     """The result of :func:`push`.
 
     Attributes:
-        source: the folder that was published.
-        repo_id: its name on the Hub.
         files: sizes in bytes by path.
-        card: the text of README.md.
-        opened: the ways in which the model was opened in a fresh process, with equal outputs.
+        opened: the ways in which a fresh process opened the model, with equal outputs.
         difference: the largest difference from the outputs in this process.
-        changes: the changes that the commit made; empty if the Hub had all files already.
+        changes: those of the commit; empty if the Hub had all files already.
         commit: hash of the commit that holds the model; None after a dry run.
-        pull_request: its address, if there is one.
+        pull_request: its address.
     """
 
     source: str
@@ -63,13 +59,6 @@ class Published:
     changes: list[Change] = field(default_factory=list)
     commit: str | None = None
     pull_request: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
-
-# -------------------------------------------------------------------------------------------------------- push
 
 
 def push(
@@ -92,27 +81,25 @@ def push(
 
     Args:
         model: a run (its last model is taken), a stage of a run, or any folder of a MiniBERT.
-        repo_id: ``USER/NAME`` on the Hub.
-        private: create the repository as private.
         revision: branch to write to, created if it is missing; the default is main.
         create_pr: propose the commit as a pull request instead.
         dtype: of the weights, such as ``"bfloat16"``; the default keeps theirs.
         as_bert: publish the plain BERT that computes the same, which needs no code.
-        max_shard_size: larger weights are split into files of at most this, such as ``"500MB"``.
+        max_shard_size: of a file of weights, such as ``"500MB"``.
         dry_run: build and prove, but leave the Hub alone.
         force: replace the files that a repository holds.
         token: of the Hub; the default is that of the environment, or of the last login.
         report: called with a sentence after every step.
-        fields: metadata of the card, such as ``license="mit"``; see :func:`minibert.hub.card.build_card`.
+        fields: metadata of the card, such as ``license="mit"``.
 
     Raises:
         FileNotFoundError: there is no such model, or it is not finished.
-        ValueError: it is not a MiniBERT, a name or size is invalid, a file names a path of this machine, or the repository
-            holds other files.
-        Mismatch: a fresh process computes other outputs; nothing was uploaded, unless the text says so.
+        ValueError: it is not a MiniBERT, an argument is invalid, a file names a path of this
+            machine, or the repository holds other files.
+        Mismatch: a fresh process computes other outputs; the text says what was uploaded.
         HubError: the Hub refused, or could not be reached.
     """
-    _check_arguments(repo_id, revision, create_pr, dtype, max_shard_size)
+    _check_arguments(repo_id, revision, create_pr, dtype)
     api = connect(token, writing_to=None if dry_run else repo_id)
     source = model_folder(model)
     with tempfile.TemporaryDirectory(prefix="minibert-") as place:
@@ -120,24 +107,25 @@ def push(
         build(source, folder, repo_id=repo_id, dtype=dtype, as_bert=as_bert, max_shard_size=max_shard_size, **fields)
         files = {path: (folder / path).stat().st_size for path in folders.paths_in(folder)}
         done = Published(str(source), repo_id, files, (folder / "README.md").read_text(encoding="utf-8"))
-        report(f"Built from {source}: {len(files)} files, {size_text(sum(files.values()))}.")
+        report(f"Built from {source}: {len(files)} files, {decimal(sum(files.values()))}.")
         request = verify.request_for(folder)
         expected = _outputs_here(request, folder if as_bert else source, dtype)
-        what = f"The folder built from {source}"
+        prove_here = partial(prove, request, expected, f"The folder built from {source}")
         if dry_run:
-            done.opened, done.difference = prove(request, expected, what)
+            done.opened, done.difference = prove_here()
             return done
         branch = revision or "main"
         parent, exists, done.changes = _compare(api, folder, repo_id, branch, private=private, overwrite=force or create_pr)
         done.commit = parent
         if done.changes:
-            done.opened, done.difference = prove(request, expected, what)
+            done.opened, done.difference = prove_here()
             report("Proved in a fresh process without minibert.")
         if parent is None:
-            ask("creating", repo_id, lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+            make = partial(api.create_repo, repo_id, private=private or None, exist_ok=True)
+            ask("creating", repo_id, make)
         if not exists:
-            options: dict[str, Any] = {"branch": branch, "revision": parent, "exist_ok": True}
-            ask("creating a branch of", repo_id, lambda: api.create_branch(repo_id, **options))
+            make_branch = partial(api.create_branch, repo_id, branch=branch, revision=parent, exist_ok=True)
+            ask("creating a branch of", repo_id, make_branch)
         if done.changes:
             done.commit, done.pull_request = commit(
                 api, repo_id, folder, done.changes, parent=parent, branch=branch, create_pr=create_pr
@@ -150,28 +138,23 @@ def push(
     return done
 
 
-def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None, max_shard_size: str) -> None:
-    at = split_name(repo_id)[1]
-    branch = revision is None or (re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) and ".." not in revision)
-    size = _SIZE.fullmatch(max_shard_size.strip()) and re.search("[1-9]", max_shard_size)
-    problems = {
-        f"{repo_id!r} names a revision; give the branch with --revision {at}": at,
-        "a pull request is made against main; leave out --revision, or --create-pr": create_pr and revision,
-        f"--revision={revision} cannot name a branch": not branch or str(revision).startswith("refs/"),
-        f"--dtype={dtype} is unknown; use one of {', '.join(_DTYPES)}": dtype not in (None, *_DTYPES),
-        f"--max-shard-size={max_shard_size} is not a size; give one such as 500MB or 5GB": not size,
-    }
-    if wrong := [text for text, holds in problems.items() if holds]:
-        raise ValueError("; ".join(wrong) + ".")
+def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None) -> None:
+    if at := split_name(repo_id)[1]:
+        raise ValueError(f"{repo_id!r} names a revision; give the branch with --revision {at}.")
+    if create_pr and revision:
+        raise ValueError("A pull request is made against main; leave out --revision, or --create-pr.")
+    if revision is not None and not re.fullmatch(r"(?!refs/)[\w.-]+(/[\w.-]+)*", revision):
+        raise ValueError(f"--revision={revision} cannot name a branch.")
+    checked_dtype(dtype)
 
 
 def _compare(
     api: HfApi, folder: Path, repo_id: str, branch: str, *, private: bool, overwrite: bool
 ) -> tuple[str | None, bool, list[Change]]:
-    """Compare ``folder`` with the branch to write to, and refuse to replace other files unless ``overwrite`` is set.
+    """Compare ``folder`` with the branch, and refuse to replace other files without ``overwrite``.
 
     Returns:
-        The newest commit of the branch (of a missing branch, that of main; None if the repository is missing), whether the
+        The newest commit of the branch, or of main (None if the repository is missing), whether the
         branch is there once the repository is, and the changes after which it holds ``folder``.
     """
     main = look_up(api, repo_id, absent=RepositoryNotFoundError)
@@ -179,8 +162,7 @@ def _compare(
         return None, branch == "main", compare(folder, {})
     if private and not main.private:
         raise ValueError(
-            f"{repo_id} exists and is public, so that --private cannot hold; make it private in its settings on the Hub first, "
-            "or push to another name."
+            f"{repo_id} exists and is public; make it private in its settings on the Hub first, or push to another name."
         )
     found = main if branch == "main" else look_up(api, repo_id, branch, absent=RevisionNotFoundError)
     newest = found or main
@@ -188,34 +170,32 @@ def _compare(
     # A branch that is still at main's commit has no files of its own to lose.
     own = branch == "main" or newest.sha != main.sha
     if changes and files_of(newest) and own and not overwrite:
-        listed = "\n".join(f"  {change_text(change)}" for change in changes)
+        listed = "\n".join(f"  {change.text}" for change in changes)
         raise ValueError(
-            f"{repo_id} holds other files already; read what would change, and if it is meant push again with --force, or "
-            f"propose it with --create-pr.\n{listed}"
+            f"{repo_id} holds other files already; read what would change, and if it is meant push "
+            f"again with --force, or propose it with --create-pr.\n{listed}"
         )
     return newest.sha, found is not None, changes
 
 
-# ------------------------------------------------------------------------------------------------------- proof
-
-
 def _outputs_here(request: isolated.Request, folder: Path, dtype: str | None) -> dict[str, Tensor]:
-    """Return the outputs in this process: those of the source or, for a plain BERT, which was compared with it, its own."""
+    """Return the outputs in this process, without the code that comes with the model."""
     transformer = str(folders.encoder_folder(folder))
+    here = replace(request, model=str(folder), transformer=transformer, trust=False, dtype=dtype)
     with parity.quiet():
-        return isolated.compute(replace(request, model=str(folder), transformer=transformer, trust=False, dtype=dtype))[0]
+        return isolated.compute(here)[0]
 
 
 def prove(
     request: isolated.Request, expected: dict[str, Tensor], what: str, cache: Path | None = None
 ) -> tuple[list[str], float]:
-    """Open a model in a fresh process without this package, and compare its outputs with ``expected``.
+    """Open a model in a fresh process without this package, and compare its outputs.
 
     Returns:
-        The ways in which the model was opened, and the largest difference.
+        The ways in which the model was opened, and the largest difference from ``expected``.
 
     Raises:
-        Mismatch: the model cannot be opened there, or computes other outputs; the text begins with ``what``.
+        Mismatch: ``what`` cannot be opened there, or computes other outputs.
     """
     try:
         found, opened = isolated.run(request, cache=cache)
@@ -238,30 +218,24 @@ def _prove_download(api: HfApi, folder: Path, done: Published, request: isolated
         done.opened, done.difference = prove(by_name, expected, what, Path(place))
 
 
-# ------------------------------------------------------------------------------------------------------- build
-
-
 def model_folder(model: str | Path) -> Path:
     """Return the folder to publish: ``model`` itself, or the last model if ``model`` is a run.
 
     Raises:
         FileNotFoundError: there is none, or its training is not finished.
-        ValueError: the recipe of the run is damaged.
+        ValueError: the recipe of the run is damaged, or makes no model.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"There is no model folder {model} (looked from {Path.cwd()}); give the folder of a run, of a stage or of a model."
-        )
-    recipe = folder / "recipe.yaml"
+        refuse_missing(model, "give the folder of a run, of a stage or of a model")
     unfinished = (folder / "checkpoints").is_dir()
-    if recipe.exists() and not (folder / "config.json").exists():
-        try:
-            stages = enumerate(yaml.load(recipe.read_text(encoding="utf-8"), Loader=YamlLoader)["stages"], start=1)
-            models = [f"{at}-{stage['name']}" for at, stage in stages if stage["kind"] not in ("tokenizer", "evaluate")]
-            folder, unfinished = folder / models[-1], True
-        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError) as error:
-            raise ValueError(f"{recipe} is damaged, or has no stage that makes a model; name the stage to publish.") from error
+    if (folder / provenance.RECIPE).exists() and not (folder / "config.json").exists():
+        stages = enumerate(provenance.read_recipe(folder / provenance.RECIPE)["stages"], start=1)
+        others = ("tokenizer", "evaluate")
+        models = [f"{at}-{stage['name']}" for at, stage in stages if stage["kind"] not in others]
+        if not models:
+            raise ValueError(f"The recipe of {folder} has no stage that makes a model.")
+        folder, unfinished = folder / models[-1], True
     if unfinished and not (folder / "stage.json").exists():
         raise FileNotFoundError(
             f"The training of {folder} is not finished; resume it with minibert train, or name the folder of an earlier stage."
@@ -306,7 +280,7 @@ def build(
             shutil.copy(licence, temporary / CODE_LICENCE)
         _write_weights(weights, temporary, dtype, max_shard_size)
         for file in (temporary / "config.json", temporary / "tokenizer_config.json"):
-            known = folders.read_json(file) if file.exists() else {}
+            known = read_json(file) if file.exists() else {}
             known |= {"dtype": dtype} if dtype and file.name == "config.json" else {}
             write_json(file, {name: value for name, value in known.items() if name not in _OF_THIS_MACHINE})
         if (source / "LICENSE").exists():  # of the weights, which only their owner can give
@@ -319,60 +293,37 @@ def build(
 
 
 def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size: str) -> None:
-    """Write the weights of ``source``, cast to ``dtype``, and the tensors that a conversion kept without using them."""
+    """Write the weights of ``source`` in ``dtype``, with the tensors that a conversion kept unused."""
 
     def read(name: str) -> dict[str, Tensor]:
         checkpoint = folders.Checkpoint(source, name)
         tensors = {key: checkpoint[key] for key in checkpoint.names}
-        wanted = getattr(torch, dtype) if dtype else None
+        wanted = checked_dtype(dtype)
         return {key: value.to(wanted) if value.is_floating_point() else value for key, value in tensors.items()}
 
     with readable_os_errors(target, "nothing was sent"):
-        save_torch_state_dict(read(folders.WEIGHTS), target, max_shard_size=max_shard_size)
+        save_torch_state_dict(read(WEIGHTS), target, max_shard_size=max_shard_size)
         if (source / UNUSED).exists():
             save_file(read(UNUSED), target / UNUSED, {"format": "pt"})
 
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:
-    """Refuse a folder in which a text names ``places``, a home directory, or the user of this machine within a path.
+    """Refuse a folder in which a text names ``places``, a home directory or the user's folders.
 
     Raises:
         ValueError: naming the files and the paths in them.
     """
     begin = r"(?<![\w.:/])"  # of a path, and not of the part of an address after its host
-    user = re.escape(getpass.getuser())
-    patterns = [re.escape(str(place.expanduser().resolve())) + r"\b" for place in places if len(place.resolve().parts) > 1]
-    patterns += [begin + re.escape(str(Path.home())) + r"[/\\]+[\w.-]+", begin + r"/(?:home|Users)/[\w.-]+"]
-    patterns += [r"[A-Za-z]:[/\\]+Users[/\\]+[\w.-]+", begin + rf"(?:/[\w.-]+)*/{user}/[\w.-]+"]
+    homes = rf"/(?:home|Users)|(?:/[\w.-]+)*/{re.escape(getpass.getuser())}|{re.escape(str(Path.home()))}"
+    patterns = [rf"(?:{begin}(?:{homes})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]
+    roots = [place.expanduser().resolve() for place in places]
+    patterns += [re.escape(str(root)) + r"\b" for root in roots if len(root.parts) > 1]
     private = re.compile("|".join(patterns))
-    texts = {path: (folder / path).read_text(encoding="utf-8") for path in folders.paths_in(folder) if path.endswith(_TEXTS)}
-    if found := [f"{path} names {match[0]}" for path, text in texts.items() if (match := private.search(text))]:
+    found = []
+    for path in folders.paths_in(folder):
+        if path.endswith(_TEXTS) and (match := private.search((folder / path).read_text(encoding="utf-8"))):
+            found.append(f"{path} names {match[0]}")
+    if found:
         raise ValueError(
             f"The published files would name places of this machine: {'; '.join(found)}; remove that from the model's files."
         )
-
-
-# ------------------------------------------------------------------------------------------------------- texts
-
-
-def size_text(size: int) -> str:
-    """Return a readable size.
-
-    >>> size_text(12), size_text(1_234_567)
-    ('12 bytes', '1.2 MB')
-    """
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
-    return next((f"{size / factor:.1f} {unit}" for unit, factor in units.items() if size >= factor), f"{size} bytes")
-
-
-def change_text(change: Change) -> str:
-    """Return a line of the list of changes.
-
-    >>> change_text(Change("config.json", "changed", 900, 1000))
-    'changed  config.json  900 bytes -> 1.0 KB'
-    """
-    sizes = [size_text(size) for size in (change.before, change.after) if size is not None]
-    return f"{change.kind:7}  {change.path}  {' -> '.join(sizes)}"
-
-
-__all__ = ["Published", "build", "push"]

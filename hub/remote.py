@@ -1,12 +1,10 @@
 """Talk to the Hub: look a model up, download it, commit to it. Every failure becomes one sentence."""
 
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
@@ -19,41 +17,35 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    get_session,
-    validate_repo_id,
-)
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import get_session, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
+from rich.filesize import decimal
 
 from minibert.files.disk import sha256
 from minibert.files.installation import version
-from minibert.files.model_folder import PICKLES
+from minibert.files.model_folder import pickles
 from minibert.hub.folders import paths_in
 
 # The files of a model. Nothing else is downloaded, above all no pickle.
 WANTED = ("*.json", "*.txt", "*.md", "*.model", "*.py", "*.jinja", "*.yaml", "*.safetensors", "LICENSE*", "NOTICE*")
-_OWNED_BY_THE_HUB = (".gitattributes",)
 _ATTEMPTS = 4
 _LONGEST_WAIT = 60.0  # seconds; if the Hub asks for a longer pause, the message says so instead
 _SILENCE = 60.0  # seconds without a byte; huggingface_hub alone would wait forever
-# What to do about a refusal, by its status; 500 stands for all from 500 on.
+_CHANGED = "; the repository changed in the meantime, so look at it, and run the command again"
+_LATER = "; run the command again later: files that have arrived are kept"
+# What to do about a refusal, by its status.
 _ADVICE = {
     401: "; log in with `hf auth login`, or set HF_TOKEN",
     403: "; use a token with write permission, of an account that may write to {owner}",
-    409: "; the repository changed in the meantime, so look at it, and run the command again",
-    412: "; the repository changed in the meantime, so look at it, and run the command again",
+    409: _CHANGED,
+    412: _CHANGED,
     429: ", because of too many requests; run the command again {later}",
-    500: "; run the command again later: files that have arrived are kept",
 }
 _SENTENCES = {
     OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and the cache does not hold all of {repo_id}; unset it to ask the Hub.",
     RevisionNotFoundError: "{repo_id} has no branch, tag or commit {revision}; name another, or leave it out.",
-    RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name at {endpoint}, or log in "
-    "with `hf auth login` or HF_TOKEN to an account that may.",
+    RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name at "
+    "{endpoint}, or log in with `hf auth login` or HF_TOKEN to an account that may.",
     EntryNotFoundError: "{repo_id} changed while {what} it; run the command again.",
 }
 _Result = TypeVar("_Result")
@@ -74,32 +66,33 @@ def split_name(name: str) -> tuple[str, str | None]:
     """
     repo_id, at, revision = name.partition("@")
     if repo_id.count("/") != 1 or (at and not re.fullmatch(r"[\w./-]+", revision)) or ".." in revision:
-        raise ValueError(f"{name!r} cannot name a model on the Hub; use USER/NAME, or USER/NAME@REVISION to read a revision.")
+        raise ValueError(f"{name!r} cannot name a model on the Hub; use USER/NAME, or USER/NAME@REVISION for a revision.")
     validate_repo_id(repo_id)  # says which characters are allowed
     return repo_id, revision or None
 
 
-# ------------------------------------------------------------------------------------------------------- errors
-
-
 def ask(
-    what: str, repo_id: str, call: Callable[[], _Result], *, revision: str | None = None, attempts: int = _ATTEMPTS
+    what: str,
+    repo_id: str,
+    call: Callable[[], _Result],
+    *,
+    revision: str | None = None,
+    attempts: int = _ATTEMPTS,
 ) -> _Result:
-    """Return ``call()``, called again after a broken connection, a failure of the Hub or its request to wait.
+    """Return ``call()``, repeated after a broken connection, a failure of the Hub or its wish to wait.
 
     Args:
-        what: what the call does, such as ``"uploading to"``; the repository and the revision are for the message too.
-        call: uses huggingface_hub, and may be repeated.
-        attempts: number of calls.
+        what: what the call does, such as ``"uploading to"``, for the message.
 
     Raises:
-        HubError: the network failed, or the Hub refused. The original error is left out of the chain, because its text may hold
-            the header with the token.
+        HubError: the network failed, or the Hub refused. The original error is left out of the
+            chain, because its text may hold the header with the token.
     """
     for attempt in range(attempts):
+        hooks = get_session().event_hooks["request"]
+        hooks.append(_limit)
         try:
-            with _quiet_and_limited():
-                return call()
+            return call()
         except (HTTPError, OSError, RuntimeError) as error:
             cause = _cause(error)
             if cause is None:
@@ -107,35 +100,20 @@ def ask(
             wait = _wait(cause, attempt)
             if wait is None or attempt + 1 == attempts:
                 raise HubError(_sentence(cause, what, repo_id, revision)) from None
+        finally:
+            hooks.remove(_limit)
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
-@contextmanager
-def _quiet_and_limited() -> Iterator[None]:
-    """Silence remarks on every attempt, and bars without a terminal; limit the silence of requests without an own limit."""
-    level, hooks = hub_logging.get_verbosity(), get_session().event_hooks["request"]
-    hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    hub_logging.set_verbosity_error()
-    if hidden:
-        disable_progress_bars()
-    hooks.append(_limit)
-    try:
-        yield
-    finally:
-        hooks.remove(_limit)
-        hub_logging.set_verbosity(level)
-        if hidden:
-            enable_progress_bars()
-
-
 def _limit(request: Any) -> None:
+    """Limit the silence of a request that has no limit of its own."""
     limits = request.extensions.setdefault("timeout", {})
     limits |= {phase: _SILENCE for phase in ("connect", "read", "write") if limits.get(phase) is None}
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """Return the first error of the chain that comes from the Hub, its storage or the network; threads and caches wrap it."""
+    """Return the first error of the chain that the Hub, its storage or the network raised."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, HTTPError | OfflineModeIsEnabled):
         found = found.__cause__
@@ -144,18 +122,19 @@ def _cause(error: BaseException) -> BaseException | None:
 
 def _is_of_storage(error: BaseException) -> bool:
     # hf_xet raises Python's own classes, and classes of a module of its name.
-    return type(error) in (ConnectionError, TimeoutError, RuntimeError) or type(error).__module__.startswith("hf_xet")
+    builtin = type(error) in (ConnectionError, TimeoutError, RuntimeError)
+    return builtin or type(error).__module__.startswith("hf_xet")
 
 
 def _wait(error: BaseException, attempt: int) -> float | None:
     """Return the seconds after which another attempt makes sense, or None."""
     pause = 2.0**attempt
-    if isinstance(error, HfHubHTTPError):
-        status, seconds = error.response.status_code, _retry_after(error)
-        if status == 429 and (seconds or 0) <= _LONGEST_WAIT:
-            return max(seconds or 0.0, pause)
-        return pause if status >= 500 else None
-    return pause if type(error).__name__ in ("ReadError", "WriteError", "RemoteProtocolError") else None
+    if not isinstance(error, HfHubHTTPError):
+        broken = type(error).__name__ in ("ReadError", "WriteError", "RemoteProtocolError")
+        return pause if broken else None
+    status, seconds = error.response.status_code, _retry_after(error) or 0.0
+    again = status >= 500 or (status == 429 and seconds <= _LONGEST_WAIT)
+    return max(seconds, pause) if again else None
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:
@@ -166,37 +145,36 @@ def _retry_after(error: HfHubHTTPError) -> float | None:
 def _sentence(error: BaseException, what: str, repo_id: str, revision: str | None) -> str:
     for kind, text in _SENTENCES.items():
         if isinstance(error, kind):
-            return text.format(what=what, repo_id=repo_id, revision=revision or "main", endpoint=constants.ENDPOINT)
+            names = {"what": what, "repo_id": repo_id, "revision": revision or "main"}
+            return text.format(**names, endpoint=constants.ENDPOINT)
     if isinstance(error, HfHubHTTPError):
         status, seconds = error.response.status_code, _retry_after(error)
         said = " ".join((error.server_message or "").split()).rstrip(".")
         later = "later" if seconds is None else f"in {seconds:.0f} seconds"
-        advice = _ADVICE.get(min(status, 500), "").format(owner=repo_id.split("/")[0], later=later)
-        return f"The Hub refused {what} {repo_id} ({': '.join(filter(None, [str(status), said]))}){advice}."
+        advice = _LATER if status >= 500 else _ADVICE.get(status, "")
+        advice = advice.format(owner=repo_id.split("/")[0], later=later)
+        return f"The Hub refused {what} {repo_id} ({status}{said and f': {said}'}){advice}."
     if _is_of_storage(error):
-        found = re.search(r"\(\d{3} [\w -]+\)", str(error))  # the rest of the text can hold signed addresses
+        found = re.search(r" \(\d{3} [\w -]+\)", str(error))  # the rest can hold signed addresses
         return (
-            f"The storage of the Hub (xet) failed{f' {found[0]}' if found else ''} while {what} {repo_id}; run the command "
-            "again later, or with HF_HUB_DISABLE_XET=1, which does without it."
+            f"The storage of the Hub (xet) failed{found[0] if found else ''} while {what} {repo_id}; run "
+            "the command again later, or with HF_HUB_DISABLE_XET=1, which does without it."
         )
-    name = type(error).__name__
+    hub, name = f"The Hub ({constants.ENDPOINT})", type(error).__name__
     if name in ("ConnectError", "ProxyError", "UnsupportedProtocol", "InvalidURL"):
-        return f"The Hub ({constants.ENDPOINT}) cannot be reached; check the connection, or HF_ENDPOINT if you set it."
-    why = f"The Hub ({constants.ENDPOINT}) did not answer in time" if "Timeout" in name else "The connection broke"
-    return f"{why} while {what} {repo_id}{_ADVICE[500]}."
-
-
-# ----------------------------------------------------------------------------------------------------- the Hub
+        return f"{hub} cannot be reached; check the connection, or HF_ENDPOINT if you set it."
+    why = f"{hub} did not answer in time" if "Timeout" in name else "The connection broke"
+    return f"{why} while {what} {repo_id}{_LATER}."
 
 
 def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
-    """Return the Hub as one account sees it; without a token, that of the environment or of the last login.
+    """Return the Hub as one account sees it: that of ``token``, of the environment or of the last login.
 
     Raises:
-        HubError: the text is not a token; or something is to be written, without a token or without the network.
+        HubError: the text is not a token; or writing lacks a token or the network.
     """
     given = token or get_token() or ""
-    if not re.fullmatch(r"[!-~]*", given):  # the library would fail with the token in its message
+    if not given.isascii() or not given.isprintable():  # the library's message would hold the token
         raise HubError("The token holds characters that no token has; log in with `hf auth login`, or correct HF_TOKEN.")
     if writing_to and constants.is_offline_mode():
         raise HubError(f"HF_HUB_OFFLINE is set, so that nothing can be written to {writing_to}; unset it.")
@@ -208,7 +186,7 @@ def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
 
 
 def look_up(api: HfApi, repo_id: str, revision: str | None = None, absent: type[Exception] | None = None) -> ModelInfo | None:
-    """Return the commit that ``revision`` (the default is main) means now, with its files; after the error ``absent``, None."""
+    """Return the commit that ``revision`` (or main) means now; after the error ``absent``, None."""
 
     def call() -> ModelInfo | None:
         try:
@@ -222,9 +200,9 @@ def look_up(api: HfApi, repo_id: str, revision: str | None = None, absent: type[
 
 
 def download(api: HfApi, repo_id: str, revision: str | None, cache: Path | None = None) -> Path:
-    """Download the files of a model into ``cache`` (the default is the common one), and return their folder there.
+    """Download a model into ``cache`` (or the common one), and return its folder there.
 
-    Files that arrived before an interruption are not fetched again. Without the network, the cache must hold all of them.
+    Files that arrived before an interruption are not fetched again.
     """
 
     def call() -> str:
@@ -234,11 +212,16 @@ def download(api: HfApi, repo_id: str, revision: str | None, cache: Path | None 
 
 
 def commit(
-    api: HfApi, repo_id: str, folder: Path, changes: "list[Change]", *, parent: str | None, branch: str, create_pr: bool
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    changes: "list[Change]",
+    *,
+    parent: str | None,
+    branch: str,
+    create_pr: bool,
 ) -> tuple[str, str | None]:
-    """Make ``changes`` in one commit on top of ``parent``, so that readers see the old model or the new one.
-
-    Not by HfApi.upload_folder, which spreads large folders over several commits.
+    """Make ``changes`` in one commit on top of ``parent``: readers see the old model or the new one.
 
     Returns:
         The hash of the commit, and the address of the pull request if there is one.
@@ -247,12 +230,17 @@ def commit(
         CommitOperationDelete(one.path) if one.kind == "removed" else CommitOperationAdd(one.path, folder / one.path)
         for one in changes
     ]
-    options: dict[str, Any] = {"revision": branch, "create_pr": create_pr, "parent_commit": parent}
-    options["commit_message"] = f"A model published by minibert {version()}"
 
     def call() -> tuple[str, str | None]:
         try:
-            done = api.create_commit(repo_id, operations, **options)
+            done = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=f"A model published by minibert {version()}",
+                revision=branch,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
             return done.oid, done.pr_url
         except (HTTPError, OSError):
             # The Hub may have made the commit although its answer was lost.
@@ -265,17 +253,10 @@ def commit(
     return ask("uploading to", repo_id, call, revision=branch, attempts=1 if create_pr else _ATTEMPTS)
 
 
-def is_pickle(path: str) -> bool:
-    """Return True if the name of a file says that opening it can run code.
-
-    >>> is_pickle("pytorch_model.bin"), is_pickle("1_Dense/model.safetensors")
-    (True, False)
-    """
-    return any(PurePosixPath(path).match(pattern) for pattern in (*PICKLES, "*.joblib", "*.npy", "*.h5"))
-
-
 def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, Path, dict[str, RepoSibling]]:
-    """Download a model; return its commit, its folder in the cache, and its files on the Hub (none without the network).
+    """Return the commit of a model, its folder in the cache, and its files on the Hub.
+
+    Without the network, no files on the Hub are known.
 
     Raises:
         ValueError: it has no weights, or pickled ones.
@@ -286,17 +267,17 @@ def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, P
     if info is not None:
         files = files_of(info)
         if not any(path.endswith(".safetensors") for path in files):
-            pickles = ", ".join(path for path in files if is_pickle(path))
-            why = f"its weights are pickled ({pickles}), which can run code when opened" if pickles else "it holds no weights"
-            raise ValueError(f"{repo_id} cannot be used as a model: {why}; ask its owner for safetensors.")
-    # By the name of the revision and not of the commit, for the cache to know the name when the Hub cannot be asked.
+            found = ", ".join(pickles(files))
+            why = f"its weights are pickled ({found}), which can run code when opened"
+            raise ValueError(
+                f"{repo_id} cannot be used as a model: {why if found else 'it holds no weights'}; ask its "
+                "owner for safetensors."
+            )
+    # By the name of the revision, so that the cache knows that name without the network.
     folder = download(api, repo_id, revision)
     if info is not None and folder.name != info.sha:
         raise HubError(f"{repo_id} changed while downloading it; run the command again.")
     return folder.name, folder, files
-
-
-# ------------------------------------------------------------------------------------------------- comparisons
 
 
 @dataclass(frozen=True)
@@ -308,10 +289,22 @@ class Change:
     before: int | None
     after: int | None
 
+    @property
+    def text(self) -> str:
+        """Return a line of the list of changes.
+
+        >>> Change("config.json", "changed", 900, 1000).text
+        'changed  config.json  900 bytes -> 1.0 kB'
+        """
+        sizes = [decimal(size) for size in (self.before, self.after) if size is not None]
+        return f"{self.kind:7}  {self.path}  {' -> '.join(sizes)}"
+
 
 def files_of(info: ModelInfo) -> dict[str, RepoSibling]:
-    """Return the files of a commit by their path, without those that the Hub itself keeps there."""
-    return {file.rfilename: file for file in info.siblings or () if file.rfilename not in _OWNED_BY_THE_HUB}
+    """Return the files of a commit by their path, without the one that the Hub itself keeps there."""
+    files = {file.rfilename: file for file in info.siblings or ()}
+    files.pop(".gitattributes", None)
+    return files
 
 
 def compare(folder: Path, remote: dict[str, RepoSibling]) -> list[Change]:
@@ -323,11 +316,10 @@ def compare(folder: Path, remote: dict[str, RepoSibling]) -> list[Change]:
             changes.append(Change(path, "added", None, size))
         elif not same(folder / path, known):
             changes.append(Change(path, "changed", known.size, size))
-    return changes + [Change(path, "removed", file.size, None) for path, file in sorted(remote.items()) if path not in local]
+    gone = sorted(remote.keys() - set(local))
+    return changes + [Change(path, "removed", remote[path].size, None) for path in gone]
 
 
 def same(file: Path, remote: RepoSibling) -> bool:
-    """Return True if ``file`` has the content of ``remote``, by SHA-256 for large files and by git's SHA-1 for texts."""
-    if file.stat().st_size != remote.size:
-        return False
+    """Return True if ``file`` has the content of ``remote``: by SHA-256, or by git's SHA-1 for texts."""
     return sha256(file) == remote.lfs.sha256 if remote.lfs else git_hash(file.read_bytes()) == remote.blob_id

@@ -4,7 +4,8 @@ import difflib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,23 @@ from sentence_transformers import SentenceTransformer
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.files.disk import sha256
+from minibert.files.disk import read_json, sha256
 from minibert.files.installation import version
-from minibert.files.model_folder import check_paths, check_weights, code_files, opening, read_header, read_settings
+from minibert.files.model_folder import (
+    check_paths,
+    check_weights,
+    code_files,
+    opening,
+    pickles,
+    read_header,
+    read_settings,
+    refuse_missing,
+)
 from minibert.hub import folders, isolated, parity
 from minibert.hub.card import check_card, longest_text, vector_dimension
 from minibert.hub.convert import TOKENIZERS, empty, full
 from minibert.hub.families import CLASSES
-from minibert.hub.remote import fetch, is_pickle, same, split_name
+from minibert.hub.remote import fetch, same, split_name
 
 _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 
@@ -31,10 +41,10 @@ class Check:
     """The result of one check.
 
     Attributes:
-        name: ``"files"``, ``"weights"``, ``"code"``, ``"card"`` or ``"opens"``; ``"download"`` for a damaged cache.
-        state: ``"ok"``, ``"failed"``, or ``"skipped"`` where an earlier failure makes the check meaningless.
+        name: ``"files"``, ``"weights"``, ``"code"``, ``"card"``, ``"opens"``, or ``"download"``.
+        state: ``"ok"``, ``"failed"``, or ``"skipped"`` after an earlier failure.
         text: what was found, in a sentence.
-        detail: the difference from the installed code, where there is one.
+        detail: the difference from the installed code.
     """
 
     name: str
@@ -50,15 +60,7 @@ class Verification:
     model: str
     commit: str | None
     checks: list[Check]
-
-    @property
-    def ok(self) -> bool:
-        """Return True if every check passed."""
-        return all(check.state == "ok" for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields and ``ok`` as plain values."""
-        return {"ok": self.ok, **asdict(self)}
+    ok: bool
 
 
 @dataclass
@@ -67,22 +69,24 @@ class Code:
 
     Attributes:
         files: SHA-256 of every Python file, by path.
-        state: ``"installed"`` where all of it is that of the installed version, ``"changed"``, or ``"none"``.
-        reasons: how it differs from the installed code.
+        reasons: how the code differs from that of the installed version.
         diff: from the installed files to those of the model, as ``diff -u`` shows it.
     """
 
-    files: dict[str, str] = field(default_factory=dict)
-    state: str = "none"
-    reasons: list[str] = field(default_factory=list)
-    diff: str | None = None
+    files: dict[str, str]
+    reasons: list[str]
+    diff: str
+
+    @property
+    def state(self) -> str:
+        """Return "installed" if all of it is that of the installed version, else "changed" or "none"."""
+        return "changed" if self.reasons else "installed" if self.files else "none"
 
 
 def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | None = None) -> Verification:
     """Check a model folder, or the model ``USER/NAME[@REVISION]`` on the Hub.
 
     Args:
-        model: the folder, or the name.
         trust_remote_code: let a fresh process run code that is not that of the installed version.
         token: of the Hub; the default is that of the environment or of the last login.
 
@@ -91,84 +95,72 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
         ValueError: the name is malformed, or the Hub holds nothing that could be checked.
         HubError: the Hub refused, or could not be reached.
     """
-    folder = Path(model).expanduser()
+    folder, commit = Path(model).expanduser(), None
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "modules.json")):
             raise FileNotFoundError(
                 f"{folder} is not a model folder: it holds no config.json; of a run, name the folder of a stage."
             )
-        return Verification(str(model), None, checks_of(folder, trust=trust_remote_code, opens=True))
-    if folder.is_file():
-        raise FileNotFoundError(
-            f"{model} is a file; give the folder of the model that it belongs to, or owner/name on the Hub."
-        )
-    if str(model).startswith(("/", ".", "~")) or folder.exists() or str(model).partition("@")[0].count("/") != 1:
-        raise FileNotFoundError(
-            f"There is no model folder {model} (looked from {Path.cwd()}); give a folder, or owner/name[@revision] on the Hub."
-        )
-    repo_id, revision = split_name(str(model))
-    commit, fetched, files = fetch(repo_id, revision, token)
-    with tempfile.TemporaryDirectory(prefix="minibert-") as place:
-        plain = Path(place, "model")
-        shutil.copytree(fetched, plain)
-        damaged = [path for path, file in files.items() if (plain / path).exists() and not same(plain / path, file)]
-        others = [path for path in files if not (plain / path).exists()]
-        checks = checks_of(plain, trust=trust_remote_code, opens=True, other_files=others)
-    if damaged:
-        text = f"{', '.join(damaged)} in {fetched} differs from the Hub's content; delete it and run the command again."
-        checks.insert(0, Check("download", "failed", text))
-    return Verification(str(model), commit, checks)
+        checks = checks_of(folder, trust=trust_remote_code, opens=True)
+    else:
+        name = str(model).partition("@")[0]
+        if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+            refuse_missing(model, "give the folder of a model, or owner/name[@revision] on the Hub")
+        repo_id, revision = split_name(str(model))
+        commit, fetched, files = fetch(repo_id, revision, token)
+        with tempfile.TemporaryDirectory(prefix="minibert-") as place:
+            plain = Path(place, "model")
+            shutil.copytree(fetched, plain)
+            here = {path for path in files if (plain / path).exists()}
+            damaged = [path for path in here if not same(plain / path, files[path])]
+            others = sorted(files.keys() - here)
+            checks = checks_of(plain, trust=trust_remote_code, opens=True, other_files=others)
+        if damaged:
+            text = f"{', '.join(sorted(damaged))} in {fetched} differs from the Hub's content; delete it and run again."
+            checks.insert(0, Check("download", "failed", text))
+    return Verification(str(model), commit, checks, all(check.state == "ok" for check in checks))
 
 
 def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_files: Sequence[str] = ()) -> list[Check]:
     """Run the checks of a model folder, and return one result for each.
 
     Args:
-        folder: holds the model.
         trust: run code that is not that of the installed version.
         opens: also open the model in a fresh process.
         other_files: paths of files that belong to the model but are not in the folder.
     """
-    code = Code()
-
-    def look_at_code() -> str:
-        nonlocal code
-        code = code_of(folder)
-        return _judge(code, folder, trust)
-
-    looks: dict[str, Callable[[], str]] = {
-        "files": lambda: _files(folder, other_files),
-        "weights": lambda: _weights(folder),
-        "code": look_at_code,
-        "card": lambda: _card(folder),
-        "opens": lambda: _opens(folder),
+    # Each check, and those without which it is skipped: a folder that failed is not read any further.
+    looks: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
+        "files": (lambda: _files(folder, other_files), ()),
+        "weights": (lambda: _weights(folder), ("files",)),
+        "code": (lambda: _judge(code_of(folder), folder, trust), ("files",)),
+        "card": (lambda: _card(folder), ()),
+        "opens": (lambda: _opens(folder), ("files", "weights", "code")),
     }
-    # A folder that failed is not read any further, and a model that failed is not opened.
-    needed = {"weights": ("files",), "code": ("files",), "card": (), "files": (), "opens": ("files", "weights", "code")}
-    checks: list[Check] = []
-    for name, look in looks.items():
-        if name == "opens" and not opens:
+    if not opens:
+        del looks["opens"]
+    checks: dict[str, Check] = {}
+    for name, (look, needed) in looks.items():
+        if failed := [other for other in needed if checks[other].state != "ok"]:
+            checks[name] = Check(name, "skipped", f"Not looked at, because of: {', '.join(failed)}.")
             continue
-        if failed := [check.name for check in checks if check.state != "ok" and check.name in needed[name]]:
-            state, text = "skipped", f"Not looked at, because of: {', '.join(failed)}."
-        else:
-            try:
-                state, text = "ok", look()
-            except Exception as error:  # damaged files make the libraries that read them raise anything: all of it is a finding
-                text = " ".join(str(error).replace(f"{folder}/", "").split())
-                state, text = "failed", text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
-        checks.append(Check(name, state, text, code.diff if name == "code" else None))
-    return checks
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
+        try:
+            checks[name] = Check(name, "ok", look())
+        except Exception as error:  # damaged files make libraries raise anything: it is a finding
+            text = " ".join(str(error).replace(f"{folder}/", "").split())
+            known = isinstance(error, ValueError | OSError)
+            checks[name] = Check(name, "failed", text if known else f"{type(error).__name__}: {text}")
+    if checks["code"].state != "skipped":
+        with suppress(Exception):  # the check says why the code cannot be compared
+            checks["code"].detail = code_of(folder).diff or None
+    return list(checks.values())
 
 
 def _files(folder: Path, other_files: Sequence[str]) -> str:
     check_paths(folder)
-    present = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    if pickles := sorted(path for path in (*present, *other_files) if is_pickle(path)):
-        raise ValueError(f"{', '.join(pickles)} can run code when opened; a model needs safetensors only, so delete them.")
+    present = folders.paths_in(folder)
+    if found := pickles([*present, *other_files]):
+        raise ValueError(f"{', '.join(found)} can run code when opened; a model needs safetensors only, so delete them.")
     return f"{len(present)} files, no pickle, and no name that leads out of the folder."
 
 
@@ -178,7 +170,7 @@ def _weights(folder: Path) -> str:
     for file in folder.rglob("*.safetensors"):
         read_header(file)
     checkpoint = folders.Checkpoint(encoder)
-    model_class = _model_class(folders.read_json(encoder / "config.json"))
+    model_class = _model_class(read_json(encoder / "config.json"))
     problems = _misfits(encoder, model_class, checkpoint) if model_class else {}
     problems["not finite"] = [name for name in checkpoint.names if not torch.isfinite(checkpoint[name].float()).all()]
     if found := "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names):
@@ -199,7 +191,7 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
 
 
 def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: folders.Checkpoint) -> dict[str, list[str]]:
-    """Load the weights into the installed class, and return the names of tensors that do not fit, by kind of problem."""
+    """Load the weights into the installed class, and return the tensors that do not fit, by problem."""
     with parity.quiet(), opening(encoder):
         opened: Any = model_class.from_pretrained(  # a pair, which its annotation does not say
             encoder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
@@ -223,9 +215,11 @@ def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: fold
 
 
 def _judge(code: Code, folder: Path, trust: bool) -> str:
-    if code.state == "none" and "auto_map" in folders.read_json(folders.encoder_folder(folder) / "config.json"):
-        raise ValueError("config.json names code (auto_map) that is not in the folder; hub push publishes the model with it.")
     if code.state == "none":
+        if "auto_map" in read_json(folders.encoder_folder(folder) / "config.json"):
+            raise ValueError(
+                "config.json names code (auto_map) that is not in the folder; hub push publishes the model with it."
+            )
         return "It brings no code."
     if code.state == "installed":
         return f"{', '.join(sorted(code.files))} are those of the installed minibert {version()}."
@@ -262,7 +256,7 @@ def _opens(folder: Path) -> str:
 
 def _tokenizer_problems(folder: Path) -> Iterator[str]:
     encoder = folders.encoder_folder(folder)
-    config = folders.read_json(encoder / "config.json")
+    config = read_json(encoder / "config.json")
     if not any(file for name in TOKENIZERS for file in encoder.glob(name)):
         yield "There is no tokenizer (tokenizer.json); save the model's tokenizer into its folder"
         return
@@ -279,9 +273,9 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
 
 
 def request_for(folder: Path) -> isolated.Request:
-    """Return how to open the model in ``folder``: by AutoModel and the class that its configuration names, with its code."""
+    """Return how to open the model in ``folder``: by AutoModel and by the class in its config.json."""
     encoder = folders.encoder_folder(folder)
-    config = folders.read_json(encoder / "config.json")
+    config = read_json(encoder / "config.json")
     named = (config.get("architectures") or ["Model"])[0]
     head = "AutoModel" + (f"For{named.partition('For')[2]}" if "For" in named else "")
     return isolated.Request(
@@ -294,11 +288,8 @@ def request_for(folder: Path) -> isolated.Request:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- code
-
-
 def code_of(folder: Path) -> Code:
-    """Compare the code that opening ``folder`` with trust_remote_code could run with that of the installed version."""
+    """Compare the code that opening ``folder`` could run with that of the installed version."""
     encoder = folders.encoder_folder(folder)
     installed = {file.name: file for file in code_files()}
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.py"))}
@@ -309,27 +300,28 @@ def code_of(folder: Path) -> Code:
             reasons.append(f"{path} is not a file of minibert")
         elif file.read_bytes() != own.read_bytes():
             reasons.append(f"{path} was changed")
-            before, after = (side.read_text("utf-8", "replace").splitlines(keepends=True) for side in (own, file))
+            before, after = (side.read_text("utf-8", "replace").splitlines(True) for side in (own, file))
             diff += "".join(difflib.unified_diff(before, after, f"installed/{own.name}", path))
-    state = "changed" if reasons else "installed" if files else "none"
-    return Code({path: sha256(file) for path, file in files.items()}, state, reasons, diff or None)
+    return Code({path: sha256(file) for path, file in files.items()}, reasons, diff)
 
 
 def _foreign_names(folder: Path, encoder: Path) -> list[str]:
     """List the settings that would import code which is neither this package's nor a library's."""
-    config = folders.read_json(encoder / "config.json")
-    mapped = config.get("auto_map") or {}
-    values = mapped.items() if isinstance(mapped, dict) else [("auto_map", mapped)]
+    config = read_json(encoder / "config.json")
+    found = []
     known = configuration_minibert.AUTO_MAP
-    found = [f"config.json names {value} for {name}" for name, value in values if known.get(name) != value]
-    found += ["config.json names custom_pipelines"] * bool(config.get("custom_pipelines"))
+    mapped = config.get("auto_map") or {}
+    if not isinstance(mapped, dict) or any(known.get(name) != value for name, value in mapped.items()):
+        found.append(f"config.json names {mapped} for auto_map")
+    if config.get("custom_pipelines"):
+        found.append("config.json names custom_pipelines")
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
-        found += [f"{name} names code"] * bool(read_settings(encoder / name).get("auto_map"))
+        if read_settings(encoder / name).get("auto_map"):
+            found.append(f"{name} names code")
     for module in folders.modules(folder):
-        settings = read_settings(folder / module["path"] / "config.json") if module["path"] else {}
-        names = [str(module.get("type", "")), str(settings.get("activation_function", _LIBRARIES[0]))]
+        names = [str(module.get("type", ""))]
+        if module["path"]:
+            settings = read_settings(folder / module["path"] / "config.json")
+            names += [str(settings.get("activation_function", _LIBRARIES[0]))]
         found += [f"modules.json names {name}" for name in names if not name.startswith(_LIBRARIES)]
     return found
-
-
-__all__ = ["Check", "Verification", "verify"]

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import read_json
-from minibert.files.model_folder import check_paths, check_weights, code_files, opening, weight_files
+from minibert.files.model_folder import check_paths, check_weights, code_files, opening, refuse_missing, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -61,23 +61,16 @@ def load(
     model_kwargs = kwargs if dtype is None else {**kwargs, "dtype": dtype}
     with opening(folder):
         if (folder / "modules.json").exists():
-            opened = SentenceTransformer(
-                str(folder), device=device, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs
-            )
-            _check_complete(opened.transformers_model, folder)
-            return _without_cycle(opened)
-        encoder = Transformer(str(folder), model_kwargs=model_kwargs, processor_kwargs=kwargs, config_kwargs=kwargs)
-    _check_complete(encoder.auto_model, folder)
-    pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode=getattr(encoder.config, "pooling", "mean"))
-    return _without_cycle(
-        SentenceTransformer(modules=[encoder, pooling, Normalize()], device=device, similarity_fn_name="cosine")
-    )
-
-
-def _without_cycle(model: SentenceTransformer) -> SentenceTransformer:
-    """Return ``model`` without the reference cycle with its card, which keeps the weights until a full garbage collection."""
-    model.model_card_data.model = cast(SentenceTransformer, weakref.proxy(model))
-    return model
+            opened = SentenceTransformer(str(folder), device=device, model_kwargs=model_kwargs, **kwargs)
+        else:
+            encoder = Transformer(str(folder), model_kwargs=model_kwargs, processor_kwargs=kwargs, config_kwargs=kwargs)
+            mode = getattr(encoder.config, "pooling", "mean")
+            modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode=mode), Normalize()]
+            opened = SentenceTransformer(modules=modules, device=device, similarity_fn_name="cosine")
+    _check_complete(opened.transformers_model, folder)
+    # A reference cycle with the card would keep the weights until a full garbage collection.
+    opened.model_card_data.model = cast(SentenceTransformer, weakref.proxy(opened))
+    return opened
 
 
 def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
@@ -85,9 +78,7 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
 
     Raises: as :func:`load` does.
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        folder = _download(str(model))
+    folder = find_folder(model)
     check_paths(folder)
     encoder = encoder_folder(folder)
     config = read_json(encoder / "config.json")
@@ -105,19 +96,25 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     return folder
 
 
-def _download(model: str) -> Path:
+def find_folder(model: str | Path, revision: str | None = None) -> Path:
+    """Return the folder ``model``, or download the model of that id on the Hub and return its folder.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    folder, name = Path(model).expanduser(), str(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.count("/") > 1 or name.startswith(("/", ".", "~")):
+        refuse_missing(model, "give the folder of a model, or the id (owner/name) of one on the Hub")
     here = f"There is no model folder {model} (looked from {Path.cwd()})"
-    if Path(model).exists():
-        raise NotADirectoryError(f"{model} is a file; give the folder of a model, or the id (owner/name) of one on the Hub.")
-    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"{here}; give a folder, or the id (owner/name) of a model on the Hub.")
-    if Path(model).parent.is_dir():  # a typo is likelier than an owner on the Hub with the name of a folder
+    if "/" in name and folder.parent.is_dir():  # a typo is likelier than an owner on the Hub with the name of a folder
         raise FileNotFoundError(
-            f"{here}, but a folder {Path(model).parent}; fix the path. If you mean the Hub, "
+            f"{here}, but a folder {folder.parent}; fix the path. If you mean the Hub, "
             "run from a directory without a folder of that name."
         )
     try:
-        return Path(snapshot_download(model, allow_patterns=_WANTED_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"{here}, and the Hub did not send a model of that name: {reason}") from error

@@ -209,29 +209,6 @@ def test_a_converted_model(tmp_path):
     assert "trust_remote_code" not in build_card(tmp_path / "bert", "ann/bert")  # which needs none
 
 
-def stage(kind, name=None, **fields):
-    return {"kind": kind, "name": name or kind, "data": [], "model": None, "tokenizer": None, **fields}
-
-
-@pytest.mark.parametrize(
-    ("stages", "at", "path"),
-    [
-        ([stage("tokenizer"), stage("pretrain", model={"preset": "x"}), stage("classify"), stage("embed")], 3, [0, 1, 2, 3]),
-        ([stage("tokenizer"), stage("pretrain", model={"preset": "x"}), stage("classify"), stage("embed")], 2, [0, 1, 2]),
-        ([stage("pretrain", model="a/b"), stage("classify"), stage("embed", model="pretrain")], 2, [0, 2]),
-        ([stage("classify", model="a/b"), stage("evaluate"), stage("embed")], 2, [0, 2]),
-        ([stage("embed", model="a/b"), stage("distill", teacher="embed", student_layers=2)], 1, [0, 1]),
-        (
-            [stage("embed", model="a/b"), stage("tokenizer"), stage("distill", teacher="embed", model={"preset": "x"})],
-            2,
-            [1, 2],
-        ),
-    ],
-)
-def test_the_stages_a_model_went_through(stages, at, path):
-    assert provenance.ancestors(stages, at) == path
-
-
 def test_ids_stay_and_paths_lose_their_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert provenance.public_name("owner/name") == "owner/name"
@@ -314,17 +291,15 @@ def test_what_only_the_publisher_knows(heads):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"license": 3}, "license=3 should be a text or a list of texts: the Hub's id of a licence, such as mit"),
+        ({"license": 3}, "license=3 should be the Hub's id of a licence, such as mit"),
         ({"license": "MIT License"}, "license='MIT License' should be"),
-        ({"language": "English"}, "language='English' should be .* codes of languages"),
+        ({"language": "English"}, "language='English' should be codes of languages"),
         ({"language": False}, "language=False should be"),
         ({"datasets": ["a/b", "a/b/c"]}, "datasets=.*ids of data sets on the Hub"),
         ({"base_model": {"a": "b"}}, "base_model=.*ids of models on the Hub"),
-        ({"tags": "one"}, "tags='one' should be a list of texts"),
         ({"tags": []}, "tags=\\[\\] should be"),
-        ({"base_model_relation": "copy"}, "adapter, finetune, merge or quantized"),
-        ({"licence": "mit"}, "there is no field 'licence'; the fields are license, "),
-        ({"license": 3, "tags": "one"}, "license=3 .*; tags='one'"),
+        ({"licence": "mit"}, "no field licence; its fields are license, "),
+        ({"license": 3, "tags": []}, "license=3 .*; tags=\\[\\]"),
     ],
 )
 def test_fields_of_the_wrong_type_are_named(heads, fields, words):
@@ -352,17 +327,11 @@ def test_cards_of_others_pass():
     ("text", "words"),
     [
         ("# A model\n", "has no metadata"),
-        ("---\na: [\n---\n", "is not YAML"),
-        ("---\n- a\n---\n", "is not a mapping"),
-        (card_of(pipeline_tag="embedding"), "pipeline_tag='embedding' should be a text: one of feature-extraction, fill-mask"),
-        (card_of(library_name=["a"]), "library_name=\\['a'\\] should be a text"),
+        ("---\na: [\n---\n", "cannot be read"),
+        ("---\n- a\n---\n", "cannot be read"),
+        (card_of(pipeline_tag="embedding"), "pipeline_tag='embedding' should be one of feature-extraction, fill-mask"),
         ("---\nlanguage: no\n---\n", "language=False should be"),  # YAML takes the code of Norwegian for a refusal
-        (card_of(**{"model-index": "a"}), "model-index cannot be read"),
-        (card_of(**{"model-index": [{"name": "a"}]}), "model-index cannot be read"),
-        (index_of(task={}), "model-index cannot be read"),
-        (index_of(metrics=[{"type": "loss", "value": [1]}]), "the value of 'loss' is \\[1\\], which should be a number"),
-        (index_of(metrics=[{"type": "loss", "value": float("nan")}]), "the value of 'loss' is nan"),
-        (index_of(dataset={"name": 3, "type": "a"}), "dataset_name=3 should be a text"),
+        (card_of(**{"model-index": "a"}), "cannot be read"),
     ],
 )
 def test_metadata_that_the_hub_would_refuse_is_named(text, words):

@@ -18,7 +18,7 @@ from helpers import TINY, edit_json, edit_weights, read_weights, run_command, ru
 from minibert.data.docstrings import load_pairs
 from minibert.hub import folders, parity
 from minibert.hub.convert import convert
-from minibert.hub.families import FAMILIES, REFUSED
+from minibert.hub.families import FAMILIES
 
 
 def assert_same_outputs(theirs, ours, *, pairs=False, pooled=True):
@@ -223,27 +223,17 @@ def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
 # Refusals
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
-def test_other_families_are_refused_by_name_and_reason(model_type, tmp_path):
-    save_family(tmp_path / "source")
-    edit_json(tmp_path / "source" / "config.json", model_type=model_type)
-    with pytest.raises(ValueError, match=f"{model_type} cannot be expressed exactly: it"):
-        convert(tmp_path / "source", tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "t5", "is_encoder_decoder": True}, "is an encoder-decoder"),
         ({"model_type": "gpt2"}, "of the family gpt2, which cannot be converted. Convertible are bert, distilbert"),
         ({"model_type": "minibert"}, "is a MiniBERT already"),
-        ({"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel is a decoder"),
-        ({"architectures": ["BertForNextSentencePrediction"]}, "has a head that MiniBERT lacks"),
+        ({"architectures": ["BertForNextSentencePrediction"]}, "lacks the class BertForNextSentence"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "brings Python code of its own"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
-        ({"is_decoder": True, "add_cross_attention": True}, "is_decoder=True .*; add_cross_attention=True"),
-        ({"pruned_heads": {"0": [1]}}, "pruned_heads is set"),
-        ({"embedding_size": 16}, "embedding_size=16 differs from hidden_size=32"),
+        ({"is_decoder": True, "add_cross_attention": True}, "is_decoder=True, add_cross_attention=True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads={"),
+        ({"embedding_size": 16}, "embedding_size=16"),
         ({"vocab_size": 10}, "The tokenizer of .* has .. entries but the embeddings only 10"),
         ({"num_hidden_layers": 3}, "missing: bert.encoder.layer.2.attention.self.query.weight"),
         ({"num_hidden_layers": 1}, "BertModel; unknown: bert.encoder.layer.1.attention.output.LayerNorm.bias, "),
@@ -384,5 +374,5 @@ def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     done = run_command("hub", "convert", tmp_path / "model.safetensors", tmp_path / "out")
     assert done.exit_code == 2 and list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
-    words = "is a file; give the folder of the model that it belongs to, or the id of one on the Hub."
+    words = "is a file; give the folder of a model, or the id (owner/name) of one on the Hub."
     assert done.stderr == f"Error: {tmp_path}/model.safetensors {words}\n"

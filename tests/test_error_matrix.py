@@ -300,7 +300,7 @@ def larger_than_memory(folder: Path) -> None:
 AGAIN = "save or download the model again"
 MODELS = [  # a command that opens the model (or bert), the problem, and words of the sentence
     ("train recipe.yaml --output-dir out", damaged_weights, AGAIN),
-    ("search model --passages texts.txt cat", absent, "no model folder model .*give a folder, or"),
+    ("search model --passages texts.txt cat", absent, "no model folder model .*the Hub did not send"),
     ("search vectors cat", empty_weights, AGAIN),
     ("encode model texts.txt out", only_a_pickle, "only as a pickle .*if you trust it, save it as safetensors first"),
     ("encode model texts.txt out", larger_than_memory, "not enough memory.*smaller"),
@@ -315,7 +315,7 @@ MODELS = [  # a command that opens the model (or bert), the problem, and words o
     ("hub export model out", damaged_weights, AGAIN),
     ("hub export model out --to onnx", absent, "no model folder model "),
     ("hub push model ann/model", own_code, "not a MiniBERT but evil; it does not need an export"),
-    ("hub verify model", absent, "no model folder model .*give a folder, or owner/name"),
+    ("hub verify model", absent, "no model folder model .*give the folder of a model, or owner/name"),
     ("hub verify model", only_a_pickle, "can run code when opened; .*delete them"),
     ("hub verify model", own_code, "code is not that of the installed minibert.*read it"),
 ]

@@ -257,7 +257,7 @@ def test_onnx_refusals(tmp_path, monkeypatch):
     assert wrong.exit_code == 2 and "--quantize=int8 is for --to onnx only" in wrong.stderr
     unknown = run_command(*arguments, "--to", "onnx", "--quantize", "int4")
     assert unknown.exit_code == 2 and "--quantize=int4 is unknown" in unknown.stderr
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("minibert.hub.onnx.find_spec", lambda name: None)
     missing = run_command(*arguments, "--to", "onnx")
     assert missing.exit_code == 2 and "which the extra export brings: pip install" in missing.stderr
     assert not (tmp_path / "out").exists()

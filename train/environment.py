@@ -36,10 +36,15 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
     }
     if torch.cuda.is_available():
         found["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    # The earlier stage of this run that made the weights or, for new weights, the tokenizer.
+    own_tokenizer = context.tokenizer if context.tokenizer != context.teacher else None
+    start = context.model or own_tokenizer
+    if start and Path(start).parent == context.output_dir.parent:
+        found["started_from"] = Path(start).name
     for name, key in (("model", "base_model"), ("teacher", "teacher")):
-        start = getattr(context, name)
-        if start and not Path(start).expanduser().exists():
-            found[key] = start
+        origin = getattr(context, name)
+        if origin and not Path(origin).expanduser().exists():
+            found[key] = origin
     return found
 
 
