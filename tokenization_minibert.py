@@ -169,7 +169,7 @@ def _alphabet(words: dict[str, int]) -> set[str]:
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Yield texts in which every word occurs as often as counted: the library's trainers read texts, not counts."""
+    """Yield texts in which every word occurs as often as counted, for the library's trainers."""
     scale = -(-sum(words.values()) // _MOST_TRAINED_WORDS)
     for word, count in words.items():
         left = -(-count // scale)

@@ -1,1 +1,1 @@
-"""Reads rows by path: files and folders here, data sets on the Hub, and the documentation of the installed packages."""
+"""Reads rows by path: local files and folders, data sets on the Hub, and installed docs."""

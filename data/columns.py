@@ -12,20 +12,17 @@ def pick_columns(
     where: str = "the data",
     columns: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return the columns ``wanted``, else the first of the ``usual`` groups that is complete, else the only column found.
+    """Return the columns ``wanted``, else the first complete ``usual`` group, else the only column.
 
     Args:
         found: the columns of strings.
-        usual: groups of names, in order of preference; the only column is taken if some group has one name.
+        usual: groups of names, in order of preference; one with one name allows the only column.
         option: how the user names columns, for messages: ``"--column"``, ``"text_columns"``.
         where: what holds the columns, for messages.
         columns: all columns, for messages; the default is ``found``.
 
     >>> pick_columns(["title", "text"], None, [["question", "context"], ["text"]], option="--column")
     ['text']
-
-    Raises:
-        ValueError: a wanted column is missing or does not hold strings, or the choice is not clear.
     """
     every = columns if columns is not None else found
     shown = ", ".join(every) or "none"

@@ -92,7 +92,7 @@ def _split(split: str) -> list[Document]:
 
 
 def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ...]:
-    """Return the import name and folder of the standard library (name ``""``) and of each installed package."""
+    """Return the import name (``""``: the standard library) and folder of what is installed."""
     roots = [("", Path(sysconfig.get_path("stdlib")))]
     for package in packages:
         spec = importlib.machinery.PathFinder.find_spec(package)

@@ -45,10 +45,6 @@ def read_labels(
         names: the names of the classes in order; the default is as in :func:`number_labels`, or
             the names of the columns.
         problem_type: the default is that of :func:`detect_problem_type`.
-
-    Raises:
-        ValueError: for a label that is not a class or number, with its row counted from 1, and
-            columns that do not fit the problem.
     """
     problem_type = problem_type or detect_problem_type(rows, column, names)
     if not isinstance(column, str):
@@ -102,9 +98,6 @@ def number_labels(
     Args:
         feature: the type of a label.
         names: the default is the names of the ClassLabel, the strings found (sorted), or 0 … n-1.
-
-    Raises:
-        ValueError: for the first label that is not a class, with its row counted from 1.
     """
     is_class = isinstance(feature, ClassLabel)
     if not (is_class or is_text(feature) or (isinstance(feature, Value) and feature.dtype.startswith(_NUMBERS))):

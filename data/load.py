@@ -1,4 +1,4 @@
-"""Read the rows that a path names: a local file or folder, a data set on the Hub, or the documentation installed here."""
+"""Read the rows that a path names: a local file or folder, a Hub data set, or installed docs."""
 
 import contextlib
 import logging
@@ -45,13 +45,14 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
     """Read ``sources`` and join their rows, with the columns that all of them have.
 
     Args:
-        split: the split of every source that names none itself; of a single file only a slice in it counts.
-        sample_by: what a row of a text file is: a ``line``, a ``paragraph`` (up to an empty line), or the file (``document``).
+        split: the split of sources that name none; of a single file only a slice in it counts.
+        sample_by: what a row of a text file is: a ``line``, a ``paragraph`` (up to an empty line),
+            or the file (``document``).
 
     Raises:
         FileNotFoundError: for a path that is neither here nor a data set on the Hub.
-        ValueError: for a file that is empty, not UTF-8 or malformed, an unknown split or column, or sources that share no
-            column.
+        ValueError: for a file that is empty, not UTF-8 or malformed, an unknown split or column,
+            or sources that share no column.
     """
     parts = [_load_one(source, split, sample_by) for source in sources]
     if len(parts) == 1:
@@ -66,10 +67,8 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
 def join(parts: list[Dataset]) -> Dataset:
     """Join the rows of ``parts``, which have the same columns.
 
-    Columns that differ only in kind of number or string get one type; a ClassLabel survives when all agree on it.
-
-    Raises:
-        ValueError: when a column has a type that cannot become the first part's.
+    Columns that differ only in kind of number or string get one type; a ClassLabel survives when
+    all agree on it.
     """
     features = parts[0].features.copy()
     for name, feature in features.items():
@@ -86,18 +85,12 @@ def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
 
     Args:
         split: the split to read; a single file or a data set in memory is read completely.
-
-    Raises: as :func:`load` does.
     """
     return data if isinstance(data, Dataset) else load([source_named(data)], split=split)
 
 
 def source_named(data: str | Path) -> DataSource:
-    """Return the source of a name: of a file, a folder, or a Hub data set (owner/name[:config]).
-
-    Raises:
-        ValueError: for a name that is empty or not UTF-8 (Python reads such bytes as surrogates).
-    """
+    """Return the source of a name: of a file, a folder, or a Hub data set (owner/name[:config])."""
     name = str(data)
     if not name:
         raise ValueError(
@@ -121,11 +114,7 @@ def is_unicode(text: str) -> bool:
 
 
 def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:
-    """Refuse data without the ``wanted`` columns or, if they must be ``filled``, with missing values (null) in them.
-
-    Raises:
-        ValueError: naming the missing columns and the columns found, or the first row without a value.
-    """
+    """Refuse data without the ``wanted`` columns or, if ``filled``, with null in them."""
     where = " + ".join(source.path for source in sources)
     if missing := [name for name in wanted if name not in dataset.column_names]:
         raise ValueError(
@@ -164,7 +153,7 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         parts = list(dict.fromkeys(("file", rows) for _, rows in parts))
     else:
         parts = [(SPLITS.get(name, name), rows) for name, rows in parts]
-    # Without a choice of split, the usual splits may be for other stages; files under other names may be forgotten rows.
+    # Other usual splits may be for other stages; files under other names may be forgotten rows.
     groups = find_files(path, [name for name, _ in parts], "split:", None if split else SPLITS.values())
     files = [file for group in groups.values() for file in group]
     if len({BUILDERS[file.suffix][0] for file in files}) > 1:
@@ -192,8 +181,8 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
 def find_files(path: Path, splits: Sequence[str], option: str, expected: Collection[str] | None) -> dict[str, list[Path]]:
     """Return the files of each of ``splits`` in a folder, or the single file ``path``.
 
-    Names give the split: train.parquet, train-00000-of-00002.parquet or test/pos/1.txt. A folder in which no name is that of a
-    usual split is all ``train``.
+    Names give the split: train.parquet, train-00000-of-00002.parquet or test/pos/1.txt. A folder
+    in which no name is that of a usual split is all ``train``.
 
     Args:
         option: how the user chooses a split, for messages.
@@ -268,19 +257,14 @@ def _why_unreadable(files: list[Path], error: BaseException) -> str:
 
 @contextlib.contextmanager
 def no_value_dropped() -> Iterator[None]:
-    """Let pandas raise a ``ParserWarning`` instead of dropping values beyond the last column of a CSV file."""
+    """Let pandas raise a ``ParserWarning`` instead of dropping values beyond the last column."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         yield
 
 
 def local_path(source: DataSource) -> Path | None:
-    """Return the file or folder of ``source``, or None if there is none, so that it is on the Hub.
-
-    Raises:
-        ValueError: for a file or folder with a configuration, which only Hub data sets have.
-        FileNotFoundError: for a name that is more likely a mistyped path than an id on the Hub.
-    """
+    """Return the file or folder of ``source``, or None for a name that may be on the Hub."""
     path = Path(source.path).expanduser()
     if path.exists() and source.config is not None:
         raise ValueError(
@@ -306,12 +290,7 @@ def local_path(source: DataSource) -> Path | None:
 
 @contextlib.contextmanager
 def hub_errors(source: DataSource) -> Iterator[None]:
-    """Turn errors of the Hub into one sentence that names the data set.
-
-    Raises:
-        FileNotFoundError: for a data set that is not there.
-        ValueError: for a data set that could not be read, or a Hub that could not be reached.
-    """
+    """Turn errors of the Hub into one sentence that names the data set."""
     try:
         yield
     except OSError as error:

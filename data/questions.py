@@ -1,4 +1,4 @@
-"""Read questions about a context, which is cut into windows where it is long, and questions with choices."""
+"""Read questions about a context, cut into windows where it is long, or with choices."""
 
 import logging
 import re
@@ -38,9 +38,9 @@ class Window(NamedTuple):
 
     Attributes:
         row: the number of its row among the given rows, from 0.
-        input_ids: (tokens,) int32; ``token_type_ids`` has the same shape, or is None where the tokenizer has no segments.
+        input_ids: (tokens,) int32; ``token_type_ids`` too, or None without segments.
         first: the token at which the piece begins.
-        offsets: (tokens of the piece, 2) int32: the first character of each in the raw context, and the end.
+        offsets: (tokens of the piece, 2) int32: first character and end in the raw context.
     """
 
     row: int
@@ -53,11 +53,7 @@ class Window(NamedTuple):
 def window_sizes(
     tokenizer: Any, max_length: int, doc_stride: int | None = None, max_question_length: int | None = None
 ) -> WindowSizes:
-    """Return the sizes of windows; the default of both parts is a third of ``max_length``, for questions at most 64.
-
-    Raises:
-        ValueError: when a window would have no room for a new token of the context.
-    """
+    """Return the sizes of windows; the defaults are a third of ``max_length``, at most 64 for questions."""
     stride = max_length // 3 if doc_stride is None else doc_stride
     question = min(_LONGEST_QUESTION, max_length // 3) if max_question_length is None else max_question_length
     special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -70,11 +66,7 @@ def window_sizes(
 
 
 def cut(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], sizes: WindowSizes) -> list[Window]:
-    """Return the windows of all rows, in order; the windows of a row hold every token of its context.
-
-    Raises:
-        ValueError: for a tokenizer that is not fast, or that does not begin with ``[CLS]``, which stands for "no answer".
-    """
+    """Return the windows of all rows, which hold every token of their contexts, in order."""
     if not tokenizer.is_fast:
         raise ValueError("Questions need a fast tokenizer, which knows the characters of its tokens; save one with the model.")
     encoded = tokenizer(
@@ -129,9 +121,6 @@ def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int
 
     Args:
         first: the number of the first row, for messages.
-
-    Raises:
-        ValueError: for a row without one of the columns, or with a value that is not a text.
     """
     for number, row in enumerate(rows, start=first):
         for name in names:
@@ -162,9 +151,6 @@ def find_choice_columns(
     (['question'], ['choices'])
     >>> find_choice_columns(["sent1", "sent2", "ending1", "ending0", "label"])
     (['sent1', 'sent2'], ['ending0', 'ending1'])
-
-    Raises:
-        ValueError: lists the columns found.
     """
     names = list(found)
     usual = [*((name,) for name in CHOICE_LISTS), _numbered(found) or ("ending0", "ending1")]
@@ -175,7 +161,7 @@ def find_choice_columns(
 
 
 def _numbered(found: Collection[str]) -> list[str]:
-    """Return two or more columns called ending0, ending1, … or choice1, choice2, …, in the order of their numbers."""
+    """Return two or more columns such as ending0, ending1, …, in the order of their numbers."""
     groups: dict[str, list[tuple[int, str]]] = {}
     for name in found:
         if match := _NUMBERED.fullmatch(name):
@@ -195,10 +181,6 @@ def choices_of(
     >>> row = {"sent1": "It rains.", "sent2": "She", "endings": ["sings.", "swims."]}
     >>> next(choices_of([row], (["sent1", "sent2"], ["endings"]))).pairs
     [('It rains.', 'She sings.'), ('It rains.', 'She swims.')]
-
-    Raises:
-        ValueError: for a row without one of the columns, without choices, or with a value that is
-            not a text.
     """
     texts, (name, *more) = columns
     for number, row in enumerate(rows, start=first):

@@ -1,4 +1,4 @@
-"""Name a data set in a recipe or on the command line. This module imports little; ``minibert.data.load`` reads the data."""
+"""Name a data set in a recipe or on the command line; this module imports little."""
 
 import os
 import re
@@ -12,13 +12,10 @@ _SPLIT_PART = re.compile(r"([\w.-]+)(\[(?:-?\d+%?)?:(?:-?\d+%?)?\])?")
 
 
 def split_parts(split: str) -> list[tuple[str, str]]:
-    """Return the names and slices of a split as ``datasets`` writes it: parts joined by +, each with or without a slice.
+    """Return the names and slices of a split: parts joined by +, each with or without a slice.
 
     >>> split_parts("train[:45%]+train[50%:95%]")
     [('train', '[:45%]'), ('train', '[50%:95%]')]
-
-    Raises:
-        ValueError: for a part that is neither a name nor a name with a slice.
     """
     parts = []
     for part in split.split("+"):
@@ -33,8 +30,9 @@ def split_parts(split: str) -> list[tuple[str, str]]:
 
 
 class DataSource(BaseModel):
-    """Describe where rows come from. In YAML, a plain string is the ``path``; ``owner/name:config`` names a Hub configuration,
-    unless there is a file of that name.
+    """Describe where rows come from.
+
+    In YAML, a plain string is the ``path``, or ``owner/name:config`` of a data set on the Hub.
 
     >>> DataSource.model_validate("sentence-transformers/all-nli:pair-class").config
     'pair-class'

@@ -1,4 +1,4 @@
-"""Read rows of data of any size in blocks: local files, a data set on the Hub (streamed), or a data set in memory.
+"""Read rows of data of any size in blocks, from files, the Hub (streamed), or memory.
 
 :mod:`minibert.data.load` makes one memory-mapped table of the data; here nothing is copied to disk, and memory holds one block.
 A value that cannot be used becomes a :class:`Bad`, which gives the reason, so that the caller can refuse or skip the row.
@@ -42,7 +42,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Bad(NamedTuple):
-    """Stand for a value that cannot be used; ``reason`` follows the number of the row: "is empty"."""
+    """Stand for a value that cannot be used, and say why: "is empty"."""
 
     reason: str
 
@@ -96,11 +96,7 @@ class Stream:
         return "files" in source and digest(self.listing[: source["files"]]) == source["digest"]
 
     def read(self, ranges: Iterable[range] = (range(2**63),)) -> Iterator[Rows]:
-        """Yield the rows of ``ranges``, which are in order, in blocks that end where a range does.
-
-        Raises:
-            ValueError: for a file that is damaged, not UTF-8, or without the column.
-        """
+        """Yield the rows of ``ranges`` (in order) in blocks that end where a range does."""
         names = list(dict.fromkeys([self.column, self.id_column or self.column]))
         left, row = iter(ranges), 0
         wanted = next(left, None)
@@ -137,7 +133,7 @@ def _plain_errors(part: _Part) -> Iterator[None]:
     try:
         yield
     except (*damage, pd.errors.EmptyDataError) as error:
-        # Errors of the system or the Hub are not damage; pyarrow reports damage as an OSError without a number.
+        # pyarrow reports damage as an OSError without a number; others are of the system or Hub.
         if isinstance(error, OSError) and (error.errno is not None or not isinstance(part.content, Path)):
             raise
         refuse_unreadable([Path(part.name)], error)
@@ -146,17 +142,17 @@ def _plain_errors(part: _Part) -> Iterator[None]:
 def open_stream(
     data: str | Path | Dataset, column: str | None = None, *, id_column: str | None = None, split: str = "train"
 ) -> Stream:
-    """Open a file, a folder (all its files, or those of one split), a Hub data set, or a data set in memory.
+    """Open a file, a folder, a Hub data set, or a data set in memory.
 
     Args:
-        column: the column of texts; the default is the only column of strings, or the one named as in ``USUAL_COLUMNS``.
+        column: the column of texts; the default is one of ``USUAL_COLUMNS``, or the only strings.
         id_column: the column of values that name the rows.
         split: the split of a folder with a file per split, or of a Hub data set.
 
     Raises:
         FileNotFoundError: for data that is neither here nor on the Hub.
-        ValueError: for files that are empty, of an unknown kind or damaged; a column that is not there, holds no texts, or
-            could be one of several.
+        ValueError: for files that are empty, of an unknown kind or damaged; for a column that is
+            missing, holds no texts, or could be one of several.
     """
     source, parts, listing = _find_parts(data, split)
     with _plain_errors(parts[0]):
@@ -252,7 +248,7 @@ def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 
 def _types_of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, pa.DataType]:
-    """Return the columns of rows without a schema, with the types of their first values that are not missing."""
+    """Return the columns of rows without a schema, with the types of their first values."""
     found: dict[str, pa.DataType] = {}
     for row in rows:
         for name, value in row.items():
@@ -304,7 +300,7 @@ def _json_columns(path: Path) -> dict[str, pa.DataType]:
 
 
 def _json_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, list[Any]]]:
-    """Yield blocks of lines that are not blank; a file that is one array is a single block of its parsed rows."""
+    """Yield blocks of lines that are not blank; an array is one block of its parsed rows."""
     with path.open("rb") as file:
         is_array = file.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
     if not is_array:
@@ -352,7 +348,7 @@ def _csv_columns(path: Path) -> dict[str, pa.DataType]:
 
 
 def _csv_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
-    # All columns are read: of some of them alone, pandas would not report a row with too many values.
+    # All columns are read: of some alone, pandas reports no row with too many values.
     with pd.read_csv(path, chunksize=_BLOCK, dtype=object, **_csv_options(path)) as chunks:
         while True:
             with no_value_dropped():

@@ -15,12 +15,12 @@ TAG_COLUMNS = ("ner_tags", "tags", "pos_tags", "labels")
 
 
 def holds_entities(tags: Iterable[str]) -> bool:
-    """Return True if ``tags`` mark entities (B-PER, I-PER, O), False for classes of single words such as parts of speech."""
+    """Return True if ``tags`` mark entities (B-PER, I-PER, O), unlike parts of speech."""
     return any(tag.startswith(("B-", "I-")) for tag in tags)
 
 
 def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return the type, first word and end of every entity. An I- that continues nothing starts an entity, as in conlleval.
+    """Return the type, first word and end of every entity; an I- may start one, as in conlleval.
 
     >>> entity_spans(["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-ORG"])
     [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5), ('ORG', 5, 6)]
@@ -38,11 +38,7 @@ def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def find_tag_columns(rows: Dataset, tokens: str | None, tags: str | None, where: str) -> tuple[str, str]:
-    """Return the columns of words and of tags: the given columns, or those with usual names.
-
-    Raises:
-        ValueError: lists the columns found.
-    """
+    """Return the columns of words and of tags: the given columns, or those with usual names."""
     every = rows.column_names
     usual = [(name,) for name in TOKEN_COLUMNS]
     (words,) = pick_columns(every, tokens and [tokens], usual, option="token_column", where=where)
@@ -52,11 +48,7 @@ def find_tag_columns(rows: Dataset, tokens: str | None, tags: str | None, where:
 
 
 def read_words(rows: Dataset, column: str) -> list[list[str]]:
-    """Return the words of all rows.
-
-    Raises:
-        ValueError: for a column that does not hold lists of words, or a row without words.
-    """
+    """Return the words of all rows."""
     feature = rows.features[column]
     if not (is_list(feature) and is_text(feature.feature)):
         raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of words in every row.")
@@ -70,16 +62,12 @@ def read_words(rows: Dataset, column: str) -> list[list[str]]:
 def read_tags(
     rows: Dataset, column: str, words: Sequence[Sequence[str]], names: Sequence[str] | None = None
 ) -> tuple[list[list[str]], list[str]]:
-    """Return the tags of every word and the names of all tags; tags that mark entities must be IOB2.
+    """Return the tags of every word and the names of all tags; those of entities must be IOB2.
 
     Args:
         words: the words of the same rows; every word has one tag.
         names: the names of the tags in order; the default is those of the ClassLabel, or those
             found: O, then B- and I- of every type.
-
-    Raises:
-        ValueError: for a row with more or fewer tags than words, and a tag that is unknown or not
-            IOB2; rows count from 1.
     """
     feature, sentences = rows.features[column], rows[column][:]
     inner = feature.feature if is_list(feature) else None
@@ -117,11 +105,11 @@ def _check_iob2(sentences: list[list[str]], column: str) -> None:
 
 
 class Windows(NamedTuple):
-    """Hold sentences as tokens, in windows that fit into a model. Every word belongs to one window, at its first subword.
+    """Hold sentences as tokens, in windows that fit into a model.
 
     Attributes:
-        ids: the token ids of each window; ``types`` are the segments, or None where the model has none.
-        words: for each window the number of the word that belongs to each token, or -1: (tokens,) int64.
+        ids: the token ids of each window; ``types`` are the segments, or None without them.
+        words: for each window the word of each first subword, else -1: (tokens,) int64.
         rows: for each window, the number of its sentence.
     """
 
@@ -132,13 +120,11 @@ class Windows(NamedTuple):
 
 
 def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
-    """Tokenize ``sentences`` of words; those over ``max_length`` tokens become windows that share a quarter of their length.
+    """Tokenize ``sentences`` of words; long ones become windows that share a quarter.
 
-    A word in two windows belongs to the one where it stands further from the edge. Words that leave no token, such as a
-    lone control character, are read as the unknown word. A sentence without words has no window.
-
-    Raises:
-        ValueError: when ``max_length`` leaves no room for words, or the tokenizer is not a fast one.
+    A word in two windows belongs to the one where it stands further from the edge. Words that leave
+    no token, such as a lone control character, are read as the unknown word. A sentence without
+    words has no window.
     """
     if not tokenizer.is_fast:
         raise ValueError("Tagging needs a fast tokenizer (tokenizer.json), which knows the word of every token.")
@@ -201,7 +187,7 @@ def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap
 def _differs_alone(tokenizer: Any) -> bool:
     """Return True if a word alone is another token than in a text, as in byte-level vocabularies.
 
-    Their tokens include the space before a word; without it, every word would look like the end of another word.
+    Their tokens include the space before a word, without which it looks like the end of another.
     """
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]

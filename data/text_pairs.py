@@ -14,10 +14,10 @@ _NEIGHBOUR = 0.3  # how often the sentence before, or the one after, belongs to 
 
 
 def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Yield a query and a passage per sentence: some of its words, and the sentence, at times with the one before or after.
+    """Yield a query and a passage per sentence: some of its words, and it with neighbours at times.
 
-    Words are deleted as in TSDAE (Wang et al. 2021, arXiv:2104.06979), which rebuilds the sentence from the words that are
-    left. Here these words are a query that must find the sentence among others.
+    Words are deleted as in TSDAE (Wang et al. 2021, arXiv:2104.06979). Here the words left are a
+    query that must find the sentence among others.
 
     >>> list(pairs_of("The quick brown fox jumps over the lazy dog. Why?", random.Random(1)))
     [('The quick jumps', 'The quick brown fox jumps over the lazy dog.')]
@@ -35,11 +35,7 @@ def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def make_pairs(documents: Dataset, seed: int) -> Dataset:
-    """Return columns ``anchor`` and ``positive`` made of ``documents`` (a column ``text``); the seed determines them.
-
-    Raises:
-        ValueError: when no document has a sentence of five words.
-    """
+    """Return columns ``anchor`` and ``positive`` made of the column ``text`` of ``documents``."""
 
     def of_batch(batch: dict[str, list[str | None]], numbers: Sequence[int]) -> dict[str, list[Any]]:
         found = [

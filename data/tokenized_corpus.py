@@ -1,4 +1,4 @@
-"""Tokenize a corpus into one long row of token ids on disk, and cut it into sequences for pretraining.
+"""Tokenize a corpus into one long row of token ids on disk, and cut it into sequences.
 
 Tokenizing happens once, in several processes; the result is memory-mapped, so a corpus may be larger than memory.
 """
@@ -40,11 +40,11 @@ class TokenizedCorpus:
         fingerprint: changes with the texts, the tokenizer and the way of splitting.
         tokens: (T,) ids, memory-mapped.
         documents: (documents + 1,) bounds in ``tokens``.
-        sentences: (sentences + 1,) bounds in ``tokens``, or None where sentences were not looked for.
+        sentences: (sentences + 1,) bounds in ``tokens``, or None if not looked for.
     """
 
     def __init__(self, folder: Path, blocks: _Blocks):
-        """Open the corpus in ``folder``, or write it there from ``blocks`` of the tokens, documents and sentences."""
+        """Open the corpus in ``folder``, or write it there from ``blocks``."""
         self.folder, self.fingerprint = folder, folder.name
         self.tokens, self.documents, *sentences = _kept(folder / "corpus", blocks)
         self.sentences = sentences[0] if sentences else None
@@ -65,14 +65,10 @@ def load_corpus(
 
     Args:
         text_column: the column of documents; unset means ``text``, or the only column of strings.
-        sample_by: how text files become documents: each ``line``, each ``paragraph`` (up to an empty line), or each file
-            (``document``).
-        sentence_delimiters: characters that end a sentence where white space follows; None looks for no sentences.
+        sample_by: as in :func:`minibert.data.load.load`.
+        sentence_delimiters: characters that end a sentence before white space; None looks for none.
         cache_dir: folder of all such caches; unset means a folder in the cache of ``datasets``.
         workers: processes that tokenize; unset means one per processor.
-
-    Raises:
-        ValueError: when the data has no column of texts to choose, or holds no text.
     """
     parts = [load_documents(source, split, text_column, sample_by) for source in sources]
     key = hashlib.blake2b(digest_size=12)
@@ -95,7 +91,7 @@ def load_corpus(
 
 
 def split_sentences(text: str, delimiters: str) -> list[str]:
-    r"""Cut a text at line breaks, and after each delimiter (and the closing quotes or brackets after it) before white space.
+    r"""Cut a text at line breaks, and after delimiters (with closing quotes) before white space.
 
     >>> split_sentences('He left. "Why?" she asked.\nNobody knew', ".!?")
     ['He left.', '"Why?"', 'she asked.', 'Nobody knew']
@@ -112,9 +108,6 @@ def load_documents(source: DataSource, split: str, column: str | None, sample_by
     Args:
         column: the column of texts; None means ``text``, or the only column of strings.
         sample_by: as in :func:`minibert.data.load.load`.
-
-    Raises:
-        ValueError: for a source without that column.
     """
     rows = load([source], split=split, sample_by=sample_by)
     found = text_columns(rows)
@@ -141,7 +134,7 @@ def _token_lists(batch: dict[str, list[str | None]], tokenizer: Any, delimiters:
 
 
 def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, folder: Path, workers: int) -> _Blocks:
-    """Yield blocks of tokens with the ends of documents and, with ``delimiters``, of sentences; keep scratch in ``folder``."""
+    """Yield blocks of tokens, ends of documents and, with ``delimiters``, of sentences."""
     with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as scratch:
         gc.freeze()  # else the garbage collector of every process would copy all the memory it shares with this one
         try:
@@ -162,7 +155,7 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
                     for number, part in enumerate(parts)
                 ]
         except Exception as error:
-            # After an interruption, ``datasets`` waits for its processes, and its timeout would replace the interruption.
+            # ``datasets`` waits for its processes, and its timeout would replace an interruption.
             if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
                 raise error.__context__ from error
             raise
@@ -184,7 +177,7 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Raise ``SystemExit`` on SIGTERM: the processes that tokenize would survive if this one just ended."""
+    """Raise ``SystemExit`` on SIGTERM; else the processes that tokenize would survive."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
@@ -200,7 +193,7 @@ class MlmChunks:
 
     Attributes (kept in the folder of the corpus and memory-mapped, as the corpus is):
         starts, lengths: (chunks,) place and size of each chunk in the corpus.
-        rows: (rows + 1,) bounds in the chunks; the chunks of a row fit into it together with two special tokens each.
+        rows: (rows + 1,) bounds in the chunks, which fit into a row with two special tokens each.
     """
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int):
@@ -216,7 +209,7 @@ class MlmChunks:
 
 
 def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the starts and lengths of the chunks of documents, and the number of chunks in each row.
+    """Return the starts and lengths of the chunks, and the number of chunks in each row.
 
     >>> _cut(np.array([0, 9, 11, 13]), max_length=8)
     (array([ 0,  6,  9, 11]), array([6, 3, 2, 2], dtype=int32), array([1, 1, 2]))
@@ -238,11 +231,11 @@ def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 class NspSpans:
-    """Find runs of two or more consecutive sentences of a document that fit into a sequence as a pair of segments.
+    """Find runs of two or more sentences of a document that fit into a sequence.
 
     Attributes (kept in the folder of the corpus and memory-mapped, as the corpus is):
-        bounds: (sentences + 1,) places in the corpus; a sentence longer than half a sequence counts as several.
-        first, last: (spans,) sentences of each span, from ``first`` up to but not including ``last``.
+        bounds: (sentences + 1,) places in the corpus; long sentences count as several.
+        first, last: (spans,) the first sentence of each span, and the one after it.
         document: (spans,) the document of each span.
     """
 
@@ -264,7 +257,7 @@ class NspSpans:
 
 
 def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tuple[np.ndarray, ...]:
-    """Return the ends of the sentences with the bounds ``sentences``, and the spans of them: first, last and document.
+    """Return the ends of sentences, and the first, last and document of their spans.
 
     >>> _runs(np.array([0, 4, 9, 12]), np.array([0, 9, 12]), max_length=13)
     (array([ 4,  9, 12]), array([0]), array([2]), array([0]))
@@ -281,7 +274,7 @@ def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tupl
     for at in range(len(sizes) + 1):
         over = at == len(sizes) or owners[at] != owners[begin]
         if over or used + sizes[at] > room:
-            # A single sentence that is left over at the end of a document forms a span with the sentence before it.
+            # A single sentence left over forms a span with the sentence before it.
             if at - begin == 1 and begin and owners[begin - 1] == owners[begin]:
                 begin -= 1
             if at - begin > 1:
@@ -294,18 +287,15 @@ def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tupl
 
 
 def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndarray]:
-    """Yield the bounds of ``size`` documents at a time; the last bound of a block is the first of the next."""
+    """Yield the bounds of ``size`` documents at a time; neighbouring blocks share a bound."""
     for at in range(0, len(corpus.documents) - 1, size):
         yield np.asarray(corpus.documents[at : at + size + 1])
 
 
 def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
-    """Return memory-mapped arrays from ``folder``; without it, write it first: block by block, complete or not at all.
+    """Return memory-mapped arrays from ``folder``; write it first if absent, complete or not at all.
 
-    The first block has the dtypes of all. A corpus larger than memory also has bounds and chunks larger than memory.
-
-    Raises:
-        OSError: for a disk without room.
+    The first block has the dtypes of all.
     """
     with closing(blocks):
         if not folder.exists():

@@ -123,7 +123,7 @@ def retrieval(
     batch_size: int = 64,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Return recall@1, @10 and @100, MRR@10 and nDCG@10 of finding ``answers[i]`` with ``queries[i]`` among all answers.
+    """Return how well ``queries[i]`` find ``answers[i]``: recall@1, @10, @100, MRR@10 and nDCG@10.
 
     Recall is the share of a query's relevant passages that were found, as usual in information retrieval. Equal texts
     count once. See :func:`evaluate` for the arguments and the result.
@@ -157,7 +157,7 @@ def retrieval(
 def similarity(
     model: SentenceTransformer, data: Dataset, *, baselines: bool = True, batch_size: int = 64, show_progress: bool = False
 ) -> dict[str, Any]:
-    """Return Spearman's rank correlation between the cosine of ``sentence1`` and ``sentence2`` and their ``score``.
+    """Return Spearman's correlation of the cosine of ``sentence1`` and ``sentence2`` with ``score``.
 
     See :func:`evaluate` for the arguments and the result.
     """
@@ -213,7 +213,7 @@ def classification(
 def tagging(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return entity-level F1 and the accuracy of the words' tags. See :func:`evaluate` for the arguments and the result."""
+    """Return entity-level F1 and the accuracy of the words' tags, as :func:`evaluate`."""
     columns = find_tag_columns(data, None, None, "The data")
     sentences = read_words(data, columns[0])
     tags, _ = read_tags(data, columns[1], sentences, class_names(model.config))
@@ -223,7 +223,7 @@ def tagging(
 
 
 def untrained(model: SentenceTransformer) -> SentenceTransformer | None:
-    """Return ``model`` with the weights of a new model, from a fixed seed; ``None`` if it has no transformer."""
+    """Return ``model`` with new weights, from a fixed seed; None if it has no transformer."""
     if model.transformers_model is None:
         return None
     blank = copy.deepcopy(model)

@@ -59,11 +59,7 @@ def answer_rows(
 
 
 def choice_columns_of(model: PreTrainedModel, found: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the columns of the training if all are ``found``, else those of the usual names.
-
-    Raises:
-        ValueError: listing the columns found.
-    """
+    """Return the columns of the training if all are ``found``, else those of the usual names."""
     own = getattr(model.config, "multiple_choice", None) or {}
     trained = [own.get("text_columns"), own.get("choice_columns")]
     if not set(found).issuperset(name for names in trained for name in names or ()):
@@ -119,7 +115,7 @@ def best_spans(starts: Tensor, ends: Tensor, allowed: Tensor, *, longest: int, c
         allowed: (B, L), True where an answer may lie.
 
     Returns:
-        Scores, first and last tokens, each (B, up to ``count``), best first; a score of -inf means no span.
+        Scores, first and last tokens, each (B, up to ``count``), best first; -inf means no span.
 
     >>> logits, context = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.tensor([[False, True, True, True]])
     >>> [x.tolist() for x in best_spans(logits, logits, context, longest=2, count=2)]
@@ -196,7 +192,7 @@ def _answer(context: str, spans: Sequence[tuple[float, int, int]], null_score: f
 
 
 def rows_ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yield many rows at a time, with the number (from 1) of the first; sorted by length they need little padding."""
+    """Yield many rows at a time, with the number (from 1) of the first."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     rows, first = iter(rows), 1

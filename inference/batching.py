@@ -1,4 +1,4 @@
-"""Texts to batches of token ids: windows of texts, tokenized and cut into batches by tokens instead of by texts."""
+"""Tokenize windows of texts and cut them into batches by tokens instead of by texts."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def tokenizing_thread(process: int) -> ThreadPoolExecutor:
 
 
 def turn(shared: str) -> threading.Lock:
-    """Return the lock for computing on a device, or tokenizing, either of which takes every core: threads take turns.
+    """Return the lock for computing on a device, which takes every core: threads take turns.
 
     Each thread computes itself, instead of one thread for all: OpenMP keeps a team of threads for each thread that ever
     computed, and lets them fall asleep between two calls if there are more of them than cores.
@@ -52,7 +52,7 @@ def turn(shared: str) -> threading.Lock:
 
 
 def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cut ``texts`` into windows of at most ``WINDOW_TEXTS`` texts and ``WINDOW_CHARACTERS`` characters (at least a text)."""
+    """Cut ``texts`` into windows of ``WINDOW_TEXTS`` texts or ``WINDOW_CHARACTERS`` characters."""
     start = characters = 0
     for row, text in enumerate(texts):
         length = len(text) if isinstance(text, str) else 0  # anything else is refused with its window
@@ -65,10 +65,10 @@ def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Group texts of ``lengths`` into batches of at most ``batch_tokens`` tokens (but at least a text), the longest first.
+    """Group texts into batches of at most ``batch_tokens`` tokens (or a text), the longest first.
 
-    Returns the rows of each batch, shorter texts first; texts without a token are in none. The batches are as few as possible
-    and of nearly equal size, since oneDNN keeps kernels for every number of rows.
+    Returns the rows of each batch, shorter texts first; texts without a token are in none. Batches
+    are few and of nearly equal size, since oneDNN keeps kernels for every number of rows.
 
     >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2, 1]), 9)]
     [[1], [3], [5, 4, 0]]
@@ -80,11 +80,7 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 
 def check_texts(texts: Sequence[str], first: int) -> None:
-    """Refuse anything but text, with its number; the first of ``texts`` has the number ``first``.
-
-    Raises:
-        ValueError: for the first text that is not a string or holds a lone surrogate.
-    """
+    """Refuse anything but text, with its number, which is ``first`` for the first."""
     for row, text in enumerate(texts, start=first):
         if not isinstance(text, str):
             raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}")
@@ -96,7 +92,7 @@ def check_texts(texts: Sequence[str], first: int) -> None:
 
 
 class Tokenizer:
-    """Tokenize by the fast tokenizer below ``tokenizer``, without the lists that nothing here reads.
+    """Tokenize by the fast tokenizer below ``tokenizer``, without lists that nothing reads.
 
     Args:
         tokenizer: a ``PreTrainedTokenizerFast``.
@@ -110,11 +106,7 @@ class Tokenizer:
             self.max_length = min(self.max_length, config.max_position_embeddings)
 
     def batches(self, texts: Sequence[str], batch_tokens: int, first: int, prompt: str) -> list[Batch]:
-        """Tokenize the texts of a window, each after ``prompt``, and cut them into batches.
-
-        Raises:
-            ValueError: for the first text that is not a string or holds a lone surrogate; numbers begin with ``first``.
-        """
+        """Tokenize the texts of a window, each after ``prompt``, and cut them into batches."""
         check_texts(texts, first)
         with turn("tokenizer"):
             encodings = self._tokenize(texts, prompt)
@@ -146,7 +138,7 @@ class Tokenizer:
 
 
 def cut_text(text: str, limit: int) -> str:
-    """Cut ``text`` at the first white space after ``limit`` characters; a cut inside a word could change its tokens.
+    """Cut ``text`` at the first white space after ``limit`` characters, to keep words whole.
 
     >>> cut_text("one two three", 5)
     'one two'

@@ -23,7 +23,7 @@ class WordIndex:
 
     @classmethod
     def build(cls, texts: Iterable[str], *, show_progress: bool = False) -> "WordIndex":
-        """Index texts, numbered from 0. Memory grows with the number of their words, not of their letters."""
+        """Index texts, numbered from 0; memory grows with the number of their words."""
         tokenizer = bm25s.tokenization.Tokenizer(stemmer=Stemmer.Stemmer("english"), stopwords="english")
         words = tokenizer.tokenize(
             texts, update_vocab=True, length=0, show_progress=False, return_as="tuple", allow_empty=False
@@ -36,11 +36,7 @@ class WordIndex:
 
     @classmethod
     def load(cls, folder: Path) -> "WordIndex":
-        """Open what :meth:`save` wrote, memory-mapped.
-
-        Raises:
-            ValueError: for files that are missing or damaged.
-        """
+        """Open what :meth:`save` wrote, memory-mapped."""
         try:
             return cls(bm25s.BM25.load(folder, mmap=True, show_progress=False))
         except (OSError, ValueError, EOFError, KeyError) as error:
@@ -54,7 +50,7 @@ class WordIndex:
         return int(self._index.scores["num_docs"])
 
     def search(self, queries: Sequence[str], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and numbers of the best texts for each query, both (n, min(top_k, texts)), best first.
+        """Return scores and numbers of the best texts per query, (n, min(top_k, texts)) each.
 
         The number is -1 where no further text shares a word with the query.
         """

@@ -28,9 +28,9 @@ _FEW_ROWS = 32
 def product_rates() -> dict[str, float]:
     """Time a product of a thousand rows on this CPU in ``float32`` and ``bfloat16``, once per process.
 
-    Returns billions of operations per second: the fastest of five runs in turns, and in float32 the faster of torch and oneDNN.
-    A list of instructions does not tell: a Xeon whose host hides AMX has instructions for bfloat16 and takes twice as long with
-    them as in float32.
+    Returns billions of operations per second: the fastest of five runs in turns, and in float32 the
+    faster of torch and oneDNN. A list of instructions does not tell: a Xeon whose host hides AMX
+    takes twice as long in bfloat16 as in float32.
     """
     rows, width = 1024, 384
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
@@ -52,7 +52,7 @@ def product_rates() -> dict[str, float]:
 
 
 def bfloat16_is_faster() -> bool:
-    """Return True if this CPU multiplies at least a quarter faster in bfloat16, which is worth the lost digits."""
+    """Return True if this CPU multiplies at least a quarter faster in bfloat16."""
     rates = product_rates()
     return rates["bfloat16"] > 1.25 * rates["float32"]
 
@@ -110,17 +110,17 @@ def _can_replace(layer: nn.Module) -> bool:
 
 
 def supports_half_copies(dtype: torch.dtype) -> bool:
-    """Return True if torch has FBGEMM's product of float32 rows and a float16 matrix, and ``dtype`` is larger than that."""
+    """Return True if torch multiplies rows of ``dtype`` by a float16 matrix with FBGEMM."""
     return dtype == torch.float32 and torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 class PrepackedLinear:
-    """Multiply by the matrices of ``linears``, side by side, and apply GELU if asked for: (…, in) -> (…, sum of outs).
+    """Multiply by the matrices of ``linears``, side by side: (…, in) -> (…, sum of outs).
 
     It keeps no other copy of the matrices and is not a module: a blocked tensor has no storage to save or to move.
 
-    With ``half_copies``, the first product of few rows makes a copy in float16, by which FBGEMM multiplies few rows from then
-    on, with sums in float32. The matrix loses an eighth of what it would lose in bfloat16.
+    With ``half_copies``, the first product of few rows makes a copy in float16, by which FBGEMM
+    multiplies few rows from then on, with sums in float32.
     """
 
     def __init__(self, *linears: nn.Linear, gelu: bool = False, half_copies: bool = False):

@@ -180,7 +180,7 @@ def open_with_head(
 
 
 def problem_type_of(config: Any) -> str:
-    """Return what a sequence-classification head predicts; as in transformers, a single output is a number by default."""
+    """Return what a sequence classifier predicts; a single output is a number by default."""
     return config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
 
 
@@ -196,7 +196,7 @@ def head_of(config: Any) -> str | None:
 
 
 def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
-    """Return the rows, the names of their columns (none without rows), and their number if it is known."""
+    """Return the rows, the names of their columns (none without rows), and their number or None."""
     if isinstance(data, str | Path | Dataset) and str(data) != STANDARD_INPUT:
         dataset = as_dataset(data, split=split)
         batches = dataset.iter(_ROWS_AT_ONCE)
@@ -210,7 +210,7 @@ def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
 
 
 def _standard_input() -> Iterator[str]:
-    """Yield the lines of standard input, without a byte order mark; refuse those that are not UTF-8."""
+    """Yield the lines of standard input, which must be UTF-8, without a byte order mark."""
     number = 0
     try:
         for number, line in enumerate(sys.stdin, start=1):
@@ -302,13 +302,13 @@ def _tag(
 def tag_sentences(
     model: PreTrainedModel, tokenizer: Any, sentences: Sequence[Sequence[str]], *, batch_size: int = 64
 ) -> list[tuple[list[str], list[float]]]:
-    """Return the tag of every word of ``sentences`` and its probability; long sentences are cut into overlapping windows."""
+    """Return the tag of every word of ``sentences`` and its probability."""
     names = class_names(model.config)
     windows = tokenize_windows(sentences, tokenizer, max_length_of(model, tokenizer))
     inputs = {"input_ids": windows.ids, **({"token_type_ids": windows.types} if windows.types is not None else {})}
     tagged: list[tuple[list[str], list[float]]] = [([], []) for _ in sentences]
     logits = compute_logits(model, tokenizer, inputs, batch_size) if windows.ids else []
-    # Windows are in the order of the sentences and each word belongs to one window, so words arrive in order.
+    # Each word belongs to one window, and windows are in order, so words are in order.
     for row, words, values in zip(windows.rows, windows.words, logits, strict=True):
         best = values[: len(words)][torch.from_numpy(words >= 0)].softmax(-1).max(-1)
         tagged[row][0].extend(names[number] for number in best.indices.tolist())
@@ -317,7 +317,7 @@ def tag_sentences(
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """Return the start and end of every word of ``text``, punctuation apart, as in the corpora that taggers learn from.
+    """Return the start and end of every word of ``text``, punctuation apart as in tagged corpora.
 
     >>> text = "AT&T's well-known U.S. arm (1,000 staff)."
     >>> [text[start:end] for start, end in split_words(text)]
@@ -339,7 +339,7 @@ def _entity(
 
 
 def in_a_line(prediction: Row) -> str:
-    """Return a prediction as a line for people: the result, its probability if there is one, then the text.
+    """Return a prediction as a line: the result, its probability if there is one, then the text.
 
     >>> in_a_line({"text": "so  good", "label": "yes", "score": 0.91234, "probabilities": {"no": 0.08766, "yes": 0.91234}})
     'yes\\t0.9123\\tso good'
@@ -427,7 +427,7 @@ _ENTITY = {"entity_group": "", "word": "", "start": 0, "end": 0, "score": 0.0}
 
 
 def _arrow_type(value: Any, name: str = "") -> pa.DataType:
-    """Return the type of a column from its first value; a list that is empty there is known by its name."""
+    """Return the type of a column from its first value; an empty list is known by its name."""
     if isinstance(value, dict):
         return pa.struct([(key, _arrow_type(inner, key)) for key, inner in value.items()])
     if isinstance(value, list):

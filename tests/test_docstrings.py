@@ -133,9 +133,11 @@ def test_packages_are_found_and_read_without_being_imported(tmp_path, monkeypatc
     assert "orchard" not in sys.modules
 
 
-def test_private_objects_are_no_passages():
-    assert docstrings.Document("numpy._core", "numpy._core.sum", "", "").is_public
-    assert not docstrings.Document("numpy._core", "numpy._core._Wrapper.sum", "", "").is_public
+def test_private_objects_are_no_passages(monkeypatch):
+    names = ["numpy._core.sum", "numpy._core._Wrapper.sum"]  # compiled packages have private modules
+    documents = {"train": [docstrings.Document("numpy._core", name, "A sum.", "Adds.") for name in names]}
+    monkeypatch.setattr(docstrings, "_split", lambda split: documents.get(split, []))
+    assert load_passages()["name"][:] == names[:1]
 
 
 def test_about_one_module_in_twelve_is_held_out():
