@@ -120,7 +120,7 @@ def check_weights(folder: Path) -> None:
     """
     files = weight_files(folder)
     if not files:
-        if names := pickles(os.listdir(folder)):
+        if names := pickles(file.name for file in folder.glob("*")):
             refuse_pickles(folder, names)
         raise FileNotFoundError(
             f"{folder} holds no {WEIGHTS}; was the training that writes it finished? Save weights of "
@@ -188,11 +188,10 @@ def check_paths(folder: Path) -> None:
             _check_code(place / name)
     weight_files(modules[0])
     for place in modules[1:]:
-        if place not in (folder, modules[0]) and not weight_files(place):
-            path = place.relative_to(folder).as_posix()
-            names = [f"{path}/{name}" for name in os.listdir(place)] if place.is_dir() else []
-            if found := pickles(names):
-                refuse_pickles(folder, found, "SentenceTransformer")
+        if place in (folder, modules[0]) or weight_files(place):
+            continue
+        if found := pickles(file.relative_to(folder).as_posix() for file in place.glob("*")):
+            refuse_pickles(folder, found, "SentenceTransformer")
 
 
 def _module_paths(folder: Path) -> Iterator[str]:

@@ -109,7 +109,11 @@ def push(
         done = Published(str(source), repo_id, files, (folder / "README.md").read_text(encoding="utf-8"))
         report(f"Built from {source}: {len(files)} files, {decimal(sum(files.values()))}.")
         request = verify.request_for(folder)
-        expected = _outputs_here(request, folder if as_bert else source, dtype)
+        here = folder if as_bert else source
+        transformer = str(folders.encoder_folder(here))
+        own = replace(request, model=str(here), transformer=transformer, trust=False, dtype=dtype)
+        with parity.quiet():
+            expected, _ = isolated.compute(own)
         prove_here = partial(prove, request, expected, f"The folder built from {source}")
         if dry_run:
             done.opened, done.difference = prove_here()
@@ -176,14 +180,6 @@ def _compare(
             f"again with --force, or propose it with --create-pr.\n{listed}"
         )
     return newest.sha, found is not None, changes
-
-
-def _outputs_here(request: isolated.Request, folder: Path, dtype: str | None) -> dict[str, Tensor]:
-    """Return the outputs in this process, without the code that comes with the model."""
-    transformer = str(folders.encoder_folder(folder))
-    here = replace(request, model=str(folder), transformer=transformer, trust=False, dtype=dtype)
-    with parity.quiet():
-        return isolated.compute(here)[0]
 
 
 def prove(
