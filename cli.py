@@ -30,7 +30,7 @@ Split = Annotated[str, Option(help="Split of a folder or Hub data set; a single 
 Force = Annotated[bool, Option("--force", help="Replace the file of --out.")]
 NewModel = Annotated[Path, Argument(metavar="OUT", help="New folder for the model.")]
 Limit = Annotated[int, Option(min=1, help="Number of texts of a file to show, drawn at random.")]
-Dtype = Annotated[str | None, Option(help="float32, float16 or bfloat16; the default keeps the dtype of the weights.")]
+Dtype = Annotated[str | None, Option(help="float32, float16 or bfloat16; the default is the model's.")]
 Revision = Annotated[str | None, Option(help="Branch, tag or commit of a model on the Hub.")]
 Overrides = Annotated[list[str] | None, Argument(metavar="[STAGE.FIELD=VALUE]...", help="Fields to change; values are YAML.")]
 RunFolder = Annotated[Path | None, Option(help="Folder of the run; the default is runs/<recipe name>.")]
@@ -189,7 +189,7 @@ def train(
     force: RunAgain = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe, or resume it: finished stages are skipped, an interrupted one continues at its last checkpoint.
+    """Run a recipe, or resume it after its finished stages and the last checkpoint.
 
     With many processes: torchrun --nproc_per_node N -m minibert train RECIPE.
     """
@@ -228,19 +228,19 @@ def search(
     queries: Annotated[
         list[str] | None, Argument(metavar="[QUERY]...", help="What to look for; unset reads standard input.")
     ] = None,
-    passages: Annotated[str | None, Option(metavar="FILE", help=f"Search this with the MODEL, not an INDEX: {_DATA}.")] = None,
-    column: Annotated[str | None, Option(help="Column of --passages; needed when several columns hold texts.")] = None,
-    queries_file: Annotated[str | None, Option("--queries", metavar="FILE", help=f"Read queries from it: {_DATA}.")] = None,
+    passages: Annotated[str | None, Option(metavar="FILE", help=f"Search it with the MODEL: {_DATA}.")] = None,
+    column: Annotated[str | None, Option(help="Column of --passages, if several hold texts.")] = None,
+    queries_file: Annotated[str | None, Option("--queries", metavar="FILE", help=f"Read queries: {_DATA}.")] = None,
     top_k: Annotated[int, Option(min=1, help="Number of passages to show for each query.")] = 5,
-    hybrid: Annotated[bool, Option("--hybrid", help="With an INDEX: rank by words (BM25) too, and fuse the rankings.")] = False,
+    hybrid: Annotated[bool, Option("--hybrid", help="With an INDEX: rank by words (BM25) too.")] = False,
     exact: Annotated[bool, Option("--exact", help="With an INDEX: compare with every vector.")] = False,
     model: Annotated[str | None, Option(help="With an INDEX: the model that made it, if it has moved.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per query and line.")] = False,
 ) -> None:
-    """Find the passages that answer a query, best first, in a folder of vectors (INDEX) or in a file (MODEL --passages FILE).
+    """Find the passages that answer a query, in an INDEX, or with a MODEL in --passages FILE.
 
-    The first search in a folder builds its index, and later ones add what is new to it.
+    The first search in a folder of vectors builds its index, and later ones add what is new.
     """
     from minibert.search.search import FolderSearcher, Searcher, check_queries, read_passages, read_queries
 
@@ -297,29 +297,29 @@ def _typed_queries() -> Iterator[str]:
 def encode(
     model: Model,
     data: Annotated[str, Argument(metavar="INPUT", help=f"{_DATA}, or folder of files.")],
-    out: Annotated[Path, Argument(metavar="OUT", help="Folder for the vectors: new, or that of a stopped run.")],
-    column: Annotated[str | None, Option(help="Column of the texts; needed when several columns hold strings.")] = None,
-    id_column: Annotated[str | None, Option(help="Column of the ids of rows; the default is their number, from 0.")] = None,
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder of vectors, new or to be resumed.")],
+    column: Annotated[str | None, Option(help="Column of the texts, if several hold strings.")] = None,
+    id_column: Annotated[str | None, Option(help="Column of ids; the default numbers rows from 0.")] = None,
     split: Split = "train",
     keep_text: Annotated[bool, Option("--keep-text", help="Store the texts with the vectors.")] = False,
-    precision: Annotated[str, Option(help="Dtype of the stored vectors: float32, float16, int8 or binary.")] = "float32",
-    rows_per_shard: Annotated[int, Option(help="Rows in a shard; a killed run loses at most the last shard.")] = 50_000,
-    on_bad_row: Annotated[str, Option(help="For rows without a text: refuse, or skip (and list them).")] = "refuse",
+    precision: Annotated[str, Option(help="Stored as float32, float16, int8 or binary.")] = "float32",
+    rows_per_shard: Annotated[int, Option(help="Rows in a shard, which a kill may lose.")] = 50_000,
+    on_bad_row: Annotated[str, Option(help="For rows without a text: refuse, or skip.")] = "refuse",
     append: Annotated[bool, Option("--append", help="Encode the files that are new in INPUT.")] = False,
     force: Annotated[bool, Option("--force", help="Start again, replacing the vectors in OUT.")] = False,
-    dtype: Annotated[str, Option(help="Dtype to compute in: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, Option(help="Compute in auto, float32, bfloat16 or float16.")] = "auto",
     batch_tokens: Annotated[int | None, Option(help="Tokens in a batch; the default suits the device.")] = None,
     normalize: Annotated[bool, Option("--normalize", help="Scale the vectors to length 1.")] = False,
     prompt: Annotated[str | None, Option(help="Text to put before every text.")] = None,
-    prompt_name: Annotated[str | None, Option(help="Name of a prompt of the model; the default is that for passages.")] = None,
-    device: Annotated[str | None, Option(help="Such as cpu or cuda:1; the default is the best one present.")] = None,
+    prompt_name: Annotated[str | None, Option(help="Prompt of the model; the default is for passages.")] = None,
+    device: Annotated[str | None, Option(help="Such as cpu or cuda:1; the default is the best.")] = None,
     explain: Annotated[bool, Option("--explain", help="Print what was chosen, and why.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Encode a corpus of any size into a folder of vectors (Parquet), or resume where an earlier run stopped.
+    """Encode a corpus of any size into a folder of vectors (Parquet), or resume it.
 
-    With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode MODEL INPUT OUT.
+    With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode ...
     """
     from minibert.files.processes import processes
     from minibert.search.encode_corpus import encode_corpus
@@ -364,16 +364,16 @@ def evaluate(
     model: Model,
     data: Annotated[str, Argument(help=f"{_DATA}, or folder with a file per split.")],
     split: Annotated[str, Option(help="Split to measure on; a single file is read completely.")] = "validation",
-    limit: Annotated[int | None, Option(min=1, help="Number of queries or rows to measure on, from the first.")] = None,
-    baselines: Annotated[bool, Option(help="Compare an embedding model with BM25 and with itself untrained.")] = True,
+    limit: Annotated[int | None, Option(min=1, help="Measure on so many queries or rows.")] = None,
+    baselines: Annotated[bool, Option(help="Compare with BM25 and the untrained model.")] = True,
     batch_size: Annotated[int, Option(min=1, help="Texts in a batch.")] = 64,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model on labelled data; the columns decide what is measured.
 
-    query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a classifier: classification.
-    tokens, ner_tags, with a tagger: entity-level F1.
+    query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a
+    classifier: classification. tokens, ner_tags, with a tagger: entity-level F1.
     """
     from minibert.evaluation.evaluate import evaluate as measure
     from minibert.evaluation.evaluate import metrics_table
@@ -403,19 +403,19 @@ def evaluate(
 def predict(
     model: Model,
     data: Annotated[str, Argument(metavar="FILE", help=f"{_DATA}, folder, or - for lines of standard input.")],
-    out: Annotated[Path | None, Option(metavar="FILE", help="Write .jsonl, .csv or .parquet instead of printing.")] = None,
-    columns: Annotated[list[str] | None, Option("--column", help="Column to read; twice for pairs. Unset detects it.")] = None,
+    out: Annotated[Path | None, Option(metavar="FILE", help="File (.jsonl, .csv, .parquet) to write.")] = None,
+    columns: Annotated[list[str] | None, Option("--column", help="Column to read; twice for pairs.")] = None,
     split: Split = "train",
-    threshold: Annotated[float, Option(help="Lowest probability of a predicted label, for multi-label models.")] = 0.5,
+    threshold: Annotated[float, Option(help="Lowest probability of one of several labels.")] = 0.5,
     batch_size: Annotated[int, Option(help="Texts in a batch.")] = 64,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, Option("--json", help="Print one JSON object per row, with probabilities.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print a JSON object per row.")] = False,
 ) -> None:
-    """Predict labels, numbers, tags, answers or choices for a file: the head of the model decides which.
+    """Predict labels, numbers, tags, answers or choices, as the head of the model does.
 
-    A classifier reads texts or pairs of them; a tagger texts or lists of words (tokens); question answering reads question
-    and context; multiple choice a question and its choices.
+    A classifier reads texts or pairs of them, a tagger texts or lists of words (tokens), question
+    answering question and context, multiple choice a question and its choices.
     """
     from minibert.inference.predict import check_output, in_a_line, write
     from minibert.inference.predict import predict as predict_rows
@@ -481,8 +481,8 @@ def convert(
 def export(
     model: Annotated[str, Argument(help="Folder of a MiniBERT, or its id on the Hub.")],
     output_dir: NewModel,
-    to: Annotated[str, Option(help="bert: plain transformers, of the family it came from; onnx: for onnxruntime.")] = "bert",
-    quantize: Annotated[str | None, Option(help="int8: a second, smaller and less exact graph. Only with onnx.")] = None,
+    to: Annotated[str, Option(help="bert: its family in transformers; onnx: for onnxruntime.")] = "bert",
+    quantize: Annotated[str | None, Option(help="int8: a second, smaller graph. Only with onnx.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -510,24 +510,24 @@ def export(
     interrupted="What was sent is kept; push again to complete it.",
 )
 def push(
-    model: Annotated[str, Argument(help="Folder of a run (its last model is taken), of a stage, or of a MiniBERT.")],
+    model: Annotated[str, Argument(help="Folder of a run (its last model), a stage or a model.")],
     repo_id: Annotated[str, Argument(metavar="USER/NAME", help="Name on the Hub.")],
     private: Annotated[bool, Option("--private", help="Create the repository as private.")] = False,
-    revision: Annotated[str | None, Option(metavar="BRANCH", help="New or existing branch; the default is main.")] = None,
+    revision: Annotated[str | None, Option(metavar="BRANCH", help="Branch to write to; the default is main.")] = None,
     create_pr: Annotated[bool, Option("--create-pr", help="Propose the model as a pull request.")] = False,
     dtype: Dtype = None,
-    as_bert: Annotated[bool, Option("--as-bert", help="Publish a BERT, which needs no trust_remote_code.")] = False,
-    max_shard_size: Annotated[str, Option(help="Larger weights are split into files of at most this.")] = "5GB",
-    licence: Annotated[str | None, Option("--license", help="For the card: the Hub's id of a licence, such as mit.")] = None,
-    languages: Annotated[list[str] | None, Option("--language", help="For the card: a code such as en; repeatable.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Build and check; print the files and the card, send nothing.")] = False,
+    as_bert: Annotated[bool, Option("--as-bert", help="Publish a BERT, without code.")] = False,
+    max_shard_size: Annotated[str, Option(help="Size of the largest file of weights.")] = "5GB",
+    licence: Annotated[str | None, Option("--license", help="Licence for the card, such as mit.")] = None,
+    languages: Annotated[list[str] | None, Option("--language", help="Language for the card, such as en; repeatable.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Build, check and print it, and send nothing.")] = False,
     force: Annotated[bool, Option("--force", help="Replace what the repository holds.")] = False,
     as_json: Json = False,
 ) -> None:
     """Publish a model on the Hub, and check it before and after.
 
-    The folder is built with card and code, opened in a fresh process without this package, and sent in one commit, which is
-    then downloaded and opened again. Other outputs there are exit status 1; pushing the same again makes no commit.
+    The folder is built with card and code, opened in a fresh process without this package, sent in
+    one commit, downloaded and opened again. Other outputs there are exit status 1.
     """
     from rich.filesize import decimal
 
@@ -570,11 +570,11 @@ def push(
     interrupted="What has arrived is kept; pull again to complete it.",
 )
 def pull(
-    name: Annotated[str, Argument(metavar="USER/NAME[@REVISION]", help="Model on the Hub, and branch, tag or commit.")],
+    name: Annotated[str, Argument(metavar="USER/NAME[@REVISION]", help="Model, and branch, tag or commit.")],
     output_dir: NewModel,
     as_json: Json = False,
 ) -> None:
-    """Download a model as one commit, and print that commit and the hash of the code it brings. Nothing of it is run."""
+    """Download a model as one commit; print it and the hash of the code, of which nothing is run."""
     from rich.filesize import decimal
 
     from minibert.files import installation
@@ -597,11 +597,11 @@ def pull(
 
 @_command(hub, "Example:  minibert hub verify ann/tinybert@v1 --json")
 def verify(
-    model: Annotated[str, Argument(metavar="FOLDER|USER/NAME[@REVISION]", help="Model folder, or model on the Hub.")],
+    model: Annotated[str, Argument(metavar="FOLDER|USER/NAME[@REVISION]", help="Model to check.")],
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Check a model: files, weights, tokenizer, card, code, and that it opens in a fresh process without this package.
+    """Check files, weights, tokenizer, card, code, and that it opens without this package.
 
     A failed check is exit status 1.
     """
@@ -656,9 +656,9 @@ def attention(
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Draw which tokens attend to which, in every layer and head: as heat maps and as lines between two columns of tokens.
+    """Draw which tokens attend to which, in every layer and head, as heat maps and as lines.
 
-    A page has menus for the layer and the head. An image shows all heads as small heat maps, or a single head with its tokens.
+    A page has menus for layer and head; an image shows all heads small, or one with its tokens.
     """
     from minibert import plot
 
@@ -669,10 +669,10 @@ def attention(
 @_command(plot, "Example:  minibert plot embeddings minilm reviews.csv --label-column stars --out reviews.html")
 def embeddings(
     model: Model,
-    texts: Annotated[list[str], Argument(metavar="TEXTS...", help="A file or Hub data set of texts, or texts.")],
+    texts: Annotated[list[str], Argument(metavar="TEXTS...", help="A file or Hub data set, or texts.")],
     out: PlotFile,
     column: TextColumn = None,
-    label_column: Annotated[str | None, Option(help="Column that colours the points; the default is label.")] = None,
+    label_column: Annotated[str | None, Option(help="Column of colours; the default is label.")] = None,
     labels: Annotated[list[str] | None, Option("--label", help="Label of a text given here; once for each.")] = None,
     split: Split = "train",
     tokens: Annotated[bool, Option("--tokens", help="Show tokens, before and after the encoder.")] = False,
@@ -695,11 +695,11 @@ def embeddings(
 
 @_command(plot, "Example:  minibert plot training runs/nano_imdb runs/mine --out curves.html")
 def training(
-    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folder of a run or of one stage, or a log.jsonl.")],
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folder of a run or a stage, or a log.jsonl.")],
     out: PlotFile,
     force: Force = False,
 ) -> None:
-    """Draw loss, metrics, learning rate and speed of training runs, several in one picture. They may still be going on."""
+    """Draw loss, metrics, learning rate and speed of runs, which may still be going on."""
     from minibert import plot
 
     _draw(out, force, lambda: plot.training(runs))
@@ -735,7 +735,7 @@ def tokens(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Show how a text is split into tokens: their ids, the words they belong to, and what the vocabulary lacks."""
+    """Show how a text is split into tokens: ids, words, and what the vocabulary lacks."""
     from minibert import plot
 
     _silence_libraries()
@@ -765,10 +765,10 @@ def quickstart(
     output_dir: RunFolder = None,
     force: RunAgain = False,
 ) -> None:
-    """Train a search model on the documentation installed here, measure it, reload it elsewhere and ask it questions.
+    """Train a search model on the documentation installed here, measure, reload and ask it.
 
-    Some minutes on two CPU cores, nothing to download. It is the bundled recipe named quickstart: finished stages are
-    skipped, so that asking again takes no training.
+    Some minutes on two CPU cores, nothing to download. It is the bundled recipe named quickstart:
+    finished stages are skipped, so that asking again takes no training.
     """
     from dataclasses import replace
 

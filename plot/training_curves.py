@@ -115,10 +115,7 @@ def find_logs(path: Path) -> list[Path]:
 def read_log(log: Path) -> list[dict[str, float]]:
     """Return the lines of a log with their numbers, without a last line that a kill truncated.
 
-    Lines of evaluation get the seconds of the line before them.
-
-    Raises:
-        ValueError: the log is empty, or a line is not a JSON object with a step.
+    Lines of evaluation get the seconds of the line before them. Refuse other lines, or none.
     """
     lines: list[dict[str, float]] = []
     texts = [text for text in log.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]

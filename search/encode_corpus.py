@@ -250,8 +250,6 @@ class _Job:
         # Without copies, no vector depends on where the corpus is cut.
         return Encoder(self.model, query_copies=False, **options)
 
-    # --- the folder
-
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:
         """Let the first process look at the folder and tell the others; return the model if opened."""
         encoder, refusal = None, None
@@ -345,8 +343,6 @@ class _Job:
         margin = _MARGIN * (high - low)
         return [(low - margin).tolist(), (high + margin).tolist()]
 
-    # --- the work
-
     def write(self, encoder: Encoder) -> None:
         """Write the shards of this process."""
         windows, copies = tee(self._windows())
@@ -412,8 +408,6 @@ class _Job:
             notes["skipped"] += 1
             if len(notes["skipped_rows"]) < _NAMED:
                 notes["skipped_rows"].append([block.first + place, bad.reason])
-
-    # --- the end
 
     def finish(self) -> None:
         """Wait for all processes; then the first one completes the manifest."""

@@ -268,9 +268,6 @@ def _is_unchanged(folder: VectorFolder, indexed: IndexedShard, shard: Shard) -> 
     return found.st_mtime_ns == indexed.modified or sha256(folder.folder / shard.file) == indexed.sha256
 
 
-# -------------------------------------------------------------------------------------------------------------- building
-
-
 def _build(folder: VectorFolder, before: VectorIndex | None, with_lists: bool, show_progress: bool) -> VectorIndex:
     """Add the vectors that the index ``before`` lacks (all, if there is none) and write the state."""
     home = index_folder(folder)

@@ -77,11 +77,7 @@ def read_queries(data: str | Path | Dataset) -> list[str]:
     """Read the queries in ``data``, one per row, in their order.
 
     They are in the only column of strings, or else in the one named ``query``, ``question`` or
-    ``text``; ``data`` is as in :func:`read_passages`.
-
-    Raises:
-        FileNotFoundError: for data that is neither here nor on the Hub.
-        ValueError: for a file that is empty, no such column, or a query that is blank.
+    ``text``. ``data`` and errors are as in :func:`read_passages`; blank queries are refused.
     """
     data = as_dataset(data, split="train")
     found, usual = text_columns(data), [["query"], ["question"], ["text"]]

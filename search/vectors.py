@@ -197,11 +197,7 @@ class VectorFolder:
         return self._take("id", rows)
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """Return the texts of these rows.
-
-        Raises:
-            ValueError: if they were not kept.
-        """
+        """Return the texts of these rows; refuse a folder that did not keep them."""
         if not self.has_texts:
             raise ValueError(f"{self.folder} holds no texts; encode with --keep-text to store them with the vectors.")
         return self._take("text", rows)
@@ -252,15 +248,8 @@ class VectorFolder:
             raise ValueError(f"{file} is damaged ({reason}); delete it and encode again to restore it.") from error
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
-
-
 def shard_name(number: int) -> str:
-    """Return the file name of a shard.
-
-    >>> shard_name(7)
-    'part-00007.parquet'
-    """
+    """Return the file name of a shard."""
     return f"part-{number:05d}.parquet"
 
 
