@@ -161,11 +161,13 @@ def similarity(
 
     See :func:`evaluate` for the arguments and the result.
     """
+    first, second = _texts(data, SIMILARITY_COLUMNS[:2])
     scores = read_labels(data, "score", problem_type=REGRESSION).values.tolist()
     if len(set(scores)) < 2:
         raise ValueError("Every row has the same score, which ranks nothing; give rows of different scores.")
     evaluator = EmbeddingSimilarityEvaluator(
-        *_texts(data, SIMILARITY_COLUMNS[:2]),
+        first,
+        second,
         scores,
         main_similarity="cosine",
         similarity_fn_names=["cosine"],
