@@ -395,10 +395,10 @@ GOOD = {"question": "where ?", "context": "in rome .", "answers": {"text": ["rom
         ({"answers": {"text": [""], "answer_start": [0]}}, r"Row 2 of .* has the answer '' at character 0"),
         (
             {"answers": {"text": ["rome"], "answer_start": []}},
-            r"Row 2 of .* has answers=.*; it should be {text: .*as many of both",
+            r"Row 2 of .* has answers=.*; it should be {text: .*empty lists",
         ),
-        ({"answers": {"text": [None], "answer_start": [3]}}, r"Row 2 of .* text should hold strings"),
-        ({"answers": {"text": ["rome"], "answer_start": [None]}}, r"Row 2 of .* answer_start for each the whole number"),
+        ({"answers": {"text": [None], "answer_start": [3]}}, r"Row 2 of .* a string and the whole number"),
+        ({"answers": {"text": ["rome"], "answer_start": [None]}}, r"Row 2 of .* a string and the whole number"),
         ({"answers": None}, r"no value in column 'answers' of row 2"),
         ({"question": None}, r"no value in column 'question' of row 2"),
         ({"context": "in \u0007 .", "answers": {"text": ["\u0007"], "answer_start": [3]}}, r"Row 2 .* tokenizer keeps nothing"),
@@ -416,7 +416,7 @@ def test_places_of_answers_are_whole_numbers_however_written():
     assert stage.read_answers(rows, [SimpleNamespace(path="qa")]) == [[(3, "rome")], []]
     for wrong in (3.5, "3", math.nan):
         rows = Dataset.from_list([{**GOOD, "answers": {"text": ["rome"], "answer_start": [wrong]}}])
-        with pytest.raises(ValueError, match=r"Row 1 of qa has answers=.*; text should hold strings, and answer_start"):
+        with pytest.raises(ValueError, match=r"Row 1 of qa has answers=.*; it should be .* the whole number of its first"):
             stage.read_answers(rows, [SimpleNamespace(path="qa")])
 
 

@@ -48,9 +48,6 @@ logger = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-# ------------------------------------------------------------------------------------------------------- pure functions
-
-
 def learning_rate(
     step: int, *, peak: float, warmup: int, total: int, schedule: str = "linear", decay_ratio: float = 0.1
 ) -> float:
@@ -132,9 +129,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-# --------------------------------------------------------------------------------------------------------------- data
-
-
 class StepBatch(NamedTuple):
     """The input of one process for one optimizer step."""
 
@@ -208,16 +202,9 @@ class Steps(Dataset[StepBatch]):
             batches.append(batch)
             terms.append(count_labels(batch) if len(mine) else 0)
             counts.append(len(mine))
-            tokens += _count_tokens(batch) if len(mine) else 0
+            mask = batch.get("attention_mask", torch.ones_like(next(iter(batch.values()))))
+            tokens += int(mask.sum()) if len(mine) else 0
         return StepBatch(batches, terms, counts, tokens)
-
-
-def _count_tokens(batch: dict[str, Tensor]) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
-
-
-# ------------------------------------------------------------------------------ metrics while training
 
 
 @dataclass
@@ -358,9 +345,6 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-# --------------------------------------------------------------------------------------------------------------- the loop
-
-
 def fit(
     model: nn.Module,
     tokenizer: Any,
@@ -377,18 +361,13 @@ def fit(
 
     Args:
         model: its output has a ``loss``; trained in place, on Accelerate's device.
-        tokenizer: saved with the model.
         rows: the training data, see :class:`Phase`; or a list of phases.
-        evaluate: measures the model (in evaluation mode, without gradients); called in every
-            process. Without it, the last weights are kept.
+        evaluate: measures the model (in evaluation mode, without gradients) in every process.
         metric: the metric of ``evaluate`` that picks the weights to keep; None keeps the last.
 
-    Returns:
-        The metrics of ``metrics.json``.
-
     Raises:
-        ValueError: no rows to train on, arguments that this machine cannot meet, checkpoints of a
-            different run, or another process that trains in the same folder.
+        ValueError: no rows, arguments that this machine cannot meet, checkpoints of a different
+            run, or another process that trains in the same folder.
         FloatingPointError: the loss or its gradient is not finite; no such weights are saved.
         OSError: a checkpoint cannot be written; earlier ones are untouched.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
@@ -401,7 +380,12 @@ def fit(
     main = run.accelerator.is_main_process
     with checkpoint.exclusive_lock(run.output_dir) if main else contextlib.nullcontext():
         run.resume()
-        run.train(evaluate)
+        try:
+            run.train(evaluate)
+        except KeyboardInterrupt:
+            # The caller adds how to resume: it knows the command.
+            saved = "with no checkpoint yet" if run.saved_step is None else f"saved up to step {run.saved_step}"
+            raise KeyboardInterrupt(f"Stopped at step {run.progress.step} of {run.total}, {saved}.") from None
         return run.finish()
 
 
@@ -477,7 +461,8 @@ class _Run:
             disable=not accelerator.is_main_process,
             mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file is not flooded
         )
-        with self._stoppable() as stop, bar:
+        stop = StopRequest()
+        with stop.listening(), bar:
             for batch in loader:
                 rate = self.rate(progress.step)
                 with self.meter.timed("steps"):
@@ -539,11 +524,7 @@ class _Run:
         )
 
     def checked_loss(self) -> float:
-        """Return the sum of the losses since the last line of the log.
-
-        Raises:
-            FloatingPointError: a loss or gradient is not finite.
-        """
+        """Return the sum of the losses since the last line; refuse one that is not finite."""
         loss_sum, bad = self.meter.read()
         if bad < 0:
             return loss_sum
@@ -639,11 +620,7 @@ class _Run:
             logger.warning("Resuming at step %d of %d from %s.", self.progress.step, self.total, folder)
 
     def _state(self, folder: Path) -> dict[str, Any]:
-        """Read ``state.json`` of a checkpoint.
-
-        Raises:
-            ValueError: it belongs to a run with other arguments or data; the message lists them.
-        """
+        """Read ``state.json`` of a checkpoint; refuse one of a run with other arguments or data."""
         state: dict[str, Any] = read_json(folder / "state.json")
         before = state["identity"]
         changed = [
@@ -653,8 +630,9 @@ class _Run:
         ]
         if changed:
             raise ValueError(
-                f"{self.root} holds checkpoints of a different run; changed: {', '.join(changed)}. Undo the change to resume, "
-                "or delete that folder or choose another output directory to start from the beginning."
+                f"{self.root} holds checkpoints of a different run; changed: {', '.join(changed)}. Undo "
+                "the change to resume, or delete that folder or choose another output directory to "
+                "start from the beginning."
             )
         return state
 
@@ -694,17 +672,6 @@ class _Run:
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total
 
-    @contextlib.contextmanager
-    def _stoppable(self) -> Iterator[StopRequest]:
-        stop = StopRequest()
-        with stop.listening():
-            try:
-                yield stop
-            except KeyboardInterrupt:
-                # The caller adds how to resume: it knows the command.
-                saved = "with no checkpoint yet" if self.saved_step is None else f"saved up to step {self.saved_step}"
-                raise KeyboardInterrupt(f"Stopped at step {self.progress.step} of {self.total}, {saved}.") from None
-
 
 def keep_memory() -> None:
     """Make glibc keep all memory that this process frees (mallopt(3)); elsewhere do nothing.
@@ -724,11 +691,7 @@ def in_precision(arguments: LoopArguments) -> torch.autocast:
 
 
 def check_precision(precision: str) -> None:
-    """Refuse float16 on a CPU, and warn where bfloat16 only takes longer.
-
-    Raises:
-        ValueError: for float16 on a CPU.
-    """
+    """Refuse float16 on a CPU, and warn where bfloat16 only takes longer."""
     if processes().device.type != "cpu":
         return
     if precision == "fp16":

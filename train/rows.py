@@ -168,11 +168,7 @@ def head_changes(context: StageContext, names: Sequence[str]) -> dict[str, Any]:
 
 
 def choose_metric(wanted: str | None, metrics: Sequence[str]) -> str:
-    """Return ``wanted``, or the first of ``metrics``.
-
-    Raises:
-        ValueError: ``wanted`` is not one of ``metrics``; the message lists them.
-    """
+    """Return ``wanted``, which must be one of ``metrics``, or the first of them."""
     if wanted is not None and wanted not in metrics:
         raise ValueError(f"metric_for_best={wanted!r} is unknown here; use one of {', '.join(metrics)}.")
     return wanted or metrics[0]

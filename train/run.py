@@ -18,7 +18,7 @@ from minibert.files import disk
 from minibert.files.model_folder import check_model
 from minibert.files.processes import processes
 from minibert.train import checkpoint
-from minibert.train.arguments import DistillStage, EvaluateStage, LoopArguments, ModelStage, NewModel, Recipe, TokenizerStage
+from minibert.train.arguments import DistillStage, EvaluateStage, LoopArguments, NewModel, Recipe, TokenizerStage
 from minibert.train.environment import describe
 from minibert.train.loop import check_precision
 from minibert.train.stage import StageContext
@@ -79,31 +79,26 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
 
 
 def _resolve(
-    stage: ModelStage, folder: Path, seed: int, model: str | None, tokenizer: str | None, folders: dict[str, str]
+    stage: Any, folder: Path, seed: int, model: str | None, tokenizer: str | None, folders: dict[str, str]
 ) -> StageContext:
-    seed = next(seed for seed in (getattr(stage, "seed", None), seed) if seed is not None)
-    start = _named_model(stage.model, folders) if isinstance(stage.model, str) else model
-    if isinstance(stage.model, NewModel):
-        start = None
-    teacher = _named_model(stage.teacher, folders) if isinstance(stage, DistillStage) else None
-    if isinstance(stage, DistillStage) and stage.student_layers:
-        start = teacher
-    own = _named_model(stage.tokenizer, folders) if stage.tokenizer else None
-    return StageContext(folder, seed, start, own or (tokenizer or teacher if start is None else start), teacher)
+    def named(name: str) -> str:  # an earlier stage, else a folder or a Hub id
+        return folders.get(name) or os.path.expanduser(name)
 
-
-def _named_model(name: str, folders: dict[str, str]) -> str:
-    """Return the folder of the earlier stage ``name``, else ``name``: a folder or a Hub id."""
-    return folders.get(name) or os.path.expanduser(name)
+    own_seed = getattr(stage, "seed", None)
+    teacher = named(stage.teacher) if isinstance(stage, DistillStage) else None
+    if teacher and stage.student_layers:
+        model = teacher
+    elif stage.model is not None:
+        model = None if isinstance(stage.model, NewModel) else named(stage.model)
+    if stage.tokenizer:
+        tokenizer = named(stage.tokenizer)
+    else:
+        tokenizer = model or tokenizer or teacher
+    return StageContext(folder, seed if own_seed is None else own_seed, model, tokenizer, teacher)
 
 
 def _check_models(recipe: Recipe) -> None:
-    """Check the models and tokenizers that stages name, before anything is written.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: a name is neither a folder nor an id on the Hub.
-        ValueError: a folder has weights that are damaged or pickled, or brings its own code.
-    """
+    """Refuse models and tokenizers that cannot be used, before anything is written."""
     names = {stage.name for stage in recipe.stages}
     kinds = {"model": "model", "teacher": "model", "tokenizer": "tokenizer"}
     asked = ((kind, getattr(stage, field, None)) for stage in recipe.stages for field, kind in kinds.items())
@@ -137,7 +132,7 @@ def _check_code(folder: Path) -> None:
 
 def _function(stage: Any) -> Callable[[Any, StageContext], dict[str, Any]]:
     module, name = stage.kind, _ALONE.get(stage.kind, stage.kind)
-    if isinstance(stage, DistillStage):
+    if stage.kind == "distill":
         module, name = f"distill.{stage.objective}", f"distill_{stage.objective}"
     function: Callable[..., Any] = getattr(importlib.import_module(f"minibert.train.stages.{module}"), name)
     return function
@@ -187,14 +182,10 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
     elif run_dir.exists() and (not run_dir.is_dir() or any(path.name != ".recipe.yaml.part" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     again = changes[0][0] if changes else len(recipe.stages) + 1  # the first stage whose result is replaced
-    precisions = {
-        stage.precision: None
-        for number, stage in enumerate(recipe.stages, start=1)
-        if isinstance(stage, LoopArguments)
-        and (number >= again or not (_stage_folder(run_dir, number, stage.name) / "stage.json").exists())
-    }
-    for precision in precisions:
-        check_precision(precision)
+    for number, stage in enumerate(recipe.stages, start=1):
+        folder = _stage_folder(run_dir, number, stage.name)
+        if isinstance(stage, LoopArguments) and (number >= again or not (folder / "stage.json").exists()):
+            check_precision(stage.precision)
     replaced = [_stage_folder(run_dir, n, stage["name"]) for n, stage in enumerate(earlier, start=1) if n >= again]
     with contextlib.ExitStack() as locks:
         for folder in replaced:
@@ -261,11 +252,7 @@ def _read_record(record: Path) -> dict[str, Any]:
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every finished stage of a run, by the name of the stage.
-
-    Raises:
-        ValueError: a file is missing or damaged; the message names it.
-    """
+    """Return the metrics of every finished stage of a run, by the name of the stage."""
     metrics = {}
     for number, stage in enumerate(_read_record(Path(run_dir) / "recipe.yaml")["stages"], start=1):
         folder = _stage_folder(Path(run_dir), number, stage["name"])

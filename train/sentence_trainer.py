@@ -47,9 +47,6 @@ def train(
     Args:
         evaluate: measures the model; larger metrics are better.
 
-    Returns:
-        Steps, epochs, training loss, seconds, parameters, and the metrics of ``evaluate``.
-
     Raises:
         FloatingPointError: the loss is not a finite number.
         KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM, after a checkpoint was saved.
@@ -142,7 +139,7 @@ class _StageCallback(ProgressCallback):
         self.best: dict[str, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control)  # type: ignore[no-untyped-call]
         self.log = Log(self.accelerator, self.log_file, state.global_step)
         lines = self.log_file.read_text(encoding="utf-8").splitlines() if processes().is_main_process else []
         seconds = 0.0
@@ -179,7 +176,7 @@ class _StageCallback(ProgressCallback):
             checkpoint.write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
+        super().on_step_end(args, state, control)  # type: ignore[no-untyped-call]
         last = state.global_step >= state.max_steps
         due = state.global_step % self.eval_steps == 0 if self.eval_steps else float(state.epoch).is_integer()
         if self.evaluate and (due or last):

@@ -10,14 +10,9 @@ from minibert.train.arguments import ModelStage, NewModel
 
 @dataclass
 class StageContext:
-    """The inputs of a stage that come from other stages of the recipe.
+    """The inputs of a stage that come from the recipe and its other stages.
 
-    Attributes:
-        output_dir: folder that the stage fills with a complete model, metrics.json, log.jsonl and checkpoints/.
-        seed: the stage's own seed, or the recipe's.
-        model: folder or Hub id of the starting weights; ``None`` for new weights.
-        tokenizer: folder or Hub id of the tokenizer.
-        teacher: folder or Hub id of the teacher, if the stage distills.
+    Models are folders or Hub ids; a ``model`` of None means new weights.
     """
 
     output_dir: Path
@@ -56,15 +51,12 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
     """Load, or build from new weights, the model of a stage.
 
     Args:
-        auto_class: ``AutoModel`` or one of its relatives, such as ``AutoModelForSequenceClassification``.
+        auto_class: ``AutoModel`` or one of its relatives.
         changes: configuration fields that the stage decides, such as ``num_labels``.
 
-    New weights follow from the stage's seed; their vocabulary is the tokenizer's unless the recipe gives ``vocab_size``.
-
     Raises:
-        OSError: when the folder or Hub id holds no model.
-        ValueError: when the tokenizer has more entries than the model's vocabulary, or weights do not fit the
-            configuration.
+        OSError: the folder or Hub id holds no model.
+        ValueError: the vocabularies or the weights do not fit.
     """
     from transformers import AutoConfig, set_seed
 
@@ -80,27 +72,25 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
             config = AutoConfig.from_pretrained(str(context.model), trust_remote_code=False)
             if not hasattr(config, "hidden_dropout_prob"):
                 raise ValueError(
-                    f"dropout={dropout} cannot be set: {context.model} is a {config.model_type} model, which names its dropout "
-                    "otherwise; leave dropout out of the recipe."
+                    f"dropout={dropout} cannot be set: {context.model} is a {config.model_type} model, "
+                    "which names its dropout otherwise; leave dropout out of the recipe."
                 )
         with opening(str(context.model)):
             model = auto_class.from_pretrained(context.model, trust_remote_code=False, use_safetensors=True, **changes)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} entries but the model's vocabulary only vocab_size={model.config.vocab_size}; "
-            "leave vocab_size out of the recipe or use the tokenizer that the model was trained with."
+            f"The tokenizer has {len(tokenizer)} entries but the model's vocabulary only "
+            f"vocab_size={model.config.vocab_size}; leave vocab_size out of the recipe or use the "
+            "tokenizer that the model was trained with."
         )
     return model
 
 
 def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
-    """Return the longest sequence, in tokens, that a stage gives its model.
-
-    Args:
-        wanted: the recipe's ``max_length``; ``None`` means the shorter of the tokenizer's length and the model's positions.
+    """Return ``wanted``, or the shorter of the tokenizer's length and the model's positions.
 
     Raises:
-        ValueError: when ``wanted`` exceeds the model's positions, or leaves no room for text.
+        ValueError: ``wanted`` exceeds the model's positions, or leaves no room for text.
     """
     special = tokenizer.num_special_tokens_to_add()
     if wanted is not None and wanted <= special:
@@ -115,7 +105,7 @@ def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
         return min(limit, positions or limit)
     if positions and wanted > positions and not rotary:
         raise ValueError(
-            f"max_length={wanted} exceeds the model's max_position_embeddings={positions}; shorten max_length, or give the "
-            "model more positions."
+            f"max_length={wanted} exceeds the model's max_position_embeddings={positions}; shorten "
+            "max_length, or give the model more positions."
         )
     return wanted

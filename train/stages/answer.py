@@ -24,21 +24,11 @@ logger = logging.getLogger(__name__)
 
 _TEXTS = ("question", "context")
 
-# The answers of one row, as (first character, text).
 Answers = list[tuple[int, str]]
 
 
 def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a model that marks answers; ``context.output_dir`` ends as a complete folder.
-
-    Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also eval_exact_match and eval_f1 of the
-        best model, and both for the rows with and without an answer where there are both.
-
-    Raises:
-        ValueError: missing columns, an answer that is not at its place (names the row), no room
-            for the context.
-    """
+    """Fine-tune a model that marks answers, and measure it by :func:`answer_metrics`."""
     train = load(args.data, split="train")
     answers = read_answers(train, args.data)
     # Two outputs, first and last token: transformers' heads count them as labels.
@@ -63,38 +53,31 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
 
 
 def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
-    """Return the answers of every row; a question without answer has an empty list.
-
-    Raises:
-        ValueError: a column is missing, a row has no value, or an answer is not at its place in
-            the context; names the row.
-    """
+    """Return the answers of every row, as (first character, text); an empty list means none."""
     check_columns(rows, [*_TEXTS, "answers"], sources)
     if not_text := sorted(set(_TEXTS) - set(text_columns(rows))):
         raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text.")
     where = " + ".join(source.path for source in sources)
     answers = []
     for number, (context, entry) in enumerate(zip(rows["context"], rows["answers"], strict=True), start=1):
-        texts, starts = (entry.get("text"), entry.get("answer_start")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        found: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        texts, starts = found.get("text"), found.get("answer_start")
+        lists = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
+        pairs: list[Any] = list(zip(map(_whole, starts), texts)) if lists else [(None, None)]
+        if any(start is None or not isinstance(text, str) for start, text in pairs):
             raise ValueError(
-                f"Row {number} of {where} has answers={entry!r}; it should be {{text: [...], answer_start: [...]}} with as "
-                "many of both, and empty lists where the question has no answer."
+                f"Row {number} of {where} has answers={entry!r}; it should be {{text: [...], "
+                "answer_start: [...]}} with a string and the whole number of its first character for "
+                "each answer, and empty lists where the question has no answer."
             )
-        starts = [_whole(start) for start in starts]
-        for text, start in zip(texts, starts, strict=True):
-            if not isinstance(text, str) or start is None:
-                raise ValueError(
-                    f"Row {number} of {where} has answers={entry!r}; text should hold strings, and answer_start for each the "
-                    "whole number of its first character. Correct it, or remove the row."
-                )
+        for start, text in pairs:
             if not text or start < 0 or context[start : start + len(text)] != text:
                 there = context[max(0, start) : max(0, start) + max(1, len(text))]
                 raise ValueError(
-                    f"Row {number} of {where} has the answer {text!r} at character {start} of its context, where {there!r} "
-                    "stands; correct answer_start, or remove the row."
+                    f"Row {number} of {where} has the answer {text!r} at character {start} of its context, "
+                    f"where {there!r} stands; correct answer_start, or remove the row."
                 )
-        answers.append(list(zip(starts, texts, strict=True)))
+        answers.append(pairs)
     return answers
 
 

@@ -54,11 +54,7 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
 def read_choices(
     rows: Dataset, columns: tuple[list[str], list[str]], label_column: str, sources: Sequence[Any]
 ) -> tuple[list[Choices], np.ndarray]:
-    """Return the questions with their choices, and the number of the right choice of each.
-
-    Raises:
-        ValueError: a column has no value, or a label names no choice; names the row.
-    """
+    """Return the questions with their choices, and the number of the right choice of each."""
     check_columns(rows, [*columns[0], *columns[1], label_column], sources)
     asked = list(choices_of(rows, columns))
     labels = []

@@ -19,16 +19,7 @@ from minibert.train.stage import StageContext, load_start
 
 
 def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a classifier; ``context.output_dir`` ends as a complete model folder.
-
-    Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also those of
-        :func:`classification_metrics`, of the best model, as eval_accuracy and so on.
-
-    Raises:
-        ValueError: missing columns, a label that is not a class (names the row), an unknown
-            metric, too few positions.
-    """
+    """Fine-tune a classifier, and measure it by :func:`classification_metrics`."""
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels = read_labels(train, args.label_column, args.labels, args.problem_type)
@@ -58,11 +49,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
 def find_text_columns(
     rows: Dataset, wanted: Sequence[str] | None, label_column: str | Sequence[str], sources: Sequence[Any]
 ) -> list[str]:
-    """Return the columns to read, given or detected; they and the labels must have values.
-
-    Raises:
-        ValueError: there is no such column, or it does not hold texts; lists the columns found.
-    """
+    """Return the columns to read, given or detected; they and the labels must have values."""
     labels = [label_column] if isinstance(label_column, str) else list(label_column)
     found = [name for name in text_columns(rows) if name not in labels]
     where, every = sources[0].path, rows.column_names

@@ -34,20 +34,10 @@ _MARGIN = 0.05
 
 
 def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
-    """Leave a trained sentence-transformers folder in ``context.output_dir``.
+    """Train a sentence-transformers model, and measure retrieval.
 
     The loss is the multiple negatives ranking loss (Henderson et al. 2017, arXiv:1705.00652), or
     its cached form (Gao et al. 2021, arXiv:2101.06983).
-
-    Returns:
-        Retrieval metrics on ``eval_data`` (if any), the number of rows and steps, the mean loss
-        and the training seconds.
-
-    Raises:
-        ValueError: the data lacks a column or has fewer than two rows, or a length is above the
-            model's positions.
-        FloatingPointError: the loss is not a finite number.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
     sources = training_pairs(args, context.seed)
     evaluate = _evaluator(args)
@@ -162,10 +152,8 @@ def sentence_model(
 ) -> SentenceTransformer:
     """Wrap ``encoder`` with pooling (and normalization) as sentence-transformers modules.
 
-    Args:
-        start: a folder that does not exist. Encoder and tokenizer are saved there, because
-            sentence-transformers only opens folders, and deleted again.
-        options: of :class:`SentenceTransformer`.
+    sentence-transformers only opens folders, so both are saved to ``start`` for a moment. The
+    ``options`` are those of :class:`SentenceTransformer`.
     """
     state = processes()
     if state.is_main_process:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
-from minibert.data.source import DataSource
 from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, load_corpus
 from minibert.files.processes import processes
 from minibert.train.arguments import DistillPretrainingStage, MaskedWordArguments, PhaseArguments, PretrainStage
@@ -24,16 +23,7 @@ _BEGINNINGS = ("Ġ", "▁")  # the space before a word, in byte-level and Senten
 
 
 def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
-    """Pretrain an encoder; ``context.output_dir`` ends as a complete model folder with its head.
-
-    Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also eval_loss, eval_perplexity and
-        eval_masked_accuracy (and eval_next_sentence_accuracy) of the best model.
-
-    Raises:
-        ValueError: no text, a single document for next_sentence, a length above the model's
-            positions, a tokenizer without [MASK], or a model that is not a MiniBERT.
-    """
+    """Pretrain a MiniBERT, and measure its loss, perplexity and accuracy on masked words."""
     tokenizer = load_tokenizer(context)
     masking = Masking(tokenizer, args)
     model = load_model(AutoModelForPreTraining if args.next_sentence else AutoModelForMaskedLM, args, context, tokenizer)
@@ -44,7 +34,7 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
     tokenizer.model_max_length = sequence_length(None, model.config, tokenizer)
 
     delimiters = args.sentence_delimiters if args.next_sentence else None
-    corpus = tokenize_corpus(args, args.data, "train", tokenizer, delimiters)
+    corpus, *held_out = corpora(args, tokenizer, delimiters)
     rows_of = SentencePairs if args.next_sentence else PackedRows
     lengths = [phase.max_length or args.max_length or tokenizer.model_max_length for phase in phases]
     parts = []
@@ -52,10 +42,7 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
         rate = phase.learning_rate or args.learning_rate
         rows = rows_of(corpus, length, masking)
         parts.append(Phase(rows, phase.batch_size or args.batch_size, rate, phase.share))
-    evaluate = None
-    if args.eval_data:
-        held_out = tokenize_corpus(args, args.eval_data, "validation", tokenizer, delimiters)
-        evaluate = evaluator(rows_of(held_out, max(lengths), masking), args.eval_batch_size)
+    evaluate = evaluator(rows_of(held_out[0], max(lengths), masking), args.eval_batch_size) if held_out else None
     return fit(model, tokenizer, parts, args, context, evaluate, args.metric_for_best)
 
 
@@ -69,25 +56,25 @@ def refuse_unpacked(config: Any, name: str) -> None:
         )
 
 
-def tokenize_corpus(
-    args: PretrainStage | DistillPretrainingStage,
-    sources: list[DataSource],
-    split: str,
-    tokenizer: Any,
-    sentence_delimiters: str | None = None,
-) -> TokenizedCorpus:
-    """Tokenize documents, or find them tokenized in the cache."""
+def corpora(
+    args: PretrainStage | DistillPretrainingStage, tokenizer: Any, delimiters: str | None = None
+) -> list[TokenizedCorpus]:
+    """Return the tokenized data and, if there is any, the tokenized evaluation data."""
+    sources = {"train": args.data} | ({"validation": args.eval_data} if args.eval_data else {})
     with processes().main_process_first():  # the other processes find the result
-        return load_corpus(
-            sources,
-            tokenizer,
-            split=split,
-            text_column=args.text_column,
-            sample_by=args.sample_by,
-            sentence_delimiters=sentence_delimiters,
-            cache_dir=args.cache_dir,
-            workers=args.preprocessing_num_workers,
-        )
+        return [
+            load_corpus(
+                data,
+                tokenizer,
+                split=split,
+                text_column=args.text_column,
+                sample_by=args.sample_by,
+                sentence_delimiters=delimiters,
+                cache_dir=args.cache_dir,
+                workers=args.preprocessing_num_workers,
+            )
+            for split, data in sources.items()
+        ]
 
 
 class Masking:

@@ -22,16 +22,7 @@ _TAG_METRICS = ("accuracy", "macro_f1", "loss")
 
 
 def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a tagger of words; ``context.output_dir`` ends as a complete model folder.
-
-    Returns:
-        The metrics of ``metrics.json``; with ``eval_data`` also those of :func:`tag_metrics` and
-        the loss per word, of the best model, as eval_f1 and so on.
-
-    Raises:
-        ValueError: missing columns, words and tags that do not match (names the row), an unknown
-            metric.
-    """
+    """Fine-tune a tagger of words, and measure it by :func:`tag_metrics` and the loss per word."""
     train = load(args.data, split="train")
     columns = find_tag_columns(train, args.token_column, args.tag_column, args.data[0].path)
     sentences = read_words(train, columns[0])

@@ -24,7 +24,7 @@ from minibert.files.model_folder import opening
 from minibert.files.processes import processes
 from minibert.train.arguments import DistillEmbeddingStage
 from minibert.train.loop import in_precision
-from minibert.train.rows import TokenizedDataset, choose_metric
+from minibert.train.rows import TokenizedDataset
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.distill.student import Distillation, cosine_distance, fit_student, from_layers
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
@@ -35,15 +35,12 @@ _MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10"}
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the squared length of the difference of vectors (rows, C), as a mean over the rows."""
+    """Return the squared distance of vectors (rows, C), as a mean over the rows."""
     return (student.float() - teacher.float()).square().sum(dim=-1).mean()
 
 
 def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared error of the cosines between all pairs of rows.
-
-    The vectors (rows, C) of student and teacher may differ in length.
-    """
+    """Return the mean squared error of the cosines between all pairs of rows (rows, C)."""
     first, second = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
     return F.mse_loss(first @ first.t(), second @ second.t())  # (rows, rows)
 
@@ -140,29 +137,18 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
     vectors = (
         None if args.hidden_weight else cached_teacher_outputs(context.output_dir / "checkpoints", key, len(texts), compute)
     )
-    measure, teacher_metrics = None, {}
-    if held_out:
-        measure = evaluator(held_out, args.matryoshka_dims or (), args.eval_batch_size)
-        teacher_metrics = measure(teacher)
-        choose_metric(args.metric_for_best, list(teacher_metrics))
-
+    measure = evaluator(held_out, args.matryoshka_dims or (), args.eval_batch_size) if held_out else None
     prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""  # encode() puts it before every text
     prompted = Dataset.from_dict({"text": [prompt + text for text in texts]})
     rows = TokenizedDataset.from_texts(prompted, ["text"], np.zeros(len(texts)), student.tokenizer, length)
     taught = TaughtRows(rows, "teacher_vectors", vectors, key)
     distillation = EmbeddingDistillation(args, student, teacher)
-    metrics = fit_student(
-        distillation, student.tokenizer, args, context, taught, teacher, measure, args.metric_for_best, teacher_metrics
-    )
+    metrics = fit_student(distillation, student.tokenizer, args, context, taught, measure)
     return {**metrics, "train_texts": len(texts)}
 
 
 def read_texts(args: DistillEmbeddingStage) -> list[str]:
-    """Return the distinct texts of the data, in order; sources need not share a column.
-
-    Raises:
-        ValueError: a source has no column of strings, or there are fewer than two texts.
-    """
+    """Return the distinct texts of the data, in order; sources need not share a column."""
     texts: dict[str, None] = {}
     for source in args.data:
         dataset = load([source], sample_by=args.sample_by)
@@ -192,11 +178,7 @@ def _named(sources: Sequence[DataSource]) -> list[tuple[str, DataSource]]:
 def _student(
     args: DistillEmbeddingStage, context: StageContext, teacher: SentenceTransformer
 ) -> tuple[SentenceTransformer, int]:
-    """Return the student and its longest text in tokens.
-
-    Raises:
-        ValueError: a field of ``args`` needs what teacher or student do not have.
-    """
+    """Return the student and its longest text in tokens."""
     own = context.tokenizer != context.teacher
     tokenizer = load_tokenizer(context) if own else copy.deepcopy(teacher.tokenizer)
     if args.student_layers:
@@ -226,14 +208,15 @@ def _student(
         _encoder(teacher, "hidden_weight")
         if not same_tokens(tokenizer, teacher.tokenizer):
             raise ValueError(
-                "hidden_weight compares hidden states token by token, and teacher and student have different tokenizers; set "
-                "hidden_weight: 0 (vectors and similarities still work), or leave tokenizer out to take the teacher's."
+                "hidden_weight compares hidden states token by token, and teacher and student have "
+                "different tokenizers; set hidden_weight: 0 (vectors and similarities still work), or "
+                "leave tokenizer out to take the teacher's."
             )
     width = student.get_embedding_dimension()
     if args.matryoshka_dims and (max(args.matryoshka_dims) >= (width or 0) or not args.similarity_weight):
         raise ValueError(
-            f"matryoshka_dims={args.matryoshka_dims} are prefixes, shorter than the student's {width} numbers, and learn with "
-            "a similarity_weight above 0."
+            f"matryoshka_dims={args.matryoshka_dims} are prefixes, shorter than the student's {width} "
+            "numbers, and learn with a similarity_weight above 0."
         )
     return student, length
 
@@ -242,8 +225,9 @@ def _encoder(model: SentenceTransformer, field: str) -> Any:
     encoder: Any = getattr(model[0], "auto_model", None)
     if not isinstance(encoder, PreTrainedModel):
         raise ValueError(
-            f"{field} needs a transformer as teacher, and this teacher begins with {type(model[0]).__name__}; its vectors "
-            "alone can still be learned: leave that field out and give the student a model:."
+            f"{field} needs a transformer as teacher, and this teacher begins with "
+            f"{type(model[0]).__name__}; its vectors alone can still be learned: leave that field out "
+            "and give the student a model:."
         )
     return encoder
 
@@ -251,11 +235,7 @@ def _encoder(model: SentenceTransformer, field: str) -> Any:
 def evaluator(
     held_out: Sequence[tuple[str, Dataset]], dims: Sequence[int], batch_size: int
 ) -> Callable[[SentenceTransformer], dict[str, float]]:
-    """Return a function that measures vectors on named data sets, as ``minibert evaluate`` does.
-
-    Args:
-        dims: lengths of prefixes of the vectors, which are measured as well as the complete vectors.
-    """
+    """Return a function that measures vectors, and their prefixes of lengths ``dims``."""
 
     def measure(model: SentenceTransformer) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -18,7 +18,7 @@ from minibert.train.stages.distill.student import (
     soft_divergence,
 )
 from minibert.train.stages.distill.teacher import fingerprint, load_teacher, same_tokens
-from minibert.train.stages.pretrain import Masking, PackedRows, evaluator, refuse_unpacked, tokenize_corpus
+from minibert.train.stages.pretrain import Masking, PackedRows, corpora, evaluator, refuse_unpacked
 
 
 class MaskedLMDistillation(Distillation):
@@ -80,13 +80,10 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
     length = min(sequence_length(args.max_length, model.config, tokenizer) for model in (student, teacher))
     tokenizer.model_max_length = sequence_length(None, student.config, tokenizer)
 
-    rows = PackedRows(tokenize_corpus(args, args.data, "train", tokenizer), length, masking)
+    corpus, *held_out = corpora(args, tokenizer)
+    rows = PackedRows(corpus, length, masking)
     # A run never resumes with another teacher.
     rows.fingerprint = f"{rows.fingerprint}-{fingerprint(teacher)}"
-    measure, teacher_metrics = None, {}
-    if args.eval_data:
-        held_out = PackedRows(tokenize_corpus(args, args.eval_data, "validation", tokenizer), length, masking)
-        measure = evaluator(held_out, args.eval_batch_size)
-        teacher_metrics = measure(teacher)
+    measure = evaluator(PackedRows(held_out[0], length, masking), args.eval_batch_size) if held_out else None
     distillation = MaskedLMDistillation(args, student, teacher)
-    return fit_student(distillation, tokenizer, args, context, rows, teacher, measure, args.metric_for_best, teacher_metrics)
+    return fit_student(distillation, tokenizer, args, context, rows, measure)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minibert.train.arguments import DistillStage
 from minibert.train.loop import checkpoint_activations, fit
+from minibert.train.rows import choose_metric
 from minibert.train.stage import StageContext
 
 
@@ -41,11 +42,7 @@ def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
 
 
 def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
-    """Copy a MiniBERT ``teacher`` with some of its layers, trainable, in float32.
-
-    Raises:
-        ValueError: the teacher is not a MiniBERT, or has fewer layers.
-    """
+    """Copy a MiniBERT ``teacher`` with some of its layers, trainable, in float32."""
     assert args.student_layers is not None
     kind = teacher.config.model_type
     if kind != "minibert":
@@ -112,21 +109,30 @@ class Distillation(nn.Module):
 def fit_student(
     distillation: Distillation,
     tokenizer: Any,
-    args: DistillStage,
+    args: Any,
     context: StageContext,
     rows: Any,
-    teacher: nn.Module,
     measure: Callable[[Any], dict[str, float]] | None,
-    metric: str,
-    teacher_metrics: dict[str, float],
+    measure_teacher: Callable[[Any], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Train the student of ``distillation`` with :func:`fit`.
 
+    Args:
+        measure: measures a model; None without evaluation data.
+        measure_teacher: measures the teacher, if it reads other tokens.
+
     Returns:
-        Its metrics and size, and those of the teacher.
+        The metrics and size of the student, and those of the teacher.
     """
-    evaluate = None if measure is None else (lambda trained: measure(trained.student))
-    metrics = fit(distillation, tokenizer, rows, args, context, evaluate, metric)
-    for name, model in (("parameters", distillation.student), ("teacher_parameters", teacher)):
+    evaluate, teacher_metrics = None, {}
+    if measure is not None:
+        teacher_metrics = (measure_teacher or measure)(distillation.teacher)
+        choose_metric(args.metric_for_best, list(teacher_metrics))
+
+        def evaluate(trained: Any) -> dict[str, float]:
+            return measure(trained.student)
+
+    metrics = fit(distillation, tokenizer, rows, args, context, evaluate, args.metric_for_best)
+    for name, model in (("parameters", distillation.student), ("teacher_parameters", distillation.teacher)):
         metrics[name] = sum(parameter.numel() for parameter in model.parameters())
     return metrics | {f"teacher_{name}": value for name, value in teacher_metrics.items()}

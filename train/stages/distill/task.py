@@ -60,14 +60,14 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
 
     @torch.no_grad()
     def compute(some: range) -> np.ndarray:
-        found = np.empty((len(some), teacher.config.num_labels), dtype=np.float32)
+        found = np.empty((len(some), len(names)), dtype=np.float32)
         for batch in read.batches(np.array(some), args.eval_batch_size):
             found[batch - some.start] = read.logits(teacher, batch).numpy()
         return found
 
     logits = cached_teacher_outputs(context.output_dir / "checkpoints", key, len(read), compute)
 
-    measure, teacher_metrics = None, {}
+    measure = measure_teacher = None
     if args.eval_data:
         held_out = load(args.eval_data, split="validation")
         find_text_columns(held_out, columns, args.label_column, args.eval_data)
@@ -77,10 +77,9 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
             evaluator(TokenizedDataset.from_texts(held_out, columns, expected, *reads), SINGLE, args.eval_batch_size)
             for reads in ((tokenizer, length), (its_tokenizer, its_length))
         )
-        teacher_metrics = measure_teacher(teacher)
     taught = TaughtRows(rows, "teacher_logits", logits, key)
-    distillation = TaskDistillation(args, student)
-    return fit_student(distillation, tokenizer, args, context, taught, teacher, measure, args.metric_for_best, teacher_metrics)
+    distillation = TaskDistillation(args, student, teacher)
+    return fit_student(distillation, tokenizer, args, context, taught, measure, measure_teacher)
 
 
 def _check_labels(args: DistillTaskStage, labels: Any, teacher: Any, names: list[str], source: str) -> None:

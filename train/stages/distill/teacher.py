@@ -22,15 +22,7 @@ ROWS_PER_FILE = 65536
 
 
 def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedModel:
-    """Load a frozen model.
-
-    Args:
-        description: of the kind of model that is needed, for the message.
-
-    Raises:
-        OSError: the folder or Hub id holds no model, or no safetensors.
-        ValueError: its weights lack a part, such as a head, or do not fit its configuration.
-    """
+    """Load a frozen model; refuse one that is not the ``description``, as it lacks weights."""
     with opening(source):
         teacher, report = auto_class.from_pretrained(
             source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
