@@ -61,7 +61,8 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
     answers = []
     for number, (context, entry) in enumerate(zip(rows["context"], rows["answers"], strict=True), start=1):
         found: dict[str, Any] = entry if isinstance(entry, dict) else {}
-        texts, starts = found.get("text"), found.get("answer_start")
+        texts: Any = found.get("text")
+        starts: Any = found.get("answer_start")
         lists = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
         pairs: list[Any] = list(zip(map(_whole, starts), texts)) if lists else [(None, None)]
         if any(start is None or not isinstance(text, str) for start, text in pairs):
