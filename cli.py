@@ -234,6 +234,7 @@ def search(
     top_k: Annotated[int, Option(min=1, help="Number of passages to show for each query.")] = 5,
     hybrid: Annotated[bool, Option("--hybrid", help="With an INDEX: rank by words (BM25) too.")] = False,
     exact: Annotated[bool, Option("--exact", help="With an INDEX: compare with every vector.")] = False,
+    rebuild: Annotated[bool, Option("--rebuild", help="With an INDEX: build it again.")] = False,
     model: Annotated[str | None, Option(help="With an INDEX: the model that made it, if it has moved.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per query and line.")] = False,
@@ -253,7 +254,7 @@ def search(
         queries = read_queries(queries_file)
     searcher: Searcher
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "show_progress": sys.stderr.isatty()}
-    of_index: dict[str, Any] = {"model": model, "hybrid": hybrid, "exact": exact}
+    of_index: dict[str, Any] = {"model": model, "hybrid": hybrid, "exact": exact, "rebuild": rebuild}
     if passages is None:
         if column is not None:
             raise ValueError("--column is the column of --passages; a folder of vectors has its texts already.")
@@ -653,6 +654,7 @@ def attention(
     second: Annotated[str | None, Argument(metavar="[SECOND TEXT]", help="Second text of a pair.")] = None,
     layer: Annotated[int | None, Option(help="Only this layer, from 1.")] = None,
     head: Annotated[int | None, Option(help="Only this head, from 1.")] = None,
+    max_tokens: Annotated[int | None, Option(min=4, help="Tokens to read; the default is the model's limit.")] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -662,7 +664,7 @@ def attention(
     """
     from minibert import plot
 
-    options: dict[str, Any] = {"layer": layer, "head": head, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"layer": layer, "head": head, "max_tokens": max_tokens, "trust_remote_code": trust_remote_code}
     _draw(out, force, lambda: plot.attention(model, text, second, **options))
 
 
@@ -676,7 +678,7 @@ def embeddings(
     labels: Annotated[list[str] | None, Option("--label", help="Label of a text given here; once for each.")] = None,
     split: Split = "train",
     tokens: Annotated[bool, Option("--tokens", help="Show tokens, before and after the encoder.")] = False,
-    method: Annotated[str, Option(help="How wide vectors get into three dimensions: pca or tsne.")] = "pca",
+    method: Annotated[str, Option(help="How wide vectors get into three dimensions: pca, tsne or umap.")] = "pca",
     limit: Limit = 1000,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,

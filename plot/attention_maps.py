@@ -1,5 +1,6 @@
 """Draw attention: for each head a heat map, and the same as lines between two columns of tokens."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def attention(
     *,
     layer: int | None = None,
     head: int | None = None,
+    max_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> Attention:
     """Return the attention weights of ``model``, as ``output_attentions=True`` returns them.
@@ -119,6 +121,7 @@ def attention(
         model: a model folder, or the id (owner/name) of a model on the Hub.
         second: the second text of a pair.
         layer: show only this layer, counted from 1; head: only this head, counted from 1.
+        max_tokens: tokens to read at most, 4 or more; the limit of the model applies as well.
 
     Example::
 
@@ -135,7 +138,7 @@ def attention(
         page.check_text(second, "The second text")
     pair = (text,) if second is None else (text, second)
     encoder, tokenizer = page.open_encoder(model, trust_remote_code=trust_remote_code, attn_implementation="eager")
-    limit = max_length_of(encoder, tokenizer)
+    limit = min(max_length_of(encoder, tokenizer), max_tokens or sys.maxsize)
     inputs = tokenizer(*pair, truncation=True, max_length=limit, return_tensors="pt")
     with torch.inference_mode():
         recorded = encoder(**inputs, output_attentions=True).attentions

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ def embeddings(
         labels: a label per text, for the colours; without labels, tokens have the colour of their
             text.
         tokens: show the tokens: what enters the first layer, and what leaves the last.
-        method: ``pca`` (principal components) or ``tsne``.
+        method: ``pca`` (principal components), ``tsne`` or ``umap`` (needs umap-learn).
 
     Example::
 
@@ -110,8 +111,10 @@ def embeddings(
         page.check_text(text, f"Text {number}")
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"{len(texts)} text(s) need as many labels, got {len(labels)} (--label).")
-    if method not in ("pca", "tsne"):
-        raise ValueError(f"method must be pca or tsne, got {method!r} (--method).")
+    if method not in ("pca", "tsne", "umap"):
+        raise ValueError(f"method must be one of pca, tsne, umap, got {method!r} (--method).")
+    if method == "umap" and find_spec("umap") is None:
+        raise ValueError("method umap needs another package; pip install umap-learn, or use --method pca or tsne.")
     if not tokens and len(texts) < 3:
         raise ValueError(f"{len(texts)} text(s) make no picture; give three or more, or show their tokens (--tokens).")
     names = None if labels is None else [str(label) for label in labels]
@@ -173,7 +176,12 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
             axes = [f"component {number} ({share:.0%})" for number, share in enumerate(shares, start=1)]
         return np.pad(points, ((0, 0), (0, 3 - points.shape[1]))), axes
     if count < 6:
-        raise ValueError(f"--method tsne arranges neighbourhoods, of which {count} points have none; use pca.")
+        raise ValueError(f"--method {method} arranges neighbourhoods, of which {count} points have none; use pca.")
+    if method == "umap":
+        from umap import UMAP
+
+        points = UMAP(min(15, count - 1), n_components=3, init="random", random_state=0, n_jobs=1).fit_transform(vectors)
+        return np.asarray(points), [f"UMAP {number}" for number in (1, 2, 3)]
     # In three dimensions the approximation is slower for some hundred points, and the usual step too long.
     points = TSNE(
         n_components=3,

@@ -194,7 +194,7 @@ def index_folder(folder: VectorFolder) -> Path:
     return folder.folder / "index"
 
 
-def open_index(folder: VectorFolder, *, exact: bool = False, show_progress: bool = False) -> VectorIndex:
+def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
     """Open the index of ``folder``, after building it or adding the shards that it lacks.
 
     It is built from nothing if a shard in it has changed or is gone, or a file of it is damaged or
@@ -202,6 +202,7 @@ def open_index(folder: VectorFolder, *, exact: bool = False, show_progress: bool
 
     Args:
         exact: neither make nor read lists; existing ones stay for later searches.
+        rebuild: build it from nothing in any case.
 
     Raises:
         ModuleNotFoundError: if lists are needed and FAISS is not installed.
@@ -220,12 +221,12 @@ def open_index(folder: VectorFolder, *, exact: bool = False, show_progress: bool
         return listed and len(index.state.shards) == len(folder.shards)
 
     with contextlib.suppress(ValueError):  # reported below, under the lock: another process may be building
-        if (index := _open_existing(folder, exact)) and is_current(index):
+        if not rebuild and (index := _open_existing(folder, exact)) and is_current(index):
             return index
     with index_lock(folder):
         index = None
         try:
-            index = _open_existing(folder, exact)
+            index = None if rebuild else _open_existing(folder, exact)
         except ValueError as error:
             logger.warning("%s The index is built again.", error)
         if index is None or not is_current(index):

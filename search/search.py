@@ -156,6 +156,7 @@ class FolderSearcher(Searcher):
         exact: compare queries with all vectors, however many.
         hybrid: fuse the rankings by meaning and by words (BM25) by reciprocal rank; scores are then
             sums of ``1 / (60 + rank)``.
+        rebuild: build the index from nothing.
 
     Example::
 
@@ -176,6 +177,7 @@ class FolderSearcher(Searcher):
         *,
         exact: bool = False,
         hybrid: bool = False,
+        rebuild: bool = False,
         trust_remote_code: bool = False,
         show_progress: bool = False,
     ) -> None:
@@ -189,7 +191,7 @@ class FolderSearcher(Searcher):
             logger.warning("%s is not finished: minibert encode has written %s vectors so far.", folder, count)
         path = _find_model(self.folder, model, trust_remote_code)
         self.encoder = Encoder(path, trust_remote_code=trust_remote_code)
-        self.index = open_index(self.folder, exact=exact, show_progress=show_progress)
+        self.index = open_index(self.folder, exact=exact, rebuild=rebuild, show_progress=show_progress)
         shards = [shard.sha256 for shard in self.index.state.shards]
         self.words = _open_words(self.folder, shards, show_progress) if hybrid else None
 

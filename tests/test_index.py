@@ -310,6 +310,13 @@ def test_a_process_that_searches_keeps_its_vectors_during_a_rebuild(folder, smal
     np.testing.assert_array_equal(index.vectors(np.arange(ROWS)), before)
 
 
+def test_rebuilding_on_request(folder, small, added):
+    open_index(folder)
+    first = list(added)
+    open_index(folder, rebuild=True)
+    assert added == first * 2
+
+
 def test_a_build_that_fails_leaves_the_earlier_index(folder, small, monkeypatch):
     vectors = np.concatenate([clustered(ROWS, 1), clustered(300, 2)])
     for file in folder.folder.glob("part-00002*"):  # the last shard was not full

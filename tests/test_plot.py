@@ -340,7 +340,7 @@ def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
         (lambda m: plot.embeddings(m / "minibert", []), "No texts are given"),
         (lambda m: plot.embeddings(m / "minibert", ["a", "", "b"]), "Text 2 is empty"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, labels=["a"]), "4 text.s. need as many labels, got 1"),
-        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "must be pca or tsne, got 'mds'"),
+        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "must be one of pca, tsne, umap, got 'mds'"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS[:2]), "three or more"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, method="tsne"), "use pca"),
         (lambda m: plot.similarity(m / "minibert", TEXTS, []), "second list of texts is empty"),
@@ -366,6 +366,16 @@ def test_a_log_without_lines_or_with_a_damaged_one_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text("[1]\n" + (tmp_path / "log.jsonl").read_text(), encoding="utf-8")
     with pytest.raises(ValueError, match="Line 1 of"):
         plot.training(tmp_path)
+
+
+def test_umap_explains_itself_where_it_is_missing(models, monkeypatch):
+    monkeypatch.setattr("minibert.plot.vector_maps.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install umap-learn"):
+        plot.embeddings(models / "minibert", TEXTS, method="umap")
+
+
+def test_attention_reads_as_many_tokens_as_asked(models):
+    assert len(plot.attention(models / "minibert", " ".join(TEXTS), max_tokens=9).tokens) == 9
 
 
 # The command

@@ -548,7 +548,7 @@ def test_bad_input_for_a_folder_is_one_sentence_and_status_2(run_index, vectors,
 
 
 def test_options_of_a_folder_are_refused_for_passages(run, passages_file):
-    for option in (["--hybrid"], ["--exact"], ["--model", "x"]):
+    for option in (["--hybrid"], ["--exact"], ["--rebuild"], ["--model", "x"]):
         result = run("--passages", passages_file, *option, "cat")
         assert result.exit_code == 2
         assert f"{option[0]} is for a folder of vectors" in result.stderr
