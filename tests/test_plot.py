@@ -300,6 +300,11 @@ def test_an_image_shows_texts_as_they_are(pictures, name):
         assert any("$" in text for text in shown) and any("<" in text for text in shown)
 
 
+def test_names_below_a_heat_map_stand_upright_so_that_they_do_not_overlap(pictures):
+    axes = pictures["similarity"].static().axes[0]
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {90.0}
+
+
 def test_a_file_is_complete_or_absent_and_never_replaced_by_accident(pictures, tmp_path, monkeypatch):
     picture = pictures["embeddings"]
     for name in ("a.html", "a.png"):
