@@ -365,7 +365,7 @@ def evaluate(
     model: Model,
     data: Annotated[str, Argument(help=f"{_DATA}, or folder with a file per split.")],
     split: Annotated[str, Option(help="Split to measure on; a single file is read completely.")] = "validation",
-    limit: Annotated[int | None, Option(min=1, help="Measure on so many queries or rows.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Number of queries or rows to measure on.")] = None,
     baselines: Annotated[bool, Option(help="Compare with BM25 and the untrained model.")] = True,
     batch_size: Annotated[int, Option(min=1, help="Texts in a batch.")] = 64,
     trust_remote_code: TrustRemoteCode = False,

@@ -401,7 +401,7 @@ def soak(
     texts: Annotated[int, typer.Option(min=1, help="New texts in a round.")] = 500,
     threads: Annotated[int, typer.Option(min=1, help="Threads that use the model at once.")] = 8,
     every: Annotated[float, typer.Option(min=0, help="Seconds between two samples of memory and open files.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
 ) -> None:
     """Encode mixed texts for hours: memory, open files, and vectors from several threads at once.
 

@@ -79,7 +79,7 @@ def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def logistic_regression(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
-    """Which of the run's tokens a text holds, within the same 128 positions, in scikit-learn's logistic regression."""
+    """Return which of the run's tokens a text holds, within the same 128 positions, in scikit-learn's logistic regression."""
     _, classify, evaluate = recipe.stages
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "1-tokenizer")
     parts = {

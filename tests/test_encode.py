@@ -445,7 +445,7 @@ def test_a_query_is_multiplied_by_matrices_in_float16(folders, monkeypatch):
 
     query, many = "the cat sat", ["two dogs ran home " * 5] * 4
     np.testing.assert_array_equal(chosen.encode(many), exact.encode(many))
-    assert not any(copies(chosen))  # whoever encodes a corpus needs no memory for them
+    assert not any(copies(chosen))  # encoding a corpus needs no memory for them
     found, expected = chosen.encode([query]), exact.encode([query])
     assert all(copies(chosen)) and not any(copies(exact))
     assert not np.array_equal(found, expected)

@@ -130,7 +130,7 @@ def test_products_of_half_precision_are_those_of_the_module(gelu, bias, monkeypa
 
 @half_products
 def test_gelu_within_a_product_is_the_exact_one():
-    """Where it is small and negative bfloat16 tells it from its approximation by tanh."""
+    """GELU differs from its approximation by tanh in bfloat16 only where it is small and negative."""
     module, inputs = torch.nn.Linear(1, 1, bias=False).bfloat16(), torch.linspace(-3.5, -1.5, 33).bfloat16()[:, None]
     torch.nn.init.ones_(module.weight)
     exact = torch.nn.functional.gelu(inputs.float())

@@ -224,7 +224,7 @@ def test_every_public_name_is_there():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """The wheel built from a copy of the repository, with litter beside it that must not slip in."""
+    """The wheel built from a copy of the repository, with other files next to it that must not slip in."""
     copy, out = tmp_path_factory.mktemp("source") / "minibert", tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__"))
     for litter in ("runs/quickstart/config.json", "hub/notes.txt", "recipes/private.json", "notebook.ipynb"):

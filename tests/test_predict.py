@@ -162,7 +162,7 @@ def test_answers_and_choices(model):
 
 
 def test_choices_are_shown_with_the_columns_that_were_read_and_no_others(model):
-    """A file to predict may be one that was trained on, with labels, dates and whatever else beside."""
+    """A file to predict may be one that was trained on, with labels, dates and whatever else."""
     asked = [
         {"question": "what is red", "choices": ["apples", "the garden"], "label": 1, "when": datetime.now(), "value": b"x"}
     ]
