@@ -1,4 +1,4 @@
-"""The distribution is minibert-hf: messages say how to add to it, and another project's minibert in the same environment is named."""
+"""The distribution is minibert-hf: messages say how to add to it, and a foreign minibert in the same environment is named."""
 
 import importlib.metadata
 import re
