@@ -1,5 +1,6 @@
 """The embed stage: it learns, it resumes bit for bit, and what it leaves is a model the ecosystem opens."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -73,6 +74,14 @@ def test_it_learns_and_leaves_a_model(run, folder, tmp_path):
     vectors = model.encode(["red apple", "blue plum"], convert_to_tensor=True)
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_one_progress_bar_is_shown(run, monkeypatch):
+    bars = []
+    monkeypatch.setattr(sentence_trainer.ProgressCallback, "on_train_begin", lambda self, *_, **__: bars.append(type(self)))
+    with contextlib.suppress(Exception):
+        run(epochs=1)
+    assert bars == [sentence_trainer._StageCallback]
 
 
 @pytest.mark.slow
