@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -176,10 +177,19 @@ def test_training_reads_a_stream_once_and_in_bounded_memory(monkeypatch):
     monkeypatch.setattr(tokenization_minibert, "_MOST_CHUNKS", 3)  # settles the counts after nearly every text
     assert quietly(train_wordpiece, (text for text in CORPUS), vocab_size=130).get_vocab() == expected
 
+    class Counted(Counter):
+        longest = 0
+
+        def update(self, words):
+            super().update(words)
+            Counted.longest = max(Counted.longest, len(self))
+
+    monkeypatch.setattr(tokenization_minibert, "Counter", Counted)
     monkeypatch.setattr(tokenization_minibert, "_MOST_WORDS", 50)
-    stream = (f"always there {number}" for number in range(2000))
+    stream = (f"it is always there {number}" for number in range(2000))
     words = tokenization_minibert._count_words(stream, lowercase=True, show_progress=False)
     assert len(words) <= 50 and words["always"] == words["there"] == 2000
+    assert Counted.longest <= 3 + 5  # the chunks of one more text
 
 
 def test_words_too_long_to_be_tokens_are_not_learnt():
