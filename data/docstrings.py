@@ -59,9 +59,6 @@ def load_pairs(split: str = "train") -> Dataset:
 
     Returns:
         The string columns ``query`` (summary), ``answer`` (name and description) and ``module``.
-
-    Raises:
-        ValueError: for another split, or when the installed packages hold no documentation.
     """
     rows = [{"query": title, "answer": f"{name}: {body}", "module": module} for module, name, title, body in _split(split)]
     return Dataset.from_list(rows)

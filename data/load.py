@@ -187,9 +187,6 @@ def find_files(path: Path, splits: Sequence[str], option: str, expected: Collect
     Args:
         option: how the user chooses a split, for messages.
         expected: other splits that are left out without a warning; None never warns.
-
-    Raises:
-        ValueError: for an unknown split, a file of an unknown kind, or an empty file.
     """
     groups: dict[str, list[Path]] = {}
     if path.is_file():

@@ -148,11 +148,6 @@ def open_stream(
         column: the column of texts; the default is one of ``USUAL_COLUMNS``, or the only strings.
         id_column: the column of values that name the rows.
         split: the split of a folder with a file per split, or of a Hub data set.
-
-    Raises:
-        FileNotFoundError: for data that is neither here nor on the Hub.
-        ValueError: for files that are empty, of an unknown kind or damaged; for a column that is
-            missing, holds no texts, or could be one of several.
     """
     source, parts, listing = _find_parts(data, split)
     with _plain_errors(parts[0]):

@@ -24,10 +24,6 @@ def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -
         doing: what this process does there, for the message to others: ``"training in"``.
         kept: what is not lost if the disk fails, as a clause.
         wait: wait for the other process instead of refusing.
-
-    Raises:
-        ValueError: another process holds the lock.
-        OSError: the folder cannot be written.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -82,12 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file of a model folder, of at most 64 MB.
-
-    Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is too large or damaged.
-    """
+    """Read a JSON file of a model folder, of at most 64 MB."""
     if not file.exists():
         raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
     if file.stat().st_size > _JSON_LIMIT:

@@ -69,10 +69,6 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
     """Return the dtype, such as F32, and the shape of every tensor in a safetensors file, without reading a tensor.
 
     safetensors refuses a header that does not describe exactly the bytes after it.
-
-    Raises:
-        ValueError: the file is damaged, or its header is larger than ``HEADER_LIMIT`` bytes.
-        OSError: the file cannot be read.
     """
     try:
         if not stat.S_ISREG(file.stat().st_mode):
@@ -90,11 +86,7 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of the model in ``folder``: the single file, those its index names, or none.
-
-    Raises:
-        ValueError: the index is damaged, or names files outside of the folder.
-    """
+    """Return the safetensors files of the model in ``folder``: the single file, those its index names, or none."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
@@ -112,12 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_weights(folder: Path) -> None:
-    """Check that a folder holds the safetensors weights of a model, and a configuration of that size.
-
-    Raises:
-        FileNotFoundError: weights are missing.
-        ValueError: they are pickled, damaged, or far fewer than the configuration describes.
-    """
+    """Check that a folder holds the safetensors weights of a model, and a configuration of that size."""
     files = weight_files(folder)
     if not files:
         if names := pickles(file.name for file in folder.glob("*")):
@@ -176,10 +163,6 @@ def check_paths(folder: Path) -> None:
     """Refuse a model folder in which a name or a link leads out of it.
 
     Links of the Hub's cache lead into ``blobs`` of the same repository and are allowed.
-
-    Raises:
-        ValueError: naming the file and what it leads to; also for kernels from the Hub, and pickled
-            weights of a module.
     """
     modules = [folder / path for path in _module_paths(folder)] if (folder / "modules.json").exists() else [folder]
     _check_links(folder, modules)
@@ -260,11 +243,7 @@ def _files_to_read(folder: Path, modules: list[Path]) -> Iterator[Path]:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a model; a missing file is an empty one.
-
-    Raises:
-        ValueError: the file is damaged, or holds something else.
-    """
+    """Return the JSON object in a file of a model; a missing file is an empty one."""
     found = read_json(file) if file.exists() else {}
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged (it is not a JSON object); save or download the model again.")
@@ -283,9 +262,6 @@ def opening(model: str | Path) -> Iterator[None]:
 
     While transformers builds a model, it replaces ``tie_weights`` of the class that all models share.
     Two threads at once can leave it replaced for good, and every later model untied.
-
-    Raises:
-        ValueError: the configuration does not fit the weights.
     """
     try:
         with _LOCKS.setdefault(os.getpid(), threading.RLock()):

@@ -60,10 +60,6 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
         origin: the folder that training or conversion left, where ``folder`` is a copy of it.
         fields: metadata such as ``license="mit"`` or ``language=["en"]``; those in :data:`FIELDS`.
             They replace what is found.
-
-    Raises:
-        FileNotFoundError: the folder is not a finished model.
-        ValueError: a field is unknown or has the wrong type, or a file of the model is damaged.
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"
     validate_repo_id(repo_id)
@@ -201,11 +197,7 @@ def _results(record: provenance.Record, task: str) -> Iterator[EvalResult]:
 
 
 def check_card(text: str) -> None:
-    """Refuse a README.md whose metadata the Hub would refuse, as far as that is known without asking it.
-
-    Raises:
-        ValueError: naming the field, what it holds and what is allowed.
-    """
+    """Refuse a README.md whose metadata the Hub would refuse, as far as that is known without asking it."""
     block = REGEX_YAML_BLOCK.search(text)
     if not block:
         raise ValueError("The card has no metadata: README.md must begin with YAML between two lines ---.")

@@ -205,12 +205,7 @@ def _pooling(folder: Path, kind: str, family: Family) -> str:
 
 
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """Open the tokenizer in ``folder``, limited to ``max_length`` and to the model's positions.
-
-    Raises:
-        FileNotFoundError: there is none that transformers can open.
-        ValueError: it has more entries than the embeddings have rows.
-    """
+    """Open the tokenizer in ``folder``, limited to ``max_length`` and to the model's positions."""
     # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in folder.glob(name)):
         raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer into it.")

@@ -93,10 +93,6 @@ class Checkpoint:
 
     Args:
         name: read this file of the folder alone.
-
-    Raises:
-        FileNotFoundError: there are no weights, or a file of them is missing.
-        ValueError: they are pickled or damaged.
     """
 
     def __init__(self, folder: Path, name: str = WEIGHTS):
@@ -132,11 +128,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> in
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder that becomes ``target`` when the block ends, and is deleted when the block fails.
-
-    Raises:
-        ValueError: ``target`` is a file, or a folder with something in it, or another process is writing it.
-    """
+    """Yield a folder that becomes ``target`` when the block ends, and is deleted when the block fails."""
     check_output(target)
     place = target.with_name(f".{target.name}.part")
     place.mkdir(parents=True, exist_ok=True)

@@ -76,11 +76,7 @@ class Record(BaseModel):
 
 
 def read(folder: Path) -> Record:
-    """Return the record of the model in ``folder``: a stage of a run, a published model, or any other.
-
-    Raises:
-        ValueError: a file of the record is damaged.
-    """
+    """Return the record of the model in ``folder``: a stage of a run, a published model, or any other."""
     folder = folder.resolve()
     metrics, environment = read_settings(folder / "metrics.json"), read_settings(folder / "environment.json")
     found: dict[str, Any] = {
@@ -119,11 +115,7 @@ def read(folder: Path) -> Record:
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """Read the recipe of a run.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """Read the recipe of a run."""
     try:
         recipe: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=YamlLoader)
         recipe["stages"][0]["name"]

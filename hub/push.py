@@ -189,9 +189,6 @@ def prove(
 
     Returns:
         The ways in which the model was opened, and the largest difference from ``expected``.
-
-    Raises:
-        Mismatch: ``what`` cannot be opened there, or computes other outputs.
     """
     try:
         found, opened = isolated.run(request, cache=cache)
@@ -215,12 +212,7 @@ def _prove_download(api: HfApi, folder: Path, done: Published, request: isolated
 
 
 def model_folder(model: str | Path) -> Path:
-    """Return the folder to publish: ``model`` itself, or the last model if ``model`` is a run.
-
-    Raises:
-        FileNotFoundError: there is none, or its training is not finished.
-        ValueError: the recipe of the run is damaged, or makes no model.
-    """
+    """Return the folder to publish: ``model`` itself, or the last model if ``model`` is a run."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         refuse_missing(model, "give the folder of a run, of a stage or of a model")
@@ -249,11 +241,7 @@ def build(
     max_shard_size: str = SHARD_SIZE,
     **fields: Any,
 ) -> None:
-    """Write all files of a model on the Hub into ``target``; see :func:`push`.
-
-    Raises:
-        ValueError: it is not a complete MiniBERT, or a file names a path or the user of this machine.
-    """
+    """Write all files of a model on the Hub into ``target``; see :func:`push`."""
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
         weights, plain = folders.encoder_folder(source), Path(place, "bert")
         if as_bert:
@@ -304,11 +292,7 @@ def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size
 
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:
-    """Refuse a folder in which a text names ``places``, a home directory or the user's folders.
-
-    Raises:
-        ValueError: naming the files and the paths in them.
-    """
+    """Refuse a folder in which a text names ``places``, a home directory or the user's folders."""
     begin = r"(?<![\w.:/])"  # of a path, and not of the part of an address after its host
     homes = rf"/(?:home|Users)|(?:/[\w.-]+)*/{re.escape(getpass.getuser())}|{re.escape(str(Path.home()))}"
     patterns = [rf"(?:{begin}(?:{homes})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]

@@ -60,9 +60,6 @@ def split_name(name: str) -> tuple[str, str | None]:
 
     >>> split_name("ann/model@v1"), split_name("ann/model")
     (('ann/model', 'v1'), ('ann/model', None))
-
-    Raises:
-        ValueError: the Hub refuses such a name.
     """
     repo_id, at, revision = name.partition("@")
     if repo_id.count("/") != 1 or (at and not re.fullmatch(r"[\w./-]+", revision)) or ".." in revision:
@@ -83,10 +80,6 @@ def ask(
 
     Args:
         what: what the call does, such as ``"uploading to"``, for the message.
-
-    Raises:
-        HubError: the network failed, or the Hub refused. The original error is left out of the
-            chain, because its text may hold the header with the token.
     """
     for attempt in range(attempts):
         hooks = get_session().event_hooks["request"]
@@ -168,11 +161,7 @@ def _sentence(error: BaseException, what: str, repo_id: str, revision: str | Non
 
 
 def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
-    """Return the Hub as one account sees it: that of ``token``, of the environment or of the last login.
-
-    Raises:
-        HubError: the text is not a token; or writing lacks a token or the network.
-    """
+    """Return the Hub as one account sees it: that of ``token``, of the environment or of the last login."""
     given = token or get_token() or ""
     if not given.isascii() or not given.isprintable():  # the library's message would hold the token
         raise HubError("The token holds characters that no token has; log in with `hf auth login`, or correct HF_TOKEN.")
@@ -257,10 +246,6 @@ def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, P
     """Return the commit of a model, its folder in the cache, and its files on the Hub.
 
     Without the network, no files on the Hub are known.
-
-    Raises:
-        ValueError: it has no weights, or pickled ones.
-        HubError: it cannot be downloaded.
     """
     api, files = connect(token), {}
     info = None if constants.is_offline_mode() else look_up(api, repo_id, revision)

@@ -41,9 +41,6 @@ def answer_rows(
         ``text``, ``start`` and ``end``, with ``text == context[start:end]``, empty for "no answer";
         ``score``, the probability of this result among the best spans and "no answer";
         ``no_answer_score``, the probability of no answer.
-
-    Raises:
-        ValueError: for a row without a question or context, with its number.
     """
     own = getattr(model.config, "question_answering", None) or {}
     limit = own.get("max_length") or max_length_of(model, tokenizer)
@@ -84,9 +81,6 @@ def choose_rows(
 
     Yields:
         ``choice``, counted from 0; ``text``, that choice; ``probabilities``, one per choice.
-
-    Raises:
-        ValueError: for missing columns, or a row without a question or choices, with its number.
     """
     own = getattr(model.config, "multiple_choice", None) or {}
     limit = own.get("max_length") or max_length_of(model, tokenizer)

@@ -12,9 +12,6 @@ class WordIndex:
     """BM25 with the defaults of bm25s (Lucene's formula, English stop words) over stemmed words.
 
     Stemming raises MRR@10 by about 0.02 on four English retrieval sets.
-
-    Raises:
-        ValueError: for texts that hold nothing but stop words.
     """
 
     def __init__(self, index: bm25s.BM25) -> None:

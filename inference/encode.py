@@ -228,9 +228,6 @@ class Encoder:
         """Yield the (n, dimension) float32 vectors of every window of ``n`` texts.
 
         The next window is tokenized meanwhile.
-
-        Raises:
-            ValueError: for the first text that is not a string or holds a lone surrogate.
         """
         return self._windows(windows, self.prompt, None)
 

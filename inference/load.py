@@ -97,11 +97,7 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
 
 
 def find_folder(model: str | Path, revision: str | None = None) -> Path:
-    """Return the folder ``model``, or download the model of that id on the Hub and return its folder.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
+    """Return the folder ``model``, or download the model of that id on the Hub and return its folder."""
     folder, name = Path(model).expanduser(), str(model)
     if folder.is_dir():
         return folder

@@ -162,9 +162,6 @@ def open_with_head(
     """Open a model with its tokenizer; return None if it has none of ``heads`` (endings of class names).
 
     The default is the heads that :func:`predict` knows.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load` does.
     """
     folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -372,13 +369,7 @@ def _is_iob(tag: str) -> bool:
 
 
 def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:
-    """Refuse an output that cannot or must not be written, before anything is computed.
-
-    Raises:
-        ValueError: for an unknown suffix.
-        FileExistsError: for an existing file, without ``force``.
-        FileNotFoundError: for a missing folder.
-    """
+    """Refuse an output that cannot or must not be written, before anything is computed."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
     if path.is_dir() or (path.exists() and not force):

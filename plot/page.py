@@ -319,13 +319,7 @@ class Picture(ABC):
     _repr_png_ = image  # for notebooks, whose files can hold it
 
     def save(self, out: str | Path, *, force: bool = False) -> Path:
-        """Write a page (``.html``) or an image (``.png``).
-
-        Raises:
-            FileExistsError: ``out`` exists, and ``force`` is not set.
-            ValueError: another suffix.
-            OSError: the folder is missing or cannot be written to.
-        """
+        """Write a page (``.html``) or an image (``.png``)."""
         out = Path(out).expanduser()
         check_output(out, SUFFIXES, force=force)
         with atomic_write(out) as part:
@@ -379,9 +373,6 @@ def read_texts(
         column: of the texts; by default the only column of texts, or the first with a usual name.
         label_column: by default ``label``, if there is one.
         limit: maximum number of rows; a larger file is sampled, always alike.
-
-    Raises:
-        FileNotFoundError, ValueError: for data that is missing or cannot be read, or such a column.
     """
     name = given[0]
     known = "/" in name or Path(name).suffix in BUILDERS

@@ -100,9 +100,6 @@ class VectorIndex:
 
     Args:
         exact: do not read the lists; every search then compares with all vectors.
-
-    Raises:
-        OSError, ValueError: for files that are missing or damaged.
     """
 
     def __init__(self, folder: VectorFolder, state: State, *, exact: bool = False) -> None:
@@ -203,10 +200,6 @@ def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = Fal
     Args:
         exact: neither make nor read lists; existing ones stay for later searches.
         rebuild: build it from nothing in any case.
-
-    Raises:
-        ModuleNotFoundError: if lists are needed and FAISS is not installed.
-        OSError, ValueError: for shards that cannot be used, or an index that cannot be written.
     """
     rows = len(folder)
     if not rows:

@@ -58,10 +58,6 @@ def read_passages(data: str | Path | Dataset, column: str | None = None) -> list
             or owner/name:config), or a data set in memory.
         column: the default is the only column of strings, or else the one named ``text``,
             ``passage``, ``answer`` or ``sentence``.
-
-    Raises:
-        FileNotFoundError: for data that is neither here nor on the Hub.
-        ValueError: for a column that is missing or not clear, no passage, or unreadable data.
     """
     data = as_dataset(data, split="train")
     usual = [["text"], ["passage"], ["answer"], ["sentence"]]

@@ -100,12 +100,7 @@ _READER = TypeAdapter(Manifest)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read the manifest of ``folder``.
-
-    Raises:
-        FileNotFoundError: for a folder without one.
-        ValueError: for one that is damaged or of a later format.
-    """
+    """Read the manifest of ``folder``."""
     file = Path(folder) / MANIFEST
     if not file.exists():
         raise FileNotFoundError(

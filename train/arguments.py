@@ -55,12 +55,7 @@ class NewModel(BaseModel):
         return self
 
     def config(self, **changes: Any) -> Any:
-        """Return the ``MiniBertConfig``, with ``changes`` to fields that the recipe leaves out.
-
-        Raises:
-            ValueError: an unknown preset or field, a wrong type, or fields that contradict each
-                other.
-        """
+        """Return the ``MiniBertConfig``, with ``changes`` to fields that the recipe leaves out."""
         from huggingface_hub.errors import StrictDataclassError
 
         from minibert.configuration_minibert import MiniBertConfig

@@ -23,11 +23,7 @@ exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make ``target`` the folder that ``fill`` writes, or leave everything as it was.
-
-    Raises:
-        OSError: the disk is full or not writable; what was there before is untouched.
-    """
+    """Make ``target`` the folder that ``fill`` writes, or leave everything as it was."""
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
     with readable_os_errors(target):
         try:

@@ -364,13 +364,6 @@ def fit(
         rows: the training data, see :class:`Phase`; or a list of phases.
         evaluate: measures the model (in evaluation mode, without gradients) in every process.
         metric: the metric of ``evaluate`` that picks the weights to keep; None keeps the last.
-
-    Raises:
-        ValueError: no rows, arguments that this machine cannot meet, checkpoints of a different
-            run, or another process that trains in the same folder.
-        FloatingPointError: the loss or its gradient is not finite; no such weights are saved.
-        OSError: a checkpoint cannot be written; earlier ones are untouched.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):

@@ -23,11 +23,7 @@ class StageContext:
 
 
 def load_tokenizer(context: StageContext) -> Any:
-    """Load the tokenizer of a stage.
-
-    Raises:
-        OSError, ValueError: the folder or Hub id holds no tokenizer, or a damaged one.
-    """
+    """Load the tokenizer of a stage."""
     from transformers import AutoTokenizer
 
     # Without trust_remote_code, a checkpoint that carries code asks a question on the terminal.
@@ -53,10 +49,6 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
     Args:
         auto_class: ``AutoModel`` or one of its relatives.
         changes: configuration fields that the stage decides, such as ``num_labels``.
-
-    Raises:
-        OSError: the folder or Hub id holds no model.
-        ValueError: the vocabularies or the weights do not fit.
     """
     from transformers import AutoConfig, set_seed
 
@@ -87,11 +79,7 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
 
 
 def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
-    """Return ``wanted``, or the shorter of the tokenizer's length and the model's positions.
-
-    Raises:
-        ValueError: ``wanted`` exceeds the model's positions, or leaves no room for text.
-    """
+    """Return ``wanted``, or the shorter of the tokenizer's length and the model's positions."""
     special = tokenizer.num_special_tokens_to_add()
     if wanted is not None and wanted <= special:
         raise ValueError(

@@ -100,11 +100,7 @@ class AnswerRows(TokenizedDataset):
 
 
 def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes: WindowSizes) -> AnswerRows:
-    """Return the windows to train on. Those without the first answer are labelled ``[CLS]``.
-
-    Raises:
-        ValueError: the tokenizer drops all characters of an answer; names the row.
-    """
+    """Return the windows to train on. Those without the first answer are labelled ``[CLS]``."""
     labels: list[tuple[int, int]] = []
     lost = 0
 

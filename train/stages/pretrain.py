@@ -83,9 +83,6 @@ class Masking:
     Attributes:
         special: (V,) True for ids that are never masked nor put in place of a word.
         continues: (V,) True for pieces that continue a word; None masks each token by itself.
-
-    Raises:
-        ValueError: the tokenizer lacks [MASK], [CLS] or [SEP], or its pieces do not show where words begin.
     """
 
     def __init__(self, tokenizer: Any, args: MaskedWordArguments):

@@ -25,9 +25,6 @@ def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
     [0, 2, 4, 7, 9, 11]
     >>> choose_layers(3, 6)
     [0, 3, 5]
-
-    Raises:
-        ValueError: the teacher has fewer layers.
     """
     if isinstance(wanted, int):
         numbers = [math.floor(place + 0.5) for place in np.linspace(0, available - 1, wanted)]
