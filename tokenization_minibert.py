@@ -19,11 +19,13 @@ CONTINUING = "##"
 
 # Longer words are [UNK] in BERT's WordPiece, so learning from them would be lost.
 _LONGEST_WORD = 100
-# Counting keeps at most this many different words in memory (about 300 MB); beyond it the rarest are forgotten.
+# Counting keeps at most this many different words in memory (about 300 MB); beyond it the rarest
+# are forgotten.
 _MOST_WORDS = 2_000_000
 _MOST_CHUNKS = 200_000
-# The rarest characters that together make up less than this share of the text are left to [UNK], as SentencePiece does
-# (Kudo and Richardson 2018, arXiv:1808.06226): one stray page in another script must not eat the vocabulary.
+# The rarest characters that together make up less than this share of the text are left to [UNK], as
+# SentencePiece does (Kudo and Richardson 2018, arXiv:1808.06226): one stray page in another script
+# must not eat the vocabulary.
 _IGNORED_CHARACTERS = 1e-4
 # The library's trainer counts pairs in 32 bits; larger corpora are scaled down to this many words.
 _MOST_TRAINED_WORDS = 100_000_000
@@ -48,7 +50,8 @@ def train_wordpiece(
         lowercase: Fold case and strip accents, in training and in use.
         min_frequency: Pieces must occur this often to be merged into a longer one.
         model_max_length: Longest sequence in tokens when truncating.
-        truncation_side: Where longer texts are cut: ``"right"`` keeps their beginning, ``"left"`` their end.
+        truncation_side: Where longer texts are cut: ``"right"`` keeps their beginning, ``"left"``
+            their end.
         show_progress: Show a progress bar over the texts.
 
     Raises:
@@ -58,8 +61,9 @@ def train_wordpiece(
     words = _count_words(texts, lowercase=lowercase, show_progress=show_progress)
     alphabet = _alphabet(words)
     words = {word: count for word, count in words.items() if alphabet.issuperset(word)}
-    # The library numbers the "##c" pieces in the order of a hash map, and breaks ties between merges by these numbers: two
-    # runs would give two vocabularies. Pieces handed over as special tokens are numbered in the order given here instead.
+    # The library numbers the "##c" pieces in the order of a hash map, and breaks ties between
+    # merges by these numbers: two runs would give two vocabularies. Pieces handed over as special
+    # tokens are numbered in the order given here instead.
     continuing = sorted({CONTINUING + character for word in words for character in word[1:]})
     pieces = [*SPECIAL_TOKENS, *sorted(alphabet), *continuing]
     if vocab_size < len(pieces):

@@ -182,7 +182,8 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
 
         points = UMAP(min(15, count - 1), n_components=3, init="random", random_state=0, n_jobs=1).fit_transform(vectors)
         return np.asarray(points), [f"UMAP {number}" for number in (1, 2, 3)]
-    # In three dimensions the approximation is slower for some hundred points, and the usual step too long.
+    # In three dimensions the approximation is slower for some hundred points, and the usual step
+    # too long.
     points = TSNE(
         n_components=3,
         init="pca",
@@ -221,7 +222,8 @@ def similarity(
 
     Example::
 
-        plot.similarity("runs/quickstart/2-embed", ["sort a list", "read a file"]).save("similarity.html", force=True)
+        plot.similarity("runs/quickstart/2-embed", ["sort a list", "read a
+        file"]).save("similarity.html", force=True)
 
     Raises:
         FileNotFoundError: the model does not exist.

@@ -5,7 +5,8 @@ into lists around centroids (IVF) and compares a query with short codes (4-bit p
 of those in the nearest lists; the best are compared again with the vectors as they are stored.
 
 ``index/`` in the folder holds the stored vectors of all shards (``vectors.bin``, memory-mapped,
-since Parquet cannot be), the FAISS index (``lists.faiss``) and ``index.json``, which is written last.
+since Parquet cannot be), the FAISS index (``lists.faiss``) and ``index.json``, which is written
+last.
 """
 
 import contextlib

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Depth to which the rankings by meaning and by words are read before they are fused.
 _FUSED_DEPTH = 100
-# Reciprocal rank fusion adds 1 / (60 + rank); 60 is the constant of its paper (Cormack et al., 2009).
+# Reciprocal rank fusion adds 1 / (60 + rank); 60 is the constant of its paper (Cormack et al.,
+# 2009).
 _FUSION = 60
 
 
@@ -98,7 +99,8 @@ class Searcher:
     """Passages and their vectors in memory, ready for queries.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
+            model.
         passages: texts to search; each is encoded once, here. Memory holds their vectors.
 
     Example::
