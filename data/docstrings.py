@@ -23,7 +23,8 @@ from typing import NamedTuple
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-# The standard library always comes first; then these, where installed, best written documentation first.
+# The standard library always comes first; then these, where installed, best written documentation
+# first.
 PACKAGES = (
     *("numpy", "pandas", "scipy", "sklearn", "torch", "networkx", "datasets", "sentence_transformers", "transformers"),
     *("tokenizers", "huggingface_hub", "accelerate", "safetensors", "sympy", "mpmath", "pyarrow", "matplotlib", "statsmodels"),
@@ -33,7 +34,8 @@ PACKAGES = (
 )
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_test", "_tests", "__pycache__", "site-packages", "_vendor"}
 SKIPPED_FOLDERS |= {"idlelib", "lib2to3"}
-# A third of all source text, mostly near-copies of one another or internals; reading them takes ten seconds.
+# A third of all source text, mostly near-copies of one another or internals; reading them takes ten
+# seconds.
 SKIPPED_PATHS = {("transformers", "models"), ("torch", "_inductor"), ("torch", "_dynamo"), ("pygments", "lexers")}
 HELD_OUT_PERCENT = 8
 MAX_PAIRS = 40_000

@@ -44,9 +44,10 @@ def read_labels(
     Args:
         names: the names of the classes in order; the default is as in :func:`number_labels`, or
             the names of the columns.
-        problem_type: the default is that of :func:`detect_problem_type`.
+        problem_type: the default is multi-label for lists or several columns, regression for
+            fractions without named classes, else single-label.
     """
-    problem_type = problem_type or detect_problem_type(rows, column, names)
+    problem_type = problem_type or _detect_problem_type(rows, column, names)
     if not isinstance(column, str):
         if problem_type != MULTI:
             raise ValueError(f"problem_type={problem_type} reads its labels from one column, not from {', '.join(column)}.")
@@ -68,15 +69,7 @@ def read_labels(
     return Labels(SINGLE, labels, known)
 
 
-def detect_problem_type(rows: Dataset, column: str | Sequence[str], names: Sequence[str] | None = None) -> str:
-    """Return the problem that the labels suggest.
-
-    It is multi-label for lists or several columns, regression for fractions without named classes,
-    else single-label.
-
-    >>> detect_problem_type(Dataset.from_dict({"label": [0.0, 2.5]}), "label")
-    'regression'
-    """
+def _detect_problem_type(rows: Dataset, column: str | Sequence[str], names: Sequence[str] | None) -> str:
     if not isinstance(column, str) or is_list(rows.features[column]):
         return MULTI
     feature = rows.features[column]

@@ -21,7 +21,8 @@ from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 logger = logging.getLogger(__name__)
 
-# Texts such as "NA" or "null" stay texts; a comma at the end of every row does not make the first column an index.
+# Texts such as "NA" or "null" stay texts; a comma at the end of every row does not make the first
+# column an index.
 CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False}
 # Suffix of a file to the builder of ``datasets`` that reads it, and its options.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,7 +1,8 @@
 """Read rows of data of any size in blocks, from files, the Hub (streamed), or memory.
 
 :mod:`minibert.data.load` makes one memory-mapped table of the data; here nothing is copied to disk, and memory holds one block.
-A value that cannot be used becomes a :class:`Bad`, which gives the reason, so that the caller can refuse or skip the row.
+A value that cannot be used becomes a :class:`Bad`, which gives the reason, so that the caller can
+refuse or skip the row.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ from minibert.data.source import INSTALLED_DOCS, split_parts
 USUAL_COLUMNS = ("text", "passage", "answer", "sentence")
 _BLOCK = 512  # rows in memory
 _PEEK = 100  # rows that show the columns of a file without a schema
+_Block = tuple[int, Iterator[list[list[Any]]]]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -101,15 +103,15 @@ class Stream:
         left, row = iter(ranges), 0
         wanted = next(left, None)
         for part in self.parts:
-            columns, blocks, values = _READERS[part.kind]
+            columns, blocks = _READERS[part.kind]
             begin = row
             with _plain_errors(part):
                 known = columns(part.content)
                 if missing := [name for name in names if name not in known]:
                     raise ValueError(f"{part.name} has no column {missing[0]!r}; it has {', '.join(known)}.")
-                for size, raw in blocks(part.content, names):
+                for size, values in blocks(part.content, names):
                     stop = row + size
-                    for found in values(raw, names) if wanted and wanted.start < stop else ():
+                    for found in values if wanted and wanted.start < stop else ():
                         end = row + len(found[0])
                         while wanted and wanted.start < end:
                             first = max(row, wanted.start)
@@ -234,8 +236,8 @@ def digest(listing: Sequence[str]) -> str:
     return hashlib.sha256("".join(listing).encode()).hexdigest()
 
 
-# Each kind of data has three functions: the types of its columns; the blocks of rows, each as its size and what it takes to
-# read it; and the values of a block: lists of those columns that are read. Blocks without a wanted row stay unread.
+# Each kind of data has two functions: the types of its columns, and the blocks of rows, each as its
+# size and a generator of the values: lists of the columns read. Unwanted blocks stay unread.
 
 
 def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -252,30 +254,26 @@ def _types_of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, pa.DataType]:
     return found
 
 
-def _parquet_columns(file: Path) -> dict[str, pa.DataType]:
-    return _types(parquet.read_schema(file))
-
-
-def _parquet_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
+def _parquet_blocks(path: Path, names: list[str]) -> Iterator[_Block]:
     with parquet.ParquetFile(path) as file:
         if double := [name for name in names if file.schema_arrow.names.count(name) > 1]:
             raise ValueError(f"{path} has more than one column named {double[0]!r}; rename all but one.")
         for group in range(file.num_row_groups):
-            yield file.metadata.row_group(group).num_rows, (file, group)
+            batches = file.iter_batches(_BLOCK, [group], names, use_threads=False)
+            values = ([batch.column(name).to_pylist() for name in names] for batch in batches)
+            yield file.metadata.row_group(group).num_rows, values
 
 
-def _parquet_values(raw: tuple[parquet.ParquetFile, int], names: list[str]) -> Iterator[list[list[Any]]]:
-    file, group = raw
-    for batch in file.iter_batches(batch_size=_BLOCK, row_groups=[group], columns=names, use_threads=False):
-        yield [batch.column(name).to_pylist() for name in names]
-
-
-def _line_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, list[bytes]]]:
+def _lines(path: Path) -> Iterator[list[bytes]]:
     with path.open("rb") as file:
         if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
             file.seek(0)
         while lines := list(islice(file, _BLOCK)):
-            yield len(lines), lines
+            yield lines
+
+
+def _text_blocks(path: Path, names: list[str]) -> Iterator[_Block]:
+    return ((len(lines), _text_values(lines, names)) for lines in _lines(path))
 
 
 def _text_values(lines: list[bytes], names: list[str]) -> Iterator[list[list[Any]]]:
@@ -283,7 +281,7 @@ def _text_values(lines: list[bytes], names: list[str]) -> Iterator[list[list[Any
 
 
 def _json_columns(path: Path) -> dict[str, pa.DataType]:
-    _, rows = next(_json_blocks(path, []), (0, []))
+    rows = next(_json_rows(path), [])
     parsed = map(_parse, rows[:_PEEK])
     columns = _types_of_rows(row for row in parsed if isinstance(row, dict))
     if not columns:
@@ -294,22 +292,21 @@ def _json_columns(path: Path) -> dict[str, pa.DataType]:
     return columns
 
 
-def _json_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, list[Any]]]:
+def _json_rows(path: Path) -> Iterator[list[Any]]:
     """Yield blocks of lines that are not blank; an array is one block of its parsed rows."""
     with path.open("rb") as file:
         is_array = file.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
     if not is_array:
-        for _, lines in _line_blocks(path, names):
-            rows = [line for line in lines if line.strip()]
-            if rows:
-                yield len(rows), rows
+        for lines in _lines(path):
+            if rows := [line for line in lines if line.strip()]:
+                yield rows
         return
     text = path.read_text(encoding="utf-8-sig")
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a JSON array: {error}. Repair it, or save it again.") from error
-    yield len(rows), rows
+    yield rows
 
 
 def _parse(row: Any) -> dict[str, Any] | Bad:
@@ -324,6 +321,10 @@ def _parse(row: Any) -> dict[str, Any] | Bad:
         except ValueError:  # Python does not convert numbers of thousands of digits
             return Bad("holds a number of too many digits")
     return row if isinstance(row, dict) else Bad("is not a JSON object")
+
+
+def _json_blocks(path: Path, names: list[str]) -> Iterator[_Block]:
+    return ((len(rows), _json_values(rows, names)) for rows in _json_rows(path))
 
 
 def _json_values(raw: list[Any], names: list[str]) -> Iterator[list[list[Any]]]:
@@ -342,7 +343,7 @@ def _csv_columns(path: Path) -> dict[str, pa.DataType]:
     return {str(name): pa.float64() if numbers(found[name]) else pa.string() for name in found.columns}
 
 
-def _csv_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+def _csv_blocks(path: Path, names: list[str]) -> Iterator[_Block]:
     # All columns are read: of some alone, pandas reports no row with too many values.
     with pd.read_csv(path, chunksize=_BLOCK, dtype=object, **_csv_options(path)) as chunks:
         while True:
@@ -350,7 +351,7 @@ def _csv_blocks(path: Path, names: list[str]) -> Iterator[tuple[int, pd.DataFram
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            yield len(chunk), chunk
+            yield len(chunk), _csv_values(chunk, names)
 
 
 def _csv_values(chunk: pd.DataFrame, names: list[str]) -> Iterator[list[list[Any]]]:
@@ -364,11 +365,11 @@ def _table_columns(table: Dataset | IterableDataset) -> dict[str, pa.DataType]:
     return _types_of_rows(table.take(_PEEK))
 
 
-def _table_blocks(table: Dataset | IterableDataset, names: list[str]) -> Iterator[tuple[int, Any]]:
+def _table_blocks(table: Dataset | IterableDataset, names: list[str]) -> Iterator[_Block]:
     # Arrow tables of a data set in memory are views; streams without a schema cannot give tables.
     table = table.select_columns(names).with_format("arrow" if isinstance(table, Dataset) else None)
     for batch in table.iter(batch_size=_BLOCK):
-        yield len(batch[names[0]]), batch
+        yield len(batch[names[0]]), _table_values(batch, names)
 
 
 def _table_values(batch: Any, names: list[str]) -> Iterator[list[list[Any]]]:
@@ -377,12 +378,11 @@ def _table_values(batch: Any, names: list[str]) -> Iterator[list[list[Any]]]:
 
 
 _Columns = Callable[[Any], dict[str, pa.DataType]]
-_Blocks = Callable[[Any, list[str]], Iterator[tuple[int, Any]]]
-_Values = Callable[[Any, list[str]], Iterator[list[list[Any]]]]
-_READERS: dict[str, tuple[_Columns, _Blocks, _Values]] = {
-    "parquet": (_parquet_columns, _parquet_blocks, _parquet_values),
-    "json": (_json_columns, _json_blocks, _json_values),
-    "csv": (_csv_columns, _csv_blocks, _csv_values),
-    "text": (lambda _: {"text": pa.string()}, _line_blocks, _text_values),
-    "table": (_table_columns, _table_blocks, _table_values),
+_Blocks = Callable[[Any, list[str]], Iterator[_Block]]
+_READERS: dict[str, tuple[_Columns, _Blocks]] = {
+    "parquet": (lambda file: _types(parquet.read_schema(file)), _parquet_blocks),
+    "json": (_json_columns, _json_blocks),
+    "csv": (_csv_columns, _csv_blocks),
+    "text": (lambda _: {"text": pa.string()}, _text_blocks),
+    "table": (_table_columns, _table_blocks),
 }

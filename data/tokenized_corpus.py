@@ -1,6 +1,7 @@
 """Tokenize a corpus into one long row of token ids on disk, and cut it into sequences.
 
-Tokenizing happens once, in several processes; the result is memory-mapped, so a corpus may be larger than memory.
+Tokenizing happens once, in several processes; the result is memory-mapped, so a corpus may be
+larger than memory.
 """
 
 import gc

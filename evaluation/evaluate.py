@@ -63,15 +63,18 @@ def evaluate(
       of ``data``, where all answers it is paired with are relevant.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
-        data: a file, a folder with a file per split, a Hub data set (owner/name or owner/name:config), or rows read already.
-        split: the split of a folder or Hub data set to measure on; a single file or given rows are used completely.
-        limit: number of queries (or rows) to measure on, from the first. The passages searched are always those of all rows.
-        baselines: compare an embedding model with BM25 (retrieval only) and with the same model before training.
-        batch_size: texts in a batch.
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
+            model.
+        data: a file, a folder with a file per split, a Hub data set (owner/name or
+            owner/name:config), or rows read already.
+        split: the split of a folder or Hub data set to measure on; a single file or given rows are
+            used completely.
+        limit: number of queries (or rows) to measure on, from the first. The passages searched are
+            always those of all rows.
+        baselines: compare an embedding model with BM25 (retrieval only) and with the same model
+            before training.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
         trust_remote_code: run Python code that comes with the model.
-        show_progress: show progress bars on standard error.
 
     Example::
 
@@ -79,13 +82,13 @@ def evaluate(
         print(metrics["systems"]["model"]["mrr@10"], metrics["systems"]["bm25"]["mrr@10"])
 
     Returns:
-        ``kind``, the counts of what was measured, and ``systems``: for each of ``model``, ``bm25`` and ``untrained`` its
-        metrics by name, all between 0 and 1 (Spearman: -1 and 1).
+        ``kind``, the counts of what was measured, and ``systems``: for each of ``model``, ``bm25``
+        and ``untrained`` its metrics by name, all between 0 and 1 (Spearman: -1 and 1).
 
     Raises:
         FileNotFoundError: for a model or data that is neither here nor on the Hub.
-        ValueError: for data that cannot be read, columns that fit none of these, rows without a value, or labels that the
-            model does not know.
+        ValueError: for data that cannot be read, columns that fit none of these, rows without a
+            value, or labels that the model does not know.
     """
     data = as_dataset(data, split=split)
     if not len(data):
@@ -104,9 +107,9 @@ def evaluate(
             f"{_name_columns(data)}, which is none of: query and answer (retrieval), "
             "sentence1, sentence2 and score (similarity), or texts and label with a model that has a classification head."
         )
-    encoder = (
-        model if isinstance(model, SentenceTransformer) else load(model, device=device, trust_remote_code=trust_remote_code)
-    )
+    encoder = model
+    if not isinstance(encoder, SentenceTransformer):
+        encoder = load(encoder, device=device, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"baselines": baselines, "batch_size": batch_size, "show_progress": show_progress}
     if pair:
         return retrieval(encoder, *_texts(data, pair), limit=limit, **how)
@@ -125,8 +128,8 @@ def retrieval(
 ) -> dict[str, Any]:
     """Return how well ``queries[i]`` find ``answers[i]``: recall@1, @10, @100, MRR@10 and nDCG@10.
 
-    Recall is the share of a query's relevant passages that were found, as usual in information retrieval. Equal texts
-    count once. See :func:`evaluate` for the arguments and the result.
+    Recall is the share of a query's relevant passages that were found, as usual in information
+    retrieval. Equal texts count once. See :func:`evaluate` for the arguments and the result.
     """
     passages = {answer: str(number) for number, answer in enumerate(dict.fromkeys(answers))}
     relevant: dict[str, set[str]] = {}
@@ -188,12 +191,13 @@ def similarity(
 def classification(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return accuracy and macro-F1 of the most likely class, or the metrics of multi-label models or of regression.
+    """Return accuracy and macro-F1, or the metrics of multi-label models or of regression.
 
     See :func:`evaluate` for the arguments and the result.
     """
     # Similarity data names its numbers score; a regression model may be measured on them.
-    numbers = problem_type_of(model.config) == REGRESSION and LABEL_COLUMN not in data.column_names
+    problem_type = problem_type_of(model.config)
+    numbers = problem_type == REGRESSION and LABEL_COLUMN not in data.column_names
     column = SIMILARITY_COLUMNS[2] if numbers else LABEL_COLUMN
     if column not in data.column_names:
         raise ValueError(
@@ -203,7 +207,6 @@ def classification(
     if names is None:
         wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
         raise ValueError(f"{_name_columns(data)}, and no text to classify; it needs one of {wanted}.")
-    problem_type = problem_type_of(model.config)
     labels = read_labels(data, column, class_names(model.config), problem_type).values
     encoded = tokenizer(*_texts(data, names), truncation=True, max_length=max_length_of(model, tokenizer))
     logits = torch.stack(compute_logits(model.eval(), tokenizer, encoded, batch_size))

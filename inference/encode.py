@@ -37,7 +37,8 @@ from minibert.packing_minibert import PREFERS_EXP2, Packing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FEW_TEXTS = 8  # handing so few to another thread takes longer than tokenizing them
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # in a batch
-# Seconds between two returns of free memory to the system: each takes milliseconds, and mapping it again some more.
+# Seconds between two returns of free memory to the system: each takes milliseconds, and mapping it
+# again some more.
 TRIM_SECONDS = 20.0
 _trimmed = time.monotonic()
 _malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -67,7 +68,8 @@ def encode(
     Memory, except that of the vectors, does not grow with the number of texts.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers model.
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
+            model.
         batch_tokens: tokens computed at once; the default depends on the device.
         dtype: precision to compute in: ``float32``, ``bfloat16``, ``float16``, or ``auto``:
             bfloat16 if the processor multiplies at least a quarter faster in it (timed once per
@@ -114,7 +116,8 @@ class Encoder:
     Example::
 
         encoder = Encoder("runs/quickstart/2-embed")
-        encoder.encode_query(["how do I sort a list"]) @ encoder.encode_document(["order items", "read a file"]).T
+        passages = encoder.encode_document(["order items", "read a file"])
+        encoder.encode_query(["how do I sort a list"]) @ passages.T
 
     Raises:
         FileNotFoundError, ValueError: as :func:`encode`.

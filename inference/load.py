@@ -37,24 +37,27 @@ def load(
 ) -> SentenceTransformer:
     """Open ``model`` as a sentence-transformers model.
 
-    A folder without a list of sentence-transformers modules gets the ``pooling`` of its configuration (mean by default), and
-    vectors of length 1.
+    A folder without a list of sentence-transformers modules gets the ``pooling`` of its
+    configuration (mean by default), and vectors of length 1.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
-        trust_remote_code: run Python code that comes with the model. Models of this package and of transformers need none.
+        trust_remote_code: run Python code that comes with the model. Models of this package and of
+            transformers need none.
         dtype: of the weights and the computation; the default is that of the model's configuration.
 
     Example::
 
         model = load("runs/quickstart/2-embed")
-        model.similarity(model.encode(["sort a list"]), model.encode(["invert a matrix", "order items"]))  # (1, 2)
+        passages = model.encode(["invert a matrix", "order items"])
+        model.similarity(model.encode(["sort a list"]), passages)  # (1, 2)
 
     Raises:
-        FileNotFoundError: for a model that is neither a folder nor on the Hub, or a folder without weights or tokenizer.
-        ValueError: for damaged, incomplete or pickled weights, weights that do not fit the configuration, or code that is not
-            trusted.
+        FileNotFoundError: for a model that is neither a folder nor on the Hub, or a folder without
+            weights or tokenizer.
+        ValueError: for damaged, incomplete or pickled weights, weights that do not fit the
+            configuration, or code that is not trusted.
     """
     folder = find_model(model, trust_remote_code=trust_remote_code)
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -87,7 +90,7 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the model's tokenizer into it.")
     if config.get("model_type") == MiniBertConfig.model_type:
         _compare_code(encoder)
-    # The installed class of a known model type runs, not the code of the checkpoint, which every MiniBERT has.
+    # The installed class of a known model type runs, not the code that every MiniBERT brings.
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(
             f"{folder} brings Python code of its own, which opening it would run; read that code, and if you trust it, "
