@@ -64,8 +64,8 @@ def _sentence(error: BaseException, extra: str) -> str | None:
             return None
         return missing(f"This command needs {module}", extra or EXTRAS[module])
     text = str(error)
-    # Torch and the tokenizers (Rust) raise their own classes, which keep only the text of a system
-    # error.
+    # Torch and the tokenizers (Rust) raise their own classes, which keep only the text
+    # of a system error.
     if isinstance(error, MemoryError) or re.search("can't allocate|Cannot allocate memory|out of memory", text):
         return "There is not enough memory for this; take a smaller model, batch or file, or a machine that has more."
     number = error.errno if isinstance(error, OSError) else None
@@ -98,8 +98,8 @@ def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
         if isinstance(error, BrokenPipeError) or (sentence := _sentence(error, extra)) is None:
             raise
         typer.echo(f"Error: {sentence}", err=True)
-        # Arithmetic: a loss that is not finite, or two models whose outputs should agree and do
-        # not.
+        # Arithmetic: a loss that is not finite, or two models whose outputs differ
+        # although they should not.
         raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
 
 
@@ -473,8 +473,7 @@ def convert(
 ) -> None:
     """Make a MiniBERT of a BERT, DistilBERT, RoBERTa, XLM-RoBERTa or CamemBERT with the same weights.
 
-    Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status
-    1.
+    Both then encode built-in texts. A difference above 1e-4 deletes the result: exit status 1.
     """
     from minibert.hub.convert import convert as convert_model
 
@@ -492,8 +491,7 @@ def export(
 ) -> None:
     """Write a MiniBERT as a model that opens without this package.
 
-    Both then encode built-in texts; a difference above 1e-4 deletes the result and is exit status
-    1.
+    Both then encode built-in texts. A difference above 1e-4 deletes the result: exit status 1.
     """
     if to not in ("bert", "onnx"):
         raise ValueError(f"--to={to} is unknown; use bert or onnx.")

@@ -222,8 +222,8 @@ def similarity(
 
     Example::
 
-        plot.similarity("runs/quickstart/2-embed", ["sort a list", "read a
-        file"]).save("similarity.html", force=True)
+        picture = plot.similarity("runs/quickstart/2-embed", ["sort a list", "read a file"])
+        picture.save("similarity.html", force=True)
 
     Raises:
         FileNotFoundError: the model does not exist.

@@ -105,8 +105,9 @@ def encode_corpus(
 
     Example::
 
-        done = encode_corpus("runs/quickstart/2-embed", "notes.jsonl", "notes-vectors",
-        keep_text=True) print(done.written, done.manifest.rows)
+        model = "runs/quickstart/2-embed"
+        done = encode_corpus(model, "notes.jsonl", "notes-vectors", keep_text=True)
+        print(done.written, done.manifest.rows)
 
     Raises:
         FileNotFoundError, ValueError: as opening the model and the data does; for a row or a folder
