@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from inspect import cleandoc
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -52,10 +53,11 @@ def section(title: str, model: type[BaseModel], bases: Sequence[type[BaseModel]]
     inherited = {
         name: field.description for base in bases if issubclass(model, base) for name, field in base.model_fields.items()
     }
+    prose, _, _ = cleandoc(model.__doc__ or "").partition(">>>")
     lines = [
         f"## {title}",
         "",
-        f"{(model.__doc__ or '').strip().split(chr(10) * 2)[0]}{note}",
+        f"{prose.strip()}{note}",
         "",
         "| field | default | meaning |",
         "| --- | --- | --- |",

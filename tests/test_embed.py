@@ -169,7 +169,7 @@ def test_the_best_weights_are_kept(run, folder, tmp_path, monkeypatch):
         {"loss": "cached_mnrl", "mini_batch_size": 4},
         {"negative_column": "stone"},
         {"anchor_column": "answer", "positive_column": "query"},
-        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "batch_sampler": "batch_sampler"},
         {"precision": "bf16", "schedule": "constant", "warmup_steps": 1, "pooling": "cls", "normalize": False},
     ],
 )

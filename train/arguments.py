@@ -110,6 +110,7 @@ class LoopArguments(Arguments):
     dropout: Share | None = Field(None, description="Dropout of hidden states and attention; unset keeps the model's.")
     weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; biases and norms are never decayed.")
     adam_betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False, description="Decay rates of AdamW's two averages.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Term that keeps AdamW's division finite.")
     warmup_ratio: Share = Field(0.0, description="Share of the steps over which the learning rate rises from zero.")
     warmup_steps: NotNegative | None = Field(None, description="Number of warm-up steps; use it or warmup_ratio, not both.")
     schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
@@ -135,6 +136,16 @@ class LoopArguments(Arguments):
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both given; keep one of them.")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_fsdp(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "fsdp" in value:
+            raise ValueError(
+                "fsdp is not supported; leave it out. Each process holds the complete model, and "
+                "several processes share the data: torchrun --nproc_per_node N -m minibert train RECIPE."
+            )
+        return value
 
 
 class TrainStage(ModelStage, LoopArguments):
@@ -328,6 +339,11 @@ class EmbedStage(TrainStage):
     )
     mini_batch_size: Positive = Field(32, description="Rows computed at once by cached_mnrl.")
     scale: float = Field(20.0, gt=0, description="Cosine similarities are multiplied by this (inverse temperature).")
+    gather_across_devices: bool = Field(False, description="Use the other processes' passages as negatives too.")
+    batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
+        "no_duplicates",
+        description="no_duplicates keeps equal texts out of one batch, where they would be false negatives.",
+    )
     one_source_per_batch: bool = Field(False, description="Fill each batch from one source: like texts are harder negatives.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Vector that stands for a text; unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")

@@ -426,6 +426,7 @@ class _Run:
             parameter_groups(model, arguments.weight_decay),
             lr=arguments.learning_rate,
             betas=arguments.adam_betas,
+            eps=arguments.adam_epsilon,
             # One pass over the weights instead of a dozen.
             fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
         )

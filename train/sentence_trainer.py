@@ -89,6 +89,7 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
         weight_decay=args.weight_decay,
         adam_beta1=args.adam_betas[0],
         adam_beta2=args.adam_betas[1],
+        adam_epsilon=args.adam_epsilon,
         warmup_steps=args.warmup_steps or args.warmup_ratio,  # a fraction is a share of all steps
         lr_scheduler_type=_SCHEDULERS.get(args.schedule, args.schedule),
         lr_scheduler_kwargs={"num_decay_steps": args.decay_ratio, "decay_type": "1-sqrt"} if args.schedule == "wsd" else {},
@@ -108,7 +109,7 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=args.trackers or "none",
         disable_tqdm=False,
-        batch_sampler="no_duplicates",  # equal texts would be false negatives
+        batch_sampler=args.batch_sampler,
         multi_dataset_batch_sampler="proportional",
     )
 

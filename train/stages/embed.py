@@ -171,9 +171,10 @@ def sentence_model(
 
 
 def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
+    options: dict[str, Any] = {"scale": args.scale, "gather_across_devices": args.gather_across_devices}
     if args.loss == "cached_mnrl":
-        return CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, scale=args.scale)
-    return MultipleNegativesRankingLoss(model, scale=args.scale)
+        return CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, **options)
+    return MultipleNegativesRankingLoss(model, **options)
 
 
 def _evaluator(args: EmbedStage) -> Callable[[SentenceTransformer], dict[str, float]] | None:
