@@ -13,7 +13,8 @@ from minibert.data.source import DataSource
 from minibert.files import disk
 from minibert.train.arguments import KINDS, OBJECTIVES, EmbedStage, PairSource, Recipe
 
-# PyYAML raises its own errors and those of Python's conversions (2026-99-99, !!int "", brackets without end).
+# PyYAML raises its own errors and those of Python's conversions (2026-99-99, !!int "", brackets
+# without end).
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
@@ -21,7 +22,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply overrides and check all of it.
 
     Args:
-        path: a YAML file, or the name of a recipe that comes with the package, such as ``"tinybert"``.
+        path: a YAML file, or the name of a recipe that comes with the package, such as
+            ``"tinybert"``.
         overrides: ``"stage.field=value"`` or ``"field=value"``; values are YAML.
 
     Raises:

@@ -181,7 +181,8 @@ def answer_metrics(given: Sequence[str], expected: Sequence[Sequence[str]]) -> d
 
     Args:
         given: a text per row; an empty text is no answer.
-        expected: the right answers of each row, of which the best counts; an empty list is no answer.
+        expected: the right answers of each row, of which the best counts; an empty list is no
+            answer.
 
     >>> answer_metrics(["the cat", "a big dog"], [["cat", "the cats"], ["big dogs"]])
     {'exact_match': 0.5, 'f1': 0.75}

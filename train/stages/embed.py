@@ -29,7 +29,8 @@ from minibert.train.loop import checkpoint_activations, in_precision
 from minibert.train.sentence_trainer import train
 from minibert.train.stage import StageContext, load_start
 
-# A passage that is this close to the positive, as a share of the positive's similarity, may well answer the query too.
+# A passage that is this close to the positive, as a share of the positive's similarity, may well
+# answer the query too.
 _MARGIN = 0.05
 
 

@@ -64,7 +64,8 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Ten
 class EmbeddingDistillation(Distillation):
     """The teacher's vectors, the similarities between them, and its hidden states, each with its weight.
 
-    Where student and teacher differ in width, a linear map that is trained with the student and not saved stands between them.
+    Where student and teacher differ in width, a linear map that is trained with the student and not
+    saved stands between them.
     """
 
     def __init__(self, args: DistillEmbeddingStage, student: Any, teacher: Any):
