@@ -14,12 +14,9 @@ def pick_columns(
 ) -> list[str]:
     """Return the columns ``wanted``, else the first complete ``usual`` group, else the only column.
 
-    Args:
-        found: the columns of strings.
-        usual: groups of names, in order of preference; one with one name allows the only column.
-        option: how the user names columns, for messages: ``"--column"``, ``"text_columns"``.
-        where: what holds the columns, for messages.
-        columns: all columns, for messages; the default is ``found``.
+    ``found`` are the columns of strings, and ``usual`` groups of names in order of preference;
+    a group of one name allows the only column. ``option`` (such as ``--column``), ``where`` and
+    ``columns`` are for messages.
 
     >>> pick_columns(["title", "text"], None, [["question", "context"], ["text"]], option="--column")
     ['text']

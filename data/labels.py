@@ -41,11 +41,9 @@ def read_labels(
 ) -> Labels:
     """Read the labels of all rows from one column, or from one of 0 and 1 for each class.
 
-    Args:
-        names: the names of the classes in order; the default is as in :func:`number_labels`, or
-            the names of the columns.
-        problem_type: the default is multi-label for lists or several columns, regression for
-            fractions without named classes, else single-label.
+    ``names`` are the classes in order; the default is as in :func:`number_labels`, or the
+    columns. The default of ``problem_type`` is multi-label for lists or several columns,
+    regression for fractions without named classes, else single-label.
     """
     problem_type = problem_type or _detect_problem_type(rows, column, names)
     if not isinstance(column, str):
@@ -88,9 +86,7 @@ def number_labels(
     Where labels are strings, or any label is among the names, all are read as names; else numbers
     are positions.
 
-    Args:
-        feature: the type of a label.
-        names: the default is the names of the ClassLabel, the strings found (sorted), or 0 … n-1.
+    The default ``names`` are those of the ClassLabel, the strings found (sorted), or 0 … n-1.
     """
     is_class = isinstance(feature, ClassLabel)
     if not (is_class or is_text(feature) or (isinstance(feature, Value) and feature.dtype.startswith(_NUMBERS))):

@@ -82,11 +82,7 @@ def join(parts: list[Dataset]) -> Dataset:
 
 
 def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
-    """Return ``data`` itself, or the rows of what it names: see :func:`source_named`.
-
-    Args:
-        split: the split to read; a single file or a data set in memory is read completely.
-    """
+    """Return ``data`` itself, or the rows of what it names: see :func:`source_named`."""
     return data if isinstance(data, Dataset) else load([source_named(data)], split=split)
 
 
@@ -185,9 +181,7 @@ def find_files(path: Path, splits: Sequence[str], option: str, expected: Collect
     Names give the split: train.parquet, train-00000-of-00002.parquet or test/pos/1.txt. A folder
     in which no name is that of a usual split is all ``train``.
 
-    Args:
-        option: how the user chooses a split, for messages.
-        expected: other splits that are left out without a warning; None never warns.
+    Splits that are ``expected`` too are left out without a warning; None never warns.
     """
     groups: dict[str, list[Path]] = {}
     if path.is_file():

@@ -119,8 +119,7 @@ def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> li
 def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int = 1) -> Iterator[tuple[str, ...]]:
     """Yield the texts in the columns ``names`` of every row.
 
-    Args:
-        first: the number of the first row, for messages.
+    ``first`` is the number of the first row, for messages.
     """
     for number, row in enumerate(rows, start=first):
         for name in names:
@@ -174,9 +173,8 @@ def choices_of(
 ) -> Iterator[Choices]:
     """Yield the choices of every row; of two texts, the second begins every choice.
 
-    Args:
-        columns: those of the texts and of the choices.
-        first: the number of the first row, for messages.
+    ``columns`` are those of the texts and of the choices; ``first`` is the number of the first
+    row.
 
     >>> row = {"sent1": "It rains.", "sent2": "She", "endings": ["sings.", "swims."]}
     >>> next(choices_of([row], (["sent1", "sent2"], ["endings"]))).pairs

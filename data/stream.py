@@ -146,10 +146,8 @@ def open_stream(
 ) -> Stream:
     """Open a file, a folder, a Hub data set, or a data set in memory.
 
-    Args:
-        column: the column of texts; the default is one of ``USUAL_COLUMNS``, or the only strings.
-        id_column: the column of values that name the rows.
-        split: the split of a folder with a file per split, or of a Hub data set.
+    The default column of texts is one of ``USUAL_COLUMNS``, or the only strings; ``id_column``
+    names the rows.
     """
     source, parts, listing = _find_parts(data, split)
     with _plain_errors(parts[0]):

@@ -64,10 +64,8 @@ def read_tags(
 ) -> tuple[list[list[str]], list[str]]:
     """Return the tags of every word and the names of all tags; those of entities must be IOB2.
 
-    Args:
-        words: the words of the same rows; every word has one tag.
-        names: the names of the tags in order; the default is those of the ClassLabel, or those
-            found: O, then B- and I- of every type.
+    The default ``names`` are those of the ClassLabel, or those found: O, then B- and I- of
+    every type.
     """
     feature, sentences = rows.features[column], rows[column][:]
     inner = feature.feature if is_list(feature) else None

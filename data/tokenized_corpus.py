@@ -64,12 +64,9 @@ def load_corpus(
 ) -> TokenizedCorpus:
     """Return the corpus of ``sources`` from the cache; tokenize it if it is not there.
 
-    Args:
-        text_column: the column of documents; unset means ``text``, or the only column of strings.
-        sample_by: as in :func:`minibert.data.load.load`.
-        sentence_delimiters: characters that end a sentence before white space; None looks for none.
-        cache_dir: folder of all such caches; unset means a folder in the cache of ``datasets``.
-        workers: processes that tokenize; unset means one per processor.
+    Documents are in ``text_column``, by default ``text`` or the only column of strings.
+    Sentences end at one of ``sentence_delimiters`` before white space; None looks for none.
+    ``cache_dir`` holds all such caches, by default in the cache of ``datasets``.
     """
     parts = [load_documents(source, split, text_column, sample_by) for source in sources]
     key = hashlib.blake2b(digest_size=12)
@@ -106,9 +103,7 @@ def split_sentences(text: str, delimiters: str) -> list[str]:
 def load_documents(source: DataSource, split: str, column: str | None, sample_by: str) -> Dataset:
     """Return the rows of ``source`` as documents, in one column ``text``.
 
-    Args:
-        column: the column of texts; None means ``text``, or the only column of strings.
-        sample_by: as in :func:`minibert.data.load.load`.
+    They are in ``column``, by default ``text`` or the only column of strings.
     """
     rows = load([source], split=split, sample_by=sample_by)
     found = text_columns(rows)

@@ -21,11 +21,7 @@ def version() -> str:
 
 
 def missing(needs: str, extra: str) -> str:
-    """Return a sentence that says how ``extra`` is installed beside this package, which is a checkout or a wheel.
-
-    Args:
-        needs: who needs which modules, such as ``This command needs faiss``.
-    """
+    """Return a sentence that says how ``extra`` is installed beside this package, which is a checkout or a wheel."""
     command = f"pip install '{NAME}[{extra}]'" if _is_wheel() else f"pip install -e '.[{extra}]' (in {ROOT})"
     return " ".join(filter(None, [f"{needs}, which the extra {extra} brings: {command}.", foreign()]))
 

@@ -55,11 +55,9 @@ _FOUND = {
 def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | None = None, **fields: Any) -> str:
     """Return the README.md of a model, made from its files and from the run that trained it.
 
-    Args:
-        repo_id: owner/name that it will have on the Hub; ``None`` leaves a placeholder.
-        origin: the folder that training or conversion left, where ``folder`` is a copy of it.
-        fields: metadata such as ``license="mit"`` or ``language=["en"]``; those in :data:`FIELDS`.
-            They replace what is found.
+    Without ``repo_id`` the examples have a placeholder. ``origin`` is the folder that training
+    or conversion left, of which ``folder`` is a copy. ``fields`` are metadata in
+    :data:`FIELDS`, such as ``license="mit"``, and replace what is found.
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"
     validate_repo_id(repo_id)

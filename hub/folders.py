@@ -115,11 +115,7 @@ class Checkpoint:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> int:
-    """Write a safetensors file, and return its number of parameters.
-
-    Args:
-        tensors: a function for every name that reads the tensor.
-    """
+    """Write a safetensors file, and return its number of parameters."""
     state = {name: load().contiguous() for name, load in tensors.items()}
     with readable_os_errors(file, "nothing was written"):
         save_file(state, file, metadata={"format": "pt"})

@@ -59,9 +59,8 @@ def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
 def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments: int, pooled: bool) -> dict[str, Tensor]:
     """Return every output of ``model`` for :func:`batches`, in float32, without those of padding.
 
-    Args:
-        segments: size of the table of segments; below two, the model gets no ``token_type_ids``.
-        pooled: the pooler was trained; ``pooler_output`` is left out otherwise.
+    With fewer than two ``segments`` the model gets no ``token_type_ids``; ``pooler_output`` is
+    left out unless ``pooled``, since an untrained pooler is random.
     """
     found = {}
     choices = type(model).__name__.endswith("MultipleChoice")
@@ -107,13 +106,9 @@ def differences(
 ) -> dict[str, float]:
     """Return the largest difference of every output between two models, computed in float32.
 
-    Args:
-        source: folder and class of a model.
-        result: folder and class of the model to compare with it.
-        max_length: positions of the model; the tokenizer may allow less.
-        segments: size of the table of segments.
-        dtype: round the weights of both models to it first.
-        pooled: also compare ``pooler_output``.
+    ``source`` and ``result`` are folders with a class, whose weights are rounded to ``dtype``
+    first. ``segments`` and ``pooled`` are as in :func:`outputs`; ``max_length`` is the number
+    of positions.
     """
     inputs = batches(tokenizer, min(tokenizer.model_max_length, max_length))
     found = []

@@ -78,8 +78,7 @@ def ask(
 ) -> _Result:
     """Return ``call()``, repeated after a broken connection, a failure of the Hub or its wish to wait.
 
-    Args:
-        what: what the call does, such as ``"uploading to"``, for the message.
+    ``what`` the call does, such as ``"uploading to"``, is for the message.
     """
     for attempt in range(attempts):
         hooks = get_session().event_hooks["request"]

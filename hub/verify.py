@@ -124,10 +124,8 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
 def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_files: Sequence[str] = ()) -> list[Check]:
     """Run the checks of a model folder, and return one result for each.
 
-    Args:
-        trust: run code that is not that of the installed version.
-        opens: also open the model in a fresh process.
-        other_files: paths of files that belong to the model but are not in the folder.
+    ``trust`` runs code that is not that of the installed version, and ``opens`` opens the model
+    in a fresh process. ``other_files`` belong to the model but are not in the folder.
     """
     # Each check, and those without which it is skipped: a folder that failed is not read any further.
     looks: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {

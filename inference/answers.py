@@ -32,10 +32,7 @@ def answer_rows(
     training, ``question_answering`` in the configuration of the model. "No answer" wins if its
     score exceeds that of the best span by more than the threshold; without one it never wins.
 
-    Args:
-        model: a model with a question-answering head, and its tokenizer.
-        rows: each with a ``question`` and a ``context``; read as needed.
-        batch_size: windows computed at once.
+    ``batch_size`` windows are computed at once, and rows are read as needed.
 
     Yields:
         ``text``, ``start`` and ``end``, with ``text == context[start:end]``, empty for "no answer";
@@ -74,10 +71,7 @@ def choose_rows(
 ) -> Iterator[dict[str, Any]]:
     """Pick one of the choices of every row, in order; rows may differ in their number of choices.
 
-    Args:
-        model: a model with a multiple-choice head, and its tokenizer.
-        rows: each with a question and its choices; read as needed.
-        batch_size: choices computed at once.
+    ``batch_size`` choices are computed at once, and rows are read as needed.
 
     Yields:
         ``choice``, counted from 0; ``text``, that choice; ``probabilities``, one per choice.
@@ -104,9 +98,8 @@ def choose_rows(
 def best_spans(starts: Tensor, ends: Tensor, allowed: Tensor, *, longest: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best spans of at most ``longest`` tokens, scored by the sum of their two logits.
 
-    Args:
-        starts, ends: (B, L) logits of an answer's first and last token.
-        allowed: (B, L), True where an answer may lie.
+    ``starts`` and ``ends`` are (B, L) logits; ``allowed`` (B, L) is True where an answer may
+    lie.
 
     Returns:
         Scores, first and last tokens, each (B, up to ``count``), best first; -inf means no span.

@@ -87,9 +87,7 @@ def prepack(model: MiniBertModel, half_copies: bool = False) -> bool:
     nor leave the CPU. A layer that is more than its matrices (quantized, adapted, hooked) stays as
     it is.
 
-    Args:
-        half_copies: multiply fewer than 32 rows (a query) by float16 copies of the float32
-            matrices; see :func:`supports_half_copies`.
+    ``half_copies`` multiplies fewer than 32 rows (a query) by float16 copies of the matrices.
     """
     if model.device.type != "cpu" or model.dtype not in ONEDNN_DTYPES:
         return False

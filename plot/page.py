@@ -105,8 +105,7 @@ def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hov
 def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] | None = None) -> go.Figure:
     """Return ``panels``, which are of one kind, in up to two columns of a plotly figure.
 
-    Args:
-        menus: the items of each menu, and what an item changes in the traces (plotly's restyle).
+    ``menus`` hold what each item changes in the traces (plotly's restyle).
     """
     kind, columns = panels[0].traces[0].type, min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -369,10 +368,8 @@ def read_texts(
 
     An argument names data if it is a path, ends in a known suffix, or holds a slash and no blank.
 
-    Args:
-        column: of the texts; by default the only column of texts, or the first with a usual name.
-        label_column: by default ``label``, if there is one.
-        limit: maximum number of rows; a larger file is sampled, always alike.
+    The default ``column`` is the only one of texts, or the first with a usual name; that of
+    labels is ``label``. A file of more than ``limit`` rows is sampled, always alike.
     """
     name = given[0]
     known = "/" in name or Path(name).suffix in BUILDERS

@@ -198,9 +198,8 @@ def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = Fal
     It is built from nothing if a shard in it has changed or is gone, or a file of it is damaged or
     missing. Lists are trained again when the folder has grown fourfold.
 
-    Args:
-        exact: neither make nor read lists; existing ones stay for later searches.
-        rebuild: build it from nothing in any case.
+    ``exact`` neither makes nor reads lists; existing ones stay. ``rebuild`` starts from
+    nothing.
     """
     rows = len(folder)
     if not rows:

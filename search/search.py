@@ -226,8 +226,7 @@ def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_cod
 def fuse(rankings: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
     """Fuse rankings by the sum of ``1 / (60 + rank)`` over those that hold a row.
 
-    Args:
-        rankings: row numbers, best first, (n, k) each; -1 stands for no row.
+    ``rankings`` are (n, k) row numbers each, best first; -1 stands for no row.
 
     Returns:
         the best ``top_k`` rows and their scores for each of the n queries.

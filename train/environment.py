@@ -15,12 +15,7 @@ _LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "acc
 
 
 def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, Any]:
-    """Return the content of ``environment.json``, which names neither the machine nor a folder on it.
-
-    Args:
-        stage: arguments of the stage, after it ran.
-        processes: number of processes that trained.
-    """
+    """Return the content of ``environment.json``, which names neither the machine nor a folder on it."""
     versions = {name: version(name) for name in _LIBRARIES}
     found: dict[str, Any] = {
         "processor": _processor(),

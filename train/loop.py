@@ -359,11 +359,9 @@ def fit(
     Called again after an interruption, it continues from the latest valid checkpoint. Under
     torchrun every process calls it; ``batch_size`` rows go to each.
 
-    Args:
-        model: its output has a ``loss``; trained in place, on Accelerate's device.
-        rows: the training data, see :class:`Phase`; or a list of phases.
-        evaluate: measures the model (in evaluation mode, without gradients) in every process.
-        metric: the metric of ``evaluate`` that picks the weights to keep; None keeps the last.
+    ``rows`` are the training data (see :class:`Phase`) or a list of phases. ``evaluate``
+    measures the model, in evaluation mode without gradients, in every process; ``metric`` of it
+    picks the weights to keep, and None keeps the last.
     """
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):

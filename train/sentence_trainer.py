@@ -44,8 +44,7 @@ def train(
 ) -> dict[str, Any]:
     """Train ``model``, or continue its training, and leave it in ``context.output_dir``.
 
-    Args:
-        evaluate: measures the model; larger metrics are better.
+    ``evaluate`` measures the model; larger metrics are better.
 
     Raises:
         FloatingPointError: the loss is not a finite number.

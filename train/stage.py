@@ -46,9 +46,7 @@ def load_start(auto_class: Any, args: Any, context: StageContext, **changes: Any
 def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokenizer: Any, **changes: Any) -> Any:
     """Load, or build from new weights, the model of a stage.
 
-    Args:
-        auto_class: ``AutoModel`` or one of its relatives.
-        changes: configuration fields that the stage decides, such as ``num_labels``.
+    ``changes`` are configuration fields that the stage decides, such as ``num_labels``.
     """
     from transformers import AutoConfig, set_seed
 

@@ -52,9 +52,6 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
 def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
     """Return columns of queries, passages and (if named) negatives, in that order.
 
-    Args:
-        seed: of the pairs that are made from plain text.
-
     Returns:
         Data sets by place and path: with ``one_source_per_batch`` one for each source, else one of
         given pairs and one of pairs made from plain text.

@@ -48,9 +48,8 @@ def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Return the mean squared error of hidden states (B, L, C) where ``mask`` (B, L) is 1.
 
-    Args:
-        student, teacher: embeddings, then the output of each layer. Each is compared with the
-            teacher's at the same share of the depth.
+    Each holds the embeddings, then the output of each layer, which is compared with the
+    teacher's at the same share of the depth.
     """
     real = mask.bool()
     depth = (len(teacher) - 1) / (len(student) - 1)

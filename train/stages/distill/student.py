@@ -114,9 +114,8 @@ def fit_student(
 ) -> dict[str, Any]:
     """Train the student of ``distillation`` with :func:`fit`.
 
-    Args:
-        measure: measures a model; None without evaluation data.
-        measure_teacher: measures the teacher, if it reads other tokens.
+    ``measure`` measures a model (None without evaluation data), and ``measure_teacher`` the
+    teacher, if it reads other tokens.
 
     Returns:
         The metrics and size of the student, and those of the teacher.

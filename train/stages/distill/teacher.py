@@ -63,9 +63,8 @@ def cached_teacher_outputs(folder: Path, key: str, rows: int, compute: Callable[
     Processes share the work, and an interrupted run keeps what was done; all processes must see the
     same folder.
 
-    Args:
-        key: changes with the teacher, the texts and all else that the outputs follow from.
-        compute: returns the outputs of a range of rows, (rows of the range, C).
+    ``key`` changes with all that the outputs follow from. ``compute`` returns the outputs of a
+    range of rows, (rows of the range, C).
 
     Returns:
         Memory-mapped arrays of ``ROWS_PER_FILE`` rows, or fewer in the last, (rows, C) float32.
