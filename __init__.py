@@ -41,15 +41,7 @@ __all__ = [
     "train_word_level",
     "train_wordpiece",
 ]
-# Where a name lives; the classes not named here are in the modeling file.
-_MODULES = {
-    "MiniBertConfig": "configuration_minibert",
-    "Encoder": "inference.encode",
-    "encode": "inference.encode",
-    "predict": "inference.predict",
-    "train_word_level": "tokenization_minibert",
-    "train_wordpiece": "tokenization_minibert",
-}
+_MODULES = {"Encoder": "inference.encode", "encode": "inference.encode", "predict": "inference.predict"}
 
 
 def __getattr__(name: str) -> Any:
@@ -59,7 +51,8 @@ def __getattr__(name: str) -> Any:
         return version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'modeling_minibert')}")
+    others = "modeling_minibert" if name.startswith("MiniBert") else "tokenization_minibert"
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, others)}")
     globals()[name] = getattr(module, name)
     return globals()[name]
 

@@ -42,11 +42,7 @@ class Stage(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """Metrics of the model and of its baselines on one source of data, or on several at once.
-
-    Attributes:
-        rows: numbers of rows by what they hold, such as {"queries": 1875}.
-    """
+    """Metrics of the model and of its baselines, and numbers of rows such as {"queries": 1875}."""
 
     data: Source
     metrics: dict[str, float]
@@ -57,11 +53,8 @@ class Evaluation(BaseModel):
 class Record(BaseModel):
     """The origin of a model; empty for a model that no recipe trained.
 
-    Attributes:
-        stages: those that the model went through, including the tokenizer's, in order.
-        base_model: id on the Hub of the weights that it started from.
-        new_weights: it started from random weights.
-        fields: what its publisher stated for the card, such as the licence.
+    ``stages`` include that of the tokenizer. ``base_model`` is the id on the Hub of the weights that
+    it started from, and ``fields`` are what its publisher stated for the card.
     """
 
     stages: list[Stage] = []

@@ -38,13 +38,9 @@ _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 
 @dataclass
 class Check:
-    """The result of one check.
+    """The result of one check: ``"ok"``, ``"failed"``, or ``"skipped"`` after an earlier failure.
 
-    Attributes:
-        name: ``"files"``, ``"weights"``, ``"code"``, ``"card"``, ``"opens"``, or ``"download"``.
-        state: ``"ok"``, ``"failed"``, or ``"skipped"`` after an earlier failure.
-        text: what was found, in a sentence.
-        detail: the difference from the installed code.
+    ``text`` says in a sentence what was found; ``detail`` is the difference from the installed code.
     """
 
     name: str
@@ -65,12 +61,9 @@ class Verification:
 
 @dataclass
 class Code:
-    """The Python code that opening a model could run.
+    """The Python code that opening a model could run: the SHA-256 of every file, by path.
 
-    Attributes:
-        files: SHA-256 of every Python file, by path.
-        reasons: how the code differs from that of the installed version.
-        diff: from the installed files to those of the model, as ``diff -u`` shows it.
+    ``reasons`` and ``diff`` (as of ``diff -u``) say how it differs from the installed version.
     """
 
     files: dict[str, str]
