@@ -19,7 +19,6 @@ from typer import Argument, Option
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train, use and share a compact BERT-like text encoder.", add_completion=False, **_PLAIN)
 
-# The data that commands read.
 _DATA = "Text file (a text per line), CSV, TSV, JSON (lines), Parquet, Hub data set"
 
 Debug = Annotated[bool, Option("--debug", help="Show the full traceback of an error.")]
@@ -42,7 +41,6 @@ def main() -> None:
     app(prog_name="minibert")
 
 
-# Advice for errors of the operating system.
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space there, or choose another place, and run it again."),
     errno.EFBIG: "Choose a place that takes larger files, or raise the limit (ulimit -f), and run it again.",

@@ -23,7 +23,6 @@ CLASSES = (
     "ForMultipleChoice",
 )
 _WITHOUT_PRETRAINING = tuple(kind for kind in CLASSES if kind != "ForPreTraining")
-# Classes that read the pooled vector.
 POOLED = ("ForPreTraining", "ForSequenceClassification", "ForMultipleChoice")
 
 # Modules of the encoder whose names differ by the prefix only; {} is the number of the layer.

@@ -13,7 +13,6 @@ from minibert.files.model_folder import read_settings
 
 # A published model keeps its record in these files; that of a run is read from its stages.
 RECORD, RECIPE = "record.json", "recipe.yaml"
-# The parts of metrics.json and environment.json that a card shows.
 _METRICS = ("train_rows", "train_tokens", "steps", "epochs", "train_seconds")
 _ENVIRONMENT = ("accelerator", "processor", "cores", "processes", "versions")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
