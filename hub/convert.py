@@ -16,10 +16,11 @@ from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import read_json, write_json
 from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
-from minibert.hub.families import FAMILIES, POOLED, Family
+from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
 from minibert.inference.load import find_folder
 
-# Holds the tensors that a MiniBERT does not use, by their names in the source, so that export can write them back.
+# Holds the tensors that a MiniBERT does not use, by their names in the source, so that
+# export can write them back.
 UNUSED = "converted_from.safetensors"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -69,8 +70,12 @@ def convert(
     """Write ``source`` as a MiniBERT with its tokenizer, labels and modules into a new folder.
 
     Args:
-        source: folder, or id of a model on the Hub; plain transformers or sentence-transformers.
-        dtype: of the written weights, such as ``"bfloat16"``; the default keeps each tensor's.
+        source: folder, or id of a model on the Hub; plain transformers or
+            sentence-transformers.
+        output_dir: the new folder for the result.
+        dtype: of the written weights, such as ``"bfloat16"``; the default keeps each
+            tensor's.
+        revision: branch, tag or commit of a model on the Hub.
 
     Example::
 
@@ -79,8 +84,8 @@ def convert(
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it cannot be expressed exactly, its tensors are not those of its configuration,
-            its weights are pickled, or the output folder is not empty.
+        ValueError: it cannot be expressed exactly, its tensors are not those of its
+            configuration, its weights are pickled, or the output folder is not empty.
         Mismatch: the result computes something else; nothing was written.
     """
     output_dir = Path(output_dir)
@@ -146,6 +151,8 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
     possible = f"Convertible are {', '.join(FAMILIES)}."
     if model_type == MiniBertConfig.model_type:
         raise ValueError(f"{folder} is a MiniBERT already; there is nothing to convert.")
+    if model_type in REFUSED:
+        raise ValueError(f"{model_type} cannot be expressed exactly: {REFUSED[model_type]}. {possible}")
     if raw.get("is_encoder_decoder") or model_type not in FAMILIES:
         raise ValueError(f"{folder} is of the family {model_type}, which cannot be converted. {possible}")
     if "auto_map" in raw:
@@ -272,7 +279,8 @@ def _tensors(
         shape = checkpoint.shape(stored[found])
         rows = slice(None)
         if target == POSITIONS and offset:
-            # Positions start after the padding's id, so the first rows of the table are never looked up.
+            # Positions start after the padding's id, so the first rows of the table are
+            # never looked up.
             rows, shape = slice(offset, None), [shape[0] - offset, *shape[1:]]
             unused[found] = partial(_read, checkpoint, stored[found], slice(0, offset), dtype)
         if shape != list(parameter.shape):
@@ -301,7 +309,8 @@ def _read(checkpoint: folders.Checkpoint, name: str, rows: slice, dtype: torch.d
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
     """Return the MiniBERT name of a tensor that the class ``kind`` does not use, if a class has it."""
     target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
-    # A part of the encoder that its configuration does not describe, such as a further layer, is unknown too.
+    # A part of the encoder that its configuration does not describe, such as a further
+    # layer, is unknown too.
     further = target is not None and target.startswith("minibert.") and not target.startswith("minibert.pooler.")
     return None if further else target
 

@@ -1,6 +1,7 @@
 """Tables of the model families that MiniBERT can represent: names of parameters and of fields.
 
-They are read in both directions, by :mod:`minibert.hub.convert` and :mod:`minibert.hub.export`.
+They are read in both directions, by :mod:`minibert.hub.convert` and
+:mod:`minibert.hub.export`.
 """
 
 import re
@@ -25,7 +26,8 @@ CLASSES = (
 _WITHOUT_PRETRAINING = tuple(kind for kind in CLASSES if kind != "ForPreTraining")
 POOLED = ("ForPreTraining", "ForSequenceClassification", "ForMultipleChoice")
 
-# Modules of the encoder whose names differ by the prefix only; {} is the number of the layer.
+# Modules of the encoder whose names differ by the prefix only; {} is the number of the
+# layer.
 _EMBEDDINGS = {
     "minibert.embeddings.word_embeddings": "{prefix}.embeddings.word_embeddings",
     "minibert.embeddings.position_embeddings": "{prefix}.embeddings.position_embeddings",
@@ -98,10 +100,12 @@ class Family:
     Attributes:
         prefix: name of the encoder in a model with a head.
         class_name: beginning of the names of its classes.
-        modules: modules of MiniBERT -> modules of the family; ``{}`` is the number of a layer.
+        modules: modules of MiniBERT -> modules of the family; ``{}`` is the number of a
+            layer.
         of_class: the modules that a class names differently.
         fields: fields of MiniBertConfig -> fields of the family.
-        fixed: fields of MiniBertConfig that the family lacks, and the value that it computes with.
+        fixed: fields of MiniBertConfig that the family lacks, and the value that it
+            computes with.
         classes: endings of its classes that can be converted.
         numbers_from_pad: positions begin at ``pad_token_id + 1``.
     """
@@ -181,4 +185,28 @@ FAMILIES = {
         _roberta("xlm-roberta", "XLMRoberta"),
         _roberta("camembert", "Camembert"),
     )
+}
+
+# Families that look convertible, and the reason why they are not.
+REFUSED = {
+    "albert": "it uses the weights of one layer in all of them, and narrower embeddings",
+    "big_bird": "its attention is sparse",
+    "deberta": "its attention depends on relative positions",
+    "deberta-v2": "its attention depends on relative positions",
+    "electra": "its embeddings are projected to the width of the layers, and its heads have other activations",
+    "ernie": "it adds embeddings of tasks",
+    "esm": "it has rotary positions and norms of its own",
+    "funnel": "it shortens the sequence from layer to layer",
+    "longformer": "its attention is local",
+    "mobilebert": "its layers have bottlenecks",
+    "modernbert": "its attention is local in most layers, and its norms have no bias",
+    "mpnet": "its attention adds relative positions that all layers share",
+    "nomic_bert": "it has rotary positions and gated layers with norms after the sum",
+    "rembert": "its embeddings have another width than its layers",
+    "roberta-prelayernorm": "its embeddings are normalised before layers that normalise their inputs",
+    "roformer": "its rotary positions turn other pairs of numbers",
+    "squeezebert": "its layers are grouped convolutions",
+    "xlm": "it adds embeddings of languages",
+    "xlm-roberta-xl": "its norms come before the blocks",
+    "xlnet": "its attention depends on relative positions",
 }

@@ -1,6 +1,7 @@
 """Talk to the Hub: look a model up, download it, commit to it. Every failure becomes one sentence."""
 
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, get_session, validate_repo_id
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.sha import git_hash
 from rich.filesize import decimal
 
@@ -170,6 +172,9 @@ def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
         raise HubError(
             f"Writing to {writing_to} needs a login; run `hf auth login`, or set HF_TOKEN to a token that may write."
         )
+    if not sys.stderr.isatty():  # a log needs neither bars nor a notice of every attempt
+        disable_progress_bars()
+        hub_logging.set_verbosity_error()
     return HfApi(token=token, library_name="minibert", library_version=version())
 
 

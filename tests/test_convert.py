@@ -226,6 +226,7 @@ def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"model_type": "mpnet"}, "mpnet cannot be expressed exactly: its attention adds relative positions"),
         ({"model_type": "gpt2"}, "of the family gpt2, which cannot be converted. Convertible are bert, distilbert"),
         ({"model_type": "minibert"}, "is a MiniBERT already"),
         ({"architectures": ["BertForNextSentencePrediction"]}, "lacks the class BertForNextSentence"),
