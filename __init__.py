@@ -1,7 +1,8 @@
 """MiniBERT: a compact BERT-like text encoder for the Hugging Face ecosystem.
 
-Importing it registers the models with transformers' ``Auto*`` classes. In the ``minibert`` command
-that, and every public name, waits until it is needed, so that ``minibert --help`` answers at once.
+Importing it registers the models with transformers' ``Auto*`` classes. In the
+``minibert`` command that, and every public name, waits until it is needed, so that
+``minibert --help`` answers at once.
 """
 
 import importlib
@@ -64,9 +65,9 @@ def __dir__() -> list[str]:
 def register() -> None:
     """Teach transformers' ``Auto*`` classes MiniBERT, so that its checkpoints load without ``trust_remote_code``.
 
-    Importing the package does this, except in the ``minibert`` command itself, which must print its
-    help without waiting for torch; there ``minibert.train`` and ``minibert.inference`` do it when a
-    command needs them.
+    Importing the package does this, except in the ``minibert`` command itself, which must
+    print its help without waiting for torch; there ``minibert.train`` and
+    ``minibert.inference`` do it when a command needs them.
     """
     import transformers
 

@@ -83,7 +83,8 @@ def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
 
     Args:
         interrupted: what to tell the user after Ctrl-C.
-        extra: the extra to name for a missing module; the default is the extra of that module.
+        extra: the extra to name for a missing module; the default is the extra of that
+            module.
     """
     try:
         yield
@@ -241,7 +242,8 @@ def search(
 ) -> None:
     """Find the passages that answer a query, in an INDEX, or with a MODEL in --passages FILE.
 
-    The first search in a folder of vectors builds its index, and later ones add what is new.
+    The first search in a folder of vectors builds its index, and later ones add what is
+    new.
     """
     from minibert.search.search import FolderSearcher, Searcher, check_queries, read_passages, read_queries
 
@@ -320,7 +322,8 @@ def encode(
 ) -> None:
     """Encode a corpus of any size into a folder of vectors (Parquet), or resume it.
 
-    With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert encode ...
+    With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert
+    encode ...
     """
     from minibert.files.processes import processes
     from minibert.search.encode_corpus import encode_corpus
@@ -373,8 +376,8 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled data; the columns decide what is measured.
 
-    query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with a
-    classifier: classification. tokens, ner_tags, with a tagger: entity-level F1.
+    query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with
+    a classifier: classification. tokens, ner_tags, with a tagger: entity-level F1.
     """
     from minibert.evaluation.evaluate import evaluate as measure
     from minibert.evaluation.evaluate import metrics_table
@@ -415,8 +418,8 @@ def predict(
 ) -> None:
     """Predict labels, numbers, tags, answers or choices, as the head of the model does.
 
-    A classifier reads texts or pairs of them, a tagger texts or lists of words (tokens), question
-    answering question and context, multiple choice a question and its choices.
+    A classifier reads texts or pairs of them, a tagger texts or lists of words (tokens),
+    question answering question and context, multiple choice a question and its choices.
     """
     from minibert.inference.predict import check_output, in_a_line, write
     from minibert.inference.predict import predict as predict_rows
@@ -471,7 +474,8 @@ def convert(
 ) -> None:
     """Make a MiniBERT of a BERT, DistilBERT, RoBERTa, XLM-RoBERTa or CamemBERT with the same weights.
 
-    Both then encode built-in texts. A difference above 1e-4 deletes the result: exit status 1.
+    Both then encode built-in texts. A difference above 1e-4 deletes the result: exit
+    status 1.
     """
     from minibert.hub.convert import convert as convert_model
 
@@ -489,7 +493,8 @@ def export(
 ) -> None:
     """Write a MiniBERT as a model that opens without this package.
 
-    Both then encode built-in texts. A difference above 1e-4 deletes the result: exit status 1.
+    Both then encode built-in texts. A difference above 1e-4 deletes the result: exit
+    status 1.
     """
     if to not in ("bert", "onnx"):
         raise ValueError(f"--to={to} is unknown; use bert or onnx.")
@@ -527,8 +532,9 @@ def push(
 ) -> None:
     """Publish a model on the Hub, and check it before and after.
 
-    The folder is built with card and code, opened in a fresh process without this package, sent in
-    one commit, downloaded and opened again. Other outputs there are exit status 1.
+    The folder is built with card and code, opened in a fresh process without this
+    package, sent in one commit, downloaded and opened again. Other outputs there are exit
+    status 1.
     """
     from rich.filesize import decimal
 
@@ -660,7 +666,8 @@ def attention(
 ) -> None:
     """Draw which tokens attend to which, in every layer and head, as heat maps and as lines.
 
-    A page has menus for layer and head; an image shows all heads small, or one with its tokens.
+    A page has menus for layer and head; an image shows all heads small, or one with its
+    tokens.
     """
     from minibert import plot
 
@@ -769,8 +776,8 @@ def quickstart(
 ) -> None:
     """Train a search model on the documentation installed here, measure, reload and ask it.
 
-    Some minutes on two CPU cores, nothing to download. It is the bundled recipe named quickstart:
-    finished stages are skipped, so that asking again takes no training.
+    Some minutes on two CPU cores, nothing to download. It is the bundled recipe named
+    quickstart: finished stages are skipped, so that asking again takes no training.
     """
     from dataclasses import replace
 

@@ -14,9 +14,9 @@ def pick_columns(
 ) -> list[str]:
     """Return the columns ``wanted``, else the first complete ``usual`` group, else the only column.
 
-    ``found`` are the columns of strings, and ``usual`` groups of names in order of preference;
-    a group of one name allows the only column. ``option`` (such as ``--column``), ``where`` and
-    ``columns`` are for messages.
+    ``found`` are the columns of strings, and ``usual`` groups of names in order of
+    preference; a group of one name allows the only column. ``option`` (such as
+    ``--column``), ``where`` and ``columns`` are for messages.
 
     >>> pick_columns(["title", "text"], None, [["question", "context"], ["text"]], option="--column")
     ['text']

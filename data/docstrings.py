@@ -1,8 +1,8 @@
 """Make the quickstart's corpus: pairs from the documentation of the installed Python packages.
 
-Sources are parsed, never imported, so building the corpus runs none of their code. A docstring's
-summary becomes the query, the rest of it the answer. Whole modules are held out for validation, and
-a text seen in one pair appears in no other.
+Sources are parsed, never imported, so building the corpus runs none of their code. A
+docstring's summary becomes the query, the rest of it the answer. Whole modules are held
+out for validation, and a text seen in one pair appears in no other.
 """
 
 import ast
@@ -23,8 +23,8 @@ from typing import NamedTuple
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-# The standard library always comes first; then these, where installed, best written documentation
-# first.
+# The standard library always comes first; then these, where installed, best written
+# documentation first.
 PACKAGES = (
     *("numpy", "pandas", "scipy", "sklearn", "torch", "networkx", "datasets", "sentence_transformers", "transformers"),
     *("tokenizers", "huggingface_hub", "accelerate", "safetensors", "sympy", "mpmath", "pyarrow", "matplotlib", "statsmodels"),
@@ -34,8 +34,8 @@ PACKAGES = (
 )
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_test", "_tests", "__pycache__", "site-packages", "_vendor"}
 SKIPPED_FOLDERS |= {"idlelib", "lib2to3"}
-# A third of all source text, mostly near-copies of one another or internals; reading them takes ten
-# seconds.
+# A third of all source text, mostly near-copies of one another or internals; reading them
+# takes ten seconds.
 SKIPPED_PATHS = {("transformers", "models"), ("torch", "_inductor"), ("torch", "_dynamo"), ("pygments", "lexers")}
 HELD_OUT_PERCENT = 8
 MAX_PAIRS = 40_000
@@ -60,7 +60,8 @@ def load_pairs(split: str = "train") -> Dataset:
         split: ``"train"``, or ``"validation"`` for the modules that training never sees.
 
     Returns:
-        The string columns ``query`` (summary), ``answer`` (name and description) and ``module``.
+        The string columns ``query`` (summary), ``answer`` (name and description) and
+        ``module``.
     """
     rows = [{"query": title, "answer": f"{name}: {body}", "module": module} for module, name, title, body in _split(split)]
     return Dataset.from_list(rows)
@@ -173,8 +174,8 @@ def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
 
 
 def _documented_by_call(call: ast.Call) -> Iterator[tuple[str, str]]:
-    # numpy and torch document compiled functions by add_newdoc("numpy", "zeros", """..."""),
-    # add_docstr(torch.abs, """...""").
+    # numpy and torch document compiled functions by add_newdoc("numpy", "zeros",
+    # """..."""), add_docstr(torch.abs, """...""").
     if "doc" not in ast.unparse(call.func) or len(call.args) < 2:
         return
     *target, text = call.args
@@ -237,9 +238,9 @@ def _is_prose(text: str) -> bool:
 def without_repetition(documents: Iterable[Document]) -> Iterator[Document]:
     """Leave out documents seen before, and titles that name too many things.
 
-    A document was seen if its title or name was, or half of the runs of words in its body:
-    documentation is often copied from class to class, and such a copy must not stand on the other
-    side of the split.
+    A document was seen if its title or name was, or half of the runs of words in its
+    body: documentation is often copied from class to class, and such a copy must not
+    stand on the other side of the split.
     """
     documents = list(documents)
     keys = [_words(document.title) for document in documents]

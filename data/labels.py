@@ -23,8 +23,8 @@ class Labels(NamedTuple):
 
     Attributes:
         problem_type: one of :data:`PROBLEM_TYPES`, as in a model's configuration.
-        values: (rows,) classes, int64; (rows, classes) zeros and ones, float32; or (rows,)
-            numbers, float32.
+        values: (rows,) classes, int64; (rows, classes) zeros and ones, float32; or
+            (rows,) numbers, float32.
         names: the names of the classes in order, or the name of the number.
     """
 
@@ -83,10 +83,11 @@ def number_labels(
 ) -> tuple[list[list[int]], list[str]]:
     """Return the numbers of the labels in ``lists``, and the names of all classes in order.
 
-    Where labels are strings, or any label is among the names, all are read as names; else numbers
-    are positions.
+    Where labels are strings, or any label is among the names, all are read as names; else
+    numbers are positions.
 
-    The default ``names`` are those of the ClassLabel, the strings found (sorted), or 0 … n-1.
+    The default ``names`` are those of the ClassLabel, the strings found (sorted), or 0 …
+    n-1.
     """
     is_class = isinstance(feature, ClassLabel)
     if not (is_class or is_text(feature) or (isinstance(feature, Value) and feature.dtype.startswith(_NUMBERS))):

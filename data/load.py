@@ -21,8 +21,8 @@ from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 logger = logging.getLogger(__name__)
 
-# Texts such as "NA" or "null" stay texts; a comma at the end of every row does not make the first
-# column an index.
+# Texts such as "NA" or "null" stay texts; a comma at the end of every row does not make
+# the first column an index.
 CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False}
 # Suffix of a file to the builder of ``datasets`` that reads it, and its options.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,14 +46,16 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
     """Read ``sources`` and join their rows, with the columns that all of them have.
 
     Args:
-        split: the split of sources that name none; of a single file only a slice in it counts.
-        sample_by: what a row of a text file is: a ``line``, a ``paragraph`` (up to an empty line),
-            or the file (``document``).
+        sources: files, folders, Hub data sets, or sources of a recipe.
+        split: the split of sources that name none; of a single file only a slice in it
+            counts.
+        sample_by: what a row of a text file is: a ``line``, a ``paragraph`` (up to an
+            empty line), or the file (``document``).
 
     Raises:
         FileNotFoundError: for a path that is neither here nor a data set on the Hub.
-        ValueError: for a file that is empty, not UTF-8 or malformed, an unknown split or column,
-            or sources that share no column.
+        ValueError: for a file that is empty, not UTF-8 or malformed, an unknown split or
+            column, or sources that share no column.
     """
     parts = [_load_one(source, split, sample_by) for source in sources]
     if len(parts) == 1:
@@ -68,8 +70,8 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
 def join(parts: list[Dataset]) -> Dataset:
     """Join the rows of ``parts``, which have the same columns.
 
-    Columns that differ only in kind of number or string get one type; a ClassLabel survives when
-    all agree on it.
+    Columns that differ only in kind of number or string get one type; a ClassLabel
+    survives when all agree on it.
     """
     features = parts[0].features.copy()
     for name, feature in features.items():
@@ -150,7 +152,8 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         parts = list(dict.fromkeys(("file", rows) for _, rows in parts))
     else:
         parts = [(SPLITS.get(name, name), rows) for name, rows in parts]
-    # Other usual splits may be for other stages; files under other names may be forgotten rows.
+    # Other usual splits may be for other stages; files under other names may be forgotten
+    # rows.
     groups = find_files(path, [name for name, _ in parts], "split:", None if split else SPLITS.values())
     files = [file for group in groups.values() for file in group]
     if len({BUILDERS[file.suffix][0] for file in files}) > 1:
@@ -178,8 +181,8 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
 def find_files(path: Path, splits: Sequence[str], option: str, expected: Collection[str] | None) -> dict[str, list[Path]]:
     """Return the files of each of ``splits`` in a folder, or the single file ``path``.
 
-    Names give the split: train.parquet, train-00000-of-00002.parquet or test/pos/1.txt. A folder
-    in which no name is that of a usual split is all ``train``.
+    Names give the split: train.parquet, train-00000-of-00002.parquet or test/pos/1.txt. A
+    folder in which no name is that of a usual split is all ``train``.
 
     Splits that are ``expected`` too are left out without a warning; None never warns.
     """

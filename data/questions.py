@@ -40,7 +40,8 @@ class Window(NamedTuple):
         row: the number of its row among the given rows, from 0.
         input_ids: (tokens,) int32; ``token_type_ids`` too, or None without segments.
         first: the token at which the piece begins.
-        offsets: (tokens of the piece, 2) int32: first character and end in the raw context.
+        offsets: (tokens of the piece, 2) int32: first character and end in the raw
+            context.
     """
 
     row: int
@@ -173,8 +174,8 @@ def choices_of(
 ) -> Iterator[Choices]:
     """Yield the choices of every row; of two texts, the second begins every choice.
 
-    ``columns`` are those of the texts and of the choices; ``first`` is the number of the first
-    row.
+    ``columns`` are those of the texts and of the choices; ``first`` is the number of the
+    first row.
 
     >>> row = {"sent1": "It rains.", "sent2": "She", "endings": ["sings.", "swims."]}
     >>> next(choices_of([row], (["sent1", "sent2"], ["endings"]))).pairs

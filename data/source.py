@@ -32,7 +32,8 @@ def split_parts(split: str) -> list[tuple[str, str]]:
 class DataSource(BaseModel):
     """Describe where rows come from.
 
-    In YAML, a plain string is the ``path``, or ``owner/name:config`` of a data set on the Hub.
+    In YAML, a plain string is the ``path``, or ``owner/name:config`` of a data set on the
+    Hub.
 
     >>> DataSource.model_validate("sentence-transformers/all-nli:pair-class").config
     'pair-class'
@@ -54,7 +55,8 @@ class DataSource(BaseModel):
         False, description="Fetch only the first rows of a Hub data set, up to limit, instead of downloading all of it."
     )
 
-    # Set when the source is read. It is not a field, so that a recipe stays as its author wrote it.
+    # Set when the source is read. It is not a field, so that a recipe stays as its author
+    # wrote it.
     _commit: str | None = PrivateAttr(None)
 
     @property

@@ -1,8 +1,8 @@
 """Read rows of data of any size in blocks, from files, the Hub (streamed), or memory.
 
 :mod:`minibert.data.load` makes one memory-mapped table of the data; here nothing is copied to disk, and memory holds one block.
-A value that cannot be used becomes a :class:`Bad`, which gives the reason, so that the caller can
-refuse or skip the row.
+A value that cannot be used becomes a :class:`Bad`, which gives the reason, so that the
+caller can refuse or skip the row.
 """
 
 import contextlib
@@ -135,7 +135,8 @@ def _plain_errors(part: _Part) -> Iterator[None]:
     try:
         yield
     except (*damage, pd.errors.EmptyDataError) as error:
-        # pyarrow reports damage as an OSError without a number; others are of the system or Hub.
+        # pyarrow reports damage as an OSError without a number; others are of the system
+        # or Hub.
         if isinstance(error, OSError) and (error.errno is not None or not isinstance(part.content, Path)):
             raise
         refuse_unreadable([Path(part.name)], error)
@@ -146,8 +147,8 @@ def open_stream(
 ) -> Stream:
     """Open a file, a folder, a Hub data set, or a data set in memory.
 
-    The default column of texts is one of ``USUAL_COLUMNS``, or the only strings; ``id_column``
-    names the rows.
+    The default column of texts is one of ``USUAL_COLUMNS``, or the only strings;
+    ``id_column`` names the rows.
     """
     source, parts, listing = _find_parts(data, split)
     with _plain_errors(parts[0]):
@@ -234,8 +235,9 @@ def digest(listing: Sequence[str]) -> str:
     return hashlib.sha256("".join(listing).encode()).hexdigest()
 
 
-# Each kind of data has two functions: the types of its columns, and the blocks of rows, each as its
-# size and a generator of the values: lists of the columns read. Unwanted blocks stay unread.
+# Each kind of data has two functions: the types of its columns, and the blocks of rows,
+# each as its size and a generator of the values: lists of the columns read. Unwanted
+# blocks stay unread.
 
 
 def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -364,7 +366,8 @@ def _table_columns(table: Dataset | IterableDataset) -> dict[str, pa.DataType]:
 
 
 def _table_blocks(table: Dataset | IterableDataset, names: list[str]) -> Iterator[_Block]:
-    # Arrow tables of a data set in memory are views; streams without a schema cannot give tables.
+    # Arrow tables of a data set in memory are views; streams without a schema cannot give
+    # tables.
     table = table.select_columns(names).with_format("arrow" if isinstance(table, Dataset) else None)
     for batch in table.iter(batch_size=_BLOCK):
         yield len(batch[names[0]]), _table_values(batch, names)

@@ -106,7 +106,8 @@ class Windows(NamedTuple):
     """Hold sentences as tokens, in windows that fit into a model.
 
     Attributes:
-        ids: the token ids of each window; ``types`` are the segments, or None without them.
+        ids: the token ids of each window; ``types`` are the segments, or None without
+            them.
         words: for each window the word of each first subword, else -1: (tokens,) int64.
         rows: for each window, the number of its sentence.
     """
@@ -120,9 +121,9 @@ class Windows(NamedTuple):
 def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
     """Tokenize ``sentences`` of words; long ones become windows that share a quarter.
 
-    A word in two windows belongs to the one where it stands further from the edge. Words that leave
-    no token, such as a lone control character, are read as the unknown word. A sentence without
-    words has no window.
+    A word in two windows belongs to the one where it stands further from the edge. Words
+    that leave no token, such as a lone control character, are read as the unknown word. A
+    sentence without words has no window.
     """
     if not tokenizer.is_fast:
         raise ValueError("Tagging needs a fast tokenizer (tokenizer.json), which knows the word of every token.")
@@ -185,7 +186,8 @@ def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap
 def _differs_alone(tokenizer: Any) -> bool:
     """Return True if a word alone is another token than in a text, as in byte-level vocabularies.
 
-    Their tokens include the space before a word, without which it looks like the end of another.
+    Their tokens include the space before a word, without which it looks like the end of
+    another.
     """
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]

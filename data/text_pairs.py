@@ -16,8 +16,8 @@ _NEIGHBOUR = 0.3  # how often the sentence before, or the one after, belongs to 
 def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
     """Yield a query and a passage per sentence: some of its words, and it with neighbours at times.
 
-    Words are deleted as in TSDAE (Wang et al. 2021, arXiv:2104.06979). Here the words left are a
-    query that must find the sentence among others.
+    Words are deleted as in TSDAE (Wang et al. 2021, arXiv:2104.06979). Here the words
+    left are a query that must find the sentence among others.
 
     >>> list(pairs_of("The quick brown fox jumps over the lazy dog. Why?", random.Random(1)))
     [('The quick jumps', 'The quick brown fox jumps over the lazy dog.')]

@@ -1,7 +1,7 @@
 """Tokenize a corpus into one long row of token ids on disk, and cut it into sequences.
 
-Tokenizing happens once, in several processes; the result is memory-mapped, so a corpus may be
-larger than memory.
+Tokenizing happens once, in several processes; the result is memory-mapped, so a corpus
+may be larger than memory.
 """
 
 import gc
@@ -65,8 +65,8 @@ def load_corpus(
     """Return the corpus of ``sources`` from the cache; tokenize it if it is not there.
 
     Documents are in ``text_column``, by default ``text`` or the only column of strings.
-    Sentences end at one of ``sentence_delimiters`` before white space; None looks for none.
-    ``cache_dir`` holds all such caches, by default in the cache of ``datasets``.
+    Sentences end at one of ``sentence_delimiters`` before white space; None looks for
+    none. ``cache_dir`` holds all such caches, by default in the cache of ``datasets``.
     """
     parts = [load_documents(source, split, text_column, sample_by) for source in sources]
     key = hashlib.blake2b(digest_size=12)
@@ -151,7 +151,8 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
                     for number, part in enumerate(parts)
                 ]
         except Exception as error:
-            # ``datasets`` waits for its processes, and its timeout would replace an interruption.
+            # ``datasets`` waits for its processes, and its timeout would replace an
+            # interruption.
             if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
                 raise error.__context__ from error
             raise
@@ -189,7 +190,8 @@ class MlmChunks:
 
     Attributes (kept in the folder of the corpus and memory-mapped, as the corpus is):
         starts, lengths: (chunks,) place and size of each chunk in the corpus.
-        rows: (rows + 1,) bounds in the chunks, which fit into a row with two special tokens each.
+        rows: (rows + 1,) bounds in the chunks, which fit into a row with two special
+            tokens each.
     """
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int):

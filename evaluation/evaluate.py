@@ -63,18 +63,20 @@ def evaluate(
       of ``data``, where all answers it is paired with are relevant.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
-            model.
+        model: a model folder, the id of a model on the Hub, or an opened
+            sentence-transformers model.
         data: a file, a folder with a file per split, a Hub data set (owner/name or
             owner/name:config), or rows read already.
-        split: the split of a folder or Hub data set to measure on; a single file or given rows are
-            used completely.
-        limit: number of queries (or rows) to measure on, from the first. The passages searched are
-            always those of all rows.
-        baselines: compare an embedding model with BM25 (retrieval only) and with the same model
-            before training.
+        split: the split of a folder or Hub data set to measure on; a single file or given
+            rows are used completely.
+        limit: number of queries (or rows) to measure on, from the first. The passages
+            searched are always those of all rows.
+        baselines: compare an embedding model with BM25 (retrieval only) and with the same
+            model before training.
+        batch_size: texts computed at once.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
         trust_remote_code: run Python code that comes with the model.
+        show_progress: show a progress bar on standard error.
 
     Example::
 
@@ -82,13 +84,14 @@ def evaluate(
         print(metrics["systems"]["model"]["mrr@10"], metrics["systems"]["bm25"]["mrr@10"])
 
     Returns:
-        ``kind``, the counts of what was measured, and ``systems``: for each of ``model``, ``bm25``
+        ``kind``, the counts of what was measured, and ``systems``: for each of ``model``,
+            ``bm25``
         and ``untrained`` its metrics by name, all between 0 and 1 (Spearman: -1 and 1).
 
     Raises:
         FileNotFoundError: for a model or data that is neither here nor on the Hub.
-        ValueError: for data that cannot be read, columns that fit none of these, rows without a
-            value, or labels that the model does not know.
+        ValueError: for data that cannot be read, columns that fit none of these, rows
+            without a value, or labels that the model does not know.
     """
     data = as_dataset(data, split=split)
     if not len(data):
@@ -128,8 +131,9 @@ def retrieval(
 ) -> dict[str, Any]:
     """Return how well ``queries[i]`` find ``answers[i]``: recall@1, @10, @100, MRR@10 and nDCG@10.
 
-    Recall is the share of a query's relevant passages that were found, as usual in information
-    retrieval. Equal texts count once. See :func:`evaluate` for the arguments and the result.
+    Recall is the share of a query's relevant passages that were found, as usual in
+    information retrieval. Equal texts count once. See :func:`evaluate` for the arguments
+    and the result.
     """
     passages = {answer: str(number) for number, answer in enumerate(dict.fromkeys(answers))}
     relevant: dict[str, set[str]] = {}
@@ -179,7 +183,8 @@ def similarity(
         write_csv=False,
     )
     measured = {"model": model, "untrained": untrained(model) if baselines else None}
-    # The correlation with equal cosines is undefined (nan); 0 says that they rank nothing.
+    # The correlation with equal cosines is undefined (nan); 0 says that they rank
+    # nothing.
     systems = {
         name: {"spearman": 0.0 if math.isnan(value := float(evaluator(system)["spearman_cosine"])) else value}
         for name, system in measured.items()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.tags import entity_spans, holds_entities
 
-# The metrics of each problem type. The first of each picks the best checkpoint unless a recipe
-# names another.
+# The metrics of each problem type. The first of each picks the best checkpoint unless a
+# recipe names another.
 METRICS = {
     SINGLE: ("accuracy", "macro_f1", "loss"),
     MULTI: ("micro_f1", "macro_f1", "subset_accuracy", "loss"),
@@ -56,8 +56,8 @@ def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str
 def tag_metrics(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return entity-level precision, recall and F1 (type and both ends must be right), and the accuracy of the words' tags.
 
-    Tags that are not IOB2, such as parts of speech, have no entities; their metrics are accuracy
-    and macro-F1 over the tags that occur.
+    Tags that are not IOB2, such as parts of speech, have no entities; their metrics are
+    accuracy and macro-F1 over the tags that occur.
 
     >>> tag_metrics([["B-PER", "I-PER", "O"]], [["B-PER", "I-PER", "B-LOC"]])["precision"]
     0.5

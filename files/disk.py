@@ -20,9 +20,9 @@ _JSON_LIMIT = 64_000_000  # bytes
 def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing into ``folder`` until the block or this process ends.
 
-    For messages, ``doing`` is what this process does there (``"training in"``), and ``kept``
-    what is not lost if the disk fails. ``wait`` waits for the other process instead of
-    refusing.
+    For messages, ``doing`` is what this process does there (``"training in"``), and
+    ``kept`` what is not lost if the disk fails. ``wait`` waits for the other process
+    instead of refusing.
     """
     lock = FileLock(folder / ".lock")
     try:

@@ -1,7 +1,8 @@
 """Check the files of a model folder before a library opens them: weights, pickles, code, links, names.
 
-Nothing here loads a tensor, runs code or follows a name. Opening a folder that passes takes no more
-memory than its files, and reads no file outside of it. Open models within :func:`opening`.
+Nothing here loads a tensor, runs code or follows a name. Opening a folder that passes
+takes no more memory than its files, and reads no file outside of it. Open models within
+:func:`opening`.
 """
 
 import contextlib
@@ -28,17 +29,21 @@ PICKLES = (
     *("*.joblib", "*.npy", "*.h5"),
 )
 
-# Bytes. safetensors allows 100 MB, but a parsed header takes many times its size in memory.
+# Bytes. safetensors allows 100 MB, but a parsed header takes many times its size in
+# memory.
 HEADER_LIMIT = 16_000_000
-# Layers can share weights, so a configuration may describe this many times the stored numbers, or
-# this many in any case.
+# Layers can share weights, so a configuration may describe this many times the stored
+# numbers, or this many in any case.
 _SHARED = 16
 _SMALL = 2**28
-# Suffixes of the files that opening a model reads; a link among them could lead to any file of this machine.
+# Suffixes of the files that opening a model reads; a link among them could lead to any
+# file of this machine.
 _READ = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
-# One lock per process: a forked child would wait for ever for a lock of its parent's thread.
+# One lock per process: a forked child would wait for ever for a lock of its parent's
+# thread.
 _LOCKS: dict[int, threading.RLock] = {}
-# module.Class, optionally with the folder of the module, and with the repository on the Hub before it.
+# module.Class, optionally with the folder of the module, and with the repository on the
+# Hub before it.
 _CODE = re.compile(r"(?:[\w.-]+/[\w.-]+--)?(?:\w+/)*\w+\.\w+")
 
 
@@ -260,8 +265,9 @@ def _short(value: Any) -> str:
 def opening(model: str | Path) -> Iterator[None]:
     """Open ``model`` within this block, which one thread enters at a time.
 
-    While transformers builds a model, it replaces ``tie_weights`` of the class that all models share.
-    Two threads at once can leave it replaced for good, and every later model untied.
+    While transformers builds a model, it replaces ``tie_weights`` of the class that all
+    models share. Two threads at once can leave it replaced for good, and every later
+    model untied.
     """
     try:
         with _LOCKS.setdefault(os.getpid(), threading.RLock()):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-# Processes wait for each other while one tokenizes, encodes its last shards or evaluates, which can take days.
+# Processes wait for each other while one tokenizes, encodes its last shards or evaluates,
+# which can take days.
 _PATIENCE = timedelta(days=7)
 
 
@@ -18,5 +19,6 @@ def processes() -> "PartialState":
     import torch
     from accelerate import PartialState
 
-    # Without ``cpu``, Accelerate takes the processes on a machine without accelerator for unrelated ones.
+    # Without ``cpu``, Accelerate takes the processes on a machine without accelerator for
+    # unrelated ones.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)

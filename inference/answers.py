@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minibert.data.questions import Window, choices_of, cut, find_choice_columns, texts_of, window_sizes
 
 MAX_ANSWER_LENGTH = 30  # tokens
-# Spans of a row that share the probability with "no answer"; the other spans have almost none.
+# Spans of a row that share the probability with "no answer"; the other spans have almost
+# none.
 _SPANS = 20
 # Batches of rows read at once.
 _BATCHES_AHEAD = 32
@@ -28,16 +29,17 @@ def answer_rows(
 ) -> Iterator[dict[str, Any]]:
     """Answer the question of every row from its context, one result per row, in order.
 
-    The sizes of windows, the longest answer and the threshold of "no answer" are those of the
-    training, ``question_answering`` in the configuration of the model. "No answer" wins if its
-    score exceeds that of the best span by more than the threshold; without one it never wins.
+    The sizes of windows, the longest answer and the threshold of "no answer" are those of
+    the training, ``question_answering`` in the configuration of the model. "No answer"
+    wins if its score exceeds that of the best span by more than the threshold; without
+    one it never wins.
 
     ``batch_size`` windows are computed at once, and rows are read as needed.
 
     Yields:
-        ``text``, ``start`` and ``end``, with ``text == context[start:end]``, empty for "no answer";
-        ``score``, the probability of this result among the best spans and "no answer";
-        ``no_answer_score``, the probability of no answer.
+        ``text``, ``start`` and ``end``, with ``text == context[start:end]``, empty for
+        "no answer"; ``score``, the probability of this result among the best spans and
+        "no answer"; ``no_answer_score``, the probability of no answer.
     """
     own = getattr(model.config, "question_answering", None) or {}
     limit = own.get("max_length") or max_length_of(model, tokenizer)
@@ -74,7 +76,8 @@ def choose_rows(
     ``batch_size`` choices are computed at once, and rows are read as needed.
 
     Yields:
-        ``choice``, counted from 0; ``text``, that choice; ``probabilities``, one per choice.
+        ``choice``, counted from 0; ``text``, that choice; ``probabilities``, one per
+        choice.
     """
     own = getattr(model.config, "multiple_choice", None) or {}
     limit = own.get("max_length") or max_length_of(model, tokenizer)
@@ -83,7 +86,8 @@ def choose_rows(
     for first, some in rows_ahead(rows, batch_size):
         columns = columns or choice_columns_of(model, list(some[0]))
         asked = list(choices_of(some, columns, first))
-        # A pair is a question with one choice, whose score does not depend on the other choices.
+        # A pair is a question with one choice, whose score does not depend on the other
+        # choices.
         firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         encoded = tokenizer(list(firsts), list(seconds), truncation=True, max_length=limit)
         logits = torch.empty(len(firsts))
@@ -98,11 +102,12 @@ def choose_rows(
 def best_spans(starts: Tensor, ends: Tensor, allowed: Tensor, *, longest: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best spans of at most ``longest`` tokens, scored by the sum of their two logits.
 
-    ``starts`` and ``ends`` are (B, L) logits; ``allowed`` (B, L) is True where an answer may
-    lie.
+    ``starts`` and ``ends`` are (B, L) logits; ``allowed`` (B, L) is True where an answer
+    may lie.
 
     Returns:
-        Scores, first and last tokens, each (B, up to ``count``), best first; -inf means no span.
+        Scores, first and last tokens, each (B, up to ``count``), best first; -inf means
+        no span.
 
     >>> logits, context = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.tensor([[False, True, True, True]])
     >>> [x.tolist() for x in best_spans(logits, logits, context, longest=2, count=2)]
@@ -129,9 +134,9 @@ def find_spans(
     """Find the best spans of each row over all its windows, and its score of "no answer".
 
     Returns:
-        For each row its spans of at most ``longest`` tokens as (score, start, end) in characters,
-        best first, and the lowest score that ``[CLS]`` has in any window, as in BERT's own
-        evaluation (Devlin et al. 2018, section 4.3).
+        For each row its spans of at most ``longest`` tokens as (score, start, end) in
+        characters, best first, and the lowest score that ``[CLS]`` has in any window, as
+        in BERT's own evaluation (Devlin et al. 2018, section 4.3).
     """
     model.eval()
     spans: list[dict[tuple[int, int], float]] = [{} for _ in range(rows)]

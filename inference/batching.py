@@ -16,10 +16,11 @@ import numpy as np
 from minibert.data.load import is_unicode
 from minibert.packing_minibert import cut_evenly
 
-# A window: texts that are tokenized and sorted by length together. A larger one finds more texts of
-# equal length.
+# A window: texts that are tokenized and sorted by length together. A larger one finds
+# more texts of equal length.
 WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 2**24
-# Characters per token, at least, up to which a text is read; the rest is cut off before tokenizing.
+# Characters per token, at least, up to which a text is read; the rest is cut off before
+# tokenizing.
 _CHARACTERS_PER_TOKEN = 16
 _SPACE = re.compile(r"\s")
 _TURNS: dict[tuple[str, int], threading.Lock] = {}  # by what is shared, and the process
@@ -37,8 +38,8 @@ class Batch(NamedTuple):
 def tokenizing_thread(process: int) -> ThreadPoolExecutor:
     """Return the one thread of this process that tokenizes.
 
-    The tokenizer takes every core anyway, and an allocator keeps free memory for each thread. A
-    forked process has no thread of its parent and gets its own.
+    The tokenizer takes every core anyway, and an allocator keeps free memory for each
+    thread. A forked process has no thread of its parent and gets its own.
     """
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
@@ -46,9 +47,9 @@ def tokenizing_thread(process: int) -> ThreadPoolExecutor:
 def turn(shared: str) -> threading.Lock:
     """Return the lock for computing on a device, which takes every core: threads take turns.
 
-    Each thread computes itself, instead of one thread for all: OpenMP keeps a team of threads for
-    each thread that ever computed, and lets them fall asleep between two calls if there are more of
-    them than cores.
+    Each thread computes itself, instead of one thread for all: OpenMP keeps a team of
+    threads for each thread that ever computed, and lets them fall asleep between two calls
+    if there are more of them than cores.
     """
     return _TURNS.setdefault((shared, os.getpid()), threading.Lock())  # unlike a cache, it gives two threads the same lock
 
@@ -69,8 +70,9 @@ def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Group texts into batches of at most ``batch_tokens`` tokens (or a text), the longest first.
 
-    Returns the rows of each batch, shorter texts first; texts without a token are in none. Batches
-    are few and of nearly equal size, since oneDNN keeps kernels for every number of rows.
+    Returns the rows of each batch, shorter texts first; texts without a token are in
+    none. Batches are few and of nearly equal size, since oneDNN keeps kernels for every
+    number of rows.
 
     >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2, 1]), 9)]
     [[1], [3], [5, 4, 0]]

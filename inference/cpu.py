@@ -1,9 +1,9 @@
 """What makes encoding fast on a CPU: the choice of a dtype, and layers whose matrices are prepacked.
 
-A product with a plain matrix brings the matrix into oneDNN's layout at every call. Doing that once,
-with queries, keys and values in one product, saves time for a query, and a little for thousands of
-texts (``benchmarks/pieces.py`` compares the times). A query is a few hundred short operations, so
-these layers look nothing up that can be known before.
+A product with a plain matrix brings the matrix into oneDNN's layout at every call. Doing
+that once, with queries, keys and values in one product, saves time for a query, and a
+little for thousands of texts (``benchmarks/pieces.py`` compares the times). A query is a
+few hundred short operations, so these layers look nothing up that can be known before.
 """
 
 import math
@@ -29,9 +29,9 @@ _FEW_ROWS = 32
 def product_rates() -> dict[str, float]:
     """Time a product of a thousand rows on this CPU in ``float32`` and ``bfloat16``, once per process.
 
-    Returns billions of operations per second: the fastest of five runs in turns, and in float32 the
-    faster of torch and oneDNN. A list of instructions does not tell: a Xeon whose host hides AMX
-    takes twice as long in bfloat16 as in float32.
+    Returns billions of operations per second: the fastest of five runs in turns, and in
+    float32 the faster of torch and oneDNN. A list of instructions does not tell: a Xeon
+    whose host hides AMX takes twice as long in bfloat16 as in float32.
     """
     rows, width = 1024, 384
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
@@ -83,11 +83,12 @@ def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
 def prepack(model: MiniBertModel, half_copies: bool = False) -> bool:
     """Replace the layers of ``model`` by :class:`PrepackedLayer`, and return whether that was possible.
 
-    The model then computes the same vectors, up to rounding, but can neither be saved nor trained,
-    nor leave the CPU. A layer that is more than its matrices (quantized, adapted, hooked) stays as
-    it is.
+    The model then computes the same vectors, up to rounding, but can neither be saved nor
+    trained, nor leave the CPU. A layer that is more than its matrices (quantized,
+    adapted, hooked) stays as it is.
 
-    ``half_copies`` multiplies fewer than 32 rows (a query) by float16 copies of the matrices.
+    ``half_copies`` multiplies fewer than 32 rows (a query) by float16 copies of the
+    matrices.
     """
     if model.device.type != "cpu" or model.dtype not in ONEDNN_DTYPES:
         return False
@@ -117,11 +118,11 @@ def supports_half_copies(dtype: torch.dtype) -> bool:
 class PrepackedLinear:
     """Multiply by the matrices of ``linears``, side by side: (…, in) -> (…, sum of outs).
 
-    It keeps no other copy of the matrices and is not a module: a blocked tensor has no storage to
-    save or to move.
+    It keeps no other copy of the matrices and is not a module: a blocked tensor has no
+    storage to save or to move.
 
-    With ``half_copies``, the first product of few rows makes a copy in float16, by which FBGEMM
-    multiplies few rows from then on, with sums in float32.
+    With ``half_copies``, the first product of few rows makes a copy in float16, by which
+    FBGEMM multiplies few rows from then on, with sums in float32.
     """
 
     def __init__(self, *linears: nn.Linear, gelu: bool = False, half_copies: bool = False):

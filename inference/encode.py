@@ -1,9 +1,9 @@
 """Texts to vectors, fast: without padding, in batches by tokens, tokenized ahead of the model.
 
-Texts are taken in windows, sorted by length there, and laid end to end in one row per batch, which
-MiniBERT computes as it is and from which they are pooled. The vectors are those of
-``SentenceTransformer.encode``. sentence-transformers itself encodes with models that are not
-MiniBERT or have modules other than pooling and normalization on top.
+Texts are taken in windows, sorted by length there, and laid end to end in one row per
+batch, which MiniBERT computes as it is and from which they are pooled. The vectors are
+those of ``SentenceTransformer.encode``. sentence-transformers itself encodes with models
+that are not MiniBERT or have modules other than pooling and normalization on top.
 """
 
 import copy
@@ -37,8 +37,8 @@ from minibert.packing_minibert import PREFERS_EXP2, Packing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FEW_TEXTS = 8  # handing so few to another thread takes longer than tokenizing them
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # in a batch
-# Seconds between two returns of free memory to the system: each takes milliseconds, and mapping it
-# again some more.
+# Seconds between two returns of free memory to the system: each takes milliseconds, and
+# mapping it again some more.
 TRIM_SECONDS = 20.0
 _trimmed = time.monotonic()
 _malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -68,17 +68,20 @@ def encode(
     Memory, except that of the vectors, does not grow with the number of texts.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
-            model.
+        model: a model folder, the id of a model on the Hub, or an opened
+            sentence-transformers model.
         batch_tokens: tokens computed at once; the default depends on the device.
-        dtype: precision to compute in: ``float32``, ``bfloat16``, ``float16``, or ``auto``:
-            bfloat16 if the processor multiplies at least a quarter faster in it (timed once per
-            process), else float32. An opened model keeps its own by default.
+        dtype: precision to compute in: ``float32``, ``bfloat16``, ``float16``, or
+            ``auto``: bfloat16 if the processor multiplies at least a quarter faster in it
+            (timed once per process), else float32. An opened model keeps its own by
+            default.
         normalize: scale vectors to length 1, also if the model has no such module.
         prompt: text to put before every text.
         prompt_name: the name of one of the model's prompts, instead.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best device present.
         trust_remote_code: run Python code that comes with the model.
+        texts: texts, or a single text.
+        show_progress: show a progress bar on standard error.
 
     Example::
 
@@ -86,9 +89,9 @@ def encode(
         vectors @ vectors.T  # (2, 2) cosines: the vectors of this model have length 1
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load`, and for an unknown
-            ``dtype`` or ``prompt_name``, a device that is not present, and a text that is not a
-            string or holds a lone surrogate.
+        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load`, and for an
+            unknown ``dtype`` or ``prompt_name``, a device that is not present, and a text
+            that is not a string or holds a lone surrogate.
     """
     encoder = Encoder(model, query_copies=False, **options)  # copies only pay off in an encoder that is reused
     if isinstance(texts, str):
@@ -101,13 +104,13 @@ class Encoder:
     """Keep a model open to encode any number of texts; arguments as in :func:`encode`.
 
     Args:
-        query_copies: if ``dtype="auto"`` takes float32, multiply fewer than 32 tokens (a query) by
-            copies of the matrices in float16, which take half the time to read. The first query
-            makes them and takes longer for it.
+        query_copies: if ``dtype="auto"`` takes float32, multiply fewer than 32 tokens (a
+            query) by copies of the matrices in float16, which take half the time to read.
+            The first query makes them and takes longer for it.
 
     Attributes:
-        model: the sentence-transformers model. One that was opened here cannot be saved: its
-            matrices may be prepacked.
+        model: the sentence-transformers model. One that was opened here cannot be saved:
+            its matrices may be prepacked.
         dimension: width of the vectors.
         normalized: True if the vectors have length 1.
         packed: True if batches are computed without padding.
@@ -308,7 +311,8 @@ class Encoder:
 def trim_memory() -> None:
     """Return free memory to the system, at most every ``TRIM_SECONDS``.
 
-    Tensors of ever new sizes leave holes between them, which glibc keeps (``benchmarks/soak.py``).
+    Tensors of ever new sizes leave holes between them, which glibc keeps
+    (``benchmarks/soak.py``).
     """
     global _trimmed
     if _malloc_trim is not None and time.monotonic() - _trimmed >= TRIM_SECONDS:

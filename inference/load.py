@@ -43,9 +43,10 @@ def load(
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
-        trust_remote_code: run Python code that comes with the model. Models of this package and of
-            transformers need none.
-        dtype: of the weights and the computation; the default is that of the model's configuration.
+        trust_remote_code: run Python code that comes with the model. Models of this
+            package and of transformers need none.
+        dtype: of the weights and the computation; the default is that of the model's
+            configuration.
 
     Example::
 
@@ -54,10 +55,10 @@ def load(
         model.similarity(model.encode(["sort a list"]), passages)  # (1, 2)
 
     Raises:
-        FileNotFoundError: for a model that is neither a folder nor on the Hub, or a folder without
-            weights or tokenizer.
-        ValueError: for damaged, incomplete or pickled weights, weights that do not fit the
-            configuration, or code that is not trusted.
+        FileNotFoundError: for a model that is neither a folder nor on the Hub, or a
+            folder without weights or tokenizer.
+        ValueError: for damaged, incomplete or pickled weights, weights that do not fit
+            the configuration, or code that is not trusted.
     """
     folder = find_model(model, trust_remote_code=trust_remote_code)
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -71,7 +72,8 @@ def load(
             modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode=mode), Normalize()]
             opened = SentenceTransformer(modules=modules, device=device, similarity_fn_name="cosine")
     _check_complete(opened.transformers_model, folder)
-    # A reference cycle with the card would keep the weights until a full garbage collection.
+    # A reference cycle with the card would keep the weights until a full garbage
+    # collection.
     opened.model_card_data.model = cast(SentenceTransformer, weakref.proxy(opened))
     return opened
 
@@ -90,7 +92,8 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the model's tokenizer into it.")
     if config.get("model_type") == MiniBertConfig.model_type:
         _compare_code(encoder)
-    # The installed class of a known model type runs, not the code that every MiniBERT brings.
+    # The installed class of a known model type runs, not the code that every MiniBERT
+    # brings.
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(
             f"{folder} brings Python code of its own, which opening it would run; read that code, and if you trust it, "

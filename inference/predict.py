@@ -65,8 +65,8 @@ _HEADS = {
 _TAGGED = [(name,) for name in (*TOKEN_COLUMNS, "text", "sentence")]
 _ASKED = ("question", "context")
 _ROWS_AT_ONCE = 1000
-# A word of raw text includes the marks inside it (U.S, AT&T, well-known, 3.5); every other mark is
-# a word.
+# A word of raw text includes the marks inside it (U.S, AT&T, well-known, 3.5); every
+# other mark is a word.
 _WORD = re.compile(r"['’](?:s|re|ve|ll|d|m)\b|\w+(?:(?:[.&/@’'-](?!(?:s|re|ve|ll|d|m)\b)|(?<=\d)[,:](?=\d))\w+)*|[^\w\s]")
 
 
@@ -90,26 +90,28 @@ def predict(
       ``probabilities`` of all classes by name; with several labels ``labels`` and
       ``probabilities``; in regression ``value``;
     - **token classification** reads ``text``, or ``tokens`` (lists of words): ``words`` (of a text), ``tags`` and ``scores``
-      per word, and ``entities``, each with ``entity_group``, ``word``, ``score``, and ``start`` and
-      ``end`` in characters of the text, or in words where words were given;
+      per word, and ``entities``, each with ``entity_group``, ``word``, ``score``, and
+      ``start`` and ``end`` in characters of the text, or in words where words were given;
     - **question answering** reads ``question`` and ``context``: see :func:`minibert.inference.answers.answer_rows`;
     - **multiple choice** reads a question and its choices: see :func:`minibert.inference.answers.choose_rows`.
 
-    Texts to classify that exceed the model's length are cut, as in training; sentences to tag and
-    contexts are read completely, in windows that overlap.
+    Texts to classify that exceed the model's length are cut, as in training; sentences to
+    tag and contexts are read completely, in windows that overlap.
 
     Args:
         model: a model folder, or the id of a model on the Hub.
-        data: a file, a folder with a file per split, a Hub data set, ``"-"`` for lines of standard
-            input, rows read already, or texts.
-        columns: the columns to read; the default is those the model was trained with, or the usual
-            names.
+        data: a file, a folder with a file per split, a Hub data set, ``"-"`` for lines of
+            standard input, rows read already, or texts.
+        columns: the columns to read; the default is those the model was trained with, or
+            the usual names.
         split: the split of a folder or Hub data set; anything else is read completely.
-        batch_size: texts (or windows of long texts) computed at once; memory does not grow with the
-            number of rows.
-        threshold: probability from which a label is given, if a text may have several labels.
+        batch_size: texts (or windows of long texts) computed at once; memory does not
+            grow with the number of rows.
+        threshold: probability from which a label is given, if a text may have several
+            labels.
         device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best device present.
         trust_remote_code: run Python code that comes with the model.
+        show_progress: show a progress bar on standard error.
 
     Example::
 
@@ -118,8 +120,8 @@ def predict(
 
     Raises:
         FileNotFoundError: for a model or data that is neither a path nor on the Hub.
-        ValueError: for a model without such a head, missing columns, or (while iterating) a row
-            without a text.
+        ValueError: for a model without such a head, missing columns, or (while iterating)
+            a row without a text.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size} (--batch-size).")
@@ -386,7 +388,8 @@ def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force
 def write(predictions: Iterable[Mapping[str, Any]], path: str | Path, *, force: bool = False) -> int:
     """Write ``predictions`` as JSON lines, CSV (nested values as JSON) or Parquet, and return their number.
 
-    The file appears once it is complete; until then, and after an error, an earlier file stays.
+    The file appears once it is complete; until then, and after an error, an earlier file
+    stays.
 
     Raises: as :func:`check_output`.
     """

@@ -1,7 +1,7 @@
 """Draw models and runs: as an interactive page (plotly), and some as an image too (matplotlib).
 
-Every function returns a picture: ``.save("x.html")`` and ``.save("x.png")`` write it, and the facts
-that it shows are its attributes.
+Every function returns a picture: ``.save("x.html")`` and ``.save("x.png")`` write it, and
+the facts that it shows are its attributes.
 """
 
 from minibert.plot.attention_maps import attention

@@ -26,7 +26,8 @@ class Attention(page.Picture):
     Attributes:
         tokens: n tokens as people read them.
         second: for each token, True if it belongs to the second text.
-        weights: (layers, heads, n, n) float32: how much a row's token takes from a column's.
+        weights: (layers, heads, n, n) float32: how much a row's token takes from a
+            column's.
         layers: their numbers, from 1; heads: their names.
     """
 
@@ -70,7 +71,8 @@ class Attention(page.Picture):
     def interactive(self) -> go.Figure:
         """Return a heat map and lines for each head, of which one is visible.
 
-        The choice of a layer changes the data of all heads, so the two menus are independent.
+        The choice of a layer changes the data of all heads, so the two menus are
+        independent.
         """
         heads = range(len(self.heads))
         drawn = [[panel.traces for head in heads for panel in self.panels(at, head)] for at in range(len(self.layers))]
@@ -119,9 +121,14 @@ def attention(
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
+        text: the text that the model reads.
         second: the second text of a pair.
-        layer: show only this layer, counted from 1; head: only this head, counted from 1.
-        max_tokens: tokens to read at most, 4 or more; the limit of the model applies as well.
+        layer: show only this layer, counted from 1.
+        head: show only this head, counted from 1.
+        max_tokens: tokens to read at most, 4 or more; the limit of the model applies as
+            well.
+        trust_remote_code: run Python code that comes with the model, if it is not a
+            MiniBERT.
 
     Example::
 
@@ -130,8 +137,8 @@ def attention(
 
     Raises:
         FileNotFoundError: the model does not exist.
-        ValueError: an empty text, a layer or head that the model does not have, or a model without
-            attention weights.
+        ValueError: an empty text, a layer or head that the model does not have, or a
+            model without attention weights.
     """
     page.check_text(text)
     if second is not None:
@@ -177,8 +184,8 @@ def attention(
 def line_ends(weights: np.ndarray) -> list[np.ndarray]:
     """Return the ends of the strongest lines of (n, n) weights, in ten levels, the weakest first.
 
-    A level holds start, end and a gap (NaN) for each line, one after another; weights below half a
-    level are left out.
+    A level holds start, end and a gap (NaN) for each line, one after another; weights
+    below half a level are left out.
 
     >>> [ends.tolist() for ends in line_ends(np.array([[1.0, 0.01], [0.5, 0.5]], dtype=np.float32))][4::5]
     [[1.0, 0.0, nan, 1.0, 1.0, nan], [0.0, 0.0, nan]]

@@ -29,8 +29,8 @@ from minibert.inference.load import encoder_folder, find_model
 from minibert.inference.predict import check_output
 
 SUFFIXES = (".html", ".png")
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart, without yellow,
-# and four more.
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart, without
+# yellow, and four more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#882255", "#44AA99", "#332288")
 INK = "#222222"
 _SCALE = "Blues"
@@ -366,10 +366,11 @@ def read_texts(
 ) -> tuple[list[str], list[str] | None]:
     """Return the texts that are given, or those of the data that a single argument names, with labels.
 
-    An argument names data if it is a path, ends in a known suffix, or holds a slash and no blank.
+    An argument names data if it is a path, ends in a known suffix, or holds a slash and
+    no blank.
 
-    The default ``column`` is the only one of texts, or the first with a usual name; that of
-    labels is ``label``. A file of more than ``limit`` rows is sampled, always alike.
+    The default ``column`` is the only one of texts, or the first with a usual name; that
+    of labels is ``label``. A file of more than ``limit`` rows is sampled, always alike.
     """
     name = given[0]
     known = "/" in name or Path(name).suffix in BUILDERS

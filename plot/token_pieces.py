@@ -54,8 +54,11 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
     """Return the tokens into which the tokenizer of ``model`` splits ``text``, with special tokens.
 
     Args:
-        model: a model folder, the id (owner/name) of a model on the Hub, or a folder that holds
-            only a tokenizer.
+        model: a model folder, the id (owner/name) of a model on the Hub, or a folder that
+            holds only a tokenizer.
+        text: the text to split.
+        trust_remote_code: run Python code that comes with the model, if it is not a
+            MiniBERT.
 
     Example::
 

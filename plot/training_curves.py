@@ -115,7 +115,8 @@ def find_logs(path: Path) -> list[Path]:
 def read_log(log: Path) -> list[dict[str, float]]:
     """Return the lines of a log with their numbers, without a last line that a kill truncated.
 
-    Lines of evaluation get the seconds of the line before them. Refuse other lines, or none.
+    Lines of evaluation get the seconds of the line before them. Refuse other lines, or
+    none.
     """
     lines: list[dict[str, float]] = []
     texts = [text for text in log.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]

@@ -90,10 +90,13 @@ def embeddings(
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
-        labels: a label per text, for the colours; without labels, tokens have the colour of their
-            text.
+        texts: three texts or more.
+        labels: a label per text, for the colours; without labels, tokens have the colour
+            of their text.
         tokens: show the tokens: what enters the first layer, and what leaves the last.
         method: ``pca`` (principal components), ``tsne`` or ``umap`` (needs umap-learn).
+        trust_remote_code: run Python code that comes with the model, if it is not a
+            MiniBERT.
 
     Example::
 
@@ -102,7 +105,8 @@ def embeddings(
 
     Raises:
         FileNotFoundError: the model does not exist.
-        ValueError: no or empty texts, labels that do not fit, too few points, an unknown method.
+        ValueError: no or empty texts, labels that do not fit, too few points, an unknown
+            method.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -161,8 +165,8 @@ def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, metho
 def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[str]]:
     """Project (n, width) vectors to (n, 3); return the points and the names of their axes.
 
-    ``pca`` only adds zeros to vectors of up to three dimensions; else its names tell the share of
-    the variance of each component.
+    ``pca`` only adds zeros to vectors of up to three dimensions; else its names tell the
+    share of the variance of each component.
     """
     count, width = vectors.shape
     vectors = np.asarray(vectors, dtype=np.float64)
@@ -182,8 +186,8 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
 
         points = UMAP(min(15, count - 1), n_components=3, init="random", random_state=0, n_jobs=1).fit_transform(vectors)
         return np.asarray(points), [f"UMAP {number}" for number in (1, 2, 3)]
-    # In three dimensions the approximation is slower for some hundred points, and the usual step
-    # too long.
+    # In three dimensions the approximation is slower for some hundred points, and the
+    # usual step too long.
     points = TSNE(
         n_components=3,
         init="pca",

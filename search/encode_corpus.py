@@ -1,9 +1,9 @@
 """Encode a corpus of any size into a folder of vectors: ``minibert encode``.
 
-The input is cut into pieces of ``rows_per_shard`` rows. Piece ``k`` becomes shard ``k``, written by
-process ``k`` modulo the number of processes. A shard appears complete or not at all and records
-which rows it holds, so a killed run resumes with the missing shards, and the manifest can be
-restored from the shards.
+The input is cut into pieces of ``rows_per_shard`` rows. Piece ``k`` becomes shard ``k``,
+written by process ``k`` modulo the number of processes. A shard appears complete or not
+at all and records which rows it holds, so a killed run resumes with the missing shards,
+and the manifest can be restored from the shards.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 # Bad rows named in the manifest; the rest are counted.
 _NAMED = 20
-# Vectors that show the range of every dimension, for int8, and how much wider the range is taken.
+# Vectors that show the range of every dimension, for int8, and how much wider the range
+# is taken.
 _CALIBRATION, _MARGIN = WINDOW_TEXTS, 0.05
 _NO_END = 2**62  # a row that no input has
 
@@ -83,25 +84,31 @@ def encode_corpus(
 ) -> Summary:
     """Encode the texts of ``data`` into ``out``, a folder of vectors, or resume an earlier call.
 
-    Memory does not grow with the number of rows. The processes that torchrun started share the
-    shards; ``out`` must be the same folder for all of them.
+    Memory does not grow with the number of rows. The processes that torchrun started
+    share the shards; ``out`` must be the same folder for all of them.
 
     Args:
-        data: a file, a folder, a Hub data set (owner/name or owner/name:config), which is streamed,
-            or a data set in memory.
-        column: of the texts; the default is as in :func:`minibert.data.stream.open_stream`.
+        model: a model folder, or the id (owner/name) of a model on the Hub.
+        data: a file, a folder, a Hub data set (owner/name or owner/name:config), which is
+            streamed, or a data set in memory.
+        out: the folder of vectors, new or to be resumed.
+        column: of the texts; the default is as in
+            :func:`minibert.data.stream.open_stream`.
         id_column: of the rows' ids; the default is their number in the input, from 0.
+        split: the split of a folder or Hub data set; a single file is read completely.
         keep_text: store the texts with the vectors.
-        precision: of the stored vectors: ``float32``, ``float16``, ``int8`` (256 steps within the
-            range that the first rows show) or ``binary`` (a bit per dimension).
+        precision: of the stored vectors: ``float32``, ``float16``, ``int8`` (256 steps
+            within the range that the first rows show) or ``binary`` (a bit per
+            dimension).
         rows_per_shard: rows of the input in a shard; a kill costs at most so many.
-        on_bad_row: ``refuse`` to continue at a row without a text, or ``skip`` it and name it in
-            the manifest.
-        append: encode the files that ``data`` has gained since the last call; they must come last
-            by name.
+        on_bad_row: ``refuse`` to continue at a row without a text, or ``skip`` it and
+            name it in the manifest.
+        append: encode the files that ``data`` has gained since the last call; they must
+            come last by name.
         force: replace vectors of another model, precision or input.
-        options: as in :func:`minibert.inference.encode.encode`; the default prompt is the model's
-            own for passages, if any.
+        options: as in :func:`minibert.inference.encode.encode`; the default prompt is the
+            model's own for passages, if any.
+        show_progress: show a progress bar on standard error.
 
     Example::
 
@@ -110,8 +117,8 @@ def encode_corpus(
         print(done.written, done.manifest.rows)
 
     Raises:
-        FileNotFoundError, ValueError: as opening the model and the data does; for a row or a folder
-            that cannot be used.
+        FileNotFoundError, ValueError: as opening the model and the data does; for a row
+            or a folder that cannot be used.
         OSError: the disk is full or not writable; complete shards stay.
     """
     if precision not in PRECISIONS:
@@ -202,8 +209,8 @@ def _input_name(manifest: Manifest) -> str:
 def missing_shards(manifest: Manifest, done: set[int], process: int = 0, count: int = 1) -> Iterator[tuple[int, range]]:
     """Yield the number and the rows of every shard that is not ``done`` and that ``process`` writes.
 
-    Each appending call began a shard (see ``starts``); the shard before it has fewer rows. Where
-    the input ends is not known, so the last rows go on without end.
+    Each appending call began a shard (see ``starts``); the shard before it has fewer
+    rows. Where the input ends is not known, so the last rows go on without end.
 
     >>> manifest = Manifest("model", "", 384, "float32", True, {}, {}, {}, rows_per_shard=10, starts=[(0, 0), (2, 15)])
     >>> list(islice(missing_shards(manifest, {0, 2}, process=1, count=2), 3))

@@ -1,12 +1,13 @@
 """Find the nearest vectors of a folder with an index that the first search builds and later ones extend.
 
-Up to ``EXACT_ROWS`` vectors, a query is compared with all of them. Above, FAISS groups the vectors
-into lists around centroids (IVF) and compares a query with short codes (4-bit product quantization)
-of those in the nearest lists; the best are compared again with the vectors as they are stored.
+Up to ``EXACT_ROWS`` vectors, a query is compared with all of them. Above, FAISS groups
+the vectors into lists around centroids (IVF) and compares a query with short codes (4-bit
+product quantization) of those in the nearest lists; the best are compared again with the
+vectors as they are stored.
 
-``index/`` in the folder holds the stored vectors of all shards (``vectors.bin``, memory-mapped,
-since Parquet cannot be), the FAISS index (``lists.faiss``) and ``index.json``, which is written
-last.
+``index/`` in the folder holds the stored vectors of all shards (``vectors.bin``,
+memory-mapped, since Parquet cannot be), the FAISS index (``lists.faiss``) and
+``index.json``, which is written last.
 """
 
 import contextlib
@@ -31,14 +32,16 @@ from minibert.search.vectors import Shard, VectorFolder, to_float
 logger = logging.getLogger(__name__)
 
 KEPT = "the vectors are complete"
-# Comparing a query with all of them takes some milliseconds; building lists, thousands of queries.
+# Comparing a query with all of them takes some milliseconds; building lists, thousands of
+# queries.
 EXACT_ROWS = 50_000
-# Recall is measured for the nearest 10 of stored vectors. The target is above the promised 0.99,
-# because queries differ from stored vectors.
+# Recall is measured for the nearest 10 of stored vectors. The target is above the
+# promised 0.99, because queries differ from stored vectors.
 NEIGHBOURS = 10
 _SAMPLE = 1000
 _TARGET = 0.992
-# Queries are often further from their neighbours than passages, so codes alone never decide.
+# Queries are often further from their neighbours than passages, so codes alone never
+# decide.
 _CANDIDATES = (4, 8, 16, 32)
 _MAX_LISTS = 16_384
 _TRAINING_VECTORS_PER_LIST = 40  # FAISS asks for 39
@@ -69,7 +72,8 @@ class Lists:
         trained_rows: vectors in the folder when the centroids were trained.
         lists: number of lists, of which ``probes`` are searched.
         candidates: vectors per hit that are compared again, as they are stored.
-        recall: share of the true nearest ``NEIGHBOURS`` that are found with these settings.
+        recall: share of the true nearest ``NEIGHBOURS`` that are found with these
+            settings.
     """
 
     sha256: str
@@ -96,8 +100,8 @@ _READER = TypeAdapter(State)
 class VectorIndex:
     """The nearest vectors of a folder by cosine.
 
-    Memory holds the codes of the lists (half a byte per two dimensions, and a row number) and the
-    block that is being compared. The stored vectors stay on disk.
+    Memory holds the codes of the lists (half a byte per two dimensions, and a row number)
+    and the block that is being compared. The stored vectors stay on disk.
 
     Args:
         exact: do not read the lists; every search then compares with all vectors.
@@ -133,11 +137,12 @@ class VectorIndex:
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ``top_k`` rows nearest to each query, best first: cosines and row numbers.
 
-        Both are (n, min(top_k, rows)). If the searched lists hold fewer vectors, the row numbers
-        end with -1.
+        Both are (n, min(top_k, rows)). If the searched lists hold fewer vectors, the row
+        numbers end with -1.
 
         Args:
             queries: (n, dimension) float32, of any length.
+            top_k: number of rows to return for each query.
         """
         queries = normalize(np.ascontiguousarray(queries, dtype=np.float32))
         top_k, lists = min(top_k, len(self)), self.state.lists
@@ -195,8 +200,8 @@ def index_folder(folder: VectorFolder) -> Path:
 def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
     """Open the index of ``folder``, after building it or adding the shards that it lacks.
 
-    It is built from nothing if a shard in it has changed or is gone, or a file of it is damaged or
-    missing. Lists are trained again when the folder has grown fourfold.
+    It is built from nothing if a shard in it has changed or is gone, or a file of it is
+    damaged or missing. Lists are trained again when the folder has grown fourfold.
 
     ``exact`` neither makes nor reads lists; existing ones stay. ``rebuild`` starts from
     nothing.
@@ -329,9 +334,9 @@ def _train(index: VectorIndex) -> Any:
     width = index.folder.manifest.dimension
     # The power of 2 next to four times the square root of the number of vectors.
     lists = min(1 << round(math.log2(4 * math.sqrt(len(index)))), _MAX_LISTS)
-    # Codes of 4 bits for 2 dimensions each, compared in registers ("fast scan"): at equal recall
-    # several times the speed of 8-bit codes or of graphs (HNSW), and a fraction of their time to
-    # build. An odd width gets a column of zeros.
+    # Codes of 4 bits for 2 dimensions each, compared in registers ("fast scan"): at equal
+    # recall several times the speed of 8-bit codes or of graphs (HNSW), and a fraction of
+    # their time to build. An odd width gets a column of zeros.
     kind = f"Pad{width + width % 2},IVF{lists},PQ{(width + 1) // 2}x4fs"
     empty = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     wanted = min(len(index), lists * _TRAINING_VECTORS_PER_LIST)
@@ -343,7 +348,8 @@ def _train(index: VectorIndex) -> Any:
 class Sample:
     """Random stored vectors as queries, and the cosines of their true neighbours.
 
-    Queries are not rounded, so those of binary vectors are random vectors that round to their bits.
+    Queries are not rounded, so those of binary vectors are random vectors that round to
+    their bits.
     """
 
     def __init__(self, index: VectorIndex) -> None:

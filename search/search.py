@@ -33,16 +33,17 @@ logger = logging.getLogger(__name__)
 
 # Depth to which the rankings by meaning and by words are read before they are fused.
 _FUSED_DEPTH = 100
-# Reciprocal rank fusion adds 1 / (60 + rank); 60 is the constant of its paper (Cormack et al.,
-# 2009).
+# Reciprocal rank fusion adds 1 / (60 + rank); 60 is the constant of its paper (Cormack et
+# al., 2009).
 _FUSION = 60
 
 
 class Hit(NamedTuple):
     """A passage found.
 
-    ``number`` is its place in the passages, from 0, and ``score`` its similarity to the query.
-    ``passage`` is None in a folder without texts; ``id`` is given only in a folder of vectors.
+    ``number`` is its place in the passages, from 0, and ``score`` its similarity to the
+    query. ``passage`` is None in a folder without texts; ``id`` is given only in a folder
+    of vectors.
     """
 
     number: int
@@ -55,8 +56,8 @@ def read_passages(data: str | Path | Dataset, column: str | None = None) -> list
     """Read the passages in ``data``: each text of one column once, without blank ones.
 
     Args:
-        data: a file, a folder with a file per split (``train`` is read), a Hub data set (owner/name
-            or owner/name:config), or a data set in memory.
+        data: a file, a folder with a file per split (``train`` is read), a Hub data set
+            (owner/name or owner/name:config), or a data set in memory.
         column: the default is the only column of strings, or else the one named ``text``,
             ``passage``, ``answer`` or ``sentence``.
     """
@@ -73,8 +74,9 @@ def read_passages(data: str | Path | Dataset, column: str | None = None) -> list
 def read_queries(data: str | Path | Dataset) -> list[str]:
     """Read the queries in ``data``, one per row, in their order.
 
-    They are in the only column of strings, or else in the one named ``query``, ``question`` or
-    ``text``. ``data`` and errors are as in :func:`read_passages`; blank queries are refused.
+    They are in the only column of strings, or else in the one named ``query``,
+    ``question`` or ``text``. ``data`` and errors are as in :func:`read_passages`; blank
+    queries are refused.
     """
     data = as_dataset(data, split="train")
     found, usual = text_columns(data), [["query"], ["question"], ["text"]]
@@ -99,8 +101,8 @@ class Searcher:
     """Passages and their vectors in memory, ready for queries.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
-            model.
+        model: a model folder, the id of a model on the Hub, or an opened
+            sentence-transformers model.
         passages: texts to search; each is encoded once, here. Memory holds their vectors.
 
     Example::
@@ -150,10 +152,11 @@ class FolderSearcher(Searcher):
     Its index is built here, or extended by new shards.
 
     Args:
-        model: where the model that made the vectors is now; the default is as the manifest says.
+        model: where the model that made the vectors is now; the default is as the
+            manifest says.
         exact: compare queries with all vectors, however many.
-        hybrid: fuse the rankings by meaning and by words (BM25) by reciprocal rank; scores are then
-            sums of ``1 / (60 + rank)``.
+        hybrid: fuse the rankings by meaning and by words (BM25) by reciprocal rank;
+            scores are then sums of ``1 / (60 + rank)``.
         rebuild: build the index from nothing.
 
     Example::
@@ -164,8 +167,8 @@ class FolderSearcher(Searcher):
 
     Raises:
         FileNotFoundError: for a folder, model or shard that is not there.
-        ValueError: for a model that did not make these vectors, a folder without vectors or
-            (``hybrid``) without texts, and damaged files.
+        ValueError: for a model that did not make these vectors, a folder without vectors
+            or (``hybrid``) without texts, and damaged files.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Read and write a folder of vectors, which ``minibert encode`` makes: Parquet shards and a manifest.
 
-``manifest.json`` says which model made the vectors, from which input, and what the shards hold.
-``part-00000.parquet``, … have the columns ``id``, ``text`` (if it was kept) and ``vector`` (a
-fixed-size list). Files appear complete or not at all.
+``manifest.json`` says which model made the vectors, from which input, and what the shards
+hold. ``part-00000.parquet``, … have the columns ``id``, ``text`` (if it was kept) and
+``vector`` (a fixed-size list). Files appear complete or not at all.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ _KEY = b"minibert"
 class Shard:
     """``rows`` vectors, numbered from ``first_row``.
 
-    They were made from ``input_rows`` rows of the input, from ``first_input_row`` on; ``rows`` is
-    smaller if some were skipped.
+    They were made from ``input_rows`` rows of the input, from ``first_input_row`` on;
+    ``rows`` is smaller if some were skipped.
     """
 
     file: str
@@ -53,9 +53,10 @@ class Manifest:
         precision: ``float32``, ``float16``, ``int8`` or ``binary``.
         normalized: True if the vectors had length 1 before they were stored.
         source: identifies the encoded input.
-        columns: the input's columns taken as ``text`` and as ``id`` (``None``: the number of the
-            row), and whether the text is ``kept``.
-        encoding: everything else that the vectors depend on, such as the prompt and the dtype.
+        columns: the input's columns taken as ``text`` and as ``id`` (``None``: the number
+            of the row), and whether the text is ``kept``.
+        encoding: everything else that the vectors depend on, such as the prompt and the
+            dtype.
         rows_per_shard: rows of the input per shard.
         rows: vectors in all shards.
         skipped: number of skipped rows of the input.
@@ -200,8 +201,8 @@ class VectorFolder:
     def _take(self, column: str, rows: Sequence[int] | np.ndarray) -> list[Any]:
         """Return ``column`` of these rows, in their order.
 
-        ``pyarrow.dataset`` would read the column of every row for it; here, only the row groups
-        that hold them are read.
+        ``pyarrow.dataset`` would read the column of every row for it; here, only the row
+        groups that hold them are read.
         """
         wanted = np.asarray(rows, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
@@ -256,7 +257,8 @@ def shard_files(folder: Path) -> dict[int, Path]:
 
 def remove_vectors(folder: Path) -> None:
     """Delete shards, complete or not, and the manifest, and nothing else."""
-    # The manifest goes last: a folder without it is refused, because its files could be anything.
+    # The manifest goes last: a folder without it is refused, because its files could be
+    # anything.
     shards = [*shard_files(folder).values(), *folder.glob(".part-*.parquet.part")]
     for file in (*shards, folder / MANIFEST):
         file.unlink(missing_ok=True)

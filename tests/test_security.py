@@ -122,7 +122,7 @@ def all_doors(folder, tmp_path):
     return {
         "find_model": lambda: find_model(folder),
         "load": lambda: load(folder, device="cpu"),
-        "checkpoint": lambda: folders.Checkpoint(folders.encoder_folder(folder)),
+        "checkpoint": lambda: folders.read_tensors(folders.encoder_folder(folder)),
         "train": lambda: run_recipe(load_recipe(recipe), output_dir=tmp_path / "run"),
     }
 
@@ -261,7 +261,7 @@ def test_usual_code_names_pass(model):
 def test_parts_of_the_weights_outside_of_the_folder_are_refused(model, name):
     shutil.move(model / "model.safetensors", model.parent / "model.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    for check in (check_paths, find_model, folders.Checkpoint):
+    for check in (check_paths, find_model, folders.read_tensors):
         with pytest.raises(ValueError, match="outside of the folder|which is not a safetensors file"):
             check(model)
 
@@ -321,7 +321,7 @@ def test_a_link_to_the_folder_itself_and_other_links_beside_the_model_are_the_us
 )
 def test_a_configuration_far_larger_than_its_weights_is_refused_before_it_is_built(model, field, value):
     edit_json(model / "config.json", **{field: value})
-    for check in (find_model, folders.Checkpoint):
+    for check in (find_model, folders.read_tensors):
         with pytest.raises(ValueError, match="config.json describes a model of about 10.* numbers, but its weights hold"):
             check(model)
 

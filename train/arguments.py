@@ -17,7 +17,8 @@ SampleBy = Annotated[
 ]
 _BEST = "Metric that picks the checkpoint to keep."
 _OR_LAST = " Null keeps the last."
-# Marks a field that may differ when a run is resumed, because it does not change the result.
+# Marks a field that may differ when a run is resumed, because it does not change the
+# result.
 FREE = "free"
 
 

@@ -1,8 +1,8 @@
 """Write folders that are complete or absent: under a temporary name, synced, then renamed.
 
-A checkpoint is a folder ``step-00000120`` whose ``manifest.json`` lists the size of every other
-file. A kill leaves no incomplete folder without ``.tmp`` in its name. The manifest shows files that
-are missing or cut short later, but not a flipped bit.
+A checkpoint is a folder ``step-00000120`` whose ``manifest.json`` lists the size of every
+other file. A kill leaves no incomplete folder without ``.tmp`` in its name. The manifest
+shows files that are missing or cut short later, but not a flipped bit.
 """
 
 import json

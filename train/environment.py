@@ -31,7 +31,8 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
     }
     if torch.cuda.is_available():
         found["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    # The earlier stage of this run that made the weights or, for new weights, the tokenizer.
+    # The earlier stage of this run that made the weights or, for new weights, the
+    # tokenizer.
     own_tokenizer = context.tokenizer if context.tokenizer != context.teacher else None
     start = context.model or own_tokenizer
     if start and Path(start).parent == context.output_dir.parent:

@@ -1,8 +1,9 @@
 """Train a model that computes its own loss: the loop of all stages but embed.
 
-The rows of a step, their order and its random numbers follow from (seed, step, process) alone, so
-a checkpoint holds no sampler and no generator: weights, optimizer state and the number of finished
-steps are enough to continue bit for bit, also in the middle of an epoch.
+The rows of a step, their order and its random numbers follow from (seed, step, process)
+alone, so a checkpoint holds no sampler and no generator: weights, optimizer state and the
+number of finished steps are enough to continue bit for bit, also in the middle of an
+epoch.
 """
 
 import contextlib
@@ -53,8 +54,9 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of ``step``: linear warm-up to ``peak``, then ``schedule``.
 
-    wsd (warm-up, stable, decay) stays at ``peak`` until the last ``decay_ratio`` of all steps and
-    then falls as one minus a square root (Hägele et al. 2024, arXiv:2405.18392).
+    wsd (warm-up, stable, decay) stays at ``peak`` until the last ``decay_ratio`` of all
+    steps and then falls as one minus a square root (Hägele et al. 2024,
+    arXiv:2405.18392).
 
     >>> [learning_rate(s, peak=1.0, warmup=2, total=6) for s in (0, 1, 2, 4, 6)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -88,7 +90,8 @@ def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.n
 def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[list[np.ndarray]]:
     """Cut the rows of a step: ``result[a][p]`` is the part of process p in micro-batch a.
 
-    The last step of an epoch is uneven: parts may be empty, but not for all processes at once.
+    The last step of an epoch is uneven: parts may be empty, but not for all processes at
+    once.
 
     >>> [[part.tolist() for part in parts] for parts in split_rows(np.arange(3), accumulation=2, processes=2)]
     [[[0], [1]], [[2], []]]
@@ -143,10 +146,10 @@ class Phase:
     """A part of a run that has its own rows, batch size and peak learning rate.
 
     Attributes:
-        rows: has a length and ``collate``, which makes the keyword arguments of the model for an
-            array of row numbers. Its random numbers come from the seeded generators of Python,
-            numpy and torch. ``attention_mask``, if any, counts tokens. A ``fingerprint``, if any,
-            must not change when a run is resumed.
+        rows: has a length and ``collate``, which makes the keyword arguments of the model
+            for an array of row numbers. Its random numbers come from the seeded
+            generators of Python, numpy and torch. ``attention_mask``, if any, counts
+            tokens. A ``fingerprint``, if any, must not change when a run is resumed.
         batch_size: rows per process and micro-batch.
         share: relative share of the optimizer steps of the run.
     """
@@ -163,7 +166,8 @@ class Steps(Dataset[StepBatch]):
     def __init__(self, phases: Sequence[Phase], *, accumulation: int, seed: int, process: int, processes: int):
         self.phases, self.seed = phases, seed
         self.accumulation, self.process, self.processes = accumulation, process, processes
-        # A step makes 1 / (steps of a pass over the rows) of an epoch, weighted by shares.
+        # A step makes 1 / (steps of a pass over the rows) of an epoch, weighted by
+        # shares.
         total = sum(phase.share for phase in phases)
         passes = (phase.share / total / math.ceil(len(phase.rows) / self.rows_per_step(phase)) for phase in phases)
         self.per_epoch = max(1, round(1 / sum(passes)))
@@ -197,7 +201,8 @@ class Steps(Dataset[StepBatch]):
         rows, phase = self.row_ids(step), self.phases[self.locate(step)[0]]
         for parts in split_rows(rows, accumulation=self.accumulation, processes=self.processes):
             mine = parts[self.process]
-            # The others wait for the gradients of a process without rows; they have the weight 0.
+            # The others wait for the gradients of a process without rows; they have the
+            # weight 0.
             batch = phase.rows.collate(mine if len(mine) else rows[:1])
             batches.append(batch)
             terms.append(count_labels(batch) if len(mine) else 0)
@@ -356,12 +361,12 @@ def fit(
 ) -> dict[str, Any]:
     """Train ``model``, and save it in the stage's folder with ``metrics.json`` and ``log.jsonl``.
 
-    Called again after an interruption, it continues from the latest valid checkpoint. Under
-    torchrun every process calls it; ``batch_size`` rows go to each.
+    Called again after an interruption, it continues from the latest valid checkpoint.
+    Under torchrun every process calls it; ``batch_size`` rows go to each.
 
     ``rows`` are the training data (see :class:`Phase`) or a list of phases. ``evaluate``
-    measures the model, in evaluation mode without gradients, in every process; ``metric`` of it
-    picks the weights to keep, and None keeps the last.
+    measures the model, in evaluation mode without gradients, in every process; ``metric``
+    of it picks the weights to keep, and None keeps the last.
     """
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
@@ -668,8 +673,9 @@ class _Run:
 def keep_memory() -> None:
     """Make glibc keep all memory that this process frees (mallopt(3)); elsewhere do nothing.
 
-    By default glibc returns blocks above 32 MiB, and the next such activation is mapped again page
-    by page. The model's own files only keep smaller blocks: they run in processes of others.
+    By default glibc returns blocks above 32 MiB, and the next such activation is mapped
+    again page by page. The model's own files only keep smaller blocks: they run in
+    processes of others.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_MAX, 0)

@@ -13,8 +13,8 @@ from minibert.data.source import DataSource
 from minibert.files import disk
 from minibert.train.arguments import KINDS, OBJECTIVES, EmbedStage, PairSource, Recipe
 
-# PyYAML raises its own errors and those of Python's conversions (2026-99-99, !!int "", brackets
-# without end).
+# PyYAML raises its own errors and those of Python's conversions (2026-99-99, !!int "",
+# brackets without end).
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
@@ -37,7 +37,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        # One mistake can fail several branches of a type; the user needs each sentence once.
+        # One mistake can fail several branches of a type; the user needs each sentence
+        # once.
         problems += dict.fromkeys(_in_words(problem, raw) for problem in error.errors())
     if len(problems) == 1:
         raise ValueError(f"{path}: {problems[0]}")

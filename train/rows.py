@@ -26,7 +26,8 @@ class TokenizedDataset:
     Attributes:
         ids: (tokens of all rows,) int32.
         types: (tokens of all rows,) int8, the segments; None if the model has none.
-        starts: (rows + 1,), the position of the first token of each row, and the number of tokens.
+        starts: (rows + 1,), the position of the first token of each row, and the number
+            of tokens.
         labels: (rows,) or (rows, values); a subclass may label every token.
     """
 
@@ -132,9 +133,9 @@ def compute_outputs(model: nn.Module, rows: TokenizedDataset, batch_size: int) -
     """Compute the logits of all rows: processes share the batches, and all get all logits.
 
     Returns:
-        The numbers of the rows, in the order in which they were computed, and one float32 tensor
-        per batch, (rows of the batch, ...). Logits of padded tokens are as long as the longest
-        row of their batch.
+        The numbers of the rows, in the order in which they were computed, and one float32
+        tensor per batch, (rows of the batch, ...). Logits of padded tokens are as long as
+        the longest row of their batch.
     """
     state = processes()
     batches = rows.batches(np.arange(len(rows)), batch_size)

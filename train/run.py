@@ -25,7 +25,8 @@ from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
 
-# Stages that the main process runs alone; the other functions have the name of their kind.
+# Stages that the main process runs alone; the other functions have the name of their
+# kind.
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
 
@@ -33,10 +34,13 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
     """Run the stages of ``recipe`` in order. Under torchrun every process calls this.
 
     Args:
-        output_dir: folder of the run; the default is the recipe's own, else ``runs/<name>``.
-        resume: continue an interrupted stage at its last checkpoint instead of its beginning.
-        force: run stages whose arguments changed, and those after them, again. Finished results
-            stay in ``N-name.replaced`` until the run is finished.
+        recipe: a checked recipe.
+        output_dir: folder of the run; the default is the recipe's own, else
+            ``runs/<name>``.
+        resume: continue an interrupted stage at its last checkpoint instead of its
+            beginning.
+        force: run stages whose arguments changed, and those after them, again. Finished
+            results stay in ``N-name.replaced`` until the run is finished.
 
     Returns:
         The folder of the run, with ``recipe.yaml`` and one folder per stage.

@@ -1,8 +1,8 @@
 """Run the trainer of sentence-transformers as a stage of a recipe.
 
-The trainer computes. This adapter adds the promises of a stage: checkpoints that are checked before
-they are used, the best weights kept apart, ``log.jsonl``, a clean stop on Ctrl-C and SIGTERM, and a
-result that appears only when it is complete.
+The trainer computes. This adapter adds the promises of a stage: checkpoints that are
+checked before they are used, the best weights kept apart, ``log.jsonl``, a clean stop on
+Ctrl-C and SIGTERM, and a result that appears only when it is complete.
 """
 
 import json
@@ -148,7 +148,8 @@ class _StageCallback(ProgressCallback):
             metrics = {name: value for name, value in line.items() if name.startswith("eval_")}
             self.evaluation = metrics or self.evaluation
         self.start = time.perf_counter() - seconds
-        # Metrics of a later step belong to a lost checkpoint; they will be measured again.
+        # Metrics of a later step belong to a lost checkpoint; they will be measured
+        # again.
         if state.global_step and self.best_folder.exists() and checkpoint.find_corruption(self.best_folder) is None:
             best = read_json(self.best_folder / "best.json")
             self.best = best if best["step"] <= state.global_step else None

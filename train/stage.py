@@ -26,7 +26,8 @@ def load_tokenizer(context: StageContext) -> Any:
     """Load the tokenizer of a stage."""
     from transformers import AutoTokenizer
 
-    # Without trust_remote_code, a checkpoint that carries code asks a question on the terminal.
+    # Without trust_remote_code, a checkpoint that carries code asks a question on the
+    # terminal.
     try:
         return AutoTokenizer.from_pretrained(context.tokenizer, trust_remote_code=False)
     except (KeyError, TypeError, ValueError) as error:

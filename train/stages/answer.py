@@ -138,8 +138,8 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
     """Return the first and last token of characters ``start`` to ``end`` in each window of a row.
 
     Returns:
-        (0, 0), the place of ``[CLS]``, for windows that do not hold all of them; None where no
-        token covers any.
+        (0, 0), the place of ``[CLS]``, for windows that do not hold all of them; None
+        where no token covers any.
     """
     found: list[tuple[int, int] | None] = []
     places: list[tuple[int, int]] = []  # characters of the answer's tokens
@@ -177,12 +177,13 @@ def evaluator(
 def answer_metrics(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return exact match and F1 of SQuAD (Rajpurkar et al. 2018, arXiv:1806.03822).
 
-    If some rows have no answer, both are also given for the rows with and without an answer.
+    If some rows have no answer, both are also given for the rows with and without an
+    answer.
 
     Args:
         given: a text per row; an empty text is no answer.
-        expected: the right answers of each row, of which the best counts; an empty list is no
-            answer.
+        expected: the right answers of each row, of which the best counts; an empty list
+            is no answer.
 
     >>> answer_metrics(["the cat", "a big dog"], [["cat", "the cats"], ["big dogs"]])
     {'exact_match': 0.5, 'f1': 0.75}

@@ -30,7 +30,8 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
     changes: dict[str, Any] = {"num_labels": 1, "problem_type": None}
     if context.model is not None:
         start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
-        # The head of a classifier has the same name but another shape; a new one replaces it.
+        # The head of a classifier has the same name but another shape; a new one replaces
+        # it.
         architecture = (start.architectures or [""])[0]
         changes["ignore_mismatched_sizes"] = not architecture.endswith("ForMultipleChoice")
     tokenizer, model, max_length = load_start(AutoModelForMultipleChoice, args, context, **changes)
@@ -100,7 +101,8 @@ class ChoiceRows:
     """Questions, each tokenized with every one of its choices.
 
     Attributes:
-        pairs: a row of tokens for each question and choice, those of a question in succession.
+        pairs: a row of tokens for each question and choice, those of a question in
+            succession.
     """
 
     def __init__(self, pairs: TokenizedDataset, choices: int):

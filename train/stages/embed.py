@@ -29,16 +29,16 @@ from minibert.train.loop import checkpoint_activations, in_precision
 from minibert.train.sentence_trainer import train
 from minibert.train.stage import StageContext, load_start
 
-# A passage that is this close to the positive, as a share of the positive's similarity, may well
-# answer the query too.
+# A passage that is this close to the positive, as a share of the positive's similarity,
+# may well answer the query too.
 _MARGIN = 0.05
 
 
 def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     """Train a sentence-transformers model, and measure retrieval.
 
-    The loss is the multiple negatives ranking loss (Henderson et al. 2017, arXiv:1705.00652), or
-    its cached form (Gao et al. 2021, arXiv:2101.06983).
+    The loss is the multiple negatives ranking loss (Henderson et al. 2017,
+    arXiv:1705.00652), or its cached form (Gao et al. 2021, arXiv:2101.06983).
     """
     sources = training_pairs(args, context.seed)
     evaluate = _evaluator(args)
@@ -53,7 +53,8 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
     """Return columns of queries, passages and (if named) negatives, in that order.
 
     Returns:
-        Data sets by place and path: with ``one_source_per_batch`` one for each source, else one of
+        Data sets by place and path: with ``one_source_per_batch`` one for each source,
+            else one of
         given pairs and one of pairs made from plain text.
     """
     if args.one_source_per_batch:
@@ -86,9 +87,9 @@ def _with_negatives(
 ) -> dict[str, Dataset]:
     """Add hard negatives where ``args`` ask for them, and drop the pairs with too few.
 
-    Hard negatives are the passages most similar to the query, by ``model``, but clearly less
-    similar than the positive. They are mined once and kept in ``folder``, so that a run that
-    resumes trains on the same rows, as does a source given twice.
+    Hard negatives are the passages most similar to the query, by ``model``, but clearly
+    less similar than the positive. They are mined once and kept in ``folder``, so that a
+    run that resumes trains on the same rows, as does a source given twice.
     """
     mined = dict(sources)
     for number, (name, pairs) in enumerate(sources.items()):
@@ -150,8 +151,8 @@ def sentence_model(
 ) -> SentenceTransformer:
     """Wrap ``encoder`` with pooling (and normalization) as sentence-transformers modules.
 
-    sentence-transformers only opens folders, so both are saved to ``start`` for a moment. The
-    ``options`` are those of :class:`SentenceTransformer`.
+    sentence-transformers only opens folders, so both are saved to ``start`` for a moment.
+    The ``options`` are those of :class:`SentenceTransformer`.
     """
     state = processes()
     if state.is_main_process:

@@ -82,7 +82,8 @@ class Masking:
 
     Attributes:
         special: (V,) True for ids that are never masked nor put in place of a word.
-        continues: (V,) True for pieces that continue a word; None masks each token by itself.
+        continues: (V,) True for pieces that continue a word; None masks each token by
+            itself.
     """
 
     def __init__(self, tokenizer: Any, args: MaskedWordArguments):
@@ -194,8 +195,9 @@ class PackedRows:
 class SentencePairs:
     """Rows of two segments of complete sentences each, for next-sentence prediction.
 
-    The second segment follows the first in its document or, half of the time, comes from another
-    document. The end of the first and the other document are drawn each time a row is read.
+    The second segment follows the first in its document or, half of the time, comes from
+    another document. The end of the first and the other document are drawn each time a
+    row is read.
     """
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):

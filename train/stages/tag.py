@@ -49,8 +49,9 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
 class TagRows(TokenizedDataset):
     """Windows of tagged sentences.
 
-    ``labels`` is (tokens of all windows,): a tag at the first subword of a word, else -100. Every
-    word has its tag once, so the labelled tokens of all windows are the words in order.
+    ``labels`` is (tokens of all windows,): a tag at the first subword of a word, else
+    -100. Every word has its tag once, so the labelled tokens of all windows are the words
+    in order.
     """
 
     @classmethod

@@ -63,8 +63,8 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Ten
 class EmbeddingDistillation(Distillation):
     """The teacher's vectors, the similarities between them, and its hidden states, each with its weight.
 
-    Where student and teacher differ in width, a linear map that is trained with the student and not
-    saved stands between them.
+    Where student and teacher differ in width, a linear map that is trained with the
+    student and not saved stands between them.
     """
 
     def __init__(self, args: DistillEmbeddingStage, student: Any, teacher: Any):
@@ -81,6 +81,8 @@ class EmbeddingDistillation(Distillation):
 
         Args:
             teacher_vectors: (B, C); None computes them here from the same inputs.
+            **inputs: the inputs of the model.
+            labels: unused; the trainer passes them.
         """
         args, hidden = self.args, self.args.hidden_weight > 0
         vectors, states = vectors_and_states(self.student, inputs, hidden)

@@ -24,8 +24,8 @@ from minibert.train.stages.pretrain import Masking, PackedRows, corpora, evaluat
 class MaskedLMDistillation(Distillation):
     """DistilBERT's three losses (Sanh et al. 2019, section 2).
 
-    The student learns the teacher's distribution and the word itself at masked positions, and the
-    direction of the teacher's last hidden state at every token.
+    The student learns the teacher's distribution and the word itself at masked positions,
+    and the direction of the teacher's last hidden state at every token.
     """
 
     def forward(self, labels: Tensor, **inputs: Any) -> ModelOutput:

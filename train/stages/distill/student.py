@@ -65,7 +65,8 @@ def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
 def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``T² · KL(teacher ‖ student)`` of logits (rows, classes) over T, as a mean over rows.
 
-    The factor keeps the size of the gradient, which shrinks as 1 / T². It is 0 without rows.
+    The factor keeps the size of the gradient, which shrinks as 1 / T². It is 0 without
+    rows.
     """
     divergence = F.kl_div(
         F.log_softmax(student.float() / temperature, dim=-1),
@@ -89,7 +90,8 @@ class Distillation(nn.Module):
     def __init__(self, args: Any, student: Any, teacher: Any = None):
         super().__init__()
         self.args, self.student = args, student
-        # Not set through nn.Module: the teacher is not trained, saved, or put into training mode.
+        # Not set through nn.Module: the teacher is not trained, saved, or put into
+        # training mode.
         object.__setattr__(self, "teacher", teacher)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -114,8 +116,8 @@ def fit_student(
 ) -> dict[str, Any]:
     """Train the student of ``distillation`` with :func:`fit`.
 
-    ``measure`` measures a model (None without evaluation data), and ``measure_teacher`` the
-    teacher, if it reads other tokens.
+    ``measure`` measures a model (None without evaluation data), and ``measure_teacher``
+    the teacher, if it reads other tokens.
 
     Returns:
         The metrics and size of the student, and those of the teacher.

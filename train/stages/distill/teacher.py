@@ -60,14 +60,15 @@ def fingerprint(model: nn.Module, *facts: Any) -> str:
 def cached_teacher_outputs(folder: Path, key: str, rows: int, compute: Callable[[range], Any]) -> list[np.ndarray]:
     """Compute a teacher's outputs for all rows, or find them in ``folder``.
 
-    Processes share the work, and an interrupted run keeps what was done; all processes must see the
-    same folder.
+    Processes share the work, and an interrupted run keeps what was done; all processes
+    must see the same folder.
 
-    ``key`` changes with all that the outputs follow from. ``compute`` returns the outputs of a
-    range of rows, (rows of the range, C).
+    ``key`` changes with all that the outputs follow from. ``compute`` returns the outputs
+    of a range of rows, (rows of the range, C).
 
     Returns:
-        Memory-mapped arrays of ``ROWS_PER_FILE`` rows, or fewer in the last, (rows, C) float32.
+        Memory-mapped arrays of ``ROWS_PER_FILE`` rows, or fewer in the last, (rows, C)
+        float32.
     """
     state = processes()
     paths = [folder / f"teacher-{key}-{start:010d}.npy" for start in range(0, rows, ROWS_PER_FILE)]
@@ -91,7 +92,8 @@ class TaughtRows:
 
     Args:
         name: of the outputs among the arguments of the student.
-        outputs: of :func:`cached_teacher_outputs`; None where the teacher runs at every step.
+        outputs: of :func:`cached_teacher_outputs`; None where the teacher runs at every
+            step.
         teacher: its fingerprint; a run never resumes with another teacher.
     """
 
