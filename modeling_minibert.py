@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -133,9 +134,9 @@ class MiniBertEmbeddings(nn.Module):
 class MiniBertAttention(nn.Module):
     """Compute multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
 
-    def __init__(self, config: MiniBertConfig):
+    def __init__(self, config: MiniBertConfig, layer_idx: int):
         super().__init__()
-        self.config = config
+        self.config, self.layer_idx = config, layer_idx
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
@@ -152,6 +153,7 @@ class MiniBertAttention(nn.Module):
         attention_mask: Tensor | None = None,
         packing: Packing | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
@@ -167,6 +169,8 @@ class MiniBertAttention(nn.Module):
             if packing is not None:  # all sequences in one row, for transformers' variable-length kernels
                 query, key, value, kwargs = query[None], key[None], value[None], kwargs | packing.kernel_arguments()
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)  # with the prefix before them
             function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             context, weights = function(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -194,10 +198,10 @@ class MiniBertMLP(nn.Module):
 class MiniBertLayer(GradientCheckpointingLayer):
     """Add attention and MLP to the residual stream, with the norm after each sum or before each block."""
 
-    def __init__(self, config: MiniBertConfig):
+    def __init__(self, config: MiniBertConfig, layer_idx: int):
         super().__init__()
         self.norm_first = config.norm_position == "pre"
-        self.attention = MiniBertAttention(config)
+        self.attention = MiniBertAttention(config, layer_idx)
         self.attention_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MiniBertMLP(config)
         self.mlp_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -251,7 +255,7 @@ class MiniBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MiniBertLayer, "attentions": MiniBertAttention}
 
-    def encode(self, *given: Tensor | None, labels: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def run_encoder(self, labels: Tensor | None, *given: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Call the encoder; if a label that counts stands at padding, compute padding as BertModel does, and warn once."""
         mask, traced = given[1], torch.compiler.is_compiling() or (labels is not None and is_transformed(labels))
         comparable = labels is not None and mask is not None and mask.shape == labels.shape and not traced
@@ -274,7 +278,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
     def __init__(self, config: MiniBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = MiniBertEmbeddings(config)
-        self.layers = nn.ModuleList([MiniBertLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([MiniBertLayer(config, at) for at in range(config.num_hidden_layers)])
         norm_last = config.norm_position == "pre"
         self.final_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps) if norm_last else nn.Identity()
         self.pooler = MiniBertPooler(config) if add_pooling_layer else None
@@ -293,6 +297,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
         unpad_inputs: bool = True,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode a batch.
@@ -305,6 +310,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
             cu_seq_lens_q, max_length_q: bounds and longest length of the sequences packed into a single row (B = 1), as
                 transformers' flattening collator returns them.
             unpad_inputs: False computes padding too, as ``config.unpad_inputs = False`` does for every call.
+            past_key_values: keys and values of P virtual tokens before the text (prefix tuning); the mask is (B, P + L) then.
 
         Returns:
             ``last_hidden_state`` (B, L, C), float32 also for half-precision weights, and ``pooler_output`` (B, C).
@@ -314,19 +320,23 @@ class MiniBertModel(MiniBertPreTrainedModel):
             ValueError: for both or neither of ids and embeddings, a sequence longer than the positions, and an id that is not
                 in the vocabulary (checked on the CPU only, where the check needs no synchronisation).
         """
-        inputs = self._check_inputs(input_ids, attention_mask, position_ids, inputs_embeds)
+        prefix = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = self._check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, prefix)
         if position_ids is None:
-            position_ids = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
-        packing = pack_batch(self, inputs, attention_mask, cu_seq_lens_q, max_length_q, kwargs) if unpad_inputs else None
+            position_ids = torch.arange(prefix, prefix + inputs.shape[1], device=inputs.device).unsqueeze(0)
+        packing = None
+        if unpad_inputs and past_key_values is None:
+            packing = pack_batch(self, inputs, attention_mask, cu_seq_lens_q, max_length_q, kwargs)
         if packing is None and token_type_ids is None:
             token_type_ids = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
         given = (input_ids, token_type_ids, position_ids, inputs_embeds)
         if packing is None:
-            mask = self._padded_mask(inputs, attention_mask, cu_seq_lens_q)
-            hidden_states = self.encode_tokens(*given, mask, **kwargs)  # (B, L, C)
+            mask = self._padded_mask(inputs, attention_mask, cu_seq_lens_q, past_key_values)
+            hidden_states = self.encode_tokens(*given, mask, past_key_values=past_key_values, **kwargs)  # (B, L, C)
         else:
             hidden_states = packed_forward(self, packing, given, *inputs.shape[:2], **kwargs)
-        pooled = self.pooler(hidden_states, attention_mask) if self.pooler is not None else None
+        mask = attention_mask if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, prefix:]
+        pooled = self.pooler(hidden_states, mask) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
     def encode_tokens(
@@ -358,7 +368,9 @@ class MiniBertModel(MiniBertPreTrainedModel):
         self._check_inputs(given[0], None, given[2], None)
         return packed_forward(self, packing, given, 1, len(input_ids))[0]
 
-    def _padded_mask(self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Any:
+    def _padded_mask(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past_key_values: Cache | None
+    ) -> Any:
         """Return the attention mask of the padded computation in the form that the attention implementation expects."""
         only_same_document = None
         if cu_seqlens is not None:
@@ -372,25 +384,27 @@ class MiniBertModel(MiniBertPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states.new_empty((*hidden_states.shape[:2], 1), dtype=torch.float32),
             attention_mask=attention_mask,
+            past_key_values=past_key_values,
             and_mask_function=only_same_document,
         )
 
     def _check_inputs(
-        self, input_ids: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None
+        self, input_ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, embeds: Tensor | None, prefix: int = 0
     ) -> Tensor:
         """Refuse wrong inputs and return the ids or the embeddings, whichever are given."""
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        inputs = input_ids if embeds is None else embeds
+        if inputs is None or (input_ids is not None and embeds is not None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if mask is not None and mask.dim() < 4 and mask.shape != inputs.shape[:2]:
+        expected = (inputs.shape[0], prefix + inputs.shape[1])
+        if mask is not None and mask.dim() < 4 and mask.shape != expected:
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)} but the input has {tuple(inputs.shape[:2])} (batch, tokens); "
+                f"attention_mask has shape {tuple(mask.shape)} but the input has {expected} (batch, tokens); "
                 "give 1 or 0 for every token."
             )
         limit, table = self.config.max_position_embeddings, self.config.position_embedding_type != "rotary"
-        if table and position_ids is None and inputs.shape[1] > limit:
+        if table and positions is None and expected[1] > limit:
             raise ValueError(
-                f"The input has {inputs.shape[1]} tokens but this model has max_position_embeddings={limit}; "
+                f"The input has {expected[1]} tokens but this model has max_position_embeddings={limit}; "
                 f"tokenize with truncation=True, max_length={limit}, or train a model with more positions."
             )
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(inputs):
@@ -488,7 +502,7 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
 
         ``return_logits=False`` with labels returns the loss alone, which saves most of the memory and time of the head.
         """
-        outputs = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels=labels, **kwargs)
+        outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits, **kwargs)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
@@ -535,14 +549,13 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
 
         The loss is the sum of the mean losses of the given tasks.
         """
-        outputs = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels=labels, **kwargs)
+        outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits)
         follows = at_least_float32(linear(self.next_sentence, outputs.pooler_output))  # (B, 2)
         if next_sentence_label is not None:
             next_loss = F.cross_entropy(follows, next_sentence_label.view(-1))
             loss = next_loss if loss is None else loss + next_loss
-        recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return MiniBertForPreTrainingOutput(loss=loss, prediction_logits=logits, seq_relationship_logits=follows, **recorded)
+        return MiniBertForPreTrainingOutput(loss, logits, follows, outputs.hidden_states, outputs.attentions)
 
 
 class MiniBertClassifierBase(MiniBertPreTrainedModel):
@@ -581,15 +594,11 @@ class MiniBertForSequenceClassification(MiniBertClassifierBase):
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Take ``labels`` (B,), or (B, num_labels) for several labels per text; return logits (B, num_labels)."""
-        outputs = self.minibert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self.run_encoder(None, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.pooler_output)
         arguments: dict[str, Any] = {"labels": labels, "pooled_logits": logits, "config": self.config}
         loss = None if labels is None else self.loss_function(**arguments, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class MiniBertForTokenClassification(MiniBertClassifierBase):
@@ -612,12 +621,10 @@ class MiniBertForTokenClassification(MiniBertClassifierBase):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Take ``labels`` (B, L), -100 where a token has no label; return logits (B, L, num_labels)."""
-        outputs = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels=labels, **kwargs)
+        outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
@@ -647,20 +654,20 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
 
         Logits at padding are so low that the loss does not depend on how far a batch was padded.
         """
-        labels = None
-        if attention_mask is not None and start_positions is not None and end_positions is not None:
-            ends = torch.stack([start_positions.view(-1), end_positions.view(-1)], dim=1)  # (B, 2)
-            labels = torch.full_like(attention_mask, -100).scatter(1, ends.clamp(0, attention_mask.shape[1] - 1), 1)
-        outputs = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels=labels, **kwargs)
+        labels, real = None, attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
+        if real is not None and start_positions is not None and end_positions is not None:
+            ends = torch.stack([start_positions.view(-1), end_positions.view(-1)], dim=1).clamp(0, real.shape[1] - 1)  # (B, 2)
+            labels = torch.full_like(real, -100, dtype=torch.long).scatter(1, ends, 1)
+            real = real.scatter(1, ends, True)  # a label at padding must keep a finite loss
+        outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = at_least_float32(linear(self.qa_outputs, outputs.last_hidden_state))  # (B, L, 2)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
+        if real is not None:
+            logits = logits.masked_fill(~real.unsqueeze(-1), torch.finfo(logits.dtype).min)
         start_logits, end_logits = (x.contiguous() for x in logits.unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **recorded)
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
 
 
 class MiniBertForMultipleChoice(MiniBertClassifierBase):
@@ -689,9 +696,7 @@ class MiniBertForMultipleChoice(MiniBertClassifierBase):
         choices = next(x.shape[1] for x in (input_ids, inputs_embeds) if x is not None)
         logits = self.classify(outputs.pooler_output).view(-1, choices)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 __all__ = [

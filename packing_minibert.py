@@ -349,10 +349,9 @@ class Packing:
 
 def is_watched(model: Any) -> bool:
     """Return True if a user's hook expects padded states (B, L, C) of the embeddings, a layer or its parts."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return True
     watched = [model.embeddings, *model.layers, *(part for layer in model.layers for part in layer.children())]
-    hooks = [hook for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
+    found = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
+    hooks = found + [hook for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
     # The hooks of libraries, such as FSDP's, follow modules and not what their states look like.
     modules = (str(getattr(getattr(hook, "func", hook), "__module__", "")).partition(".")[0] for hook in hooks)
     return any(name not in ("torch", "transformers", "accelerate", "peft") for name in modules)
