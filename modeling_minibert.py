@@ -227,7 +227,7 @@ class MiniBertPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is None or attention_mask.dim() != 2:
+        if attention_mask is None:
             pooled = hidden_states[:, 0] if self.pooling == "cls" else hidden_states.mean(dim=1)
         elif self.pooling == "cls":
             first = (attention_mask != 0).long().argmax(dim=1)  # not always 0, since padding may be on the left
@@ -324,9 +324,8 @@ class MiniBertModel(MiniBertPreTrainedModel):
         inputs = self._check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, prefix)
         if position_ids is None:
             position_ids = torch.arange(prefix, prefix + inputs.shape[1], device=inputs.device).unsqueeze(0)
-        packing = None
-        if unpad_inputs and past_key_values is None:
-            packing = pack_batch(self, inputs, attention_mask, cu_seq_lens_q, max_length_q, kwargs)
+        packable = unpad_inputs and past_key_values is None
+        packing = pack_batch(self, inputs, attention_mask, cu_seq_lens_q, max_length_q, kwargs) if packable else None
         if packing is None and token_type_ids is None:
             token_type_ids = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
         given = (input_ids, token_type_ids, position_ids, inputs_embeds)
@@ -335,8 +334,8 @@ class MiniBertModel(MiniBertPreTrainedModel):
             hidden_states = self.encode_tokens(*given, mask, past_key_values=past_key_values, **kwargs)  # (B, L, C)
         else:
             hidden_states = packed_forward(self, packing, given, *inputs.shape[:2], **kwargs)
-        mask = attention_mask if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, prefix:]
-        pooled = self.pooler(hidden_states, mask) if self.pooler is not None else None
+        real = attention_mask[:, prefix:] if attention_mask is not None and attention_mask.dim() == 2 else None
+        pooled = self.pooler(hidden_states, real) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
     def encode_tokens(
