@@ -9,7 +9,9 @@ D head width, V vocabulary. A tensor of shape (…, C) is either (B, L, C), padd
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -48,6 +50,9 @@ from .kernels_minibert import (
 from .loss_minibert import masked_lm_loss
 from .packing_minibert import Packing, pack_batch, packed_forward
 
+# transformers does not add a module that it loads to its package, without which dill (for the cache of Dataset.map) cannot
+# find the classes again.
+setattr(import_module(__package__), "modeling_minibert", sys.modules[__name__])  # noqa: B010
 logger = logging.get_logger(__name__)
 
 # ------------------------------------------------------------------------------------------------------- positions
@@ -696,15 +701,3 @@ class MiniBertForMultipleChoice(MiniBertClassifierBase):
         logits = self.classify(outputs.pooler_output).view(-1, choices)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
-
-
-__all__ = [
-    "MiniBertForMaskedLM",
-    "MiniBertForMultipleChoice",
-    "MiniBertForPreTraining",
-    "MiniBertForQuestionAnswering",
-    "MiniBertForSequenceClassification",
-    "MiniBertForTokenClassification",
-    "MiniBertModel",
-    "MiniBertPreTrainedModel",
-]
