@@ -403,6 +403,29 @@ def test_save_and_load(name, config, batch, tmp_path):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_every_class_keeps_what_transformers_promises(name, config, batch):
+    """Build from tensors alone, return tuples, record, and switch attention: as its common tests ask."""
+    kind = getattr(minibert, name)
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    copied = kind.from_pretrained(None, config=copy.deepcopy(config), state_dict=model.state_dict()).eval()
+    inputs = {key: value for key, value in labels_for(name, batch).items() if key in batch}
+    with torch.no_grad():
+        expected = model(**inputs)
+        torch.testing.assert_close(copied(**inputs).to_tuple(), expected.to_tuple())
+        torch.testing.assert_close(model(**inputs, return_dict=False), expected.to_tuple())
+        model.set_attn_implementation("eager")
+        recorded = model(**inputs, output_attentions=True, output_hidden_states=True)
+        model.config.output_hidden_states = True
+        assert len(model(**inputs).hidden_states) == len(recorded.hidden_states) == config.num_hidden_layers + 1
+        model.config.output_hidden_states = False
+    assert len(recorded.attentions) == config.num_hidden_layers
+    for one, other in zip(expected.to_tuple(), recorded.to_tuple()):
+        if name not in ("MiniBertForMaskedLM", "MiniBertForPreTraining", "MiniBertForTokenClassification"):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)  # the others have outputs at padding, too
+
+
 def test_meta_device_initialisation(config, batch):
     with torch.device("meta"):
         model = MiniBertModel(config)
