@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers.activations import GELUActivation
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -50,14 +51,31 @@ def is_being_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def is_unmodified_linear(module: nn.Linear) -> bool:
+def is_transformed(tensor: Tensor) -> bool:
+    """Return True if values of ``tensor`` cannot be read: on the meta device, in a subclass, or within ``torch.func``."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+    return not plain or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return True if calling ``module`` does more than its own ``forward``: hooks, global ones too, or a replaced forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+    )
+
+
+def is_unmodified_linear(module: nn.Module) -> bool:
     """Return True for a plain ``nn.Linear`` on the CPU, in no-grad mode, without hooks, adapters, quantization or tracing."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and module.weight.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        and not is_hooked(module)
         and not is_being_traced()
     )
 
@@ -65,22 +83,25 @@ def is_unmodified_linear(module: nn.Linear) -> bool:
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype of products with ``weight``: ``weight.dtype``, or under autocast that of autocast."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know the meta device
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
-def to_compute_dtype(tensor: Tensor, module: nn.Linear) -> Tensor:
+def to_compute_dtype(tensor: Tensor, module: nn.Module) -> Tensor:
     """Return ``tensor.to(module.weight.dtype)``, cast once for all layers that read it.
 
-    A bfloat16 matrix needs bfloat16 inputs. Autocast would cast the tensor again for each of those layers.
+    A bfloat16 matrix needs bfloat16 inputs. Autocast would cast the tensor again for each of those layers. Another module in
+    place of a linear layer gets the dtype of its first parameter.
     """
-    weight = module.weight
+    weight = module.weight if isinstance(module, nn.Linear) else next(module.parameters(), None)
     # A quantized layer keeps integers, or has a method of this name, and takes its inputs as they are.
     if not (isinstance(weight, Tensor) and weight.is_floating_point()):
         return tensor
     return tensor.to(compute_dtype(weight))
 
 
-def linear(module: nn.Linear, states: Tensor, act: nn.Module | None = None) -> Tensor:
+def linear(module: nn.Module, states: Tensor, act: nn.Module | None = None) -> Tensor:
     """Return ``act(module(states.to(module.weight.dtype)))``, or without ``act`` the product alone: (…, in) -> (…, out).
 
     In half precision, without gradients, a CPU saves a sixth of the time if oneDNN adds the bias and computes GELU while the
@@ -92,7 +113,7 @@ def linear(module: nn.Linear, states: Tensor, act: nn.Module | None = None) -> T
     if not direct or not is_unmodified_linear(module) or inputs.dtype != module.weight.dtype:
         product = module(inputs)
         return product if act is None else act(product)
-    fused = type(act) is GELUActivation and not (act._forward_hooks or act._forward_pre_hooks)
+    fused = type(act) is GELUActivation and not is_hooked(act)
     product = onednn_linear(inputs, module.weight, module.bias, gelu=fused)
     return product if act is None or fused else act(product)
 
@@ -111,10 +132,10 @@ def dropout(states: Tensor, probability: float) -> Tensor:
     On the CPU torch draws a full random number per element, one after another; this draws 16 bits
     (``benchmarks/pieces.py`` compares the times).
     """
-    if probability == 0.0 or states.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(states, probability)
     dropped = round(probability * 2**16)
-    words = torch.empty((states.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    if dropped in (0, 2**16) or states.device.type != "cpu" or is_being_traced() or is_transformed(states):
+        return F.dropout(states, probability)
+    words = torch.empty((states.numel() + 3) // 4, dtype=torch.int64, device=states.device).random_(-(2**63), None)
     keep = words.view(torch.int16)[: states.numel()] >= dropped - 2**15
     return states * keep.view(states.shape).to(states.dtype).mul_(2**16 / (2**16 - dropped))
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .kernels_minibert import at_least_float32, compute_dtype
 from .packing_minibert import rounded
@@ -27,7 +26,7 @@ class FusedMaskedLMLoss(torch.autograd.Function):
         """Take ``hidden`` (T, C) and ``weight`` (V, C) in the dtype of the products, ``bias`` (V,) in float32 and the
         ``labels`` of the first rows; rows of ``hidden`` beyond the labels count nothing."""
         rows = max(1, _LOGITS_AT_ONCE[hidden.device.type == "cpu"] // weight.shape[0])
-        loss, count = torch.zeros((), device=hidden.device), labels.shape[0]
+        loss, count = torch.zeros((), dtype=bias.dtype, device=hidden.device), labels.shape[0]
         grad_logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)  # (T, V)
         targets = F.pad(labels, (0, hidden.shape[0] - labels.shape[0]))[:, None]  # (T, 1)
         for block, expected, grad in zip(hidden.split(rows), targets.split(rows), grad_logits.split(rows), strict=True):
@@ -44,8 +43,9 @@ class FusedMaskedLMLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # the saved gradients are constants, so a second derivative must be refused
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True, which these constants would answer wrongly
+            raise RuntimeError("The loss without logits has no second derivative; call the model with return_logits=True.")
         return *((grad * saved).to(saved.dtype) for saved in ctx.saved_tensors), None
 
 

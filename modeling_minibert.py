@@ -9,7 +9,9 @@ D head width, V vocabulary. A tensor of shape (…, C) is either (B, L, C), padd
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,37 +32,53 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_minibert import MiniBertConfig
-from .kernels_minibert import MiniBertDropout, add, at_least_float32, eager_attention_forward, linear, to_compute_dtype
+from .kernels_minibert import (
+    MiniBertDropout,
+    add,
+    at_least_float32,
+    eager_attention_forward,
+    is_hooked,
+    is_transformed,
+    linear,
+    to_compute_dtype,
+)
 from .loss_minibert import masked_lm_loss
 from .packing_minibert import Packing, pack_batch, packed_forward
+
+# transformers does not add a module that it loads to its package, without which dill (for the cache of Dataset.map) cannot
+# find the classes again.
+setattr(import_module(__package__), "modeling_minibert", sys.modules[__name__])  # noqa: B010
+logger = logging.get_logger(__name__)
 
 # ------------------------------------------------------------------------------------------------------- positions
 
 
 def sinusoidal_table(length: int, width: int, device: torch.device | None = None) -> Tensor:
     """Return the (length, width) interleaved sines and cosines of Vaswani et al. 2017, section 3.5."""
-    frequencies = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device)
+    frequencies = torch.exp(exponents * (-math.log(10000.0) / width))
     angles = torch.arange(length, device=device)[:, None] * frequencies  # (length, ceil(width / 2))
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of Su et al. 2021 (arXiv:2104.09864), each (…, 1, D), for positions of shape (…)."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids[..., None].float() * theta**-exponents  # (…, D / 2)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
     return angles.cos(), angles.sin()
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D / 2) of (…, H, D) by the angle of its position, in float32."""
-    first, second = states.float().chunk(2, dim=-1)
-    rotated = states.float() * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotate each pair (i, i + D / 2) of (…, H, D) by the angle of its position, at least in float32."""
+    exact = at_least_float32(states)
+    first, second = exact.chunk(2, dim=-1)
+    rotated = exact * cos + torch.cat([-second, first], dim=-1) * sin
     return rotated.to(states.dtype)
 
 
@@ -105,10 +124,9 @@ class MiniBertEmbeddings(nn.Module):
         if self.scale is not None:
             states = states * self.scale
         if hasattr(self, "token_type_embeddings"):
-            if token_type_ids is None:
-                states = states + self.token_type_embeddings.weight[0]
-            else:
-                states = states + self.token_type_embeddings(token_type_ids)
+            if token_type_ids is None:  # packed: one row for all tokens
+                token_type_ids = position_ids.new_zeros(1)
+            states = states + self.token_type_embeddings(token_type_ids)
         if self.position_embedding_type == "learned":
             states = states + self.position_embeddings(position_ids)
         elif self.position_embedding_type == "sinusoidal":
@@ -121,13 +139,13 @@ class MiniBertEmbeddings(nn.Module):
 class MiniBertAttention(nn.Module):
     """Compute multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
 
-    def __init__(self, config: MiniBertConfig):
+    def __init__(self, config: MiniBertConfig, layer_idx: int):
         super().__init__()
-        self.config = config
+        self.config, self.layer_idx = config, layer_idx
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.dropout = config.attention_probs_dropout_prob
+        self.dropout = MiniBertDropout(config.attention_probs_dropout_prob)
         self.is_causal = False  # read by transformers' attention functions
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
@@ -140,6 +158,7 @@ class MiniBertAttention(nn.Module):
         attention_mask: Tensor | None = None,
         packing: Packing | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
@@ -147,7 +166,7 @@ class MiniBertAttention(nn.Module):
         query, key, value = (linear(x, inputs).view(shape) for x in (self.query, self.key, self.value))  # (…, H, D)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.dropout.training else 0.0
         implementation = self.config._attn_implementation
         if packing is not None and implementation == "sdpa":
             context, weights = packing.attend(query, key, value, dropout, self.scaling), None
@@ -155,6 +174,8 @@ class MiniBertAttention(nn.Module):
             if packing is not None:  # all sequences in one row, for transformers' variable-length kernels
                 query, key, value, kwargs = query[None], key[None], value[None], kwargs | packing.kernel_arguments()
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)  # with the prefix before them
             function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             context, weights = function(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -182,10 +203,10 @@ class MiniBertMLP(nn.Module):
 class MiniBertLayer(GradientCheckpointingLayer):
     """Add attention and MLP to the residual stream, with the norm after each sum or before each block."""
 
-    def __init__(self, config: MiniBertConfig):
+    def __init__(self, config: MiniBertConfig, layer_idx: int):
         super().__init__()
         self.norm_first = config.norm_position == "pre"
-        self.attention = MiniBertAttention(config)
+        self.attention = MiniBertAttention(config, layer_idx)
         self.attention_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MiniBertMLP(config)
         self.mlp_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -211,13 +232,13 @@ class MiniBertPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is None or attention_mask.dim() != 2:
+        if attention_mask is None:
             pooled = hidden_states[:, 0] if self.pooling == "cls" else hidden_states.mean(dim=1)
         elif self.pooling == "cls":
-            first = attention_mask.long().argmax(dim=1)  # not always 0, since padding may be on the left
+            first = (attention_mask != 0).long().argmax(dim=1)  # not always 0, since padding may be on the left
             pooled = hidden_states[torch.arange(first.shape[0], device=first.device), first]
         else:
-            mask = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # (B, L, 1)
+            mask = (attention_mask != 0).to(hidden_states.dtype).unsqueeze(-1)  # (B, L, 1)
             pooled = (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
         return at_least_float32(linear(self.dense, pooled, self.act))
 
@@ -239,6 +260,16 @@ class MiniBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MiniBertLayer, "attentions": MiniBertAttention}
 
+    def run_encoder(self, labels: Tensor | None, *given: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Call the encoder; if a label that counts stands at padding, compute padding as BertModel does, and warn once."""
+        mask, traced = given[1], torch.compiler.is_compiling() or (labels is not None and is_transformed(labels))
+        comparable = labels is not None and mask is not None and mask.shape == labels.shape and not traced
+        if comparable and bool(((labels != -100) & (mask == 0)).any()):
+            logger.warning_once("Labels stand at padding, where the loss counts them; use -100 there to leave them out.")
+            kwargs["unpad_inputs"] = False
+        outputs: BaseModelOutputWithPooling = self.minibert(*given, return_dict=True, **kwargs)
+        return outputs
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # Linear, Embedding and LayerNorm
@@ -252,7 +283,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
     def __init__(self, config: MiniBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = MiniBertEmbeddings(config)
-        self.layers = nn.ModuleList([MiniBertLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([MiniBertLayer(config, at) for at in range(config.num_hidden_layers)])
         norm_last = config.norm_position == "pre"
         self.final_norm = MiniBertLayerNorm(config.hidden_size, eps=config.layer_norm_eps) if norm_last else nn.Identity()
         self.pooler = MiniBertPooler(config) if add_pooling_layer else None
@@ -270,6 +301,8 @@ class MiniBertModel(MiniBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
+        unpad_inputs: bool = True,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode a batch.
@@ -281,6 +314,8 @@ class MiniBertModel(MiniBertPreTrainedModel):
             position_ids: (B, L) or (1, L), default 0 … L - 1.
             cu_seq_lens_q, max_length_q: bounds and longest length of the sequences packed into a single row (B = 1), as
                 transformers' flattening collator returns them.
+            unpad_inputs: False computes padding too, as ``config.unpad_inputs = False`` does for every call.
+            past_key_values: keys and values of P virtual tokens before the text (prefix tuning); the mask is (B, P + L) then.
 
         Returns:
             ``last_hidden_state`` (B, L, C), float32 also for half-precision weights, and ``pooler_output`` (B, C).
@@ -290,17 +325,22 @@ class MiniBertModel(MiniBertPreTrainedModel):
             ValueError: for both or neither of ids and embeddings, a sequence longer than the positions, and an id that is not
                 in the vocabulary (checked on the CPU only, where the check needs no synchronisation).
         """
-        inputs = self._check_inputs(input_ids, position_ids, inputs_embeds)
+        prefix = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = self._check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, prefix)
         if position_ids is None:
-            position_ids = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
+            position_ids = torch.arange(prefix, prefix + inputs.shape[1], device=inputs.device).unsqueeze(0)
+        packable = unpad_inputs and past_key_values is None
+        packing = pack_batch(self, inputs, attention_mask, cu_seq_lens_q, max_length_q, kwargs) if packable else None
+        if packing is None and token_type_ids is None:
+            token_type_ids = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
         given = (input_ids, token_type_ids, position_ids, inputs_embeds)
-        packing = pack_batch(self.config, inputs, attention_mask, cu_seq_lens_q, max_length_q, kwargs)
         if packing is None:
-            mask = self._padded_mask(inputs, attention_mask, cu_seq_lens_q)
-            hidden_states = self.encode_tokens(*given, mask, **kwargs)  # (B, L, C)
+            mask = self._padded_mask(inputs, attention_mask, cu_seq_lens_q, past_key_values)
+            hidden_states = self.encode_tokens(*given, mask, past_key_values=past_key_values, **kwargs)  # (B, L, C)
         else:
             hidden_states = packed_forward(self, packing, given, *inputs.shape[:2], **kwargs)
-        pooled = self.pooler(hidden_states, attention_mask) if self.pooler is not None else None
+        real = attention_mask[:, prefix:] if attention_mask is not None and attention_mask.dim() == 2 else None
+        pooled = self.pooler(hidden_states, real) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
     def encode_tokens(
@@ -329,10 +369,12 @@ class MiniBertModel(MiniBertPreTrainedModel):
             ValueError: for an id that is not in the vocabulary (checked on the CPU only).
         """
         given = (input_ids[None], None, position_ids[None], None)
-        self._check_inputs(given[0], given[2], None)
+        self._check_inputs(given[0], None, given[2], None)
         return packed_forward(self, packing, given, 1, len(input_ids))[0]
 
-    def _padded_mask(self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Any:
+    def _padded_mask(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past_key_values: Cache | None
+    ) -> Any:
         """Return the attention mask of the padded computation in the form that the attention implementation expects."""
         only_same_document = None
         if cu_seqlens is not None:
@@ -346,25 +388,34 @@ class MiniBertModel(MiniBertPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states.new_empty((*hidden_states.shape[:2], 1), dtype=torch.float32),
             attention_mask=attention_mask,
+            past_key_values=past_key_values,
             and_mask_function=only_same_document,
         )
 
-    def _check_inputs(self, input_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _check_inputs(
+        self, input_ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, embeds: Tensor | None, prefix: int = 0
+    ) -> Tensor:
         """Refuse wrong inputs and return the ids or the embeddings, whichever are given."""
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        inputs = input_ids if embeds is None else embeds
+        if inputs is None or (input_ids is not None and embeds is not None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        limit, table = self.config.max_position_embeddings, self.config.position_embedding_type != "rotary"
-        if table and position_ids is None and inputs.shape[1] > limit:
+        expected = (inputs.shape[0], prefix + inputs.shape[1])
+        if mask is not None and mask.dim() < 4 and mask.shape != expected:
             raise ValueError(
-                f"The input has {inputs.shape[1]} tokens but this model has max_position_embeddings={limit}; "
+                f"attention_mask has shape {tuple(mask.shape)} but the input has {expected} (batch, tokens); "
+                "give 1 or 0 for every token."
+            )
+        limit, table = self.config.max_position_embeddings, self.config.position_embedding_type != "rotary"
+        if table and positions is None and expected[1] > limit:
+            raise ValueError(
+                f"The input has {expected[1]} tokens but this model has max_position_embeddings={limit}; "
                 f"tokenize with truncation=True, max_length={limit}, or train a model with more positions."
             )
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(inputs):
             return inputs
-        if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
+        size = getattr(self.embeddings.word_embeddings, "num_embeddings", None)  # a module in their place checks itself
+        if size is not None and input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
             low, high = (int(x) for x in torch.aminmax(input_ids))
-            size = self.embeddings.word_embeddings.num_embeddings
             if low < 0 or high >= size:
                 raise ValueError(
                     f"Token id {low if low < 0 else high} is not in the model's vocabulary of {size} entries; "
@@ -410,15 +461,18 @@ class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
         self.lm_head.decoder = new_embeddings
         self.lm_head.bias = new_embeddings.bias
 
-    def predict_words(self, hidden_states: Tensor, labels: Tensor | None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Return loss and logits; in training, compute only the labelled positions and return no logits."""
-        if labels is not None and self.training:
+    def predict_words(
+        self, hidden_states: Tensor, labels: Tensor | None, return_logits: bool, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return loss and logits; without ``return_logits``, compute the labelled positions only and return no logits."""
+        if labels is not None and not return_logits:
             labelled = labels.flatten() != -100
             hidden_states, labels = hidden_states.flatten(0, 1)[labelled], labels.flatten()[labelled]
-            plain = type(self.lm_head.decoder) is nn.Linear and self.loss_function is LOSS_MAPPING["ForMaskedLM"]
-            if plain and not torch.compiler.is_compiling():
+            decoder, traced = self.lm_head.decoder, torch.compiler.is_compiling() or is_transformed(hidden_states)
+            plain = type(decoder) is nn.Linear and not is_hooked(decoder)
+            if plain and not traced and self.loss_function is LOSS_MAPPING["ForMaskedLM"]:
                 count = kwargs.get("num_items_in_batch", max(1, len(labels)))
-                return masked_lm_loss(self.lm_head.transform, self.lm_head.decoder, hidden_states, labels) / count, None
+                return masked_lm_loss(self.lm_head.transform, decoder, hidden_states, labels) / count, None
         logits = self.lm_head(hidden_states)
         if labels is None:
             return None, logits
@@ -445,16 +499,15 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Take ``labels`` (B, L), the word at each masked position and -100 elsewhere; return logits (B, L, V).
 
-        In training with labels, the logits are None.
+        ``return_logits=False`` with labels returns the loss alone, which saves most of the memory and time of the head.
         """
-        outputs = self.minibert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
-        loss, logits = self.predict_words(outputs.last_hidden_state, labels, **kwargs)
+        outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits, **kwargs)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
@@ -493,22 +546,20 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> MiniBertForPreTrainingOutput:
         """Take ``labels`` as :class:`MiniBertForMaskedLM` and ``next_sentence_label`` (B,): 0 follows, 1 does not.
 
         The loss is the sum of the mean losses of the given tasks.
         """
-        outputs = self.minibert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
-        loss, logits = self.predict_words(outputs.last_hidden_state, labels)
+        outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits)
         follows = at_least_float32(linear(self.next_sentence, outputs.pooler_output))  # (B, 2)
         if next_sentence_label is not None:
             next_loss = F.cross_entropy(follows, next_sentence_label.view(-1))
             loss = next_loss if loss is None else loss + next_loss
-        recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return MiniBertForPreTrainingOutput(loss=loss, prediction_logits=logits, seq_relationship_logits=follows, **recorded)
+        return MiniBertForPreTrainingOutput(loss, logits, follows, outputs.hidden_states, outputs.attentions)
 
 
 class MiniBertClassifierBase(MiniBertPreTrainedModel):
@@ -547,15 +598,11 @@ class MiniBertForSequenceClassification(MiniBertClassifierBase):
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Take ``labels`` (B,), or (B, num_labels) for several labels per text; return logits (B, num_labels)."""
-        outputs = self.minibert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self.run_encoder(None, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.pooler_output)
         arguments: dict[str, Any] = {"labels": labels, "pooled_logits": logits, "config": self.config}
         loss = None if labels is None else self.loss_function(**arguments, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class MiniBertForTokenClassification(MiniBertClassifierBase):
@@ -578,14 +625,10 @@ class MiniBertForTokenClassification(MiniBertClassifierBase):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Take ``labels`` (B, L), -100 where a token has no label; return logits (B, L, num_labels)."""
-        outputs = self.minibert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
@@ -615,18 +658,20 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
 
         Logits at padding are so low that the loss does not depend on how far a batch was padded.
         """
-        outputs = self.minibert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        labels, real = None, attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
+        if real is not None and start_positions is not None and end_positions is not None:
+            ends = torch.stack([start_positions.view(-1), end_positions.view(-1)], dim=1).clamp(0, real.shape[1] - 1)  # (B, 2)
+            labels = torch.full_like(real, -100, dtype=torch.long).scatter(1, ends, 1)
+            real = real.scatter(1, ends, True)  # a label at padding must keep a finite loss
+        outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = at_least_float32(linear(self.qa_outputs, outputs.last_hidden_state))  # (B, L, 2)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
+        if real is not None:
+            logits = logits.masked_fill(~real.unsqueeze(-1), torch.finfo(logits.dtype).min)
         start_logits, end_logits = (x.contiguous() for x in logits.unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **recorded)
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
 
 
 class MiniBertForMultipleChoice(MiniBertClassifierBase):
@@ -655,18 +700,4 @@ class MiniBertForMultipleChoice(MiniBertClassifierBase):
         choices = next(x.shape[1] for x in (input_ids, inputs_embeds) if x is not None)
         logits = self.classify(outputs.pooler_output).view(-1, choices)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-__all__ = [
-    "MiniBertForMaskedLM",
-    "MiniBertForMultipleChoice",
-    "MiniBertForPreTraining",
-    "MiniBertForQuestionAnswering",
-    "MiniBertForSequenceClassification",
-    "MiniBertForTokenClassification",
-    "MiniBertModel",
-    "MiniBertPreTrainedModel",
-]
+        return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)

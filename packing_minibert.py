@@ -6,15 +6,16 @@ This file travels with every checkpoint. Letters in shape comments as in ``model
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
-from .kernels_minibert import HALF_DTYPES, at_least_float32, compute_dtype, eager_attention_forward, is_being_traced
+from .kernels_minibert import HALF_DTYPES, at_least_float32, eager_attention_forward, is_being_traced, is_transformed
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -150,6 +151,9 @@ def cut_evenly(lengths: Sequence[int], limit: int) -> list[int]:
     return cut(sizes[bisect_left(sizes, True, key=lambda size: len(cut(size)) <= len(fullest))])
 
 
+_arange = partial(torch.arange, device="cpu")  # torch's default device may be another
+
+
 class PadRows(torch.autograd.Function):
     """Copy rows (T, …) into a padded tensor (P, …): row p is row ``source_index[p]``, row t lies at ``padded_index[t]``.
 
@@ -213,7 +217,7 @@ class Packing:
         self.source_index: Tensor | None = None
         if not equal:
             pairs = zip(buckets, self.buckets, strict=True)
-            real = [torch.arange(length) < torch.tensor(bucket)[:, None] for bucket, (_, length) in pairs]
+            real = [_arange(length) < torch.tensor(bucket, device="cpu")[:, None] for bucket, (_, length) in pairs]
             flat = torch.cat([mask.flatten() for mask in real])
             self.padded_index = flat.nonzero().squeeze(1)
             self.source_index = (flat.cumsum(0) - 1) * flat
@@ -251,7 +255,7 @@ class Packing:
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         if order == list(range(len(lengths))):
             return cls(lengths)
-        return cls([lengths[i] for i in order], torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order]))
+        return cls([lengths[i] for i in order], torch.cat([_arange(bounds[i], bounds[i + 1]) for i in order]))
 
     def blocks(self, tokens: int) -> "list[Packing]":
         """Cut the sequences into nearly equal blocks of at most ``tokens``; a longer sequence is a block of its own."""
@@ -259,7 +263,7 @@ class Packing:
         if len(bounds) <= 2:
             return [self]
         blocks = [self.lengths[start:end] for start, end in pairwise(bounds)]
-        indices = torch.arange(sum(self.lengths)) if self.indices is None else self.indices
+        indices = _arange(sum(self.lengths)) if self.indices is None else self.indices
         parts = zip(blocks, indices.split([sum(block) for block in blocks]), strict=True)
         return [Packing(block, rows) for block, rows in parts]
 
@@ -343,12 +347,23 @@ class Packing:
         return context.transpose(1, 2)[mask]
 
 
+def is_watched(model: Any) -> bool:
+    """Return True if a user's hook expects padded states (B, L, C) of the embeddings, a layer or its parts."""
+    watched = [model.embeddings, *model.layers, *(part for layer in model.layers for part in layer.children())]
+    found = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
+    hooks = found + [hook for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
+    # The hooks of libraries, such as FSDP's, follow modules and not what their states look like.
+    modules = (str(getattr(getattr(hook, "func", hook), "__module__", "")).partition(".")[0] for hook in hooks)
+    return any(name not in ("torch", "transformers", "accelerate", "peft") for name in modules)
+
+
 def pack_batch(
-    config: Any, inputs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_length: int | None, options: dict[str, Any]
+    model: Any, inputs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_length: int | None, options: dict[str, Any]
 ) -> Packing | None:
     """Return how to leave padding out, or None if every padded position must exist or shapes must be static."""
+    config = model.config
     records = any(options.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states"))
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or inputs.device.type == "meta"
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(inputs) or is_watched(model)
     implementation = config._attn_implementation
     has_kernel = implementation == "sdpa" or ("flash" in implementation and inputs.device.type != "cpu")
     ready_mask = mask is not None and mask.dim() != 2
@@ -365,8 +380,9 @@ def packed_forward(
 ) -> Tensor:
     """Encode the real tokens of ids, segments, positions and embeddings (B, L, …) -> (B, L, C)."""
     keep_freed_activations()
-    at_once = torch.is_grad_enabled() or packing.cu_seqlens is not None
-    row = model.config.intermediate_size * compute_dtype(model.embeddings.word_embeddings.weight).itemsize
+    # In training mode blocks would draw other random numbers for dropout than a pass with gradients (gradient caching).
+    at_once = torch.is_grad_enabled() or model.training or packing.cu_seqlens is not None
+    row = model.config.intermediate_size * model.dtype.itemsize
     blocks = [packing] if at_once else packing.blocks(1 << max(1, _BYTES_AT_ONCE // row).bit_length() - 1)
     in_place = len(blocks) == 1 and packing.indices is None
     padded: Tensor | None = None

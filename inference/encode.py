@@ -278,7 +278,7 @@ class Encoder:
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
         """Compute the (count, dimension) vectors of a window; a text without a token gets zeros."""
         device = self.model.device
-        vectors = torch.zeros(count, self.dimension, device=device)
+        vectors = torch.zeros(count, self.dimension, dtype=torch.float32, device=device)
         for batch in batches:
             with turn(str(device)):
                 vectors.index_copy_(0, torch.from_numpy(batch.rows).to(device), self._vectors(batch))

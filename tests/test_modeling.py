@@ -203,16 +203,14 @@ def loss_and_gradients(model, inputs):
 def test_masked_positions_only_equals_the_dense_loss(name, config, batch, rows_at_once, monkeypatch):
     monkeypatch.setattr(loss_minibert, "_LOGITS_AT_ONCE", {True: rows_at_once * 101})
     torch.manual_seed(0)
-    model = getattr(minibert, name)(no_dropout(config))
+    model = getattr(minibert, name)(no_dropout(config)).train()
     with torch.no_grad():
         model.lm_head.bias.normal_()
     inputs = labels_for(name, batch)
     inputs.pop("next_sentence_label", None)
     logits = "logits" if name.endswith("LM") else "prediction_logits"
-    model.eval()
     dense, dense_gradients = loss_and_gradients(model, inputs)
-    model.train()
-    sparse, sparse_gradients = loss_and_gradients(model, inputs)
+    sparse, sparse_gradients = loss_and_gradients(model, inputs | {"return_logits": False})
     assert getattr(dense, logits).shape == (6, 12, 101)
     assert getattr(sparse, logits) is None
     torch.testing.assert_close(dense.loss, sparse.loss)
@@ -223,13 +221,11 @@ def test_masked_positions_only_equals_the_dense_loss(name, config, batch, rows_a
 
 def test_masked_loss_under_autocast_equals_the_dense_loss(config, batch):
     torch.manual_seed(0)
-    model = minibert.MiniBertForMaskedLM(no_dropout(config))
+    model = minibert.MiniBertForMaskedLM(no_dropout(config)).train()
     inputs = labels_for("MiniBertForMaskedLM", batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model.eval()
         dense, dense_gradients = loss_and_gradients(model, inputs)
-        model.train()
-        sparse, sparse_gradients = loss_and_gradients(model, inputs)
+        sparse, sparse_gradients = loss_and_gradients(model, inputs | {"return_logits": False})
     torch.testing.assert_close(dense.loss, sparse.loss, atol=2e-3, rtol=1e-3)
     for key, gradient in dense_gradients.items():
         assert sparse_gradients[key].dtype == gradient.dtype
@@ -241,6 +237,7 @@ def test_masked_loss_is_divided_by_the_items_of_all_accumulated_batches(config, 
     model = minibert.MiniBertForMaskedLM(no_dropout(config)).train()
     inputs = labels_for("MiniBertForMaskedLM", batch)
     labelled = int((inputs["labels"] != -100).sum())
+    inputs["return_logits"] = False
     torch.testing.assert_close(model(**inputs, num_items_in_batch=torch.tensor(4 * labelled)).loss * 4, model(**inputs).loss)
 
 
@@ -248,7 +245,7 @@ def test_another_loss_function_is_given_the_logits(config, batch):
     model = minibert.MiniBertForMaskedLM(no_dropout(config)).train()
     model.loss_function = lambda logits, labels, **_: logits.sum() * 0 + len(labels)
     inputs = labels_for("MiniBertForMaskedLM", batch)
-    output = model(**inputs)
+    output = model(**inputs, return_logits=False)
     assert output.loss == (inputs["labels"] != -100).sum()
     assert output.logits.shape == (output.loss, 101)
 
@@ -404,6 +401,29 @@ def test_save_and_load(name, config, batch, tmp_path):
     inputs = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask", "token_type_ids")}
     for one, other in zip(model(**inputs).to_tuple(), again.eval()(**inputs).to_tuple(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_class_keeps_what_transformers_promises(name, config, batch):
+    """Build from tensors alone, return tuples, record, and switch attention: as its common tests ask."""
+    kind = getattr(minibert, name)
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    copied = kind.from_pretrained(None, config=copy.deepcopy(config), state_dict=model.state_dict()).eval()
+    inputs = {key: value for key, value in labels_for(name, batch).items() if key in batch}
+    with torch.no_grad():
+        expected = model(**inputs)
+        torch.testing.assert_close(copied(**inputs).to_tuple(), expected.to_tuple())
+        torch.testing.assert_close(model(**inputs, return_dict=False), expected.to_tuple())
+        model.set_attn_implementation("eager")
+        recorded = model(**inputs, output_attentions=True, output_hidden_states=True)
+        model.config.output_hidden_states = True
+        assert len(model(**inputs).hidden_states) == len(recorded.hidden_states) == config.num_hidden_layers + 1
+        model.config.output_hidden_states = False
+    assert len(recorded.attentions) == config.num_hidden_layers
+    for one, other in zip(expected.to_tuple(), recorded.to_tuple()):
+        if name not in ("MiniBertForMaskedLM", "MiniBertForPreTraining", "MiniBertForTokenClassification"):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)  # the others have outputs at padding, too
 
 
 def test_meta_device_initialisation(config, batch):

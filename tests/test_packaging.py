@@ -149,13 +149,13 @@ def test_files_that_travel_with_a_checkpoint_need_only_what_everybody_has():
 
 def test_the_encoder_is_read_in_one_sitting():
     lengths = {file.stem.split("_")[0]: len(file.read_text(encoding="utf-8").splitlines()) for file in code_files()}
-    limits = {"modeling": 680, "packing": 380, "kernels": 160, "loss": 60, "configuration": 215}
+    limits = {"modeling": 710, "packing": 410, "kernels": 180, "loss": 60, "configuration": 215}
     assert all(lengths[name] <= limit for name, limit in limits.items())
     lines = (ROOT / "modeling_minibert.py").read_text(encoding="utf-8").splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("class "))
     last_import = max(number for number, line in enumerate(lines) if line.startswith("from "))
     (head,) = (number for number, line in enumerate(lines) if line.startswith("class MiniBertLMHead"))
-    assert first - last_import <= 60 and head - first <= 340
+    assert first - last_import <= 60 and head - first <= 360
 
 
 @pytest.mark.slow
