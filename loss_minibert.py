@@ -23,8 +23,7 @@ class FusedMaskedLMLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-        """Take ``hidden`` (T, C) and ``weight`` (V, C) in the dtype of the products, ``bias`` (V,) in float32 and the
-        ``labels`` of the first rows; rows of ``hidden`` beyond the labels count nothing."""
+        """Take ``hidden`` (T, C), ``weight`` (V, C), ``bias`` (V,) and ``labels`` of the first rows; others count nothing."""
         rows = max(1, _LOGITS_AT_ONCE[hidden.device.type == "cpu"] // weight.shape[0])
         loss, count = torch.zeros((), dtype=bias.dtype, device=hidden.device), labels.shape[0]
         grad_logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)  # (T, V)

@@ -312,9 +312,12 @@ class MiniBertModel(MiniBertPreTrainedModel):
             attention_mask: (B, L), 1 for real tokens and 0 for padding, default all real; or a ready (B, 1, L, L) mask.
             token_type_ids: (B, L) segments, default 0.
             position_ids: (B, L) or (1, L), default 0 … L - 1.
-            cu_seq_lens_q, max_length_q: bounds and longest length of the sequences packed into a single row (B = 1), as
-                transformers' flattening collator returns them.
+            inputs_embeds: (B, L, C) embeddings in place of ``input_ids``.
+            cu_seq_lens_q: (sequences + 1,) bounds of the sequences packed into a single row (B = 1), as transformers'
+                flattening collator returns them.
+            max_length_q: tokens of the longest of these sequences.
             unpad_inputs: False computes padding too, as ``config.unpad_inputs = False`` does for every call.
+            **kwargs: passed on to the attention function, such as ``output_attentions``.
             past_key_values: keys and values of P virtual tokens before the text (prefix tuning); the mask is (B, P + L) then.
 
         Returns:

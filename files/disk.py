@@ -120,7 +120,7 @@ for _reads_or_writes in (YamlLoader, _YamlDumper):
 
 
 def to_yaml(value: Any) -> str:
-    """Write a value as readable text that :class:`YamlLoader` reads back as the same value.
+    r"""Write a value as readable text that :class:`YamlLoader` reads back as the same value.
 
     >>> yaml.load(to_yaml({"data": ["\x85.csv", "1e5"], "rate": 1e-5}), Loader=YamlLoader)
     {'data': ['\x85.csv', '1e5'], 'rate': 1e-05}

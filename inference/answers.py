@@ -90,7 +90,7 @@ def choose_rows(
         # choices.
         firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         encoded = tokenizer(list(firsts), list(seconds), truncation=True, max_length=limit)
-        logits = torch.empty(len(firsts))
+        logits = torch.empty(len(firsts), dtype=torch.float32, device="cpu")
         for numbers, inputs in padded_batches(model, tokenizer, encoded, batch_size):
             outputs = model(**{name: tensor.unsqueeze(1) for name, tensor in inputs.items()})  # (B, 1, L)
             logits[numbers] = outputs.logits.float().cpu().squeeze(1)

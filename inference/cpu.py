@@ -136,6 +136,7 @@ class PrepackedLinear:
         self.half: Any = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
+        """Multiply (…, in) -> (…, out)."""
         inputs = inputs.to(self.dtype)
         if not self.half_copies or inputs.numel() >= _FEW_ROWS * inputs.shape[-1]:
             return onednn_linear(inputs, self.weight, self.bias, self.gelu)
@@ -163,6 +164,7 @@ class PrepackedLayer(MiniBertLayer):
         self.attention_norm, self.mlp_norm = _norm(layer.attention_norm), _norm(layer.mlp_norm)  # type: ignore[assignment]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Compute attention and MLP of states (…, C)."""
         if self.norm_first:
             hidden_states = add(hidden_states, self._attend(self.attention_norm(hidden_states), attention_mask, **kwargs))
             return add(hidden_states, self._transform(self.mlp_norm(hidden_states)))

@@ -343,10 +343,10 @@ def _entity(
 
 
 def in_a_line(prediction: Row) -> str:
-    """Return a prediction as a line: the result, its probability if there is one, then the text.
+    r"""Return a prediction as a line: the result, its probability if there is one, then the text.
 
     >>> in_a_line({"text": "so  good", "label": "yes", "score": 0.91234, "probabilities": {"no": 0.08766, "yes": 0.91234}})
-    'yes\\t0.9123\\tso good'
+    'yes\t0.9123\tso good'
     """
     row = dict(prediction)
     if "choice" in row:

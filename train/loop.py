@@ -8,6 +8,7 @@ epoch.
 
 import contextlib
 import ctypes
+import inspect
 import json
 import logging
 import math
@@ -433,6 +434,9 @@ class _Run:
             # One pass over the weights instead of a dozen.
             fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
         )
+        # The loss of masked words needs no logits, which are larger than all else in a step.
+        named = "return_logits" in inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"return_logits": False} if named else {}
         self.model = accelerator.prepare_model(model, device_placement=False)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.progress = Progress()
@@ -494,7 +498,7 @@ class _Run:
         for number, (inputs, terms, rows) in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(batch.batches) else accelerator.no_sync(self.model):
                 inputs = send_to_device(inputs, accelerator.device, non_blocking=True)
-                output = self.model(**inputs)
+                output = self.model(**inputs, **self.options)
                 # The loss is the mean over all terms; processes average their gradients.
                 weight = terms * processes / all_terms
                 loss = output.loss * weight

@@ -94,7 +94,7 @@ def evaluator(
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         numbers, logits = compute_outputs(model, rows, batch_size)
-        of_tokens = torch.empty(len(rows.labels), len(names))
+        of_tokens = torch.empty(len(rows.labels), len(names), dtype=torch.float32, device="cpu")
         done = 0
         for part in logits:  # (windows, longest, tags)
             _, mask, taken = rows.pad(numbers[done : done + len(part)])
