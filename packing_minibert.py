@@ -130,8 +130,8 @@ def bucket_lengths(lengths: Sequence[int]) -> list[list[int]]:
 def cut_evenly(lengths: Sequence[int], limit: int) -> list[int]:
     """Cut ``lengths`` into as few groups of neighbours as possible, with nearly equal sums of at most ``limit``.
 
-    Returns the bounds of the groups. A length above the limit is a group of its own. A small last group would cost almost
-    what a full one costs, and on a CPU more kernels.
+    Returns the bounds of the groups. A length above the limit is a group of its own. Sums are nearly equal, since
+    a small last group takes almost as long as a full one, and on a CPU needs further kernels.
 
     >>> cut_evenly([9, 4, 3, 2, 1], 9)
     [0, 1, 2, 5]
@@ -247,7 +247,7 @@ class Packing:
 
     @classmethod
     def of_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int) -> "Packing":
-        """Take one row that holds the sequences between the bounds ``cu_seqlens``, as transformers' collators pack them."""
+        """Build a packing for one row of sequences whose bounds are ``cu_seqlens``, as transformers' collators give them."""
         if cu_seqlens.device.type != "cpu":
             return cls(cu_seqlens=cu_seqlens, max_length=max_length)
         bounds = cu_seqlens.tolist()

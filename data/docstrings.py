@@ -215,7 +215,7 @@ def plain_text(text: str) -> str:
 
 
 def title_and_body(docstring: str) -> tuple[str, str]:
-    """Return the summary sentence and the rest as plain text; empty where either is too short.
+    """Return the summary sentence and the rest as plain text; both are empty if either is too short.
 
     >>> title_and_body("Return the larger of two numbers. Ties go to the first one, as they do in every sorting function.")
     ('Return the larger of two numbers.', 'Ties go to the first one, as they do in every sorting function.')

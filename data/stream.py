@@ -67,7 +67,7 @@ class Rows(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A file, or a data set as its only part; ``kind`` is a key of ``_READERS``."""
+    """Describe a part of a source: a file, or a complete data set. ``kind`` is a key of ``_READERS``."""
 
     name: str
     kind: str

@@ -106,9 +106,10 @@ class Windows(NamedTuple):
     """Hold sentences as tokens, in windows that fit into a model.
 
     Attributes:
-        ids: the token ids of each window; ``types`` are the segments, or None without
-            them.
-        words: for each window the word of each first subword, else -1: (tokens,) int64.
+        ids: the token ids of each window.
+        types: the segment ids of each window, or None if the tokenizer has none.
+        words: for each window (tokens,) int64: at the first subword of a word its number,
+            at all other tokens -1.
         rows: for each window, the number of its sentence.
     """
 
@@ -119,9 +120,9 @@ class Windows(NamedTuple):
 
 
 def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
-    """Tokenize ``sentences`` of words; long ones become windows that share a quarter.
+    """Tokenize ``sentences`` of words; long ones become windows that overlap by a quarter.
 
-    A word in two windows belongs to the one where it stands further from the edge. Words
+    A word in two windows belongs to the window where it is further from the edge. Words
     that leave no token, such as a lone control character, are read as the unknown word. A
     sentence without words has no window.
     """

@@ -291,9 +291,9 @@ def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndar
 
 
 def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
-    """Return memory-mapped arrays from ``folder``; write it first if absent, complete or not at all.
+    """Return memory-mapped arrays from ``folder``, and write them first if there is no such folder.
 
-    The first block has the dtypes of all.
+    An interrupted write leaves no folder. All blocks must have the dtypes of the first.
     """
     with closing(blocks):
         if not folder.exists():

@@ -101,9 +101,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder / INDEX} lists no weights; save or download the model again.")
     for name in names.values():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{folder / INDEX} names {_short(name)} as a part of the weights, which is not a safetensors file."
-            )
+            raise ValueError(f"{folder / INDEX} lists {_short(name)} as a file of weights, but that is not a safetensors file.")
         _check_name(folder / INDEX, name)
     return [folder / name for name in sorted(set(names.values()))]
 

@@ -38,8 +38,8 @@ class Batch(NamedTuple):
 def tokenizing_thread(process: int) -> ThreadPoolExecutor:
     """Return the one thread of this process that tokenizes.
 
-    The tokenizer takes every core anyway, and an allocator keeps free memory for each
-    thread. A forked process has no thread of its parent and gets its own.
+    One is enough because the tokenizer already uses every core, and each further thread would
+    keep unused memory. Threads do not survive a fork, so a forked process gets a new one.
     """
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 

@@ -132,7 +132,10 @@ def encoder_folder(folder: Path) -> Path:
 
 
 def _compare_code(folder: Path) -> None:
-    """Log a warning, once, if a checkpoint's code differs from the installed code, which runs."""
+    """Log a warning, once, if a checkpoint's code differs from the installed code.
+
+    The installed code is the one that runs.
+    """
     differing = [
         file.name
         for file in code_files()

@@ -30,7 +30,7 @@ class Token:
 
 @dataclass(frozen=True, repr=False)
 class Tokens:
-    """The tokens of a text; as a string, a table of them. The model reads at most ``limit``."""
+    """The tokens of a text; ``str()`` of it is a table. The model reads at most ``limit``."""
 
     tokens: list[Token]
     limit: int

@@ -104,7 +104,7 @@ def training(runs: str | Path | Sequence[str | Path]) -> Training:
 
 
 def find_logs(path: Path) -> list[Path]:
-    """Return the log that ``path`` is or holds, or those of the stages in it."""
+    """Return the logs at ``path``: the file itself, the log in a folder, or those of a run's stages."""
     if not path.exists():
         raise FileNotFoundError(f"The run {path} does not exist (looked from {Path.cwd()}).")
     if logs := [path] if path.is_file() else sorted(path.glob(LOG)) or sorted(path.glob(f"*/{LOG}")):

@@ -180,7 +180,7 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
             axes = [f"component {number} ({share:.0%})" for number, share in enumerate(shares, start=1)]
         return np.pad(points, ((0, 0), (0, 3 - points.shape[1]))), axes
     if count < 6:
-        raise ValueError(f"--method {method} arranges neighbourhoods, of which {count} points have none; use pca.")
+        raise ValueError(f"--method {method} needs more points: {count} are too few; use --method pca.")
     if method == "umap":
         from umap import UMAP
 

@@ -225,7 +225,10 @@ def missing_shards(manifest: Manifest, done: set[int], process: int = 0, count: 
 
 
 class _Window(NamedTuple):
-    """Usable rows of one shard, encoded together; its ``notes`` are complete in the ``last``."""
+    """Hold usable rows of one shard that are encoded together.
+
+    Only the ``last`` window of a shard has all of its ``notes``.
+    """
 
     shard: int
     texts: list[str]
@@ -236,7 +239,7 @@ class _Window(NamedTuple):
 
 @dataclass
 class _Job:
-    """The part of one process in filling ``out`` with the vectors that ``asked`` describes."""
+    """Write one process's share of the vectors that ``asked`` describes into ``out``."""
 
     out: Path
     asked: Manifest

@@ -54,7 +54,7 @@ _STATE, _VECTORS, _LISTS = "index.json", "vectors.bin", "lists.faiss"
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """A shard when it was indexed; ``modified`` in nanoseconds."""
+    """Describe a shard as it was when it was indexed; ``modified`` is in nanoseconds."""
 
     file: str
     rows: int
@@ -137,11 +137,11 @@ class VectorIndex:
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ``top_k`` rows nearest to each query, best first: cosines and row numbers.
 
-        Both are (n, min(top_k, rows)). If the searched lists hold fewer vectors, the row
-        numbers end with -1.
+        Both are (n, min(top_k, rows)). If the part of the index that is searched has fewer
+        vectors, the remaining row numbers are -1.
 
         Args:
-            queries: (n, dimension) float32, of any length.
+            queries: (n, dimension) float32, normalized or not.
             top_k: number of rows to return for each query.
         """
         queries = normalize(np.ascontiguousarray(queries, dtype=np.float32))
@@ -346,10 +346,10 @@ def _train(index: VectorIndex) -> Any:
 
 
 class Sample:
-    """Random stored vectors as queries, and the cosines of their true neighbours.
+    """Hold stored vectors, drawn at random, as queries, with the cosines of their true neighbours.
 
-    Queries are not rounded, so those of binary vectors are random vectors that round to
-    their bits.
+    Real queries are not rounded to bits. For binary vectors a query is therefore a random
+    vector whose signs are the bits of a stored one.
     """
 
     def __init__(self, index: VectorIndex) -> None:

@@ -288,7 +288,7 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ("query,answer\na,b\nc,d\n", {"anchor_column": "question"}, "no column 'question'; it has query, answer"),
         ("query,answer\na,b\nc,\n", {}, "no value in column 'answer' of row 2"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 5}, "Only 0 of 2 pairs of wrong.csv have 5 hard negatives; lower"),
-        ("query,answer\na,b\nc,d\n", {"hard_negatives": 1, "negative_column": "b"}, "keep one of them"),
+        ("query,answer\na,b\nc,d\n", {"hard_negatives": 1, "negative_column": "b"}, "set only one of the two"),
         (
             "query,answer\na,b\nc,d\n",
             {"data": ["a.csv", {"path": "b.csv", "hard_negatives": 2}]},

@@ -347,7 +347,7 @@ def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
         (lambda m: plot.embeddings(m / "minibert", TEXTS, labels=["a"]), "4 text.s. need as many labels, got 1"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "must be one of pca, tsne, umap, got 'mds'"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS[:2]), "three or more"),
-        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="tsne"), "use pca"),
+        (lambda m: plot.embeddings(m / "minibert", TEXTS, method="tsne"), "use --method pca"),
         (lambda m: plot.similarity(m / "minibert", TEXTS, []), "second list of texts is empty"),
         (lambda m: plot.similarity(m / "minibert", ["\n"]), "Text 1 of the first list is empty"),
         (lambda m: plot.tokens(m / "minibert", "\t"), "The text is empty"),

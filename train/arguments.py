@@ -181,7 +181,7 @@ class PhaseArguments(Arguments):
 
 
 class MaskedWordArguments(Arguments):
-    """The settings of masked words, which every stage that predicts them has."""
+    """Give the settings for masking words to every stage that predicts masked words."""
 
     sample_by: SampleBy = "paragraph"
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
@@ -356,7 +356,7 @@ class EmbedStage(TrainStage):
     def _fits_together(self) -> "EmbedStage":
         mined = {self.hard_negatives_of(source) for source in self.data}
         if any(mined) and self.negative_column:
-            raise ValueError("negative_column names hard negatives and hard_negatives mines some; keep one of them.")
+            raise ValueError("negative_column names hard negatives, while hard_negatives mines them; set only one of the two.")
         if len(mined) > 1 and not self.one_source_per_batch:
             raise ValueError(
                 f"The sources have {' and '.join(map(str, sorted(mined)))} hard_negatives per pair, "

@@ -103,7 +103,10 @@ def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[l
 
 
 def count_labels(batch: dict[str, Any]) -> int:
-    """Count the terms of the mean loss: labels that are not -100, or rows without ``labels``."""
+    """Count the labels that are not -100; in a batch without ``labels``, count its rows.
+
+    The mean loss is over this number.
+    """
     labels = batch.get("labels")
     return len(next(iter(batch.values()))) if labels is None else int((labels != -100).sum())
 

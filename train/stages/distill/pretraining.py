@@ -70,7 +70,7 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
     if args.cosine_weight and widths[0] != widths[1]:
         raise ValueError(
             f"Hidden states of width {widths[0]} have no cosine with the teacher's of width {widths[1]}; "
-            "give the student that hidden_size, or set cosine_weight: 0."
+            f"give the student hidden_size={widths[1]}, or set cosine_weight: 0."
         )
     if student.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(

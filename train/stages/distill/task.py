@@ -86,8 +86,8 @@ def _check_labels(args: DistillTaskStage, labels: Any, teacher: Any, names: list
     """Refuse data that is not single-label classification, or has other labels than the teacher."""
     if labels.problem_type != SINGLE or teacher.config.problem_type not in (None, SINGLE):
         raise ValueError(
-            "objective: task needs one label per row, and a teacher of such labels; column "
-            f"{args.label_column!r} is {labels.problem_type} and the teacher "
+            "objective: task needs one label per row, and a teacher trained on such labels. Column "
+            f"{args.label_column!r} is {labels.problem_type}, and the teacher was trained for "
             f"{teacher.config.problem_type or SINGLE}."
         )
     if len(set(names)) != len(names) or set(names) != set(labels.names):
