@@ -1,6 +1,7 @@
 """Write the model card from what was measured, by the template ``card.md``, and check the metadata of any card.
 
-Nothing is guessed: the card leaves out a field that neither a file nor the publisher states.
+Nothing is guessed: the card leaves out a field that neither a file nor the publisher
+states.
 """
 
 import json
@@ -55,8 +56,8 @@ _FOUND = {
 def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | None = None, **fields: Any) -> str:
     """Return the README.md of a model, made from its files and from the run that trained it.
 
-    Without ``repo_id`` the examples have a placeholder. ``origin`` is the folder that training
-    or conversion left, of which ``folder`` is a copy. ``fields`` are metadata in
+    Without ``repo_id`` the examples have a placeholder. ``origin`` is the folder that
+    training or conversion left, of which ``folder`` is a copy. ``fields`` are metadata in
     :data:`FIELDS`, such as ``license="mit"``, and replace what is found.
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"

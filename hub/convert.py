@@ -1,8 +1,6 @@
 """Turn a BERT-family model into a MiniBERT of the same weights, and prove that it computes the same."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +93,14 @@ def convert(
     encoder = folders.encoder_folder(folder)
     raw = read_json(encoder / "config.json")
     family = _family(raw, encoder)
-    checkpoint = folders.Checkpoint(encoder)
+    checkpoint = folders.read_tensors(encoder)
     family_config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)
     config = _config(raw, family_config, family, kind, folder, wanted)
     tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
-    tensors, unused = _tensors(checkpoint, config, family_config, family, kind, wanted)
+    found = _tensors(checkpoint, config, family_config, family, kind)
+    tensors, unused = (rounded(part, wanted) for part in found)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in tensors}
     with folders.new_folder(output_dir) as temporary:
         parameters = folders.write_tensors(temporary / WEIGHTS, tensors)
@@ -242,27 +241,26 @@ def full(name: str, kind: str) -> str:
 
 
 def _tensors(
-    checkpoint: folders.Checkpoint,
+    checkpoint: dict[str, Tensor],
     config: MiniBertConfig,
     family_config: PreTrainedConfig,
     family: Family,
     kind: str,
-    dtype: torch.dtype | None,
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Callable[[], Tensor]]]:
-    """Return functions that read each tensor of the MiniBERT and each unused one; refuse unknown ones.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors of the MiniBERT and the unused ones; refuse unknown ones.
 
     Clears ``config.tie_word_embeddings`` if the tensors to share differ.
     """
-    stored = {_plain(name, family): name for name in checkpoint.names}
+    stored = {_plain(name, family): tensor for name, tensor in checkpoint.items()}
     left = set(stored)
     tied = {}
     if kind in ("ForMaskedLM", "ForPreTraining"):
-        config.tie_word_embeddings &= _shared(checkpoint, stored, family, kind)
+        config.tie_word_embeddings &= _shared(stored, family, kind)
         if config.tie_word_embeddings:
             tied = dict(modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys)
     offset = family_config.pad_token_id + 1 if family.numbers_from_pad else 0
-    tensors: dict[str, Callable[[], Tensor]] = {}
-    unused: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
+    unused: dict[str, Tensor] = {}
     missing, wrong = [], []
     for key, parameter in empty(config, kind).state_dict().items():
         target = full(key, kind)
@@ -276,34 +274,31 @@ def _tensors(
             if kind != "Model" or not target.startswith("minibert.pooler."):  # an encoder may have none
                 missing.append(names[0] or f"a counterpart of {key}")
             continue
-        shape = checkpoint.shape(stored[found])
-        rows = slice(None)
+        tensor = stored[found]
         if target == POSITIONS and offset:
-            # Positions start after the padding's id, so the first rows of the table are
-            # never looked up.
-            rows, shape = slice(offset, None), [shape[0] - offset, *shape[1:]]
-            unused[found] = partial(_read, checkpoint, stored[found], slice(0, offset), dtype)
-        if shape != list(parameter.shape):
-            wrong.append(f"{found} is {shape}, not {list(parameter.shape)}")
-        tensors[key] = partial(_read, checkpoint, stored[found], rows, dtype)
+            # Positions start after the padding's id: the first rows of the table are never looked up.
+            unused[found], tensor = tensor[:offset], tensor[offset:]
+        if tensor.shape != parameter.shape:
+            wrong.append(f"{found} is {[*tensor.shape]}, not {[*parameter.shape]}")
+        tensors[key] = tensor
     unknown = []
     for name in sorted(name for name in left if not name.endswith(_BUFFERS)):
         beside = _of_another_class(name, kind, family)
         if beside is None:
             unknown.append(name)
         elif kind != "Model" and beside not in tensors:  # kept, as the source keeps it
-            tensors[beside] = partial(_read, checkpoint, stored[name], slice(None), dtype)
+            tensors[beside] = stored[name]
         else:
-            unused[name] = partial(_read, checkpoint, stored[name], slice(None), dtype)
+            unused[name] = stored[name]
     problems = {"unknown": unknown, "missing": missing, "of another shape": wrong}
     if listed := [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]:
         raise ValueError(f"The weights are not those of a {family.class_name}{kind}; {'; '.join(listed)}.")
     return tensors, unused
 
 
-def _read(checkpoint: folders.Checkpoint, name: str, rows: slice, dtype: torch.dtype | None) -> Tensor:
-    tensor = checkpoint[name][rows]
-    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+def rounded(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return ``tensors`` with every fraction in ``dtype``; None keeps them."""
+    return {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
@@ -323,12 +318,10 @@ def _plain(name: str, family: Family) -> str:
     return f"{family.prefix}.{name}" if bare else name
 
 
-def _shared(checkpoint: folders.Checkpoint, stored: dict[str, str], family: Family, kind: str) -> bool:
+def _shared(stored: dict[str, Tensor], family: Family, kind: str) -> bool:
     """Return True if the decoder's weights are absent, or equal to those that tying would share."""
     for target, source in modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys.items():
-        names = [family.family_name(name, kind) for name in (target, source)]
-        if names[0] != names[1] and all(name in stored for name in names):
-            one, other = (checkpoint[stored[name]] for name in names if name)
-            if not torch.equal(one, other):
-                return False
+        one, other = (stored.get(str(family.family_name(name, kind))) for name in (target, source))
+        if one is not None and other is not None and not torch.equal(one, other):
+            return False
     return True

@@ -1,6 +1,5 @@
 """Write a MiniBERT as a plain model of transformers, which needs no other code, and prove that it computes the same."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ _SEGMENTS = "minibert.embeddings.token_type_embeddings.weight"
 def export(model: str | Path, output_dir: str | Path, *, revision: str | None = None) -> Report:
     """Write a MiniBERT, a folder or a model on the Hub, as plain BERT into a new folder.
 
-    A converted model is written as the family that it came from, with the same tensors bit for bit.
+    A converted model is written as the family that it came from, with the same tensors bit
+    for bit.
 
     Example::
 
@@ -32,8 +32,8 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it is not a MiniBERT, it uses what BERT lacks, its tensors are not those of its
-            configuration, or the output folder is not empty.
+        ValueError: it is not a MiniBERT, it uses what BERT lacks, its tensors are not those
+            of its configuration, or the output folder is not empty.
         Mismatch: the result computes something else; nothing was written.
     """
     output_dir = Path(output_dir)
@@ -72,7 +72,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
     )
 
 
-def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, folders.Checkpoint]:
+def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, dict[str, Tensor]]:
     """Return the folder, configuration, class (without MiniBert) and tensors of a MiniBERT."""
     folder = find_folder(model, revision)
     encoder = folders.encoder_folder(folder)
@@ -82,7 +82,7 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
     named = (raw.get("architectures") or ["MiniBertModel"])[0]
     if getattr(modeling_minibert, named, None) is None:
         raise ValueError(f"{folder} names the class {named}, which MiniBERT lacks; correct architectures in its config.json.")
-    checkpoint = folders.Checkpoint(encoder)
+    checkpoint = folders.read_tensors(encoder)
     return folder, MiniBertConfig.from_pretrained(encoder), named.removeprefix("MiniBert"), checkpoint
 
 
@@ -128,22 +128,22 @@ def _config(config: MiniBertConfig, family: Family, kind: str) -> PreTrainedConf
 
 
 def _tensors(
-    checkpoint: folders.Checkpoint,
+    checkpoint: dict[str, Tensor],
     encoder: Path,
     config: MiniBertConfig,
     family_config: PreTrainedConfig,
     family: Family,
     kind: str,
-) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
-    """Return functions that read each tensor of the plain model, and the names of those left out."""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of the plain model, and the names of those left out."""
     tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
     expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
-    stored = {full(name, kind): name for name in checkpoint.names}
+    stored = {full(name, kind): name for name in checkpoint}
     if missing := [
         name for name in sorted(expected - set(stored)) if kind != "Model" or not name.startswith("minibert.pooler.")
     ]:
         raise ValueError(f"The weights are not those of a MiniBert{kind}; missing: {', '.join(missing)}.")
-    tensors: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
     left_out, unknown = [], []
     for source, name in stored.items():
         found = next((found for other in (kind, *family.classes) if (found := family.family_name(source, other))), None)
@@ -152,42 +152,30 @@ def _tensors(
         elif found is None or (found in tensors and source not in expected):
             left_out.append(name)  # the pooler of an encoder, where the family has none
         else:
-            tensors[_bare(found, kind, family)] = lambda name=name: checkpoint[name]  # type: ignore[misc]
+            tensors[_bare(found, kind, family)] = checkpoint[name]
     if unknown:
         raise ValueError(f"The weights are not those of a MiniBert{kind}; unknown: {', '.join(unknown)}.")
 
-    def add(source: str, table: Callable[[], Tensor]) -> None:
-        tensors[_bare(family.family_name(source, kind) or "", kind, family)] = table
+    def plain(source: str) -> str:
+        return _bare(str(family.family_name(source, kind)), kind, family)
 
     width = config.hidden_size
     if config.position_embedding_type == "sinusoidal":
-        add(POSITIONS, lambda: sinusoidal_table(config.max_position_embeddings, width))
+        tensors[plain(POSITIONS)] = sinusoidal_table(config.max_position_embeddings, width)
     if "type_vocab_size" in family.fields and not config.type_vocab_size:
-        add(_SEGMENTS, lambda: torch.zeros(family_config.type_vocab_size, width))
-    spare = folders.Checkpoint(encoder, UNUSED) if (encoder / UNUSED).exists() else None
+        tensors[plain(_SEGMENTS)] = torch.zeros(family_config.type_vocab_size, width)
+    spare = folders.read_tensors(encoder, UNUSED) if (encoder / UNUSED).exists() else {}
     if family.numbers_from_pad:
-        positions = _bare(family.family_name(POSITIONS, kind) or "", kind, family)
-        tensors[positions] = _with_unused_rows(tensors[positions], config.pad_token_id, spare, family)  # type: ignore[arg-type]
-    if spare is not None:
-        for name in spare.names:
-            tensors.setdefault(_bare(name, kind, family), lambda name=name: spare[name])  # type: ignore[misc]
+        # The rows of the table that are never looked up are those of the source, or zeros.
+        rows, count = tensors[plain(POSITIONS)], family_config.pad_token_id + 1
+        first = spare.get(f"{family.prefix}.embeddings.position_embeddings.weight", rows[:0])
+        if len(first) != count:
+            first = rows.new_zeros(count, width)
+        tensors[plain(POSITIONS)] = torch.cat([first.to(rows.dtype), rows])
+    for name, tensor in spare.items():
+        tensors.setdefault(_bare(name, kind, family), tensor)
     return tensors, left_out
 
 
 def _bare(name: str, kind: str, family: Family) -> str:
     return name.removeprefix(f"{family.prefix}.") if kind == "Model" else name
-
-
-def _with_unused_rows(
-    read: Callable[[], Tensor], pad_token_id: int, spare: folders.Checkpoint | None, family: Family
-) -> Callable[[], Tensor]:
-    """Prepend the rows of the table that are never looked up: those of the source, or zeros."""
-    name = f"{family.prefix}.embeddings.position_embeddings.weight"
-
-    def table() -> Tensor:
-        rows = read()
-        kept = spare is not None and name in spare.names and spare[name].shape[0] == pad_token_id + 1
-        first = spare[name] if spare is not None and kept else rows.new_zeros(pad_token_id + 1, rows.shape[1])
-        return torch.cat([first.to(rows.dtype), rows])
-
-    return table

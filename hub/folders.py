@@ -2,13 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minibert.files.disk import exclusive_lock, read_json, readable_os_errors, write_json
@@ -88,35 +87,20 @@ def name_tokenizer_class(folder: Path) -> None:
         write_json(file, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-class Checkpoint:
-    """Read the tensors of a folder one at a time.
-
-    Args:
-        name: read this file of the folder alone.
-    """
-
-    def __init__(self, folder: Path, name: str = WEIGHTS):
-        if name == WEIGHTS:
-            check_weights(folder)
-        files = weight_files(folder) if name == WEIGHTS else [folder / name]
-        self._files = {tensor: file for file in files for tensor in read_header(file)}
-        self.names = sorted(self._files)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
-
-    def shape(self, name: str) -> list[int]:
-        """Return the shape of a tensor without reading it."""
-        with safe_open(self._files[name], framework="pt") as opened:
-            shape: list[int] = opened.get_slice(name).get_shape()
-            return shape
+def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
+    """Return the tensors of a model, or of another file; the system reads a tensor when it is used."""
+    if name == WEIGHTS:
+        check_weights(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder) if name == WEIGHTS else [folder / name]:
+        read_header(file)
+        tensors |= load_file(file)
+    return dict(sorted(tensors.items()))
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> int:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
     """Write a safetensors file, and return its number of parameters."""
-    state = {name: load().contiguous() for name, load in tensors.items()}
+    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with readable_os_errors(file, "nothing was written"):
         save_file(state, file, metadata={"format": "pt"})
     return sum(tensor.numel() for tensor in state.values())

@@ -1,8 +1,8 @@
 """Open a model in a fresh process that cannot import this package, and return its outputs.
 
-Run as a script, this file reads a request (JSON) on standard input, blocks ``minibert``, opens the
-model in every way that its card promises, and writes the outputs into a safetensors file. Before the
-request is read, it imports nothing but the standard library.
+Run as a script, this file reads a request (JSON) on standard input, blocks ``minibert``,
+opens the model in every way that its card promises, and writes the outputs into a
+safetensors file. Before the request is read, it imports nothing but the standard library.
 """
 
 import json
@@ -22,7 +22,8 @@ TEXTS = [
     "Größe, naïve, 北京市, 東京, עברית, नमस्ते, Ελλάδα, 🙂👍🏽, e\u0301 and \u200b nothing",
     'TABS\tand\nlines   -- 1,234.56 (ok?) https://example.org/a_b#c <s> [UNK] \\ "quoted"',
 ]
-# The pipeline of transformers for a head; question answering, multiple choice and pretraining have none.
+# The pipeline of transformers for a head; question answering, multiple choice and
+# pretraining have none.
 TASKS = {
     "AutoModel": "feature-extraction",
     "AutoModelForMaskedLM": "fill-mask",
@@ -127,6 +128,7 @@ def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any],
     """Call :func:`compute` in a fresh process without this package, the network and the token.
 
     Args:
+        request: the model, and how to open it.
         cache: of the Hub, for a model that is not a folder.
 
     Raises:
@@ -138,7 +140,8 @@ def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any],
     with tempfile.TemporaryDirectory() as place:
         environment = {name: value for name, value in os.environ.items() if name not in _TOKENS}
         environment |= {
-            # An empty folder makes transformers copy the code from the model, not use an earlier copy.
+            # An empty folder makes transformers copy the code from the model, not use an
+            # earlier copy.
             "HF_MODULES_CACHE": f"{place}/modules",
             "HF_TOKEN_PATH": f"{place}/token",
             "HF_HUB_OFFLINE": "1",

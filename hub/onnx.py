@@ -1,10 +1,6 @@
 """Write a MiniBERT as an ONNX graph, and prove in onnxruntime that it computes the same at many shapes."""
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,17 +24,21 @@ def export_onnx(
 ) -> Report:
     """Write a MiniBERT as ``model.onnx`` with its tokenizer and config.json into a new folder.
 
-    Batch and length (and the number of choices) are dynamic. A sentence-transformers model has the
-    output ``sentence_embedding`` after ``last_hidden_state``; heads have their logits.
+    Batch and length (and the number of choices) are dynamic. A sentence-transformers model
+    has the output ``sentence_embedding`` after ``last_hidden_state``; heads have their
+    logits.
 
     Args:
         model: folder, or id on the Hub.
-        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are 8-bit integers.
+        output_dir: the new folder for the result.
+        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are 8-bit
+            integers.
+        revision: branch, tag or commit of a model on the Hub.
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it is not a MiniBERT, ``quantize`` is unknown, the packages are missing, or the
-            output folder is not empty.
+        ValueError: it is not a MiniBERT, ``quantize`` is unknown, the packages are missing,
+            or the output folder is not empty.
         Mismatch: the graph computes something else; nothing was written.
     """
     output_dir = Path(output_dir)
@@ -50,7 +50,7 @@ def export_onnx(
     folder, config, kind, checkpoint = open_minibert(model, revision)
     encoder = folders.encoder_folder(folder)
     tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
-    has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in checkpoint.names}
+    has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in checkpoint}
     with parity.quiet():
         network = getattr(modeling_minibert, f"MiniBert{kind}").from_pretrained(encoder, dtype=torch.float32).eval()
         heads = _heads(folder)
@@ -75,7 +75,7 @@ def export_onnx(
         output=str(output_dir),
         family="onnx",
         architecture=f"graph of MiniBert{kind}",
-        tensors=len(checkpoint.names),
+        tensors=len(checkpoint),
         parameters=parameters,
         differences=differences,
         cosine_int8=cosine,
@@ -126,7 +126,7 @@ def _write(graph: _Graph, file: Path) -> int:
     ids = torch.randint(1, graph.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     example["attention_mask"][1, ..., 3:] = 0
-    with _silent():
+    with parity.quiet():
         program = torch.onnx.export(
             graph,
             tuple(example[name] for name in graph.inputs),
@@ -140,18 +140,6 @@ def _write(graph: _Graph, file: Path) -> int:
     count = sum(parameter.numel() for parameter in graph.parameters())
     program.save(file, external_data=count * 4 > _LARGEST_FILE)
     return count
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Hide advice and warnings about packages that are not needed, which go to the root logger too."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Tensor]]:
@@ -204,7 +192,7 @@ def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> 
 def _quantize(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _silent():
+    with parity.quiet():
         # One scale per row is far closer than one per matrix.
         quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 

@@ -1,5 +1,7 @@
 """Compare the outputs of two models on texts of every kind, with one model in memory at a time."""
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,14 +32,16 @@ class Mismatch(ArithmeticError):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from reporting unused weights, which the callers report themselves."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    """Hide the bars, advice and warnings of libraries; callers report what matters."""
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        transformers_logging.set_verbosity(level)
+        logging.disable(logging.NOTSET)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -59,8 +63,8 @@ def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
 def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments: int, pooled: bool) -> dict[str, Tensor]:
     """Return every output of ``model`` for :func:`batches`, in float32, without those of padding.
 
-    With fewer than two ``segments`` the model gets no ``token_type_ids``; ``pooler_output`` is
-    left out unless ``pooled``, since an untrained pooler is random.
+    With fewer than two ``segments`` the model gets no ``token_type_ids``; ``pooler_output``
+    is left out unless ``pooled``, since an untrained pooler is random.
     """
     found = {}
     choices = type(model).__name__.endswith("MultipleChoice")
@@ -68,7 +72,8 @@ def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments
         if segments < 2:
             batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
         mask = batch["attention_mask"].bool()
-        # Word scores of the long text would need more memory than the model, so only the encoder reads it.
+        # Word scores of the long text would need more memory than the model, so only the
+        # encoder reads it.
         network = model.base_model if len(mask) == 1 else model
         if choices and network is model:
             batch = {name: value[: len(value) // 2 * 2].unflatten(0, (-1, 2)) for name, value in batch.items()}
@@ -106,9 +111,9 @@ def differences(
 ) -> dict[str, float]:
     """Return the largest difference of every output between two models, computed in float32.
 
-    ``source`` and ``result`` are folders with a class, whose weights are rounded to ``dtype``
-    first. ``segments`` and ``pooled`` are as in :func:`outputs`; ``max_length`` is the number
-    of positions.
+    ``source`` and ``result`` are folders with a class, whose weights are rounded to
+    ``dtype`` first. ``segments`` and ``pooled`` are as in :func:`outputs`; ``max_length``
+    is the number of positions.
     """
     inputs = batches(tokenizer, min(tokenizer.model_max_length, max_length))
     found = []

@@ -17,7 +17,8 @@ _METRICS = ("train_rows", "train_tokens", "steps", "epochs", "train_seconds")
 _ENVIRONMENT = ("accelerator", "processor", "cores", "processes", "versions")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DATA_FILES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt")
-# Fields of a recipe that name data or models by a path or by an id on the Hub, and those left out.
+# Fields of a recipe that name data or models by a path or by an id on the Hub, and those
+# left out.
 _NAMES = ("path", "model", "teacher", "tokenizer")
 _DROPPED = ("cache_dir", "output_dir")
 
@@ -52,8 +53,8 @@ class Evaluation(BaseModel):
 class Record(BaseModel):
     """The origin of a model; empty for a model that no recipe trained.
 
-    ``stages`` include that of the tokenizer. ``base_model`` is the id on the Hub of the weights that
-    it started from, and ``fields`` are what its publisher stated for the card.
+    ``stages`` include that of the tokenizer. ``base_model`` is the id on the Hub of the
+    weights that it started from, and ``fields`` are what its publisher stated for the card.
     """
 
     stages: list[Stage] = []

@@ -16,7 +16,8 @@ class Pulled:
     Attributes:
         files: sizes in bytes by path.
         code: SHA-256 of every Python file, which opening the model could run, by path.
-        code_is: ``"installed"`` for the code of the installed version, ``"changed"``, or ``"none"``.
+        code_is: ``"installed"`` for the code of the installed version, ``"changed"``, or
+            ``"none"``.
         left_out: files of the commit that a model does not need, or that are pickles.
     """
 
@@ -35,8 +36,8 @@ def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pull
     Nothing of it is opened or run. With ``HF_HUB_OFFLINE=1`` it comes from the cache.
 
     Raises:
-        ValueError: the name is invalid, the folder is not empty, or the model is damaged, pickled or
-            leads out of its folder.
+        ValueError: the name is invalid, the folder is not empty, or the model is damaged,
+            pickled or leads out of its folder.
         HubError: the Hub refused, or could not be reached.
     """
     repo_id, revision = split_name(name)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, save_torch_state_dict
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from rich.filesize import decimal
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +24,7 @@ from minibert.files.disk import read_json, readable_os_errors, write_json, write
 from minibert.files.model_folder import WEIGHTS, code_files, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
-from minibert.hub.convert import UNUSED, checked_dtype, open_tokenizer
+from minibert.hub.convert import UNUSED, checked_dtype, open_tokenizer, rounded
 from minibert.hub.export import export, open_minibert
 from minibert.hub.remote import Change, ask, commit, compare, connect, download, files_of, look_up, split_name
 
@@ -80,7 +79,10 @@ def push(
     """Publish ``model`` as ``repo_id``; files that the Hub has already are not sent again.
 
     Args:
-        model: a run (its last model is taken), a stage of a run, or any folder of a MiniBERT.
+        model: a run (its last model is taken), a stage of a run, or any folder of a
+            MiniBERT.
+        repo_id: ``USER/NAME`` on the Hub.
+        private: create the repository as private.
         revision: branch to write to, created if it is missing; the default is main.
         create_pr: propose the commit as a pull request instead.
         dtype: of the weights, such as ``"bfloat16"``; the default keeps theirs.
@@ -94,8 +96,8 @@ def push(
 
     Raises:
         FileNotFoundError: there is no such model, or it is not finished.
-        ValueError: it is not a MiniBERT, an argument is invalid, a file names a path of this
-            machine, or the repository holds other files.
+        ValueError: it is not a MiniBERT, an argument is invalid, a file names a path of
+            this machine, or the repository holds other files.
         Mismatch: a fresh process computes other outputs; the text says what was uploaded.
         HubError: the Hub refused, or could not be reached.
     """
@@ -158,18 +160,20 @@ def _compare(
     """Compare ``folder`` with the branch, and refuse to replace other files without ``overwrite``.
 
     Returns:
-        The newest commit of the branch, or of main (None if the repository is missing), whether the
-        branch is there once the repository is, and the changes after which it holds ``folder``.
+        The newest commit of the branch, or of main (None if the repository is missing),
+        whether the branch is there once the repository is, and the changes after which it
+        holds ``folder``.
     """
-    main = look_up(api, repo_id, absent=RepositoryNotFoundError)
-    if main is None:
+    if not ask("looking up", repo_id, partial(api.repo_exists, repo_id)):
         return None, branch == "main", compare(folder, {})
+    newest = main = look_up(api, repo_id)
     if private and not main.private:
         raise ValueError(
             f"{repo_id} exists and is public; make it private in its settings on the Hub first, or push to another name."
         )
-    found = main if branch == "main" else look_up(api, repo_id, branch, absent=RevisionNotFoundError)
-    newest = found or main
+    exists = branch == "main" or ask("looking up", repo_id, partial(api.revision_exists, repo_id, branch))
+    if exists and branch != "main":
+        newest = look_up(api, repo_id, branch)
     changes = compare(folder, files_of(newest))
     # A branch that is still at main's commit has no files of its own to lose.
     own = branch == "main" or newest.sha != main.sha
@@ -179,7 +183,7 @@ def _compare(
             f"{repo_id} holds other files already; read what would change, and if it is meant push "
             f"again with --force, or propose it with --create-pr.\n{listed}"
         )
-    return newest.sha, found is not None, changes
+    return newest.sha, exists, changes
 
 
 def prove(
@@ -188,7 +192,8 @@ def prove(
     """Open a model in a fresh process without this package, and compare its outputs.
 
     Returns:
-        The ways in which the model was opened, and the largest difference from ``expected``.
+        The ways in which the model was opened, and the largest difference from
+        ``expected``.
     """
     try:
         found, opened = isolated.run(request, cache=cache)
@@ -279,14 +284,11 @@ def build(
 def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size: str) -> None:
     """Write the weights of ``source`` in ``dtype``, with the tensors that a conversion kept unused."""
 
-    def read(name: str) -> dict[str, Tensor]:
-        checkpoint = folders.Checkpoint(source, name)
-        tensors = {key: checkpoint[key] for key in checkpoint.names}
-        wanted = checked_dtype(dtype)
-        return {key: value.to(wanted) if value.is_floating_point() else value for key, value in tensors.items()}
+    def read(name: str = WEIGHTS) -> dict[str, Tensor]:
+        return rounded(folders.read_tensors(source, name), checked_dtype(dtype))
 
     with readable_os_errors(target, "nothing was sent"):
-        save_torch_state_dict(read(WEIGHTS), target, max_shard_size=max_shard_size)
+        save_torch_state_dict(read(), target, max_shard_size=max_shard_size)
         if (source / UNUSED).exists():
             save_file(read(UNUSED), target / UNUSED, {"format": "pt"})
 

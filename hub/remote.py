@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,17 +179,9 @@ def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
     return HfApi(token=token, library_name="minibert", library_version=version())
 
 
-def look_up(api: HfApi, repo_id: str, revision: str | None = None, absent: type[Exception] | None = None) -> ModelInfo | None:
-    """Return the commit that ``revision`` (or main) means now; after the error ``absent``, None."""
-
-    def call() -> ModelInfo | None:
-        try:
-            return api.model_info(repo_id, revision=revision, files_metadata=True)
-        except HfHubHTTPError as error:
-            if type(error) is absent:
-                return None
-            raise
-
+def look_up(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
+    """Return the commit that ``revision`` (or main) means now."""
+    call = partial(api.model_info, repo_id, revision=revision, files_metadata=True)
     return ask("looking up", repo_id, call, revision=revision)
 
 

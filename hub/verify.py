@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
@@ -40,7 +41,8 @@ _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 class Check:
     """The result of one check: ``"ok"``, ``"failed"``, or ``"skipped"`` after an earlier failure.
 
-    ``text`` says in a sentence what was found; ``detail`` is the difference from the installed code.
+    ``text`` says in a sentence what was found; ``detail`` is the difference from the
+    installed code.
     """
 
     name: str
@@ -63,7 +65,8 @@ class Verification:
 class Code:
     """The Python code that opening a model could run: the SHA-256 of every file, by path.
 
-    ``reasons`` and ``diff`` (as of ``diff -u``) say how it differs from the installed version.
+    ``reasons`` and ``diff`` (as of ``diff -u``) say how it differs from the installed
+    version.
     """
 
     files: dict[str, str]
@@ -80,7 +83,9 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
     """Check a model folder, or the model ``USER/NAME[@REVISION]`` on the Hub.
 
     Args:
-        trust_remote_code: let a fresh process run code that is not that of the installed version.
+        model: a model folder, or the id (owner/name) of a model on the Hub.
+        trust_remote_code: let a fresh process run code that is not that of the installed
+            version.
         token: of the Hub; the default is that of the environment or of the last login.
 
     Raises:
@@ -117,10 +122,11 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
 def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_files: Sequence[str] = ()) -> list[Check]:
     """Run the checks of a model folder, and return one result for each.
 
-    ``trust`` runs code that is not that of the installed version, and ``opens`` opens the model
-    in a fresh process. ``other_files`` belong to the model but are not in the folder.
+    ``trust`` runs code that is not that of the installed version, and ``opens`` opens the
+    model in a fresh process. ``other_files`` belong to the model but are not in the folder.
     """
-    # Each check, and those without which it is skipped: a folder that failed is not read any further.
+    # Each check, and those without which it is skipped: a folder that failed is not read
+    # any further.
     looks: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
         "files": (lambda: _files(folder, other_files), ()),
         "weights": (lambda: _weights(folder), ("files",)),
@@ -160,14 +166,14 @@ def _weights(folder: Path) -> str:
     check_weights(encoder)
     for file in folder.rglob("*.safetensors"):
         read_header(file)
-    checkpoint = folders.Checkpoint(encoder)
+    checkpoint = folders.read_tensors(encoder)
     model_class = _model_class(read_json(encoder / "config.json"))
     problems = _misfits(encoder, model_class, checkpoint) if model_class else {}
-    problems["not finite"] = [name for name in checkpoint.names if not torch.isfinite(checkpoint[name].float()).all()]
+    problems["not finite"] = [name for name, value in checkpoint.items() if not torch.isfinite(value.float()).all()]
     if found := "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names):
         raise ValueError(f"The weights are not those that config.json describes; {found}.")
     shapes = "of the expected shapes" if model_class else "(only the model's own code knows the expected shapes)"
-    return f"{len(checkpoint.names)} tensors {shapes}, all finite."
+    return f"{len(checkpoint)} tensors {shapes}, all finite."
 
 
 def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
@@ -181,7 +187,7 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
-def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: folders.Checkpoint) -> dict[str, list[str]]:
+def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict[str, Tensor]) -> dict[str, list[str]]:
     """Load the weights into the installed class, and return the tensors that do not fit, by problem."""
     with parity.quiet(), opening(encoder):
         opened: Any = model_class.from_pretrained(  # a pair, which its annotation does not say
@@ -194,7 +200,7 @@ def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: fold
         known = {full(name, kind) for kind in CLASSES for name in empty(network.config, kind).state_dict()}
         unknown = {name for name in loaded["unexpected_keys"] if not {name, full(name, "Model")} & known}
     pairs = dict(network._tied_weights_keys or {}) if network.config.tie_word_embeddings else {}
-    both = [(target, source) for target, source in pairs.items() if {target, source} <= set(checkpoint.names)]
+    both = [(target, source) for target, source in pairs.items() if {target, source} <= checkpoint.keys()]
     return {
         "missing": sorted(name for name in loaded["missing_keys"] if not name.removeprefix("minibert.").startswith(pooler)),
         "of another shape": [f"{name} is {[*found]}, not {[*shape]}" for name, found, shape in loaded["mismatched_keys"]],
