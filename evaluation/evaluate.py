@@ -85,8 +85,7 @@ def evaluate(
 
     Returns:
         ``kind``, the counts of what was measured, and ``systems``: for each of ``model``,
-            ``bm25``
-        and ``untrained`` its metrics by name, all between 0 and 1 (Spearman: -1 and 1).
+        ``bm25`` and ``untrained`` its metrics by name, from 0 to 1 (Spearman: from -1).
 
     Raises:
         FileNotFoundError: for a model or data that is neither here nor on the Hub.
@@ -135,6 +134,8 @@ def retrieval(
     information retrieval. Equal texts count once. See :func:`evaluate` for the arguments
     and the result.
     """
+    if baselines:
+        from minibert.inference import bm25  # noqa: F401  # its absence shows before anything is encoded
     passages = {answer: str(number) for number, answer in enumerate(dict.fromkeys(answers))}
     relevant: dict[str, set[str]] = {}
     for query, answer in zip(queries, answers, strict=True):

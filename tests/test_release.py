@@ -80,7 +80,7 @@ COMMANDS = {
     "search model --passages notes.txt red": None,
     "search vectors red": None,
     "search vectors red --hybrid": "search",
-    "evaluate model notes.txt": "search",
+    "evaluate model questions.csv": "search",
     "hub export model out --to onnx": "export",
     "plot tokens model red": "plot",
     "plot attention model red --out attention.html": "plot",
@@ -125,6 +125,7 @@ def without(missing: set[str], lines: list[str], cwd: Path, *, exact_rows: int =
 def room(tmp_path):
     shutil.copytree(ROOT / "tests" / "data" / "first-release" / "embed", tmp_path / "model")
     (tmp_path / "notes.txt").write_text("red apples\n", encoding="utf-8")
+    (tmp_path / "questions.csv").write_text("query,answer\nwhat is red,red apples\n", encoding="utf-8")
     return tmp_path
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from minibert.data.load import load
 from minibert.evaluation.evaluate import evaluate
+from minibert.inference import bm25  # noqa: F401  # its absence shows before the first stage trains
 from minibert.train.arguments import EvaluateStage
 from minibert.train.stage import StageContext
 
