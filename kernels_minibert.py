@@ -114,7 +114,7 @@ def linear(module: nn.Module, states: Tensor, act: nn.Module | None = None) -> T
         product = module(inputs)
         return product if act is None else act(product)
     fused = type(act) is GELUActivation and not is_hooked(act)
-    product = onednn_linear(inputs, module.weight, module.bias, gelu=fused)
+    product = onednn_linear(inputs, module.weight, module.bias, gelu=fused)  # type: ignore[arg-type]
     return product if act is None or fused else act(product)
 
 

@@ -260,15 +260,16 @@ class MiniBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MiniBertLayer, "attentions": MiniBertAttention}
 
-    def run_encoder(self, labels: Tensor | None, *given: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def run_encoder(self, labels: Tensor | None, *given: Tensor | None, **kwargs: Any) -> Any:
         """Call the encoder; if a label that counts stands at padding, compute padding as BertModel does, and warn once."""
-        mask, traced = given[1], torch.compiler.is_compiling() or (labels is not None and is_transformed(labels))
+        mask: Any = given[1]
+        traced = torch.compiler.is_compiling() or (labels is not None and is_transformed(labels))
         comparable = labels is not None and mask is not None and mask.shape == labels.shape and not traced
         if comparable and bool(((labels != -100) & (mask == 0)).any()):
             logger.warning_once("Labels stand at padding, where the loss counts them; use -100 there to leave them out.")
             kwargs["unpad_inputs"] = False
-        outputs: BaseModelOutputWithPooling = self.minibert(*given, return_dict=True, **kwargs)
-        return outputs
+        encoder: Any = self.minibert
+        return encoder(*given, return_dict=True, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
