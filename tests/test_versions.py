@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers import SETUP, run_python
-from minibert import MiniBertModel, configuration_minibert
+from minibert import MiniBertModel
 from minibert.configuration_minibert import OLDEST_TRANSFORMERS
 from minibert.files.model_folder import code_files
 from minibert.inference.load import load
