@@ -42,6 +42,7 @@ __all__ = [
     "train_word_level",
     "train_wordpiece",
 ]
+# Where a name lives; the other classes are in the modeling file, the other functions with the tokenizers.
 _MODULES = {"Encoder": "inference.encode", "encode": "inference.encode", "predict": "inference.predict"}
 
 

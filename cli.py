@@ -154,14 +154,14 @@ def _root(
     pass
 
 
-def _report_progress() -> None:
+def _report_progress(bars: bool = True) -> None:
     """Show on standard error what happens, and silence the libraries except for long bars."""
     import logging
 
     logger = logging.getLogger("minibert")
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
     logger.setLevel(logging.INFO)
-    _silence_libraries(bars=True)
+    _silence_libraries(bars=bars)
 
 
 def _silence_libraries(bars: bool = False) -> None:
@@ -247,8 +247,7 @@ def search(
     """
     from minibert.search.search import FolderSearcher, Searcher, check_queries, read_passages, read_queries
 
-    _silence_libraries()
-    _report_progress()
+    _report_progress(bars=False)
     if queries and queries_file is not None:
         raise ValueError("There are queries on the command line and in --queries; give one of the two.")
     check_queries(queries or [])
@@ -262,11 +261,13 @@ def search(
             raise ValueError("--column is the column of --passages; a folder of vectors has its texts already.")
         searcher = FolderSearcher(target, **of_index, **options)
     else:
-        if given := [name for name, value in of_index.items() if value]:
+        if misplaced := [name for name, value in of_index.items() if value]:
             wanted = f"make one with: minibert encode {target} {passages} OUT"
-            raise ValueError(f"--{given[0]} is for a folder of vectors; {wanted}")
+            raise ValueError(f"--{misplaced[0]} is for a folder of vectors; {wanted}")
         searcher = Searcher(target, read_passages(passages, column), **options)
-    for batch in [queries] if queries else ([query] for query in _typed_queries()):
+    given = queries or []
+    batches: Iterator[list[str]] = (given[at : at + 1024] for at in range(0, len(given), 1024))
+    for batch in batches if given else ([query] for query in _typed_queries()):
         for query, hits in zip(batch, searcher.search(batch, top_k)):
             answer = {"query": query, "hits": [hit._asdict() for hit in hits]}
             typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))

@@ -9,7 +9,6 @@ D head width, V vocabulary. A tensor of shape (…, C) is either (B, L, C), padd
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -52,7 +51,7 @@ from .packing_minibert import Packing, pack_batch, packed_forward
 
 # transformers does not add a module that it loads to its package, without which dill (for the cache of Dataset.map) cannot
 # find the classes again.
-setattr(import_module(__package__), "modeling_minibert", sys.modules[__name__])  # noqa: B010
+setattr(import_module(__package__), "modeling_minibert", import_module(__name__))  # noqa: B010
 logger = logging.get_logger(__name__)
 
 # ------------------------------------------------------------------------------------------------------- positions

@@ -236,7 +236,7 @@ class Packing:
                 bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
                 return cls(cu_seqlens=bounds, max_length=length)
             bounds = F.pad(mask.sum(dim=1).cumsum(0, dtype=torch.int32), (1, 0))
-            indices = mask.flatten().nonzero().squeeze(1)  # the only synchronisation of the forward pass
+            indices = mask.flatten().nonzero().squeeze(1)  # a synchronisation, which sizes need
             return cls(indices=indices, cu_seqlens=bounds, max_length=length)
         if mask is None or bool(mask.all()):
             return cls([length] * batch)

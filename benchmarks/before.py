@@ -19,7 +19,7 @@ from benchmarks.encode import read_texts
 from benchmarks.machine import describe
 
 _WORKER = """
-import json, resource, statistics, sys, time
+import inspect, json, statistics, sys, time
 import numpy as np, torch
 from sentence_transformers import SentenceTransformer
 from minibert import MiniBertConfig, MiniBertForMaskedLM
@@ -33,6 +33,8 @@ encoder = Encoder(work / "converted", device="cpu")
 opened = SentenceTransformer(str(work / "converted"), device="cpu")
 torch.manual_seed(0)
 learner = MiniBertForMaskedLM(MiniBertConfig(vocab_size=8192)).train()
+# Without logits, as the training loop asks; an earlier checkout leaves them out of training by itself.
+without = {"return_logits": False} if "return_logits" in inspect.signature(learner.forward).parameters else {}
 optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)
 ids = torch.randint(5, 8192, (16, 128))
 
@@ -46,7 +48,7 @@ def single():
 
 def step():
     for _ in range(3):
-        learner(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        learner(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, **without).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -116,7 +118,7 @@ def run(checkout: Path, model: Path, out: Path, *, texts: Path | None, limit: in
 
 
 def _environment(folder: Path, checkout: Path) -> dict[str, str]:
-    """Environment variables with which ``minibert`` is the package in ``checkout``."""
+    """Return environment variables with which ``minibert`` is the package in ``checkout``."""
     (folder / "path").mkdir(parents=True)
     (folder / "path" / "minibert").symlink_to(checkout.resolve(), target_is_directory=True)
     return {**os.environ, "PYTHONPATH": str(folder / "path")}
@@ -125,7 +127,7 @@ def _environment(folder: Path, checkout: Path) -> dict[str, str]:
 def _in_turns(
     environments: dict[str, dict[str, str]], model: Path, work: Path, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every task in every checkout; the one that is asked first changes from round to round."""
+    """Return the seconds of every task in every checkout; rounds begin with each in turn."""
     workers: dict[str, Any] = {}
     for name, environment in environments.items():
         workers[name] = subprocess.Popen(

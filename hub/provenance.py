@@ -82,8 +82,10 @@ def read(folder: Path) -> Record:
         return _published(folder) or Record(**found, base_model=origin)
     recipe = read_recipe(run / RECIPE)
     path = [folder]
-    while (before := read_settings(path[0] / "environment.json").get("started_from")) not in (None, path[0].name):
-        path.insert(0, run / before)
+    while name := read_settings(path[0] / "environment.json").get("started_from"):
+        if (before := run / str(name)) in path:
+            break
+        path.insert(0, before)
     stages = [read_settings(place / "stage.json") for place in path]
     environments = [read_settings(place / "environment.json") for place in path]
     evaluations = list(_of_training(stages[-1], metrics, environment))

@@ -149,7 +149,7 @@ def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype:
         raise ValueError(f"{repo_id!r} names a revision; give the branch with --revision {at}.")
     if create_pr and revision:
         raise ValueError("A pull request is made against main; leave out --revision, or --create-pr.")
-    if revision is not None and not re.fullmatch(r"(?!refs/)[\w.-]+(/[\w.-]+)*", revision):
+    if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)[\w.-]+(/[\w.-]+)*", revision):
         raise ValueError(f"--revision={revision} cannot name a branch.")
     checked_dtype(dtype)
 

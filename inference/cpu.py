@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from minibert.kernels_minibert import ONEDNN_DTYPES, add, at_least_float32, is_unmodified_linear, onednn_linear
+from minibert.kernels_minibert import ONEDNN_DTYPES, add, at_least_float32, is_hooked, is_unmodified_linear, onednn_linear
 from minibert.modeling_minibert import MiniBertLayer, MiniBertModel, rotate
 from minibert.packing_minibert import Packing
 
@@ -106,7 +106,7 @@ def _can_replace(layer: nn.Module) -> bool:
         return False
     attention, mlp = layer.attention, layer.mlp
     linears = [attention.query, attention.key, attention.value, attention.output, mlp.up, mlp.gate, mlp.down]
-    changed = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in layer.modules())
+    changed = any(map(is_hooked, layer.modules()))
     return not changed and all(is_unmodified_linear(linear) for linear in linears if linear is not None)
 
 

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.modules.module import register_module_forward_hook
@@ -60,7 +61,13 @@ def test_any_module_may_stand_in_place_of_a_linear_layer(place, dtype, inputs, t
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, logits, atol=0.02, rtol=0.02)
     model.save_pretrained(tmp_path)
-    assert model.state_dict().keys() == torch.nn.Module.state_dict(model).keys()
+    state = load_file(tmp_path / "model.safetensors")
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    assert not any(again.load_state_dict(state))
+    torch.testing.assert_close(again(**inputs).logits, logits)
 
 
 def test_embeddings_may_be_wrapped(inputs):
@@ -237,7 +244,7 @@ def test_parts_of_a_model_may_have_another_dtype(inputs):
     expected = model(**inputs).last_hidden_state
     model.layers[0].to(torch.bfloat16)
     model.layers[1].mlp.double()
-    torch.testing.assert_close(model(**inputs).last_hidden_state, expected.to(torch.float64).float(), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(model(**inputs).last_hidden_state, expected, atol=0.05, rtol=0.05)
 
 
 def test_double_precision_is_kept():

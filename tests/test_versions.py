@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers import SETUP, run_python
-from minibert import MiniBertModel
+from minibert import MiniBertModel, configuration_minibert
 from minibert.configuration_minibert import OLDEST_TRANSFORMERS
 from minibert.files.model_folder import code_files
 from minibert.inference.load import load
@@ -90,7 +90,7 @@ def test_an_older_transformers_is_named_with_the_way_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("version", ["5.10.1", "6.0.0"])
 def test_versions_are_compared_as_numbers(version, monkeypatch):
     monkeypatch.setattr("transformers.__version__", version)
-    assert runpy.run_module("minibert.configuration_minibert")["OLDEST_TRANSFORMERS"] == OLDEST_TRANSFORMERS
+    assert runpy.run_path(configuration_minibert.__file__)["OLDEST_TRANSFORMERS"] == OLDEST_TRANSFORMERS
 
 
 def test_the_package_itself_asks_for_no_older_one():
