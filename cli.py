@@ -661,7 +661,7 @@ def attention(
     second: Annotated[str | None, Argument(metavar="[SECOND TEXT]", help="Second text of a pair.")] = None,
     layer: Annotated[int | None, Option(help="Only this layer, from 1.")] = None,
     head: Annotated[int | None, Option(help="Only this head, from 1.")] = None,
-    max_tokens: Annotated[int | None, Option(min=4, help="Tokens to read; the default is the model's limit.")] = None,
+    max_tokens: Annotated[int | None, Option(help="Tokens to read; the default is the model's limit.")] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

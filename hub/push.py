@@ -101,7 +101,7 @@ def push(
         Mismatch: a fresh process computes other outputs; the text says what was uploaded.
         HubError: the Hub refused, or could not be reached.
     """
-    _check_arguments(repo_id, revision, create_pr, dtype)
+    _check_arguments(repo_id, revision, create_pr, dtype, max_shard_size)
     api = connect(token, writing_to=None if dry_run else repo_id)
     source = model_folder(model)
     with tempfile.TemporaryDirectory(prefix="minibert-") as place:
@@ -144,7 +144,7 @@ def push(
     return done
 
 
-def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None) -> None:
+def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None, max_shard_size: str) -> None:
     if at := split_name(repo_id)[1]:
         raise ValueError(f"{repo_id!r} names a revision; give the branch with --revision {at}.")
     if create_pr and revision:
@@ -152,6 +152,8 @@ def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype:
     if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)[\w.-]+(/[\w.-]+)*", revision):
         raise ValueError(f"--revision={revision} cannot name a branch.")
     checked_dtype(dtype)
+    if not re.search("[1-9]", max_shard_size):
+        raise ValueError(f"--max-shard-size={max_shard_size} is not a size; give one such as 500MB or 5GB.")
 
 
 def _compare(

@@ -140,6 +140,8 @@ def attention(
         ValueError: an empty text, a layer or head that the model does not have, or a
             model without attention weights.
     """
+    if max_tokens is not None and max_tokens < 4:
+        raise ValueError(f"max_tokens must be at least 4, to leave words to look at, got {max_tokens} (--max-tokens).")
     page.check_text(text)
     if second is not None:
         page.check_text(second, "The second text")

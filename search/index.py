@@ -209,6 +209,8 @@ def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = Fal
     rows = len(folder)
     if not rows:
         raise ValueError(f"{folder.folder} holds no vectors; encode an input that holds texts, or wait for the first.")
+    if folder.manifest.precision == "int8" and not folder.manifest.ranges:
+        raise ValueError(f"The manifest of {folder.folder} lacks the ranges of int8 vectors; encode again.")
     with_lists = rows > EXACT_ROWS and not exact
     if with_lists:
         import faiss  # noqa: F401  # fails here rather than after the vectors were copied

@@ -438,3 +438,10 @@ def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     open_index(folder)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert len(open_index(folder)) == 10  # an index that is current needs no writing
+
+
+def test_int8_without_ranges_is_refused(tmp_path):
+    folder = write_vectors(tmp_path / "vectors", clustered(10, 1), precision="int8")
+    folder.manifest.ranges = None
+    with pytest.raises(ValueError, match="lacks the ranges"):
+        open_index(folder)

@@ -533,7 +533,7 @@ def test_a_card_that_the_hub_refuses(hub, source, run):
         (["model", "ann/x", "--revision", "a b"], "--revision=a b cannot name a branch"),
         (["model", "ann/x", "--revision", "v1", "--create-pr"], "made against main"),
         (["model", "ann/x", "--dtype", "int8"], "dtype=int8 is unknown; use float32, float16 or bfloat16"),
-        (["model", "ann/x", "--max-shard-size", "big"], "Got 'big'"),
+        (["model", "ann/x", "--max-shard-size", "big"], "--max-shard-size=big is not a size; give one such as 500MB"),
         (["model", "ann/x", "--license", "My Own!"], "license='My Own!' should be"),
         (["nothing", "ann/x"], "There is no model folder nothing"),
     ],
