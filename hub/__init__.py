@@ -1,4 +1,4 @@
-"""Moves models: convert, export, publish, verify."""
+"""Convert, export, publish, download and verify models."""
 
 import minibert
 

@@ -1,7 +1,7 @@
-"""Write the model card from what was measured, by the template ``card.md``, and check the metadata of any card.
+"""Write model cards, and check the metadata of existing cards.
 
-Nothing is guessed: the card leaves out a field that neither a file nor the publisher
-states.
+The values of a card come from the model's files, the record of its training and the publisher.
+A field without a known value is left out. The template is ``card.md``.
 """
 
 import json
@@ -21,7 +21,7 @@ from minibert.files.disk import read_json
 from minibert.files.model_folder import check_paths, check_weights, code_files, read_header, read_settings, weight_files
 from minibert.hub import folders, provenance
 
-# The Hub's name of the task, by the ending of the class in config.json.
+# Ending of the class name in config.json -> name of the task on the Hub.
 _TASKS = {
     "ForPreTraining": "fill-mask",
     "ForMaskedLM": "fill-mask",
@@ -36,7 +36,7 @@ _TEXT_TASKS = (
     *("translation", "zero-shot-classification"),
 )
 _ID = r"[\w.-]+(/[\w.-]+)?"
-# Fields that the publisher may state, the pattern of each of their texts, and words for it.
+# Fields that the publisher may set -> (pattern of a valid text, description for messages).
 FIELDS = {
     "license": (r"[a-z0-9][a-z0-9.+-]*", "the Hub's id of a licence, such as mit or apache-2.0"),
     "license_name": (r".+", "a name"),
@@ -46,7 +46,7 @@ FIELDS = {
     "base_model": (_ID, "ids of models on the Hub, such as owner/name"),
     "tags": (r".+", "words"),
 }
-# Fields that are found in the model's files.
+# Fields whose values are read from the model's files.
 _FOUND = {
     "library_name": (r"[\w.-]+", "the name of a library, such as sentence-transformers"),
     "pipeline_tag": ("|".join(_TEXT_TASKS), f"one of {', '.join(_TEXT_TASKS)}"),
@@ -54,11 +54,11 @@ _FOUND = {
 
 
 def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | None = None, **fields: Any) -> str:
-    """Return the README.md of a model, made from its files and from the run that trained it.
+    """Return the text of a README.md that describes the model in ``folder``.
 
-    Without ``repo_id`` the examples have a placeholder. ``origin`` is the folder that
-    training or conversion left, of which ``folder`` is a copy. ``fields`` are metadata in
-    :data:`FIELDS`, such as ``license="mit"``, and replace what is found.
+    ``origin`` is the folder with the record of the model's training or conversion. The default
+    is ``folder``. Without ``repo_id`` the examples name a placeholder. ``fields`` are metadata
+    of :data:`FIELDS`, such as ``license="mit"``. They replace values found in files.
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"
     validate_repo_id(repo_id)
@@ -105,7 +105,7 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
 
 
 def vector_dimension(folder: Path) -> int:
-    """Return how many numbers the vector of a text has, by the configurations of the modules."""
+    """Return the dimension of a model's text vectors, read from its configuration files."""
     for module in reversed(folders.modules(folder)[1:]):
         settings = read_settings(folder / module["path"] / "config.json")
         for name in ("out_features", "embedding_dimension", "word_embedding_dimension"):
@@ -116,7 +116,7 @@ def vector_dimension(folder: Path) -> int:
 
 
 def longest_text(folder: Path) -> int | None:
-    """Return how many tokens of a text a model reads, by its modules, tokenizer and positions."""
+    """Return a model's maximum sequence length in tokens, or None if nothing limits it."""
     encoder = folders.encoder_folder(folder)
     config = read_settings(encoder / "config.json")
     lengths = [folders.max_length(folder), read_settings(encoder / "tokenizer_config.json").get("model_max_length")]
@@ -127,7 +127,7 @@ def longest_text(folder: Path) -> int | None:
 
 
 def _content(folder: Path, encoder: Path, config: dict[str, Any], record: provenance.Record) -> dict[str, Any]:
-    """Return values of the template that describe the model's files."""
+    """Return the template values that describe the model's files."""
     tensors = [tensor for file in weight_files(encoder) for tensor in read_header(file).values()]
     settings, tokenizer = (read_settings(encoder / name) for name in ("tokenizer_config.json", "tokenizer.json"))
     normalizer = json.dumps(tokenizer.get("normalizer"))
@@ -164,12 +164,12 @@ def _facts(record: provenance.Record) -> Iterator[tuple[str, str]]:
 
 
 def _cell(value: Any) -> str:
-    """Return ``value`` as text that fits into one cell of a table."""
+    """Return ``value`` as text for one cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _pooling(folder: Path) -> dict[str, Any] | None:
-    """Return how token vectors become a text's vector, where a few lines of torch can say it."""
+    """Return the pooling for the torch example of a card, or None if it is not cls or mean."""
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in folders.modules(folder)]
     if kinds[1:] not in (["Pooling"], ["Pooling", "Normalize"]):
         return None
@@ -196,10 +196,10 @@ def _results(record: provenance.Record, task: str) -> Iterator[EvalResult]:
 
 
 def check_card(text: str) -> None:
-    """Refuse a README.md whose metadata the Hub would refuse, as far as that is known without asking it."""
+    """Raise ValueError if the metadata in ``text``, the content of a README.md, is invalid."""
     block = REGEX_YAML_BLOCK.search(text)
     if not block:
-        raise ValueError("The card has no metadata: README.md must begin with YAML between two lines ---.")
+        raise ValueError("The card has no metadata: README.md must begin with YAML between two '---' lines.")
     try:
         data = yaml.safe_load(block[2])
         ModelCard(text)  # reads the results in model-index too
@@ -216,7 +216,7 @@ def _check_fields(data: dict[str, Any]) -> None:
         if name in data and (not texts or len(valid) < len(texts)):
             problems.append(f"{name}={data[name]!r} should be {words}")
     if problems:
-        raise ValueError(f"The card's metadata is refused: {'; '.join(problems)}.")
+        raise ValueError(f"The card's metadata is invalid: {'; '.join(problems)}.")
 
 
 def _listed(value: Any) -> list[Any]:

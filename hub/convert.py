@@ -1,4 +1,4 @@
-"""Turn a BERT-family model into a MiniBERT of the same weights, and prove that it computes the same."""
+"""Convert a BERT-family model into a MiniBERT with the same weights and the same outputs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,8 @@ from minibert.hub import folders, parity
 from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
 from minibert.inference.load import find_folder
 
-# Holds the tensors that a MiniBERT does not use, by their names in the source, so that
-# export can write them back.
+# File with the tensors of the source that a MiniBERT does not use. They keep their names, so
+# that an export can write them back.
 UNUSED = "converted_from.safetensors"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -28,7 +28,7 @@ CARRIED = (
     *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
     *("sentence_transformers", "sbert_ce_default_activation_function"),
 )
-# Fields that do not change the outputs, or are rewritten.
+# Fields that do not affect the outputs, or that a conversion sets itself.
 _DROPPED = (
     *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels"),
     *("_attn_implementation_internal", "gradient_checkpointing"),
@@ -37,14 +37,14 @@ _DROPPED = (
 
 @dataclass
 class Report:
-    """The result of a conversion or an export.
+    """Store the result of a conversion or an export.
 
     Attributes:
-        family: of the plain model, such as ``"bert"``; ``"onnx"`` for a graph.
-        architecture: name of the written class.
+        family: BERT family that was read or written, such as ``"roberta"``, or ``"onnx"``.
+        architecture: class name of the written model.
         unused: names of the tensors that the written model does not use.
-        differences: the largest absolute difference of every output on the built-in texts.
-        cosine_int8: the lowest and the mean cosine of quantized with exact vectors.
+        differences: largest absolute difference of each output on the built-in texts.
+        cosine_int8: lowest and mean cosine similarity between quantized and exact vectors.
     """
 
     source: str
@@ -65,14 +65,14 @@ def convert(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
 ) -> Report:
-    """Write ``source`` as a MiniBERT with its tokenizer, labels and modules into a new folder.
+    """Convert a BERT-family model into a MiniBERT, and write the MiniBERT into a new folder.
 
     Args:
-        source: folder, or id of a model on the Hub; plain transformers or
-            sentence-transformers.
-        output_dir: the new folder for the result.
-        dtype: of the written weights, such as ``"bfloat16"``; the default keeps each
-            tensor's.
+        source: folder of a transformers or sentence-transformers model, or the model's id on
+            the Hub.
+        output_dir: new folder for the MiniBERT, its tokenizer and its modules.
+        dtype: dtype of the written weights, such as ``"bfloat16"``. By default every tensor
+            keeps its dtype.
         revision: branch, tag or commit of a model on the Hub.
 
     Example::
@@ -81,10 +81,10 @@ def convert(
         print(report.differences)
 
     Raises:
-        FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it cannot be expressed exactly, its tensors are not those of its
-            configuration, its weights are pickled, or the output folder is not empty.
-        Mismatch: the result computes something else; nothing was written.
+        FileNotFoundError: if the model, its weights or its tokenizer are missing.
+        ValueError: if MiniBERT cannot represent the model exactly, the tensors do not match
+            the configuration, the weights are pickled, or the output folder is not empty.
+        Mismatch: if the MiniBERT's outputs differ from the source's. Nothing is written then.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
@@ -137,7 +137,7 @@ def convert(
 
 
 def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return a dtype by its name, or refuse one that weights cannot have."""
+    """Return ``dtype`` as a torch dtype. Only float32, float16 and bfloat16 are accepted."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is unknown; use float32, float16 or bfloat16.")
@@ -145,26 +145,26 @@ def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _family(raw: dict[str, Any], folder: Path) -> Family:
-    """Return the family of a config.json, or refuse it by name."""
+    """Return the family named in a config.json, or raise ValueError if it is not supported."""
     model_type = raw.get("model_type")
-    possible = f"Convertible are {', '.join(FAMILIES)}."
+    possible = f"Families that can be converted: {', '.join(FAMILIES)}."
     if model_type == MiniBertConfig.model_type:
-        raise ValueError(f"{folder} is a MiniBERT already; there is nothing to convert.")
+        raise ValueError(f"{folder} is a MiniBERT already and needs no conversion.")
     if model_type in REFUSED:
-        raise ValueError(f"{model_type} cannot be expressed exactly: {REFUSED[model_type]}. {possible}")
+        raise ValueError(f"MiniBERT cannot represent {model_type} exactly: {REFUSED[model_type]}. {possible}")
     if raw.get("is_encoder_decoder") or model_type not in FAMILIES:
         raise ValueError(f"{folder} is of the family {model_type}, which cannot be converted. {possible}")
     if "auto_map" in raw:
-        raise ValueError(f"{folder} brings Python code of its own and computes something else. {possible}")
+        raise ValueError(f"{folder} has its own Python code (auto_map) and cannot be converted. {possible}")
     return FAMILIES[model_type]
 
 
 def _kind(raw: dict[str, Any], family: Family) -> str:
-    """Return the class of the checkpoint without the family's name, such as ``"ForMaskedLM"``."""
+    """Return the checkpoint's class name without the family, such as ``"ForMaskedLM"``."""
     known = [f"{family.class_name}{kind}" for kind in family.classes]
     named: str = (raw.get("architectures") or known[:1])[0]
     if named not in known:
-        raise ValueError(f"MiniBERT lacks the class {named}; convertible are {', '.join(known)}.")
+        raise ValueError(f"The class {named} cannot be converted; use one of {', '.join(known)}.")
     return named.removeprefix(family.class_name)
 
 
@@ -173,11 +173,11 @@ def _check_config(raw: dict[str, Any], config: PreTrainedConfig, family: Family,
     wanted |= dict.fromkeys(("is_decoder", "add_cross_attention", "pruned_heads", "quantization_config"))
     problems = [f"{name}={raw[name]!r}" for name, value in wanted.items() if raw.get(name) and raw[name] != value]
     if family.numbers_from_pad and kind == "ForMaskedLM" and config.hidden_act != "gelu":
-        problems.append(f"hidden_act={config.hidden_act!r} (the word head of this family always has 'gelu')")
+        problems.append(f"hidden_act={config.hidden_act!r} (this family's masked-word head always uses 'gelu')")
     if family.numbers_from_pad and config.pad_token_id is None:
-        problems.append("pad_token_id=None (positions are numbered from it)")
+        problems.append("pad_token_id=None (this family numbers positions from the padding id)")
     if problems:
-        raise ValueError(f"{folder} uses what MiniBERT lacks: {', '.join(problems)}.")
+        raise ValueError(f"{folder} uses settings that MiniBERT does not support: {', '.join(problems)}.")
 
 
 def _config(
@@ -197,46 +197,46 @@ def _config(
         "pooling": _pooling(folder, kind, family),
         "architectures": [f"MiniBert{kind}"],
         "dtype": dtype or raw.get("dtype") or raw.get("torch_dtype"),
-        # The family, with its fields that MiniBERT lacks: export writes them back.
+        # The family, and its fields that MiniBERT does not have. An export writes them back.
         "converted_from": {"model_type": family.model_type, **{name: raw[name] for name in sorted(raw) if name not in mapped}},
     }
     return MiniBertConfig(**fields, **carried)
 
 
 def _pooling(folder: Path, kind: str, family: Family) -> str:
-    """Return "cls" for heads and for BERT's pooler, else the pooling of sentence-transformers."""
+    """Return ``"cls"`` or ``"mean"``, the pooling with which the source model is used."""
     if kind == "Model" and any("Pooling" in module["type"] for module in folders.modules(folder)):
         return "cls" if folders.pooling_mode(folder) == "cls" else "mean"
     return "mean" if kind == "Model" and family.model_type == "distilbert" else "cls"
 
 
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """Open the tokenizer in ``folder``, limited to ``max_length`` and to the model's positions."""
+    """Load the tokenizer in ``folder``, and limit its length to ``max_length`` and the positions."""
     # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in folder.glob(name)):
-        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer into it.")
+        raise FileNotFoundError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
-        raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can open ({error}).") from error
+        raise FileNotFoundError(f"transformers cannot open the tokenizer in {folder} ({error}).") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer of {folder} has {len(tokenizer)} entries but the embeddings only "
-            f"{config.vocab_size}; give the model its own tokenizer, or call resize_token_embeddings first."
+            f"The tokenizer in {folder} has {len(tokenizer)} entries, but the model's embeddings have only "
+            f"{config.vocab_size}; use the model's own tokenizer, or call resize_token_embeddings first."
         )
     tokenizer.model_max_length = min(max_length or tokenizer.model_max_length, config.max_position_embeddings)
     return tokenizer
 
 
 def empty(config: MiniBertConfig, kind: str) -> PreTrainedModel:
-    """Return a model of the class MiniBert``kind`` on the device "meta", without weights."""
+    """Build a ``MiniBert{kind}`` model on the meta device, without weights."""
     with torch.device("meta"):
         model: PreTrainedModel = getattr(modeling_minibert, f"MiniBert{kind}")(config)
         return model
 
 
 def full(name: str, kind: str) -> str:
-    """Return the name of a tensor as it is in a model with a head."""
+    """Return a tensor's name with the prefix ``minibert.``, as in a model with a head."""
     return f"minibert.{name}" if kind == "Model" and not name.startswith("minibert.") else name
 
 
@@ -247,9 +247,9 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of the MiniBERT and the unused ones; refuse unknown ones.
+    """Return the MiniBERT's tensors, and the tensors of the source that MiniBERT does not use.
 
-    Clears ``config.tie_word_embeddings`` if the tensors to share differ.
+    Set ``config.tie_word_embeddings`` to False if the source stores two different matrices.
     """
     stored = {_plain(name, family): tensor for name, tensor in checkpoint.items()}
     left = set(stored)
@@ -271,12 +271,12 @@ def _tensors(
         if target in tied:
             continue
         if found is None:
-            if kind != "Model" or not target.startswith("minibert.pooler."):  # an encoder may have none
+            if kind != "Model" or not target.startswith("minibert.pooler."):  # the pooler is optional
                 missing.append(names[0] or f"a counterpart of {key}")
             continue
         tensor = stored[found]
         if target == POSITIONS and offset:
-            # Positions start after the padding's id: the first rows of the table are never looked up.
+            # Positions start after the padding id, so the first rows of the table are never used.
             unused[found], tensor = tensor[:offset], tensor[offset:]
         if tensor.shape != parameter.shape:
             wrong.append(f"{found} is {[*tensor.shape]}, not {[*parameter.shape]}")
@@ -286,32 +286,32 @@ def _tensors(
         beside = _of_another_class(name, kind, family)
         if beside is None:
             unknown.append(name)
-        elif kind != "Model" and beside not in tensors:  # kept, as the source keeps it
+        elif kind != "Model" and beside not in tensors:  # the source stores this unused tensor too
             tensors[beside] = stored[name]
         else:
             unused[name] = stored[name]
     problems = {"unknown": unknown, "missing": missing, "of another shape": wrong}
     if listed := [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]:
-        raise ValueError(f"The weights are not those of a {family.class_name}{kind}; {'; '.join(listed)}.")
+        raise ValueError(f"The weights do not fit the class {family.class_name}{kind}; {'; '.join(listed)}.")
     return tensors, unused
 
 
 def rounded(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return ``tensors`` with every fraction in ``dtype``; None keeps them."""
+    """Cast the floating-point tensors to ``dtype``. None returns all tensors unchanged."""
     return {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
-    """Return the MiniBERT name of a tensor that the class ``kind`` does not use, if a class has it."""
+    """Return the MiniBERT name of a tensor of another class's head, or None if it is unknown."""
     target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
-    # A part of the encoder that its configuration does not describe, such as a further
-    # layer, is unknown too.
+    # Encoder tensors that the configuration does not describe are unknown too, for example an
+    # additional layer.
     further = target is not None and target.startswith("minibert.") and not target.startswith("minibert.pooler.")
     return None if further else target
 
 
 def _plain(name: str, family: Family) -> str:
-    """Return the present name of a tensor in a model with a head."""
+    """Return a tensor's current name in transformers, as in a model with a head."""
     for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
         name = name.replace(old, new)
     bare = name.startswith(("embeddings.", "encoder.", "transformer.", "pooler."))
@@ -319,7 +319,7 @@ def _plain(name: str, family: Family) -> str:
 
 
 def _shared(stored: dict[str, Tensor], family: Family, kind: str) -> bool:
-    """Return True if the decoder's weights are absent, or equal to those that tying would share."""
+    """Return True if both tensors of every tied pair are equal, or one of the two is missing."""
     for target, source in modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys.items():
         one, other = (stored.get(str(family.family_name(name, kind))) for name in (target, source))
         if one is not None and other is not None and not torch.equal(one, other):

@@ -1,4 +1,4 @@
-"""Write a MiniBERT as a plain model of transformers, which needs no other code, and prove that it computes the same."""
+"""Export a MiniBERT as a plain transformers model with the same outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,20 @@ _SEGMENTS = "minibert.embeddings.token_type_embeddings.weight"
 
 
 def export(model: str | Path, output_dir: str | Path, *, revision: str | None = None) -> Report:
-    """Write a MiniBERT, a folder or a model on the Hub, as plain BERT into a new folder.
+    """Export a MiniBERT as a plain BERT model, and write the BERT model into a new folder.
 
-    A converted model is written as the family that it came from, with the same tensors bit
-    for bit.
+    ``model`` is a folder, or the id of a model on the Hub. A MiniBERT that was converted from
+    another family, such as RoBERTa, is exported as a model of that family.
 
     Example::
 
         export("my-minibert", "my-bert-again")
 
     Raises:
-        FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it is not a MiniBERT, it uses what BERT lacks, its tensors are not those
-            of its configuration, or the output folder is not empty.
-        Mismatch: the result computes something else; nothing was written.
+        FileNotFoundError: if the model, its weights or its tokenizer are missing.
+        ValueError: if the model is not a MiniBERT, BERT cannot represent it, its tensors do not
+            match its configuration, or the output folder is not empty.
+        Mismatch: if the BERT's outputs differ from the MiniBERT's. Nothing is written then.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
@@ -73,27 +73,27 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 
 
 def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, dict[str, Tensor]]:
-    """Return the folder, configuration, class (without MiniBert) and tensors of a MiniBERT."""
+    """Return a MiniBERT's folder, configuration, class name without "MiniBert", and tensors."""
     folder = find_folder(model, revision)
     encoder = folders.encoder_folder(folder)
     raw = read_json(encoder / "config.json")
     if raw.get("model_type") != MiniBertConfig.model_type:
-        raise ValueError(f"{folder} is not a MiniBERT but {raw.get('model_type')}; it does not need an export.")
+        raise ValueError(f"{folder} is a {raw.get('model_type')} model; only a MiniBERT can be exported.")
     named = (raw.get("architectures") or ["MiniBertModel"])[0]
     if getattr(modeling_minibert, named, None) is None:
-        raise ValueError(f"{folder} names the class {named}, which MiniBERT lacks; correct architectures in its config.json.")
+        raise ValueError(f"{folder} names the class {named}, which MiniBERT does not have; correct its config.json.")
     checkpoint = folders.read_tensors(encoder)
     return folder, MiniBertConfig.from_pretrained(encoder), named.removeprefix("MiniBert"), checkpoint
 
 
 def _family(config: MiniBertConfig, kind: str) -> Family:
-    """Return the family that the model came from if it still fits, else BERT."""
+    """Return the family the model was converted from, or BERT if that family does not fit."""
     origin = (getattr(config, "converted_from", None) or {}).get("model_type", "bert")
     for family in (FAMILIES.get(origin, FAMILIES["bert"]), FAMILIES["bert"]):
         problems = _problems(config, kind, family)
         if not problems:
             return family
-    raise ValueError(f"BERT has nothing like {', '.join(problems)}; export such a model to onnx.")
+    raise ValueError(f"BERT does not support {', '.join(problems)}; export this model to ONNX (--to onnx).")
 
 
 def _problems(config: MiniBertConfig, kind: str, family: Family) -> list[str]:
@@ -102,7 +102,7 @@ def _problems(config: MiniBertConfig, kind: str, family: Family) -> list[str]:
     if kind in POOLED:
         wanted |= {"pooling": "cls", "pooler_act": family.fixed["pooler_act"]}
     if family.numbers_from_pad and kind == "ForMaskedLM":
-        wanted["hidden_act"] = "gelu"  # of the word head, whatever the layers use
+        wanted["hidden_act"] = "gelu"  # the masked-word head of these families always uses it
     problems = [f"{name}={getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]
     if config.position_embedding_type == "rotary":
         problems.append("position_embedding_type='rotary'")
@@ -123,7 +123,7 @@ def _config(config: MiniBertConfig, family: Family, kind: str) -> PreTrainedConf
     if family.model_type == "distilbert" and kind in POOLED and config.classifier_dropout is not None:
         fields["seq_classif_dropout"] = config.classifier_dropout
     if "type_vocab_size" in family.fields and not config.type_vocab_size:
-        fields["type_vocab_size"] = 2  # of zeros: tokenizers number the segments of pairs
+        fields["type_vocab_size"] = 2  # rows of zeros, since tokenizers number the segments of pairs
     return CONFIG_MAPPING[family.model_type](**fields, architectures=[family.class_name + kind], dtype=config.dtype)
 
 
@@ -135,14 +135,14 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of the plain model, and the names of those left out."""
+    """Return the tensors of the plain model, and the names of the tensors left out."""
     tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
     expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
     stored = {full(name, kind): name for name in checkpoint}
     if missing := [
         name for name in sorted(expected - set(stored)) if kind != "Model" or not name.startswith("minibert.pooler.")
     ]:
-        raise ValueError(f"The weights are not those of a MiniBert{kind}; missing: {', '.join(missing)}.")
+        raise ValueError(f"The weights do not fit the class MiniBert{kind}; missing: {', '.join(missing)}.")
     tensors: dict[str, Tensor] = {}
     left_out, unknown = [], []
     for source, name in stored.items():
@@ -150,11 +150,11 @@ def _tensors(
         if found is None and source not in expected:
             unknown.append(name)
         elif found is None or (found in tensors and source not in expected):
-            left_out.append(name)  # the pooler of an encoder, where the family has none
+            left_out.append(name)  # for example a pooler, if the family has none
         else:
             tensors[_bare(found, kind, family)] = checkpoint[name]
     if unknown:
-        raise ValueError(f"The weights are not those of a MiniBert{kind}; unknown: {', '.join(unknown)}.")
+        raise ValueError(f"The weights do not fit the class MiniBert{kind}; unknown: {', '.join(unknown)}.")
 
     def plain(source: str) -> str:
         return _bare(str(family.family_name(source, kind)), kind, family)
@@ -166,7 +166,7 @@ def _tensors(
         tensors[plain(_SEGMENTS)] = torch.zeros(family_config.type_vocab_size, width)
     spare = folders.read_tensors(encoder, UNUSED) if (encoder / UNUSED).exists() else {}
     if family.numbers_from_pad:
-        # The rows of the table that are never looked up are those of the source, or zeros.
+        # The first rows of the table are never used. Copy them from the source, or fill in zeros.
         rows, count = tensors[plain(POSITIONS)], family_config.pad_token_id + 1
         first = spare.get(f"{family.prefix}.embeddings.position_embeddings.weight", rows[:0])
         if len(first) != count:

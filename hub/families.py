@@ -1,7 +1,6 @@
-"""Tables of the model families that MiniBERT can represent: names of parameters and of fields.
+"""Map parameter and field names of other model families to the names in MiniBERT.
 
-They are read in both directions, by :mod:`minibert.hub.convert` and
-:mod:`minibert.hub.export`.
+:mod:`minibert.hub.convert` and :mod:`minibert.hub.export` use these tables.
 """
 
 import re
@@ -13,7 +12,7 @@ from transformers import BertConfig, DistilBertConfig
 
 from minibert import MiniBertConfig
 
-# Endings of class names, after the name of the family or after MiniBert.
+# Endings of class names. "MiniBert" or the name of a family comes before them.
 CLASSES = (
     "Model",
     "ForPreTraining",
@@ -26,8 +25,7 @@ CLASSES = (
 _WITHOUT_PRETRAINING = tuple(kind for kind in CLASSES if kind != "ForPreTraining")
 POOLED = ("ForPreTraining", "ForSequenceClassification", "ForMultipleChoice")
 
-# Modules of the encoder whose names differ by the prefix only; {} is the number of the
-# layer.
+# Names of modules: MiniBERT -> family. {} is the number of a layer.
 _EMBEDDINGS = {
     "minibert.embeddings.word_embeddings": "{prefix}.embeddings.word_embeddings",
     "minibert.embeddings.position_embeddings": "{prefix}.embeddings.position_embeddings",
@@ -79,7 +77,7 @@ _DISTILBERT = {
     **_CLASSIFIERS,
 }
 
-# Fields of MiniBertConfig, and their names in a family.
+# Names of configuration fields: MiniBERT -> family.
 _FIELDS = {name: name for name in MiniBertConfig.__annotations__ if name in BertConfig.__annotations__}
 _DISTILBERT_FIELDS = {
     **{name: name for name in _FIELDS if name in DistilBertConfig.__annotations__},
@@ -95,19 +93,17 @@ _DISTILBERT_FIELDS = {
 
 @dataclass(frozen=True)
 class Family:
-    """A ``model_type`` of transformers.
+    """Describe a model family of transformers, such as BERT, in terms of MiniBERT.
 
     Attributes:
-        prefix: name of the encoder in a model with a head.
-        class_name: beginning of the names of its classes.
-        modules: modules of MiniBERT -> modules of the family; ``{}`` is the number of a
-            layer.
-        of_class: the modules that a class names differently.
-        fields: fields of MiniBertConfig -> fields of the family.
-        fixed: fields of MiniBertConfig that the family lacks, and the value that it
-            computes with.
-        classes: endings of its classes that can be converted.
-        numbers_from_pad: positions begin at ``pad_token_id + 1``.
+        prefix: name of the encoder module in a model with a head.
+        class_name: beginning of the family's class names, such as ``"Bert"``.
+        modules: names of modules, MiniBERT -> family. ``{}`` is the number of a layer.
+        of_class: module names that differ in some classes, by the ending of the class name.
+        fields: names of configuration fields, MiniBERT -> family.
+        fixed: values of the MiniBertConfig fields that the family does not have.
+        classes: endings of the class names that can be converted.
+        numbers_from_pad: whether positions begin at ``pad_token_id + 1``.
     """
 
     model_type: str
@@ -121,7 +117,7 @@ class Family:
     numbers_from_pad: bool = False
 
     def family_name(self, key: str, kind: str) -> str | None:
-        """Return the family's name of the MiniBERT parameter ``key`` in its class ``kind``, or None.
+        """Return the family's name for the parameter ``key`` of ``MiniBert{kind}``, or None.
 
         >>> FAMILIES["roberta"].family_name("minibert.layers.3.mlp.up.bias", "ForMaskedLM")
         'roberta.encoder.layer.3.intermediate.dense.bias'
@@ -134,7 +130,7 @@ class Family:
         return found.removeprefix(f"{self.prefix}.") if found and bare else found
 
     def minibert_name(self, key: str, kind: str) -> str | None:
-        """Return the MiniBERT name of the family's parameter ``key``, or None: the inverse of :meth:`family_name`."""
+        """Return MiniBERT's name for the family's parameter ``key``, or None."""
         bare = kind == "Model" and not key.startswith(f"{self.prefix}.")
         modules = {**self.modules, **self.of_class.get(kind, {})}
         inverse = {name.replace("{prefix}", self.prefix): module for module, name in modules.items()}
@@ -189,7 +185,7 @@ FAMILIES = {
 
 # Families that look convertible, and the reason why they are not.
 REFUSED = {
-    "albert": "it uses the weights of one layer in all of them, and narrower embeddings",
+    "albert": "all its layers share one set of weights, and its embeddings are narrower",
     "big_bird": "its attention is sparse",
     "deberta": "its attention depends on relative positions",
     "deberta-v2": "its attention depends on relative positions",

@@ -226,16 +226,16 @@ def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mpnet"}, "mpnet cannot be expressed exactly: its attention adds relative positions"),
-        ({"model_type": "gpt2"}, "of the family gpt2, which cannot be converted. Convertible are bert, distilbert"),
+        ({"model_type": "mpnet"}, "cannot represent mpnet exactly: its attention adds relative positions"),
+        ({"model_type": "gpt2"}, "of the family gpt2, which cannot be converted. Families that can be converted: bert, distilbert"),
         ({"model_type": "minibert"}, "is a MiniBERT already"),
-        ({"architectures": ["BertForNextSentencePrediction"]}, "lacks the class BertForNextSentence"),
-        ({"auto_map": {"AutoModel": "code.Model"}}, "brings Python code of its own"),
+        ({"architectures": ["BertForNextSentencePrediction"]}, "class BertForNextSentencePrediction cannot be converted"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "has its own Python code"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
         ({"is_decoder": True, "add_cross_attention": True}, "is_decoder=True, add_cross_attention=True"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads={"),
         ({"embedding_size": 16}, "embedding_size=16"),
-        ({"vocab_size": 10}, "The tokenizer of .* has .. entries but the embeddings only 10"),
+        ({"vocab_size": 10}, "The tokenizer in .* has .. entries, but the model's embeddings have only 10"),
         ({"num_hidden_layers": 3}, "missing: bert.encoder.layer.2.attention.self.query.weight"),
         ({"num_hidden_layers": 1}, "BertModel; unknown: bert.encoder.layer.1.attention.output.LayerNorm.bias, "),
         (
@@ -284,7 +284,7 @@ def test_without_a_tokenizer(tmp_path):
     save_family(tmp_path / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "source" / name).unlink()
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         convert(tmp_path / "source", tmp_path / "out")
 
 
