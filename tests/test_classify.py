@@ -171,7 +171,7 @@ def test_labels_in_every_form(values, feature, given, labels, names):
         (["a", "b", "a"], {"problem_type": REGRESSION}, r"Row 1 has label='a'; a finite number belongs there"),
         ([0.5, 2.5, 1], {"problem_type": REGRESSION, "labels": ["a", "b"]}, r"Regression predicts one number"),
         ([0, 1, 2], {"label_column": ["label", "more"]}, r"no column 'more'"),
-        ([0, 1, 2], {"labels": ["a", "b", "a"]}, r"labels\n.* a is given more than once; give every name once"),
+        ([0, 1, 2], {"labels": ["a", "b", "a"]}, r"labels\n.* a is given more than once; give each name once"),
         ([0, 1, 1], {"label_column": ["label", "label"]}, r"label_column\n.* label is given more than once"),
         ([0, 1, 1], {"epochs": float("inf")}, r"epochs\n.*finite number"),
         ([0, 1, 1], {"weight_decay": float("nan")}, r"weight_decay\n.*finite number"),

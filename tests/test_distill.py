@@ -468,10 +468,10 @@ def test_refusals(run, folder, objective, fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": STUDENT, "student_layers": 2}, "model and student_layers are both given"),
+        ({"model": STUDENT, "student_layers": 2}, "model and student_layers are both set"),
         ({"alpha": 0.1}, r"stage 1 \(distill\): there is no field alpha; the fields are .*hidden_weight"),
         ({"objective": "task", "sample_by": "line"}, "there is no field sample_by; .* temperature"),
-        ({"vector_weight": 0.0, "similarity_weight": 0.0}, "are all 0, so there is nothing to learn"),
+        ({"vector_weight": 0.0, "similarity_weight": 0.0}, "are all 0, so nothing is learned"),
         ({"objective": "words"}, "objective='words' is unknown; use one of task, pretraining, embedding"),
         ({"objective": None}, "objective=None is unknown; use one of task"),
     ],
@@ -498,7 +498,7 @@ def test_a_recipe_resolves_teacher_student_and_tokenizer(tmp_path):
     stage = {"kind": "distill", "objective": "task", "data": "x", "teacher": "big"}
     assert Recipe.model_validate({"name": "a", "stages": [{**stage, "student_layers": 3}]})
     assert Recipe.model_validate({"name": "a", "stages": [{**stage, "model": STUDENT}]})
-    with pytest.raises(ValueError, match="no model to start from.* or student_layers: 3"):
+    with pytest.raises(ValueError, match="has no model; .* or student_layers: 3"):
         Recipe.model_validate({"name": "a", "stages": [stage]})
 
 

@@ -363,11 +363,11 @@ def test_refuses_a_model_that_cannot_read_packed_sequences(run, tmp_path, tokeni
 
 
 def test_refuses_shares_above_one(folder):
-    with pytest.raises(ValueError, match="add up to more than 1"):
+    with pytest.raises(ValueError, match="must be at most 1"):
         arguments(folder, mask_replace_prob=0.9, random_replace_prob=0.2)
 
 
 def test_refuses_to_pick_by_next_sentences_without_them(folder):
-    with pytest.raises(ValueError, match="next_sentence_accuracy needs next_sentence: true; add it, or pick loss"):
+    with pytest.raises(ValueError, match="next_sentence_accuracy needs next_sentence: true. Set next_sentence, or choose loss"):
         arguments(folder, metric_for_best="next_sentence_accuracy")
     assert arguments(folder, metric_for_best="next_sentence_accuracy", next_sentence=True).next_sentence

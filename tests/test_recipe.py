@@ -113,10 +113,10 @@ def test_only_sources_of_pairs_say_what_they_hold(write, override, message):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([TOKENIZER, EMBED], "stage 2 .embed. has no model to start from"),
-        ([CLASSIFY], "starts from new weights without a tokenizer"),
-        ([TOKENIZER, TOKENIZER], "stage 2 .tokenizer. has the name of an earlier stage"),
-        ([TOKENIZER, {**CLASSIFY, "warmup_steps": 5, "warmup_ratio": 0.1}], "warmup_steps and warmup_ratio are both given"),
+        ([TOKENIZER, EMBED], "stage 2 .embed. has no model;"),
+        ([CLASSIFY], "has new weights but no tokenizer"),
+        ([TOKENIZER, TOKENIZER], "stage 2 .tokenizer. has the same name as an earlier stage"),
+        ([TOKENIZER, {**CLASSIFY, "warmup_steps": 5, "warmup_ratio": 0.1}], "warmup_steps and warmup_ratio are both set"),
         ([TOKENIZER, {**CLASSIFY, "model": {"preset": "nano-1x3", "hiden_size": 4}}], "no field 'hiden_size'"),
         ([TOKENIZER, {**CLASSIFY, "model": {"preset": "nano-1x3", "hidden_size": "4"}}], "hidden_size.*expected int"),
     ],
@@ -127,7 +127,7 @@ def test_stages_that_do_not_fit(write, stages, message):
 
 
 def test_sharding_by_hand_is_refused_with_what_shares_the_data(write):
-    with pytest.raises(ValueError, match=r"stage 2 \(classify\): fsdp is not supported; .*: torchrun --nproc_per_node N -m"):
+    with pytest.raises(ValueError, match=r"stage 2 \(classify\): fsdp is not supported; .* run torchrun --nproc_per_node N -m"):
         load_recipe(write(TOKENIZER, {**CLASSIFY, "fsdp": True}))
 
 

@@ -1,4 +1,4 @@
-"""Define and check the fields of a recipe: one model per kind of stage, one sentence per field."""
+"""Define and validate the fields of a recipe. Each kind of stage has its own pydantic model."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
@@ -13,29 +13,28 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[list[str], Field(min_length=1)]
 SampleBy = Annotated[
     Literal["line", "paragraph", "document"],
-    Field(description="What a text is in .txt files: a line, a paragraph (up to an empty line) or the file."),
+    Field(description="Unit of text in .txt files: a line, a paragraph (up to an empty line) or the file."),
 ]
-_BEST = "Metric that picks the checkpoint to keep."
-_OR_LAST = " Null keeps the last."
-# Marks a field that may differ when a run is resumed, because it does not change the
-# result.
+_BEST = "Metric that selects the checkpoint to keep."
+_OR_LAST = " Null keeps the last checkpoint."
+# Fields with this mark may change when a run is resumed. They do not affect the result.
 FREE = "free"
 
 
 def _named_once(names: Any) -> Any:
     if isinstance(names, list) and (repeated := sorted({name for name in names if names.count(name) > 1})):
-        raise ValueError(f"{', '.join(repeated)} is given more than once; give every name once.")
+        raise ValueError(f"{', '.join(repeated)} is given more than once; give each name once.")
     return names
 
 
 class Arguments(BaseModel):
-    """Refuse unknown fields and values of another type."""
+    """Represent settings of a recipe. Unknown fields and values of the wrong type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
     def free_fields(cls) -> set[str]:
-        """Return the fields that may differ when a run is resumed."""
+        """Return the names of the fields that may change when a run is resumed."""
         return {name for name, field in cls.model_fields.items() if FREE in field.metadata}
 
 
@@ -44,11 +43,11 @@ DataSources = Annotated[list[DataSource], Field(min_length=1), _OneOrMore]
 
 
 class NewModel(BaseModel):
-    """New weights: a preset of ``MiniBertConfig`` and the fields that differ from it."""
+    """Describe a model with new weights by a ``MiniBertConfig`` preset and changes to the preset."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    preset: str = Field(description="Name of a MiniBertConfig preset; other keys replace its fields.")
+    preset: str = Field(description="Name of a MiniBertConfig preset. Other keys replace preset fields.")
 
     @model_validator(mode="after")
     def _can_be_built(self) -> "NewModel":
@@ -56,7 +55,7 @@ class NewModel(BaseModel):
         return self
 
     def config(self, **changes: Any) -> Any:
-        """Return the ``MiniBertConfig``, with ``changes`` to fields that the recipe leaves out."""
+        """Return the ``MiniBertConfig``. Fields given in the recipe override ``changes``."""
         from huggingface_hub.errors import StrictDataclassError
 
         from minibert.configuration_minibert import MiniBertConfig
@@ -68,9 +67,9 @@ class NewModel(BaseModel):
 
 
 class Stage(Arguments):
-    """The name of a stage, which every kind of stage has."""
+    """Represent a stage of a recipe. Every kind of stage inherits the field ``name``."""
 
-    name: str = Field("", pattern=r"^[\w-]*$", description="Name of the stage in folders and overrides; unset means its kind.")
+    name: str = Field("", pattern=r"^[\w-]*$", description="Name in folders and overrides. Unset: the kind.")
 
     @model_validator(mode="before")
     @classmethod
@@ -85,57 +84,57 @@ def _model_form(value: Any) -> str:
 
 
 class ModelStage(Stage):
-    """A stage that works on a model."""
+    """Represent a stage that trains or evaluates a model."""
 
     model: Annotated[
         Annotated[str, Tag("text")] | Annotated[NewModel, Tag("new")] | Annotated[None, Tag("none")], Discriminator(_model_form)
     ] = Field(
         None,
-        description="An earlier stage's name, a folder or a Hub id; {preset: name, ...} starts from new weights; unset "
-        "continues with the previous stage's model.",
+        description="Name of an earlier stage, folder or Hub id. {preset: name, ...} makes new weights. "
+        "Unset: the model of the previous stage.",
     )
     tokenizer: str | None = Field(
-        None, description="Folder or Hub id; unset: the model's own, or the latest tokenizer stage's for new weights."
+        None, description="Folder or Hub id. Unset: the model's; for new weights, the last tokenizer stage's."
     )
 
 
 class LoopArguments(Arguments):
-    """The settings of a training loop, which every stage that trains a model has."""
+    """Configure the training loop. Every stage that trains a model has these fields."""
 
-    batch_size: Positive = Field(32, description="Rows per step and process.")
-    eval_batch_size: Annotated[Positive, FREE] = Field(64, description="Rows per evaluation step and process.")
-    gradient_accumulation_steps: Positive = Field(1, description="Batches summed into one optimizer step.")
-    epochs: float = Field(1, gt=0, description="Passes over the training data; fractions are allowed.")
-    max_steps: Positive | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs say.")
+    batch_size: Positive = Field(32, description="Rows per batch and process.")
+    eval_batch_size: Annotated[Positive, FREE] = Field(64, description="Rows per evaluation batch.")
+    gradient_accumulation_steps: Positive = Field(1, description="Batches per optimizer step and process.")
+    epochs: float = Field(1, gt=0, description="Passes over the training data. Fractions are allowed.")
+    max_steps: Positive | None = Field(None, description="Number of optimizer steps. It overrides epochs.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    dropout: Share | None = Field(None, description="Dropout of hidden states and attention; unset keeps the model's.")
-    weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; biases and norms are never decayed.")
-    adam_betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False, description="Decay rates of AdamW's two averages.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Term that keeps AdamW's division finite.")
-    warmup_ratio: Share = Field(0.0, description="Share of the steps over which the learning rate rises from zero.")
-    warmup_steps: NotNegative | None = Field(None, description="Number of warm-up steps; use it or warmup_ratio, not both.")
+    dropout: Share | None = Field(None, description="Dropout of states and attention. Unset: the model's.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of matrices, not of biases and norms.")
+    adam_betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False, description="Betas of AdamW.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW, which avoids a division by zero.")
+    warmup_ratio: Share = Field(0.0, description="Share of the steps in which the learning rate warms up.")
+    warmup_steps: NotNegative | None = Field(None, description="Warm-up steps, instead of warmup_ratio.")
     schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
-        "linear", description="Course of the learning rate after warm-up; wsd is stable, then decays."
+        "linear", description="Learning rate after warm-up. wsd stays at the peak and decays at the end."
     )
-    decay_ratio: float = Field(0.1, gt=0, le=1, description="Share of the steps over which wsd decays.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them alone.")
+    decay_ratio: float = Field(0.1, gt=0, le=1, description="Share of the steps in which wsd decays.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this norm. 0 disables clipping.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Arithmetic of forward and backward passes; a warning says where bf16 is slower than fp32."
+        "fp32", description="Precision of forward and backward passes. bf16 warns if fp32 is faster."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
-    log_steps: Annotated[Positive, FREE] = Field(50, description="Optimizer steps between two lines of log.jsonl.")
-    eval_steps: Positive | None = Field(None, description="Steps between evaluations; unset means once per epoch.")
-    save_steps: Annotated[Positive | None, FREE] = Field(None, description="Steps between checkpoints; unset: once per epoch.")
-    save_total_limit: Annotated[Positive, FREE] = Field(2, description="Checkpoints kept on disk, in addition to the best.")
-    seed: int | None = Field(None, ge=0, description="Seed of this stage; unset means the recipe's.")
-    num_workers: Annotated[NotNegative, FREE] = Field(0, description="Additional processes that prepare batches.")
-    trackers: Annotated[list[str], FREE] = Field([], description="Trackers of Accelerate to report to, such as tensorboard.")
+    log_steps: Annotated[Positive, FREE] = Field(50, description="Steps between two lines of log.jsonl.")
+    eval_steps: Positive | None = Field(None, description="Steps between evaluations. Unset: once per epoch.")
+    save_steps: Annotated[Positive | None, FREE] = Field(None, description="Save interval. Unset: one epoch.")
+    save_total_limit: Annotated[Positive, FREE] = Field(2, description="Checkpoints to keep, plus the best.")
+    seed: int | None = Field(None, ge=0, description="Seed of this stage. Unset: the seed of the recipe.")
+    num_workers: Annotated[NotNegative, FREE] = Field(0, description="Worker processes that make batches.")
+    trackers: Annotated[list[str], FREE] = Field([], description="Accelerate trackers, such as tensorboard.")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> "LoopArguments":
         if self.warmup_steps is not None and self.warmup_ratio:
-            raise ValueError("warmup_steps and warmup_ratio are both given; keep one of them.")
+            raise ValueError("warmup_steps and warmup_ratio are both set; remove one of the two fields.")
         return self
 
     @model_validator(mode="before")
@@ -143,74 +142,72 @@ class LoopArguments(Arguments):
     def _without_fsdp(cls, value: Any) -> Any:
         if isinstance(value, dict) and "fsdp" in value:
             raise ValueError(
-                "fsdp is not supported; leave it out. Each process holds the complete model, and "
-                "several processes share the data: torchrun --nproc_per_node N -m minibert train RECIPE."
+                "fsdp is not supported; remove the field. To train on several devices, run torchrun "
+                "--nproc_per_node N -m minibert train RECIPE. Each process then has a copy of the model."
             )
         return value
 
 
 class TrainStage(ModelStage, LoopArguments):
-    """A stage that trains a model."""
+    """Represent a stage that trains a model on data."""
 
     data: DataSources = Field(description="Training data.")
-    eval_data: DataSources | None = Field(None, description="Data to measure on; unset means none.")
-    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the model's positions.")
+    eval_data: DataSources | None = Field(None, description="Data for the evaluation. Unset: no evaluation.")
+    max_length: Positive | None = Field(None, description="Maximum length in tokens. Unset: model's limit.")
 
 
 class TokenizerStage(Stage):
-    """Train a tokenizer on the texts of some data."""
+    """Configure the training of a tokenizer."""
 
     kind: Literal["tokenizer"]
-    data: DataSources = Field(description="Data whose texts are read.")
-    text_columns: list[str] | None = Field(None, description="Columns to read; unset means every column of strings.")
-    method: Literal["wordpiece", "word_level"] = Field("wordpiece", description="Subwords (BERT) or whole words as tokens.")
-    vocab_size: Annotated[int, Field(ge=6)] = Field(30000, description="Largest vocabulary, special tokens included.")
+    data: DataSources = Field(description="Data with texts to train on.")
+    text_columns: list[str] | None = Field(None, description="Columns to read. Unset: all string columns.")
+    method: Literal["wordpiece", "word_level"] = Field("wordpiece", description="Tokens: subwords or words.")
+    vocab_size: Annotated[int, Field(ge=6)] = Field(30000, description="Maximum size, with special tokens.")
     lowercase: bool = Field(True, description="Lower-case texts and strip accents.")
-    min_frequency: Positive | None = Field(None, description="Rarer pieces are left out; unset means 2, and 1 for whole words.")
-    max_length: Positive = Field(512, description="Longest sequence, in tokens, that the tokenizer announces.")
-    truncation_side: Literal["right", "left"] = Field("right", description="Side that is cut off texts that are too long.")
+    min_frequency: Positive | None = Field(None, description="Drop rarer tokens. Unset: 2 (word_level: 1).")
+    max_length: Positive = Field(512, description="Maximum length in tokens, saved with the tokenizer.")
+    truncation_side: Literal["right", "left"] = Field("right", description="Side where long texts are cut.")
 
 
 class PhaseArguments(Arguments):
-    """A phase of pretraining; the stage gives the values of unset fields."""
+    """Configure a phase of pretraining. Unset fields take their values from the stage."""
 
-    share: float = Field(1.0, gt=0, description="Its share of the optimizer steps, relative to the other phases'.")
-    max_length: Positive | None = Field(None, description="Length of its sequences in tokens.")
-    batch_size: Positive | None = Field(None, description="Its rows per step and process.")
-    learning_rate: float | None = Field(None, gt=0, description="Its peak learning rate.")
+    share: float = Field(1.0, gt=0, description="Relative share of the optimizer steps of the stage.")
+    max_length: Positive | None = Field(None, description="Maximum length of sequences in tokens.")
+    batch_size: Positive | None = Field(None, description="Rows per batch and process.")
+    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate of the phase.")
 
 
 class MaskedWordArguments(Arguments):
-    """Give the settings for masking words to every stage that predicts masked words."""
+    """Configure the masking of words. Every stage that predicts masked words has these fields."""
 
     sample_by: SampleBy = "paragraph"
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
-    mask_replace_prob: Share = Field(0.8, description="Share of the tokens to predict that become [MASK].")
-    random_replace_prob: Share = Field(0.1, description="Share of the tokens to predict that become another word.")
-    whole_word_mask: bool = Field(False, description="Mask all pieces of a word together.")
+    mask_replace_prob: Share = Field(0.8, description="Share of predicted tokens that become [MASK].")
+    random_replace_prob: Share = Field(0.1, description="Share of predicted tokens that become another word.")
+    whole_word_mask: bool = Field(False, description="Mask all tokens of a word together.")
     preprocessing_num_workers: Annotated[Positive | None, FREE] = Field(
-        None, description="Processes; unset: one per processor."
+        None, description="Processes that tokenize. Unset: one per CPU."
     )
-    cache_dir: Annotated[str | None, FREE] = Field(
-        None, description="Folder of tokenized text; unset: in the cache of datasets."
-    )
+    cache_dir: Annotated[str | None, FREE] = Field(None, description="Cache. Unset: in the datasets cache.")
 
     @model_validator(mode="after")
     def _replaced_at_most_once(self) -> "MaskedWordArguments":
         if self.mask_replace_prob + self.random_replace_prob > 1:
-            raise ValueError("mask_replace_prob and random_replace_prob add up to more than 1; lower one of them.")
+            raise ValueError("mask_replace_prob + random_replace_prob must be at most 1; lower one of them.")
         return self
 
 
 class PretrainStage(TrainStage, MaskedWordArguments):
-    """Pretrain an encoder on raw text: masked language modelling, alone or with next-sentence prediction."""
+    """Configure pretraining: masked language modelling and, optionally, next-sentence prediction."""
 
     kind: Literal["pretrain"]
-    text_column: str | None = Field(None, description="Column of documents; unset: text, or the only column of strings.")
-    next_sentence: bool = Field(False, description="Also predict whether the second segment follows the first, as BERT did.")
-    sentence_delimiters: str = Field(".!?", min_length=1, description="Characters that end a sentence, for next_sentence.")
+    text_column: str | None = Field(None, description="Text column. Unset: text, or the only string column.")
+    next_sentence: bool = Field(False, description="Also predict if the second segment follows the first.")
+    sentence_delimiters: str = Field(".!?", min_length=1, description="Characters that end a sentence.")
     phases: list[PhaseArguments] | None = Field(
-        None, min_length=1, description="Parts of the run, such as short sequences first and long ones later; unset: one."
+        None, min_length=1, description="Parts of the run, such as short rows and then long rows. Unset: one."
     )
     metric_for_best: Literal["loss", "perplexity", "masked_accuracy", "next_sentence_accuracy"] | None = Field(
         None, description=_BEST + _OR_LAST
@@ -220,91 +217,92 @@ class PretrainStage(TrainStage, MaskedWordArguments):
     def _measures_what_it_learns(self) -> "PretrainStage":
         if self.metric_for_best == "next_sentence_accuracy" and not self.next_sentence:
             raise ValueError(
-                "metric_for_best: next_sentence_accuracy needs next_sentence: true; add it, or pick loss, perplexity or "
-                "masked_accuracy."
+                "metric_for_best: next_sentence_accuracy needs next_sentence: true. Set next_sentence, or "
+                "choose loss, perplexity or masked_accuracy."
             )
         return self
 
 
 class ClassifyStage(TrainStage):
-    """Fine-tune a classifier of single texts or of pairs: one label, several labels, or a number for each."""
+    """Configure a classifier of texts or pairs. It predicts one label, several, or a number."""
 
     kind: Literal["classify"]
-    text_columns: Names | None = Field(None, max_length=2, description="One column, or two for pairs; unset means detected.")
+    text_columns: Names | None = Field(None, max_length=2, description="One or two columns. Unset: detected.")
     label_column: str | Annotated[list[str], Field(min_length=1)] = Field(
         "label",
-        description="Column of the class (a number, a string or a ClassLabel), of lists of classes, or of numbers to "
-        "predict; several columns hold 0 or 1 each.",
+        description="Column of the class (number, string or ClassLabel), of lists of classes, or of numbers "
+        "to predict. Several columns must contain only 0 and 1.",
     )
-    labels: list[str] | None = Field(None, min_length=1, description="Names of the classes in order; unset: from the data.")
+    labels: list[str] | None = Field(None, min_length=1, description="Class names in order. Unset: detected.")
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
         None,
-        description="Unset: lists or several columns are multi-label, numbers with fractions regression.",
+        description="Unset: multi-label for lists or many columns, regression for fractions, else one label.",
     )
     metric_for_best: str | None = Field(
         None,
-        description="Metric that picks the checkpoint to keep: accuracy, macro_f1 or loss; multi-label micro_f1, "
-        "macro_f1, subset_accuracy or loss; regression spearman, pearson or mse. Unset: the first.",
+        description="Metric that selects the checkpoint to keep. One label: accuracy, macro_f1 or loss. "
+        "Multi-label: micro_f1, macro_f1, subset_accuracy or loss. Regression: spearman, pearson or mse. "
+        "Unset: the first.",
     )
 
     _names = field_validator("labels", "label_column")(_named_once)
 
 
 class TagStage(TrainStage):
-    """Fine-tune a tagger of words, such as named entities: lists of words, each word with a tag."""
+    """Configure a tagger of words, for example for named entities. Each word has one tag."""
 
     kind: Literal["tag"]
-    token_column: str | None = Field(None, description="Column of lists of words; unset means tokens or words.")
-    tag_column: str | None = Field(None, description="Column of lists of tags; unset: ner_tags, tags, pos_tags or labels.")
-    labels: list[str] | None = Field(None, min_length=2, description="Names of the tags in order; unset: from the data.")
-    max_length: Positive | None = Field(None, description="Tokens of a window; unset means the model's positions.")
+    token_column: str | None = Field(None, description="Column of lists of words. Unset: tokens or words.")
+    tag_column: str | None = Field(None, description="Tag column. Unset: ner_tags, tags, pos_tags or labels.")
+    labels: list[str] | None = Field(None, min_length=2, description="Tag names in order. Unset: detected.")
+    max_length: Positive | None = Field(None, description="Tokens per window. Unset: the model's limit.")
     metric_for_best: str | None = Field(
         None,
-        description="Metric that picks the checkpoint to keep: f1, precision, recall, accuracy or loss; for tags "
-        "that mark no entities accuracy, macro_f1 or loss. Unset: the first.",
+        description="Metric that selects the checkpoint to keep. Entity tags: f1, precision, recall, "
+        "accuracy or loss. Other tags: accuracy, macro_f1 or loss. Unset: the first.",
     )
 
     _names = field_validator("labels")(_named_once)
 
 
 class AnswerStage(TrainStage):
-    """Fine-tune extractive question answering: the answer is a span of the context, or there is none."""
+    """Configure extractive question answering. An answer is a span of the context, or empty."""
 
     kind: Literal["answer"]
-    data: DataSources = Field(description="Training data: question, context and answers {text: [...], answer_start: [...]}.")
-    doc_stride: NotNegative | None = Field(None, description="Tokens that windows share; unset: a third of max_length.")
+    data: DataSources = Field(description="Columns question, context, answers {text: [], answer_start: []}.")
+    doc_stride: NotNegative | None = Field(None, description="Window overlap. Unset: a third of max_length.")
     max_question_length: Positive | None = Field(
-        None, description="Questions are cut after this many tokens; unset: 64, but at most a third of max_length."
+        None, description="Tokens kept of a question. Unset: 64, but at most a third of max_length."
     )
-    max_answer_length: Positive = Field(30, description="Longest answer that is given, in tokens.")
+    max_answer_length: Positive = Field(30, description="Maximum length of a predicted answer in tokens.")
     null_threshold: float | None = Field(
         None,
-        description="How much higher than the best span 'no answer' must score; unset: 0 where the training data has "
-        "questions without answer, else it never wins.",
+        description="Margin by which 'no answer' must score higher than the best span. Unset: 0 if some "
+        "training questions have no answer, otherwise a span is always returned.",
     )
     metric_for_best: Literal["f1", "exact_match"] = Field("f1", description=_BEST)
 
 
 class ChooseStage(TrainStage):
-    """Fine-tune multiple choice: one of several answers or endings, each read together with the question."""
+    """Configure multiple choice. The model reads the question together with each choice."""
 
     kind: Literal["choose"]
     text_columns: list[str] | None = Field(
         None,
         min_length=1,
         max_length=2,
-        description="What is asked: one column, or two of which the second begins every choice; unset means detected.",
+        description="Column of the question. A second column is put before each choice. Unset: detected.",
     )
-    choice_columns: Names | None = Field(None, description="One column of lists, or a column per choice; unset means detected.")
-    label_column: str = Field("label", description="Column of the right choice: a number from 0, or a letter from A.")
+    choice_columns: Names | None = Field(None, description="A column of lists, or several. Unset: detected.")
+    label_column: str = Field("label", description="Column of the right choice: number from 0, or letter.")
     metric_for_best: Literal["accuracy", "loss"] = Field("accuracy", description=_BEST)
 
 
 class PairSource(DataSource):
-    """A source of pairs, or of the plain texts that pairs are made of."""
+    """Describe a source of pairs, or of plain texts from which pairs are made."""
 
-    make_pairs: bool | None = Field(None, description="Make the pairs of plain text; unset means as the stage says.")
-    hard_negatives: NotNegative | None = Field(None, description="Hard negatives per pair; unset means as the stage says.")
+    make_pairs: bool | None = Field(None, description="Make pairs from texts. Unset: the stage's value.")
+    hard_negatives: NotNegative | None = Field(None, description="Number per pair. Unset: the stage's value.")
 
     @model_validator(mode="before")
     @classmethod
@@ -313,40 +311,41 @@ class PairSource(DataSource):
 
 
 class EmbedStage(TrainStage):
-    """Train sentence embeddings on pairs (or triplets) with in-batch negatives, by sentence-transformers' trainer."""
+    """Configure sentence-transformers training on pairs or triplets with in-batch negatives."""
 
     kind: Literal["embed"]
     data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(  # type: ignore[assignment]  # a list is invariant
-        description="Pairs, or texts with make_pairs."
+        description="Pairs, or plain texts with make_pairs."
     )
-    eval_data: DataSources | None = Field(None, description="Pairs to measure retrieval on; unset means none.")
+    eval_data: DataSources | None = Field(None, description="Pairs for retrieval metrics. Unset: none.")
     make_pairs: bool = Field(
         False,
-        description="Make the pairs of plain text: some words of each sentence ask for it, at times with its neighbours "
-        "(languages with spaces). A source may say it for itself: data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
+        description="Make pairs from plain text (languages with spaces). A query has words of a sentence. "
+        "The passage is the sentence, sometimes with its neighbours. A source can set make_pairs itself: "
+        "data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
     )
-    text_column: str | None = Field(None, description="make_pairs: column of texts; unset: text, or the only string column.")
+    text_column: str | None = Field(None, description="Text column. Unset: text, or the only string column.")
     sample_by: SampleBy = "paragraph"
-    anchor_column: str | None = Field(None, description="Column of queries; unset means the first column of strings.")
-    positive_column: str | None = Field(None, description="Column of passages; unset means the second column of strings.")
-    negative_column: str | None = Field(None, description="Column of hard negatives; unset means none are used.")
+    anchor_column: str | None = Field(None, description="Column of queries. Unset: the first string column.")
+    positive_column: str | None = Field(None, description="Passages. Unset: the second string column.")
+    negative_column: str | None = Field(None, description="Column of hard negatives. Unset: none.")
     hard_negatives: NotNegative = Field(
         0,
-        description="Hard negatives per pair, mined with the model as it is before training. With one_source_per_batch a "
-        "source may say it for itself.",
+        description="Hard negatives per pair. They are mined once, with the model before training. With "
+        "one_source_per_batch, a source can override this number.",
     )
     loss: Literal["mnrl", "cached_mnrl"] = Field(
-        "mnrl", description="Multiple negatives ranking, plain or cached (large batches in little memory)."
+        "mnrl", description="Multiple negatives ranking loss. cached_mnrl saves memory with large batches."
     )
-    mini_batch_size: Positive = Field(32, description="Rows computed at once by cached_mnrl.")
-    scale: float = Field(20.0, gt=0, description="Cosine similarities are multiplied by this (inverse temperature).")
-    gather_across_devices: bool = Field(False, description="Use the other processes' passages as negatives too.")
+    mini_batch_size: Positive = Field(32, description="Rows that cached_mnrl computes at once.")
+    scale: float = Field(20.0, gt=0, description="Factor of the cosine similarities (inverse temperature).")
+    gather_across_devices: bool = Field(False, description="Use passages of all processes as negatives.")
     batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
         "no_duplicates",
-        description="no_duplicates keeps equal texts out of one batch, where they would be false negatives.",
+        description="no_duplicates avoids equal texts in a batch, because they would be false negatives.",
     )
-    one_source_per_batch: bool = Field(False, description="Fill each batch from one source: like texts are harder negatives.")
-    pooling: Literal["cls", "mean"] | None = Field(None, description="Vector that stands for a text; unset: the model's.")
+    one_source_per_batch: bool = Field(False, description="Take all rows of a batch from one source.")
+    pooling: Literal["cls", "mean"] | None = Field(None, description="Pooling method. Unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")
     metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100"] | None = Field(
         "mrr@10", description=_BEST + _OR_LAST
@@ -356,25 +355,26 @@ class EmbedStage(TrainStage):
     def _fits_together(self) -> "EmbedStage":
         mined = {self.hard_negatives_of(source) for source in self.data}
         if any(mined) and self.negative_column:
-            raise ValueError("negative_column names hard negatives, while hard_negatives mines them; set only one of the two.")
+            raise ValueError("negative_column and hard_negatives are both set; remove one of the two fields.")
         if len(mined) > 1 and not self.one_source_per_batch:
             raise ValueError(
                 f"The sources have {' and '.join(map(str, sorted(mined)))} hard_negatives per pair, "
-                "which do not fit into one batch; set one_source_per_batch: true, or give all the same."
+                "but all rows of a batch need the same number. Set one_source_per_batch: true, or give all "
+                "sources the same hard_negatives."
             )
         made = [self.makes_pairs_of(source) for source in self.data]
         useless = ("anchor_column", "positive_column", "negative_column") if all(made) else ("negative_column",)
         if any(made) and (named := [name for name in useless if getattr(self, name)]):
-            raise ValueError(f"make_pairs makes queries and passages of plain text, so {' and '.join(named)} must be left out.")
+            raise ValueError(f"make_pairs makes queries and passages itself; remove {' and '.join(named)}.")
         if not any(made) and (self.text_column or self.sample_by != "paragraph"):
             raise ValueError(
-                "text_column and sample_by are there for make_pairs: true; name columns of pairs by anchor_column and "
-                "positive_column."
+                "text_column and sample_by need make_pairs: true. For data with pairs, use anchor_column and "
+                "positive_column instead."
             )
         return self
 
     def makes_pairs_of(self, source: PairSource) -> bool:
-        """Return True if ``source`` holds plain texts."""
+        """Return True if pairs must be made from the texts of ``source``."""
         return self.make_pairs if source.make_pairs is None else source.make_pairs
 
     def hard_negatives_of(self, source: PairSource) -> int:
@@ -383,102 +383,102 @@ class EmbedStage(TrainStage):
 
 
 class DistillStage(TrainStage):
-    """Teach a smaller model the outputs of a larger one."""
+    """Configure distillation. A smaller student learns the outputs of a larger teacher."""
 
     kind: Literal["distill"]
     teacher: str = Field(
         min_length=1,
-        description="An earlier stage's name, a folder or a Hub id: a classifier, a MiniBERT that predicts words, or a "
-        "sentence-transformers model.",
+        description="Name of an earlier stage, folder or Hub id. The model is a classifier, a MiniBERT that "
+        "predicts words, or a sentence-transformers model.",
     )
     student_layers: Positive | Annotated[list[NotNegative], Field(min_length=1)] | None = Field(
         None,
-        description="Start from this number of the teacher's layers, spread evenly, or from those listed, counted from 0.",
+        description="Copy layers of the teacher: a number, spread evenly, or a list of layers from 0.",
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillStage":
         if self.model is not None and self.student_layers is not None:
             raise ValueError(
-                "model and student_layers are both given; keep model to start from it, or "
-                "student_layers to start from the teacher's layers."
+                "model and student_layers are both set; remove one of the two fields. With student_layers, "
+                "the student starts from layers of the teacher."
             )
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
         if weights and not any(getattr(self, name) for name in weights):
-            raise ValueError(f"{', '.join(weights)} are all 0, so there is nothing to learn; raise one of them.")
+            raise ValueError(f"{', '.join(weights)} are all 0, so nothing is learned; raise one of them.")
         return self
 
 
 class DistillTaskStage(DistillStage):
-    """Teach a classifier the teacher's classes and the labels of the data."""
+    """Configure distillation of a classifier. The student learns labels and teacher outputs."""
 
     objective: Literal["task"]
-    text_columns: Names | None = Field(None, max_length=2, description="One column, or two for pairs; unset means detected.")
-    label_column: str = Field("label", description="Column of the class (a number, a string or a ClassLabel).")
-    labels: list[str] | None = Field(None, min_length=2, description="Names of the classes in order; unset: the data's.")
+    text_columns: Names | None = Field(None, max_length=2, description="One or two columns. Unset: detected.")
+    label_column: str = Field("label", description="Column of the class (number, string or ClassLabel).")
+    labels: list[str] | None = Field(None, min_length=2, description="Class names in order. Unset: detected.")
     metric_for_best: Literal["accuracy", "macro_f1", "loss"] = Field("accuracy", description=_BEST)
-    temperature: float = Field(2.0, gt=0, description="Divides logits before they are compared.")
-    alpha: Share = Field(0.5, description="Share of the teacher in the loss; the rest is the labels'.")
+    temperature: float = Field(2.0, gt=0, description="Divisor of the logits of student and teacher.")
+    alpha: Share = Field(0.5, description="Weight of the teacher's loss. The label loss weighs 1 - alpha.")
 
     _names = field_validator("labels")(_named_once)
 
 
 class DistillPretrainingStage(DistillStage, MaskedWordArguments):
-    """Teach a language model the teacher's masked words, the words themselves and the teacher's hidden states."""
+    """Configure distillation of a language model with the three losses of DistilBERT."""
 
     objective: Literal["pretraining"]
     text_columns: list[str] | None = Field(
-        None, min_length=1, max_length=1, description="The column of documents; unset: text, or the only column of strings."
+        None, min_length=1, max_length=1, description="Text column. Unset: text, or the only string column."
     )
     metric_for_best: Literal["loss", "perplexity", "masked_accuracy"] = Field("loss", description=_BEST)
-    temperature: float = Field(2.0, gt=0, description="Divides logits before they are compared.")
-    kl_weight: float = Field(5.0, ge=0, description="Weight of the teacher's distribution of masked words.")
-    mlm_weight: float = Field(2.0, ge=0, description="Weight of the masked words themselves.")
-    cosine_weight: float = Field(1.0, ge=0, description="Weight of the cosine to the teacher's last states.")
+    temperature: float = Field(2.0, gt=0, description="Divisor of the logits of student and teacher.")
+    kl_weight: float = Field(5.0, ge=0, description="Weight of the KL divergence from the teacher.")
+    mlm_weight: float = Field(2.0, ge=0, description="Weight of the masked language modelling loss.")
+    cosine_weight: float = Field(1.0, ge=0, description="Weight of the cosine loss of last hidden states.")
 
     @property
     def text_column(self) -> str | None:
-        """Return the column under the name that ``pretrain`` gives it."""
+        """Return the name of the text column, or None to detect the column."""
         return self.text_columns[0] if self.text_columns else None
 
 
 class DistillEmbeddingStage(DistillStage):
-    """Teach an embedding model the teacher's vectors of unlabelled texts, and the similarities between them."""
+    """Configure distillation of embeddings. The student learns from unlabelled texts."""
 
     objective: Literal["embedding"]
-    text_columns: Names | None = Field(None, description="Columns whose texts are read; unset: all columns of strings.")
+    text_columns: Names | None = Field(None, description="Columns to read. Unset: all string columns.")
     sample_by: SampleBy = "paragraph"
-    split_lines: bool = Field(False, description="Each line of a text is a text of its own.")
-    max_length: Positive | None = Field(None, description="Longest sequence in tokens; unset means the teacher's.")
+    split_lines: bool = Field(False, description="Treat each line as a separate text.")
+    max_length: Positive | None = Field(None, description="Maximum length in tokens. Unset: the teacher's.")
     metric_for_best: str = Field(
         "score",
-        description=_BEST + " The score is the mean of spearman and ndcg@10 over the data sets of eval_data.",
+        description=_BEST + " score: mean over eval_data of spearman (similarity) or ndcg@10 (retrieval).",
     )
-    vector_loss: Literal["cosine", "mse"] = Field("cosine", description="One minus the cosine, or the squared distance.")
+    vector_loss: Literal["cosine", "mse"] = Field("cosine", description="Cosine or squared distance.")
     vector_weight: float = Field(1.0, ge=0, description="Weight of vector_loss.")
-    similarity_weight: float = Field(1.0, ge=0, description="Weight of the squared error of cosines between texts of a batch.")
+    similarity_weight: float = Field(1.0, ge=0, description="Weight of the squared error of similarities.")
     hidden_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of the squared error of hidden states; both models must read the same tokens, and the teacher "
-        "runs at every step.",
+        description="Weight of the squared error of hidden states. Student and teacher then need equal "
+        "tokenizers, and the teacher runs at every step.",
     )
-    matryoshka_dims: list[Positive] | None = Field(None, min_length=1, description="Lengths of prefixes that learn the same.")
-    pooling: Literal["cls", "mean"] | None = Field(None, description="Vector of a text; unset: as the teacher does.")
-    normalize: bool | None = Field(None, description="Scale vectors to length 1; unset: as the teacher does.")
+    matryoshka_dims: list[Positive] | None = Field(None, min_length=1, description="Prefix lengths to train.")
+    pooling: Literal["cls", "mean"] | None = Field(None, description="Pooling method. Unset: the teacher's.")
+    normalize: bool | None = Field(None, description="Scale vectors to length 1. Unset: as the teacher.")
 
 
 class EvaluateStage(ModelStage):
-    """Measure a model: retrieval, similarity or classification, according to the columns of each data set."""
+    """Configure an evaluation. The columns of each data set decide which task is measured."""
 
     kind: Literal["evaluate"]
-    data: DataSources = Field(description="Data sets to measure on.")
-    baselines: bool = Field(True, description="Also measure BM25 and an untrained model, for retrieval.")
-    limit: Positive | None = Field(None, description="Measure on at most this many rows of each data set.")
-    batch_size: Positive = Field(64, description="Texts encoded at once.")
+    data: DataSources = Field(description="Data sets for the evaluation.")
+    baselines: bool = Field(True, description="For retrieval, also measure BM25 and an untrained model.")
+    limit: Positive | None = Field(None, description="Use at most this many rows of each data set.")
+    batch_size: Positive = Field(64, description="Texts per batch.")
 
 
-# The arguments of each kind of stage, and those of ``distill`` by objective.
+# Models by kind of stage. The models of ``distill`` are listed by objective.
 KINDS: dict[str, type[Stage]] = {
     "tokenizer": TokenizerStage,
     "pretrain": PretrainStage,
@@ -500,12 +500,12 @@ AnyStage: Any = Annotated[Union[tuple({**KINDS, "distill": _Distill}.values())],
 
 
 class Recipe(Arguments):
-    """A named list of stages, run in order."""
+    """Represent a recipe: a name and a list of stages that run in order."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="Name of the recipe, and of its folder under runs/.")
-    seed: int = Field(42, ge=0, description="Seed of every stage that names none.")
-    output_dir: str | None = Field(None, min_length=1, description="Folder of the run; unset means runs/<name>.")
-    stages: list[AnyStage] = Field(min_length=1, description="Stages in the order they run.")
+    name: str = Field(pattern=r"^[\w.-]+$", description="Name of the recipe and of its folder in runs/.")
+    seed: int = Field(42, ge=0, description="Seed of all stages that set no seed.")
+    output_dir: str | None = Field(None, min_length=1, description="Folder of the run. Unset: runs/<name>.")
+    stages: list[AnyStage] = Field(min_length=1, description="Stages in the order in which they run.")
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> "Recipe":
@@ -521,15 +521,15 @@ def _misfits(stages: list[Any]) -> Iterator[str]:
     for number, stage in enumerate(stages, start=1):
         where = f"Stage {number} ({stage.name})"
         if stage.name in names:
-            yield f"{where} has the name of an earlier stage; give it its own with name:."
+            yield f"{where} has the same name as an earlier stage; set name: to another name."
         names.add(stage.name)
         if isinstance(stage, TokenizerStage):
             has_tokenizer = True
             continue
-        taught = isinstance(stage, DistillStage)  # may start from its teacher's layers, and reads with its tokenizer
+        taught = isinstance(stage, DistillStage)  # can use the teacher's layers and tokenizer
         if stage.model is None and not has_model and not (taught and stage.student_layers):
             layers = " or student_layers: 3" if taught else ""
-            yield f"{where} has no model to start from; give model: {{preset: search-8x768}}, a folder or a Hub id{layers}."
+            yield f"{where} has no model; give model: {{preset: search-8x768}}, a folder or a Hub id{layers}."
         if isinstance(stage.model, NewModel) and not has_tokenizer and stage.tokenizer is None and not taught:
-            yield f"{where} starts from new weights without a tokenizer; add a tokenizer stage before it or give tokenizer:."
+            yield f"{where} has new weights but no tokenizer; add a tokenizer stage, or set tokenizer:."
         has_model = has_model or not isinstance(stage, EvaluateStage)
