@@ -1,1 +1,1 @@
-"""Read and write files safely: locks, atomic writes, checks of model folders."""
+"""Read and write files safely, with locks, atomic writes and checks of model folders."""

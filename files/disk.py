@@ -1,4 +1,4 @@
-"""Write files safely: one writer per folder, files that appear complete or not at all, readable errors, and YAML."""
+"""Read and write text, JSON and YAML files, with locks, atomic writes and readable errors."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ _JSON_LIMIT = 64_000_000  # bytes
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from writing into ``folder`` until the block or this process ends.
+    """Lock ``folder`` against other processes until the block ends or this process ends.
 
-    For messages, ``doing`` is what this process does there (``"training in"``), and
-    ``kept`` what is not lost if the disk fails. ``wait`` waits for the other process
-    instead of refusing.
+    If another process has the lock, raise ValueError, or wait for the lock if ``wait`` is True.
+    Error messages use ``doing``, the activity of the processes (``"training in"``), and
+    ``kept``, the data that is not lost after an error of the disk.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -33,14 +33,14 @@ def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -
     try:
         yield
     finally:
-        # Before the release: later, it could remove the lock of the next process.
+        # Delete the file before the release. Afterwards it could be another process's lock.
         (folder / ".lock").unlink(missing_ok=True)
         lock.release()
 
 
 @contextlib.contextmanager
 def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
-    """Raise disk trouble as one OSError that says what to do, and what is not lost (``kept``)."""
+    """Raise errors of the disk as an OSError with advice. ``kept`` says what is not lost."""
     try:
         yield
     except Timeout:
@@ -49,13 +49,13 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
             f"{target} could not be written ({reason}); {kept}. "
-            "Free or change the disk, then run the same command again to resume."
+            "Free some disk space or use another disk, then run the same command again to resume."
         ) from error
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces ``path`` when the block ends; after an error, it does not."""
+    """Yield a temporary path, and rename it to ``path`` if the block ends without an error."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
@@ -66,22 +66,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of ``path`` by ``text`` in UTF-8, atomically."""
+    """Write ``text`` to ``path`` in UTF-8. An existing file is replaced atomically."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the content of ``path`` by ``value`` as indented JSON, atomically."""
+    """Write ``value`` to ``path`` as indented JSON. An existing file is replaced atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file of a model folder, of at most 64 MB."""
+    """Return the content of a JSON file in a model folder. The limit is 64 MB."""
     if not file.exists():
         raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
     if file.stat().st_size > _JSON_LIMIT:
-        raise ValueError(f"{file} is larger than {_JSON_LIMIT:,} bytes; it is not a file of a model.")
+        raise ValueError(f"{file} is larger than {_JSON_LIMIT:,} bytes; save or download the model again.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -89,13 +89,13 @@ def read_json(file: Path) -> Any:
 
 
 def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 hash of a file as hexadecimal digits."""
     with file.open("rb") as content:
         return sha_fileobj(content).hex()
 
 
 def sync(path: Path) -> None:
-    """Make the system write a file, or the names in a folder, to the disk now."""
+    """Flush a file, or the entries of a folder, to the disk with fsync."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -106,11 +106,11 @@ def sync(path: Path) -> None:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Read YAML, and 1e-4 as a number: PyYAML follows YAML 1.1, which reads it as text."""
+    """Load YAML, and read 1e-4 as a number. PyYAML alone reads 1e-4 as text."""
 
 
 class _YamlDumper(yaml.SafeDumper):
-    """Write what :class:`YamlLoader` reads: a text such as 1e-4 gets quotes."""
+    """Dump YAML for :class:`YamlLoader`. A text such as 1e-4 gets quotes."""
 
 
 for _reads_or_writes in (YamlLoader, _YamlDumper):
@@ -120,11 +120,11 @@ for _reads_or_writes in (YamlLoader, _YamlDumper):
 
 
 def to_yaml(value: Any) -> str:
-    r"""Write a value as readable text that :class:`YamlLoader` reads back as the same value.
+    r"""Return ``value`` as readable YAML that :class:`YamlLoader` reads back unchanged.
 
     >>> yaml.load(to_yaml({"data": ["\x85.csv", "1e5"], "rate": 1e-5}), Loader=YamlLoader)
     {'data': ['\x85.csv', '1e5'], 'rate': 1e-05}
     """
-    readable = "\x85" not in json.dumps(value, ensure_ascii=False)  # an end of line that PyYAML reads back as a space
+    readable = "\x85" not in json.dumps(value, ensure_ascii=False)  # PyYAML would read this line break back as a space
     text: str = yaml.dump(value, Dumper=_YamlDumper, sort_keys=False, allow_unicode=readable)
     return text

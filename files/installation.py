@@ -1,4 +1,4 @@
-"""Say which distribution of this package is installed, and how to install what it lacks."""
+"""Find the installed version of this package, and the commands that install missing extras."""
 
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
@@ -13,7 +13,7 @@ EXTRAS = {
 
 
 def version() -> str:
-    """Return the installed version, or ``unknown`` in a source tree that was never installed."""
+    """Return the installed version, or "unknown" if the package is not installed."""
     try:
         return distribution(NAME).version
     except PackageNotFoundError:
@@ -21,20 +21,20 @@ def version() -> str:
 
 
 def missing(needs: str, extra: str) -> str:
-    """Return a sentence that says how ``extra`` is installed beside this package, which is a checkout or a wheel."""
+    """Return the sentence ``needs``, completed by the pip command that installs ``extra``."""
     command = f"pip install '{NAME}[{extra}]'" if _is_wheel() else f"pip install -e '.[{extra}]' (in {ROOT})"
     return " ".join(filter(None, [f"{needs}, which the extra {extra} brings: {command}.", foreign()]))
 
 
 def foreign() -> str | None:
-    """Return a sentence about another project's distribution ``minibert``, or ``None`` where there is none."""
+    """Return a warning if another project named ``minibert`` is installed, else None."""
     for found in distributions(name="minibert"):
-        if file := _init_of(found):  # our own, from before it was renamed, recorded no such file: it was editable
-            where = "whose files replace ours" if file == ROOT / "__init__.py" else f"in {file.parent}"
+        if file := _init_of(found):  # None for an editable install of this package under its old name
+            where = "whose files replace this package's" if file == ROOT / "__init__.py" else f"in {file.parent}"
             again = f"pip install --force-reinstall --no-deps {NAME}" if _is_wheel() else f"pip install -e . (in {ROOT})"
             return (
-                f"This environment also holds minibert {found.version}, another project of the same import name, {where}; run: "
-                f"pip uninstall minibert, then: {again}."
+                f"This environment also has minibert {found.version}, another project with the same import name, {where}; "
+                f"run: pip uninstall minibert, then: {again}."
             )
     return None
 
@@ -47,6 +47,6 @@ def _is_wheel() -> bool:
 
 
 def _init_of(found: Distribution) -> Path | None:
-    """Return where a distribution put ``minibert/__init__.py``; an editable one puts it nowhere."""
+    """Return the installed path of ``minibert/__init__.py``. An editable install has none."""
     recorded = (file for file in found.files or () if file.as_posix() == "minibert/__init__.py")
     return next((Path(str(file.locate())).resolve() for file in recorded), None)

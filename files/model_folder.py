@@ -1,7 +1,7 @@
-"""Check the files of a model folder before a library opens them: weights, pickles, code, links, names.
+"""Check the weights, pickles, code, links and names of a model folder before it is opened.
 
-Nothing here loads a tensor, runs code or follows a name. Opening a folder that passes
-takes no more memory than its files, and reads no file outside of it. Open models within
+The checks load no tensor and run no code. After the checks, opening the model reads no file
+outside of the folder, and needs no more memory than the size of the files. Open models within
 :func:`opening`.
 """
 
@@ -29,28 +29,25 @@ PICKLES = (
     *("*.joblib", "*.npy", "*.h5"),
 )
 
-# Bytes. safetensors allows 100 MB, but a parsed header takes many times its size in
-# memory.
+# Bytes. safetensors allows 100 MB, but a parsed header needs many times as much memory.
 HEADER_LIMIT = 16_000_000
-# Layers can share weights, so a configuration may describe this many times the stored
-# numbers, or this many in any case.
+# A configuration may describe _SHARED times as many numbers as the weights contain, since
+# layers can share weights. Up to _SMALL numbers are always allowed.
 _SHARED = 16
 _SMALL = 2**28
-# Suffixes of the files that opening a model reads; a link among them could lead to any
-# file of this machine.
+# Suffixes of the files that libraries read when they open a model. A link with such a suffix
+# could lead to any file of this machine.
 _READ = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
-# One lock per process: a forked child would wait for ever for a lock of its parent's
-# thread.
+# One lock per process id. A forked child would wait forever for a lock that the parent holds.
 _LOCKS: dict[int, threading.RLock] = {}
-# module.Class, optionally with the folder of the module, and with the repository on the
-# Hub before it.
+# module.Class, optionally after a folder, and optionally after owner/name-- on the Hub.
 _CODE = re.compile(r"(?:[\w.-]+/[\w.-]+--)?(?:\w+/)*\w+\.\w+")
 
 
 @cache
 def code_files() -> tuple[Path, ...]:
-    """Return the installed Python files that travel with a checkpoint: the modeling file and everything it imports."""
-    from transformers.dynamic_module_utils import get_relative_import_files  # checking a recipe's folders needs no transformers
+    """Return the paths of the Python files that are saved with every checkpoint."""
+    from transformers.dynamic_module_utils import get_relative_import_files  # slow, and rarely needed
 
     spec = find_spec("minibert.modeling_minibert")
     assert spec is not None and spec.origin is not None
@@ -58,22 +55,23 @@ def code_files() -> tuple[Path, ...]:
 
 
 def check_model(folder: Path) -> None:
-    """Run every check of this module on a model folder; call it before a model is opened."""
+    """Run all checks of this module on a model folder. Call it before opening the model."""
     check_paths(folder)
     check_weights(folder / next(_module_paths(folder)) if (folder / "modules.json").exists() else folder)
 
 
 def refuse_missing(model: str | Path, advice: str) -> NoReturn:
-    """Raise a FileNotFoundError that says that there is no folder ``model``, with an ``advice``."""
+    """Raise FileNotFoundError for a missing model folder. ``advice`` completes the message."""
     path = Path(model).expanduser()
-    here = f"There is no model folder {model} (looked from {Path.cwd()})"
+    here = f"There is no model folder {model} (current folder: {Path.cwd()})"
     raise FileNotFoundError(f"{f'{model} is a file' if path.is_file() else here}; {advice}.")
 
 
 def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return the dtype, such as F32, and the shape of every tensor in a safetensors file, without reading a tensor.
+    """Return name -> (dtype, shape) for the tensors of a safetensors file, from its header.
 
-    safetensors refuses a header that does not describe exactly the bytes after it.
+    A dtype is a name such as ``"F32"``. The tensors are not read. A header that does not describe
+    exactly the bytes after it is an error.
     """
     try:
         if not stat.S_ISREG(file.stat().st_mode):
@@ -81,17 +79,17 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
         with file.open("rb") as content:
             length = int.from_bytes(content.read(8), "little")
         if length > HEADER_LIMIT:
-            raise SafetensorError(f"its header of {length:,} bytes is larger than the {HEADER_LIMIT:,} that are read")
+            raise SafetensorError(f"its header has {length:,} bytes, and the limit is {HEADER_LIMIT:,}")
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
         return {name: (found.get_dtype(), found.get_shape()) for name, found in slices.items()}
     except SafetensorError as error:
-        why = ascii(" ".join(str(error).split()))[1:-1]  # repeats text of the file, so it is escaped and cut
+        why = ascii(" ".join(str(error).split()))[1:-1]  # text from the file is escaped and truncated
         raise ValueError(f"{file} is damaged ({why[:200]}); save or download the model again.") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of the model in ``folder``: the single file, those its index names, or none."""
+    """Return the safetensors files of a model: a single file, or all files in the index."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
@@ -101,31 +99,31 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder / INDEX} lists no weights; save or download the model again.")
     for name in names.values():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX} lists {_short(name)} as a file of weights, but that is not a safetensors file.")
+            raise ValueError(f"{folder / INDEX} lists {_short(name)}, which is not a safetensors file; save the model again.")
         _check_name(folder / INDEX, name)
     return [folder / name for name in sorted(set(names.values()))]
 
 
 def check_weights(folder: Path) -> None:
-    """Check that a folder holds the safetensors weights of a model, and a configuration of that size."""
+    """Check that ``folder`` contains safetensors weights and a configuration that fits them."""
     files = weight_files(folder)
     if not files:
         if names := pickles(file.name for file in folder.glob("*")):
             refuse_pickles(folder, names)
         raise FileNotFoundError(
-            f"{folder} holds no {WEIGHTS}; was the training that writes it finished? Save weights of "
+            f"{folder} holds no {WEIGHTS}. Complete the training that writes this file, or save weights of "
             "another format with transformers: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)."
         )
     stored = 0
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"{folder} lacks {file.name}, a part of its weights; copy or download the model again.")
+            raise FileNotFoundError(f"{folder} lacks {file.name}, a part of the weights; copy or download the model again.")
         stored += sum(math.prod(shape) for _, shape in read_header(file).values())
     _check_size(folder / "config.json", stored)
 
 
 def _check_size(file: Path, stored: int) -> None:
-    """Refuse a configuration of far more than the ``stored`` numbers, before a library builds it."""
+    """Raise ValueError if a configuration describes far more numbers than ``stored`` ones."""
     config = read_settings(file)
 
     def size(*names: str) -> int:
@@ -139,13 +137,13 @@ def _check_size(file: Path, stored: int) -> None:
     if described > max(_SHARED * stored, _SMALL):
         digits = int(described.bit_length() * math.log10(2))  # the number itself may be too long to print
         raise ValueError(
-            f"{file} describes a model of about 10^{digits} numbers, but its weights hold {stored:,}; save "
+            f"{file} describes a model of about 10^{digits} numbers, but the weights contain {stored:,}; save "
             "or download the model again."
         )
 
 
 def pickles(paths: Iterable[str]) -> list[str]:
-    """Return those of ``paths`` whose opening can run code, sorted.
+    """Return the paths of pickles, which can run code when they are opened, in sorted order.
 
     >>> pickles(["pytorch_model.bin", "1_Dense/model.safetensors"])
     ['pytorch_model.bin']
@@ -154,7 +152,7 @@ def pickles(paths: Iterable[str]) -> list[str]:
 
 
 def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") -> NoReturn:
-    """Raise a ValueError that says how ``opener`` saves the pickles ``names`` as safetensors."""
+    """Raise ValueError for the pickles ``names``, with code that saves them as safetensors."""
     raise ValueError(
         f"{folder} holds weights only as a pickle ({', '.join(names)}), which can run code when it is "
         "opened; if you trust it, save it as safetensors first: "
@@ -163,9 +161,9 @@ def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") ->
 
 
 def check_paths(folder: Path) -> None:
-    """Refuse a model folder in which a name or a link leads out of it.
+    """Raise ValueError if a name, a link or a code setting leads out of the model folder.
 
-    Links of the Hub's cache lead into ``blobs`` of the same repository and are allowed.
+    Links in the Hub's cache that lead into ``blobs`` of the same repository are allowed.
     """
     modules = [folder / path for path in _module_paths(folder)] if (folder / "modules.json").exists() else [folder]
     _check_links(folder, modules)
@@ -188,19 +186,19 @@ def _module_paths(folder: Path) -> Iterator[str]:
     for module in listed:
         path = module.get("path")
         if not isinstance(path, str):
-            raise ValueError(f"{file} does not say where its modules lie; save or download the model again.")
+            raise ValueError(f"{file} lists a module without a path; save or download the model again.")
         _check_name(file, path)
         yield path
 
 
 def _check_code(file: Path) -> None:
-    """Refuse kernels from the Hub, which transformers runs unasked, and an auto_map of other files."""
+    """Raise ValueError for kernels from the Hub, and for an ``auto_map`` with invalid names."""
     settings = read_settings(file)
     for key, value in settings.items():
         named = value.values() if isinstance(value, dict) else [value]
         if key.endswith(("_implementation", "_implementation_internal")) and any("/" in str(name) for name in named):
             raise ValueError(
-                f"{file} asks for {_short(value)} as its {key}, code from the Hub that opening it would run; delete that line."
+                f"{file} sets {_short(value)} as {key}, code from the Hub that opening the model would run; delete this line."
             )
     found = settings.get("auto_map") or {}
     if not isinstance(found, dict | list):
@@ -210,7 +208,7 @@ def _check_code(file: Path) -> None:
             if code is not None and not (isinstance(code, str) and _CODE.fullmatch(code)):
                 raise ValueError(
                     f"{file} has {_short(code)} in its auto_map, which is not module.Class of a file "
-                    "there; do not use this model, or ask who made it."
+                    "in the folder; do not use this model, or ask its author."
                 )
 
 
@@ -218,7 +216,7 @@ def _check_name(file: Path, name: str) -> None:
     parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
     if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or "\0" in name:
         raise ValueError(
-            f"{file} names {_short(name)}, which lies outside of the folder; do not use this model, or ask who made it."
+            f"{file} names {_short(name)}, which lies outside of the folder; do not use this model, or ask its author."
         )
 
 
@@ -231,14 +229,16 @@ def _check_links(folder: Path, modules: list[Path]) -> None:
     for file in _files_to_read(folder, modules):
         target = Path(os.path.realpath(file))
         if file.is_symlink() and not target.is_relative_to(root):
-            raise ValueError(f"{file} is a link to {target}, outside of its folder; copy the file itself there if it is meant.")
+            raise ValueError(
+                f"{file} is a link to {target}, outside of the folder; if you trust this file, copy it into the folder."
+            )
 
 
 def _files_to_read(folder: Path, modules: list[Path]) -> Iterator[Path]:
-    # Other links next to a model are allowed: its folder may be a working directory.
+    # Links with other suffixes are allowed, since the folder may be a working directory.
     yield from (file for file in folder.iterdir() if file.suffix in _READ)
     for place in dict.fromkeys(modules):
-        between = place.relative_to(folder).parents  # the folders on the way could be links
+        between = place.relative_to(folder).parents  # parent folders could be links
         yield from (folder / path for path in (place.relative_to(folder), *between) if path.parts)
         if place != folder:
             for found, folders, files in os.walk(place):  # follows no links
@@ -246,7 +246,7 @@ def _files_to_read(folder: Path, modules: list[Path]) -> Iterator[Path]:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a model; a missing file is an empty one."""
+    """Return the JSON object in a file of a model, or {} if the file does not exist."""
     found = read_json(file) if file.exists() else {}
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged (it is not a JSON object); save or download the model again.")
@@ -254,18 +254,18 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """Return ``value``, which a stranger wrote, as short text for a message."""
+    """Return the untrusted ``value`` as short, escaped text for an error message."""
     text = ascii(value[:80] if isinstance(value, str) else value[:8] if isinstance(value, list) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @contextlib.contextmanager
 def opening(model: str | Path) -> Iterator[None]:
-    """Open ``model`` within this block, which one thread enters at a time.
+    """Hold a lock while ``model`` is opened, so that only one thread opens a model at a time.
 
-    While transformers builds a model, it replaces ``tie_weights`` of the class that all
-    models share. Two threads at once can leave it replaced for good, and every later
-    model untied.
+    While transformers builds a model, it replaces ``tie_weights`` of a class that all models
+    share. With two threads at once, the replacement could stay, and later models would not
+    tie their weights.
     """
     try:
         with _LOCKS.setdefault(os.getpid(), threading.RLock()):
@@ -274,5 +274,5 @@ def opening(model: str | Path) -> Iterator[None]:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
-            f"The weights in {model} do not have the shapes its config.json describes; save or download the model again."
+            f"The weights in {model} do not have the shapes in config.json; save or download the model again."
         ) from error

@@ -1,4 +1,4 @@
-"""Say which of the cooperating processes this one is."""
+"""Read the index and the number of the processes that torchrun started."""
 
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-# Processes wait for each other while one tokenizes, encodes its last shards or evaluates,
-# which can take days.
+# Processes wait while another process tokenizes, encodes its last shards or evaluates. This
+# can take days.
 _PATIENCE = timedelta(days=7)
 
 
 def processes() -> "PartialState":
-    """Return Accelerate's state of the processes that torchrun started: this one's index, their number, its device.
+    """Return Accelerate's ``PartialState``: process index, number of processes, and device.
 
-    The first call joins the process group; without torchrun there is one process.
+    The first call joins the process group of torchrun. Without torchrun there is one process.
     """
     import torch
     from accelerate import PartialState
 
-    # Without ``cpu``, Accelerate takes the processes on a machine without accelerator for
-    # unrelated ones.
+    # Without ``cpu``, Accelerate would not connect the processes on a machine without an
+    # accelerator.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)

@@ -211,7 +211,7 @@ def _pooling(folder: Path, kind: str, family: Family) -> str:
 
 
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """Load the tokenizer in ``folder``, and limit its length to ``max_length`` and the positions."""
+    """Load the tokenizer in ``folder``, limited to ``max_length`` and the model's positions."""
     # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in folder.glob(name)):
         raise FileNotFoundError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
@@ -276,7 +276,7 @@ def _tensors(
             continue
         tensor = stored[found]
         if target == POSITIONS and offset:
-            # Positions start after the padding id, so the first rows of the table are never used.
+            # Positions start after the padding id, so the first rows are never used.
             unused[found], tensor = tensor[:offset], tensor[offset:]
         if tensor.shape != parameter.shape:
             wrong.append(f"{found} is {[*tensor.shape]}, not {[*parameter.shape]}")
@@ -302,7 +302,7 @@ def rounded(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
-    """Return the MiniBERT name of a tensor of another class's head, or None if it is unknown."""
+    """Return the MiniBERT name of a tensor of another class, or None if the name is unknown."""
     target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
     # Encoder tensors that the configuration does not describe are unknown too, for example an
     # additional layer.
@@ -319,7 +319,7 @@ def _plain(name: str, family: Family) -> str:
 
 
 def _shared(stored: dict[str, Tensor], family: Family, kind: str) -> bool:
-    """Return True if both tensors of every tied pair are equal, or one of the two is missing."""
+    """Return True if the two tensors of each tied pair are equal, or one of them is missing."""
     for target, source in modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys.items():
         one, other = (stored.get(str(family.family_name(name, kind))) for name in (target, source))
         if one is not None and other is not None and not torch.equal(one, other):

@@ -166,7 +166,7 @@ def _tensors(
         tensors[plain(_SEGMENTS)] = torch.zeros(family_config.type_vocab_size, width)
     spare = folders.read_tensors(encoder, UNUSED) if (encoder / UNUSED).exists() else {}
     if family.numbers_from_pad:
-        # The first rows of the table are never used. Copy them from the source, or fill in zeros.
+        # The first rows are never used. They are copied from the source, or zeros.
         rows, count = tensors[plain(POSITIONS)], family_config.pad_token_id + 1
         first = spare.get(f"{family.prefix}.embeddings.position_embeddings.weight", rows[:0])
         if len(first) != count:

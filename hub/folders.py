@@ -1,4 +1,4 @@
-"""Find the folder of a model, read its weights a tensor at a time, and write a folder that is complete or absent."""
+"""Read model folders and their weights, and write new model folders atomically."""
 
 import os
 import shutil
@@ -23,28 +23,29 @@ from minibert.files.model_folder import (
 
 
 def modules(folder: Path) -> list[dict[str, Any]]:
-    """Return the modules of a sentence-transformers model; none of any other model.
+    """Return the modules of a sentence-transformers model, or [] for any other model.
 
     Raises:
-        ValueError: the first is not a transformer, or one lies outside of the folder.
+        ValueError: if the first module is not a transformer, or a module's path leads out of
+            ``folder``.
     """
     check_paths(folder)
     if not (folder / "modules.json").exists():
         return []
     listed: list[dict[str, Any]] = read_json(folder / "modules.json")
     if not str(listed[0].get("type", "")).endswith("Transformer"):
-        raise ValueError(f"The first module in {folder / 'modules.json'} must be a transformer.")
+        raise ValueError(f"The first module in {folder / 'modules.json'} must be a Transformer module.")
     return listed
 
 
 def encoder_folder(folder: Path) -> Path:
-    """Return the folder of a model's transformer: ``folder``, or that of its first sentence-transformers module."""
+    """Return the folder with the transformer's files: ``folder`` or one of its subfolders."""
     listed = modules(folder)
     return folder / listed[0]["path"] if listed else folder
 
 
 def copy_modules(source: Path, target: Path) -> None:
-    """Copy the sentence-transformers modules but for the transformer, which ``target`` will hold."""
+    """Copy all sentence-transformers modules from ``source`` except the transformer."""
     listed = modules(source)
     if not listed:
         return
@@ -58,13 +59,13 @@ def copy_modules(source: Path, target: Path) -> None:
 
 
 def max_length(folder: Path) -> int | None:
-    """Return the longest sequence, in tokens, that sentence-transformers allows, if it says so."""
+    """Return sentence-transformers' ``max_seq_length`` in tokens, or None if it is not set."""
     files = encoder_folder(folder).glob("sentence_*_config.json")
     return next(filter(None, (read_json(file).get("max_seq_length") for file in sorted(files))), None)
 
 
 def pooling_mode(folder: Path) -> str | None:
-    """Return the mode of the first pooling of a sentence-transformers model, if it has one of one mode."""
+    """Return the mode of a model's pooling module, or None if there is not exactly one mode."""
     for module in modules(folder):
         if str(module.get("type", "")).endswith("Pooling"):
             settings = read_settings(folder / module["path"] / "config.json")
@@ -75,12 +76,12 @@ def pooling_mode(folder: Path) -> str | None:
 
 
 def paths_in(folder: Path) -> list[str]:
-    """Return the paths of all files below ``folder``, relative to it and sorted."""
+    """Return the sorted paths of all files below ``folder``, relative to ``folder``."""
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def name_tokenizer_class(folder: Path) -> None:
-    """Give the tokenizer in ``folder`` the class name that transformers 4 knows as well."""
+    """Write a class name that transformers 4 also knows into tokenizer_config.json."""
     file = folder / "tokenizer_config.json"
     settings = read_settings(file)
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -88,7 +89,7 @@ def name_tokenizer_class(folder: Path) -> None:
 
 
 def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Return the tensors of a model, or of another file; the system reads a tensor when it is used."""
+    """Return the tensors of a model, or of the file ``name``, as memory-mapped tensors."""
     if name == WEIGHTS:
         check_weights(folder)
     tensors: dict[str, Tensor] = {}
@@ -99,7 +100,7 @@ def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write a safetensors file, and return its number of parameters."""
+    """Write ``tensors`` to a safetensors file, and return the number of parameters."""
     state = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with readable_os_errors(file, "nothing was written"):
         save_file(state, file, metadata={"format": "pt"})
@@ -108,14 +109,14 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder that becomes ``target`` when the block ends, and is deleted when the block fails."""
+    """Yield a temporary folder that is renamed to ``target``, or deleted after an error."""
     check_output(target)
     place = target.with_name(f".{target.name}.part")
     place.mkdir(parents=True, exist_ok=True)
     temporary = place / target.name
     try:
         with exclusive_lock(place, "writing", kept="nothing was written"):
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+            shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed process
             temporary.mkdir()
             try:
                 yield temporary
@@ -125,11 +126,11 @@ def new_folder(target: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     finally:
-        with suppress(OSError):  # another process has its lock in there
+        with suppress(OSError):  # the folder contains the lock of another process
             place.rmdir()
 
 
 def check_output(target: Path) -> None:
-    """Refuse a ``target`` that is a file or holds files."""
+    """Raise ValueError if ``target`` is a file or a folder that is not empty."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ValueError(f"The output folder {target} is not empty; name another, or delete it.")
+        raise ValueError(f"The output folder {target} is not empty; choose another folder, or delete this one.")

@@ -1,8 +1,8 @@
 """Open a model in a fresh process that cannot import this package, and return its outputs.
 
-Run as a script, this file reads a request (JSON) on standard input, blocks ``minibert``,
-opens the model in every way that its card promises, and writes the outputs into a
-safetensors file. Before the request is read, it imports nothing but the standard library.
+As a script, this file reads a JSON request from standard input and blocks ``import minibert``.
+It then opens the model with every class and library of the request, and writes the outputs to
+a safetensors file. Before the request is read, only the standard library is imported.
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Plain, empty, long, of other scripts, with punctuation.
+# A short text, an empty text, a longer text, several scripts, and punctuation.
 TEXTS = [
     "A short text.",
     "",
@@ -22,8 +22,8 @@ TEXTS = [
     "Größe, naïve, 北京市, 東京, עברית, नमस्ते, Ελλάδα, 🙂👍🏽, e\u0301 and \u200b nothing",
     'TABS\tand\nlines   -- 1,234.56 (ok?) https://example.org/a_b#c <s> [UNK] \\ "quoted"',
 ]
-# The pipeline of transformers for a head; question answering, multiple choice and
-# pretraining have none.
+# Class -> transformers pipeline. There is no pipeline for question answering, multiple choice
+# and pretraining.
 TASKS = {
     "AutoModel": "feature-extraction",
     "AutoModelForMaskedLM": "fill-mask",
@@ -36,17 +36,17 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 @dataclass
 class Request:
-    """A model to open, and how.
+    """Describe which model to open and how.
 
     Attributes:
-        model: folder, or id on the Hub that the cache holds.
-        heads: names of ``Auto*`` classes.
-        embeds: sentence-transformers opens it too.
-        trust: run the code that comes with it.
-        max_length: of the texts, in tokens.
-        revision: commit of a model in the cache.
-        transformer: folder of the transformer, if that is not ``model`` itself.
-        dtype: of the weights, if not that of the configuration.
+        model: folder of the model, or id of a model in the Hub's cache.
+        heads: names of the ``Auto*`` classes that open the model.
+        embeds: whether sentence-transformers opens the model too.
+        trust: whether the model's own code may run.
+        max_length: maximum length of the texts in tokens.
+        revision: commit of a model in the Hub's cache.
+        transformer: folder with the transformer's files. The default is ``model``.
+        dtype: dtype of the weights. The default is the dtype in the model's configuration.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Request:
 
 
 def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
-    """Return every output of the model in float32, by name, and the ways in which it was opened."""
+    """Open the model as requested, and return its float32 outputs and how it was opened."""
     import torch
     import transformers
 
@@ -113,7 +113,7 @@ def _outputs(model: Any, tokenizer: Any, max_length: int) -> dict[str, Any]:
 
 
 def _numbers(answer: Any) -> list[float]:
-    """Return every fraction in a nested answer, in order."""
+    """Return all floats in the nested answer of a pipeline, in order."""
     if isinstance(answer, dict | list | tuple):
         parts = answer.values() if isinstance(answer, dict) else answer
         return [number for part in parts for number in _numbers(part)]
@@ -121,18 +121,18 @@ def _numbers(answer: Any) -> list[float]:
 
 
 class NotOpened(Exception):
-    """The model could not be opened in the fresh process; the text says why."""
+    """Signal that the fresh process could not open the model. The message gives the reason."""
 
 
 def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Call :func:`compute` in a fresh process without this package, the network and the token.
+    """Run :func:`compute` in a fresh process without minibert, network and Hub token.
 
     Args:
-        request: the model, and how to open it.
-        cache: of the Hub, for a model that is not a folder.
+        request: the model to open and how to open it.
+        cache: cache folder of the Hub that contains the model, if the model is not a folder.
 
     Raises:
-        NotOpened: it failed there.
+        NotOpened: if the fresh process cannot open the model.
     """
     import torch
     from safetensors import safe_open
@@ -140,12 +140,12 @@ def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any],
     with tempfile.TemporaryDirectory() as place:
         environment = {name: value for name, value in os.environ.items() if name not in _TOKENS}
         environment |= {
-            # An empty folder makes transformers copy the code from the model, not use an
-            # earlier copy.
+            # With an empty folder, transformers copies the code from the model instead of using
+            # an earlier copy.
             "HF_MODULES_CACHE": f"{place}/modules",
             "HF_TOKEN_PATH": f"{place}/token",
             "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other numbers may round differently
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # rounding depends on the number
         }
         if cache:
             environment["HF_HUB_CACHE"] = str(cache)
@@ -161,7 +161,7 @@ def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any],
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
             raise NotOpened(last[0])
         with safe_open(Path(place, _OUTPUTS), framework="pt") as file:
-            outputs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            outputs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return outputs, json.loads(file.metadata()["opened"])
 
 
@@ -170,7 +170,7 @@ def _main() -> None:
     sys.modules["minibert"] = None  # type: ignore[assignment]  # from here on, importing it fails
     try:
         outputs, opened = compute(request)
-    except Exception as error:  # whatever it is, the other process reports it
+    except Exception as error:  # the calling process reports every error
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Write a MiniBERT as an ONNX graph, and prove in onnxruntime that it computes the same at many shapes."""
+"""Export a MiniBERT to ONNX, and compare the outputs of onnxruntime with those of torch."""
 
 import json
 from importlib.util import find_spec
@@ -15,31 +15,30 @@ from minibert.hub.convert import Report, full, open_tokenizer
 from minibert.hub.export import open_minibert
 
 GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
-# Bytes. A file of the format holds at most 2 GB; larger weights go to a second file.
+# Bytes. An ONNX file has at most 2 GB, so larger weights go into a second file.
 _LARGEST_FILE = 1_800_000_000
 
 
 def export_onnx(
     model: str | Path, output_dir: str | Path, *, quantize: str | None = None, revision: str | None = None
 ) -> Report:
-    """Write a MiniBERT as ``model.onnx`` with its tokenizer and config.json into a new folder.
+    """Export a MiniBERT to ONNX: write ``model.onnx``, the tokenizer and config.json.
 
-    Batch and length (and the number of choices) are dynamic. A sentence-transformers model
-    has the output ``sentence_embedding`` after ``last_hidden_state``; heads have their
-    logits.
+    Batch size, length and number of choices are dynamic. The outputs of a sentence-transformers
+    model are ``last_hidden_state`` and ``sentence_embedding``. The outputs of a model with a
+    head are its logits.
 
     Args:
-        model: folder, or id on the Hub.
-        output_dir: the new folder for the result.
-        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are 8-bit
-            integers.
+        model: folder of the model, or its id on the Hub.
+        output_dir: new folder for the result.
+        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are 8-bit integers.
         revision: branch, tag or commit of a model on the Hub.
 
     Raises:
-        FileNotFoundError: there is no such model, or it lacks weights or tokenizer.
-        ValueError: it is not a MiniBERT, ``quantize`` is unknown, the packages are missing,
-            or the output folder is not empty.
-        Mismatch: the graph computes something else; nothing was written.
+        FileNotFoundError: if the model, its weights or its tokenizer are missing.
+        ValueError: if the model is not a MiniBERT, ``quantize`` is unknown, a package is
+            missing, or the output folder is not empty.
+        Mismatch: if the outputs of graph and model differ. Nothing is written then.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
@@ -83,11 +82,13 @@ def export_onnx(
 
 
 class _Graph(nn.Module):
-    """Wrap a model: named inputs by position, outputs as a tuple.
+    """Wrap a model so that it takes inputs by position and returns outputs as a tuple.
 
     Args:
-        heads: sentence-transformers modules that compute the vector of a text.
-        pooled: the pooler was trained.
+        model: the MiniBERT to wrap.
+        inputs: names of the inputs, in order.
+        heads: sentence-transformers modules that follow the transformer.
+        pooled: whether the pooler was trained.
     """
 
     def __init__(self, model: Any, inputs: list[str], heads: list[nn.Module], pooled: bool):
@@ -112,7 +113,7 @@ class _Graph(nn.Module):
 
 
 def _heads(folder: Path) -> list[nn.Module]:
-    """Return the sentence-transformers modules after the transformer."""
+    """Return the sentence-transformers modules that follow the transformer."""
     if not folders.modules(folder):
         return []
     from sentence_transformers import SentenceTransformer
@@ -121,7 +122,7 @@ def _heads(folder: Path) -> list[nn.Module]:
 
 
 def _write(graph: _Graph, file: Path) -> int:
-    """Trace the model, write it, and return the number of parameters."""
+    """Export ``graph`` to ``file``, and return the number of parameters."""
     shape, names = ((2, 2, 5), ("batch", "choices", "length")) if graph.choices else ((2, 5), ("batch", "length"))
     ids = torch.randint(1, graph.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
@@ -143,7 +144,7 @@ def _write(graph: _Graph, file: Path) -> int:
 
 
 def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Tensor]]:
-    """Return batches of the built-in texts, and of random ids in several shapes."""
+    """Return test batches: the built-in texts, and random token ids in several shapes."""
     longest = min(tokenizer.model_max_length, positions)
     found = [{name: batch[name] for name in graph.inputs} for batch in parity.batches(tokenizer, longest)]
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +163,7 @@ def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Te
 
 
 def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dict[str, Tensor]:
-    """Return every output of every batch, without the vectors of padding."""
+    """Compute every batch, and return named outputs without the rows of padding tokens."""
     found = {}
     for number, batch in enumerate(batches):
         mask = batch["attention_mask"].bool()
@@ -193,12 +194,12 @@ def _quantize(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with parity.quiet():
-        # One scale per row is far closer than one per matrix.
+        # One scale per row is far more accurate than one scale per matrix.
         quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Return cosines of the vectors of the built-in texts (the first three batches), or of tokens."""
+    """Return the lowest and the mean cosine similarity of ``exact`` and ``found`` vectors."""
     name = "sentence_embedding" if any(key.startswith("sentence_embedding") for key in exact) else next(iter(exact)).split()[0]
     pairs = [(exact[f"{name} {number}"], found[f"{name} {number}"]) for number in range(3)]
     cosines = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])

@@ -1,4 +1,4 @@
-"""Compare the outputs of two models on texts of every kind, with one model in memory at a time."""
+"""Compare the outputs of two models on built-in texts, with one model in memory at a time."""
 
 import logging
 import warnings
@@ -27,12 +27,12 @@ PAIRS = (
 
 
 class Mismatch(ArithmeticError):
-    """The outputs of two models differ although they should be equal."""
+    """Signal that the outputs of two models differ although they should be equal."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the bars, advice and warnings of libraries; callers report what matters."""
+    """Hide progress bars, log messages and warnings of libraries within the block."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
@@ -61,10 +61,10 @@ def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
 
 @torch.inference_mode()
 def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments: int, pooled: bool) -> dict[str, Tensor]:
-    """Return every output of ``model`` for :func:`batches`, in float32, without those of padding.
+    """Return the float32 outputs of ``model`` for all batches, without rows of padding tokens.
 
-    With fewer than two ``segments`` the model gets no ``token_type_ids``; ``pooler_output``
-    is left out unless ``pooled``, since an untrained pooler is random.
+    ``segments`` is the number of token types. With fewer than two, the model gets no
+    ``token_type_ids``. ``pooled`` includes ``pooler_output``, which is random without training.
     """
     found = {}
     choices = type(model).__name__.endswith("MultipleChoice")
@@ -72,8 +72,8 @@ def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments
         if segments < 2:
             batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
         mask = batch["attention_mask"].bool()
-        # Word scores of the long text would need more memory than the model, so only the
-        # encoder reads it.
+        # The logits of a long text over the vocabulary would need more memory than the model,
+        # so only the encoder computes the long text.
         network = model.base_model if len(mask) == 1 else model
         if choices and network is model:
             batch = {name: value[: len(value) // 2 * 2].unflatten(0, (-1, 2)) for name, value in batch.items()}
@@ -85,7 +85,7 @@ def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments
 
 
 def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the vectors of texts by sentence-transformers, if ``folder`` is one of its models."""
+    """Return the text vectors of a sentence-transformers model, or {} for any other model."""
     kind = read_settings(folder / "config_sentence_transformers.json").get("model_type")
     if not folders.modules(folder) or kind not in (None, "SentenceTransformer"):
         return {}
@@ -109,11 +109,11 @@ def differences(
     dtype: torch.dtype | None = None,
     pooled: bool,
 ) -> dict[str, float]:
-    """Return the largest difference of every output between two models, computed in float32.
+    """Return the largest absolute difference of each output between two models, in float32.
 
-    ``source`` and ``result`` are folders with a class, whose weights are rounded to
-    ``dtype`` first. ``segments`` and ``pooled`` are as in :func:`outputs`; ``max_length``
-    is the number of positions.
+    ``source`` and ``result`` are pairs of a model folder and a model class. The weights of both
+    models are rounded to ``dtype`` first. ``max_length`` is the number of positions.
+    See :func:`outputs` for ``segments`` and ``pooled``.
     """
     inputs = batches(tokenizer, min(tokenizer.model_max_length, max_length))
     found = []
@@ -129,7 +129,7 @@ def differences(
 
 
 def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Return the largest absolute difference of every output in ``expected``; keys are "name batch"."""
+    """Return the largest difference per output name. The input keys are "name batch_number"."""
     worsts: dict[str, float] = {}
     for key, value in expected.items():
         name = key.split()[0]
@@ -140,8 +140,8 @@ def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, 
 
 def check(worsts: dict[str, float], what: str) -> None:
     """Raise :class:`Mismatch` for a difference above the tolerance, or for NaN."""
-    if wrong := [f"{name} by {worst:.1e}" for name, worst in worsts.items() if not worst <= TOLERANCE]:
+    if wrong := [f"{name} differs by {worst:.1e}" for name, worst in worsts.items() if not worst <= TOLERANCE]:
         raise Mismatch(
-            f"{what} computes something else: {', '.join(wrong)}, where at most {TOLERANCE:.0e} is "
-            "allowed. Nothing was written; please report this model."
+            f"{what} gives different outputs: {', '.join(wrong)} (allowed: {TOLERANCE:.0e}). "
+            "Nothing was written; please report this model."
         )

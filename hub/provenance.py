@@ -1,4 +1,4 @@
-"""Read and write the record of a model: its recipe, its data, its metrics, and the machine that trained it."""
+"""Read and write the record of a model: recipe, data, metrics and training machine."""
 
 import re
 from collections.abc import Iterator
@@ -11,20 +11,19 @@ from pydantic import BaseModel, ValidationError
 from minibert.files.disk import YamlLoader, sha256, to_yaml, write_json, write_text
 from minibert.files.model_folder import read_settings
 
-# A published model keeps its record in these files; that of a run is read from its stages.
+# The files of a published model's record. The record of a run is read from its stages.
 RECORD, RECIPE = "record.json", "recipe.yaml"
 _METRICS = ("train_rows", "train_tokens", "steps", "epochs", "train_seconds")
 _ENVIRONMENT = ("accelerator", "processor", "cores", "processes", "versions")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DATA_FILES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt")
-# Fields of a recipe that name data or models by a path or by an id on the Hub, and those
-# left out.
+# Fields of a recipe that contain a path or an id on the Hub, and fields that are not published.
 _NAMES = ("path", "model", "teacher", "tokenizer")
 _DROPPED = ("cache_dir", "output_dir")
 
 
 class Source(BaseModel):
-    """A source of data: an id on the Hub, or the name of a local file without its folders."""
+    """Describe a data source: an id on the Hub, or a file name without its folders."""
 
     path: str
     config: str | None = None
@@ -34,7 +33,7 @@ class Source(BaseModel):
 
 
 class Stage(BaseModel):
-    """A stage that the model went through."""
+    """Describe a training stage of a model: its kind, its name and its data sources."""
 
     kind: str
     name: str
@@ -42,7 +41,7 @@ class Stage(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """Metrics of the model and of its baselines, and numbers of rows such as {"queries": 1875}."""
+    """Store metrics of a model and of baselines, and row counts such as {"queries": 1875}."""
 
     data: Source
     metrics: dict[str, float]
@@ -51,10 +50,10 @@ class Evaluation(BaseModel):
 
 
 class Record(BaseModel):
-    """The origin of a model; empty for a model that no recipe trained.
+    """Store how a model was made. The record of a model without a recipe is mostly empty.
 
-    ``stages`` include that of the tokenizer. ``base_model`` is the id on the Hub of the
-    weights that it started from, and ``fields`` are what its publisher stated for the card.
+    ``stages`` include the tokenizer's stage. ``base_model`` is the Hub id of the model whose
+    weights were the start of training. ``fields`` are the publisher's metadata for the card.
     """
 
     stages: list[Stage] = []
@@ -69,7 +68,7 @@ class Record(BaseModel):
 
 
 def read(folder: Path) -> Record:
-    """Return the record of the model in ``folder``: a stage of a run, a published model, or any other."""
+    """Return the record of the model in ``folder``: a stage of a run, or any other model."""
     folder = folder.resolve()
     metrics, environment = read_settings(folder / "metrics.json"), read_settings(folder / "environment.json")
     found: dict[str, Any] = {
@@ -110,7 +109,7 @@ def read(folder: Path) -> Record:
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """Read the recipe of a run."""
+    """Read the recipe of a run from its YAML file."""
     try:
         recipe: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=YamlLoader)
         recipe["stages"][0]["name"]
@@ -120,9 +119,9 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
 
 def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
-    """Write ``record``, with the ``fields`` that the publisher states, next to the weights in ``folder``.
+    """Write ``record`` and the publisher's card ``fields`` into the model's folder.
 
-    An empty record writes nothing.
+    If the record is empty, nothing is written.
     """
     record = record.model_copy(update={"fields": {**record.fields, **fields}})
     if record.recipe:
@@ -132,13 +131,13 @@ def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
 
 
 def datasets(record: Record) -> list[str]:
-    """Return the ids of the data sets on the Hub that the weights were trained on."""
+    """Return the Hub ids of the data sets that the model was trained on."""
     sources = [source for stage in record.stages if stage.kind != "tokenizer" for source in stage.data]
     return list(dict.fromkeys(source.path for source in sources if source.on_hub))
 
 
 def public_name(name: str, *, on_hub: bool = False) -> str:
-    """Return ``name`` as it may be published: an id on the Hub as it is, a path without its folders.
+    """Return ``name`` for publication: an id on the Hub unchanged, a path without its folders.
 
     >>> public_name("../private/data/reviews.csv"), public_name("sentence-transformers/all-nli")
     ('reviews.csv', 'sentence-transformers/all-nli')
@@ -154,7 +153,7 @@ def _weights(folder: Path) -> dict[str, str]:
 
 
 def _published(folder: Path) -> Record | None:
-    """Return the record that a published model brings, unless its weights were changed since."""
+    """Return the record in a published model, or None if its weights have changed since."""
     found = read_settings(folder / RECORD)
     if not found or found.pop("weights", None) != _weights(folder):
         return None
@@ -189,7 +188,7 @@ def _of_training(stage: dict[str, Any], metrics: dict[str, Any], environment: di
 
 
 def _of_stage(folder: Path, model: str) -> Iterator[Evaluation]:
-    """Yield the evaluations of ``model``, a stage of the same run, in the stage ``folder``."""
+    """Yield the results that the stage in ``folder`` measured for the stage ``model``."""
     stage, environment = read_settings(folder / "stage.json"), read_settings(folder / "environment.json")
     if stage["kind"] != "evaluate" or environment.get("started_from") != model:
         return
@@ -204,7 +203,7 @@ def _of_stage(folder: Path, model: str) -> Iterator[Evaluation]:
 
 
 def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Merge the evaluations on the same data; the last value of a metric counts."""
+    """Merge evaluations on the same data. Later values replace earlier values of a metric."""
     found: dict[tuple[str | None, ...], Evaluation] = {}
     for one in evaluations:
         key = (one.data.path, one.data.config, one.data.split)
@@ -214,7 +213,7 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def _public(value: Any, stages: set[str], key: str = "") -> Any:
-    """Return a part of a recipe without unset fields, and without paths of the training machine."""
+    """Return ``value``, a part of a recipe, without unset fields and local paths."""
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if name not in _DROPPED and inner is not None}
         return {name: _public(inner, stages, name) for name, inner in kept.items()}

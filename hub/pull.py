@@ -1,4 +1,4 @@
-"""Download one commit of a model from the Hub, without opening or running any of it."""
+"""Download one commit of a model from the Hub, without running the model's code."""
 
 import shutil
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from minibert.hub.remote import fetch, same, split_name
 
 @dataclass
 class Pulled:
-    """The result of :func:`pull`.
+    """Store the result of :func:`pull`.
 
     Attributes:
-        files: sizes in bytes by path.
-        code: SHA-256 of every Python file, which opening the model could run, by path.
-        code_is: ``"installed"`` for the code of the installed version, ``"changed"``, or
-            ``"none"``.
-        left_out: files of the commit that a model does not need, or that are pickles.
+        files: path -> size in bytes.
+        code: path -> SHA-256 of every Python file that opening the model could run.
+        code_is: ``"installed"`` if the code equals the installed version, ``"changed"`` if it
+            differs, and ``"none"`` if the model has no code.
+        left_out: files that were not downloaded: pickles, and files a model does not need.
     """
 
     repo_id: str
@@ -31,25 +31,25 @@ class Pulled:
 
 
 def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pulled:
-    """Download the model ``USER/NAME[@REVISION]`` into a new folder, as the one commit that its revision means now.
+    """Download the current commit of the model ``USER/NAME[@REVISION]`` into a new folder.
 
-    Nothing of it is opened or run. With ``HF_HUB_OFFLINE=1`` it comes from the cache.
+    The model is not opened. With ``HF_HUB_OFFLINE=1`` the files come from the Hub's cache.
 
     Raises:
-        ValueError: the name is invalid, the folder is not empty, or the model is damaged,
-            pickled or leads out of its folder.
-        HubError: the Hub refused, or could not be reached.
+        ValueError: if the name is invalid, the folder is not empty, or the model is damaged,
+            pickled or refers to files outside of its folder.
+        HubError: if the Hub refuses the request or cannot be reached.
     """
     repo_id, revision = split_name(name)
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
     commit, fetched, remote = fetch(repo_id, revision, token)
     with folders.new_folder(output_dir) as temporary:
-        # In the cache, every file is a link, and other programs may have put pickles there.
+        # The cache contains links, and may contain pickles that other programs downloaded.
         shutil.copytree(fetched, temporary, ignore=shutil.ignore_patterns(*PICKLES), dirs_exist_ok=True)
         files = {path: temporary / path for path in folders.paths_in(temporary)}
         if damaged := [path for path, file in files.items() if path in remote and not same(file, remote[path])]:
-            raise ValueError(f"{', '.join(damaged)} of {repo_id} arrived damaged; delete {fetched} and pull again.")
+            raise ValueError(f"{', '.join(damaged)} of {repo_id} arrived damaged; delete {fetched}, then pull again.")
         check_paths(temporary)
         check_weights(folders.encoder_folder(temporary))
         sizes = {path: file.stat().st_size for path, file in files.items()}

@@ -1,4 +1,4 @@
-"""Publish a model: build its complete folder, prove it, upload it in one commit, download that and prove it again."""
+"""Publish a model: build and check a folder, upload it in one commit, check the download."""
 
 import filecmp
 import getpass
@@ -31,22 +31,22 @@ from minibert.hub.remote import Change, ask, commit, compare, connect, download,
 TOLERANCE = 1e-6
 SHARD_SIZE = "5GB"
 CODE_LICENCE = "LICENSE.minibert"
-# Fields that say where a file was on the publisher's machine, or how it was opened there.
+# Fields of the configuration that describe the publisher's machine. They are removed.
 _OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
 _TEXTS = (".json", ".txt", ".md", ".yaml", ".py", ".jinja")
 
 
 @dataclass
 class Published:
-    """The result of :func:`push`.
+    """Store the result of :func:`push`.
 
     Attributes:
-        files: sizes in bytes by path.
-        opened: the ways in which a fresh process opened the model, with equal outputs.
-        difference: the largest difference from the outputs in this process.
-        changes: those of the commit; empty if the Hub had all files already.
-        commit: hash of the commit that holds the model; None after a dry run.
-        pull_request: its address.
+        files: path -> size in bytes.
+        opened: classes and libraries with which a fresh process opened the model.
+        difference: largest difference between the outputs of that process and this process.
+        changes: changes of files in the commit. Empty if the Hub already had all files.
+        commit: hash of the commit that contains the model, or None after a dry run.
+        pull_request: address of the pull request, if there is one.
     """
 
     source: str
@@ -76,30 +76,30 @@ def push(
     report: Callable[[str], None] = lambda text: None,
     **fields: Any,
 ) -> Published:
-    """Publish ``model`` as ``repo_id``; files that the Hub has already are not sent again.
+    """Publish ``model`` on the Hub as ``repo_id``. Unchanged files are not uploaded again.
 
     Args:
-        model: a run (its last model is taken), a stage of a run, or any folder of a
-            MiniBERT.
+        model: folder of a MiniBERT or of a run. For a run, its last model is published.
         repo_id: ``USER/NAME`` on the Hub.
-        private: create the repository as private.
-        revision: branch to write to, created if it is missing; the default is main.
-        create_pr: propose the commit as a pull request instead.
-        dtype: of the weights, such as ``"bfloat16"``; the default keeps theirs.
-        as_bert: publish the plain BERT that computes the same, which needs no code.
-        max_shard_size: of a file of weights, such as ``"500MB"``.
-        dry_run: build and prove, but leave the Hub alone.
-        force: replace the files that a repository holds.
-        token: of the Hub; the default is that of the environment, or of the last login.
-        report: called with a sentence after every step.
+        private: whether to create the repository as private.
+        revision: branch to write to. A missing branch is created. The default is main.
+        create_pr: whether to open a pull request instead of writing to the branch.
+        dtype: dtype of the weights, such as ``"bfloat16"``. By default the weights keep their
+            dtype.
+        as_bert: whether to publish an equivalent plain BERT model, which needs no code.
+        max_shard_size: size limit for a file of weights, such as ``"500MB"``.
+        dry_run: whether to build and check the folder without uploading it.
+        force: whether to replace other files in an existing repository.
+        token: access token of the Hub. By default the environment's or the last login's token.
+        report: function that is called with a sentence after every step.
         fields: metadata of the card, such as ``license="mit"``.
 
     Raises:
-        FileNotFoundError: there is no such model, or it is not finished.
-        ValueError: it is not a MiniBERT, an argument is invalid, a file names a path of
-            this machine, or the repository holds other files.
-        Mismatch: a fresh process computes other outputs; the text says what was uploaded.
-        HubError: the Hub refused, or could not be reached.
+        FileNotFoundError: if the model is missing or its training is not finished.
+        ValueError: if the model is not a MiniBERT, an argument is invalid, a file contains a
+            path of this machine, or the repository contains other files.
+        Mismatch: if a fresh process computes other outputs. The message says what was uploaded.
+        HubError: if the Hub refuses the request or cannot be reached.
     """
     _check_arguments(repo_id, revision, create_pr, dtype, max_shard_size)
     api = connect(token, writing_to=None if dry_run else repo_id)
@@ -125,7 +125,7 @@ def push(
         done.commit = parent
         if done.changes:
             done.opened, done.difference = prove_here()
-            report("Proved in a fresh process without minibert.")
+            report("Checked in a fresh process without minibert.")
         if parent is None:
             make = partial(api.create_repo, repo_id, private=private or None, exist_ok=True)
             ask("creating", repo_id, make)
@@ -138,33 +138,33 @@ def push(
             )
             report(f"Uploaded as commit {done.commit}.")
         else:
-            report(f"Nothing to upload: commit {done.commit} holds these files.")
+            report(f"Nothing to upload: commit {done.commit} already contains these files.")
         _prove_download(api, folder, done, request, expected)
-        report("Downloaded that commit into an empty cache, and proved it again.")
+        report("Downloaded the commit into an empty cache, and checked it again.")
     return done
 
 
 def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None, max_shard_size: str) -> None:
     if at := split_name(repo_id)[1]:
-        raise ValueError(f"{repo_id!r} names a revision; give the branch with --revision {at}.")
+        raise ValueError(f"{repo_id!r} contains a revision; give the branch with --revision {at} instead.")
     if create_pr and revision:
-        raise ValueError("A pull request is made against main; leave out --revision, or --create-pr.")
+        raise ValueError("A pull request always targets main; leave out --revision or --create-pr.")
     if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)[\w.-]+(/[\w.-]+)*", revision):
-        raise ValueError(f"--revision={revision} cannot name a branch.")
+        raise ValueError(f"--revision={revision} is not a valid branch name; use a name such as v1 or dev.")
     checked_dtype(dtype)
     if not re.search("[1-9]", max_shard_size):
-        raise ValueError(f"--max-shard-size={max_shard_size} is not a size; give one such as 500MB or 5GB.")
+        raise ValueError(f"--max-shard-size={max_shard_size} is not a size; use a size such as 500MB or 5GB.")
 
 
 def _compare(
     api: HfApi, folder: Path, repo_id: str, branch: str, *, private: bool, overwrite: bool
 ) -> tuple[str | None, bool, list[Change]]:
-    """Compare ``folder`` with the branch, and refuse to replace other files without ``overwrite``.
+    """Compare ``folder`` with the branch. Without ``overwrite``, refuse to replace other files.
 
     Returns:
-        The newest commit of the branch, or of main (None if the repository is missing),
-        whether the branch is there once the repository is, and the changes after which it
-        holds ``folder``.
+        The newest commit of the branch, or of main if the branch is missing, or None if the
+        repository is missing. Then whether the branch exists or is created with the repository.
+        Then the changes that make the branch equal to ``folder``.
     """
     if not ask("looking up", repo_id, partial(api.repo_exists, repo_id)):
         return None, branch == "main", compare(folder, {})
@@ -182,8 +182,8 @@ def _compare(
     if changes and files_of(newest) and own and not overwrite:
         listed = "\n".join(f"  {change.text}" for change in changes)
         raise ValueError(
-            f"{repo_id} holds other files already; read what would change, and if it is meant push "
-            f"again with --force, or propose it with --create-pr.\n{listed}"
+            f"{repo_id} already contains other files. To make the changes below, push again with "
+            f"--force, or open a pull request with --create-pr.\n{listed}"
         )
     return newest.sha, exists, changes
 
@@ -191,11 +191,10 @@ def _compare(
 def prove(
     request: isolated.Request, expected: dict[str, Tensor], what: str, cache: Path | None = None
 ) -> tuple[list[str], float]:
-    """Open a model in a fresh process without this package, and compare its outputs.
+    """Open a model in a fresh process without this package, and compare it with ``expected``.
 
     Returns:
-        The ways in which the model was opened, and the largest difference from
-        ``expected``.
+        The classes and libraries that opened the model, and the largest difference of outputs.
     """
     try:
         found, opened = isolated.run(request, cache=cache)
@@ -213,13 +212,13 @@ def _prove_download(api: HfApi, folder: Path, done: Published, request: isolated
         fetched = download(api, done.repo_id, done.commit, Path(place))
         _, differing, missing = filecmp.cmpfiles(folder, fetched, done.files, shallow=False)
         if wrong := ", ".join(differing + missing):
-            raise parity.Mismatch(f"{what} does not hold {wrong} as sent; push again, and report it if that recurs.")
+            raise parity.Mismatch(f"{what} has other content than was sent in {wrong}; push again, or report this bug.")
         by_name = replace(request, model=done.repo_id, revision=done.commit)
         done.opened, done.difference = prove(by_name, expected, what, Path(place))
 
 
 def model_folder(model: str | Path) -> Path:
-    """Return the folder to publish: ``model`` itself, or the last model if ``model`` is a run."""
+    """Return the folder to publish: ``model``, or the last stage's folder if it is a run."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         refuse_missing(model, "give the folder of a run, of a stage or of a model")
@@ -229,11 +228,11 @@ def model_folder(model: str | Path) -> Path:
         others = ("tokenizer", "evaluate")
         models = [f"{at}-{stage['name']}" for at, stage in stages if stage["kind"] not in others]
         if not models:
-            raise ValueError(f"The recipe of {folder} has no stage that makes a model.")
+            raise ValueError(f"The recipe of {folder} has no stage that trains a model.")
         folder, unfinished = folder / models[-1], True
     if unfinished and not (folder / "stage.json").exists():
         raise FileNotFoundError(
-            f"The training of {folder} is not finished; resume it with minibert train, or name the folder of an earlier stage."
+            f"The training of {folder} is not finished; resume it with minibert train, or give an earlier stage's folder."
         )
     return folder
 
@@ -248,7 +247,7 @@ def build(
     max_shard_size: str = SHARD_SIZE,
     **fields: Any,
 ) -> None:
-    """Write all files of a model on the Hub into ``target``; see :func:`push`."""
+    """Write all files to publish into the new folder ``target``. See :func:`push`."""
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
         weights, plain = folders.encoder_folder(source), Path(place, "bert")
         if as_bert:
@@ -265,7 +264,7 @@ def build(
             for file in code_files():
                 shutil.copy(file, temporary)
             licence = code_files()[0].with_name("LICENSE")
-            if not licence.exists():  # in a wheel
+            if not licence.exists():  # installed from a wheel
                 files = distribution(installation.NAME).files or ()
                 licence = next(Path(str(file.locate())) for file in files if file.name == "LICENSE")
             shutil.copy(licence, temporary / CODE_LICENCE)
@@ -274,17 +273,17 @@ def build(
             known = read_json(file) if file.exists() else {}
             known |= {"dtype": dtype} if dtype and file.name == "config.json" else {}
             write_json(file, {name: value for name, value in known.items() if name not in _OF_THIS_MACHINE})
-        if (source / "LICENSE").exists():  # of the weights, which only their owner can give
+        if (source / "LICENSE").exists():  # the licence of the weights
             shutil.copy(source / "LICENSE", temporary / "LICENSE")
         write_text(temporary / "README.md", build_card(temporary, repo_id, origin=source, **fields))
         provenance.write(provenance.read(source), temporary, fields)
         check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
         if failed := [check for check in verify.checks_of(temporary) if check.state == "failed"]:
-            raise ValueError(f"{source} is not ready: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
+            raise ValueError(f"{source} cannot be published: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
 
 
 def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size: str) -> None:
-    """Write the weights of ``source`` in ``dtype``, with the tensors that a conversion kept unused."""
+    """Write the weights of ``source`` in ``dtype``, including a conversion's unused tensors."""
 
     def read(name: str = WEIGHTS) -> dict[str, Tensor]:
         return rounded(folders.read_tensors(source, name), checked_dtype(dtype))
@@ -296,8 +295,8 @@ def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size
 
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:
-    """Refuse a folder in which a text names ``places``, a home directory or the user's folders."""
-    begin = r"(?<![\w.:/])"  # of a path, and not of the part of an address after its host
+    """Raise ValueError if a text file contains a home directory or one of the ``places``."""
+    begin = r"(?<![\w.:/])"  # matches before a path, but not before the path of a URL
     homes = rf"/(?:home|Users)|(?:/[\w.-]+)*/{re.escape(getpass.getuser())}|{re.escape(str(Path.home()))}"
     patterns = [rf"(?:{begin}(?:{homes})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]
     roots = [place.expanduser().resolve() for place in places]
@@ -306,8 +305,8 @@ def check_private(folder: Path, places: Iterable[Path]) -> None:
     found = []
     for path in folders.paths_in(folder):
         if path.endswith(_TEXTS) and (match := private.search((folder / path).read_text(encoding="utf-8"))):
-            found.append(f"{path} names {match[0]}")
+            found.append(f"{path} contains {match[0]}")
     if found:
         raise ValueError(
-            f"The published files would name places of this machine: {'; '.join(found)}; remove that from the model's files."
+            f"The published files would show paths of this machine: {'; '.join(found)}; remove them from the model's files."
         )

@@ -1,4 +1,4 @@
-"""Talk to the Hub: look a model up, download it, commit to it. Every failure becomes one sentence."""
+"""Look up, download and commit models on the Hub, with a readable message for every failure."""
 
 import re
 import sys
@@ -29,14 +29,14 @@ from minibert.files.installation import version
 from minibert.files.model_folder import pickles
 from minibert.hub.folders import paths_in
 
-# The files of a model. Nothing else is downloaded, above all no pickle.
+# The only files that are downloaded. Pickles are never downloaded.
 WANTED = ("*.json", "*.txt", "*.md", "*.model", "*.py", "*.jinja", "*.yaml", "*.safetensors", "LICENSE*", "NOTICE*")
 _ATTEMPTS = 4
-_LONGEST_WAIT = 60.0  # seconds; if the Hub asks for a longer pause, the message says so instead
-_SILENCE = 60.0  # seconds without a byte; huggingface_hub alone would wait forever
-_CHANGED = "; the repository changed in the meantime, so look at it, and run the command again"
-_LATER = "; run the command again later: files that have arrived are kept"
-# What to do about a refusal, by its status.
+_LONGEST_WAIT = 60.0  # seconds; if the Hub asks for a longer pause, an error says so
+_SILENCE = 60.0  # seconds without data; huggingface_hub would wait forever
+_CHANGED = "; the repository has changed in the meantime, so check it and run the command again"
+_LATER = "; run the command again later (files that have arrived are kept)"
+# HTTP status of a refusal -> advice.
 _ADVICE = {
     401: "; log in with `hf auth login`, or set HF_TOKEN",
     403: "; use a token with write permission, of an account that may write to {owner}",
@@ -55,7 +55,7 @@ _Result = TypeVar("_Result")
 
 
 class HubError(OSError):
-    """The Hub refused or could not be reached; the text says why, and what to do."""
+    """Signal that the Hub refused or could not be reached. The message says what to do."""
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -66,7 +66,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     """
     repo_id, at, revision = name.partition("@")
     if repo_id.count("/") != 1 or (at and not re.fullmatch(r"[\w./-]+", revision)) or ".." in revision:
-        raise ValueError(f"{name!r} cannot name a model on the Hub; use USER/NAME, or USER/NAME@REVISION for a revision.")
+        raise ValueError(f"{name!r} is not a valid model name on the Hub; use USER/NAME or USER/NAME@REVISION.")
     validate_repo_id(repo_id)  # says which characters are allowed
     return repo_id, revision or None
 
@@ -79,9 +79,9 @@ def ask(
     revision: str | None = None,
     attempts: int = _ATTEMPTS,
 ) -> _Result:
-    """Return ``call()``, repeated after a broken connection, a failure of the Hub or its wish to wait.
+    """Return ``call()``. After a broken connection or an error of the Hub, try again.
 
-    ``what`` the call does, such as ``"uploading to"``, is for the message.
+    ``what`` describes the call in error messages, for example ``"uploading to"``.
     """
     for attempt in range(attempts):
         hooks = get_session().event_hooks["request"]
@@ -102,13 +102,13 @@ def ask(
 
 
 def _limit(request: Any) -> None:
-    """Limit the silence of a request that has no limit of its own."""
+    """Set a timeout for a request that has none."""
     limits = request.extensions.setdefault("timeout", {})
     limits |= {phase: _SILENCE for phase in ("connect", "read", "write") if limits.get(phase) is None}
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """Return the first error of the chain that the Hub, its storage or the network raised."""
+    """Return the error from the Hub or the network that caused ``error``, or None."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, HTTPError | OfflineModeIsEnabled):
         found = found.__cause__
@@ -116,13 +116,13 @@ def _cause(error: BaseException) -> BaseException | None:
 
 
 def _is_of_storage(error: BaseException) -> bool:
-    # hf_xet raises Python's own classes, and classes of a module of its name.
+    # hf_xet raises built-in exceptions, and exceptions of its own module.
     builtin = type(error) in (ConnectionError, TimeoutError, RuntimeError)
     return builtin or type(error).__module__.startswith("hf_xet")
 
 
 def _wait(error: BaseException, attempt: int) -> float | None:
-    """Return the seconds after which another attempt makes sense, or None."""
+    """Return the seconds to wait before another attempt, or None for no further attempt."""
     pause = 2.0**attempt
     if not isinstance(error, HfHubHTTPError):
         broken = type(error).__name__ in ("ReadError", "WriteError", "RemoteProtocolError")
@@ -150,10 +150,10 @@ def _sentence(error: BaseException, what: str, repo_id: str, revision: str | Non
         advice = advice.format(owner=repo_id.split("/")[0], later=later)
         return f"The Hub refused {what} {repo_id} ({status}{said and f': {said}'}){advice}."
     if _is_of_storage(error):
-        found = re.search(r" \(\d{3} [\w -]+\)", str(error))  # the rest can hold signed addresses
+        found = re.search(r" \(\d{3} [\w -]+\)", str(error))  # the rest can contain signed URLs
         return (
             f"The storage of the Hub (xet) failed{found[0] if found else ''} while {what} {repo_id}; run "
-            "the command again later, or with HF_HUB_DISABLE_XET=1, which does without it."
+            "the command again later, or set HF_HUB_DISABLE_XET=1 to bypass this storage."
         )
     hub, name = f"The Hub ({constants.ENDPOINT})", type(error).__name__
     if name in ("ConnectError", "ProxyError", "UnsupportedProtocol", "InvalidURL"):
@@ -163,12 +163,12 @@ def _sentence(error: BaseException, what: str, repo_id: str, revision: str | Non
 
 
 def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
-    """Return the Hub as one account sees it: that of ``token``, of the environment or of the last login."""
+    """Return a client of the Hub with ``token``, or with the environment's or last login's."""
     given = token or get_token() or ""
-    if not given.isascii() or not given.isprintable():  # the library's message would hold the token
-        raise HubError("The token holds characters that no token has; log in with `hf auth login`, or correct HF_TOKEN.")
+    if not given.isascii() or not given.isprintable():  # the library's message would contain the token
+        raise HubError("The Hub token contains invalid characters; log in with `hf auth login`, or correct HF_TOKEN.")
     if writing_to and constants.is_offline_mode():
-        raise HubError(f"HF_HUB_OFFLINE is set, so that nothing can be written to {writing_to}; unset it.")
+        raise HubError(f"Writing to {writing_to} is not possible offline; unset HF_HUB_OFFLINE.")
     if writing_to and not given:
         raise HubError(
             f"Writing to {writing_to} needs a login; run `hf auth login`, or set HF_TOKEN to a token that may write."
@@ -180,15 +180,15 @@ def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
 
 
 def look_up(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
-    """Return the commit that ``revision`` (or main) means now."""
+    """Return the current commit of ``revision``, by default main, with its list of files."""
     call = partial(api.model_info, repo_id, revision=revision, files_metadata=True)
     return ask("looking up", repo_id, call, revision=revision)
 
 
 def download(api: HfApi, repo_id: str, revision: str | None, cache: Path | None = None) -> Path:
-    """Download a model into ``cache`` (or the common one), and return its folder there.
+    """Download a model into ``cache`` (default: the Hub's cache), and return its folder there.
 
-    Files that arrived before an interruption are not fetched again.
+    Files that arrived before an interruption are not downloaded again.
     """
 
     def call() -> str:
@@ -207,10 +207,10 @@ def commit(
     branch: str,
     create_pr: bool,
 ) -> tuple[str, str | None]:
-    """Make ``changes`` in one commit on top of ``parent``: readers see the old model or the new one.
+    """Upload ``changes`` as one commit on top of the commit ``parent``.
 
     Returns:
-        The hash of the commit, and the address of the pull request if there is one.
+        The hash of the commit, and the address of the pull request or None.
     """
     operations = [
         CommitOperationDelete(one.path) if one.kind == "removed" else CommitOperationAdd(one.path, folder / one.path)
@@ -240,9 +240,9 @@ def commit(
 
 
 def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, Path, dict[str, RepoSibling]]:
-    """Return the commit of a model, its folder in the cache, and its files on the Hub.
+    """Download a model. Return its commit, its folder in the cache, and its files on the Hub.
 
-    Without the network, no files on the Hub are known.
+    In offline mode, the files on the Hub are unknown and the dictionary is empty.
     """
     api, files = connect(token), {}
     info = None if constants.is_offline_mode() else look_up(api, repo_id, revision)
@@ -252,10 +252,9 @@ def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, P
             found = ", ".join(pickles(files))
             why = f"its weights are pickled ({found}), which can run code when opened"
             raise ValueError(
-                f"{repo_id} cannot be used as a model: {why if found else 'it holds no weights'}; ask its "
-                "owner for safetensors."
+                f"{repo_id} cannot be used as a model: {why if found else 'it has no weights'}; ask its owner for safetensors."
             )
-    # By the name of the revision, so that the cache knows that name without the network.
+    # Download by the revision's name, so that the cache also knows the name when offline.
     folder = download(api, repo_id, revision)
     if info is not None and folder.name != info.sha:
         raise HubError(f"{repo_id} changed while downloading it; run the command again.")
@@ -264,7 +263,7 @@ def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, P
 
 @dataclass(frozen=True)
 class Change:
-    """A file that a commit adds, changes or removes, with its sizes in bytes before and after."""
+    """Describe a file that a commit adds, changes or removes. Sizes are in bytes."""
 
     path: str
     kind: str
@@ -273,7 +272,7 @@ class Change:
 
     @property
     def text(self) -> str:
-        """Return a line of the list of changes.
+        """Return the change as a line of text.
 
         >>> Change("config.json", "changed", 900, 1000).text
         'changed  config.json  900 bytes -> 1.0 kB'
@@ -283,14 +282,14 @@ class Change:
 
 
 def files_of(info: ModelInfo) -> dict[str, RepoSibling]:
-    """Return the files of a commit by their path, without the one that the Hub itself keeps there."""
+    """Return the files of a commit by path, without the Hub's own ``.gitattributes``."""
     files = {file.rfilename: file for file in info.siblings or ()}
     files.pop(".gitattributes", None)
     return files
 
 
 def compare(folder: Path, remote: dict[str, RepoSibling]) -> list[Change]:
-    """Return the changes after which ``remote`` holds exactly the files of ``folder``."""
+    """Return the changes that make the ``remote`` files equal to the files in ``folder``."""
     local, changes = paths_in(folder), []
     for path in local:
         known, size = remote.get(path), (folder / path).stat().st_size
@@ -303,5 +302,5 @@ def compare(folder: Path, remote: dict[str, RepoSibling]) -> list[Change]:
 
 
 def same(file: Path, remote: RepoSibling) -> bool:
-    """Return True if ``file`` has the content of ``remote``: by SHA-256, or by git's SHA-1 for texts."""
+    """Return True if ``file`` and ``remote`` have the same content, comparing their hashes."""
     return sha256(file) == remote.lfs.sha256 if remote.lfs else git_hash(file.read_bytes()) == remote.blob_id

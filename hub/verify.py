@@ -1,4 +1,4 @@
-"""Check a model, in a folder or on the Hub, before it is used: its files, weights, code and card, and that it opens."""
+"""Check the files, weights, code and card of a model, and open the model in a fresh process."""
 
 import difflib
 import shutil
@@ -39,10 +39,10 @@ _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 
 @dataclass
 class Check:
-    """The result of one check: ``"ok"``, ``"failed"``, or ``"skipped"`` after an earlier failure.
+    """Store the result of one check.
 
-    ``text`` says in a sentence what was found; ``detail`` is the difference from the
-    installed code.
+    ``state`` is ``"ok"``, ``"failed"``, or ``"skipped"`` if another check failed. ``text`` is a
+    sentence about the result. ``detail`` is a diff against the installed code, or None.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Check:
 
 @dataclass
 class Verification:
-    """All checks of one model, and the commit of a model on the Hub."""
+    """Store the results of all checks of a model. ``commit`` is None for a local folder."""
 
     model: str
     commit: str | None
@@ -63,10 +63,10 @@ class Verification:
 
 @dataclass
 class Code:
-    """The Python code that opening a model could run: the SHA-256 of every file, by path.
+    """Describe the Python code that opening a model could run.
 
-    ``reasons`` and ``diff`` (as of ``diff -u``) say how it differs from the installed
-    version.
+    ``files`` maps the path of each file to its SHA-256. ``reasons`` lists the differences from
+    the installed version, and ``diff`` shows them as a unified diff.
     """
 
     files: dict[str, str]
@@ -75,7 +75,7 @@ class Code:
 
     @property
     def state(self) -> str:
-        """Return "installed" if all of it is that of the installed version, else "changed" or "none"."""
+        """Return "none" without code, "installed" for unchanged code, otherwise "changed"."""
         return "changed" if self.reasons else "installed" if self.files else "none"
 
 
@@ -83,21 +83,21 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
     """Check a model folder, or the model ``USER/NAME[@REVISION]`` on the Hub.
 
     Args:
-        model: a model folder, or the id (owner/name) of a model on the Hub.
-        trust_remote_code: let a fresh process run code that is not that of the installed
+        model: model folder, or name of a model on the Hub.
+        trust_remote_code: whether a fresh process may run code that differs from the installed
             version.
-        token: of the Hub; the default is that of the environment or of the last login.
+        token: access token of the Hub. By default the environment's or the last login's token.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the name is malformed, or the Hub holds nothing that could be checked.
-        HubError: the Hub refused, or could not be reached.
+        FileNotFoundError: if the folder does not exist or is not a model folder.
+        ValueError: if the name is malformed, or the model on the Hub has no safetensors file.
+        HubError: if the Hub refuses the request or cannot be reached.
     """
     folder, commit = Path(model).expanduser(), None
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "modules.json")):
             raise FileNotFoundError(
-                f"{folder} is not a model folder: it holds no config.json; of a run, name the folder of a stage."
+                f"{folder} is not a model folder: it has no config.json. For a run, give the folder of a stage."
             )
         checks = checks_of(folder, trust=trust_remote_code, opens=True)
     else:
@@ -114,19 +114,19 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
             others = sorted(files.keys() - here)
             checks = checks_of(plain, trust=trust_remote_code, opens=True, other_files=others)
         if damaged:
-            text = f"{', '.join(sorted(damaged))} in {fetched} differs from the Hub's content; delete it and run again."
+            text = f"{', '.join(sorted(damaged))} in {fetched} differs from the Hub; delete this folder and run again."
             checks.insert(0, Check("download", "failed", text))
     return Verification(str(model), commit, checks, all(check.state == "ok" for check in checks))
 
 
 def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_files: Sequence[str] = ()) -> list[Check]:
-    """Run the checks of a model folder, and return one result for each.
+    """Check a model folder, and return one result for each check.
 
-    ``trust`` runs code that is not that of the installed version, and ``opens`` opens the
-    model in a fresh process. ``other_files`` belong to the model but are not in the folder.
+    ``opens`` also opens the model in a fresh process. ``trust`` allows running code that differs
+    from the installed version. ``other_files`` are files of the model outside of ``folder``.
     """
-    # Each check, and those without which it is skipped: a folder that failed is not read
-    # any further.
+    # Name of a check -> (its function, names of the checks that must pass first). Later checks
+    # do not read a folder that failed.
     looks: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
         "files": (lambda: _files(folder, other_files), ()),
         "weights": (lambda: _weights(folder), ("files",)),
@@ -139,16 +139,16 @@ def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_f
     checks: dict[str, Check] = {}
     for name, (look, needed) in looks.items():
         if failed := [other for other in needed if checks[other].state != "ok"]:
-            checks[name] = Check(name, "skipped", f"Not looked at, because of: {', '.join(failed)}.")
+            checks[name] = Check(name, "skipped", f"Skipped, because these checks did not pass: {', '.join(failed)}.")
             continue
         try:
             checks[name] = Check(name, "ok", look())
-        except Exception as error:  # damaged files make libraries raise anything: it is a finding
+        except Exception as error:  # libraries raise any exception for damaged files
             text = " ".join(str(error).replace(f"{folder}/", "").split())
             known = isinstance(error, ValueError | OSError)
             checks[name] = Check(name, "failed", text if known else f"{type(error).__name__}: {text}")
     if checks["code"].state != "skipped":
-        with suppress(Exception):  # the check says why the code cannot be compared
+        with suppress(Exception):  # the failed check already says why
             checks["code"].detail = code_of(folder).diff or None
     return list(checks.values())
 
@@ -157,8 +157,8 @@ def _files(folder: Path, other_files: Sequence[str]) -> str:
     check_paths(folder)
     present = folders.paths_in(folder)
     if found := pickles([*present, *other_files]):
-        raise ValueError(f"{', '.join(found)} can run code when opened; a model needs safetensors only, so delete them.")
-    return f"{len(present)} files, no pickle, and no name that leads out of the folder."
+        raise ValueError(f"{', '.join(found)} can run code when opened; delete these files, since safetensors suffice.")
+    return f"{len(present)} files, no pickle, and no path that leads out of the folder."
 
 
 def _weights(folder: Path) -> str:
@@ -171,32 +171,32 @@ def _weights(folder: Path) -> str:
     problems = _misfits(encoder, model_class, checkpoint) if model_class else {}
     problems["not finite"] = [name for name, value in checkpoint.items() if not torch.isfinite(value.float()).all()]
     if found := "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names):
-        raise ValueError(f"The weights are not those that config.json describes; {found}.")
+        raise ValueError(f"The weights do not match config.json; {found}.")
     shapes = "of the expected shapes" if model_class else "(only the model's own code knows the expected shapes)"
     return f"{len(checkpoint)} tensors {shapes}, all finite."
 
 
 def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
-    """Return the installed class that config.json names; None for a model that only its own code knows."""
+    """Return the installed class that config.json names, or None if it is not installed."""
     name = str((config.get("architectures") or ["MiniBertModel"])[0])
     if config.get("model_type") == MiniBertConfig.model_type:
         if not hasattr(modeling_minibert, name):
-            raise ValueError(f"config.json names the class {name}, which MiniBERT lacks.")
+            raise ValueError(f"config.json names the class {name}, which MiniBERT does not have.")
         return getattr(modeling_minibert, name)
     found = getattr(transformers, name, None) if config.get("model_type") in CONFIG_MAPPING else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Load the weights into the installed class, and return the tensors that do not fit, by problem."""
+    """Load the weights into ``model_class``, and return the tensors of each kind of problem."""
     with parity.quiet(), opening(encoder):
-        opened: Any = model_class.from_pretrained(  # a pair, which its annotation does not say
+        opened: Any = model_class.from_pretrained(  # returns a pair, unlike its annotation
             encoder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
         )
     network, loaded = opened
-    pooler = "pooler." if "For" not in model_class.__name__ else "no such"  # which a bare encoder may lack
+    pooler = "pooler." if "For" not in model_class.__name__ else "no such"  # a bare encoder may lack the pooler
     unknown: set[str] = set()
-    if isinstance(network.config, MiniBertConfig):  # a checkpoint may keep the tensors of other heads
+    if isinstance(network.config, MiniBertConfig):  # a checkpoint may contain tensors of other heads
         known = {full(name, kind) for kind in CLASSES for name in empty(network.config, kind).state_dict()}
         unknown = {name for name in loaded["unexpected_keys"] if not {name, full(name, "Model")} & known}
     pairs = dict(network._tied_weights_keys or {}) if network.config.tie_word_embeddings else {}
@@ -214,16 +214,14 @@ def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict
 def _judge(code: Code, folder: Path, trust: bool) -> str:
     if code.state == "none":
         if "auto_map" in read_json(folders.encoder_folder(folder) / "config.json"):
-            raise ValueError(
-                "config.json names code (auto_map) that is not in the folder; hub push publishes the model with it."
-            )
-        return "It brings no code."
+            raise ValueError("config.json names code (auto_map) that is not in the folder; minibert hub push adds the code.")
+        return "The model has no code."
     if code.state == "installed":
-        return f"{', '.join(sorted(code.files))} are those of the installed minibert {version()}."
-    why = f"Its code is not that of the installed minibert {version()}: {'; '.join(code.reasons)}"
+        return f"{', '.join(sorted(code.files))} are equal to the installed minibert {version()}."
+    why = f"The code differs from the installed minibert {version()}: {'; '.join(code.reasons)}"
     if not trust:
-        raise ValueError(f"{why}; read it, and to run it all the same pass --trust-remote-code.")
-    return f"{why}; run because you trust it."
+        raise ValueError(f"{why}; read the code, and pass --trust-remote-code if you want to run it.")
+    return f"{why}; you allowed it with --trust-remote-code."
 
 
 def _card(folder: Path) -> str:
@@ -241,13 +239,13 @@ def _opens(folder: Path) -> str:
     except isolated.NotOpened as error:
         raise ValueError(f"It cannot be opened in a fresh process without minibert: {error}") from None
     if wrong := [name for name, value in outputs.items() if not torch.isfinite(value).all()]:
-        raise ValueError(f"In a fresh process without minibert {', '.join(wrong)} is not finite.")
+        raise ValueError(f"Outputs are not finite in a fresh process without minibert: {', '.join(wrong)}.")
     vectors, stated = outputs.get("SentenceTransformer.encode"), vector_dimension(folder)
     if vectors is not None and vectors.shape[-1] != stated:
-        raise ValueError(f"Its vectors have {vectors.shape[-1]} numbers, but the configuration of its modules says {stated}.")
+        raise ValueError(f"The vectors have dimension {vectors.shape[-1]}, but the modules' configuration says {stated}.")
     similarity = read_settings(folder / "config_sentence_transformers.json").get("similarity_fn_name")
-    if similarity not in (*SentenceTransformer.SUPPORTED_SIMILARITY_FN_NAMES, None):  # which would become cosine unnoticed
-        raise ValueError(f"config_sentence_transformers.json names the unknown similarity_fn_name={similarity!r}.")
+    if similarity not in (*SentenceTransformer.SUPPORTED_SIMILARITY_FN_NAMES, None):  # an unknown name would mean cosine
+        raise ValueError(f"config_sentence_transformers.json has the unknown similarity_fn_name={similarity!r}.")
     return f"In a fresh process without minibert: {', '.join(opened)}."
 
 
@@ -266,11 +264,11 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
     positions = config.get("max_position_embeddings")
     longest = min(length for length in (tokenizer.model_max_length, folders.max_length(folder)) if length)
     if positions and config.get("position_embedding_type") != "rotary" and longest > positions:
-        yield f"texts of {longest} tokens are allowed, but the model has max_position_embeddings={positions}"
+        yield f"the tokenizer allows {longest} tokens, but the model has max_position_embeddings={positions}"
 
 
 def request_for(folder: Path) -> isolated.Request:
-    """Return how to open the model in ``folder``: by AutoModel and by the class in its config.json."""
+    """Return a request to open ``folder`` with AutoModel and the class named in config.json."""
     encoder = folders.encoder_folder(folder)
     config = read_json(encoder / "config.json")
     named = (config.get("architectures") or ["Model"])[0]
@@ -286,7 +284,7 @@ def request_for(folder: Path) -> isolated.Request:
 
 
 def code_of(folder: Path) -> Code:
-    """Compare the code that opening ``folder`` could run with that of the installed version."""
+    """Compare the code that opening ``folder`` could run with the installed version's code."""
     encoder = folders.encoder_folder(folder)
     installed = {file.name: file for file in code_files()}
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.py"))}
@@ -303,7 +301,7 @@ def code_of(folder: Path) -> Code:
 
 
 def _foreign_names(folder: Path, encoder: Path) -> list[str]:
-    """List the settings that would import code which is neither this package's nor a library's."""
+    """Return descriptions of settings that would import code other than minibert's."""
     config = read_json(encoder / "config.json")
     found = []
     known = configuration_minibert.AUTO_MAP

@@ -1,1 +1,1 @@
-"""The recipes that ship with MiniBERT: YAML files, run with ``minibert train NAME.yaml``."""
+"""Provide the bundled recipes, YAML files that ``minibert train NAME`` runs."""

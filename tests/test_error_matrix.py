@@ -317,7 +317,7 @@ MODELS = [  # a command that opens the model (or bert), the problem, and words o
     ("hub push model ann/model", own_code, "is a evil model; only a MiniBERT can be exported"),
     ("hub verify model", absent, "no model folder model .*give the folder of a model, or owner/name"),
     ("hub verify model", only_a_pickle, "can run code when opened; .*delete them"),
-    ("hub verify model", own_code, "code is not that of the installed minibert.*read it"),
+    ("hub verify model", own_code, "code differs from the installed minibert.*read the code"),
 ]
 
 # -------------------------------------------------------------------------------------------------- what goes wrong with data

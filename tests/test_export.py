@@ -141,7 +141,7 @@ def test_sentence_transformers_without_code(tmp_path):
 
 def test_refusals(tmp_path):
     save_family(tmp_path / "bert")
-    with pytest.raises(ValueError, match="is not a MiniBERT but bert"):
+    with pytest.raises(ValueError, match="is a bert model; only a MiniBERT can be exported"):
         export(tmp_path / "bert", tmp_path / "out")
     ours(tmp_path / "model")
     edit_weights(tmp_path / "model", **{"layers.0.mlp.up.weight": None})

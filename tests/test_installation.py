@@ -52,7 +52,7 @@ def test_a_missing_extra_is_named_as_the_package_was_installed(installed):
 def test_another_project_of_that_name_is_named(installed, tmp_path):
     other = installed("minibert", "0.2.2", folder=tmp_path / "other")
     said = (
-        f"This environment also holds minibert 0.2.2, another project of the same import name, in {other / 'minibert'}; "
+        f"This environment also has minibert 0.2.2, another project with the same import name, in {other / 'minibert'}; "
         f"run: pip uninstall minibert, then: pip install -e . (in {ROOT})."
     )
     version = CliRunner().invoke(app, ["--version"])
@@ -65,7 +65,8 @@ def test_another_project_that_wrote_over_our_files_is_named(installed):
     installed("minibert-hf", "9.8.7")
     installed("minibert", "0.2.2")
     assert (
-        "whose files replace ours; run: pip uninstall minibert, then: pip install --force-reinstall" in installation.foreign()
+        "whose files replace this package's; run: pip uninstall minibert, then: pip install --force-reinstall"
+        in installation.foreign()
     )
 
 

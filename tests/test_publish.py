@@ -133,7 +133,7 @@ def test_both_proofs_open_it_in_every_way_without_a_difference(pushed):
     assert [way.split(" (")[0] for way in pushed.done.opened] == [
         *("AutoTokenizer", "AutoModel", "pipeline('feature-extraction')", "SentenceTransformer")
     ]
-    assert [text.split()[0] for text in pushed.said] == ["Built", "Proved", "Uploaded", "Downloaded"]
+    assert [text.split()[0] for text in pushed.said] == ["Built", "Checked", "Uploaded", "Downloaded"]
 
 
 READER = """
@@ -252,7 +252,7 @@ def test_places_of_this_machine_are_not_published(source, tmp_path, file, text):
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
     edit_json(folder / file, where=text.format(place=folder))
-    with pytest.raises(ValueError, match=f"would name places of this machine: {file} names"):
+    with pytest.raises(ValueError, match=f"would show paths of this machine: {file} contains"):
         build(folder, tmp_path / "built")
     assert not (tmp_path / "built").exists()
 
@@ -279,7 +279,7 @@ def test_the_same_again_is_no_commit(hub, source, run):
 def test_other_content_needs_force_and_the_difference_is_shown(hub, source, tmp_path, run):
     hub.add_repo("ann/model", {"config.json": b"{}", "old/pytorch_model.bin": b"x" * 2000, ".gitattributes": b""})
     error = run("push", source, "ann/model", status=2).stderr
-    assert "ann/model holds other files already" in error and "--force" in error
+    assert "ann/model already contains other files" in error and "--force" in error
     assert "changed  config.json  2 bytes -> 1." in error
     assert "removed  old/pytorch_model.bin  2.0 kB" in error and "added    model.safetensors" in error
     assert len(hub.commits("ann/model")) == 1
@@ -318,7 +318,7 @@ def test_a_commit_made_during_the_proof_is_not_replaced(hub, source, run, monkey
         return outputs, ["AutoModel"]
 
     monkeypatch.setattr(isolated, "run", meanwhile)
-    assert "the repository changed in the meantime" in run("push", source, "ann/model", status=2).stderr
+    assert "the repository has changed in the meantime" in run("push", source, "ann/model", status=2).stderr
     assert set(hub.files("ann/model")) == {"other.txt"}
 
 
@@ -486,7 +486,7 @@ def test_a_wish_to_wait_is_followed(hub, source, run):
     [
         ("info", 401, "The Hub refused looking up ann/model (401: as the test wants it); log in with `hf auth login`"),
         ("create", 403, "The Hub refused creating ann/model (403: as the test wants it); use a token with write permission"),
-        ("commit", 409, "(409: as the test wants it); the repository changed in the meantime"),
+        ("commit", 409, "(409: as the test wants it); the repository has changed in the meantime"),
         ("create", 429, "because of too many requests; run the command again in 3600 seconds."),
         ("commit", 500, "The Hub refused uploading to ann/model (500: as the test wants it); run the command again later"),
         ("create", 400, "The Hub refused creating ann/model (400: as the test wants it)."),
@@ -506,11 +506,14 @@ def test_logins(hub, source, run, monkeypatch):
     assert "may write to bob" in run("push", source, "bob/model", status=2).stderr
     monkeypatch.setenv("HF_TOKEN", "hf_bad\x7fn\u00e4me")
     error = run("push", source, "ann/model", status=2).stderr
-    assert "hf_bad" not in error and "characters that no token has" in error
+    assert "hf_bad" not in error and "token contains invalid characters" in error
     monkeypatch.delenv("HF_TOKEN")
     assert "needs a login; run `hf auth login`, or set HF_TOKEN" in run("push", source, "ann/model", status=2).stderr
     monkeypatch.setattr(remote.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set, so that nothing can be written" in run("push", source, "ann/model", status=2).stderr
+    assert (
+        "Writing to ann/model is not possible offline; unset HF_HUB_OFFLINE"
+        in run("push", source, "ann/model", status=2).stderr
+    )
     assert not hub.repos
 
 
@@ -526,14 +529,14 @@ def test_a_card_that_the_hub_refuses(hub, source, run):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["model", "noslash"], "'noslash' cannot name a model on the Hub; use USER/NAME"),
+        (["model", "noslash"], "'noslash' is not a valid model name on the Hub; use USER/NAME"),
         (["model", "ann/a b"], "Repo id must use alphanumeric"),
-        (["model", "a/b/c"], "'a/b/c' cannot name a model on the Hub"),
+        (["model", "a/b/c"], "'a/b/c' is not a valid model name on the Hub"),
         (["model", "ann/x@v1"], "give the branch with --revision v1"),
-        (["model", "ann/x", "--revision", "a b"], "--revision=a b cannot name a branch"),
-        (["model", "ann/x", "--revision", "v1", "--create-pr"], "made against main"),
+        (["model", "ann/x", "--revision", "a b"], "--revision=a b is not a valid branch name"),
+        (["model", "ann/x", "--revision", "v1", "--create-pr"], "always targets main"),
         (["model", "ann/x", "--dtype", "int8"], "dtype=int8 is unknown; use float32, float16 or bfloat16"),
-        (["model", "ann/x", "--max-shard-size", "big"], "--max-shard-size=big is not a size; give one such as 500MB"),
+        (["model", "ann/x", "--max-shard-size", "big"], "--max-shard-size=big is not a size; use a size such as 500MB"),
         (["model", "ann/x", "--license", "My Own!"], "license='My Own!' should be"),
         (["nothing", "ann/x"], "There is no model folder nothing"),
     ],
@@ -627,7 +630,7 @@ def test_what_cannot_be_pulled(hub, model_files, tmp_path, run, monkeypatch):
     assert (
         "has no branch, tag or commit v9; name another, or leave it out." in run("pull", "ann/model@v9", out, status=2).stderr
     )
-    assert "'ann/model@' cannot name a model on the Hub; use USER/NAME" in run("pull", "ann/model@", out, status=2).stderr
+    assert "'ann/model@' is not a valid model name on the Hub; use USER/NAME" in run("pull", "ann/model@", out, status=2).stderr
     assert "its weights are pickled (pytorch_model.bin)" in run("pull", "ann/pickled", out, status=2).stderr
     assert "damaged" in run("pull", "ann/damaged", out, status=2).stderr
     monkeypatch.delenv("HF_TOKEN")

@@ -298,7 +298,7 @@ def test_starts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path):
     stage = ClassifyStage(kind="classify", data="texts.csv")
     load_model(AutoModel, stage, context, load_tokenizer(context))
     edit_json(tmp_path / "config.json", intermediate_size=7)
-    with pytest.raises(ValueError, match="do not have the shapes its config.json describes"):
+    with pytest.raises(ValueError, match="do not have the shapes in config.json"):
         load_model(AutoModel, stage, context, tokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no tokenizer that can be opened"):

@@ -90,7 +90,7 @@ def test_a_large_header_is_refused_before_it_is_read(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(stored(b"{", length=90_000_000))
     os.truncate(file, 100_000_000)
-    with pytest.raises(ValueError, match="header of 90,000,000 bytes is larger than the 16,000,000 that are read"):
+    with pytest.raises(ValueError, match="header has 90,000,000 bytes, and the limit is 16,000,000"):
         read_header(file)
 
 
@@ -231,7 +231,7 @@ def test_modules_outside_of_the_folder_are_refused(model, path):
         changed[place]["path"] = path
         (model / "modules.json").write_text(json.dumps(changed))
         for check in (check_paths, find_model, folders.modules):
-            with pytest.raises(ValueError, match="outside of the folder|where its modules lie"):
+            with pytest.raises(ValueError, match="outside of the folder|a module without a path"):
                 check(model)
 
 
@@ -276,7 +276,7 @@ def test_links_out_of_the_folder_are_not_followed(model, tmp_path, name):
         secret.write_text("a password")
     (model / name).symlink_to(secret)
     for check in (check_paths, find_model, lambda folder: folders.copy_modules(folder, tmp_path)):
-        with pytest.raises(ValueError, match=f"is a link to {secret}, outside of its folder"):
+        with pytest.raises(ValueError, match=f"is a link to {secret}, outside of the folder"):
             check(model)
 
 
@@ -293,7 +293,7 @@ def test_links_within_the_folder_and_of_the_hubs_cache_are_followed(model, tmp_p
     check_model(snapshot)
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to("../../../other")
-    with pytest.raises(ValueError, match="outside of its folder"):
+    with pytest.raises(ValueError, match="outside of the folder"):
         check_model(snapshot)
 
 
@@ -322,7 +322,7 @@ def test_a_link_to_the_folder_itself_and_other_links_beside_the_model_are_the_us
 def test_a_configuration_far_larger_than_its_weights_is_refused_before_it_is_built(model, field, value):
     edit_json(model / "config.json", **{field: value})
     for check in (find_model, folders.read_tensors):
-        with pytest.raises(ValueError, match="config.json describes a model of about 10.* numbers, but its weights hold"):
+        with pytest.raises(ValueError, match="config.json describes a model of about 10.* numbers, but the weights contain"):
             check(model)
 
 

@@ -68,7 +68,7 @@ def test_a_published_model_passes_in_a_process_of_its_own(folder, monkeypatch):
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"ok       {name}" for name in NAMES]
     assert "AutoModel (MiniBertModel), pipeline('feature-extraction'), SentenceTransformer." in lines[-1]
-    assert f"packing_minibert.py are those of the installed minibert {minibert.__version__}." in done.stdout
+    assert f"packing_minibert.py are equal to the installed minibert {minibert.__version__}." in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice"])
@@ -82,7 +82,7 @@ def test_plain_models_are_known_too(tmp_path):
     source = save_trained(tmp_path / "source", "ForMaskedLM")
     build(source, tmp_path / "plain", as_bert=True)
     checks = {check.name: check.text for check in verify.checks_of(tmp_path / "plain")}
-    assert failures(tmp_path / "plain") == {} and checks["code"] == "It brings no code."
+    assert failures(tmp_path / "plain") == {} and checks["code"] == "The model has no code."
     assert "of the expected shapes" in checks["weights"]
     edit_json(tmp_path / "plain" / "config.json", num_hidden_layers=3)
     assert "missing: bert.encoder.layer.2.attention" in failures(tmp_path / "plain")["weights"]
@@ -156,10 +156,15 @@ def test_tied_weights(words, tmp_path):
     ("name", "fields", "check", "sentence"),
     [
         ("config.json", {"pad_token_id": 3}, "opens", "the tokenizer pads with 0, but the model has pad_token_id=3"),
-        ("tokenizer_config.json", {"model_max_length": 99}, "opens", "texts of 99 tokens are allowed, but the model has"),
+        ("tokenizer_config.json", {"model_max_length": 99}, "opens", "tokenizer allows 99 tokens, but the model has"),
         ("config.json", {"hidden_size": "x"}, "weights", "hidden_size"),
-        ("config.json", {"architectures": ["MiniBertForNo"]}, "weights", "the class MiniBertForNo, which MiniBERT lacks"),
-        ("config.json", {"num_hidden_layers": 10**9}, "weights", "describes a model of about 10^13 numbers, but its"),
+        (
+            "config.json",
+            {"architectures": ["MiniBertForNo"]},
+            "weights",
+            "the class MiniBertForNo, which MiniBERT does not have",
+        ),
+        ("config.json", {"num_hidden_layers": 10**9}, "weights", "describes a model of about 10^13 numbers, but the"),
         ("config.json", {"auto_map": ["x.Y"]}, "code", "config.json names ['x.Y'] for auto_map"),
     ],
 )
@@ -173,7 +178,7 @@ def test_settings_that_do_not_fit(folder, opened, name, fields, check, sentence)
 @pytest.mark.parametrize(
     ("name", "fields", "sentence"),
     [
-        ("1_Pooling/config.json", {"embedding_dimension": 7}, "vectors have 32 numbers, but the configuration of its modules"),
+        ("1_Pooling/config.json", {"embedding_dimension": 7}, "vectors have dimension 32, but the modules' configuration"),
         ("config_sentence_transformers.json", {"similarity_fn_name": "best"}, "unknown similarity_fn_name='best'"),
         ("config_sentence_transformers.json", {"default_prompt_name": "no"}, "Default prompt name 'no' not found"),
     ],
@@ -211,11 +216,11 @@ def test_changed_code_is_shown_and_does_not_run(folder, tmp_path):
     add_code(folder, marker)
     done = run_command("hub", "verify", folder)
     assert done.exit_code == 1 and not marker.exists()
-    assert "failed   code: Its code is not that of the installed minibert" in done.stdout
+    assert "failed   code: The code differs from the installed minibert" in done.stdout
     assert (
         "--- installed/modeling_minibert.py\n+++ modeling_minibert.py\n" in done.stdout and f"+open('{marker}'" in done.stdout
     )
-    assert "skipped  opens: Not looked at, because of: code." in done.stdout
+    assert "skipped  opens: Skipped, because these checks did not pass: code." in done.stdout
 
 
 @pytest.mark.slow
@@ -279,7 +284,7 @@ def test_what_does_not_open_or_gives_no_numbers(folder, monkeypatch):
     monkeypatch.setattr(isolated, "run", fails)
     assert "cannot be opened in a fresh process without minibert: KeyError" in failures(folder, opens=True)["opens"]
     monkeypatch.setattr(isolated, "run", lambda request, cache=None: ({"AutoModel.x": torch.tensor([float("nan")])}, []))
-    assert "AutoModel.x is not finite" in failures(folder, opens=True)["opens"]
+    assert "not finite in a fresh process without minibert: AutoModel.x" in failures(folder, opens=True)["opens"]
 
 
 def test_the_request_follows_the_model(folder, words, opened):
@@ -349,7 +354,7 @@ def test_wrong_input_is_status_2(hub, name, sentence):
 
 def test_a_run_is_no_model(tmp_path):
     done = run_command("hub", "verify", tmp_path)
-    assert done.exit_code == 2 and "of a run, name the folder of a stage" in done.stderr
+    assert done.exit_code == 2 and "For a run, give the folder of a stage" in done.stderr
 
 
 def test_a_hidden_model_needs_a_login(hub, contents, monkeypatch):
