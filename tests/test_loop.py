@@ -382,7 +382,7 @@ def test_without_a_valid_checkpoint_the_run_says_so_and_starts_again(tmp_path, u
         os.truncate(folder / "model.safetensors", 1000)
     caplog.clear()
     fit(tmp_path / "parts")
-    assert caplog.text.count("is damaged") == 2 and "is valid, so the run starts from the beginning." in caplog.text
+    assert caplog.text.count("is damaged") == 2 and "is valid; the run starts from the beginning." in caplog.text
     assert_same(read_weights(tmp_path / "parts"), read_weights(undisturbed))
 
 
@@ -426,7 +426,7 @@ def files_up_to(size):
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, undisturbed):
     with pytest.raises(Crash):
         fit(tmp_path / "parts", make=crashing_after(9))
-    message = r"step-00000006 could not be written \(.*\); what was saved before is untouched"
+    message = r"step-00000006 could not be written \(.*\); files saved earlier are not changed"
     with files_up_to(20_000), pytest.raises(OSError, match=message):  # the optimizer's file is larger
         fit(tmp_path / "parts")
     assert [path.name for path in sorted((tmp_path / "parts/checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
@@ -438,7 +438,7 @@ def test_full_disk_while_the_result_is_written(tmp_path):
     """A run that was finished but for that finishes without training again, and an earlier result stays until then."""
     fit(tmp_path)
     before = read_weights(tmp_path)
-    with files_up_to(10_000), pytest.raises(OSError, match=r"final could not be written \(.*\); what was saved before"):
+    with files_up_to(10_000), pytest.raises(OSError, match=r"final could not be written \(.*\); files saved earlier"):
         fit(tmp_path, make=crashing_after(0))
     assert_same(read_weights(tmp_path), before)
     assert not list((tmp_path / "checkpoints").glob("final*"))
@@ -456,7 +456,7 @@ def test_full_disk_while_the_log_is_written(tmp_path, monkeypatch):
         return open_file(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(OSError, match=r"log.jsonl could not be written \(No space left on device\); .*Free or change the disk"):
+    with pytest.raises(OSError, match=r"log.jsonl could not be written \(No space left on device\); .*Free some disk space"):
         fit(tmp_path)
 
 
@@ -471,7 +471,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, undisturbed, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refuse)
-        with pytest.raises(OSError, match=r"step-00000004 could not be written \(Permission denied\); what was saved before"):
+        with pytest.raises(OSError, match=r"step-00000004 could not be written \(Permission denied\); files saved earlier"):
             fit(tmp_path / "parts")
     fit(tmp_path / "parts")
     assert_same(read_weights(tmp_path / "parts"), read_weights(undisturbed))
@@ -570,11 +570,11 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, undisturbed, start):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="training data holds no rows"):
+    with pytest.raises(ValueError, match="training data has no rows"):
         fit(tmp_path, rows=Rows(0))
-    with pytest.raises(ValueError, match="trackers: nonsense is not installed or unknown"):
+    with pytest.raises(ValueError, match="trackers: nonsense is unknown or not installed"):
         fit(tmp_path, trackers=["nonsense"])
-    with pytest.raises(ValueError, match="metric_for_best='f1' is unknown here; use one of accuracy"):
+    with pytest.raises(ValueError, match="metric_for_best='f1' is not measured; use one of accuracy"):
         fit(tmp_path, evaluate=lambda _: {"accuracy": 1.0}, metric="f1")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="could not be written"):

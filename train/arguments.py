@@ -28,7 +28,7 @@ def _named_once(names: Any) -> Any:
 
 
 class Arguments(BaseModel):
-    """Represent settings of a recipe. Unknown fields and values of the wrong type are errors."""
+    """Represent settings of a recipe. Unknown fields and wrong types of values are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -43,7 +43,7 @@ DataSources = Annotated[list[DataSource], Field(min_length=1), _OneOrMore]
 
 
 class NewModel(BaseModel):
-    """Describe a model with new weights by a ``MiniBertConfig`` preset and changes to the preset."""
+    """Describe a model with new weights: a ``MiniBertConfig`` preset and changed fields."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -180,7 +180,7 @@ class PhaseArguments(Arguments):
 
 
 class MaskedWordArguments(Arguments):
-    """Configure the masking of words. Every stage that predicts masked words has these fields."""
+    """Configure the masking of words for all stages that predict masked words."""
 
     sample_by: SampleBy = "paragraph"
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
@@ -200,7 +200,7 @@ class MaskedWordArguments(Arguments):
 
 
 class PretrainStage(TrainStage, MaskedWordArguments):
-    """Configure pretraining: masked language modelling and, optionally, next-sentence prediction."""
+    """Configure masked language modelling with optional next-sentence prediction."""
 
     kind: Literal["pretrain"]
     text_column: str | None = Field(None, description="Text column. Unset: text, or the only string column.")

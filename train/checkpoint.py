@@ -1,8 +1,8 @@
-"""Write folders that are complete or absent: under a temporary name, synced, then renamed.
+"""Write checkpoint folders atomically. A folder gets its final name when it is complete.
 
-A checkpoint is a folder ``step-00000120`` whose ``manifest.json`` lists the size of every
-other file. A kill leaves no incomplete folder without ``.tmp`` in its name. The manifest
-shows files that are missing or cut short later, but not a flipped bit.
+A checkpoint is a folder such as ``step-00000120``. Its ``manifest.json`` lists the sizes of all
+other files, which reveals missing and truncated files but not changed bytes. If the process is
+killed, incomplete folders have ``.tmp`` in their names.
 """
 
 import json
@@ -16,14 +16,14 @@ from minibert.files import disk
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp"
-_KEPT = "what was saved before is untouched"
+_KEPT = "files saved earlier are not changed"
 
 readable_os_errors = partial(disk.readable_os_errors, kept=_KEPT)
 exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make ``target`` the folder that ``fill`` writes, or leave everything as it was."""
+    """Replace the folder ``target`` by a folder that ``fill`` writes. Errors change nothing."""
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
     with readable_os_errors(target):
         try:
@@ -31,7 +31,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             temporary.mkdir(parents=True)
             fill(temporary)
             write_manifest(temporary)
-            if target.exists():  # a rename cannot replace a folder that holds files
+            if target.exists():  # a rename cannot replace a folder with files
                 os.replace(target, retired := temporary.with_name(f"{temporary.name}.retired"))
                 os.replace(temporary, target)
                 shutil.rmtree(retired)
@@ -43,7 +43,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Sync all files of ``folder``, then list their sizes in its manifest."""
+    """Sync all files of ``folder`` to disk, and write their sizes to ``manifest.json``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     for path in files:
         disk.sync(path)
@@ -52,12 +52,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """Return a sentence about the first missing or truncated file, or None."""
+    """Return a message about the first missing or truncated file, or None if there is none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, size in manifest.items():
             if (folder / name).stat().st_size != size:
-                return f"Checkpoint {folder} is damaged: {name} does not have the {size:,} bytes that were written."
+                return f"Checkpoint {folder} is damaged: the size of {name} is not {size:,} bytes."
     except FileNotFoundError as error:
         return f"Checkpoint {folder} is damaged: {Path(error.filename).name} is missing."
     except (OSError, ValueError, AttributeError) as error:
@@ -66,7 +66,7 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def latest_valid(root: Path, kind: str = "step") -> tuple[Path | None, dict[Path, str]]:
-    """Return the valid checkpoint with the highest step, and what is wrong with newer ones."""
+    """Return the newest valid checkpoint, and messages about newer damaged checkpoints."""
     problems: dict[Path, str] = {}
     for folder in reversed(_steps(root, kind)):
         if (problem := find_corruption(folder)) is None:
@@ -76,13 +76,13 @@ def latest_valid(root: Path, kind: str = "step") -> tuple[Path | None, dict[Path
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move the files of ``source`` over those of ``target``, each by one rename."""
+    """Move all files from ``source`` to ``target``, and replace existing files atomically."""
     with readable_os_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.iterdir()):
             if path.name == MANIFEST:
                 continue
-            if path.is_dir():  # a rename cannot replace a folder that holds files
+            if path.is_dir():  # a rename cannot replace a folder with files
                 shutil.rmtree(target / path.name, ignore_errors=True)
             os.replace(path, target / path.name)
         shutil.rmtree(source)
@@ -90,7 +90,10 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def rotate(root: Path, keep: int, newest: Path) -> None:
-    """Delete all but the ``keep`` checkpoints up to ``newest``, and later ones: they are damaged."""
+    """Keep the ``keep`` last checkpoints up to ``newest``. Delete older and later checkpoints.
+
+    Later checkpoints are damaged, because training resumed before them.
+    """
     folders = _steps(root, "step")
     position = folders.index(newest) + 1
     for folder in (*folders[: max(0, position - keep)], *folders[position:]):
@@ -98,7 +101,7 @@ def rotate(root: Path, keep: int, newest: Path) -> None:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Delete the incomplete folders of killed processes."""
+    """Delete the incomplete folders that killed processes left in ``root``."""
     for folder in root.glob(f"*{_TEMPORARY}-*"):
         shutil.rmtree(folder, ignore_errors=True)
 

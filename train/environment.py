@@ -1,4 +1,4 @@
-"""Describe how a stage was trained, in addition to its recipe: machine, versions, and data and weights from the Hub."""
+"""Describe the environment of a stage: processor, library versions, data and start weights."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ _LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "acc
 
 
 def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, Any]:
-    """Return the content of ``environment.json``, which names neither the machine nor a folder on it."""
+    """Return the content of ``environment.json``, without host names and local paths."""
     versions = {name: version(name) for name in _LIBRARIES}
     found: dict[str, Any] = {
         "processor": _processor(),
@@ -31,8 +31,7 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
     }
     if torch.cuda.is_available():
         found["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    # The earlier stage of this run that made the weights or, for new weights, the
-    # tokenizer.
+    # Name the earlier stage that made the start weights, or the tokenizer for new weights.
     own_tokenizer = context.tokenizer if context.tokenizer != context.teacher else None
     start = context.model or own_tokenizer
     if start and Path(start).parent == context.output_dir.parent:
@@ -45,7 +44,7 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
 
 
 def _processor() -> str:
-    """Return the name of the processor, if the system gives it, or of its architecture."""
+    """Return the name of the processor, or its architecture if the name is unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

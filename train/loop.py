@@ -1,9 +1,8 @@
-"""Train a model that computes its own loss: the loop of all stages but embed.
+"""Run the training loop of all stages except ``embed``. The model computes its own loss.
 
-The rows of a step, their order and its random numbers follow from (seed, step, process)
-alone, so a checkpoint holds no sampler and no generator: weights, optimizer state and the
-number of finished steps are enough to continue bit for bit, also in the middle of an
-epoch.
+The rows and the random numbers of a step depend only on the seed, the step and the process.
+A checkpoint therefore stores no sampler and no random state. A run that resumes from a
+checkpoint gives exactly the result of an uninterrupted run, even in the middle of an epoch.
 """
 
 import contextlib
@@ -47,16 +46,16 @@ from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of malloc.h
 
 
 def learning_rate(
     step: int, *, peak: float, warmup: int, total: int, schedule: str = "linear", decay_ratio: float = 0.1
 ) -> float:
-    """Return the learning rate of ``step``: linear warm-up to ``peak``, then ``schedule``.
+    """Return the learning rate of ``step`` after a linear warm-up to ``peak``.
 
-    wsd (warm-up, stable, decay) stays at ``peak`` until the last ``decay_ratio`` of all
-    steps and then falls as one minus a square root (Hägele et al. 2024,
+    The schedule ``wsd`` (warm-up, stable, decay) stays at ``peak`` until the last
+    ``decay_ratio`` of all steps. It then decays as one minus a square root (Hägele et al. 2024,
     arXiv:2405.18392).
 
     >>> [learning_rate(s, peak=1.0, warmup=2, total=6) for s in (0, 1, 2, 4, 6)]
@@ -76,9 +75,9 @@ def learning_rate(
 
 
 def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.ndarray:
-    """Return the rows of one optimizer step, across all processes.
+    """Return the row numbers of one optimizer step, for all processes together.
 
-    Each epoch is a new permutation, cut into steps.
+    Each epoch is a new random permutation of all rows, which is cut into steps.
 
     >>> sorted(np.concatenate([rows_of_step(s, rows=5, rows_per_step=2, seed=0) for s in range(3)]).tolist())
     [0, 1, 2, 3, 4]
@@ -89,10 +88,10 @@ def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.n
 
 
 def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[list[np.ndarray]]:
-    """Cut the rows of a step: ``result[a][p]`` is the part of process p in micro-batch a.
+    """Split the rows of a step: ``result[a][p]`` has the rows of process p in micro-batch a.
 
-    The last step of an epoch is uneven: parts may be empty, but not for all processes at
-    once.
+    The last step of an epoch may have fewer rows. Some processes then get no rows, but at least
+    one process has rows in every micro-batch.
 
     >>> [[part.tolist() for part in parts] for parts in split_rows(np.arange(3), accumulation=2, processes=2)]
     [[[0], [1]], [[2], []]]
@@ -103,9 +102,9 @@ def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[l
 
 
 def count_labels(batch: dict[str, Any]) -> int:
-    """Count the labels that are not -100; in a batch without ``labels``, count its rows.
+    """Return the number of labels that are not -100, or of rows if a batch has no ``labels``.
 
-    The mean loss is over this number.
+    The loss of a batch is the mean over this number.
     """
     labels = batch.get("labels")
     return len(next(iter(batch.values()))) if labels is None else int((labels != -100).sum())
@@ -128,7 +127,7 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the parameters for AdamW: matrices decay; biases and norms do not, as in BERT."""
+    """Group the parameters for AdamW. As in BERT, only matrices have weight decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -137,24 +136,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class StepBatch(NamedTuple):
-    """The input of one process for one optimizer step."""
+    """Store the input of one process for one optimizer step."""
 
     batches: list[dict[str, Tensor]]
-    terms: list[int]  # of the loss, per micro-batch
-    rows: list[int]  # per micro-batch
-    tokens: int  # without padding
+    terms: list[int]  # number of loss terms per micro-batch
+    rows: list[int]  # number of rows per micro-batch
+    tokens: int  # number of tokens without padding
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run that has its own rows, batch size and peak learning rate.
+    """Describe a part of a run with its own rows, batch size and peak learning rate.
 
     Attributes:
-        rows: has a length and ``collate``, which makes the keyword arguments of the model
-            for an array of row numbers. Its random numbers come from the seeded
-            generators of Python, numpy and torch. ``attention_mask``, if any, counts
-            tokens. A ``fingerprint``, if any, must not change when a run is resumed.
+        rows: training data with ``len()`` and a method ``collate``. ``collate`` takes an array
+            of row numbers and returns keyword arguments of the model. It draws random numbers
+            only from the global generators of Python, numpy and torch. If ``rows`` has a
+            ``fingerprint``, a run resumes only with the same fingerprint.
         batch_size: rows per process and micro-batch.
+        learning_rate: peak learning rate.
         share: relative share of the optimizer steps of the run.
     """
 
@@ -165,34 +165,33 @@ class Phase:
 
 
 class Steps(Dataset[StepBatch]):
-    """Make this process's :class:`StepBatch` of any optimizer step, in any order."""
+    """Create the :class:`StepBatch` of this process for the number of an optimizer step."""
 
     def __init__(self, phases: Sequence[Phase], *, accumulation: int, seed: int, process: int, processes: int):
         self.phases, self.seed = phases, seed
         self.accumulation, self.process, self.processes = accumulation, process, processes
-        # A step makes 1 / (steps of a pass over the rows) of an epoch, weighted by
-        # shares.
+        # A step is 1 / (steps per pass over the rows) of an epoch, weighted by the shares.
         total = sum(phase.share for phase in phases)
         passes = (phase.share / total / math.ceil(len(phase.rows) / self.rows_per_step(phase)) for phase in phases)
         self.per_epoch = max(1, round(1 / sum(passes)))
         self.plan(self.per_epoch)
 
     def rows_per_step(self, phase: Phase) -> int:
-        """Return the rows of an optimizer step, across all processes."""
+        """Return the number of rows of an optimizer step, for all processes together."""
         return phase.batch_size * self.accumulation * self.processes
 
     def plan(self, total: int) -> None:
-        """Divide ``total`` steps among the phases by their shares."""
+        """Divide ``total`` steps among the phases in proportion to the shares."""
         shares = np.cumsum([phase.share for phase in self.phases])
         self.ends = [round(share * total) for share in shares / shares[-1]]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Return the number of the phase of ``step`` and the steps before it in that phase."""
+        """Return the index of the phase of ``step``, and the index of ``step`` in the phase."""
         number = next((at for at, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
         return number, step - (self.ends[number - 1] if number else 0)
 
     def row_ids(self, step: int) -> np.ndarray:
-        """Return the rows of ``step``, across all processes."""
+        """Return the row numbers of ``step``, for all processes together."""
         number, place = self.locate(step)
         phase = self.phases[number]
         return rows_of_step(
@@ -205,8 +204,7 @@ class Steps(Dataset[StepBatch]):
         rows, phase = self.row_ids(step), self.phases[self.locate(step)[0]]
         for parts in split_rows(rows, accumulation=self.accumulation, processes=self.processes):
             mine = parts[self.process]
-            # The others wait for the gradients of a process without rows; they have the
-            # weight 0.
+            # Other processes wait for gradients, so a process without rows takes one of weight 0.
             batch = phase.rows.collate(mine if len(mine) else rows[:1])
             batches.append(batch)
             terms.append(count_labels(batch) if len(mine) else 0)
@@ -218,7 +216,7 @@ class Steps(Dataset[StepBatch]):
 
 @dataclass
 class Progress:
-    """The state of a run that every checkpoint keeps next to the tensors."""
+    """Store the counters and metrics of a run that every checkpoint saves."""
 
     step: int = 0
     seconds: float = 0.0
@@ -227,11 +225,11 @@ class Progress:
     loss_sum: float = 0.0
     tokens: int = 0  # since the last line of the log
     all_tokens: int = 0
-    evaluation: dict[str, float] = field(default_factory=dict)  # the latest
+    evaluation: dict[str, float] = field(default_factory=dict)  # latest metrics
 
 
 class Meter:
-    """Count steps, tokens and seconds, and sum the loss on the device, so that no step waits for it."""
+    """Count steps, tokens and seconds. Losses are summed on the device, so no step waits."""
 
     def __init__(self, accelerator: Accelerator, progress: Progress):
         self.accelerator, self.progress = accelerator, progress
@@ -243,7 +241,7 @@ class Meter:
         self.spent: defaultdict[str, float] = defaultdict(float)  # seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
-        """Count a step, and note the first whose loss or gradient is not finite."""
+        """Count a step, and remember the first step whose loss or gradient is not finite."""
         # With float16, the scaler skips a step whose gradients overflow.
         finite = torch.isfinite(loss if self.accelerator.scaler else loss + grad_norm)
         self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, self.progress.step)
@@ -254,7 +252,7 @@ class Meter:
         self.progress.all_tokens += tokens * self.accelerator.num_processes
 
     def read(self) -> tuple[float, int]:
-        """Return the sum of the losses since the last line and the first bad step (or -1)."""
+        """Return the loss sum since the last log line, and the first non-finite step or -1."""
         with self.timed("steps"):
             sums = torch.stack([self.loss_sum.double(), self.first_bad.double()])[None]
             if self.accelerator.num_processes > 1:
@@ -262,23 +260,23 @@ class Meter:
             return sums[:, 0].mean().item(), int(sums[:, 1].max())
 
     def seconds(self) -> float:
-        """Return the seconds of training without evaluation, with those of resumed runs."""
+        """Return the training time in seconds without evaluation, summed over resumed runs."""
         return time.perf_counter() - self.start - self.spent["evaluation"]
 
     def share_outside(self) -> float:
-        """Return the share of the seconds outside steps: waiting for data, logging, saving."""
+        """Return the share of time outside steps, such as loading data, logging and saving."""
         steps = self.spent["steps"]
         return max(0.0, 1 - steps / max(1e-9, self.seconds() - self.first_seconds)) if steps else 0.0
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to ``spent[name]``."""
+        """Add the duration of the block in seconds to ``spent[name]``."""
         start = time.perf_counter()
         yield
         self.spent[name] += time.perf_counter() - start
 
     def line(self, loss_sum: float, rate: float, per_epoch: int) -> dict[str, float]:
-        """Return a line of the log and reset the sums."""
+        """Return the metrics for a log line, and reset the sums of losses and tokens."""
         progress, now = self.progress, self.seconds()
         tokens = progress.tokens * self.accelerator.num_processes
         line = {
@@ -298,7 +296,7 @@ class Meter:
 class Log:
     """Append metrics to ``log.jsonl``, one JSON object per line, and report them to trackers.
 
-    A resumed run drops unreadable lines and those after its checkpoint.
+    A resumed run deletes unreadable lines, and lines of steps after its checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int):
@@ -309,7 +307,7 @@ class Log:
                 write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append ``line``, which has a ``step``."""
+        """Append ``line`` to the log, and report it to trackers. It must contain a ``step``."""
         if self.accelerator.is_main_process:
             with checkpoint.readable_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -326,24 +324,24 @@ def _step_of(line: str) -> float:
 
 
 class StopRequest:
-    """Note Ctrl-C or SIGTERM, so that the loop stops after its step; a second stops at once."""
+    """Record Ctrl-C or SIGTERM to stop after the current step. The second stops at once."""
 
     def __init__(self) -> None:
         self.number, self.asked = 0, 0.0
 
     def handle(self, number: int, _frame: object) -> None:
-        """Handle a signal."""
+        """Record the first signal. Raise KeyboardInterrupt on the second signal."""
         now = time.monotonic()
         if not self.number:
             self.number, self.asked = number, now
-            logger.warning("Stopping after this step and saving a checkpoint; interrupt again to stop at once.")
+            logger.warning("Stopping after this step with a checkpoint; interrupt again to stop at once.")
         elif now - self.asked > 1:  # torchrun repeats the terminal's signal to its children
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Install the handlers for the length of the block, in the main thread."""
-        if threading.current_thread() is not threading.main_thread():  # which alone may set them
+        """Handle signals while the block runs. Outside the main thread, do nothing."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
             yield
             return
         previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -363,18 +361,26 @@ def fit(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     metric: str | None = None,
 ) -> dict[str, Any]:
-    """Train ``model``, and save it in the stage's folder with ``metrics.json`` and ``log.jsonl``.
+    """Train ``model``, and save it in the output folder of ``context`` with metrics and a log.
 
-    Called again after an interruption, it continues from the latest valid checkpoint.
-    Under torchrun every process calls it; ``batch_size`` rows go to each.
+    If the folder has a valid checkpoint, training continues from the latest checkpoint. Under
+    torchrun, every process must call this function.
 
-    ``rows`` are the training data (see :class:`Phase`) or a list of phases. ``evaluate``
-    measures the model, in evaluation mode without gradients, in every process; ``metric``
-    of it picks the weights to keep, and None keeps the last.
+    Args:
+        model: a model that computes its own loss.
+        tokenizer: tokenizer that is saved with the model.
+        rows: training data as described in :class:`Phase`, or a list of phases.
+        args: settings of the training loop.
+        context: folder and seed of the stage.
+        evaluate: function that returns the metrics of the model. Every process calls it.
+        metric: metric that selects the weights to keep. None keeps the last weights.
+
+    Returns:
+        The content of ``metrics.json``.
     """
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
-        raise ValueError("The training data holds no rows; check the data and its limit.")
+        raise ValueError("The training data has no rows; check data and limit in the recipe.")
     keep_memory()
     run = _Run(model, tokenizer, phases, args, context, metric if evaluate else None)
     main = run.accelerator.is_main_process
@@ -383,14 +389,14 @@ def fit(
         try:
             run.train(evaluate)
         except KeyboardInterrupt:
-            # The caller adds how to resume: it knows the command.
-            saved = "with no checkpoint yet" if run.saved_step is None else f"saved up to step {run.saved_step}"
+            # The caller knows the command, so it adds how to resume.
+            saved = "without a checkpoint" if run.saved_step is None else f"saved up to step {run.saved_step}"
             raise KeyboardInterrupt(f"Stopped at step {run.progress.step} of {run.total}, {saved}.") from None
         return run.finish()
 
 
 class _Run:
-    """The objects of one call of :func:`fit`."""
+    """Store the model, the optimizer and the progress of one call of :func:`fit`."""
 
     def __init__(
         self,
@@ -434,10 +440,10 @@ class _Run:
             lr=arguments.learning_rate,
             betas=arguments.adam_betas,
             eps=arguments.adam_epsilon,
-            # One pass over the weights instead of a dozen.
+            # A fused optimizer reads the weights once instead of a dozen times.
             fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
         )
-        # The loss of masked words needs no logits, which are larger than all else in a step.
+        # Logits are the largest tensor of a step. The masked-word loss does not need logits.
         named = "return_logits" in inspect.signature(model.forward).parameters
         self.options: dict[str, Any] = {"return_logits": False} if named else {}
         self.model = accelerator.prepare_model(model, device_placement=False)
@@ -463,7 +469,7 @@ class _Run:
             desc=self.output_dir.name,
             unit="step",
             disable=not accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file is not flooded
+            mininterval=0.5 if sys.stderr.isatty() else 15,  # avoids many lines in a log file
         )
         stop = StopRequest()
         with stop.listening(), bar:
@@ -479,7 +485,7 @@ class _Run:
                 if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
                     self.evaluate(evaluate)
                 stopping = stop.number
-                if accelerator.num_processes > 1:  # at logged steps they wait for each other anyway
+                if accelerator.num_processes > 1:  # processes wait for each other at logged steps anyway
                     number = torch.tensor([stopping], device=accelerator.device)
                     stopping = int(accelerator.gather(number).max()) if logging_now else 0
                 if stopping or self._due(arguments.save_steps or self.steps.per_epoch):
@@ -489,7 +495,7 @@ class _Run:
         self.share_outside = self.meter.share_outside()
 
     def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor]:
-        """Update the weights; return the loss and the norm of the gradient before clipping."""
+        """Update the weights, and return the loss and the gradient norm before clipping."""
         accelerator, processes = self.accelerator, self.accelerator.num_processes
         seed_everything(self.seed, self.progress.step, accelerator.process_index, 1)
         sums = torch.tensor([float(sum(batch.terms)), float(sum(batch.rows))], device=accelerator.device)
@@ -505,7 +511,7 @@ class _Run:
                 # The loss is the mean over all terms; processes average their gradients.
                 weight = terms * processes / all_terms
                 loss = output.loss * weight
-                if "next_sentence_label" in inputs:  # this part is a mean over rows
+                if "next_sentence_label" in inputs:  # the sentence loss is a mean over rows
                     follows = F.cross_entropy(output.seq_relationship_logits, inputs["next_sentence_label"])
                     loss = loss + follows * (rows * processes / all_rows - weight)
                 accelerator.backward(loss)
@@ -528,7 +534,7 @@ class _Run:
         )
 
     def checked_loss(self) -> float:
-        """Return the sum of the losses since the last line; refuse one that is not finite."""
+        """Return the loss sum since the last log line. Raise an error if it is not finite."""
         loss_sum, bad = self.meter.read()
         if bad < 0:
             return loss_sum
@@ -539,12 +545,12 @@ class _Run:
             saved = f"Run the same command again to resume from step {self.saved_step} ({self.root})."
         raise FloatingPointError(
             f"The loss or its gradient is not finite at step {bad + 1} of {self.total}, "
-            f"learning rate {self.rate(bad):.3g}, rows {shown}. Nothing was saved since; look at "
-            f"these rows, lower learning_rate, or use precision: fp32. {saved}"
+            f"learning rate {self.rate(bad):.3g}, rows {shown}. Nothing was saved after this "
+            f"step. Check these rows, lower learning_rate, or use precision: fp32. {saved}"
         )
 
     def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
-        """Measure the model, and keep its weights if they are the best so far."""
+        """Evaluate the model, and save the weights if they are the best so far."""
         self.checked_loss()
         with self.meter.timed("evaluation"), torch.no_grad():
             metrics = evaluate(self.accelerator.unwrap_model(self.model).eval())
@@ -556,15 +562,15 @@ class _Run:
         if name is None:
             return
         if name not in metrics:
-            raise ValueError(f"metric_for_best={name!r} is unknown here; use one of {', '.join(metrics)}.")
+            raise ValueError(f"metric_for_best={name!r} is not measured; use one of {', '.join(metrics)}.")
         if self.best is None or self.sign * metrics[name] > self.sign * self.best["metrics"][name]:
             self.best = {"identity": self.identity, "step": step, "metrics": metrics}
             self._write(self.root / f"best-{step:08d}", self.best)
 
     def save(self) -> None:
-        """Write a checkpoint of this step and delete the oldest."""
+        """Save a checkpoint of the current step, and delete old checkpoints."""
         self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.meter.seconds()
-        self.meter.loss_sum.fill_(self.progress.loss_sum)  # as in a resumed run
+        self.meter.loss_sum.fill_(self.progress.loss_sum)  # so that a resumed run logs the same loss
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         folder = self.root / f"step-{self.progress.step:08d}"
         self._write(folder, {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler})
@@ -573,7 +579,7 @@ class _Run:
         self.saved_step = self.progress.step
 
     def _write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights and ``state.json``, and for a checkpoint the optimizer's tensors."""
+        """Write weights and ``state.json``. Checkpoints also contain the optimizer state."""
         if not self.accelerator.is_main_process:
             return
         best = folder.name.startswith("best-")
@@ -592,18 +598,18 @@ class _Run:
                 shutil.rmtree(other)
 
     def resume(self) -> None:
-        """Continue from the latest valid checkpoint, if any, and name the damaged ones."""
+        """Load the latest valid checkpoint, if there is one, and log damaged checkpoints."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             checkpoint.clear_leftovers(self.root)
             found = [(checkpoint.latest_valid(self.root), checkpoint.latest_valid(self.root, kind="best"))]
-        # Another process might not see every file yet.
+        # All processes use this result, because some might not see every file yet.
         (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
         if self.accelerator.is_main_process:
             for problem in (*problems.values(), *best_problems.values()):
-                logger.warning("%s It is not used.", problem)
+                logger.warning("%s This checkpoint is skipped.", problem)
             if problems and not folder:
-                logger.warning("No checkpoint in %s is valid, so the run starts from the beginning.", self.root)
+                logger.warning("No checkpoint in %s is valid; the run starts from the beginning.", self.root)
         if best:
             self.best = self._state(best)
         if not folder:
@@ -624,7 +630,7 @@ class _Run:
             logger.warning("Resuming at step %d of %d from %s.", self.progress.step, self.total, folder)
 
     def _state(self, folder: Path) -> dict[str, Any]:
-        """Read ``state.json`` of a checkpoint; refuse one of a run with other arguments or data."""
+        """Read the state of a checkpoint. Raise ValueError if arguments or data changed."""
         state: dict[str, Any] = read_json(folder / "state.json")
         before = state["identity"]
         changed = [
@@ -634,14 +640,14 @@ class _Run:
         ]
         if changed:
             raise ValueError(
-                f"{self.root} holds checkpoints of a different run; changed: {', '.join(changed)}. Undo "
-                "the change to resume, or delete that folder or choose another output directory to "
-                "start from the beginning."
+                f"{self.root} has checkpoints of a different run; changed: {', '.join(changed)}. To resume, "
+                "undo the changes. To start from the beginning, delete this folder or choose another "
+                "output directory."
             )
         return state
 
     def finish(self) -> dict[str, Any]:
-        """Make the output directory a complete folder of the best model, or of the last one."""
+        """Save the best model, or else the last model, and return the metrics of the run."""
         progress, accelerator = self.progress, self.accelerator
         bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
         evaluation = progress.evaluation
@@ -678,11 +684,10 @@ class _Run:
 
 
 def keep_memory() -> None:
-    """Make glibc keep all memory that this process frees (mallopt(3)); elsewhere do nothing.
+    """Make glibc keep the memory that this process frees (mallopt(3)), to use it again.
 
-    By default glibc returns blocks above 32 MiB, and the next such activation is mapped
-    again page by page. The model's own files only keep smaller blocks: they run in
-    processes of others.
+    By default, glibc unmaps freed blocks above 32 MiB, so every layer would map its activations
+    again. Without glibc, this function does nothing.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_MAX, 0)
@@ -690,13 +695,13 @@ def keep_memory() -> None:
 
 
 def in_precision(arguments: LoopArguments) -> torch.autocast:
-    """Return the autocast of training, for a model that only helps, such as a teacher."""
+    """Return an autocast context with the precision of training, for example for a teacher."""
     dtype = torch.float16 if arguments.precision == "fp16" else torch.bfloat16
     return torch.autocast(processes().device.type, dtype=dtype, enabled=arguments.precision != "fp32")
 
 
 def check_precision(precision: str) -> None:
-    """Refuse float16 on a CPU, and warn where bfloat16 only takes longer."""
+    """Raise ValueError for float16 on a CPU, and warn if bfloat16 is slower than float32."""
     if processes().device.type != "cpu":
         return
     if precision == "fp16":
@@ -706,8 +711,8 @@ def check_precision(precision: str) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute the activations of ``model`` in the backward pass."""
-    # transformers renamed it; older versions know only the second name.
+    """Enable gradient checkpointing, which recomputes activations in the backward pass."""
+    # transformers renamed this method. Older versions have only the second name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -716,8 +721,8 @@ def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     available = {tracker.name for tracker in get_available_trackers()}
     if unknown := sorted(set(arguments.trackers) - available):
         here = ", ".join(sorted(available)) or "none"
-        raise ValueError(f"trackers: {', '.join(unknown)} is not installed or unknown; installed here: {here}.")
-    # The next stage may want another precision: forget the settings, keep the processes.
+        raise ValueError(f"trackers: {', '.join(unknown)} is unknown or not installed; installed: {here}.")
+    # The next stage may need another precision. Reset the settings, but keep the processes.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
@@ -725,7 +730,7 @@ def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
         mixed_precision={"fp32": "no"}.get(arguments.precision, arguments.precision),
         log_with=arguments.trackers or None,
         project_dir=str(output_dir),
-        # One copy of the gradients, not two.
+        # Avoid a second copy of the gradients.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if arguments.trackers:

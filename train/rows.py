@@ -1,4 +1,4 @@
-"""Hold tokenized rows and compute outputs of models for them."""
+"""Tokenize rows, and compute model outputs for tokenized rows."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,24 +17,24 @@ from transformers import AutoConfig
 from minibert.files.processes import processes
 from minibert.train.stage import StageContext
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the rest of a batch is for the loss
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # other tensors of a batch are for the loss
 
 
 class TokenizedDataset:
-    """Keep tokenized rows end to end in one array, so that making a batch takes a few numpy calls.
+    """Store the tokens of all rows in one array, from which numpy makes batches quickly.
 
     Attributes:
-        ids: (tokens of all rows,) int32.
-        types: (tokens of all rows,) int8, the segments; None if the model has none.
-        starts: (rows + 1,), the position of the first token of each row, and the number
-            of tokens.
-        labels: (rows,) or (rows, values); a subclass may label every token.
+        ids: token ids of all rows, (tokens,) int32.
+        types: segment of each token, (tokens,) int8. None if the model has no segments.
+        starts: index in ``ids`` of the first token of each row, then the number of tokens,
+            (rows + 1,).
+        labels: (rows,) or (rows, values). A subclass may have a label for every token.
     """
 
     labels: np.ndarray
 
     def __init__(self, chunks: Iterable[tuple[Any, Any]], pad_token_id: int):
-        """Join ``chunks``: token ids of some rows, and their segments or None."""
+        """Join ``chunks``. A chunk is the token ids and the segments (or None) of some rows."""
         ids, types = [], []
         lengths: list[int] = []
         for some_ids, some_types in chunks:
@@ -54,7 +54,7 @@ class TokenizedDataset:
         tokenizer: Any,
         max_length: int,
     ) -> "TokenizedDataset":
-        """Tokenize ``columns`` (one, or two for pairs), cutting the longer text first."""
+        """Tokenize one column, or two columns as pairs. In pairs, cut the longer text first."""
 
         def chunks() -> Iterator[tuple[Any, Any]]:
             for some in in_chunks(len(rows)):
@@ -87,13 +87,13 @@ class TokenizedDataset:
         return digest.hexdigest()
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the inputs of the model for ``rows``, (rows, longest) each, and their labels."""
+        """Return labels and padded model inputs of ``rows``. Inputs are (rows, longest row)."""
         batch, _, _ = self.pad(rows)
         batch["labels"] = self.labels[rows]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def pad(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Return the inputs of the model, the mask of real tokens, and their places in ``ids``."""
+        """Return padded model inputs, the mask of real tokens, and their indices in ``ids``."""
         starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
         mask = np.arange(lengths.max()) < lengths[:, None]
         taken = (starts[:, None] + np.arange(lengths.max()))[mask]
@@ -108,34 +108,33 @@ class TokenizedDataset:
         return batch, mask, taken
 
     def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
-        """Cut the numbers ``rows`` into batches of similar lengths, which need little padding.
+        """Split row numbers into batches of rows with similar lengths, to reduce padding.
 
-        The longest come first, so that memory runs out at once or never.
+        The longest rows come first. If memory is too small, the first batch shows it.
         """
         order = rows[np.argsort(-self.lengths[rows], kind="stable")]
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def logits(self, model: nn.Module, rows: np.ndarray) -> Tensor:
-        """Return the logits of ``model`` for a batch, on the CPU in float32."""
+        """Return the logits of ``model`` for a batch of row numbers, on the CPU in float32."""
         inputs = {name: value for name, value in self.collate(rows).items() if name in _INPUTS}
         logits: Tensor = model(**send_to_device(inputs, processes().device)).logits
         return logits.float().cpu()
 
 
 def in_chunks(rows: int) -> Iterator[slice]:
-    """Yield slices of the rows that are tokenized at once, under a progress bar."""
+    """Yield slices of up to 1024 row numbers to tokenize at once, with a progress bar."""
     quiet = not processes().is_main_process
     for start in tqdm(range(0, rows, 1024), desc="tokenize", disable=quiet, leave=False):
         yield slice(start, start + 1024)
 
 
 def compute_outputs(model: nn.Module, rows: TokenizedDataset, batch_size: int) -> tuple[np.ndarray, list[Tensor]]:
-    """Compute the logits of all rows: processes share the batches, and all get all logits.
+    """Compute the logits of all rows. Processes share the work, and each gets all logits.
 
     Returns:
-        The numbers of the rows, in the order in which they were computed, and one float32
-        tensor per batch, (rows of the batch, ...). Logits of padded tokens are as long as
-        the longest row of their batch.
+        The row numbers in the order of computation, and one float32 tensor per batch, (rows of
+        the batch, ...). For token logits, the second dimension is the longest row of the batch.
     """
     state = processes()
     batches = rows.batches(np.arange(len(rows)), batch_size)
@@ -146,7 +145,7 @@ def compute_outputs(model: nn.Module, rows: TokenizedDataset, batch_size: int) -
 
 
 def results_of(rows: Dataset, compute: Callable[[Dataset], Iterable[Any]]) -> list[Any]:
-    """Return the result of ``compute`` for each row; processes share the rows."""
+    """Return the result of ``compute`` for each row. Processes share the rows."""
     state = processes()
     mine = range(state.process_index, len(rows), state.num_processes)
     quiet = not state.is_main_process
@@ -156,29 +155,29 @@ def results_of(rows: Dataset, compute: Callable[[Dataset], Iterable[Any]]) -> li
 
 
 def head_changes(context: StageContext, names: Sequence[str]) -> dict[str, Any]:
-    """Return the configuration fields of a head for the classes ``names``."""
+    """Return the configuration fields of a classification head for the classes ``names``."""
     changes: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
         "label2id": {name: at for at, name in enumerate(names)},
     }
     if context.model is not None:
         start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
-        # Only then does a new head replace the old one.
+        # A new head replaces a head with another number of classes.
         changes["ignore_mismatched_sizes"] = start.num_labels != len(names)
     return changes
 
 
 def choose_metric(wanted: str | None, metrics: Sequence[str]) -> str:
-    """Return ``wanted``, which must be one of ``metrics``, or the first of them."""
+    """Return ``wanted`` if it is in ``metrics``, or the first metric if ``wanted`` is None."""
     if wanted is not None and wanted not in metrics:
-        raise ValueError(f"metric_for_best={wanted!r} is unknown here; use one of {', '.join(metrics)}.")
+        raise ValueError(f"metric_for_best={wanted!r} is not measured; use one of {', '.join(metrics)}.")
     return wanted or metrics[0]
 
 
 @contextmanager
 def in_eval_data() -> Iterator[None]:
-    """Name the evaluation data in a refusal: its labels must be those of the training data."""
+    """Prefix errors of the block: evaluation data may only have labels of training data."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"eval_data, whose labels must all be known from data: {error}") from error
+        raise ValueError(f"eval_data may only have labels that data has: {error}") from error
