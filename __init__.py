@@ -1,8 +1,8 @@
 """MiniBERT: a compact BERT-like text encoder for the Hugging Face ecosystem.
 
-Importing it registers the models with transformers' ``Auto*`` classes. In the
-``minibert`` command that, and every public name, waits until it is needed, so that
-``minibert --help`` answers at once.
+Importing the package registers the models with transformers' ``Auto*`` classes. The
+``minibert`` command postpones the registration, so that ``minibert --help`` answers at once.
+Public names are imported when they are first used.
 """
 
 import importlib
@@ -42,12 +42,12 @@ __all__ = [
     "train_word_level",
     "train_wordpiece",
 ]
-# Where a name lives; the other classes are in the modeling file, the other functions with the tokenizers.
+# Public name -> module. The other classes are in modeling, the other functions in tokenization.
 _MODULES = {"Encoder": "inference.encode", "encode": "inference.encode", "predict": "inference.predict"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":  # of setup.cfg, as it was installed
+    if name == "__version__":  # the version in setup.cfg at installation
         from minibert.files.installation import version
 
         return version()
@@ -64,11 +64,11 @@ def __dir__() -> list[str]:
 
 
 def register() -> None:
-    """Teach transformers' ``Auto*`` classes MiniBERT, so that its checkpoints load without ``trust_remote_code``.
+    """Register MiniBERT with transformers, so that it loads without ``trust_remote_code``.
 
-    Importing the package does this, except in the ``minibert`` command itself, which must
-    print its help without waiting for torch; there ``minibert.train`` and
-    ``minibert.inference`` do it when a command needs them.
+    Importing the package calls this function. The ``minibert`` command is an exception, since
+    its help must not wait for torch. The subpackages that it imports later, for example
+    ``minibert.inference``, call the function instead.
     """
     import transformers
 

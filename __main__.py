@@ -1,4 +1,4 @@
-"""``python -m minibert``: the ``minibert`` command (this form is the one to give torchrun)."""
+"""Run the ``minibert`` command as ``python -m minibert``, for example with torchrun."""
 
 from minibert.cli import main
 

@@ -1,4 +1,4 @@
-"""Provide the ``minibert`` command. Commands import what they need, so that ``--help`` stays instant."""
+"""Define the ``minibert`` command. Each command imports its own modules, so --help is fast."""
 
 import errno
 import functools
@@ -37,7 +37,10 @@ RunAgain = Annotated[bool, Option("--force", help="Run changed stages, and those
 
 
 def main() -> None:
-    """Run the console script. Exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
+    """Run the ``minibert`` command.
+
+    The exit status is 0 for success, 1 for a failed check, 2 for wrong input, 130 for Ctrl-C.
+    """
     app(prog_name="minibert")
 
 
@@ -51,7 +54,7 @@ _ADVICE = {
 
 
 def _sentence(error: BaseException, extra: str) -> str | None:
-    """Return what to tell the user about ``error``, or ``None`` if it is a bug of this package."""
+    """Return a message about ``error`` for the user, or None if the error is a bug."""
     from huggingface_hub.errors import StrictDataclassError
 
     from minibert.files.installation import EXTRAS, missing
@@ -62,10 +65,10 @@ def _sentence(error: BaseException, extra: str) -> str | None:
             return None
         return missing(f"This command needs {module}", extra or EXTRAS[module])
     text = str(error)
-    # Torch and the tokenizers (Rust) raise their own classes, which keep only the text
-    # of a system error.
+    # torch and tokenizers raise exceptions of their own, which contain only the text of a
+    # system error.
     if isinstance(error, MemoryError) or re.search("can't allocate|Cannot allocate memory|out of memory", text):
-        return "There is not enough memory for this; take a smaller model, batch or file, or a machine that has more."
+        return "There is not enough memory; use a smaller model, batch or file, or a machine with more memory."
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
         found = re.search(r"\(os error (\d+)\)", text)
@@ -79,12 +82,12 @@ def _sentence(error: BaseException, extra: str) -> str | None:
 
 @contextmanager
 def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
-    """Turn errors of the input or the system into a sentence and an exit status, see :func:`main`.
+    """Print an error of the input or the system as one sentence, and exit. See :func:`main`.
 
     Args:
-        interrupted: what to tell the user after Ctrl-C.
-        extra: the extra to name for a missing module; the default is the extra of that
-            module.
+        interrupted: message for the user after Ctrl-C.
+        extra: extra to name if a module is missing. The default is the extra that installs
+            the module.
     """
     try:
         yield
@@ -97,8 +100,8 @@ def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
         if isinstance(error, BrokenPipeError) or (sentence := _sentence(error, extra)) is None:
             raise
         typer.echo(f"Error: {sentence}", err=True)
-        # Arithmetic: a loss that is not finite, or two models whose outputs differ
-        # although they should not.
+        # An ArithmeticError is a loss that is not finite, or different outputs of two models
+        # that should be equal.
         raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
 
 
@@ -108,7 +111,7 @@ _RESUME = "To resume: {command}"
 def _command(
     group: typer.Typer, example: str, *, interrupted: str = "Nothing was written.", extra: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command of ``group`` with ``--debug`` and :func:`plain_errors`."""
+    """Return a decorator that adds a function to ``group`` as a command with ``--debug``."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -140,7 +143,7 @@ def _version(wanted: bool) -> None:
 
 
 def _name_foreign() -> None:
-    """Say on standard error that another project's distribution ``minibert`` is installed too, if it is."""
+    """Print a warning to standard error if another project named ``minibert`` is installed."""
     from minibert.files.installation import foreign
 
     if warning := foreign():
@@ -155,7 +158,7 @@ def _root(
 
 
 def _report_progress(bars: bool = True) -> None:
-    """Show on standard error what happens, and silence the libraries except for long bars."""
+    """Log progress to standard error, and hide libraries' logs. ``bars`` keeps their bars."""
     import logging
 
     logger = logging.getLogger("minibert")
@@ -165,7 +168,7 @@ def _report_progress(bars: bool = True) -> None:
 
 
 def _silence_libraries(bars: bool = False) -> None:
-    """Silence logs, whose errors the command repeats, and bars; ``bars`` hides those of weights only."""
+    """Hide logs and progress bars of libraries. ``bars`` keeps the bars of datasets visible."""
     from datasets import disable_progress_bars
     from datasets.utils.logging import CRITICAL, set_verbosity
     from transformers.utils import logging
@@ -190,9 +193,9 @@ def train(
     force: RunAgain = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe, or resume it after its finished stages and the last checkpoint.
+    """Train models with a recipe, or resume an interrupted run from its last checkpoint.
 
-    With many processes: torchrun --nproc_per_node N -m minibert train RECIPE.
+    To use several processes: torchrun --nproc_per_node N -m minibert train RECIPE.
     """
     from minibert.files.processes import processes
     from minibert.train.recipe import load_recipe
@@ -212,7 +215,7 @@ def train(
         typer.echo(f"{stage}: {', '.join(f'{name} {value}' for name, value in short.items())}")
         for name, result in metrics.items():
             if isinstance(result, dict) and "systems" in result:
-                from minibert.evaluation.evaluate import metrics_table  # it needs more extras than training does
+                from minibert.evaluation.evaluate import metrics_table  # needs more extras than training
 
                 typer.echo(f"{name}\n{metrics_table(result)}")
     typer.echo(f"The run is in {run_dir}.")
@@ -240,16 +243,16 @@ def search(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per query and line.")] = False,
 ) -> None:
-    """Find the passages that answer a query, in an INDEX, or with a MODEL in --passages FILE.
+    """Find the passages that answer a query, in a folder of vectors or in --passages FILE.
 
-    The first search in a folder of vectors builds its index, and later ones add what is
-    new.
+    INDEX is a folder of vectors. With --passages, give a MODEL instead. The first search in a
+    folder of vectors builds an index. Later searches add new vectors to the index.
     """
     from minibert.search.search import FolderSearcher, Searcher, check_queries, read_passages, read_queries
 
     _report_progress(bars=False)
     if queries and queries_file is not None:
-        raise ValueError("There are queries on the command line and in --queries; give one of the two.")
+        raise ValueError("Queries are given on the command line and with --queries; use only one of the two.")
     check_queries(queries or [])
     if queries_file is not None:
         queries = read_queries(queries_file)
@@ -258,12 +261,12 @@ def search(
     of_index: dict[str, Any] = {"model": model, "hybrid": hybrid, "exact": exact, "rebuild": rebuild}
     if passages is None:
         if column is not None:
-            raise ValueError("--column is the column of --passages; a folder of vectors has its texts already.")
+            raise ValueError("--column names the column of --passages; leave it out to search a folder of vectors.")
         searcher = FolderSearcher(target, **of_index, **options)
     else:
         if misplaced := [name for name, value in of_index.items() if value]:
             wanted = f"make one with: minibert encode {target} {passages} OUT"
-            raise ValueError(f"--{misplaced[0]} is for a folder of vectors; {wanted}")
+            raise ValueError(f"--{misplaced[0]} needs a folder of vectors; {wanted}")
         searcher = Searcher(target, read_passages(passages, column), **options)
     given = queries or []
     batches: Iterator[list[str]] = (given[at : at + 1024] for at in range(0, len(given), 1024))
@@ -284,7 +287,7 @@ def _in_lines(query: str, hits: list[Any]) -> str:
 
 
 def _typed_queries() -> Iterator[str]:
-    """Yield queries from standard input, one per line, until its end or an empty line."""
+    """Yield queries from standard input, one per line, until an empty line or the end."""
     while True:
         if sys.stdin.isatty():
             typer.echo("Query (empty to leave): ", nl=False, err=True)
@@ -321,10 +324,10 @@ def encode(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Encode a corpus of any size into a folder of vectors (Parquet), or resume it.
+    """Encode a corpus of any size into a folder of Parquet files, or resume the encoding.
 
-    With many processes, on one machine or more: torchrun --nproc_per_node N -m minibert
-    encode ...
+    To use several processes: torchrun --nproc_per_node N -m minibert encode ... The processes
+    may run on several machines.
     """
     from minibert.files.processes import processes
     from minibert.search.encode_corpus import encode_corpus
@@ -375,10 +378,11 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on labelled data; the columns decide what is measured.
+    """Measure a model on labelled data. The columns of the data decide what is measured.
 
-    query, answer: retrieval. sentence1, sentence2, score: similarity. Texts and label, with
-    a classifier: classification. tokens, ner_tags, with a tagger: entity-level F1.
+    Columns query and answer: retrieval. Columns sentence1, sentence2 and score: similarity.
+    Texts and a column label, with a classifier: classification. Columns tokens and ner_tags,
+    with a tagger: entity-level F1.
     """
     from minibert.evaluation.evaluate import evaluate as measure
     from minibert.evaluation.evaluate import metrics_table
@@ -417,10 +421,10 @@ def predict(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, Option("--json", help="Print a JSON object per row.")] = False,
 ) -> None:
-    """Predict labels, numbers, tags, answers or choices, as the head of the model does.
+    """Predict labels, numbers, tags, answers or choices. The model's head decides which.
 
-    A classifier reads texts or pairs of them, a tagger texts or lists of words (tokens),
-    question answering question and context, multiple choice a question and its choices.
+    A classifier reads texts or pairs of texts. A tagger reads texts or lists of words (tokens).
+    Question answering reads question and context. Multiple choice reads question and choices.
     """
     from minibert.inference.predict import check_output, in_a_line, write
     from minibert.inference.predict import predict as predict_rows
@@ -473,10 +477,10 @@ def convert(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Make a MiniBERT of a BERT, DistilBERT, RoBERTa, XLM-RoBERTa or CamemBERT with the same weights.
+    """Convert a BERT, DistilBERT, RoBERTa, XLM-RoBERTa or CamemBERT model into a MiniBERT.
 
-    Both then encode built-in texts. A difference above 1e-4 deletes the result: exit
-    status 1.
+    The source and the MiniBERT then encode built-in texts. If their outputs differ by more than
+    1e-4, the MiniBERT is deleted and the exit status is 1.
     """
     from minibert.hub.convert import convert as convert_model
 
@@ -492,10 +496,10 @@ def export(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Write a MiniBERT as a model that opens without this package.
+    """Export a MiniBERT as a model that opens without this package: plain BERT or ONNX.
 
-    Both then encode built-in texts. A difference above 1e-4 deletes the result: exit
-    status 1.
+    The MiniBERT and the exported model then encode built-in texts. If their outputs differ by
+    more than 1e-4, the exported model is deleted and the exit status is 1.
     """
     if to not in ("bert", "onnx"):
         raise ValueError(f"--to={to} is unknown; use bert or onnx.")
@@ -505,7 +509,7 @@ def export(
         _report(export_onnx(model, output_dir, quantize=quantize, revision=revision), as_json)
         return
     if quantize is not None:
-        raise ValueError(f"--quantize={quantize} is for --to onnx only.")
+        raise ValueError(f"--quantize={quantize} is only possible with --to onnx; add it, or leave out --quantize.")
     from minibert.hub.export import export as export_model
 
     _report(export_model(model, output_dir, revision=revision), as_json)
@@ -531,11 +535,11 @@ def push(
     force: Annotated[bool, Option("--force", help="Replace what the repository holds.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a model on the Hub, and check it before and after.
+    """Publish a model on the Hub, and check the model before and after the upload.
 
-    The folder is built with card and code, opened in a fresh process without this
-    package, sent in one commit, downloaded and opened again. Other outputs there are exit
-    status 1.
+    This builds a folder with model card and code, and opens it in a fresh process without this
+    package. The folder is uploaded in one commit, downloaded and opened again. If the outputs
+    differ, the exit status is 1.
     """
     from rich.filesize import decimal
 
@@ -582,7 +586,7 @@ def pull(
     output_dir: NewModel,
     as_json: Json = False,
 ) -> None:
-    """Download a model as one commit; print it and the hash of the code, of which nothing is run."""
+    """Download one commit of a model, and print hashes of its code. The code is not run."""
     from rich.filesize import decimal
 
     from minibert.files import installation
@@ -597,8 +601,8 @@ def pull(
     for path, digest in done.code.items():
         typer.echo(f"sha256 {digest}  {path}")
     installed = f"that of the installed minibert {installation.version()}"
-    changed = f"its code is not {installed}; minibert hub verify shows where it differs"
-    typer.echo({"installed": f"its code is {installed}", "none": "it brings no code", "changed": changed}[done.code_is])
+    changed = f"its code is not {installed}; minibert hub verify shows the differences"
+    typer.echo({"installed": f"its code is {installed}", "none": "it has no code", "changed": changed}[done.code_is])
     if done.left_out:
         typer.echo(f"left out: {', '.join(done.left_out)}")
 
@@ -609,9 +613,9 @@ def verify(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Check files, weights, tokenizer, card, code, and that it opens without this package.
+    """Check a model's files, weights, code and card, and open the model without this package.
 
-    A failed check is exit status 1.
+    If a check fails, the exit status is 1.
     """
     from minibert.hub.verify import verify as verify_model
 
@@ -641,7 +645,7 @@ TextColumn = Annotated[str | None, Option(help="Column of texts, where a file ha
 
 
 def _draw(out: Path, force: bool, draw: Callable[[], Any]) -> None:
-    """Save the picture that ``draw`` returns, after a check that it can be saved."""
+    """Check that ``out`` can be written, and save the picture that ``draw`` returns."""
     from minibert.inference.predict import check_output
     from minibert.plot.page import SUFFIXES
 
@@ -665,10 +669,10 @@ def attention(
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Draw which tokens attend to which, in every layer and head, as heat maps and as lines.
+    """Draw the attention between tokens in every layer and head, as heat maps and as lines.
 
-    A page has menus for layer and head; an image shows all heads small, or one with its
-    tokens.
+    A page (.html) has menus for layer and head. An image (.png) shows small pictures of all
+    heads, or one head with its tokens.
     """
     from minibert import plot
 
@@ -709,7 +713,7 @@ def training(
     out: PlotFile,
     force: Force = False,
 ) -> None:
-    """Draw loss, metrics, learning rate and speed of runs, which may still be going on."""
+    """Draw loss, metrics, learning rate and speed of finished or running training runs."""
     from minibert import plot
 
     _draw(out, force, lambda: plot.training(runs))
@@ -727,7 +731,7 @@ def similarity(
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Draw how similar the texts of two lists are."""
+    """Draw the similarity of each text in one list to each text in another list."""
     from minibert import plot
 
     def draw() -> plot.Picture:
@@ -745,7 +749,7 @@ def tokens(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Show how a text is split into tokens: ids, words, and what the vocabulary lacks."""
+    """Print the tokens of a text with their ids and words, and mark unknown words."""
     from minibert import plot
 
     _silence_libraries()
@@ -775,10 +779,11 @@ def quickstart(
     output_dir: RunFolder = None,
     force: RunAgain = False,
 ) -> None:
-    """Train a search model on the documentation installed here, measure, reload and ask it.
+    """Train a search model on the documentation of installed Python packages, and search in it.
 
-    Some minutes on two CPU cores, nothing to download. It is the bundled recipe named
-    quickstart: finished stages are skipped, so that asking again takes no training.
+    The command runs the bundled recipe quickstart, measures the model and opens it in a fresh
+    process. It takes some minutes on two CPU cores. Nothing is downloaded. When you run it
+    again, finished stages are skipped.
     """
     from dataclasses import replace
 
@@ -805,7 +810,7 @@ def quickstart(
     typer.echo(f"\nReading {len(passages):,} passages to search ...", err=True)
     searcher = Searcher(folder, passages, show_progress=True)
     request = request_for(folder)
-    here, _ = compute(replace(request, trust=False))  # in this process, the installed classes open it
+    here, _ = compute(replace(request, trust=False))  # here the installed classes open the model
     _, difference = prove(request, here, str(folder))
     typer.echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
     for question, hits in zip(questions, searcher.search(questions, top_k=3), strict=True):

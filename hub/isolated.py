@@ -22,8 +22,8 @@ TEXTS = [
     "Größe, naïve, 北京市, 東京, עברית, नमस्ते, Ελλάδα, 🙂👍🏽, e\u0301 and \u200b nothing",
     'TABS\tand\nlines   -- 1,234.56 (ok?) https://example.org/a_b#c <s> [UNK] \\ "quoted"',
 ]
-# Class -> transformers pipeline. There is no pipeline for question answering, multiple choice
-# and pretraining.
+# Class -> transformers pipeline. Question answering, multiple choice and pretraining have no
+# pipeline.
 TASKS = {
     "AutoModel": "feature-extraction",
     "AutoModelForMaskedLM": "fill-mask",

@@ -254,7 +254,7 @@ def test_onnx_refusals(tmp_path, monkeypatch):
     ours(tmp_path / "model")
     arguments = ["hub", "export", str(tmp_path / "model"), str(tmp_path / "out")]
     wrong = run_command(*arguments, "--quantize", "int8")
-    assert wrong.exit_code == 2 and "--quantize=int8 is for --to onnx only" in wrong.stderr
+    assert wrong.exit_code == 2 and "--quantize=int8 is only possible with --to onnx" in wrong.stderr
     unknown = run_command(*arguments, "--to", "onnx", "--quantize", "int4")
     assert unknown.exit_code == 2 and "--quantize=int4 is unknown" in unknown.stderr
     monkeypatch.setattr("minibert.hub.onnx.find_spec", lambda name: None)

@@ -587,7 +587,7 @@ def test_pull_is_one_commit_without_pickles(hub, model_files, tmp_path, run):
 
 def test_pull_reports_changed_code(hub, model_files, tmp_path, run):
     hub.add_repo("ann/model", {**model_files, "modeling_minibert.py": b"# other\n"})
-    assert "; minibert hub verify shows where it differs" in run("pull", "ann/model", tmp_path / "out").stdout
+    assert "; minibert hub verify shows the differences" in run("pull", "ann/model", tmp_path / "out").stdout
     assert json.loads(run("pull", "ann/model", tmp_path / "two", "--json").stdout)["code_is"] == "changed"
 
 

@@ -531,8 +531,8 @@ def test_queries_for_a_folder_are_read_from_standard_input(run_index, vectors):
         (["--queries", "{tmp}/empty.txt"], "empty.txt is empty"),
         (["--queries", "{tmp}/blank.jsonl"], "Query 1 is empty"),
         (["--queries", "{tmp}/none.txt"], "There is no file or folder"),
-        (["--queries", "{tmp}/blank.jsonl", "cat"], "There are queries on the command line and in --queries"),
-        (["--column", "text", "cat"], "--column is the column of --passages"),
+        (["--queries", "{tmp}/blank.jsonl", "cat"], "on the command line and with --queries"),
+        (["--column", "text", "cat"], "--column names the column of --passages"),
         (["--model", "{tmp}/none", "cat"], "There is no model folder"),
         (["  "], "Query 1 is empty"),
         (["cat", "caf\udce9"], "Query 2 is not UTF-8: 'caf\\udce9'; convert it"),
@@ -551,7 +551,7 @@ def test_options_of_a_folder_are_refused_for_passages(run, passages_file):
     for option in (["--hybrid"], ["--exact"], ["--rebuild"], ["--model", "x"]):
         result = run("--passages", passages_file, *option, "cat")
         assert result.exit_code == 2
-        assert f"{option[0]} is for a folder of vectors" in result.stderr
+        assert f"{option[0]} needs a folder of vectors" in result.stderr
 
 
 def test_a_model_or_nothing_is_no_folder_of_vectors(run_index, saved, tmp_path):
