@@ -298,5 +298,5 @@ def test_refuses_dropout_where_the_model_names_it_otherwise(classify, tokenizer,
 
     shape = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
     DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "distil")
-    with pytest.raises(ValueError, match="is a distilbert model, which names its dropout otherwise"):
+    with pytest.raises(ValueError, match="is a distilbert model, which has no hidden_dropout_prob"):
         classify(sentences(), model=str(tmp_path / "distil"), dropout=0.1)

@@ -72,7 +72,7 @@ def test_train_prints_metrics(command, tmp_path):
     again = command("recipe.yaml", "tokenizer.method=word_level", "tokenizer.vocab_size=10", "--json")
     printed = json.loads(again.stdout)
     assert printed["stages"] == {"tokenizer": {"rows": 1, "vocab_size": 10}}
-    assert "finished earlier, skipped" in again.stderr
+    assert "already finished, skipped" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -77,15 +77,15 @@ def test_all_problems_are_reported_together(write):
     message = str(error.value)
     for part in (
         "10 problems",
-        "override 'classify.nothing' is not of the form",
-        "override 'absent.batch_size=3' names no stage",
+        "override 'classify.nothing' does not have the form",
+        "override 'absent.batch_size=3' names an unknown stage",
         "stage 1 (tokenizr): kind='tokenizr' is unknown; use one of tokenizer, pretrain, classify, tag, answer,",
         "stage 2 (classify): model: There is no preset 'nano'; use one of search-8x768",
-        "stage 2 (classify): epochs=0 is refused: input should be greater than 0",
+        "stage 2 (classify): epochs=0 is not valid: input should be greater than 0",
         "stage 2 (classify): there is no field learning_rte; did you mean learning_rate?",
         "stage 2 (classify): there is no field data.0.pth; did you mean path?",
         "stage 2 (classify): the field data.0.path is missing",
-        "stage 3 (embed): learning_rate='fast' is refused: input should be a valid number",
+        "stage 3 (embed): learning_rate='fast' is not valid: input should be a valid number",
         "there is no field sed; did you mean seed?",
     ):
         assert part in message
@@ -177,7 +177,9 @@ def test_damaged_figures_of_a_stage_are_one_sentence(write, calls, tmp_path, con
     run_dir = run_recipe(load_recipe(write(TOKENIZER)), output_dir=tmp_path / "run")
     file = run_dir / "1-tokenizer" / "metrics.json"
     file.unlink() if content is None else file.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"metrics\.json is missing or damaged; restore it, or delete .*1-tokenizer and"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.json is missing or damaged; restore this file, or delete .*1-tokenizer and"
+    ):
         read_metrics(run_dir)
 
 
@@ -262,7 +264,7 @@ def test_other_folders_are_left_alone(write, calls, tmp_path):
     with pytest.raises(ValueError, match="is not a run of a recipe; choose another --output-dir"):
         run_recipe(recipe, output_dir=tmp_path / "full", force=True)
     run_recipe(recipe, output_dir=tmp_path / "run")
-    with pytest.raises(ValueError, match="holds a run of the recipe 'toy'; choose another --output-dir"):
+    with pytest.raises(ValueError, match="is a run of recipe 'toy'; choose another --output-dir"):
         run_recipe(load_recipe(write(TOKENIZER, CLASSIFY, name="other")), output_dir=tmp_path / "run", force=True)
     assert (tmp_path / "full" / "thesis.tex").exists()
 
@@ -289,7 +291,7 @@ def test_the_tokenizer_stage_reads_every_text(write, tmp_path):
 def test_starts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path):
     tokenizer = train_word_level(["red apples green pears"], vocab_size=9)
     config = MiniBertConfig.preset("nano-1x3", vocab_size=len(tokenizer))
-    with pytest.raises(ValueError, match="max_length must be at least 3, .* 2 special tokens and text, got 2"):
+    with pytest.raises(ValueError, match="max_length must be at least 3, .* 2 special tokens and a token of text; got 2"):
         sequence_length(2, config, tokenizer)
     assert sequence_length(3, config, tokenizer) == 3
     tokenizer.save_pretrained(tmp_path)
@@ -301,5 +303,5 @@ def test_starts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="do not have the shapes in config.json"):
         load_model(AutoModel, stage, context, tokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no tokenizer that can be opened"):
+    with pytest.raises(ValueError, match="has no valid tokenizer"):
         load_tokenizer(context)

@@ -114,10 +114,10 @@ def test_a_changed_recipe_is_refused_unless_forced(folder, tmp_path, monkeypatch
     with pytest.raises(ValueError) as caught:
         run_recipe(changed, output_dir=tmp_path)
     for part in (
-        "stage 1 (pretrain) mlm_probability was 0.15 and is 0.3; stage 1 (pretrain) phases was [",
+        "stage 1 (pretrain) mlm_probability was 0.15 and is now 0.3; stage 1 (pretrain) phases was [",
         "'max_length': 32",
         "'max_length': 24",
-        "with --force",
+        "use --force",
     ):
         assert part in str(caught.value)
     assert (tmp_path / "1-pretrain/checkpoints/step-00000004").exists()

@@ -1,1 +1,1 @@
-"""Makes models: recipes, their stages and the training loop."""
+"""Train models with recipes, stages and a training loop."""

@@ -204,7 +204,7 @@ class Steps(Dataset[StepBatch]):
         rows, phase = self.row_ids(step), self.phases[self.locate(step)[0]]
         for parts in split_rows(rows, accumulation=self.accumulation, processes=self.processes):
             mine = parts[self.process]
-            # Other processes wait for gradients, so a process without rows takes one of weight 0.
+            # A process without rows takes a row of weight 0, because others wait for gradients.
             batch = phase.rows.collate(mine if len(mine) else rows[:1])
             batches.append(batch)
             terms.append(count_labels(batch) if len(mine) else 0)

@@ -1,4 +1,4 @@
-"""Read a recipe and check all of it before anything runs."""
+"""Read a recipe, and validate the complete recipe before a stage runs."""
 
 import difflib
 from collections.abc import Sequence
@@ -13,32 +13,30 @@ from minibert.data.source import DataSource
 from minibert.files import disk
 from minibert.train.arguments import KINDS, OBJECTIVES, EmbedStage, PairSource, Recipe
 
-# PyYAML raises its own errors and those of Python's conversions (2026-99-99, !!int "",
-# brackets without end).
+# PyYAML also raises errors of Python's conversions (2026-99-99, !!int "", too many brackets).
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply overrides and check all of it.
+    """Read a recipe, apply overrides and validate the result.
 
     Args:
-        path: a YAML file, or the name of a recipe that comes with the package, such as
-            ``"tinybert"``.
-        overrides: ``"stage.field=value"`` or ``"field=value"``; values are YAML.
+        path: a YAML file, or the name of a bundled recipe such as ``"tinybert"``.
+        overrides: strings such as ``"stage.field=value"`` or ``"field=value"``. The values are
+            parsed as YAML.
 
     Raises:
-        FileNotFoundError: when there is no such recipe.
-        ValueError: listing every problem found, each in the words of the recipe.
+        FileNotFoundError: if the recipe does not exist.
+        ValueError: if the recipe is not valid. The message lists all problems.
     """
     raw = _read_yaml(path)
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a recipe: it must hold a mapping with name and stages.")
+        raise ValueError(f"{path} is not a recipe; write a mapping with name and stages.")
     problems = [problem for override in overrides if (problem := _override(raw, override))]
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        # One mistake can fail several branches of a type; the user needs each sentence
-        # once.
+        # One mistake can fail several branches of a union. Repeated messages are dropped.
         problems += dict.fromkeys(_in_words(problem, raw) for problem in error.errors())
     if len(problems) == 1:
         raise ValueError(f"{path}: {problems[0]}")
@@ -65,10 +63,10 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 def _override(raw: dict[str, Any], override: str) -> str | None:
-    """Apply one override to ``raw`` in place; return what is wrong with it, if anything."""
+    """Apply one override to ``raw`` in place. Return a message if the override is not valid."""
     target, equals, text = override.partition("=")
     if not equals or not target:
-        return f"override {override!r} is not of the form stage.field=value."
+        return f"override {override!r} does not have the form stage.field=value."
     *path, last = target.split(".")
     place: Any = raw
     if path:
@@ -77,22 +75,22 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
         named = {str(stage.get("name") or stage.get("kind")): stage for stage in stages}
         stage = path.pop(0)
         if stage not in named:
-            return f"override {override!r} names no stage of this recipe; its stages are {', '.join(named)}."
+            return f"override {override!r} names an unknown stage; the recipe has {', '.join(named)}."
         place = named[stage]
     try:
         value = yaml.load(text, Loader=disk.YamlLoader)
     except _YAML_ERRORS:
-        return f"the value of override {override!r} is not YAML; quote it."
+        return f"the value of override {override!r} is not valid YAML; put the value in quotes."
     for key in path:
         place = place.setdefault(key, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        return f"override {override!r} sets a field of something that holds no fields."
+        return f"override {override!r} sets a field of a value that has no fields; correct the name."
     place[last] = value
     return None
 
 
 def _in_words(problem: Any, raw: dict[str, Any]) -> str:
-    """One pydantic problem as a sentence that names the stage and field as the recipe does."""
+    """Turn a pydantic problem into a message with the stage and field names of the recipe."""
     location, prefix = list(problem["loc"]), ""
     model: type[BaseModel] | None = Recipe
     if location[:1] == ["stages"] and len(location) > 1:
@@ -100,10 +98,10 @@ def _in_words(problem: Any, raw: dict[str, Any]) -> str:
         stage = raw["stages"][index]
         label = (stage.get("name") or stage.get("kind")) if isinstance(stage, dict) else None
         prefix = f"stage {index + 1}" + (f" ({label})" if label else "") + ": "
-        tags = location[2:4] if location[2:3] == ["distill"] else location[2:3]  # of the unions: a kind, and an objective
+        tags = location[2:4] if location[2:3] == ["distill"] else location[2:3]  # kind and objective
         model = {**OBJECTIVES, **KINDS}[tags[-1]] if tags else None
         location = location[2 + len(tags) :]
-    # Tags of the two forms of ``model`` are ours, not the user's.
+    # The tags of the two forms of ``model`` are internal, so messages leave them out.
     location = [key for at, key in enumerate(location) if not (at and location[at - 1] == "model" and key in ("text", "new"))]
     field = ".".join(str(key) for key in location)
     value = problem["input"]
@@ -122,10 +120,10 @@ def _in_words(problem: Any, raw: dict[str, Any]) -> str:
         case "missing":
             return f"{prefix}the field {field} is missing."
         case "model_type" | "model_attributes_type":
-            what = "a path, or a mapping with path" if location else "a mapping with kind"
-            return f"{prefix}{field}{'=' if field else ''}{value!r} is refused: it should be {what}."
+            what = "a path or a mapping with path" if location else "a mapping with kind"
+            return f"{prefix}{field}{'=' if field else ''}{value!r} is not valid: it should be {what}."
         case "value_error":
             return f"{prefix}{field + ': ' if field else ''}{problem['ctx']['error']}"
         case _:
             shown = value if isinstance(value, str | int | float | bool | None) else type(value).__name__
-            return f"{prefix}{field}={shown!r} is refused: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+            return f"{prefix}{field}={shown!r} is not valid: {problem['msg'][0].lower()}{problem['msg'][1:]}."

@@ -1,4 +1,4 @@
-"""Run the stages of a recipe in order: skip the finished ones and resume the interrupted one."""
+"""Run the stages of a recipe in order. Skip finished stages and resume an interrupted stage."""
 
 import contextlib
 import importlib
@@ -25,35 +25,34 @@ from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
 
-# Stages that the main process runs alone; the other functions have the name of their
-# kind.
+# Functions of stages that only the main process runs. Other functions are named like the kind.
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
 
 def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: bool = True, force: bool = False) -> Path:
-    """Run the stages of ``recipe`` in order. Under torchrun every process calls this.
+    """Run the stages of ``recipe`` in order. Under torchrun, every process must call this.
 
     Args:
-        recipe: a checked recipe.
-        output_dir: folder of the run; the default is the recipe's own, else
-            ``runs/<name>``.
-        resume: continue an interrupted stage at its last checkpoint instead of its
-            beginning.
-        force: run stages whose arguments changed, and those after them, again. Finished
-            results stay in ``N-name.replaced`` until the run is finished.
+        recipe: a recipe from :func:`load_recipe`.
+        output_dir: folder of the run. The default is ``output_dir`` of the recipe, or
+            ``runs/<name>`` if the recipe has none.
+        resume: continue an interrupted stage from its last checkpoint. If False, the stage starts
+            from the beginning.
+        force: if arguments of a stage have changed, run this stage and all later stages again.
+            Finished results stay in ``N-name.replaced`` until the run is finished.
 
     Returns:
         The folder of the run, with ``recipe.yaml`` and one folder per stage.
 
     Raises:
-        ValueError: the folder holds something else, or without ``force`` a run with other
-            arguments.
+        ValueError: if the folder is not a run of this recipe, or if arguments have changed and
+            ``force`` is False.
     """
     minibert.register()
     state = processes()
     run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name).expanduser()
     _check_models(recipe)
-    for stage in recipe.stages:  # a missing package shows before the first stage trains
+    for stage in recipe.stages:  # report missing packages before the first stage trains
         _function(stage)
     if state.is_main_process:
         _open_run(run_dir, recipe, force)
@@ -69,7 +68,7 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
             context = _resolve(stage, folder, recipe.seed, model, tokenizer, folders)
         finished = (folder / "stage.json").exists()
         if state.is_main_process:
-            done = "finished earlier, skipped" if finished else str(folder)
+            done = "already finished, skipped" if finished else str(folder)
             logger.info("Stage %d of %d, %s: %s", number, len(recipe.stages), stage.name, done)
         if not finished:
             _run_stage(stage, context, state, resume=resume)
@@ -85,7 +84,7 @@ def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: 
 def _resolve(
     stage: Any, folder: Path, seed: int, model: str | None, tokenizer: str | None, folders: dict[str, str]
 ) -> StageContext:
-    def named(name: str) -> str:  # an earlier stage, else a folder or a Hub id
+    def named(name: str) -> str:  # the name of an earlier stage, or a folder or Hub id
         return folders.get(name) or os.path.expanduser(name)
 
     own_seed = getattr(stage, "seed", None)
@@ -102,7 +101,7 @@ def _resolve(
 
 
 def _check_models(recipe: Recipe) -> None:
-    """Refuse models and tokenizers that cannot be used, before anything is written."""
+    """Raise an error if a model or tokenizer cannot be used, before any file is written."""
     names = {stage.name for stage in recipe.stages}
     kinds = {"model": "model", "teacher": "model", "tokenizer": "tokenizer"}
     asked = ((kind, getattr(stage, field, None)) for stage in recipe.stages for field, kind in kinds.items())
@@ -113,24 +112,22 @@ def _check_models(recipe: Recipe) -> None:
                 check_model(folder)
             _check_code(folder)
         elif folder.exists():
-            raise NotADirectoryError(
-                f"{name} is a file; give the folder of a {kind}, or the id (owner/name) of one on the Hub."
-            )
+            raise NotADirectoryError(f"{name} is a file; give the folder of a {kind}, or the Hub id (owner/name).")
         elif name.count("/") > 1 or name.startswith(("/", ".", "~")) or ("/" in name and folder.parent.is_dir()):
             raise FileNotFoundError(
-                f"There is no {kind} folder {name} (looked from {Path.cwd()}); give a folder, the id "
-                f"(owner/name) of a {kind} on the Hub, or the name of an earlier stage."
+                f"There is no {kind} folder {name} (looked from {Path.cwd()}); give a folder, the Hub id "
+                f"(owner/name) of a {kind}, or the name of an earlier stage."
             )
 
 
 def _check_code(folder: Path) -> None:
-    if not (folder / "config.json").exists():  # the stage that reads the folder says what is missing
+    if not (folder / "config.json").exists():  # the stage that opens the folder reports the missing file
         return
     config = disk.read_json(folder / "config.json")
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
-            f"{folder} brings its own Python code, which training never runs; start from a model whose "
-            "class transformers or this package has."
+            f"{folder} contains its own Python code, which training never runs; start from a model whose "
+            "class is part of transformers or minibert."
         )
 
 
@@ -144,7 +141,7 @@ def _function(stage: Any) -> Callable[[Any, StageContext], dict[str, Any]]:
 
 def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -> None:
     alone = stage.kind in _ALONE
-    state.wait_for_everyone()  # every process has seen that the stage is not finished
+    state.wait_for_everyone()  # every process has checked that the stage is not finished
     if state.is_main_process:
         if not resume:
             shutil.rmtree(context.output_dir, ignore_errors=True)
@@ -154,7 +151,7 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
         try:
             metrics = _function(stage)(stage, context)
         except BaseException:
-            with contextlib.suppress(OSError):  # a stage that left no files may still be changed without --force
+            with contextlib.suppress(OSError):  # without files, it can change without --force
                 context.output_dir.rmdir()
             raise
     state.wait_for_everyone()
@@ -162,30 +159,33 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
         disk.write_json(context.output_dir / "metrics.json", metrics)
         found = describe(stage, context, processes=1 if alone else state.num_processes)
         disk.write_json(context.output_dir / "environment.json", found)
-        # Written last: a folder with this file is a finished stage.
+        # stage.json is written last, because it marks a finished stage.
         disk.write_json(context.output_dir / "stage.json", _dump(stage))
     state.wait_for_everyone()
 
 
 def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
-    """Create the folder of a run, or check that it holds this run and set replaced stages aside."""
+    """Create the folder of a run, or check that it belongs to this run.
+
+    With ``force``, also move the folders of changed stages away.
+    """
     record = run_dir / "recipe.yaml"
     earlier: list[dict[str, Any]] = []
     changes: list[tuple[int, str]] = []
     if record.exists():
         old = _read_record(record)
         if old["name"] != recipe.name:
-            raise ValueError(f"{run_dir} holds a run of the recipe {old['name']!r}; choose another --output-dir.")
+            raise ValueError(f"{run_dir} is a run of recipe {old['name']!r}; choose another --output-dir.")
         earlier, changes = old["stages"], list(_changes(old, recipe, run_dir))
         if changes and not force:
             raise ValueError(
-                f"{run_dir} holds a run with other arguments: {'; '.join(text for _, text in changes)}. "
-                f"Choose another --output-dir, or run stage {changes[0][0]} and those after it again "
-                "with --force (replaces their folders)."
+                f"{run_dir} is a run with other arguments: {'; '.join(text for _, text in changes)}. "
+                f"Choose another --output-dir, or use --force to run stage {changes[0][0]} and all later "
+                "stages again (this replaces the folders of these stages)."
             )
     elif run_dir.exists() and (not run_dir.is_dir() or any(path.name != ".recipe.yaml.part" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
-    again = changes[0][0] if changes else len(recipe.stages) + 1  # the first stage whose result is replaced
+    again = changes[0][0] if changes else len(recipe.stages) + 1  # first stage to run again
     for number, stage in enumerate(recipe.stages, start=1):
         folder = _stage_folder(run_dir, number, stage.name)
         if isinstance(stage, LoopArguments) and (number >= again or not (folder / "stage.json").exists()):
@@ -194,7 +194,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
     with contextlib.ExitStack() as locks:
         for folder in replaced:
             if folder.exists():
-                locks.enter_context(checkpoint.exclusive_lock(folder))  # refuses while another run trains there
+                locks.enter_context(checkpoint.exclusive_lock(folder))  # fails while another run uses it
         for folder in replaced:
             _set_aside(folder)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename the folder of a finished stage until the run is finished; delete an unfinished one."""
+    """Rename the folder of a finished stage to ``*.replaced``. Delete an unfinished stage."""
     if (folder / "stage.json").exists():
         replaced = folder.with_name(f"{folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -213,13 +213,13 @@ def _set_aside(folder: Path) -> None:
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
-    """Yield the number of the stage and a description, for changes to stages that were started."""
+    """Yield the stage number and a description of each change to a stage that has started."""
     for number, before in enumerate(old["stages"], start=1):
         if not _stage_folder(run_dir, number, before["name"]).exists():
             continue
         where = f"stage {number} ({before['name']})"
         if number > len(recipe.stages):
-            yield number, f"{where} was removed"
+            yield number, f"{where} is removed"
             continue
         stage = recipe.stages[number - 1]
         after = _dump(stage)
@@ -231,7 +231,7 @@ def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tup
             after = {**after, "seed": recipe.seed if after["seed"] is None else after["seed"]}
         for name in sorted((before.keys() & after.keys()) - stage.free_fields()):
             if before[name] != after[name]:
-                yield number, f"{where} {name} was {before[name]!r} and is {after[name]!r}"
+                yield number, f"{where} {name} was {before[name]!r} and is now {after[name]!r}"
 
 
 def _dump(stage: BaseModel) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _stage_folder(run_dir: Path, number: int, name: str) -> Path:
 
 
 def _read_record(record: Path) -> dict[str, Any]:
-    """Read the recipe of an earlier run; raise ValueError where it is damaged."""
+    """Return the recipe of an earlier run. Raise ValueError if the file is damaged."""
     try:
         found = yaml.load(record.read_text(encoding="utf-8"), Loader=disk.YamlLoader)
         valid = isinstance(found["name"], str) and all({"kind", "name"} <= stage.keys() for stage in found["stages"])
@@ -256,7 +256,7 @@ def _read_record(record: Path) -> dict[str, Any]:
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every finished stage of a run, by the name of the stage."""
+    """Return a dictionary from the name of each finished stage of a run to its metrics."""
     metrics = {}
     for number, stage in enumerate(_read_record(Path(run_dir) / "recipe.yaml")["stages"], start=1):
         folder = _stage_folder(Path(run_dir), number, stage["name"])
@@ -266,6 +266,7 @@ def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
             metrics[stage["name"]] = dict(disk.read_json(folder / "metrics.json"))
         except (FileNotFoundError, ValueError, TypeError) as error:
             raise ValueError(
-                f"{folder / 'metrics.json'} is missing or damaged; restore it, or delete {folder} and run the recipe again."
+                f"{folder / 'metrics.json'} is missing or damaged; restore this file, or delete {folder} "
+                "and run the recipe again."
             ) from error
     return metrics

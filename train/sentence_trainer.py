@@ -1,8 +1,8 @@
 """Run the trainer of sentence-transformers as a stage of a recipe.
 
-The trainer computes. This adapter adds the promises of a stage: checkpoints that are
-checked before they are used, the best weights kept apart, ``log.jsonl``, a clean stop on
-Ctrl-C and SIGTERM, and a result that appears only when it is complete.
+This adapter adds the features that all stages have. It validates checkpoints before use, keeps
+the best weights, writes ``log.jsonl``, stops with a checkpoint on Ctrl-C and SIGTERM, and writes
+the result atomically.
 """
 
 import json
@@ -30,7 +30,7 @@ from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
 
-# Names of schedules that differ in transformers.
+# Schedules that have another name in transformers.
 _SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
 
@@ -42,13 +42,13 @@ def train(
     context: StageContext,
     evaluate: Callable[[Any], dict[str, float]] | None,
 ) -> dict[str, Any]:
-    """Train ``model``, or continue its training, and leave it in ``context.output_dir``.
+    """Train ``model`` from the latest valid checkpoint, and save it in ``context.output_dir``.
 
-    ``evaluate`` measures the model; larger metrics are better.
+    ``evaluate`` returns metrics of the model, for which larger values are better.
 
     Raises:
-        FloatingPointError: the loss is not a finite number.
-        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM, after a checkpoint was saved.
+        FloatingPointError: if the loss or its gradient is not finite.
+        KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
     keep_memory()
     trainer = _Trainer(model=model, args=trainer_arguments(args, context), train_dataset=pairs, loss=loss)
@@ -77,7 +77,7 @@ def train(
 
 
 def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransformerTrainingArguments:
-    """Translate the arguments of a stage into those of the trainer."""
+    """Convert the arguments of a stage to arguments of the sentence-transformers trainer."""
     return SentenceTransformerTrainingArguments(
         output_dir=str(context.output_dir / "checkpoints"),
         per_device_train_batch_size=args.batch_size,
@@ -89,16 +89,16 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
         adam_beta1=args.adam_betas[0],
         adam_beta2=args.adam_betas[1],
         adam_epsilon=args.adam_epsilon,
-        warmup_steps=args.warmup_steps or args.warmup_ratio,  # a fraction is a share of all steps
+        warmup_steps=args.warmup_steps or args.warmup_ratio,  # values below 1 are a share of all steps
         lr_scheduler_type=_SCHEDULERS.get(args.schedule, args.schedule),
         lr_scheduler_kwargs={"num_decay_steps": args.decay_ratio, "decay_type": "1-sqrt"} if args.schedule == "wsd" else {},
         max_grad_norm=args.max_grad_norm,
-        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused without a GPU
+        use_cpu=not torch.accelerator.is_available(),  # otherwise the trainer refuses bf16 without a GPU
         bf16=args.precision == "bf16",
         fp16=args.precision == "fp16",
         torch_compile=args.compile,
         logging_steps=args.log_steps,
-        logging_nan_inf_filter=False,  # the default hides a loss that is not a number
+        logging_nan_inf_filter=False,  # the default hides losses that are not finite
         save_strategy="steps" if args.save_steps else "epoch",
         save_steps=args.save_steps or 500,
         save_total_limit=args.save_total_limit,
@@ -115,19 +115,19 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
 
 class _Trainer(SentenceTransformerTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Tell transformers' warm-up-stable-decay schedule how many steps its decay takes."""
+        """Create the scheduler. For wsd, convert the share of decay steps to a number."""
         options = self.args.lr_scheduler_kwargs
-        if isinstance(options, dict) and "num_decay_steps" in options:  # a share of all steps until here
+        if isinstance(options, dict) and "num_decay_steps" in options:  # still a share of all steps
             decay = max(1, round(options["num_decay_steps"] * num_training_steps))
             self.args.lr_scheduler_kwargs = {**options, "num_decay_steps": decay}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Add none: a card is written when a model is published, from facts measured in the run."""
+        """Add no callback, because the model card is written when the model is published."""
 
 
 class _StageCallback(ProgressCallback):
-    """Measure, log, keep the best weights, complete checkpoints, and stop after a Ctrl-C."""
+    """Evaluate, write the log, keep the best weights, and stop on Ctrl-C during training."""
 
     def __init__(self, accelerator: Any, model: Any, args: EmbedStage, output_dir: Path, evaluate: Any):
         super().__init__()
@@ -148,8 +148,7 @@ class _StageCallback(ProgressCallback):
             metrics = {name: value for name, value in line.items() if name.startswith("eval_")}
             self.evaluation = metrics or self.evaluation
         self.start = time.perf_counter() - seconds
-        # Metrics of a later step belong to a lost checkpoint; they will be measured
-        # again.
+        # Metrics of a later step belong to a lost checkpoint and are measured again.
         if state.global_step and self.best_folder.exists() and checkpoint.find_corruption(self.best_folder) is None:
             best = read_json(self.best_folder / "best.json")
             self.best = best if best["step"] <= state.global_step else None
@@ -159,12 +158,12 @@ class _StageCallback(ProgressCallback):
         if not logs or "loss" not in logs:
             return
         rate, grad_norm = logs["learning_rate"], float(logs.get("grad_norm", 0.0))
-        # fp16 skips a step with infinite gradients by itself.
+        # With fp16, the gradient scaler skips steps with infinite gradients.
         if not (math.isfinite(logs["loss"]) and (math.isfinite(grad_norm) or args.fp16)):
             raise FloatingPointError(
-                f"The loss is {logs['loss']} and the norm of its gradient {grad_norm} near step "
-                f"{state.global_step} of {state.max_steps}, learning rate {rate:.3g}. Lower "
-                "learning_rate or use precision: fp32; checkpoints of earlier steps are untouched."
+                f"The loss is {logs['loss']} and its gradient norm is {grad_norm} near step "
+                f"{state.global_step} of {state.max_steps}, learning rate {rate:.3g}. Lower learning_rate, "
+                "or use precision: fp32. Checkpoints of earlier steps are not changed."
             )
         if self.training_bar is not None:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
@@ -172,7 +171,7 @@ class _StageCallback(ProgressCallback):
         self.log.write({**line, "grad_norm": grad_norm, "seconds": self.seconds()})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        processes().wait_for_everyone()  # each process writes a part of the checkpoint
+        processes().wait_for_everyone()  # each process writes part of the checkpoint
         if processes().is_main_process:
             checkpoint.write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
@@ -183,7 +182,7 @@ class _StageCallback(ProgressCallback):
         if self.evaluate and (due or last):
             self.measure(state)
         number = self.stop.number
-        if processes().num_processes > 1:  # at logged steps they wait for each other anyway
+        if processes().num_processes > 1:  # processes wait for each other at logged steps anyway
             if state.global_step % args.logging_steps:
                 return
             number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
@@ -192,7 +191,7 @@ class _StageCallback(ProgressCallback):
             control.should_save = control.should_training_stop = True
 
     def measure(self, state: Any) -> None:
-        """Measure the model, and keep its weights if they are the best so far."""
+        """Evaluate the model, and save its weights if they are the best so far."""
         main = processes().is_main_process
         (metrics,) = broadcast_object_list([self.evaluate(self.model) if main else None])
         self.evaluation = {f"eval_{name}": value for name, value in metrics.items()}
@@ -210,11 +209,11 @@ class _StageCallback(ProgressCallback):
             checkpoint.write_folder(self.best_folder, fill)
 
     def seconds(self) -> float:
-        """Return the seconds of training over all runs that led here."""
+        """Return the training time in seconds, summed over all resumed runs."""
         return round(time.perf_counter() - self.start, 3)
 
     def load_best(self) -> dict[str, float]:
-        """Load the best weights, if any were kept, and return the metrics of the model."""
+        """Load the best weights if they were saved, and return the metrics of the model."""
         if self.best is None:
             return self.evaluation
         processes().wait_for_everyone()
@@ -223,13 +222,13 @@ class _StageCallback(ProgressCallback):
 
 
 def _latest_checkpoint(root: Path) -> str | None:
-    """Return the newest valid checkpoint; newer ones are named in a warning and deleted."""
+    """Return the newest valid checkpoint. Log and delete newer, damaged checkpoints."""
     state = processes()
     found, problems = checkpoint.latest_valid(root, "checkpoint")
-    state.wait_for_everyone()  # every process has looked before a folder is deleted
+    state.wait_for_everyone()  # every process looks before a folder is deleted
     if state.is_main_process:
         for folder, problem in problems.items():
-            logger.warning("%s It is not used.", problem)
+            logger.warning("%s This checkpoint is deleted.", problem)
             shutil.rmtree(folder)
         if found:
             logger.warning("Resuming from %s.", found)

@@ -10,9 +10,9 @@ from minibert.train.arguments import ModelStage, NewModel
 
 @dataclass
 class StageContext:
-    """The inputs of a stage that come from the recipe and its other stages.
+    """Store the folder, the seed and the models of a stage, as resolved from the recipe.
 
-    Models are folders or Hub ids; a ``model`` of None means new weights.
+    Models and tokenizers are folders or Hub ids. If ``model`` is None, the model has new weights.
     """
 
     output_dir: Path
@@ -23,21 +23,20 @@ class StageContext:
 
 
 def load_tokenizer(context: StageContext) -> Any:
-    """Load the tokenizer of a stage."""
+    """Load the tokenizer of a stage. Raise ValueError if it cannot be opened."""
     from transformers import AutoTokenizer
 
-    # Without trust_remote_code, a checkpoint that carries code asks a question on the
-    # terminal.
+    # Without trust_remote_code=False, a checkpoint with code asks a question on the terminal.
     try:
         return AutoTokenizer.from_pretrained(context.tokenizer, trust_remote_code=False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{context.tokenizer} holds no tokenizer that can be opened ({str(error).splitlines()[0]}); save or train it again."
+            f"{context.tokenizer} has no valid tokenizer ({str(error).splitlines()[0]}); save it again."
         ) from error
 
 
 def load_start(auto_class: Any, args: Any, context: StageContext, **changes: Any) -> tuple[Any, Any, int]:
-    """Return the tokenizer and the model of a stage, and its longest sequence in tokens."""
+    """Return the tokenizer, the model and the maximum sequence length of a stage in tokens."""
     tokenizer = load_tokenizer(context)
     model = load_model(auto_class, args, context, tokenizer, **changes)
     tokenizer.model_max_length = sequence_length(args.max_length, model.config, tokenizer)
@@ -45,9 +44,9 @@ def load_start(auto_class: Any, args: Any, context: StageContext, **changes: Any
 
 
 def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokenizer: Any, **changes: Any) -> Any:
-    """Load, or build from new weights, the model of a stage.
+    """Load the model of a stage, or create a model with new weights.
 
-    ``changes`` are configuration fields that the stage decides, such as ``num_labels``.
+    ``changes`` are configuration fields that the stage sets, such as ``num_labels``.
     """
     from transformers import AutoConfig, set_seed
 
@@ -64,27 +63,32 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
             if not hasattr(config, "hidden_dropout_prob"):
                 raise ValueError(
                     f"dropout={dropout} cannot be set: {context.model} is a {config.model_type} model, "
-                    "which names its dropout otherwise; leave dropout out of the recipe."
+                    "which has no hidden_dropout_prob; remove dropout from the recipe."
                 )
         with opening(str(context.model)):
             model = auto_class.from_pretrained(context.model, trust_remote_code=False, use_safetensors=True, **changes)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} entries but the model's vocabulary only "
-            f"vocab_size={model.config.vocab_size}; leave vocab_size out of the recipe or use the "
-            "tokenizer that the model was trained with."
+            f"The tokenizer has {len(tokenizer)} entries, but the model only has "
+            f"vocab_size={model.config.vocab_size}; remove vocab_size from the recipe, or use the "
+            "tokenizer of the model."
         )
     return model
 
 
 def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
-    """Return ``wanted``, or the shorter of the tokenizer's length and the model's positions."""
+    """Return the maximum sequence length in tokens: ``wanted``, or else the limit of the model.
+
+    The limit is the smaller of ``model_max_length`` of the tokenizer and
+    ``max_position_embeddings`` of the model.
+    """
     special = tokenizer.num_special_tokens_to_add()
     if wanted is not None and wanted <= special:
         raise ValueError(
-            f"max_length must be at least {special + 1}, which leaves room for {special} special tokens and text, got {wanted}."
+            f"max_length must be at least {special + 1}, because a sequence needs {special} special tokens "
+            f"and a token of text; got {wanted}."
         )
-    # Rotary positions have no table that could be too short.
+    # Rotary positions have no table, so ``wanted`` may exceed max_position_embeddings.
     rotary = getattr(config, "position_embedding_type", None) == "rotary"
     positions = getattr(config, "max_position_embeddings", None)
     if wanted is None:
@@ -92,7 +96,7 @@ def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
         return min(limit, positions or limit)
     if positions and wanted > positions and not rotary:
         raise ValueError(
-            f"max_length={wanted} exceeds the model's max_position_embeddings={positions}; shorten "
-            "max_length, or give the model more positions."
+            f"max_length={wanted} exceeds the model's max_position_embeddings={positions}; lower "
+            "max_length, or raise max_position_embeddings of a new model."
         )
     return wanted
