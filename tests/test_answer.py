@@ -369,7 +369,7 @@ def test_answers_in_no_window_are_counted(answer, caplog):
     rows.append({**rows[0], "context": context, "answers": {"text": [context[13:-1]], "answer_start": [13]}})
     with caplog.at_level(logging.WARNING):
         answer(rows, max_steps=1)
-    assert "1 of 17 answers are complete in no window" in caplog.text
+    assert "1 of 17 answers do not fit completely into one window" in caplog.text
 
 
 def test_figures_are_those_of_squad():
@@ -391,17 +391,20 @@ GOOD = {"question": "where ?", "context": "in rome .", "answers": {"text": ["rom
             r"Row 2 of .* has the answer 'rome' at character 2 .* ' rom' stands",
         ),
         ({"answers": {"text": ["rome"], "answer_start": [-1]}}, r"Row 2 of .* has the answer 'rome' at character -1"),
-        ({"answers": {"text": ["rome"], "answer_start": [99]}}, r"Row 2 .* where '' stands; correct answer_start, or remove"),
+        ({"answers": {"text": ["rome"], "answer_start": [99]}}, r"Row 2 .* has '' there; correct answer_start, or remove"),
         ({"answers": {"text": [""], "answer_start": [0]}}, r"Row 2 of .* has the answer '' at character 0"),
         (
             {"answers": {"text": ["rome"], "answer_start": []}},
             r"Row 2 of .* has answers=.*; it should be {text: .*empty lists",
         ),
-        ({"answers": {"text": [None], "answer_start": [3]}}, r"Row 2 of .* a string and the whole number"),
-        ({"answers": {"text": ["rome"], "answer_start": [None]}}, r"Row 2 of .* a string and the whole number"),
+        ({"answers": {"text": [None], "answer_start": [3]}}, r"Row 2 of .* a string and the index"),
+        ({"answers": {"text": ["rome"], "answer_start": [None]}}, r"Row 2 of .* a string and the index"),
         ({"answers": None}, r"no value in column 'answers' of row 2"),
         ({"question": None}, r"no value in column 'question' of row 2"),
-        ({"context": "in \u0007 .", "answers": {"text": ["\u0007"], "answer_start": [3]}}, r"Row 2 .* tokenizer keeps nothing"),
+        (
+            {"context": "in \u0007 .", "answers": {"text": ["\u0007"], "answer_start": [3]}},
+            r"Row 2 .* tokenizer makes no token",
+        ),
     ],
 )
 def test_refusals_name_the_row(answer, tmp_path, row, message):
@@ -416,7 +419,7 @@ def test_places_of_answers_are_whole_numbers_however_written():
     assert stage.read_answers(rows, [SimpleNamespace(path="qa")]) == [[(3, "rome")], []]
     for wrong in (3.5, "3", math.nan):
         rows = Dataset.from_list([{**GOOD, "answers": {"text": ["rome"], "answer_start": [wrong]}}])
-        with pytest.raises(ValueError, match=r"Row 1 of qa has answers=.*; it should be .* the whole number of its first"):
+        with pytest.raises(ValueError, match=r"Row 1 of qa has answers=.*; it should be .* the index of the first"):
             stage.read_answers(rows, [SimpleNamespace(path="qa")])
 
 

@@ -185,10 +185,10 @@ GOOD = {"question": "which is a thing ?", "choices": ["the cup", "the cat"], "la
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"choices": ["the cup"]}, r"Row 2 has 1 choices, and those before it 2; training needs the same number"),
+        ({"choices": ["the cup"]}, r"Row 2 has 1 choices, but the rows before have 2. Training needs equal numbers"),
         ({"choices": []}, r"Row 2 has choices=\[\]; it should be a list of texts"),
         ({"choices": ["a", None]}, r"Row 2 has choices=\['a', None\]; it should be a list of texts"),
-        ({"label": 2}, r"Row 2 of .* has label=2; with 2 choices it should be 0 to 1, or A to B"),
+        ({"label": 2}, r"Row 2 of .* has label=2; with 2 choices, it should be 0 to 1, or A to B"),
         ({"label": -1}, r"Row 2 of .* has label=-1"),
         ({"label": None}, r"no value in column 'label' of row 2"),
         ({"question": None}, r"no value in column 'question' of row 2"),
@@ -202,9 +202,9 @@ def test_refusals_name_the_row(choose, tmp_path, row, message):
 
 def test_refuses_labels_and_columns_that_are_not_there(choose, tokenizer):
     for label in ("C", "first", "1.5", ""):
-        with pytest.raises(ValueError, match=r"Row 1 of .* has label=.*; with 2 choices it should be 0 to 1, or A to B"):
+        with pytest.raises(ValueError, match=r"Row 1 of .* has label=.*; with 2 choices, it should be 0 to 1, or A to B"):
             choose([{**GOOD, "label": label}])
-    with pytest.raises(ValueError, match=r"Row 1 has a single choice"):
+    with pytest.raises(ValueError, match=r"Row 1 has only one choice"):
         choose([{**GOOD, "choices": ["the cup"]}])
     with pytest.raises(ValueError, match=r"usual are context \+ question; .*found text, choices, label; name it"):
         choose([{"text": "which ?", "choices": ["a", "b"], "label": 0}])

@@ -282,7 +282,7 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
 @pytest.mark.parametrize(
     ("text", "fields", "message"),
     [
-        ("query,label\na,1\nb,2\n", {}, "needs two columns of strings, queries and passages; it has query, label"),
+        ("query,label\na,1\nb,2\n", {}, "needs two string columns, for queries and passages; it has query, label"),
         ("query,answer\na,b\n", {}, "at least two rows"),
         ("query,answer\na,b\nc,d\n", {"negative_column": "hard"}, "no column 'hard'; it has query, answer"),
         ("query,answer\na,b\nc,d\n", {"anchor_column": "question"}, "no column 'question'; it has query, answer"),
@@ -296,7 +296,7 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ),
         ("query,answer\na,b\nc,d\n", {"make_pairs": True}, "usual are text, found query, answer; name it .text_column."),
         ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, and there are none"),
-        ("text\na b c d e\n", {"make_pairs": True}, "at least two rows are needed; .*wrong.csv has one"),
+        ("text\na b c d e\n", {"make_pairs": True}, "at least two rows; .*wrong.csv has one"),
         (
             "text\na b\nc d\n",
             {"make_pairs": True, "anchor_column": "text"},

@@ -243,7 +243,7 @@ def test_lists_of_wide_offsets_are_lists():
         (
             {"tokens": [["a", "b"], ["a", "b"]], "tags": [["B-X", "O"], ["O", "I-X"]]},
             {},
-            r"Row 2 has 'I-X' at word 2, where no entity of that type goes on",
+            r"Row 2 has 'I-X' at word 2, but no entity of this type before it",
         ),
         ({"tokens": [["a"], ["b"]], "tags": [["B-X"], ["B-Y"]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the label 'B-Y' in"),
         (
@@ -253,14 +253,14 @@ def test_lists_of_wide_offsets_are_lists():
         ),
         ({"tokens": [["a"], ["b"]], "tags": [[0], [3]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the label 3 .* 0 to 1"),
         ({"tokens": [["a"]], "tags": [["O"]]}, {"labels": ["O", "O"]}, r"labels\n.* O is given more than once"),
-        ({"tokens": [["a"], None], "tags": [["O"], ["O"]]}, {}, r"Row 2 has tokens=None; every word must be there"),
+        ({"tokens": [["a"], None], "tags": [["O"], ["O"]]}, {}, r"Row 2 has tokens=None; no word may be missing"),
         ({"tokens": [["a"], ["a", None]], "tags": [["O"], ["O", "O"]]}, {}, r"Row 2 has tokens=\['a', None\]"),
         ({"tokens": [["a"], ["b"]], "tags": [["O"], None]}, {}, r"Row 2 has 1 words but none tags in 'tags'"),
         ({"tokens": ["a", "b"], "tags": [["O"], ["O"]]}, {}, r"'tokens' holds .*; tagging needs a list of words"),
         ({"tokens": [["a"], ["b"]], "tags": ["O", "O"]}, {}, r"'tags' holds .*; tagging needs a list of tags"),
         ({"tokens": [["a"]], "gold": [["O"]], "silver": [["O"]]}, {}, r"usual are ner_tags; .*found tokens, gold, silver"),
         ({"tokens": [["a"]], "tags": [["O"]]}, {"token_column": "w"}, r"Column 'w' is not there .*token_column"),
-        ({"tokens": [[], []], "tags": [[], []]}, {"labels": ["O", "B-X"]}, r"has no word in any row"),
+        ({"tokens": [[], []], "tags": [[], []]}, {"labels": ["O", "B-X"]}, r"has no words in any row"),
         ({"tokens": [["a"]], "tags": [["B-X"]]}, {"metric_for_best": "macro_f1"}, r"use one of f1, precision, recall"),
         ({"tokens": [["a"]], "tags": [["B-X"]]}, {"max_length": 400}, r"max_length=400 exceeds the model's"),
         ({"tokens": [["a"]], "tags": [["B-X"]]}, {"max_length": 2}, r"max_length must be at least 3"),
@@ -277,7 +277,9 @@ def test_refusals_name_the_row_or_field(tag, tmp_path, columns, changes, message
 
 def test_tags_only_in_validation_are_refused(tag):
     rows = [{"tokens": ["ann"], "tags": ["B-PER"]}]
-    with pytest.raises(ValueError, match=r"eval_data may only have labels that data has: Row 2 has the label 'B-LOC' in 'tags'; the classes"):
+    with pytest.raises(
+        ValueError, match=r"eval_data may only have labels that data has: Row 2 has the label 'B-LOC' in 'tags'; the classes"
+    ):
         tag(rows, [*rows, {"tokens": ["oslo"], "tags": ["B-LOC"]}])
 
 

@@ -1,8 +1,7 @@
-"""The stages of a recipe, one module each.
+"""Implement the kinds of stages of a recipe, one module for each kind.
 
-A stage takes its arguments and the :class:`StageContext` that the recipe gives it. It
-leaves a complete model folder in ``context.output_dir`` and returns the metrics of
-``metrics.json``; those measured on ``eval_data`` are of the best model and begin with
-eval_. It raises ValueError for data or a model that does not fit, with the number of the
-row, and the errors of :func:`fit`.
+The function of a stage takes the arguments of the stage and a :class:`StageContext`. It writes
+a complete model folder to ``context.output_dir`` and returns the content of ``metrics.json``.
+Names of metrics on ``eval_data`` begin with ``eval_`` and belong to the best model. If data or
+a model do not fit, the function raises ValueError and names the row.
 """

@@ -1,4 +1,4 @@
-"""The ``answer`` stage: fine-tune extractive question answering."""
+"""Fine-tune models for extractive question answering (the ``answer`` stage)."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -28,16 +28,16 @@ Answers = list[tuple[int, str]]
 
 
 def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a model that marks answers, and measure it by :func:`answer_metrics`."""
+    """Fine-tune a question answering model, and return training and SQuAD metrics."""
     train = load(args.data, split="train")
     answers = read_answers(train, args.data)
-    # Two outputs, first and last token: transformers' heads count them as labels.
+    # The head has two outputs, for first and last token. transformers calls outputs labels.
     tokenizer, model, max_length = load_start(AutoModelForQuestionAnswering, args, context, num_labels=2)
     sizes = window_sizes(tokenizer, max_length, args.doc_stride, args.max_question_length)
     threshold = args.null_threshold
     if threshold is None and not all(answers):
         threshold = 0.0
-    # Kept in config.json, for prediction.
+    # Prediction reads these values from config.json.
     model.config.question_answering = {
         **sizes._asdict(),
         "max_answer_length": args.max_answer_length,
@@ -53,7 +53,7 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
 
 
 def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
-    """Return the answers of every row, as (first character, text); an empty list means none."""
+    """Return the answers of every row as (first character, text). Rows may have no answers."""
     check_columns(rows, [*_TEXTS, "answers"], sources)
     if not_text := sorted(set(_TEXTS) - set(text_columns(rows))):
         raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text.")
@@ -68,39 +68,39 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
         if any(start is None or not isinstance(text, str) for start, text in pairs):
             raise ValueError(
                 f"Row {number} of {where} has answers={entry!r}; it should be {{text: [...], "
-                "answer_start: [...]}} with a string and the whole number of its first character for "
-                "each answer, and empty lists where the question has no answer."
+                "answer_start: [...]}} with a string and the index of the first character of each answer. "
+                "Use empty lists for a question without answer."
             )
         for start, text in pairs:
             if not text or start < 0 or context[start : start + len(text)] != text:
                 there = context[max(0, start) : max(0, start) + max(1, len(text))]
                 raise ValueError(
-                    f"Row {number} of {where} has the answer {text!r} at character {start} of its context, "
-                    f"where {there!r} stands; correct answer_start, or remove the row."
+                    f"Row {number} of {where} has the answer {text!r} at character {start} of the context, "
+                    f"but the context has {there!r} there; correct answer_start, or remove the row."
                 )
         answers.append(pairs)
     return answers
 
 
 def _whole(start: Any) -> int | None:
-    """Return an integer or None. Pandas writes 4.0 where a column has missing values."""
+    """Convert ``start`` to an integer, or return None. pandas may write 4 as 4.0."""
     if isinstance(start, float) and start.is_integer():
         return int(start)
     return start if isinstance(start, int) and not isinstance(start, bool) else None
 
 
 class AnswerRows(TokenizedDataset):
-    """Windows with the first and last token of their answer, ``labels`` (windows, 2)."""
+    """Store windows with ``labels`` (windows, 2), the first and last token of each answer."""
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the inputs of the model, with start_positions and end_positions (rows,)."""
+        """Return model inputs, with ``start_positions`` and ``end_positions`` (rows,) each."""
         batch = super().collate(rows)
         first, last = batch.pop("labels").unbind(dim=1)
         return {**batch, "start_positions": first, "end_positions": last}
 
 
 def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes: WindowSizes) -> AnswerRows:
-    """Return the windows to train on. Those without the first answer are labelled ``[CLS]``."""
+    """Return training windows. Windows without the first answer have the label ``[CLS]``."""
     labels: list[tuple[int, int]] = []
     lost = 0
 
@@ -115,8 +115,8 @@ def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes
                 places = [find_tokens(pieces, first, first + len(text)) for first, text in wanted]
                 if None in places:
                     raise ValueError(
-                        f"Row {some.start + row + 1} has the answer {wanted[0][1]!r}, of which the tokenizer "
-                        "keeps nothing; correct it, or remove the row."
+                        f"Row {some.start + row + 1} has the answer {wanted[0][1]!r}, but the tokenizer "
+                        "makes no token of this answer; correct the answer, or remove the row."
                     )
                 found = places[0] if places and places[0] else [(0, 0)] * len(pieces)
                 lost += bool(wanted) and not any(first for first, _ in found)
@@ -128,23 +128,24 @@ def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes
     made.labels = np.array(labels, dtype=np.int64)
     if lost and processes().is_main_process:
         logger.warning(
-            "%d of %d answers are complete in no window and count as unanswerable; raise doc_stride (%d) or max_length (%d).",
+            "%d of %d answers do not fit completely into one window, and count as unanswerable; raise "
+            "doc_stride (%d) or max_length (%d).",
             *(lost, len(rows), sizes.doc_stride, sizes.max_length),
         )
     return made
 
 
 def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[int, int]] | None:
-    """Return the first and last token of characters ``start`` to ``end`` in each window of a row.
+    """Find the tokens of the characters from ``start`` to ``end`` in each window of a row.
 
     Returns:
-        (0, 0), the place of ``[CLS]``, for windows that do not hold all of them; None
-        where no token covers any.
+        For each window, the first and the last token, or (0, 0) (the index of ``[CLS]``) if the
+        window does not contain all characters. None if no token covers these characters.
     """
     found: list[tuple[int, int] | None] = []
     places: list[tuple[int, int]] = []  # characters of the answer's tokens
     for window in windows:
-        # Tokens may share a character or leave some out, but both columns never fall.
+        # Tokens may overlap or leave out characters, but both columns of offsets are sorted.
         first = int(np.searchsorted(window.offsets[:, 1], start, side="right"))
         last = int(np.searchsorted(window.offsets[:, 0], end, side="left")) - 1
         found.append((first, last) if first <= last else None)
@@ -163,7 +164,7 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
 def evaluator(
     rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures answers to ``rows``; processes share the rows."""
+    """Return a function that measures the answers of a model. Processes share the rows."""
     texts = [[text for _, text in row] for row in answers]
     rows = rows.select_columns(list(_TEXTS))
 
@@ -175,15 +176,15 @@ def evaluator(
 
 
 def answer_metrics(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return exact match and F1 of SQuAD (Rajpurkar et al. 2018, arXiv:1806.03822).
+    """Return exact match and F1 as in SQuAD (Rajpurkar et al. 2018, arXiv:1806.03822).
 
-    If some rows have no answer, both are also given for the rows with and without an
-    answer.
+    If some rows have no answer, the result also has exact match and F1 for rows with an answer
+    and for rows without an answer.
 
     Args:
-        given: a text per row; an empty text is no answer.
-        expected: the right answers of each row, of which the best counts; an empty list
-            is no answer.
+        given: predicted text of each row. An empty text means no answer.
+        expected: correct answers of each row. The best match counts. An empty list means no
+            answer.
 
     >>> answer_metrics(["the cat", "a big dog"], [["cat", "the cats"], ["big dogs"]])
     {'exact_match': 0.5, 'f1': 0.75}

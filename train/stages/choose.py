@@ -1,4 +1,4 @@
-"""The ``choose`` stage: fine-tune multiple choice."""
+"""Fine-tune models for multiple choice (the ``choose`` stage)."""
 
 import string
 from collections.abc import Callable, Sequence
@@ -20,22 +20,21 @@ from minibert.train.stage import StageContext, load_start
 
 
 def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a model that scores choices, and measure it by :func:`choice_metrics`."""
+    """Fine-tune a multiple choice model, and return training metrics, accuracy and loss."""
     train = load(args.data, split="train")
     columns = find_choice_columns(train.column_names, args.text_columns, args.choice_columns)
     asked, labels = read_choices(train, columns, args.label_column, args.data)
     refuse_uneven(asked)
 
-    # One score per choice; the problem type of an earlier classifier does not apply.
+    # The head has one score per choice. The problem type of an earlier classifier is not used.
     changes: dict[str, Any] = {"num_labels": 1, "problem_type": None}
     if context.model is not None:
         start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
-        # The head of a classifier has the same name but another shape; a new one replaces
-        # it.
+        # The head of a classifier has the same name but another shape. Create a new head.
         architecture = (start.architectures or [""])[0]
         changes["ignore_mismatched_sizes"] = not architecture.endswith("ForMultipleChoice")
     tokenizer, model, max_length = load_start(AutoModelForMultipleChoice, args, context, **changes)
-    # Kept in config.json, for files with the same columns.
+    # Prediction reads these values from config.json, for files with the same columns.
     model.config.multiple_choice = {
         "max_length": max_length,
         "text_columns": columns[0],
@@ -55,7 +54,7 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
 def read_choices(
     rows: Dataset, columns: tuple[list[str], list[str]], label_column: str, sources: Sequence[Any]
 ) -> tuple[list[Choices], np.ndarray]:
-    """Return the questions with their choices, and the number of the right choice of each."""
+    """Return the choices of each row, and the index of the right choice of each row."""
     check_columns(rows, [*columns[0], *columns[1], label_column], sources)
     asked = list(choices_of(rows, columns))
     labels = []
@@ -64,15 +63,15 @@ def read_choices(
         if (choice := read_label(label, count)) is None:
             where = " + ".join(source.path for source in sources)
             raise ValueError(
-                f"Row {number} of {where} has {label_column}={label!r}; with {count} choices it "
-                f"should be 0 to {count - 1}, or A to {string.ascii_uppercase[min(count, 26) - 1]}."
+                f"Row {number} of {where} has {label_column}={label!r}; with {count} choices, it should be "
+                f"0 to {count - 1}, or A to {string.ascii_uppercase[min(count, 26) - 1]}."
             )
         labels.append(choice)
     return asked, np.array(labels, dtype=np.int64)
 
 
 def read_label(label: Any, choices: int) -> int | None:
-    """Return the number of a choice, given as that, its digits, or a letter from A; else None.
+    """Return the index of a choice from a number, digits or a letter, or None if not valid.
 
     >>> [read_label(label, 4) for label in (3, "3", "D", "d", "E")]
     [3, 3, 3, 3, None]
@@ -85,24 +84,24 @@ def read_label(label: Any, choices: int) -> int | None:
 
 
 def refuse_uneven(asked: Sequence[Choices]) -> None:
-    """Refuse training rows with a single choice, or with different numbers of choices."""
+    """Raise ValueError if rows have only one choice, or different numbers of choices."""
     count = len(asked[0].choices)
     if count < 2:
-        raise ValueError("Row 1 has a single choice, which leaves nothing to choose; give at least two.")
+        raise ValueError("Row 1 has only one choice; give at least two choices in every row.")
     for number, row in enumerate(asked, start=1):
         if len(row.choices) != count:
             raise ValueError(
-                f"Row {number} has {len(row.choices)} choices, and those before it {count}; "
-                "training needs the same number in every row, so complete or remove it."
+                f"Row {number} has {len(row.choices)} choices, but the rows before have {count}. Training "
+                "needs equal numbers of choices; complete or remove this row."
             )
 
 
 class ChoiceRows:
-    """Questions, each tokenized with every one of its choices.
+    """Store questions that are tokenized together with each choice.
 
     Attributes:
-        pairs: a row of tokens for each question and choice, those of a question in
-            succession.
+        pairs: one row for each pair of question and choice. Pairs of a question are adjacent.
+        choices: number of choices of each question.
     """
 
     def __init__(self, pairs: TokenizedDataset, choices: int):
@@ -110,7 +109,7 @@ class ChoiceRows:
 
     @classmethod
     def from_choices(cls, asked: Sequence[Choices], labels: np.ndarray, tokenizer: Any, max_length: int) -> "ChoiceRows":
-        """Tokenize, cutting the longer of question and choice first."""
+        """Tokenize each question with each choice. The longer text of a pair is cut first."""
         firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         texts = Dataset.from_dict({"first": firsts, "second": seconds})
         choices = len(texts) // len(labels)
@@ -121,14 +120,14 @@ class ChoiceRows:
         return len(self.pairs) // self.choices
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the inputs of the model, (rows, choices, longest), and labels (rows,)."""
+        """Return model inputs, each (rows, choices, longest pair), and labels (rows,)."""
         batch = self.pairs.collate((rows[:, None] * self.choices + np.arange(self.choices)).ravel())
         labels = batch.pop("labels").view(len(rows), self.choices)[:, 0]
         return {**{name: tensor.unflatten(0, (len(rows), self.choices)) for name, tensor in batch.items()}, "labels": labels}
 
 
 def evaluator(rows: Dataset, labels: np.ndarray, tokenizer: Any, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures choices in ``rows``; processes share the rows."""
+    """Return a function that measures the choices of a model. Processes share the rows."""
 
     def evaluate(model: Any) -> dict[str, float]:
         results = results_of(rows, lambda mine: choose_rows(model, tokenizer, mine, batch_size=batch_size))
@@ -138,7 +137,7 @@ def evaluator(rows: Dataset, labels: np.ndarray, tokenizer: Any, batch_size: int
 
 
 def choice_metrics(probabilities: Sequence[Sequence[float]], labels: Sequence[int] | np.ndarray) -> dict[str, float]:
-    """Return the accuracy, and as loss the cross entropy of the right choices.
+    """Return the accuracy and the loss. The loss is the cross entropy of the right choices.
 
     >>> choice_metrics([[0.5, 0.5], [0.75, 0.25]], [0, 0])["accuracy"]
     1.0

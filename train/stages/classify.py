@@ -1,4 +1,4 @@
-"""The ``classify`` stage: fine-tune a classifier of texts, or of pairs of texts."""
+"""Fine-tune classifiers of texts or text pairs (the ``classify`` stage)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from minibert.train.stage import StageContext, load_start
 
 
 def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a classifier, and measure it by :func:`classification_metrics`."""
+    """Fine-tune a classifier, and return training and classification metrics."""
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels = read_labels(train, args.label_column, args.labels, args.problem_type)
@@ -32,7 +32,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
         problem_type=labels.problem_type,
         **head_changes(context, labels.names),
     )
-    model.config.text_columns = columns  # kept in config.json, for files with the same columns
+    model.config.text_columns = columns  # prediction reads them from config.json
 
     evaluate = None
     if args.eval_data:
@@ -49,7 +49,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
 def find_text_columns(
     rows: Dataset, wanted: Sequence[str] | None, label_column: str | Sequence[str], sources: Sequence[Any]
 ) -> list[str]:
-    """Return the columns to read, given or detected; they and the labels must have values."""
+    """Return the text columns, given or detected. Texts and labels must not be missing."""
     labels = [label_column] if isinstance(label_column, str) else list(label_column)
     found = [name for name in text_columns(rows) if name not in labels]
     where, every = sources[0].path, rows.column_names
@@ -59,7 +59,7 @@ def find_text_columns(
 
 
 def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a classifier; processes share the rows."""
+    """Return a function that measures a classifier. Processes share the rows."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         numbers, logits = compute_outputs(model, rows, batch_size)

@@ -1,4 +1,4 @@
-"""The ``embed`` stage: sentence embeddings from pairs, trained by sentence-transformers."""
+"""Train sentence embeddings on pairs with sentence-transformers (the ``embed`` stage)."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,16 +29,15 @@ from minibert.train.loop import checkpoint_activations, in_precision
 from minibert.train.sentence_trainer import train
 from minibert.train.stage import StageContext, load_start
 
-# A passage that is this close to the positive, as a share of the positive's similarity,
-# may well answer the query too.
+# A passage whose similarity is less than this share below the positive's may also be an answer.
 _MARGIN = 0.05
 
 
 def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
-    """Train a sentence-transformers model, and measure retrieval.
+    """Train a sentence-transformers model, and return training and retrieval metrics.
 
-    The loss is the multiple negatives ranking loss (Henderson et al. 2017,
-    arXiv:1705.00652), or its cached form (Gao et al. 2021, arXiv:2101.06983).
+    The loss is the multiple negatives ranking loss (Henderson et al. 2017, arXiv:1705.00652), or
+    the cached form of this loss (Gao et al. 2021, arXiv:2101.06983).
     """
     sources = training_pairs(args, context.seed)
     evaluate = _evaluator(args)
@@ -50,12 +49,11 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
 
 
 def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
-    """Return columns of queries, passages and (if named) negatives, in that order.
+    """Return training data with columns ``anchor``, ``positive`` and, if given, ``negative``.
 
     Returns:
-        Data sets by place and path: with ``one_source_per_batch`` one for each source,
-            else one of
-        given pairs and one of pairs made from plain text.
+        Data sets by number and path. With ``one_source_per_batch``, each source has a data set.
+        Otherwise one data set has all given pairs, and another has the pairs made from texts.
     """
     if args.one_source_per_batch:
         groups = [[source] for source in args.data]
@@ -74,9 +72,7 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
             check_columns(dataset, [args.negative_column], group)
             columns.append(args.negative_column)
         if len(dataset) < 2:
-            raise ValueError(
-                f"Training pairs are each other's negatives, so at least two rows are needed; {group[0].path} has one."
-            )
+            raise ValueError(f"In-batch negatives need at least two rows; {group[0].path} has one.")
         names = dict(zip(columns, ("anchor", "positive", "negative"), strict=False))
         found[f"{number} {Path(group[0].path).name}"] = dataset.select_columns(columns).rename_columns(names)
     return found
@@ -85,15 +81,15 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
 def _with_negatives(
     sources: dict[str, Dataset], model: SentenceTransformer, args: EmbedStage, folder: Path
 ) -> dict[str, Dataset]:
-    """Add hard negatives where ``args`` ask for them, and drop the pairs with too few.
+    """Add hard negatives as ``args`` requests, and drop pairs with too few hard negatives.
 
-    Hard negatives are the passages most similar to the query, by ``model``, but clearly
-    less similar than the positive. They are mined once and kept in ``folder``, so that a
-    run that resumes trains on the same rows, as does a source given twice.
+    Hard negatives are the passages most similar to the query according to ``model``, but clearly
+    less similar than the positive. They are mined once and saved in ``folder``, so a resumed
+    run trains on the same rows.
     """
     mined = dict(sources)
     for number, (name, pairs) in enumerate(sources.items()):
-        # Sources that share a data set mine the same number.
+        # All sources of a data set have the same number of hard negatives.
         source = args.data[number if args.one_source_per_batch else 0]
         wanted = args.hard_negatives_of(source)
         if not wanted:
@@ -114,7 +110,7 @@ def _with_negatives(
             if len(found) < 2:
                 raise ValueError(
                     f"Only {len(found)} of {len(pairs)} pairs of {name.partition(' ')[2]} have {wanted} hard "
-                    "negatives; lower hard_negatives, or start from a model that tells these texts apart."
+                    "negatives; lower hard_negatives, or start from a better embedding model."
                 )
             checkpoint.write_folder(kept, partial(Dataset.save_to_disk, found))
         processes().wait_for_everyone()
@@ -128,8 +124,8 @@ def _pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSour
     columns = [name for wanted in named if (name := wanted or next(free, None))]
     if len(columns) < 2:
         raise ValueError(
-            f"{' + '.join(source.path for source in sources)} needs two columns of strings, queries and passages; "
-            f"it has {', '.join(dataset.column_names)}. Name them with anchor_column: and positive_column:."
+            f"{' + '.join(source.path for source in sources)} needs two string columns, for queries and "
+            f"passages; it has {', '.join(dataset.column_names)}. Set anchor_column and positive_column."
         )
     check_columns(dataset, columns, sources)
     return columns
@@ -149,10 +145,10 @@ def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransfor
 def sentence_model(
     encoder: Any, tokenizer: Any, start: Path, pooling: Any, normalize: bool, **options: Any
 ) -> SentenceTransformer:
-    """Wrap ``encoder`` with pooling (and normalization) as sentence-transformers modules.
+    """Return a sentence-transformers model of ``encoder``, pooling and optional normalization.
 
-    sentence-transformers only opens folders, so both are saved to ``start`` for a moment.
-    The ``options`` are those of :class:`SentenceTransformer`.
+    sentence-transformers only opens folders, so the encoder and the tokenizer are saved in
+    ``start`` temporarily. ``options`` are passed to :class:`SentenceTransformer`.
     """
     state = processes()
     if state.is_main_process:
@@ -177,7 +173,7 @@ def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
 
 
 def _evaluator(args: EmbedStage) -> Callable[[SentenceTransformer], dict[str, float]] | None:
-    """Return a function that measures retrieval on held-out pairs as ``minibert evaluate`` does."""
+    """Return a function that measures retrieval on pairs in the same way as ``evaluate``."""
     if args.eval_data is None:
         return None
     pairs = load(args.eval_data, split="validation")

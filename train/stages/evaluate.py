@@ -1,16 +1,16 @@
-"""Measure the model of a recipe on data sets."""
+"""Measure a model on data sets (the ``evaluate`` stage)."""
 
 from typing import Any
 
 from minibert.data.load import load
 from minibert.evaluation.evaluate import evaluate
-from minibert.inference import bm25  # noqa: F401  # its absence shows before the first stage trains
+from minibert.inference import bm25  # noqa: F401  # reports a missing package before training
 from minibert.train.arguments import EvaluateStage
 from minibert.train.stage import StageContext
 
 
 def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]:
-    """Return the metrics of the model on each data set of the ``evaluate`` stage, by the path of the data set."""
+    """Return a dictionary from the path of each data set to the metrics of the model."""
     metrics = {}
     for source in args.data:
         data = load([source], split="validation")

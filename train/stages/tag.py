@@ -1,4 +1,4 @@
-"""The ``tag`` stage: fine-tune a tagger; the first subword of each word carries its tag."""
+"""Fine-tune taggers of words (the ``tag`` stage). The first subword of a word has the tag."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
@@ -22,13 +22,13 @@ _TAG_METRICS = ("accuracy", "macro_f1", "loss")
 
 
 def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
-    """Fine-tune a tagger of words, and measure it by :func:`tag_metrics` and the loss per word."""
+    """Fine-tune a tagger, and return training metrics, tag metrics and the loss per word."""
     train = load(args.data, split="train")
     columns = find_tag_columns(train, args.token_column, args.tag_column, args.data[0].path)
     sentences = read_words(train, columns[0])
     tags, names = read_tags(train, columns[1], sentences, args.labels)
     if not any(sentences):
-        raise ValueError(f"{args.data[0].path} has no word in any row; give data that holds words.")
+        raise ValueError(f"{args.data[0].path} has no words in any row; give data with words.")
     metric = choose_metric(args.metric_for_best, _ENTITY_METRICS if holds_entities(names) else _TAG_METRICS)
     changes = head_changes(context, names)
     tokenizer, model, max_length = load_start(AutoModelForTokenClassification, args, context, **changes)
@@ -47,11 +47,10 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
 
 
 class TagRows(TokenizedDataset):
-    """Windows of tagged sentences.
+    """Store windows of tagged sentences.
 
-    ``labels`` is (tokens of all windows,): a tag at the first subword of a word, else
-    -100. Every word has its tag once, so the labelled tokens of all windows are the words
-    in order.
+    ``labels`` (tokens of all windows,) has a tag at the first subword of each word, and -100 at
+    other tokens. Each word has a tag in one window only, so labelled tokens are in word order.
     """
 
     @classmethod
@@ -63,7 +62,7 @@ class TagRows(TokenizedDataset):
         tokenizer: Any,
         max_length: int,
     ) -> "TagRows":
-        """Cut ``sentences`` into windows of at most ``max_length`` tokens, and label them."""
+        """Split sentences into labelled windows of at most ``max_length`` tokens."""
         words = []
 
         def chunks() -> Iterator[tuple[Any, Any]]:
@@ -79,7 +78,7 @@ class TagRows(TokenizedDataset):
         return made
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the inputs of the model and labels, (windows, longest) each."""
+        """Return model inputs and labels, each of shape (windows, longest window)."""
         batch, mask, taken = self.pad(rows)
         batch["labels"] = np.full(mask.shape, -100, dtype=np.int64)
         batch["labels"][mask] = self.labels[taken]
@@ -89,7 +88,7 @@ class TagRows(TokenizedDataset):
 def evaluator(
     rows: TagRows, expected: Sequence[Sequence[str]], names: Sequence[str], batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a tagger on every word; processes share the windows."""
+    """Return a function that measures a tagger on all words. Processes share the windows."""
     ends = np.cumsum([0, *map(len, expected)])
 
     def evaluate(model: nn.Module) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Train a tokenizer on the texts of a recipe."""
+"""Train tokenizers (the ``tokenizer`` stage)."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from minibert.train.stage import StageContext
 
 
 def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, Any]:
-    """Train and save the tokenizer of a ``tokenizer`` stage, and return the number of rows and of its entries."""
+    """Train and save a tokenizer, and return the number of rows and the vocabulary size."""
     parts = []
-    for source in args.data:  # one by one: they need not share a column
+    for source in args.data:  # sources may have different columns
         dataset = load([source])
         columns = args.text_columns or text_columns(dataset)
         check_columns(dataset, columns, [source], filled=False)
         if not columns:
-            raise ValueError(f"{source.path} has no column of strings; it has {', '.join(dataset.column_names)}.")
+            raise ValueError(f"{source.path} has no string column; it has {', '.join(dataset.column_names)}.")
         parts.append(dataset.select_columns(columns))
     values = (value for part in parts for batch in part.iter(1000) for column in batch.values() for value in column if value)
-    texts = (" ".join(value) if isinstance(value, list) else value for value in values)  # lists of words, where taggers learn
+    texts = (" ".join(value) if isinstance(value, list) else value for value in values)  # taggers have lists
     train = train_wordpiece if args.method == "wordpiece" else train_word_level
     options = {} if args.min_frequency is None else {"min_frequency": args.min_frequency}
     tokenizer = train(
