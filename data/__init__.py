@@ -1,1 +1,1 @@
-"""Reads rows by path: local files and folders, data sets on the Hub, and installed docs."""
+"""Read data, labels and questions from files, the Hub or the installed documentation."""

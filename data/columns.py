@@ -1,4 +1,4 @@
-"""Find the columns that hold texts."""
+"""Choose the columns of a data set that hold texts."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,12 @@ def pick_columns(
     where: str = "the data",
     columns: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return the columns ``wanted``, else the first complete ``usual`` group, else the only column.
+    """Return the names of the columns to read.
 
-    ``found`` are the columns of strings, and ``usual`` groups of names in order of
-    preference; a group of one name allows the only column. ``option`` (such as
-    ``--column``), ``where`` and ``columns`` are for messages.
+    If ``wanted`` is given, return ``wanted``. Otherwise, return the first group of ``usual``
+    names that are all in ``found``. If no group matches and one of the groups has a single
+    name, return the only column in ``found``. ``option``, ``where`` and ``columns`` are used in
+    error messages.
 
     >>> pick_columns(["title", "text"], None, [["question", "context"], ["text"]], option="--column")
     ['text']
@@ -35,6 +36,6 @@ def pick_columns(
     if len(found) == 1 and any(len(group) == 1 for group in usual):
         return list(found)
     if not found:
-        raise ValueError(f"No column of {where} holds texts; the columns are {shown}. Give data with a column of strings.")
+        raise ValueError(f"No column of {where} holds texts; the columns are {shown}. Give data with strings.")
     names = "; ".join(" + ".join(group) for group in usual)
     raise ValueError(f"It is not clear which column of {where} to read: usual are {names}, found {shown}; name it ({option}).")

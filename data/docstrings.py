@@ -1,8 +1,9 @@
-"""Make the quickstart's corpus: pairs from the documentation of the installed Python packages.
+"""Build query-answer pairs from the docstrings of the installed Python packages.
 
-Sources are parsed, never imported, so building the corpus runs none of their code. A
-docstring's summary becomes the query, the rest of it the answer. Whole modules are held
-out for validation, and a text seen in one pair appears in no other.
+The pairs are the corpus of the quickstart. Source files are parsed and never imported, so none
+of their code runs. The summary of a docstring is the query, and the rest of the docstring is
+the answer. Complete modules are held out for validation. A pair that repeats the text of an
+earlier pair is left out.
 """
 
 import ast
@@ -23,8 +24,7 @@ from typing import NamedTuple
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-# The standard library always comes first; then these, where installed, best written
-# documentation first.
+# These packages follow the standard library, if installed. The best documented come first.
 PACKAGES = (
     *("numpy", "pandas", "scipy", "sklearn", "torch", "networkx", "datasets", "sentence_transformers", "transformers"),
     *("tokenizers", "huggingface_hub", "accelerate", "safetensors", "sympy", "mpmath", "pyarrow", "matplotlib", "statsmodels"),
@@ -34,8 +34,7 @@ PACKAGES = (
 )
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_test", "_tests", "__pycache__", "site-packages", "_vendor"}
 SKIPPED_FOLDERS |= {"idlelib", "lib2to3"}
-# A third of all source text, mostly near-copies of one another or internals; reading them
-# takes ten seconds.
+# A third of all source text, mostly near-copies or internals. Reading it takes ten seconds.
 SKIPPED_PATHS = {("transformers", "models"), ("torch", "_inductor"), ("torch", "_dynamo"), ("pygments", "lexers")}
 HELD_OUT_PERCENT = 8
 MAX_PAIRS = 40_000
@@ -45,7 +44,7 @@ _RUN = 6  # words
 
 
 class Document(NamedTuple):
-    """Hold a docstring: its module, its object's name, its summary sentence, and the text after."""
+    """Store a docstring: its module, the name of the object, the summary and the body."""
 
     module: str
     name: str
@@ -54,21 +53,21 @@ class Document(NamedTuple):
 
 
 def load_pairs(split: str = "train") -> Dataset:
-    """Return the pairs of one split, shuffled in a fixed order.
+    """Return the query-answer pairs of one split, in a fixed random order.
 
     Args:
-        split: ``"train"``, or ``"validation"`` for the modules that training never sees.
+        split: ``"train"`` or ``"validation"``. No module is in both splits.
 
     Returns:
-        The string columns ``query`` (summary), ``answer`` (name and description) and
-        ``module``.
+        A data set with three columns of strings: ``query`` (the summary of a docstring),
+            ``answer`` (the name of the object and the rest of the docstring) and ``module``.
     """
     rows = [{"query": title, "answer": f"{name}: {body}", "module": module} for module, name, title, body in _split(split)]
     return Dataset.from_list(rows)
 
 
 def load_passages() -> Dataset:
-    """Return the documents of public objects, of both splits, to search: ``text`` and ``name``."""
+    """Return the docstrings of all public objects, in the columns ``text`` and ``name``."""
     rows = [
         {"text": f"{name}: {title} {body}", "name": name}
         for module, name, title, body in [*_split("train"), *_split("validation")]
@@ -85,14 +84,14 @@ def _split(split: str) -> list[Document]:
     if not documents:
         raise ValueError(
             f"The packages installed in this environment hold no documentation for the split {split}; "
-            "install some with their sources (numpy, scipy, transformers) or name a data set in the recipe."
+            "install packages such as numpy or scipy, or name a data set in the recipe."
         )
     random.Random(SEED).shuffle(documents)
     return documents
 
 
 def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ...]:
-    """Return the import name (``""``: the standard library) and folder of what is installed."""
+    """Return (name, folder) of installed packages. The standard library has the name ``""``."""
     roots = [("", Path(sysconfig.get_path("stdlib")))]
     for package in packages:
         spec = importlib.machinery.PathFinder.find_spec(package)
@@ -103,7 +102,7 @@ def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ..
 
 @functools.lru_cache(maxsize=1)  # the stages of a recipe share the result
 def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
-    """Return the first documents under the given roots, without repetition."""
+    """Return at most ``MAX_PAIRS`` documents from the given folders, without duplicates."""
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
     progress = tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5)
     found = itertools.chain.from_iterable(
@@ -113,7 +112,7 @@ def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
 
 
 def source_files(root: Path) -> list[Path]:
-    """Return the Python files below a folder, sorted, without tests and vendored packages."""
+    """Return the sorted Python files in ``root``, without tests and other skipped folders."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -134,12 +133,12 @@ def module_name(package: str, root: Path, path: Path) -> str:
 
 
 def is_held_out(module: str) -> bool:
-    """Return True if a module belongs to validation, which its name alone decides."""
+    """Return True if a hash of the module's name assigns the module to the validation split."""
     return int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 def read_documents(path: Path, module: str) -> Iterator[Document]:
-    """Yield the objects of a source file whose docstring has a summary and something after it."""
+    """Yield a document for each docstring of a source file that has a summary and a body."""
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:
         return
@@ -147,7 +146,7 @@ def read_documents(path: Path, module: str) -> Iterator[Document]:
         warnings.simplefilter("ignore")  # invalid escapes in strings
         try:
             tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # templates and files for another Python
+        except (SyntaxError, ValueError):  # templates, and files for another version of Python
             return
     for name, docstring in docstrings(tree, module):
         title, body = title_and_body(docstring)
@@ -156,7 +155,7 @@ def read_documents(path: Path, module: str) -> Iterator[Document]:
 
 
 def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    r"""Yield the names and docstrings of a module, its classes, functions and documented objects.
+    r"""Yield the name and the docstring of every documented object in a module.
 
     >>> list(docstrings(ast.parse("class A:\n  def b(self):\n    'Does b.'"), "m"))
     [('m.A.b', 'Does b.')]
@@ -174,8 +173,7 @@ def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
 
 
 def _documented_by_call(call: ast.Call) -> Iterator[tuple[str, str]]:
-    # numpy and torch document compiled functions by add_newdoc("numpy", "zeros",
-    # """..."""), add_docstr(torch.abs, """...""").
+    # numpy and torch document compiled functions by calls of add_newdoc and add_docstr.
     if "doc" not in ast.unparse(call.func) or len(call.args) < 2:
         return
     *target, text = call.args
@@ -215,7 +213,7 @@ def plain_text(text: str) -> str:
 
 
 def title_and_body(docstring: str) -> tuple[str, str]:
-    """Return the summary sentence and the rest as plain text; both are empty if either is too short.
+    """Return summary and body as plain text, or empty strings if one is short or not prose.
 
     >>> title_and_body("Return the larger of two numbers. Ties go to the first one, as they do in every sorting function.")
     ('Return the larger of two numbers.', 'Ties go to the first one, as they do in every sorting function.')
@@ -236,11 +234,11 @@ def _is_prose(text: str) -> bool:
 
 
 def without_repetition(documents: Iterable[Document]) -> Iterator[Document]:
-    """Leave out documents seen before, and titles that name too many things.
+    """Yield the documents that repeat no earlier document, and whose title is not too common.
 
-    A document was seen if its title or name was, or half of the runs of words in its
-    body: documentation is often copied from class to class, and such a copy must not
-    stand on the other side of the split.
+    A document is a repetition if its title or name occurred before, or if half of its sequences
+    of six words did. Documentation is often copied from class to class. A copy must not be in
+    the validation split if the original is in the training split.
     """
     documents = list(documents)
     keys = [_words(document.title) for document in documents]

@@ -1,4 +1,4 @@
-"""Read the labels of texts in the usual forms: one class, several classes, or a number."""
+"""Read the labels of classification and regression from the columns of a data set."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
     "regression",
 )
 
-# More numbered classes than rows are refused above this number.
+# Above this number, there must not be more numbered classes than rows.
 _CLASSES_OF_FEW_ROWS = 1000
 _NUMBERS = ("int", "uint", "float", "bool")
 
 
 class Labels(NamedTuple):
-    """Hold the labels of all rows.
+    """Store the labels of all rows.
 
     Attributes:
-        problem_type: one of :data:`PROBLEM_TYPES`, as in a model's configuration.
-        values: (rows,) classes, int64; (rows, classes) zeros and ones, float32; or
-            (rows,) numbers, float32.
-        names: the names of the classes in order, or the name of the number.
+        problem_type: an element of :data:`PROBLEM_TYPES`, as in the configuration of a model.
+        values: (rows,) int64 class numbers for a single label, (rows, classes) float32 zeros
+            and ones for multi-label, or (rows,) float32 numbers for regression.
+        names: the names of the classes in order. For regression, the name of the number.
     """
 
     problem_type: str
@@ -39,11 +39,15 @@ def read_labels(
     names: Sequence[str] | None = None,
     problem_type: str | None = None,
 ) -> Labels:
-    """Read the labels of all rows from one column, or from one of 0 and 1 for each class.
+    """Read the labels of all rows from one column, or from a column of 0 and 1 for each class.
 
-    ``names`` are the classes in order; the default is as in :func:`number_labels`, or the
-    columns. The default of ``problem_type`` is multi-label for lists or several columns,
-    regression for fractions without named classes, else single-label.
+    ``names`` are the names of the classes in order. By default, they are the names of the
+    columns if there are several columns. For one column, the default is that of
+    :func:`number_labels`.
+
+    ``problem_type`` defaults to multi-label for several columns or a column of lists. It
+    defaults to regression for a column of fractions without ``names``, and to single-label
+    otherwise.
     """
     problem_type = problem_type or _detect_problem_type(rows, column, names)
     if not isinstance(column, str):
@@ -53,9 +57,9 @@ def read_labels(
     feature, values = rows.features[column], rows[column][:]
     if problem_type == REGRESSION:
         if names and len(names) > 1:
-            raise ValueError(f"Regression predicts one number, which has one name, not {', '.join(names)}; leave labels out.")
+            raise ValueError(f"Regression predicts one number, but labels names {', '.join(names)}; remove labels.")
         good = [isinstance(value, int | float) and math.isfinite(value) for value in values]
-        _refuse_first(values, good, column, "a finite number belongs there; correct it or remove the row")
+        _refuse_first(values, good, column, "a finite number belongs there; correct the value or remove the row")
         numbers = np.array(values, dtype=np.float32)
         return Labels(REGRESSION, numbers, list(names or [column]))
     if problem_type == MULTI:
@@ -81,17 +85,17 @@ def _detect_problem_type(rows: Dataset, column: str | Sequence[str], names: Sequ
 def number_labels(
     lists: Sequence[Sequence[Any]], feature: Any, column: str, names: Sequence[str] | None = None
 ) -> tuple[list[list[int]], list[str]]:
-    """Return the numbers of the labels in ``lists``, and the names of all classes in order.
+    """Return the class numbers of the labels in ``lists``, and the names of all classes.
 
-    Where labels are strings, or any label is among the names, all are read as names; else
-    numbers are positions.
+    Labels are class names if the column holds strings, or if any label is in ``names``.
+    Otherwise, labels are class numbers.
 
-    The default ``names`` are those of the ClassLabel, the strings found (sorted), or 0 …
-    n-1.
+    ``names`` defaults to the names of the ClassLabel. Without a ClassLabel, it defaults to the
+    sorted labels of a column of strings, or to 0 … n-1 for a column of numbers.
     """
     is_class = isinstance(feature, ClassLabel)
     if not (is_class or is_text(feature) or (isinstance(feature, Value) and feature.dtype.startswith(_NUMBERS))):
-        raise ValueError(f"Column {column!r} holds {feature}, not classes; a label is a number from 0 up, or a string.")
+        raise ValueError(f"Column {column!r} holds {feature}, not classes; use strings or numbers from 0.")
     names = list(names or (feature.names if is_class else ()))
     keys = [[_name(label, feature) for label in labels] for labels in lists]
     used = {key for labels in keys for key in labels}
@@ -107,8 +111,7 @@ def number_labels(
         if not names and count > max(len(lists), _CLASSES_OF_FEW_ROWS):
             raise ValueError(
                 f"Column {column!r} holds the number {count - 1}, which makes {count} classes of "
-                f"{len(lists)} rows; number the classes from 0 up, write their names, or give "
-                "labels: with all names in order."
+                f"{len(lists)} rows; number the classes from 0, use their names, or give labels: with all names."
             )
         numbers = {number: number for number in range(count)}
         allowed = f"are numbered 0 to {count - 1}" + (f" ({', '.join(names)})" if names else "")
@@ -124,17 +127,17 @@ def number_labels(
 
 
 def is_text(feature: Any) -> bool:
-    """Return True if a column, or its lists, hold strings."""
+    """Return True if ``feature``, the type of a column or list element, is a string type."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def is_list(feature: Any) -> bool:
-    """Return True if a column holds lists, with offsets of any width."""
+    """Return True if ``feature``, the type of a column, is a list type."""
     return isinstance(feature, List | LargeList)
 
 
 def _name(label: Any, feature: Any) -> Any:
-    """Return a label as text: the name of the ClassLabel, or the number without the fraction .0."""
+    """Convert a label to text: a ClassLabel number to the name of its class, 2.0 to ``2``."""
     if isinstance(feature, ClassLabel):
         known = isinstance(label, int) and 0 <= label < len(feature.names)
         return feature.names[label] if known else None
@@ -144,7 +147,7 @@ def _name(label: Any, feature: Any) -> Any:
 
 
 def _refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
-    """Refuse the first of ``values`` that is not ``good`` (one bool each), with its row."""
+    """Raise a ValueError for the first of ``values`` whose entry in ``good`` is False."""
     good = np.asarray(good, dtype=bool)
     if not good.all():
         row = int(np.argmin(good))
@@ -154,11 +157,11 @@ def _refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) ->
 def _read_sets(sets: Sequence[Sequence[Any]], feature: Any, column: str, names: Sequence[str] | None) -> Labels:
     if not is_list(feature):
         raise ValueError(
-            f"Column {column!r} holds {feature}, one label per row; {MULTI} needs lists of "
-            "classes, or several columns of 0 and 1."
+            f"Column {column!r} holds {feature}, one label per row; {MULTI} needs lists of classes, "
+            "or several columns of 0 and 1."
         )
     unique = [labels is not None and len(set(labels)) == len(labels) for labels in sets]
-    _refuse_first(sets, unique, column, "a list names each class once")
+    _refuse_first(sets, unique, column, "a list names each class once; remove repetitions")
     classes, known = number_labels(sets, feature.feature, column, names)
     if not known:
         raise ValueError(f"Column {column!r} names no class in any row; a classifier needs at least one.")
@@ -170,11 +173,11 @@ def _read_sets(sets: Sequence[Sequence[Any]], feature: Any, column: str, names: 
 
 def _read_flags(rows: Dataset, columns: Sequence[str], names: Sequence[str] | None) -> Labels:
     if names and len(names) != len(columns):
-        raise ValueError(f"{len(columns)} columns of labels have {len(names)} names; give one name for each, or none.")
+        raise ValueError(f"{len(columns)} columns of labels have {len(names)} names; name each column.")
     values = np.zeros((len(rows), len(columns)), dtype=np.float32)
     for number, column in enumerate(columns):
         flags = rows[column][:]
         good = [flag in (0, 1) for flag in flags]
-        _refuse_first(flags, good, column, "with several columns each holds 0 or 1")
+        _refuse_first(flags, good, column, "each column of labels must hold 0 or 1")
         values[:, number] = flags
     return Labels(MULTI, values, list(names or columns))

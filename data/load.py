@@ -1,4 +1,4 @@
-"""Read the rows that a path names: a local file or folder, a Hub data set, or installed docs."""
+"""Load a data set by name: a local file or folder, a Hub data set, or the installed docs."""
 
 import contextlib
 import logging
@@ -21,17 +21,17 @@ from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 logger = logging.getLogger(__name__)
 
-# Texts such as "NA" or "null" stay texts; a comma at the end of every row does not make
-# the first column an index.
+# Keep texts such as "NA" or "null". If every row ends in a comma, the first column is still
+# not an index.
 CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False}
-# Suffix of a file to the builder of ``datasets`` that reads it, and its options.
+# The builder of ``datasets`` for each suffix of a file, and the options of the builder.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
     ".csv": ("csv", CSV_OPTIONS),
     ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
-    ".txt": ("text", {"encoding": "utf-8-sig"}),  # a byte order mark does not belong to the first text
+    ".txt": ("text", {"encoding": "utf-8-sig"}),  # remove the byte order mark of the first text
 }
 # Usual columns of the text to classify, or of the pair of texts.
 TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
@@ -43,19 +43,20 @@ SPLITS = {
 
 
 def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str = "line") -> Dataset:
-    """Read ``sources`` and join their rows, with the columns that all of them have.
+    """Read ``sources`` and join their rows. Keep only the columns that all sources have.
 
     Args:
-        sources: files, folders, Hub data sets, or sources of a recipe.
-        split: the split of sources that name none; of a single file only a slice in it
-            counts.
-        sample_by: what a row of a text file is: a ``line``, a ``paragraph`` (up to an
-            empty line), or the file (``document``).
+        sources: the data sets to read, such as files, folders or Hub data sets.
+        split: the split to read from a source that does not name its own split. A file has no
+            splits, so only a slice in ``split`` applies to a file.
+        sample_by: the unit of text that becomes a row of a text file: a ``line``, a
+            ``paragraph`` (up to an empty line) or the complete ``document``.
 
     Raises:
-        FileNotFoundError: for a path that is neither here nor a data set on the Hub.
-        ValueError: for a file that is empty, not UTF-8 or malformed, an unknown split or
-            column, or sources that share no column.
+        FileNotFoundError: if a path is neither a local file or folder nor a data set on the
+            Hub.
+        ValueError: if a file is empty, malformed or not UTF-8, if a split or column does not
+            exist, or if the sources have no column in common.
     """
     parts = [_load_one(source, split, sample_by) for source in sources]
     if len(parts) == 1:
@@ -63,15 +64,15 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
     shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
     if not shared:
         found = "; ".join(f"{source.path}: {', '.join(part.column_names)}" for source, part in zip(sources, parts, strict=True))
-        raise ValueError(f"The data sets share no column, so they cannot be joined ({found}); rename columns with columns:.")
+        raise ValueError(f"The data sets share no column ({found}); rename columns with columns:.")
     return join([part.select_columns(shared) for part in parts])
 
 
 def join(parts: list[Dataset]) -> Dataset:
-    """Join the rows of ``parts``, which have the same columns.
+    """Join the rows of data sets that have the same columns.
 
-    Columns that differ only in kind of number or string get one type; a ClassLabel
-    survives when all agree on it.
+    A ClassLabel column becomes a column of integers unless the classes are equal in all
+    ``parts``. Every other column gets the type that it has in the first part.
     """
     features = parts[0].features.copy()
     for name, feature in features.items():
@@ -80,28 +81,26 @@ def join(parts: list[Dataset]) -> Dataset:
     try:
         return concatenate_datasets([part.cast(features) if part.features != features else part for part in parts])
     except (ValueError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"The data sets cannot be joined: a column has a different type in one of them ({error}).") from error
+        raise ValueError(f"The data sets cannot be joined: the types of a column differ ({error}).") from error
 
 
 def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
-    """Return ``data`` itself, or the rows of what it names: see :func:`source_named`."""
+    """Return ``data`` if it is a data set. Otherwise, load the data set that ``data`` names."""
     return data if isinstance(data, Dataset) else load([source_named(data)], split=split)
 
 
 def source_named(data: str | Path) -> DataSource:
-    """Return the source of a name: of a file, a folder, or a Hub data set (owner/name[:config])."""
+    """Return the source for a path, or for the id of a Hub data set (owner/name[:config])."""
     name = str(data)
     if not name:
-        raise ValueError(
-            "The name of the data is empty; give a file, a folder, or the id (owner/name) of a data set on the Hub."
-        )
+        raise ValueError("The name of the data is empty; give a file, a folder, or the id (owner/name) of a Hub data set.")
     if not is_unicode(name):
         raise ValueError(f"The name {name!r} is not UTF-8; rename the file or folder.")
     return DataSource.model_validate(name)
 
 
 def is_unicode(text: str) -> bool:
-    r"""Return True for a text without lone surrogates, which cannot be tokenized.
+    r"""Return True if ``text`` has no lone surrogates, which tokenizers do not accept.
 
     >>> is_unicode("café"), is_unicode(b"caf\xe9".decode(errors="surrogateescape"))
     (True, False)
@@ -113,7 +112,7 @@ def is_unicode(text: str) -> bool:
 
 
 def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:
-    """Refuse data without the ``wanted`` columns or, if ``filled``, with null in them."""
+    """Raise a ValueError for a missing column or, with ``filled``, for a column with null."""
     where = " + ".join(source.path for source in sources)
     if missing := [name for name in wanted if name not in dataset.column_names]:
         raise ValueError(
@@ -123,11 +122,11 @@ def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[Dat
     for name in wanted:
         if filled and dataset.data.column(name).null_count:
             row = next(row for row, value in enumerate(dataset[name]) if value is None)
-            raise ValueError(f"{where} has no value in column {name!r} of row {row + 1}; fill it or remove the row.")
+            raise ValueError(f"{where} has no value in column {name!r} of row {row + 1}; add it or remove the row.")
 
 
 def text_columns(dataset: Dataset) -> list[str]:
-    """Return the names of the columns that hold strings, in the order of the data."""
+    """Return the names of the columns that hold strings, in the order of the columns."""
     return [name for name, feature in dataset.features.items() if is_text(feature)]
 
 
@@ -152,18 +151,17 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         parts = list(dict.fromkeys(("file", rows) for _, rows in parts))
     else:
         parts = [(SPLITS.get(name, name), rows) for name, rows in parts]
-    # Other usual splits may be for other stages; files under other names may be forgotten
-    # rows.
+    # Other usual splits may be used by other stages. Other names may be a mistake.
     groups = find_files(path, [name for name, _ in parts], "split:", None if split else SPLITS.values())
     files = [file for group in groups.values() for file in group]
     if len({BUILDERS[file.suffix][0] for file in files}) > 1:
-        raise ValueError(f"{path} mixes files of several kinds; name one file, or one folder per kind.")
+        raise ValueError(f"{path} holds files of several kinds; give one file, or a folder for each kind.")
     builder, options = BUILDERS[files[0].suffix]
     if builder == "text":
         options = {**options, "sample_by": sample_by}
-    if builder == "json":  # its reader accepts bytes that are not UTF-8, which fail much later
+    if builder == "json":  # the reader accepts bytes that are not UTF-8, which cause errors later
         _refuse_other_encodings(files)
-    # ``datasets`` refuses some characters in the names of splits that a folder may have.
+    # ``datasets`` refuses some characters that the name of a split in a folder may have.
     named = {name: f"split{number}" for number, name in enumerate(groups)}
     try:
         data_files = {named[name]: [str(file) for file in group] for name, group in groups.items()}
@@ -172,19 +170,21 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
             return load_dataset(builder, data_files=data_files, split=wanted, **options)
     except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
         refused = error.__cause__
-        if isinstance(refused, OSError) and refused.errno:  # the system refused something; the file is not damaged
+        if isinstance(refused, OSError) and refused.errno:  # an error of the system; the file is not damaged
             place = refused.filename or f"{config.HF_DATASETS_CACHE}, or {files[0]}"
             raise OSError(refused.errno, refused.strerror, str(place)) from error
         refuse_unreadable(files, error)
 
 
 def find_files(path: Path, splits: Sequence[str], option: str, expected: Collection[str] | None) -> dict[str, list[Path]]:
-    """Return the files of each of ``splits`` in a folder, or the single file ``path``.
+    """Return the data files of each of ``splits``. A single file belongs to every split.
 
-    Names give the split: train.parquet, train-00000-of-00002.parquet or test/pos/1.txt. A
-    folder in which no name is that of a usual split is all ``train``.
+    The split of a file is its name or the name of a folder, as in train.parquet,
+    train-00000-of-00002.parquet or test/pos/1.txt. If a folder has no file of a usual split,
+    all its files belong to ``train``.
 
-    Splits that are ``expected`` too are left out without a warning; None never warns.
+    A warning names the splits that are left out, except the ``expected`` splits. There is no
+    warning if ``expected`` is None. Messages name ``option`` as the way to choose a split.
     """
     groups: dict[str, list[Path]] = {}
     if path.is_file():
@@ -198,7 +198,7 @@ def find_files(path: Path, splits: Sequence[str], option: str, expected: Collect
             usual = next((SPLITS[name] for name in names if name in SPLITS), None)
             groups.setdefault(usual or names[0], []).append(file)
         if not groups:
-            raise ValueError(f"{path} holds no data file; files of these kinds are read: {', '.join(BUILDERS)}.")
+            raise ValueError(f"{path} holds no data file; the supported kinds are {', '.join(BUILDERS)}.")
         if not groups.keys() & set(SPLITS.values()):
             groups = {"train": sorted(file for group in groups.values() for file in group)}
     if missing := [name for name in splits if name not in groups]:
@@ -213,7 +213,7 @@ def find_files(path: Path, splits: Sequence[str], option: str, expected: Collect
 
 
 def _refuse_other_encodings(files: list[Path]) -> None:
-    """Refuse the first line that is not UTF-8; memory does not grow with the files."""
+    """Raise a ValueError for the first line that is not UTF-8. Read one line at a time."""
     for file in files:
         if file.suffix == ".parquet" or not file.is_file():
             continue
@@ -229,7 +229,7 @@ def _refuse_other_encodings(files: list[Path]) -> None:
 
 
 def refuse_unreadable(files: list[Path], error: BaseException) -> NoReturn:
-    """Raise a ``ValueError`` with one sentence about the damage that raised ``error``."""
+    """Raise a ``ValueError`` that says in plain words why ``files`` cannot be read."""
     _refuse_other_encodings(files)
     raise ValueError(_why_unreadable(files, error)) from error
 
@@ -239,8 +239,8 @@ def _why_unreadable(files: list[Path], error: BaseException) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, pd.errors.ParserWarning):
         return (
-            f"{names} has a row with more values than its first line has columns. Name every column there, or put texts that "
-            "hold the separator in quotes."
+            f"{names} has a row with more values than its first line has columns. Name every column "
+            "in the first line, or put texts that contain the separator in quotes."
         )
     if isinstance(cause, UnicodeDecodeError):
         return f"{names} holds a text that is not UTF-8. Repair it, or save it again."
@@ -252,19 +252,19 @@ def _why_unreadable(files: list[Path], error: BaseException) -> str:
 
 @contextlib.contextmanager
 def no_value_dropped() -> Iterator[None]:
-    """Let pandas raise a ``ParserWarning`` instead of dropping values beyond the last column."""
+    """Make pandas raise a ``ParserWarning`` if a row has more values than there are columns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         yield
 
 
 def local_path(source: DataSource) -> Path | None:
-    """Return the file or folder of ``source``, or None for a name that may be on the Hub."""
+    """Return the local path of ``source``, or None if the source may be on the Hub."""
     path = Path(source.path).expanduser()
     if path.exists() and source.config is not None:
         raise ValueError(
-            f"{source.path} is a file or folder here, which has no configuration {source.config!r}; name it without "
-            f"{':' + source.config!r}. If you mean a data set on the Hub, run from a directory without {source.path}."
+            f"{source.path} is a file or folder here, which has no configuration {source.config!r}; name it "
+            f"without {':' + source.config!r}. If you mean the Hub, run from a directory without {source.path}."
         )
     if path.exists():
         return path
@@ -277,21 +277,21 @@ def local_path(source: DataSource) -> Path | None:
         raise FileNotFoundError(f"{missing}.")
     if "/" in source.path and path.parent.is_dir():
         raise FileNotFoundError(
-            f"{missing}, but a folder {path.parent}; fix the path. If you mean the data set on the "
-            "Hub, run from a directory without a folder of that name."
+            f"{missing}, but there is a folder {path.parent}; fix the path. If you mean the data set "
+            "on the Hub, run from a directory without a folder of that name."
         )
     return None
 
 
 @contextlib.contextmanager
 def hub_errors(source: DataSource) -> Iterator[None]:
-    """Turn errors of the Hub into one sentence that names the data set."""
+    """Convert an error of the Hub into an error that names the data set in one sentence."""
     try:
         yield
     except OSError as error:
         raise FileNotFoundError(
-            f"{source.path} is neither a file or folder (looked from {Path.cwd()}) nor a data set that the Hub gave us: "
-            f"{' '.join(str(error).split())}"
+            f"{source.path} is neither a file or folder (looked from {Path.cwd()}) nor a data set that the Hub "
+            f"returned: {' '.join(str(error).split())}"
         ) from error
     except (HTTPError, DatasetsError, RuntimeError, ValueError) as error:
         where = source.path + (f", configuration {source.config}" if source.config else "")
@@ -299,7 +299,7 @@ def hub_errors(source: DataSource) -> Iterator[None]:
 
 
 def open_hub_stream(source: DataSource, split: str) -> tuple[IterableDataset, str]:
-    """Return the streamed rows of a Hub data set, and the commit that they are of."""
+    """Return the rows of a Hub data set as a stream, and the commit that the rows come from."""
     with hub_errors(source):
         commit = HfApi().dataset_info(source.path, revision=source.revision).sha
         return load_dataset(source.path, source.config, split=split, revision=commit, streaming=True), str(commit)
@@ -312,7 +312,7 @@ def _load_hub(source: DataSource, split: str) -> Dataset:
             return Dataset.from_list(list(stream.take(source.limit)), features=stream.features)
     with hub_errors(source):
         dataset = load_dataset(source.path, source.config, split=split, revision=source.revision)
-    if files := dataset.cache_files:  # ``datasets`` names the folder of its cache after the commit
+    if files := dataset.cache_files:  # the cache folder of ``datasets`` is named after the commit
         named = Path(files[0]["filename"]).parent.name
         source._commit = named if re.fullmatch(r"[0-9a-f]{40}", named) else None
     return dataset

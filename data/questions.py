@@ -1,4 +1,4 @@
-"""Read questions about a context, cut into windows where it is long, or with choices."""
+"""Prepare questions: cut long contexts into windows, and pair texts with choices."""
 
 import logging
 import re
@@ -11,21 +11,21 @@ from minibert.data.columns import pick_columns
 
 logger = logging.getLogger(__name__)
 
-# Usual columns of the text that the choices continue or answer.
+# Usual columns of the texts that a choice continues or answers.
 CHOICE_TEXTS = (("context", "question"), ("sent1", "sent2"), ("question",), ("context",), ("ctx",))
 CHOICE_LISTS = ("choices", "endings", "options")
 _NUMBERED = re.compile(r"(choice|ending|option)_?(\d+)")
 _LONGEST_QUESTION = 64  # tokens, as in BERT
-_warned: set[int] = set()  # values of max_question_length for which a warning was logged
+_warned: set[int] = set()  # the values of max_question_length in logged warnings
 
 
 class WindowSizes(NamedTuple):
-    """Hold the sizes of windows, in tokens.
+    """Configure the windows of a context. All sizes are numbers of tokens.
 
     Attributes:
-        max_length: special tokens, question and a piece of the context.
-        doc_stride: tokens of the context that neighbouring windows share.
-        max_question_length: tokens of a question; longer questions are cut.
+        max_length: the length of a window: special tokens, question and a piece of the context.
+        doc_stride: the number of context tokens that two neighbouring windows share.
+        max_question_length: the maximum length of a question. A longer question is cut.
     """
 
     max_length: int
@@ -34,14 +34,15 @@ class WindowSizes(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Hold a question with a piece of its context, tokenized: ``[CLS] question [SEP] piece [SEP]``.
+    """Store a tokenized window: ``[CLS] question [SEP] piece of the context [SEP]``.
 
     Attributes:
-        row: the number of its row among the given rows, from 0.
-        input_ids: (tokens,) int32; ``token_type_ids`` too, or None without segments.
-        first: the token at which the piece begins.
-        offsets: (tokens of the piece, 2) int32: first character and end in the raw
-            context.
+        row: the number of the question among all given questions, from 0.
+        input_ids: (tokens,) int32 token ids.
+        token_type_ids: (tokens,) int32 segment ids, or None if the tokenizer has no segments.
+        first: the position of the first token of the piece.
+        offsets: (tokens of the piece, 2) int32. Each row is the start and end of a token, in
+            characters of the context.
     """
 
     row: int
@@ -54,22 +55,22 @@ class Window(NamedTuple):
 def window_sizes(
     tokenizer: Any, max_length: int, doc_stride: int | None = None, max_question_length: int | None = None
 ) -> WindowSizes:
-    """Return the sizes of windows; the defaults are a third of ``max_length``, at most 64 for questions."""
+    """Return checked sizes. The default is ``max_length // 3`` (questions: at most 64)."""
     stride = max_length // 3 if doc_stride is None else doc_stride
     question = min(_LONGEST_QUESTION, max_length // 3) if max_question_length is None else max_question_length
     special = tokenizer.num_special_tokens_to_add(pair=True)
     if question + special + stride >= max_length:
         raise ValueError(
-            f"max_length={max_length} leaves no room: max_question_length={question}, {special} special tokens and "
-            f"doc_stride={stride} already fill it; raise max_length or lower the others."
+            f"max_length={max_length} leaves no room: max_question_length={question}, {special} special "
+            f"tokens and doc_stride={stride} already fill it; raise max_length or lower the other values."
         )
     return WindowSizes(max_length, stride, question)
 
 
 def cut(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], sizes: WindowSizes) -> list[Window]:
-    """Return the windows of all rows, which hold every token of their contexts, in order."""
+    """Tokenize the questions and contexts, and cut long contexts into overlapping windows."""
     if not tokenizer.is_fast:
-        raise ValueError("Questions need a fast tokenizer, which knows the characters of its tokens; save one with the model.")
+        raise ValueError("Questions need a fast tokenizer; save one (tokenizer.json) with the model.")
     encoded = tokenizer(
         _cut_questions(tokenizer, questions, sizes.max_question_length),
         list(contexts),
@@ -81,7 +82,7 @@ def cut(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], sizes
         return_attention_mask=False,
     )
     if any(ids[0] != tokenizer.cls_token_id for ids in encoded["input_ids"]):
-        raise ValueError('Questions need a tokenizer that puts [CLS], which stands for "no answer", before every text.')
+        raise ValueError('Questions need a tokenizer that begins a text with [CLS], for "no answer".')
     types = encoded.get("token_type_ids")
     windows = []
     for number, row in enumerate(encoded["overflow_to_sample_mapping"]):
@@ -102,7 +103,7 @@ def cut(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], sizes
 
 
 def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> list[str]:
-    """Return the questions, cut after ``longest`` tokens."""
+    """Return the questions, each cut to at most ``longest`` tokens."""
     encoded = tokenizer(
         list(questions), add_special_tokens=False, truncation=True, max_length=longest + 1, return_offsets_mapping=True
     )
@@ -120,7 +121,7 @@ def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> li
 def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int = 1) -> Iterator[tuple[str, ...]]:
     """Yield the texts in the columns ``names`` of every row.
 
-    ``first`` is the number of the first row, for messages.
+    ``first`` is the number of the first row in error messages.
     """
     for number, row in enumerate(rows, start=first):
         for name in names:
@@ -128,13 +129,13 @@ def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int
                 raise ValueError(f"Row {number} has no column {name!r}; it has {', '.join(row)}.")
             if not isinstance(row[name], str):
                 raise ValueError(
-                    f"Row {number} has {row[name]!r} in column {name!r}, where a text belongs; fill it or remove the row."
+                    f"Row {number} has {row[name]!r} in column {name!r}, where a text belongs; add it or remove the row."
                 )
         yield tuple(row[name] for name in names)
 
 
 class Choices(NamedTuple):
-    """Hold a row of multiple choice: the choices, and the pair of texts to encode for each."""
+    """Store the choices of a row, and the pair of texts to encode for each choice."""
 
     choices: list[str]
     pairs: list[tuple[str, str]]
@@ -143,9 +144,10 @@ class Choices(NamedTuple):
 def find_choice_columns(
     found: Collection[str], texts: Sequence[str] | None = None, choices: Sequence[str] | None = None
 ) -> tuple[list[str], list[str]]:
-    """Return the columns of the texts (one or two) and of the choices (lists, or one per choice).
+    """Return the text columns (one or two) and the choice columns.
 
-    These are the given columns, or the usual columns among those ``found``.
+    Choices are in one column of lists, or in a separate column for each choice. ``texts`` and
+    ``choices`` default to columns in ``found`` that have usual names.
 
     >>> find_choice_columns(["question", "choices", "label"])
     (['question'], ['choices'])
@@ -161,7 +163,7 @@ def find_choice_columns(
 
 
 def _numbered(found: Collection[str]) -> list[str]:
-    """Return two or more columns such as ending0, ending1, …, in the order of their numbers."""
+    """Return the numbered columns in ``found``, such as ending0 and ending1, sorted."""
     groups: dict[str, list[tuple[int, str]]] = {}
     for name in found:
         if match := _NUMBERED.fullmatch(name):
@@ -172,10 +174,10 @@ def _numbered(found: Collection[str]) -> list[str]:
 def choices_of(
     rows: Iterable[Mapping[str, Any]], columns: tuple[Sequence[str], Sequence[str]], first: int = 1
 ) -> Iterator[Choices]:
-    """Yield the choices of every row; of two texts, the second begins every choice.
+    """Yield the choices of every row. A second text is put before every choice.
 
-    ``columns`` are those of the texts and of the choices; ``first`` is the number of the
-    first row.
+    ``columns`` are the text columns and the choice columns. ``first`` is the number of the
+    first row in error messages.
 
     >>> row = {"sent1": "It rains.", "sent2": "She", "endings": ["sings.", "swims."]}
     >>> next(choices_of([row], (["sent1", "sent2"], ["endings"]))).pairs

@@ -1,4 +1,4 @@
-"""Name a data set in a recipe or on the command line; this module imports little."""
+"""Describe data sets in recipes and on the command line, without slow imports."""
 
 import os
 import re
@@ -12,7 +12,7 @@ _SPLIT_PART = re.compile(r"([\w.-]+)(\[(?:-?\d+%?)?:(?:-?\d+%?)?\])?")
 
 
 def split_parts(split: str) -> list[tuple[str, str]]:
-    """Return the names and slices of a split: parts joined by +, each with or without a slice.
+    """Return the name and the slice of each part of a split. Parts are joined by ``+``.
 
     >>> split_parts("train[:45%]+train[50%:95%]")
     [('train', '[:45%]'), ('train', '[50%:95%]')]
@@ -22,18 +22,18 @@ def split_parts(split: str) -> list[tuple[str, str]]:
         match = _SPLIT_PART.fullmatch(part.strip())
         if not match or any(int(percent) > 100 for percent in re.findall(r"(\d+)%", match[2] or "")):
             raise ValueError(
-                f"split={split!r} cannot be read at {part!r}; give a name such as train, or a slice of it such as train[:90%], "
-                "train[90%:] or train[:1000], or several joined by +."
+                f"split={split!r} cannot be read at {part!r}; give a name such as train, or a slice of it "
+                "such as train[:90%], train[90%:] or train[:1000]. Join several parts with +."
             )
         parts.append((match[1], match[2] or ""))
     return parts
 
 
 class DataSource(BaseModel):
-    """Describe where rows come from.
+    """Describe a data set: its path, and the rows and columns to read.
 
-    In YAML, a plain string is the ``path``, or ``owner/name:config`` of a data set on the
-    Hub.
+    In YAML, a plain string is the ``path``. For a data set on the Hub, the string may also be
+    ``owner/name:config``.
 
     >>> DataSource.model_validate("sentence-transformers/all-nli:pair-class").config
     'pair-class'
@@ -45,23 +45,20 @@ class DataSource(BaseModel):
     config: str | None = Field(None, description="Configuration of a Hub data set.")
     split: str | None = Field(
         None,
-        description="Split, or slices of splits such as train[:90%]+test[-1000:]; unset means train for training and "
-        "validation for evaluation.",
+        description="Split to read, or a sum of slices such as train[:90%]+test[-1000:]. "
+        "The default is train for training and validation for evaluation.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
-    columns: dict[str, str] | None = Field(None, description="Columns to rename: name found in the data to name wanted.")
+    columns: dict[str, str] | None = Field(None, description="Columns to rename: a mapping from old to new names.")
     limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Read at most this many rows, from the start.")
-    streaming: bool = Field(
-        False, description="Fetch only the first rows of a Hub data set, up to limit, instead of downloading all of it."
-    )
+    streaming: bool = Field(False, description="Fetch only the first limit rows of a Hub data set instead of all files.")
 
-    # Set when the source is read. It is not a field, so that a recipe stays as its author
-    # wrote it.
+    # Set when the source is read. It is not a field, so that recipes remain unchanged.
     _commit: str | None = PrivateAttr(None)
 
     @property
     def commit(self) -> str | None:
-        """Commit of the Hub data set that was read; ``None`` before, and for everything else."""
+        """Return the commit of a Hub data set that has been read, or None."""
         return self._commit
 
     @model_validator(mode="before")
@@ -69,7 +66,7 @@ class DataSource(BaseModel):
     def _from_string(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        here = os.path.exists(os.path.expanduser(value))  # names of files may also have a colon
+        here = os.path.exists(os.path.expanduser(value))  # the name of a file may contain a colon
         match = None if here else _HUB_WITH_CONFIG.fullmatch(value)
         return {"path": match[1], "config": match[2]} if match else {"path": value}
 
@@ -85,5 +82,5 @@ class DataSource(BaseModel):
         if self.streaming and self.limit is None:
             raise ValueError("streaming fetches only the first rows, so say how many with limit:.")
         if self.streaming and len(parts := split_parts(self.split or "train")) + sum(bool(rows) for _, rows in parts) > 1:
-            raise ValueError(f"split={self.split!r} cannot be streamed, since it is a slice or a sum; name one whole split.")
+            raise ValueError(f"split={self.split!r} cannot be streamed, since it is a slice or a sum; name a split.")
         return self

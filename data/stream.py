@@ -1,8 +1,8 @@
-"""Read rows of data of any size in blocks, from files, the Hub (streamed), or memory.
+"""Read data of any size in blocks of rows, from files, from the Hub (streamed) or from memory.
 
-:mod:`minibert.data.load` makes one memory-mapped table of the data; here nothing is copied to disk, and memory holds one block.
-A value that cannot be used becomes a :class:`Bad`, which gives the reason, so that the
-caller can refuse or skip the row.
+:mod:`minibert.data.load` makes one memory-mapped table of the data. This module copies nothing
+to disk and keeps only one block in memory. It replaces an unusable value by a :class:`Bad`,
+which states the reason. The caller can then refuse or skip the row.
 """
 
 import contextlib
@@ -35,28 +35,29 @@ from minibert.data.load import (
 )
 from minibert.data.source import INSTALLED_DOCS, split_parts
 
-# Columns taken as the text when several hold strings.
+# The text column, if several columns hold strings: the first of these names.
 USUAL_COLUMNS = ("text", "passage", "answer", "sentence")
 _BLOCK = 512  # rows in memory
-_PEEK = 100  # rows that show the columns of a file without a schema
+_PEEK = 100  # rows used to find the columns of a file without a schema
 _Block = tuple[int, Iterator[list[list[Any]]]]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Bad(NamedTuple):
-    """Stand for a value that cannot be used, and say why: "is empty"."""
+    """Mark a value that cannot be used. ``reason`` states why, for example "is empty"."""
 
     reason: str
 
 
 class Rows(NamedTuple):
-    """Hold consecutive rows.
+    """Store consecutive rows of the data.
 
     Attributes:
-        first: the number of the first row in all of the data, from 0.
-        ids: the values of the id column, or None without one.
-        part: the name of the file that holds the rows.
-        first_in_part: the number of the first row in that file, from 0.
+        first: the number of the first row in the complete data, from 0.
+        texts: the values of the text column.
+        ids: the values of the id column, or None without an id column.
+        part: the name of the file that contains the rows.
+        first_in_part: the number of the first row in the file ``part``, from 0.
     """
 
     first: int
@@ -67,7 +68,7 @@ class Rows(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Describe a part of a source: a file, or a complete data set. ``kind`` is a key of ``_READERS``."""
+    """Describe a file or a complete data set. ``kind`` is a key of ``_READERS``."""
 
     name: str
     kind: str
@@ -76,13 +77,15 @@ class _Part(NamedTuple):
 
 @dataclass
 class Stream:
-    """Read the rows of opened data in order.
+    """Read the rows of an opened data set in order.
 
     Attributes:
-        source: identifies the data, to resume only with the same; ``path`` is its name.
-        column: the column of texts.
-        id_column: the column of ids, or None; ``id_type`` is their Arrow type.
-        rows: the number of rows, or None where only reading all of them would tell.
+        source: identifies the data, so that a run resumes only with the same data. The entry
+            ``path`` is the name of the data.
+        column: the name of the text column.
+        id_column: the name of the id column, or None.
+        id_type: the Arrow type of the ids.
+        rows: the number of rows, or None if the number is known only after reading all rows.
     """
 
     source: dict[str, Any]
@@ -94,11 +97,11 @@ class Stream:
     listing: list[str] = field(repr=False)
 
     def begins_with(self, source: dict[str, Any]) -> bool:
-        """Return True if the first files are those that ``source`` identifies."""
+        """Return True if the data begins with the files that ``source`` identifies."""
         return "files" in source and digest(self.listing[: source["files"]]) == source["digest"]
 
     def read(self, ranges: Iterable[range] = (range(2**63),)) -> Iterator[Rows]:
-        """Yield the rows of ``ranges`` (in order) in blocks that end where a range does."""
+        """Yield the rows of sorted ``ranges`` in blocks. Each block lies in a single range."""
         names = list(dict.fromkeys([self.column, self.id_column or self.column]))
         left, row = iter(ranges), 0
         wanted = next(left, None)
@@ -130,13 +133,12 @@ class Stream:
 
 @contextlib.contextmanager
 def _plain_errors(part: _Part) -> Iterator[None]:
-    """Turn what a reader says about damage into one sentence with the name of the file."""
+    """Convert the errors of a reader into errors that name the file in one sentence."""
     damage = (OSError, UnicodeDecodeError, pa.ArrowInvalid, pd.errors.ParserWarning, pd.errors.ParserError)
     try:
         yield
     except (*damage, pd.errors.EmptyDataError) as error:
-        # pyarrow reports damage as an OSError without a number; others are of the system
-        # or Hub.
+        # pyarrow reports damage as an OSError without errno. Others are not about damage.
         if isinstance(error, OSError) and (error.errno is not None or not isinstance(part.content, Path)):
             raise
         refuse_unreadable([Path(part.name)], error)
@@ -145,23 +147,24 @@ def _plain_errors(part: _Part) -> Iterator[None]:
 def open_stream(
     data: str | Path | Dataset, column: str | None = None, *, id_column: str | None = None, split: str = "train"
 ) -> Stream:
-    """Open a file, a folder, a Hub data set, or a data set in memory.
+    """Open a file, a folder, a Hub data set or a data set in memory for reading in blocks.
 
-    The default column of texts is one of ``USUAL_COLUMNS``, or the only strings;
-    ``id_column`` names the rows.
+    ``column`` is the text column. The default is the first of ``text``, ``passage``, ``answer``
+    and ``sentence`` that exists, or the only column of strings. ``id_column`` is the column of
+    ids.
     """
     source, parts, listing = _find_parts(data, split)
     with _plain_errors(parts[0]):
         columns = _READERS[parts[0].kind][0](parts[0].content)
     strings = [name for name, kind in columns.items() if _is_string(kind)]
     usual = [(name,) for name in USUAL_COLUMNS]
-    if column not in columns:  # rows of a named column that hold no text are reported one by one
+    if column not in columns:  # rows without a text are reported one by one
         (column,) = pick_columns(strings, column and [column], usual, option="--column", columns=list(columns))
     if id_column is not None and id_column not in columns:
         raise ValueError(f"Column {id_column!r} is not in the data; the columns are {', '.join(columns)} (--id-column).")
     id_type = pa.int64() if id_column is None else columns[id_column]
     if id_column is not None and parts[0].kind == "csv":
-        id_type = pa.string()  # values of CSV are taken as they are written, so that 007 stays 007
+        id_type = pa.string()  # CSV values are kept as written, so that 007 stays 007
     if not (pa.types.is_integer(id_type) or _is_string(id_type)):
         kind = f"numbers with a fraction ({id_type})" if pa.types.is_floating(id_type) else id_type
         raise ValueError(f"Column {id_column!r} holds {kind}; ids are strings or whole numbers (--id-column).")
@@ -207,7 +210,7 @@ def _id(value: Any, kind: pa.DataType) -> Any:
 
 
 def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any], list[_Part], list[str]]:
-    """Return what identifies the data, its parts in order, and a line for each file."""
+    """Return the identity of the data, the parts in order, and a line for each file."""
     if isinstance(data, Dataset) or str(data) == INSTALLED_DOCS:
         table = as_dataset(data, split=split)
         source_id = {"path": "rows in memory" if data is table else str(data), "digest": table._fingerprint}
@@ -221,7 +224,7 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
         return {"path": str(data), "split": split, "revision": commit}, [_Part(str(data), "table", stream)], []
     files = next(iter(find_files(path, [SPLITS.get(split, split)], "--split", expected=()).values()))
     for file in files:
-        source_named(file)  # refuses names that are not UTF-8
+        source_named(file)  # raises an error if the name is not UTF-8
     root = path if path.is_dir() else path.parent
     listing = [f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files]
     source_id = {"path": str(data), "files": len(files), "digest": digest(listing)}
@@ -231,13 +234,13 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
 
 
 def digest(listing: Sequence[str]) -> str:
-    """Return a digest of the names and sizes of files."""
+    """Return the SHA-256 of ``listing``, the names and sizes of files."""
     return hashlib.sha256("".join(listing).encode()).hexdigest()
 
 
-# Each kind of data has two functions: the types of its columns, and the blocks of rows,
-# each as its size and a generator of the values: lists of the columns read. Unwanted
-# blocks stay unread.
+# Each kind of data has two functions. The first returns the types of the columns. The second
+# yields blocks: the number of rows, and a generator of the values of each column, so that
+# unwanted blocks are not read.
 
 
 def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -245,7 +248,7 @@ def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 
 def _types_of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, pa.DataType]:
-    """Return the columns of rows without a schema, with the types of their first values."""
+    """Return the type of each column, inferred from the first value that is not null."""
     found: dict[str, pa.DataType] = {}
     for row in rows:
         for name, value in row.items():
@@ -293,7 +296,7 @@ def _json_columns(path: Path) -> dict[str, pa.DataType]:
 
 
 def _json_rows(path: Path) -> Iterator[list[Any]]:
-    """Yield blocks of lines that are not blank; an array is one block of its parsed rows."""
+    """Yield blocks of lines that are not blank, or a JSON array as a single block of rows."""
     with path.open("rb") as file:
         is_array = file.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
     if not is_array:
@@ -318,7 +321,7 @@ def _parse(row: Any) -> dict[str, Any] | Bad:
             row = None
         except RecursionError:
             return Bad("is nested too deeply")
-        except ValueError:  # Python does not convert numbers of thousands of digits
+        except ValueError:  # Python does not convert numbers with thousands of digits
             return Bad("holds a number of too many digits")
     return row if isinstance(row, dict) else Bad("is not a JSON object")
 
@@ -344,7 +347,7 @@ def _csv_columns(path: Path) -> dict[str, pa.DataType]:
 
 
 def _csv_blocks(path: Path, names: list[str]) -> Iterator[_Block]:
-    # All columns are read: of some alone, pandas reports no row with too many values.
+    # Read all columns: otherwise, pandas does not report a row with too many values.
     with pd.read_csv(path, chunksize=_BLOCK, dtype=object, **_csv_options(path)) as chunks:
         while True:
             with no_value_dropped():
@@ -355,7 +358,7 @@ def _csv_blocks(path: Path, names: list[str]) -> Iterator[_Block]:
 
 
 def _csv_values(chunk: pd.DataFrame, names: list[str]) -> Iterator[list[list[Any]]]:
-    """Yield every value as it is written; an empty value is missing."""
+    """Yield the values of the columns as strings, with None for an empty value."""
     yield [chunk[name].astype(object).where(chunk[name].notna(), None).tolist() for name in names]
 
 
@@ -366,8 +369,7 @@ def _table_columns(table: Dataset | IterableDataset) -> dict[str, pa.DataType]:
 
 
 def _table_blocks(table: Dataset | IterableDataset, names: list[str]) -> Iterator[_Block]:
-    # Arrow tables of a data set in memory are views; streams without a schema cannot give
-    # tables.
+    # Arrow tables of a data set in memory are views. A stream without schema has no tables.
     table = table.select_columns(names).with_format("arrow" if isinstance(table, Dataset) else None)
     for batch in table.iter(batch_size=_BLOCK):
         yield len(batch[names[0]]), _table_values(batch, names)

@@ -1,4 +1,4 @@
-"""Read words with tags, and cut sentences of any length into windows of tokens."""
+"""Read sentences of tagged words, and cut long sentences into windows of tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -9,18 +9,18 @@ from datasets import ClassLabel, Dataset
 from minibert.data.columns import pick_columns
 from minibert.data.labels import is_list, is_text, number_labels
 
-# Usual columns of words and of their tags.
+# Usual names of the column of words, and of the column of tags.
 TOKEN_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "pos_tags", "labels")
 
 
 def holds_entities(tags: Iterable[str]) -> bool:
-    """Return True if ``tags`` mark entities (B-PER, I-PER, O), unlike parts of speech."""
+    """Return True if a tag marks an entity (such as B-PER) and not a part of speech."""
     return any(tag.startswith(("B-", "I-")) for tag in tags)
 
 
 def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return the type, first word and end of every entity; an I- may start one, as in conlleval.
+    """Return the type, first word and end of every entity. Like conlleval, accept I- as start.
 
     >>> entity_spans(["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-ORG"])
     [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5), ('ORG', 5, 6)]
@@ -38,7 +38,7 @@ def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def find_tag_columns(rows: Dataset, tokens: str | None, tags: str | None, where: str) -> tuple[str, str]:
-    """Return the columns of words and of tags: the given columns, or those with usual names."""
+    """Return the word column and the tag column. The default is columns with usual names."""
     every = rows.column_names
     usual = [(name,) for name in TOKEN_COLUMNS]
     (words,) = pick_columns(every, tokens and [tokens], usual, option="token_column", where=where)
@@ -48,24 +48,26 @@ def find_tag_columns(rows: Dataset, tokens: str | None, tags: str | None, where:
 
 
 def read_words(rows: Dataset, column: str) -> list[list[str]]:
-    """Return the words of all rows."""
+    """Return the list of words in ``column`` for every row."""
     feature = rows.features[column]
     if not (is_list(feature) and is_text(feature.feature)):
         raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of words in every row.")
     sentences: list[list[str]] = rows[column][:]
     for row, words in enumerate(sentences, start=1):
         if words is None or None in words:
-            raise ValueError(f"Row {row} has {column}={words!r}; every word must be there. Correct it or remove the row.")
+            raise ValueError(f"Row {row} has {column}={words!r}; no word may be missing. Correct the row.")
     return sentences
 
 
 def read_tags(
     rows: Dataset, column: str, words: Sequence[Sequence[str]], names: Sequence[str] | None = None
 ) -> tuple[list[list[str]], list[str]]:
-    """Return the tags of every word and the names of all tags; those of entities must be IOB2.
+    """Return the tags of all words in every row, and the names of all tags.
 
-    The default ``names`` are those of the ClassLabel, or those found: O, then B- and I- of
-    every type.
+    ``names`` lists all tags in order. For a ClassLabel column, the default is the names of the
+    ClassLabel. For a column of strings, the default is the tags in the column. Entity tags in
+    strings are sorted as O, B- of the first type, I- of the first type, and so on. Entity tags
+    must follow the IOB2 scheme.
     """
     feature, sentences = rows.features[column], rows[column][:]
     inner = feature.feature if is_list(feature) else None
@@ -77,7 +79,7 @@ def read_tags(
     for row, (tags, row_words) in enumerate(zip(sentences, words, strict=True), start=1):
         if tags is None or len(tags) != len(row_words):
             found = "none" if tags is None else len(tags)
-            raise ValueError(f"Row {row} has {len(row_words)} words but {found} tags in {column!r}; every word needs one.")
+            raise ValueError(f"Row {row} has {len(row_words)} words but {found} tags in {column!r}; every word needs a tag.")
     numbers, known = number_labels(sentences, inner, column, names)
     tagged = [[known[number] for number in row] for row in numbers]
     if holds_entities(known):
@@ -92,25 +94,25 @@ def _check_iob2(sentences: list[list[str]], column: str) -> None:
     for row, tags in enumerate(sentences, start=1):
         if wrong := [tag for tag in tags if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) < 3)]:
             raise ValueError(
-                f"Row {row} has the tag {wrong[0]!r} in {column!r}, which is not IOB2 (O, B-type, I-type); convert the tags."
+                f"Row {row} has the tag {wrong[0]!r} in {column!r}, which is not IOB2 (O, B-…, I-…); convert the tags."
             )
         for _, start, _ in entity_spans(tags):
             if tags[start].startswith("I-"):
                 raise ValueError(
-                    f"Row {row} has {tags[start]!r} at word {start + 1}, where no entity of that type goes on; in IOB2 every "
-                    "entity starts with B-. Correct the row, or convert IOB1 tags to IOB2."
+                    f"Row {row} has {tags[start]!r} at word {start + 1}, but no entity of this type before it. "
+                    "In IOB2, every entity starts with B-. Correct the row, or convert IOB1 tags to IOB2."
                 )
 
 
 class Windows(NamedTuple):
-    """Hold sentences as tokens, in windows that fit into a model.
+    """Store tokenized sentences in windows that fit into a model.
 
     Attributes:
         ids: the token ids of each window.
-        types: the segment ids of each window, or None if the tokenizer has none.
-        words: for each window (tokens,) int64: at the first subword of a word its number,
-            at all other tokens -1.
-        rows: for each window, the number of its sentence.
+        types: the segment ids of each window, or None if the tokenizer has no segments.
+        words: an int64 array (tokens,) for each window. It contains the number of the word at
+            the first token of a word, and -1 at all other tokens.
+        rows: the number of the sentence of each window.
     """
 
     ids: list[list[int]]
@@ -120,17 +122,17 @@ class Windows(NamedTuple):
 
 
 def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
-    """Tokenize ``sentences`` of words; long ones become windows that overlap by a quarter.
+    """Tokenize lists of words. Cut a long sentence into windows that overlap by a quarter.
 
-    A word in two windows belongs to the window where it is further from the edge. Words
-    that leave no token, such as a lone control character, are read as the unknown word. A
+    A word in two windows belongs to the window in which it is further from the edge. A word
+    without tokens, such as a lone control character, is replaced by the unknown token. A
     sentence without words has no window.
     """
     if not tokenizer.is_fast:
-        raise ValueError("Tagging needs a fast tokenizer (tokenizer.json), which knows the word of every token.")
+        raise ValueError("Tagging needs a fast tokenizer; save one (tokenizer.json) with the model.")
     room = max_length - tokenizer.num_special_tokens_to_add()
     if room < 1:
-        raise ValueError(f"max_length={max_length} leaves no room for words between the special tokens; give at least 8.")
+        raise ValueError(f"max_length={max_length} leaves no room for words; give at least 8.")
     overlap = room // 4
     windows = Windows([], [] if "token_type_ids" in tokenizer.model_input_names else None, [], [])
     filled = [row for row, words in enumerate(sentences) if words]
@@ -151,14 +153,14 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
         words = np.array([-1 if word is None else word for word in encoded.word_ids(number)], dtype=np.int64)
         inside = words >= 0
         content = words[inside]
-        places = start + np.arange(len(content))  # in the whole sentence
-        mine = content != np.concatenate([[before], content[:-1]])  # first subwords
+        places = start + np.arange(len(content))  # in the complete sentence
+        mine = content != np.concatenate([[before], content[:-1]])  # the first token of each word
         if goes_on:
             mine &= places >= start + overlap // 2
         if number + 1 < len(of_window) and of_window[number + 1] == sentence:
             mine &= places < start + room - overlap + overlap // 2
         words[inside] = np.where(mine, content, -1)
-        if not mine.any():  # the inside of one long word
+        if not mine.any():  # the window lies inside one long word
             continue
         windows.ids.append(encoded["input_ids"][number])
         if windows.types is not None:
@@ -169,7 +171,7 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
 
 
 def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap: int) -> Any:
-    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # else the windows would be cut from the end
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # otherwise, the windows would start at the end
     try:
         return tokenizer(
             sentences,
@@ -185,10 +187,10 @@ def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap
 
 
 def _differs_alone(tokenizer: Any) -> bool:
-    """Return True if a word alone is another token than in a text, as in byte-level vocabularies.
+    """Return True if a word has different tokens alone and inside a text.
 
-    Their tokens include the space before a word, without which it looks like the end of
-    another.
+    In byte-level vocabularies, a token includes the space before the word. Without this space,
+    the word looks like the end of another word.
     """
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Make pairs of query and passage from plain text, for a search model of texts without queries."""
+"""Make pairs of query and passage from plain text, to train a search model without queries."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -9,15 +9,16 @@ from datasets import Dataset
 from minibert.data.tokenized_corpus import split_sentences
 
 _FEWEST_WORDS = 5  # shorter sentences give no useful query
-_KEPT = (0.15, 0.5)  # least and most of a sentence's words in its query
-_NEIGHBOUR = 0.3  # how often the sentence before, or the one after, belongs to the passage
+_KEPT = (0.15, 0.5)  # the lowest and highest share of the words of a sentence in a query
+_NEIGHBOUR = 0.3  # the probability that a neighbouring sentence belongs to the passage
 
 
 def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Yield a query and a passage per sentence: some of its words, and it with neighbours at times.
+    """Yield a query and a passage for each sentence that has at least five words.
 
-    Words are deleted as in TSDAE (Wang et al. 2021, arXiv:2104.06979). Here the words
-    left are a query that must find the sentence among others.
+    The query consists of some words of the sentence. The passage is the sentence, sometimes
+    together with a neighbouring sentence. Words are deleted as in TSDAE (Wang et al. 2021,
+    arXiv:2104.06979). In contrast to TSDAE, the remaining words are used as a search query.
 
     >>> list(pairs_of("The quick brown fox jumps over the lazy dog. Why?", random.Random(1)))
     [('The quick jumps', 'The quick brown fox jumps over the lazy dog.')]
@@ -35,7 +36,7 @@ def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def make_pairs(documents: Dataset, seed: int) -> Dataset:
-    """Return columns ``anchor`` and ``positive`` made of the column ``text`` of ``documents``."""
+    """Return a data set of ``anchor`` and ``positive``, made from the column ``text``."""
 
     def of_batch(batch: dict[str, list[str | None]], numbers: Sequence[int]) -> dict[str, list[Any]]:
         found = [
@@ -50,7 +51,7 @@ def make_pairs(documents: Dataset, seed: int) -> Dataset:
     )
     if not len(pairs):
         raise ValueError(
-            f"Pairs are made of sentences of at least {_FEWEST_WORDS} words, and there are none; give texts of whole "
-            "sentences, or pairs (without make_pairs)."
+            f"Pairs are made of sentences of at least {_FEWEST_WORDS} words, and there are none; "
+            "give texts with complete sentences, or pairs of texts without make_pairs."
         )
     return pairs

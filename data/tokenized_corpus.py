@@ -1,7 +1,7 @@
-"""Tokenize a corpus into one long row of token ids on disk, and cut it into sequences.
+"""Tokenize a corpus into one array of token ids on disk, and cut the array into sequences.
 
-Tokenizing happens once, in several processes; the result is memory-mapped, so a corpus
-may be larger than memory.
+Several processes tokenize the corpus once. The result is memory-mapped, so a corpus may be
+larger than memory.
 """
 
 import gc
@@ -28,24 +28,25 @@ from minibert.data.load import check_columns, load, text_columns
 from minibert.data.source import DataSource
 from minibert.files import disk
 
-_VERSION = 2  # of the files in the cache
+_VERSION = 2  # the format of the files in the cache
 
 _Blocks = Generator[tuple[np.ndarray, ...], None, None]
 
 
 class TokenizedCorpus:
-    """Hold documents as token ids, end to end, without special tokens.
+    """Store the token ids of all documents in one array, without special tokens.
 
     Attributes:
-        folder: the cache of this corpus.
-        fingerprint: changes with the texts, the tokenizer and the way of splitting.
-        tokens: (T,) ids, memory-mapped.
-        documents: (documents + 1,) bounds in ``tokens``.
-        sentences: (sentences + 1,) bounds in ``tokens``, or None if not looked for.
+        folder: the cache folder of this corpus.
+        fingerprint: a hash of the texts, the tokenizer and the sentence delimiters.
+        tokens: (T,) token ids, memory-mapped.
+        documents: (documents + 1,) bounds of the documents in ``tokens``.
+        sentences: (sentences + 1,) bounds of the sentences in ``tokens``, or None if the
+            documents were not split into sentences.
     """
 
     def __init__(self, folder: Path, blocks: _Blocks):
-        """Open the corpus in ``folder``, or write it there from ``blocks``."""
+        """Open the corpus in ``folder``. If the corpus is missing, write ``blocks`` first."""
         self.folder, self.fingerprint = folder, folder.name
         self.tokens, self.documents, *sentences = _kept(folder / "corpus", blocks)
         self.sentences = sentences[0] if sentences else None
@@ -62,11 +63,12 @@ def load_corpus(
     cache_dir: str | Path | None = None,
     workers: int | None = None,
 ) -> TokenizedCorpus:
-    """Return the corpus of ``sources`` from the cache; tokenize it if it is not there.
+    """Load the tokenized corpus of ``sources``. Tokenize the texts if they are not cached.
 
-    Documents are in ``text_column``, by default ``text`` or the only column of strings.
-    Sentences end at one of ``sentence_delimiters`` before white space; None looks for
-    none. ``cache_dir`` holds all such caches, by default in the cache of ``datasets``.
+    ``text_column`` is the column of documents. The default is ``text`` or the only column of
+    strings. A sentence ends at one of ``sentence_delimiters`` before white space. If
+    ``sentence_delimiters`` is None, documents are not split into sentences. ``cache_dir`` is
+    the folder of all tokenized corpora. The default is in the cache of ``datasets``.
     """
     parts = [load_documents(source, split, text_column, sample_by) for source in sources]
     key = hashlib.blake2b(digest_size=12)
@@ -82,28 +84,26 @@ def load_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     corpus = TokenizedCorpus(folder, _tokenize(parts, tokenizer, sentence_delimiters, folder, workers or os.cpu_count() or 1))
     if not corpus.documents[-1]:
-        raise ValueError(
-            f"{' + '.join(source.path for source in sources)} holds no text to train on; give a corpus with words."
-        )
+        raise ValueError(f"{' + '.join(source.path for source in sources)} holds no text to train on; give texts with words.")
     return corpus
 
 
 def split_sentences(text: str, delimiters: str) -> list[str]:
-    r"""Cut a text at line breaks, and after delimiters (with closing quotes) before white space.
+    r"""Split a text at line breaks, and at white space after a delimiter or its closing quotes.
 
     >>> split_sentences('He left. "Why?" she asked.\nNobody knew', ".!?")
     ['He left.', '"Why?"', 'she asked.', 'Nobody knew']
     """
     pieces = re.split(rf"(?<=[{re.escape(delimiters)}])([\"'”’)\]]*)\s+|\n+", text) if delimiters else text.split("\n")
-    if delimiters:  # the closing quotes were split off as their own pieces
+    if delimiters:  # closing quotes were split off as separate pieces
         pieces = [head + (tail or "") for head, tail in zip(pieces[::2], [*pieces[1::2], ""], strict=True)]
     return [piece for piece in map(str.strip, pieces) if piece]
 
 
 def load_documents(source: DataSource, split: str, column: str | None, sample_by: str) -> Dataset:
-    """Return the rows of ``source`` as documents, in one column ``text``.
+    """Return the rows of ``source`` as documents, in a single column ``text``.
 
-    They are in ``column``, by default ``text`` or the only column of strings.
+    ``column`` is the column to read. The default is ``text`` or the only column of strings.
     """
     rows = load([source], split=split, sample_by=sample_by)
     found = text_columns(rows)
@@ -115,7 +115,7 @@ def load_documents(source: DataSource, split: str, column: str | None, sample_by
 
 
 def _token_lists(batch: dict[str, list[str | None]], tokenizer: Any, delimiters: str | None) -> dict[str, list[Any]]:
-    """Return the token ids of documents and the lengths of their sentences, in tokens."""
+    """Return the token ids of each document, and the number of tokens in each sentence."""
     documents = [[text] if delimiters is None else split_sentences(text, delimiters) for text in batch["text"] if text]
     flat = [sentence for document in documents for sentence in document]
     if not flat:
@@ -130,9 +130,9 @@ def _token_lists(batch: dict[str, list[str | None]], tokenizer: Any, delimiters:
 
 
 def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, folder: Path, workers: int) -> _Blocks:
-    """Yield blocks of tokens, ends of documents and, with ``delimiters``, of sentences."""
+    """Yield blocks of tokens, document ends and, if ``delimiters`` are given, sentence ends."""
     with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as scratch:
-        gc.freeze()  # else the garbage collector of every process would copy all the memory it shares with this one
+        gc.freeze()  # otherwise, garbage collection would copy the memory that processes share
         try:
             with _sigterm_as_exit():
                 tokenized = [
@@ -151,8 +151,7 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
                     for number, part in enumerate(parts)
                 ]
         except Exception as error:
-            # ``datasets`` waits for its processes, and its timeout would replace an
-            # interruption.
+            # ``datasets`` waits for its processes. A timeout would hide the interruption.
             if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
                 raise error.__context__ from error
             raise
@@ -174,7 +173,7 @@ def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, fold
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Raise ``SystemExit`` on SIGTERM; else the processes that tokenize would survive."""
+    """Raise ``SystemExit`` on SIGTERM, so that the processes that tokenize end as well."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
@@ -186,12 +185,14 @@ def _sigterm_as_exit() -> Iterator[None]:
 
 
 class MlmChunks:
-    """Cut documents into chunks, and put the short last chunks of documents together into rows.
+    """Cut documents into chunks, and combine the short last chunks of documents into rows.
 
-    Attributes (kept in the folder of the corpus and memory-mapped, as the corpus is):
-        starts, lengths: (chunks,) place and size of each chunk in the corpus.
-        rows: (rows + 1,) bounds in the chunks, which fit into a row with two special
-            tokens each.
+    The arrays are memory-mapped from the folder of the corpus.
+
+    Attributes:
+        starts, lengths: (chunks,) the position and the number of tokens of each chunk.
+        rows: (rows + 1,) bounds of the rows in the list of chunks. The chunks of a row fit into
+            ``max_length``, each with two special tokens.
     """
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int):
@@ -207,7 +208,7 @@ class MlmChunks:
 
 
 def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the starts and lengths of the chunks, and the number of chunks in each row.
+    """Return the start and length of each chunk, and the number of chunks in each row.
 
     >>> _cut(np.array([0, 9, 11, 13]), max_length=8)
     (array([ 0,  6,  9, 11]), array([6, 3, 2, 2], dtype=int32), array([1, 1, 2]))
@@ -229,11 +230,13 @@ def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 class NspSpans:
-    """Find runs of two or more sentences of a document that fit into a sequence.
+    """Find spans of two or more consecutive sentences of a document that fit into a sequence.
 
-    Attributes (kept in the folder of the corpus and memory-mapped, as the corpus is):
-        bounds: (sentences + 1,) places in the corpus; long sentences count as several.
-        first, last: (spans,) the first sentence of each span, and the one after it.
+    The arrays are memory-mapped from the folder of the corpus.
+
+    Attributes:
+        bounds: (sentences + 1,) positions in the corpus. A long sentence counts as several.
+        first, last: (spans,) the first sentence of each span, and the sentence after the span.
         document: (spans,) the document of each span.
     """
 
@@ -255,7 +258,7 @@ class NspSpans:
 
 
 def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tuple[np.ndarray, ...]:
-    """Return the ends of sentences, and the first, last and document of their spans.
+    """Return the ends of sentences, and the first sentence, end and document of each span.
 
     >>> _runs(np.array([0, 4, 9, 12]), np.array([0, 9, 12]), max_length=13)
     (array([ 4,  9, 12]), array([0]), array([2]), array([0]))
@@ -272,7 +275,7 @@ def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tupl
     for at in range(len(sizes) + 1):
         over = at == len(sizes) or owners[at] != owners[begin]
         if over or used + sizes[at] > room:
-            # A single sentence left over forms a span with the sentence before it.
+            # A single remaining sentence forms a span with the sentence before it.
             if at - begin == 1 and begin and owners[begin - 1] == owners[begin]:
                 begin -= 1
             if at - begin > 1:
@@ -285,15 +288,15 @@ def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tupl
 
 
 def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndarray]:
-    """Yield the bounds of ``size`` documents at a time; neighbouring blocks share a bound."""
+    """Yield the bounds of ``size`` documents at a time. Consecutive blocks share one bound."""
     for at in range(0, len(corpus.documents) - 1, size):
         yield np.asarray(corpus.documents[at : at + size + 1])
 
 
 def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
-    """Return memory-mapped arrays from ``folder``, and write them first if there is no such folder.
+    """Return the memory-mapped arrays in ``folder``, which are first written if missing.
 
-    An interrupted write leaves no folder. All blocks must have the dtypes of the first.
+    An interrupted write leaves no folder. All blocks are cast to the dtypes of the first block.
     """
     with closing(blocks):
         if not folder.exists():
@@ -312,7 +315,7 @@ def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
                 try:
                     complete.rename(folder)
                 except OSError:
-                    if not folder.exists():  # if it exists, another process has written the same
+                    if not folder.exists():  # another process has written the same files
                         raise
     return [
         # An empty file cannot be mapped.

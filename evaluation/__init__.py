@@ -1,1 +1,1 @@
-"""Measure models: retrieval, similarity, classification, tagging."""
+"""Evaluate models on retrieval, similarity, classification and tagging."""

@@ -1,6 +1,6 @@
-"""Measure a model on labelled data: retrieval, similarity, classification or tagging, depending on the columns.
+"""Evaluate a model on labelled data: retrieval, similarity, classification or tagging.
 
-sentence-transformers' evaluators, bm25s and scikit-learn compute the metrics.
+The metrics come from the evaluators of sentence-transformers, from bm25s and from scikit-learn.
 """
 
 import copy
@@ -37,7 +37,7 @@ RETRIEVAL_COLUMNS = (("query", "answer"), ("question", "answer"), ("query", "pas
 SIMILARITY_COLUMNS = ("sentence1", "sentence2", "score")
 LABEL_COLUMN = "label"
 UNTRAINED_SEED = 0
-# A block of query-by-passage scores takes at most 128 MB.
+# A block of scores (queries by passages) takes at most 128 MB.
 _BLOCK = 2**25
 
 
@@ -55,26 +55,33 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the metrics of ``model`` on ``data``.
 
-    - **classification**: a text column (or pair of them), a column ``label`` (lists of classes where a text has several,
-      numbers in regression), and a model with a sequence-classification head;
-    - **tagging**: ``tokens`` and ``ner_tags`` (or words; tags, pos_tags, labels), and a model with a token-classification head;
-    - **similarity**: ``sentence1``, ``sentence2`` and ``score``: Spearman's rank correlation of cosine and score;
-    - **retrieval**: ``query`` and ``answer`` (or question, anchor; passage, positive): each query against the distinct answers
-      of ``data``, where all answers it is paired with are relevant.
+    The head of the model and the columns of the data determine the task:
+
+    - **classification**: a model with a sequence-classification head, a text column or a pair
+      of text columns, and a column ``label``. A label is a list if a text has several classes,
+      and a number for regression.
+    - **tagging**: a model with a token-classification head, a column ``tokens`` (or words), and
+      a column ``ner_tags`` (or tags, pos_tags, labels).
+    - **similarity**: the columns ``sentence1``, ``sentence2`` and ``score``. The metric is
+      Spearman's rank correlation of the cosine similarity with the score.
+    - **retrieval**: the columns ``query`` and ``answer`` (or question and answer, query and
+      passage, anchor and positive). Each query is compared with all different answers in
+      ``data``. Every answer that occurs in a row with the query is relevant.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened
-            sentence-transformers model.
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
+            model.
         data: a file, a folder with a file per split, a Hub data set (owner/name or
-            owner/name:config), or rows read already.
-        split: the split of a folder or Hub data set to measure on; a single file or given
-            rows are used completely.
-        limit: number of queries (or rows) to measure on, from the first. The passages
-            searched are always those of all rows.
-        baselines: compare an embedding model with BM25 (retrieval only) and with the same
-            model before training.
-        batch_size: texts computed at once.
-        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
+            owner/name:config), or an opened data set.
+        split: the split of a folder or Hub data set. A file or an opened data set is used
+            completely.
+        limit: the number of queries (or rows) to evaluate, from the start. Each query is still
+            compared with the answers of all rows.
+        baselines: also evaluate BM25 (only for retrieval) and the model before training.
+            Baselines apply to embedding models.
+        batch_size: the number of texts to compute at once.
+        device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
+            available.
         trust_remote_code: run Python code that comes with the model.
         show_progress: show a progress bar on standard error.
 
@@ -84,13 +91,14 @@ def evaluate(
         print(metrics["systems"]["model"]["mrr@10"], metrics["systems"]["bm25"]["mrr@10"])
 
     Returns:
-        ``kind``, the counts of what was measured, and ``systems``: for each of ``model``,
-        ``bm25`` and ``untrained`` its metrics by name, from 0 to 1 (Spearman: from -1).
+        A dictionary with ``kind`` (the task), the number of rows, and ``systems``. The entry
+            ``systems`` maps ``model``, ``bm25`` and ``untrained`` to metrics by name. Metrics
+            lie between 0 and 1, except correlations (from -1) and the mean squared error.
 
     Raises:
-        FileNotFoundError: for a model or data that is neither here nor on the Hub.
-        ValueError: for data that cannot be read, columns that fit none of these, rows
-            without a value, or labels that the model does not know.
+        FileNotFoundError: if the model or the data is neither a local path nor on the Hub.
+        ValueError: if the data cannot be read, lacks the columns of a task or a value, or has
+            labels that the model does not know.
     """
     data = as_dataset(data, split=split)
     if not len(data):
@@ -128,14 +136,13 @@ def retrieval(
     batch_size: int = 64,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Return how well ``queries[i]`` find ``answers[i]``: recall@1, @10, @100, MRR@10 and nDCG@10.
+    """Return recall@1, @10, @100, MRR@10 and nDCG@10 for the task to find each query's answer.
 
-    Recall is the share of a query's relevant passages that were found, as usual in
-    information retrieval. Equal texts count once. See :func:`evaluate` for the arguments
-    and the result.
+    ``answers[i]`` is an answer to ``queries[i]``. Recall is the share of a query's answers that
+    were found. Equal texts count once. See :func:`evaluate` for the arguments and the result.
     """
     if baselines:
-        from minibert.inference import bm25  # noqa: F401  # its absence shows before anything is encoded
+        from minibert.inference import bm25  # noqa: F401  # fails before anything is encoded
     passages = {answer: str(number) for number, answer in enumerate(dict.fromkeys(answers))}
     relevant: dict[str, set[str]] = {}
     for query, answer in zip(queries, answers, strict=True):
@@ -165,14 +172,14 @@ def retrieval(
 def similarity(
     model: SentenceTransformer, data: Dataset, *, baselines: bool = True, batch_size: int = 64, show_progress: bool = False
 ) -> dict[str, Any]:
-    """Return Spearman's correlation of the cosine of ``sentence1`` and ``sentence2`` with ``score``.
+    """Return Spearman's correlation between the ``score`` and the cosine of two sentences.
 
     See :func:`evaluate` for the arguments and the result.
     """
     first, second = _texts(data, SIMILARITY_COLUMNS[:2])
     scores = read_labels(data, "score", problem_type=REGRESSION).values.tolist()
     if len(set(scores)) < 2:
-        raise ValueError("Every row has the same score, which ranks nothing; give rows of different scores.")
+        raise ValueError("Every row has the same score; give rows with different scores.")
     evaluator = EmbeddingSimilarityEvaluator(
         first,
         second,
@@ -184,8 +191,7 @@ def similarity(
         write_csv=False,
     )
     measured = {"model": model, "untrained": untrained(model) if baselines else None}
-    # The correlation with equal cosines is undefined (nan); 0 says that they rank
-    # nothing.
+    # The correlation is undefined (nan) if all cosines are equal. Report 0 in this case.
     systems = {
         name: {"spearman": 0.0 if math.isnan(value := float(evaluator(system)["spearman_cosine"])) else value}
         for name, system in measured.items()
@@ -197,22 +203,20 @@ def similarity(
 def classification(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return accuracy and macro-F1, or the metrics of multi-label models or of regression.
+    """Return accuracy and macro-F1, or the metrics of a multi-label or regression model.
 
     See :func:`evaluate` for the arguments and the result.
     """
-    # Similarity data names its numbers score; a regression model may be measured on them.
+    # A regression model may be evaluated on similarity data, whose numbers are in score.
     problem_type = problem_type_of(model.config)
     numbers = problem_type == REGRESSION and LABEL_COLUMN not in data.column_names
     column = SIMILARITY_COLUMNS[2] if numbers else LABEL_COLUMN
     if column not in data.column_names:
-        raise ValueError(
-            f"{_name_columns(data)}, and no column {column!r} to compare a classifier with; rename the column of labels."
-        )
+        raise ValueError(f"{_name_columns(data)}, and no column {column!r}; rename the column of the true labels.")
     names = next((names for names in TEXT_COLUMNS if set(names) <= set(data.column_names)), None)
     if names is None:
         wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
-        raise ValueError(f"{_name_columns(data)}, and no text to classify; it needs one of {wanted}.")
+        raise ValueError(f"{_name_columns(data)}, and no text to classify; the data must have {wanted}.")
     labels = read_labels(data, column, class_names(model.config), problem_type).values
     encoded = tokenizer(*_texts(data, names), truncation=True, max_length=max_length_of(model, tokenizer))
     logits = torch.stack(compute_logits(model.eval(), tokenizer, encoded, batch_size))
@@ -224,7 +228,7 @@ def classification(
 def tagging(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return entity-level F1 and the accuracy of the words' tags, as :func:`evaluate`."""
+    """Return entity-level F1 and the accuracy of the word tags. See :func:`evaluate`."""
     columns = find_tag_columns(data, None, None, "The data")
     sentences = read_words(data, columns[0])
     tags, _ = read_tags(data, columns[1], sentences, class_names(model.config))
@@ -234,7 +238,7 @@ def tagging(
 
 
 def untrained(model: SentenceTransformer) -> SentenceTransformer | None:
-    """Return ``model`` with new weights, from a fixed seed; None if it has no transformer."""
+    """Return a copy of ``model`` with random weights, or None if it has no transformer."""
     if model.transformers_model is None:
         return None
     blank = copy.deepcopy(model)
@@ -249,7 +253,7 @@ def untrained(model: SentenceTransformer) -> SentenceTransformer | None:
 
 
 def metrics_table(result: dict[str, Any]) -> str:
-    """Return the metrics of :func:`evaluate` as lines of text, one system per row."""
+    """Format the result of :func:`evaluate` as a text table with one system per row."""
     counts = ", ".join(f"{value:,} {name}" for name, value in result.items() if isinstance(value, int))
     names = list(result["systems"]["model"])
     lines = [f"{result['kind']}: {counts}", "".join([f"{'':12}", *(f"{name:>12}" for name in names)])]
@@ -263,8 +267,8 @@ def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, f
 
 
 def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield BM25's best passages for each query; none where the passages hold only stop words."""
-    from minibert.inference.bm25 import WordIndex  # slow to import, and only this needs it
+    """Yield the best BM25 passages of each query, or none if all passages are stop words."""
+    from minibert.inference.bm25 import WordIndex  # slow to import, and used only here
 
     try:
         index = WordIndex.build(passages)
@@ -280,7 +284,7 @@ def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterat
 
 
 def _texts(data: Dataset, names: Sequence[str]) -> list[list[str]]:
-    """Return the texts of each of the columns ``names``."""
+    """Return the list of texts of each column in ``names``."""
     rows = texts_of(data.select_columns(list(names)), names)
     return list(map(list, zip(*rows, strict=True)))
 

@@ -1,4 +1,4 @@
-"""Compute metrics of predictions, for evaluation and for the training stages, with scikit-learn and scipy."""
+"""Compute metrics of predictions with scikit-learn and scipy, for evaluation and training."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.tags import entity_spans, holds_entities
 
-# The metrics of each problem type. The first of each picks the best checkpoint unless a
-# recipe names another.
+# The metrics of each problem type. By default, the first metric selects the best checkpoint.
 METRICS = {
     SINGLE: ("accuracy", "macro_f1", "loss"),
     MULTI: ("micro_f1", "macro_f1", "subset_accuracy", "loss"),
@@ -22,12 +21,16 @@ SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
 def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str = SINGLE) -> dict[str, float]:
-    """Return the metrics of ``problem_type`` for ``logits`` (rows, classes) and ``labels`` as :func:`read_labels` returns them.
+    """Return the metrics of a problem type.
 
-    - single label: accuracy, macro-F1 over the classes that occur, cross entropy;
-    - multi-label (a class is predicted from probability 0.5): micro-F1, macro-F1 over the classes, the share of rows with
-      exactly the right classes, binary cross entropy;
-    - regression, logits (rows, 1): Spearman's and Pearson's correlation (0 where either side is constant), mean squared error.
+    ``logits`` have the shape (rows, classes), or (rows, 1) for regression. ``labels`` have the
+    form of :attr:`minibert.data.labels.Labels.values`.
+
+    - Single label: accuracy, macro-F1 over the classes that occur, and cross entropy.
+    - Multi-label: micro-F1, macro-F1 over all classes, the share of rows with exactly the right
+      classes, and binary cross entropy. A class is predicted if its probability exceeds 0.5.
+    - Regression: Spearman's and Pearson's correlation, and the mean squared error. A
+      correlation is 0 if the logits or the labels are constant.
     """
     if problem_type == REGRESSION:
         predicted = logits.squeeze(-1).double().numpy()
@@ -54,10 +57,11 @@ def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str
 
 
 def tag_metrics(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return entity-level precision, recall and F1 (type and both ends must be right), and the accuracy of the words' tags.
+    """Return entity-level precision, recall and F1, and the accuracy of the word tags.
 
-    Tags that are not IOB2, such as parts of speech, have no entities; their metrics are
-    accuracy and macro-F1 over the tags that occur.
+    A predicted entity is right if its type and both of its ends are right. Tags that are not
+    IOB2, such as parts of speech, have no entities. The metrics are then the accuracy and the
+    macro-F1 over the tags that occur.
 
     >>> tag_metrics([["B-PER", "I-PER", "O"]], [["B-PER", "I-PER", "B-LOC"]])["precision"]
     0.5

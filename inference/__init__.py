@@ -1,4 +1,4 @@
-"""Uses models: encode, search, evaluate, plot."""
+"""Use trained models to encode texts and to predict labels, tags and answers."""
 
 import minibert
 

@@ -1,4 +1,4 @@
-"""Answer questions by a span of a context, found window by window, or by one of several choices."""
+"""Answer questions with a span of a context, or with one of several choices."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,10 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minibert.data.questions import Window, choices_of, cut, find_choice_columns, texts_of, window_sizes
 
 MAX_ANSWER_LENGTH = 30  # tokens
-# Spans of a row that share the probability with "no answer"; the other spans have almost
-# none.
+# Spans per row that share the probability with "no answer". Others have almost none.
 _SPANS = 20
-# Batches of rows read at once.
+# The number of batches whose rows are read at once.
 _BATCHES_AHEAD = 32
 
 
@@ -27,19 +26,20 @@ def answer_rows(
     *,
     batch_size: int = 32,
 ) -> Iterator[dict[str, Any]]:
-    """Answer the question of every row from its context, one result per row, in order.
+    """Answer the question of every row from its context. Yield one result per row, in order.
 
-    The sizes of windows, the longest answer and the threshold of "no answer" are those of
-    the training, ``question_answering`` in the configuration of the model. "No answer"
-    wins if its score exceeds that of the best span by more than the threshold; without
-    one it never wins.
+    The window sizes, the maximum length of an answer and the threshold are stored in the
+    model's configuration (``question_answering``) by training. The result is "no answer" if its
+    score exceeds the score of the best span by more than the threshold. Without a threshold,
+    the best span always wins.
 
-    ``batch_size`` windows are computed at once, and rows are read as needed.
+    ``batch_size`` is the number of windows to compute at once. Rows are read as needed.
 
     Yields:
-        ``text``, ``start`` and ``end``, with ``text == context[start:end]``, empty for
-        "no answer"; ``score``, the probability of this result among the best spans and
-        "no answer"; ``no_answer_score``, the probability of no answer.
+        A dictionary. ``text`` equals ``context[start:end]``, and is empty for "no answer".
+            ``start`` and ``end`` are the position of the text. ``score`` is the probability of
+            the result, compared with the best spans and "no answer". ``no_answer_score`` is the
+            probability of "no answer".
     """
     own = getattr(model.config, "question_answering", None) or {}
     limit = own.get("max_length") or max_length_of(model, tokenizer)
@@ -55,7 +55,7 @@ def answer_rows(
 
 
 def choice_columns_of(model: PreTrainedModel, found: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the columns of the training if all are ``found``, else those of the usual names."""
+    """Return the columns used in training if all are ``found``, or else the usual columns."""
     own = getattr(model.config, "multiple_choice", None) or {}
     trained = [own.get("text_columns"), own.get("choice_columns")]
     if not set(found).issuperset(name for names in trained for name in names or ()):
@@ -71,13 +71,14 @@ def choose_rows(
     *,
     batch_size: int = 32,
 ) -> Iterator[dict[str, Any]]:
-    """Pick one of the choices of every row, in order; rows may differ in their number of choices.
+    """Pick one of the choices of every row. Yield one result per row, in order.
 
-    ``batch_size`` choices are computed at once, and rows are read as needed.
+    Rows may have different numbers of choices. ``batch_size`` is the number of choices to
+    compute at once. Rows are read as needed.
 
     Yields:
-        ``choice``, counted from 0; ``text``, that choice; ``probabilities``, one per
-        choice.
+        A dictionary with ``choice`` (the index of the chosen text, from 0), ``text`` (the
+            chosen text) and ``probabilities`` (a probability for each choice).
     """
     own = getattr(model.config, "multiple_choice", None) or {}
     limit = own.get("max_length") or max_length_of(model, tokenizer)
@@ -86,8 +87,7 @@ def choose_rows(
     for first, some in rows_ahead(rows, batch_size):
         columns = columns or choice_columns_of(model, list(some[0]))
         asked = list(choices_of(some, columns, first))
-        # A pair is a question with one choice, whose score does not depend on the other
-        # choices.
+        # Each pair has one choice, so its score does not depend on the other choices.
         firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         encoded = tokenizer(list(firsts), list(seconds), truncation=True, max_length=limit)
         logits = torch.empty(len(firsts), dtype=torch.float32, device="cpu")
@@ -100,14 +100,14 @@ def choose_rows(
 
 
 def best_spans(starts: Tensor, ends: Tensor, allowed: Tensor, *, longest: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best spans of at most ``longest`` tokens, scored by the sum of their two logits.
+    """Return the best spans of at most ``longest`` tokens, scored by the sum of two logits.
 
-    ``starts`` and ``ends`` are (B, L) logits; ``allowed`` (B, L) is True where an answer
-    may lie.
+    ``starts`` and ``ends`` are (B, L) logits of the first and the last token of a span.
+    ``allowed`` (B, L) is True for tokens that may be part of an answer.
 
     Returns:
-        Scores, first and last tokens, each (B, up to ``count``), best first; -inf means
-        no span.
+        The scores, first tokens and last tokens of up to ``count`` spans, best first. Each is a
+            tensor (B, spans). A score of -inf marks a missing span.
 
     >>> logits, context = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.tensor([[False, True, True, True]])
     >>> [x.tolist() for x in best_spans(logits, logits, context, longest=2, count=2)]
@@ -131,12 +131,13 @@ def find_spans(
     batch_size: int,
     longest: int,
 ) -> list[tuple[list[tuple[float, int, int]], float]]:
-    """Find the best spans of each row over all its windows, and its score of "no answer".
+    """Return the best spans of each row over all its windows, and the score of "no answer".
 
     Returns:
-        For each row its spans of at most ``longest`` tokens as (score, start, end) in
-        characters, best first, and the lowest score that ``[CLS]`` has in any window, as
-        in BERT's own evaluation (Devlin et al. 2018, section 4.3).
+        A pair for each row. The first element is a list of spans (score, start, end), best
+            first, with at most ``longest`` tokens and positions in characters. The second
+            element is the lowest score of ``[CLS]`` in any window, as in BERT's evaluation
+            (Devlin et al. 2018, section 4.3).
     """
     model.eval()
     spans: list[dict[tuple[int, int], float]] = [{} for _ in range(rows)]
@@ -162,7 +163,7 @@ def find_spans(
                 if score == -math.inf:
                     break
                 place = int(window.offsets[first - window.first, 0]), int(window.offsets[last - window.first, 1])
-                if place[0] < place[1]:  # the same characters may be seen in two windows
+                if place[0] < place[1]:  # two windows may contain the same characters
                     known[place] = max(score, known.get(place, -math.inf))
     ranked = [sorted((-score, *place) for place, score in known.items())[:_SPANS] for known in spans]
     return [([(-score, start, end) for score, start, end in row], null) for row, null in zip(ranked, nulls, strict=True)]
@@ -184,7 +185,7 @@ def _answer(context: str, spans: Sequence[tuple[float, int, int]], null_score: f
 
 
 def rows_ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yield many rows at a time, with the number (from 1) of the first."""
+    """Yield lists of many rows, each with the number of its first row (counted from 1)."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     rows, first = iter(rows), 1
@@ -196,20 +197,20 @@ def rows_ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list
 def padded_batches(
     model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, list[Any]], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield batches of similar lengths: the places of their rows in ``inputs``, and (B, L) tensors.
+    """Yield batches of similar length: the positions of the inputs, and padded tensors (B, L).
 
-    The longest come first, so that memory runs out at once or never.
+    The longest batch is first, so that memory runs out immediately or never.
     """
     ids = inputs["input_ids"]
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         some = {name: [values[number] for number in numbers] for name, values in inputs.items()}
-        batch = tokenizer.pad(some, padding_side="right")  # places of words are counted from the left
+        batch = tokenizer.pad(some, padding_side="right")  # positions of words are counted from the left
         yield numbers, {name: torch.tensor(values, device=model.device) for name, values in batch.items()}
 
 
 def max_length_of(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Return the longest sequence, in tokens, that the model was made for."""
+    """Return the maximum number of tokens that the tokenizer and the model support."""
     limit = int(tokenizer.model_max_length)
     return min(limit, getattr(model.config, "max_position_embeddings", limit))

@@ -1,4 +1,4 @@
-"""Tokenize windows of texts and cut them into batches by tokens instead of by texts."""
+"""Tokenize windows of texts, and group the texts into batches by number of tokens."""
 
 import os
 import re
@@ -16,49 +16,48 @@ import numpy as np
 from minibert.data.load import is_unicode
 from minibert.packing_minibert import cut_evenly
 
-# A window: texts that are tokenized and sorted by length together. A larger one finds
-# more texts of equal length.
+# A window is tokenized and sorted by length. A larger window has more texts of equal length.
 WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 2**24
-# Characters per token, at least, up to which a text is read; the rest is cut off before
-# tokenizing.
+# A text is cut before tokenizing, after at least this number of characters per token.
 _CHARACTERS_PER_TOKEN = 16
 _SPACE = re.compile(r"\s")
-_TURNS: dict[tuple[str, int], threading.Lock] = {}  # by what is shared, and the process
+_TURNS: dict[tuple[str, int], threading.Lock] = {}  # by resource and process
 
 
 class Batch(NamedTuple):
-    """Token ids of several texts, end to end, shorter texts first."""
+    """Store the token ids of several texts in one array, shorter texts first."""
 
     ids: np.ndarray  # (T,)
     lengths: np.ndarray  # (texts,), each above 0
-    rows: np.ndarray  # (texts,), their places in the window
+    rows: np.ndarray  # (texts,), the positions of the texts in the window
 
 
 @cache
 def tokenizing_thread(process: int) -> ThreadPoolExecutor:
-    """Return the one thread of this process that tokenizes.
+    """Return the executor that tokenizes all texts of a process in a single thread.
 
-    One is enough because the tokenizer already uses every core, and each further thread would
-    keep unused memory. Threads do not survive a fork, so a forked process gets a new one.
+    One thread is enough because the tokenizer already uses every core. Each further thread
+    would keep unused memory. Threads do not survive a fork, so a forked process gets a new
+    executor.
     """
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
 
 def turn(shared: str) -> threading.Lock:
-    """Return the lock for computing on a device, which takes every core: threads take turns.
+    """Return the lock of a shared resource, such as a device that one thread may use at a time.
 
-    Each thread computes itself, instead of one thread for all: OpenMP keeps a team of
-    threads for each thread that ever computed, and lets them fall asleep between two calls
-    if there are more of them than cores.
+    A computation uses every core, so threads take turns. Each caller computes in its own
+    thread, because OpenMP would keep a further team of threads for a separate computing thread.
+    If the teams have more threads than there are cores, the threads sleep between two calls.
     """
-    return _TURNS.setdefault((shared, os.getpid()), threading.Lock())  # unlike a cache, it gives two threads the same lock
+    return _TURNS.setdefault((shared, os.getpid()), threading.Lock())  # is atomic, unlike a cache
 
 
 def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cut ``texts`` into windows of ``WINDOW_TEXTS`` texts or ``WINDOW_CHARACTERS`` characters."""
+    """Yield slices of ``texts`` with a limited number of texts and of characters."""
     start = characters = 0
     for row, text in enumerate(texts):
-        length = len(text) if isinstance(text, str) else 0  # anything else is refused with its window
+        length = len(text) if isinstance(text, str) else 0  # check_texts refuses anything else later
         characters += length
         if row - start == WINDOW_TEXTS or (row > start and characters > WINDOW_CHARACTERS):
             yield texts[start:row]
@@ -68,11 +67,11 @@ def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Group texts into batches of at most ``batch_tokens`` tokens (or a text), the longest first.
+    """Group texts into batches of at most ``batch_tokens`` tokens, longest texts first.
 
-    Returns the rows of each batch, shorter texts first; texts without a token are in
-    none. Batches are few and of nearly equal size, since oneDNN keeps kernels for every
-    number of rows.
+    Return the row numbers of each batch, shorter texts first. A text of more than
+    ``batch_tokens`` tokens is a batch of its own. A text without tokens is left out. Batches
+    are few and nearly equal in size, because oneDNN keeps kernels for every number of rows.
 
     >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2, 1]), 9)]
     [[1], [3], [5, 4, 0]]
@@ -84,23 +83,24 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 
 def check_texts(texts: Sequence[str], first: int) -> None:
-    """Refuse anything but text, with its number, which is ``first`` for the first."""
+    """Raise a ValueError for an invalid text. Messages number the texts from ``first``."""
     for row, text in enumerate(texts, start=first):
         if not isinstance(text, str):
             raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}")
         if not is_unicode(text):
             raise ValueError(
-                f"Text {row} holds a lone surrogate, which is not a character: {shorten(repr(text), 80)}; decode it with the "
-                "encoding it was written in, or replace such characters."
+                f"Text {row} holds a lone surrogate, which is not a character: {shorten(repr(text), 80)}; "
+                "decode the text with its original encoding, or replace the surrogate."
             )
 
 
 class Tokenizer:
-    """Tokenize by the fast tokenizer below ``tokenizer``, without lists that nothing reads.
+    """Tokenize texts into batches, directly with the fast tokenizer inside ``tokenizer``.
 
     Args:
         tokenizer: a ``PreTrainedTokenizerFast``.
-        config: the model's; a table of positions limits the length.
+        config: the configuration of the model. A table of positions limits the length of a
+            text.
     """
 
     def __init__(self, tokenizer: Any, config: Any) -> None:
@@ -110,7 +110,7 @@ class Tokenizer:
             self.max_length = min(self.max_length, config.max_position_embeddings)
 
     def batches(self, texts: Sequence[str], batch_tokens: int, first: int, prompt: str) -> list[Batch]:
-        """Tokenize the texts of a window, each after ``prompt``, and cut them into batches."""
+        """Tokenize the texts of a window, each after ``prompt``, and return batches."""
         check_texts(texts, first)
         with turn("tokenizer"):
             encodings = self._tokenize(texts, prompt)
@@ -125,14 +125,14 @@ class Tokenizer:
 
     def _tokenize(self, texts: Sequence[str], prompt: str) -> list[Any]:
         fast = self.tokenizer.backend_tokenizer
-        fast.no_padding()  # the last caller may have left other settings
+        fast.no_padding()  # another caller may have changed the settings
         fast.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
         limit = _CHARACTERS_PER_TOKEN * self.max_length
         if fast.pre_tokenizer is None or self.tokenizer.truncation_side != "right":
-            limit = sys.maxsize  # the end of a text may decide its tokens
+            limit = sys.maxsize  # the end of a text may determine the tokens
         encodings: list[Any] = fast.encode_batch_fast([prompt + cut_text(text, limit) for text in texts])
         short = [row for row, text in enumerate(texts) if len(text) > limit and len(encodings[row]) < self.max_length]
-        while short:  # a text of long words or much white space needs more
+        while short:  # long words or much white space need more characters
             limit *= 4
             again = fast.encode_batch_fast([prompt + cut_text(texts[row], limit) for row in short])
             for row, encoding in zip(short, again, strict=True):
@@ -142,7 +142,7 @@ class Tokenizer:
 
 
 def cut_text(text: str, limit: int) -> str:
-    """Cut ``text`` at the first white space after ``limit`` characters, to keep words whole.
+    """Cut ``text`` at the first white space after ``limit`` characters, to keep words complete.
 
     >>> cut_text("one two three", 5)
     'one two'

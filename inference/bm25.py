@@ -1,4 +1,4 @@
-"""Search by words with BM25, computed by the library bm25s."""
+"""Search texts by words with BM25, using the library bm25s."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import Stemmer
 
 
 class WordIndex:
-    """BM25 with the defaults of bm25s (Lucene's formula, English stop words) over stemmed words.
+    """Index stemmed words for BM25 (Lucene's formula and English stop words, as in bm25s).
 
     Stemming raises MRR@10 by about 0.02 on four English retrieval sets.
     """
@@ -20,36 +20,36 @@ class WordIndex:
 
     @classmethod
     def build(cls, texts: Iterable[str], *, show_progress: bool = False) -> "WordIndex":
-        """Index texts, numbered from 0; memory grows with the number of their words."""
+        """Index texts, which are numbered from 0. Memory grows with the number of words."""
         tokenizer = bm25s.tokenization.Tokenizer(stemmer=Stemmer.Stemmer("english"), stopwords="english")
         words = tokenizer.tokenize(
             texts, update_vocab=True, length=0, show_progress=False, return_as="tuple", allow_empty=False
         )
         if not any(words.ids):
-            raise ValueError("The texts hold no words but stop words, so there is nothing to search by word.")
+            raise ValueError("The texts hold no words but stop words, so BM25 has nothing to search.")
         index = bm25s.BM25()
         index.index(words, show_progress=show_progress)
         return cls(index)
 
     @classmethod
     def load(cls, folder: Path) -> "WordIndex":
-        """Open what :meth:`save` wrote, memory-mapped."""
+        """Open an index that :meth:`save` wrote. The index is memory-mapped."""
         try:
             return cls(bm25s.BM25.load(folder, mmap=True, show_progress=False))
         except (OSError, ValueError, EOFError, KeyError) as error:
             raise ValueError(f"{folder} is damaged ({error}).") from error
 
     def save(self, folder: Path) -> None:
-        """Write the index into ``folder``, in several files."""
+        """Write the index to several files in ``folder``."""
         self._index.save(folder, show_progress=False)
 
     def __len__(self) -> int:
         return int(self._index.scores["num_docs"])
 
     def search(self, queries: Sequence[str], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and numbers of the best texts per query, (n, min(top_k, texts)) each.
+        """Return scores and numbers of the best texts per query, both (n, min(top_k, texts)).
 
-        The number is -1 where no further text shares a word with the query.
+        A number is -1 if no further text shares a word with the query.
         """
         words = bm25s.tokenize(list(queries), stemmer=self._stemmer, stopwords="english", return_ids=False, show_progress=False)
         numbers, scores = self._index.retrieve(words, k=min(top_k, len(self)), show_progress=False)

@@ -1,9 +1,10 @@
-"""What makes encoding fast on a CPU: the choice of a dtype, and layers whose matrices are prepacked.
+"""Speed up encoding on a CPU: choose the dtype, and prepack the matrices of the layers.
 
-A product with a plain matrix brings the matrix into oneDNN's layout at every call. Doing
-that once, with queries, keys and values in one product, saves time for a query, and a
-little for thousands of texts (``benchmarks/pieces.py`` compares the times). A query is a
-few hundred short operations, so these layers look nothing up that can be known before.
+Without prepacking, every product converts its matrix to the layout of oneDNN. Prepacking
+converts each matrix once, and joins queries, keys and values in one product. This saves time
+for a query, and a little time for thousands of texts (``benchmarks/pieces.py`` compares the
+times). A query is a few hundred short operations, so the prepacked layers prepare in advance
+everything that does not depend on the input.
 """
 
 import math
@@ -21,17 +22,18 @@ from minibert.kernels_minibert import ONEDNN_DTYPES, add, at_least_float32, is_h
 from minibert.modeling_minibert import MiniBertLayer, MiniBertModel, rotate
 from minibert.packing_minibert import Packing
 
-# Rows below which reading a float32 matrix takes longer than multiplying by it.
+# With fewer rows, reading a float32 matrix takes longer than multiplying by the matrix.
 _FEW_ROWS = 32
 
 
 @cache
 def product_rates() -> dict[str, float]:
-    """Time a product of a thousand rows on this CPU in ``float32`` and ``bfloat16``, once per process.
+    """Measure how fast this CPU multiplies in ``float32`` and ``bfloat16``, once per process.
 
-    Returns billions of operations per second: the fastest of five runs in turns, and in
-    float32 the faster of torch and oneDNN. A list of instructions does not tell: a Xeon
-    whose host hides AMX takes twice as long in bfloat16 as in float32.
+    The unit is billions of operations per second. Each rate is the fastest of five products of
+    a thousand rows, measured alternately. For float32, it is the faster of torch and oneDNN.
+    The CPU's list of instructions is not enough: a Xeon whose host hides AMX takes twice as
+    long in bfloat16 as in float32.
     """
     rows, width = 1024, 384
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
@@ -53,20 +55,20 @@ def product_rates() -> dict[str, float]:
 
 
 def bfloat16_is_faster() -> bool:
-    """Return True if this CPU multiplies at least a quarter faster in bfloat16."""
+    """Return True if this CPU multiplies bfloat16 at least a quarter faster than float32."""
     rates = product_rates()
     return rates["bfloat16"] > 1.25 * rates["float32"]
 
 
 def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
-    """Return the dtype to compute in on ``device``, and the reason.
+    """Return the dtype to compute in on ``device``, and the reason for the choice.
 
     >>> choose_dtype("float32", "cpu")
     ('float32', 'as asked')
     """
     if dtype != "auto":
         return dtype, "as asked"
-    kind = torch.device(device).type  # Accelerate calls a processor cpu:0
+    kind = torch.device(device).type  # Accelerate calls the CPU cpu:0
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bfloat16", "which this GPU computes natively") if native else ("float32", "this GPU has no bfloat16")
@@ -81,18 +83,18 @@ def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
 
 @torch.no_grad()
 def prepack(model: MiniBertModel, half_copies: bool = False) -> bool:
-    """Replace the layers of ``model`` by :class:`PrepackedLayer`, and return whether that was possible.
+    """Replace the layers of ``model`` by prepacked layers. Return False if not supported.
 
-    The model then computes the same vectors, up to rounding, but can neither be saved nor
-    trained, nor leave the CPU. A layer that is more than its matrices (quantized,
-    adapted, hooked) stays as it is.
+    The model then computes the same vectors, up to rounding. It can no longer be saved, trained
+    or moved to another device. A layer is not replaced if it is quantized, or has adapters or
+    hooks.
 
-    ``half_copies`` multiplies fewer than 32 rows (a query) by float16 copies of the
+    With ``half_copies``, fewer than 32 rows (a query) are multiplied by float16 copies of the
     matrices.
     """
     if model.device.type != "cpu" or model.dtype not in ONEDNN_DTYPES:
         return False
-    model.requires_grad_(False)  # these products have no backward
+    model.requires_grad_(False)  # the prepacked products have no backward pass
     layer: Any
     for number, layer in enumerate(model.layers):
         if _can_replace(layer):
@@ -101,7 +103,7 @@ def prepack(model: MiniBertModel, half_copies: bool = False) -> bool:
 
 
 def _can_replace(layer: nn.Module) -> bool:
-    """Return True if ``layer`` computes nothing but what :class:`PrepackedLayer` computes."""
+    """Return True if :class:`PrepackedLayer` computes exactly the same as ``layer``."""
     if type(layer) is not MiniBertLayer:
         return False
     attention, mlp = layer.attention, layer.mlp
@@ -111,18 +113,19 @@ def _can_replace(layer: nn.Module) -> bool:
 
 
 def supports_half_copies(dtype: torch.dtype) -> bool:
-    """Return True if torch multiplies rows of ``dtype`` by a float16 matrix with FBGEMM."""
+    """Return True if FBGEMM can multiply rows of ``dtype`` by a float16 matrix."""
     return dtype == torch.float32 and torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 class PrepackedLinear:
-    """Multiply by the matrices of ``linears``, side by side: (…, in) -> (…, sum of outs).
+    """Apply several linear layers in a single product: (…, in) -> (…, sum of the widths).
 
-    It keeps no other copy of the matrices and is not a module: a blocked tensor has no
-    storage to save or to move.
+    Only the prepacked matrix is stored. The class is not a module, because a tensor in the
+    layout of oneDNN has no storage to save or to move.
 
-    With ``half_copies``, the first product of few rows makes a copy in float16, by which
-    FBGEMM multiplies few rows from then on, with sums in float32.
+    With ``half_copies``, the first input of fewer than 32 rows creates a float16 copy of the
+    matrix. FBGEMM multiplies all inputs of fewer than 32 rows by the copy, with sums in
+    float32.
     """
 
     def __init__(self, *linears: nn.Linear, gelu: bool = False, half_copies: bool = False):
@@ -136,7 +139,7 @@ class PrepackedLinear:
         self.half: Any = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Multiply (…, in) -> (…, out)."""
+        """Multiply ``inputs`` by the matrix, and add the bias: (…, in) -> (…, out)."""
         inputs = inputs.to(self.dtype)
         if not self.half_copies or inputs.numel() >= _FEW_ROWS * inputs.shape[-1]:
             return onednn_linear(inputs, self.weight, self.bias, self.gelu)
@@ -147,10 +150,10 @@ class PrepackedLinear:
 
 
 class PrepackedLayer(MiniBertLayer):
-    """Compute what ``layer`` computes in evaluation: (…, C) -> (…, C)."""
+    """Compute the same as ``layer`` in evaluation mode, but faster: (…, C) -> (…, C)."""
 
     def __init__(self, layer: MiniBertLayer, half_copies: bool = False):
-        nn.Module.__init__(self)  # without the parameters of a layer
+        nn.Module.__init__(self)  # MiniBertLayer.__init__ would create parameters
         attention, mlp = layer.attention, layer.mlp
         self.heads, self.head_dim, self.scaling = attention.num_heads, attention.head_dim, attention.scaling
         fused = mlp.gate is None and type(mlp.act) is GELUActivation
@@ -164,7 +167,7 @@ class PrepackedLayer(MiniBertLayer):
         self.attention_norm, self.mlp_norm = _norm(layer.attention_norm), _norm(layer.mlp_norm)  # type: ignore[assignment]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Compute attention and MLP of states (…, C)."""
+        """Apply attention and MLP to the hidden states (…, C)."""
         if self.norm_first:
             hidden_states = add(hidden_states, self._attend(self.attention_norm(hidden_states), attention_mask, **kwargs))
             return add(hidden_states, self._transform(self.mlp_norm(hidden_states)))
@@ -201,10 +204,10 @@ class PrepackedLayer(MiniBertLayer):
         return output
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("This model was prepacked for encoding and cannot be saved; save the model it was made of.")
+        raise NotImplementedError("A prepacked model cannot be saved; save the original model.")
 
 
 def _norm(norm: nn.LayerNorm) -> partial[Tensor]:
-    """Return ``norm`` for float32 states, its parameters cast once."""
+    """Return a function that applies ``norm`` to float32 states, with parameters cast once."""
     weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
     return partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=weight, bias=bias, eps=norm.eps)

@@ -1,9 +1,10 @@
-"""Texts to vectors, fast: without padding, in batches by tokens, tokenized ahead of the model.
+"""Encode texts into vectors without padding, in batches of a limited number of tokens.
 
-Texts are taken in windows, sorted by length there, and laid end to end in one row per
-batch, which MiniBERT computes as it is and from which they are pooled. The vectors are
-those of ``SentenceTransformer.encode``. sentence-transformers itself encodes with models
-that are not MiniBERT or have modules other than pooling and normalization on top.
+Texts are tokenized in windows, and sorted by length within a window. The next window is
+tokenized while the model computes. The tokens of a batch are joined in one row without padding,
+which MiniBERT can process directly. The result equals that of ``SentenceTransformer.encode`` up
+to rounding. Other models, and models with modules other than pooling and normalization, are
+encoded by sentence-transformers.
 """
 
 import copy
@@ -35,17 +36,16 @@ from minibert.modeling_minibert import MiniBertModel
 from minibert.packing_minibert import PREFERS_EXP2, Packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_FEW_TEXTS = 8  # handing so few to another thread takes longer than tokenizing them
-_CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # in a batch
-# Seconds between two returns of free memory to the system: each takes milliseconds, and
-# mapping it again some more.
+_FEW_TEXTS = 8  # with so few texts, another thread costs more time than it saves
+_CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # per batch
+# Seconds between two calls of malloc_trim, which takes milliseconds and causes page faults.
 TRIM_SECONDS = 20.0
 _trimmed = time.monotonic()
 _malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class EncoderOptions(TypedDict, total=False):
-    """Type the options of :func:`encode`, for functions that pass them on."""
+    """Declare the options of :func:`encode`, for functions that pass the options on."""
 
     batch_tokens: int | None
     dtype: str
@@ -63,25 +63,27 @@ def encode(
     show_progress: bool = False,
     **options: Unpack[EncoderOptions],
 ) -> np.ndarray:
-    """Encode ``texts`` into vectors (texts, dimension) in float32, or a single text into one of (dimension,).
+    """Encode texts into a float32 array (texts, dimension), or one text into (dimension,).
 
-    Memory, except that of the vectors, does not grow with the number of texts.
+    Memory use does not grow with the number of texts, apart from the result.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened
-            sentence-transformers model.
-        batch_tokens: tokens computed at once; the default depends on the device.
-        dtype: precision to compute in: ``float32``, ``bfloat16``, ``float16``, or
-            ``auto``: bfloat16 if the processor multiplies at least a quarter faster in it
-            (timed once per process), else float32. An opened model keeps its own by
-            default.
-        normalize: scale vectors to length 1, also if the model has no such module.
-        prompt: text to put before every text.
-        prompt_name: the name of one of the model's prompts, instead.
-        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best device present.
-        trust_remote_code: run Python code that comes with the model.
-        texts: texts, or a single text.
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
+            model.
+        texts: a sequence of texts, or a single text.
         show_progress: show a progress bar on standard error.
+        batch_tokens: the number of tokens to compute at once. The default depends on the
+            device.
+        dtype: the precision of the computation: ``float32``, ``bfloat16``, ``float16`` or
+            ``auto``. ``auto`` chooses bfloat16 if a CPU multiplies at least a quarter faster in
+            it (measured once per process) or a GPU supports it. Otherwise, it chooses float32.
+            For an opened model, ``auto`` keeps the dtype of the model.
+        normalize: scale vectors to length 1, even if the model does not normalize.
+        prompt: a text to put before every text.
+        prompt_name: the name of one of the model's prompts, as an alternative to ``prompt``.
+        device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
+            available.
+        trust_remote_code: run Python code that comes with the model.
 
     Example::
 
@@ -89,11 +91,11 @@ def encode(
         vectors @ vectors.T  # (2, 2) cosines: the vectors of this model have length 1
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`minibert.inference.load.load`, and for an
-            unknown ``dtype`` or ``prompt_name``, a device that is not present, and a text
-            that is not a string or holds a lone surrogate.
+        FileNotFoundError: if the model does not exist or lacks a file.
+        ValueError: if the model cannot be opened, the ``dtype``, ``prompt_name`` or device is
+            not available, or a text is not a string or contains a lone surrogate.
     """
-    encoder = Encoder(model, query_copies=False, **options)  # copies only pay off in an encoder that is reused
+    encoder = Encoder(model, query_copies=False, **options)  # copies are only useful if the encoder is reused
     if isinstance(texts, str):
         vector: np.ndarray = encoder.encode([texts])[0]
         return vector
@@ -101,20 +103,20 @@ def encode(
 
 
 class Encoder:
-    """Keep a model open to encode any number of texts; arguments as in :func:`encode`.
+    """Keep a model open to encode texts. :func:`encode` describes the other arguments.
 
     Args:
-        query_copies: if ``dtype="auto"`` takes float32, multiply fewer than 32 tokens (a
-            query) by copies of the matrices in float16, which take half the time to read.
-            The first query makes them and takes longer for it.
+        query_copies: multiply inputs of fewer than 32 tokens (a query) by float16 copies of the
+            matrices, which take half the time to read. This requires that ``dtype="auto"``
+            chooses float32. The first query creates the copies and therefore takes longer.
 
     Attributes:
-        model: the sentence-transformers model. One that was opened here cannot be saved:
-            its matrices may be prepacked.
-        dimension: width of the vectors.
+        model: the sentence-transformers model. A model that the encoder opened cannot be saved,
+            because its matrices may be prepacked.
+        dimension: the number of dimensions of the vectors.
         normalized: True if the vectors have length 1.
         packed: True if batches are computed without padding.
-        decisions: what was decided and why, by the name of the option.
+        decisions: the choices made by the encoder and their reasons, by name of the option.
 
     Example::
 
@@ -123,7 +125,7 @@ class Encoder:
         encoder.encode_query(["how do I sort a list"]) @ passages.T
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`encode`.
+        FileNotFoundError, ValueError: for the same reasons as :func:`encode`.
     """
 
     def __init__(
@@ -144,9 +146,9 @@ class Encoder:
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens} (--batch-tokens).")
         if prompt is not None and prompt_name is not None:
-            raise ValueError("prompt and prompt_name are both given; give one of the two (--prompt, --prompt-name).")
+            raise ValueError("prompt and prompt_name are both given; give only one (--prompt, --prompt-name).")
         if prompt is not None and not is_unicode(prompt):
-            raise ValueError(f"The prompt {prompt!r} is not UTF-8; convert it (--prompt).")
+            raise ValueError(f"The prompt {prompt!r} is not valid UTF-8; convert it (--prompt).")
         if device is not None:
             _check_device(device)
         self.decisions: dict[str, str] = {}
@@ -160,16 +162,16 @@ class Encoder:
         self.normalized = normalize or (not cut and any(isinstance(module, Normalize) for module in self.model))
         self._normalize = normalize
         dimension = self.model.get_embedding_dimension()
-        assert dimension is not None  # of every model that gives sentence embeddings
+        assert dimension is not None  # sentence-embedding models have a dimension
         self.dimension = dimension
         usual = _CPU_TOKENS if self.model.device.type == "cpu" else _GPU_TOKENS
         self.batch_tokens = batch_tokens or usual
         if self.packed:
             encoder = _encoder_of(self.model)
             self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config)
-            owned = self.model is not model  # a model that the caller opened stays as it is
+            owned = self.model is not model  # do not change a model that the caller opened
             if owned:
-                encoder.pooler = None  # vectors are pooled from the tokens instead
+                encoder.pooler = None  # the vectors are pooled from the hidden states
             half_copies = query_copies and dtype == "auto" and supports_half_copies(getattr(torch, self.dtype))
             if owned and prepack(encoder, half_copies=half_copies):
                 self.decisions["matrices"] = "prepacked for oneDNN" + ("; for a query in float16" if half_copies else "")
@@ -185,7 +187,7 @@ class Encoder:
             return model if device is None else model.to(device)
         wanted, reason = choose_dtype(dtype, device or get_device_name())
         opened = load(model, device=device, trust_remote_code=trust_remote_code, dtype=wanted)
-        if dtype == "auto" and wanted != "float32" and _why_not_packed(opened, None):  # it would pool in half precision
+        if dtype == "auto" and wanted != "float32" and _why_not_packed(opened, None):  # avoid pooling in half precision
             wanted, reason = "float32", "only a packed MiniBERT stays exact in half precision"
             opened = load(model, device=device, trust_remote_code=trust_remote_code, dtype=wanted)
         self.decisions["dtype"] = f"{wanted}, {reason}"
@@ -197,23 +199,23 @@ class Encoder:
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def explain(self) -> str:
-        """Return what was decided and why, one line for each option."""
+        """Return the choices of the encoder and the reasons, one line for each option."""
         return "\n".join(f"{name}: {choice}" for name, choice in self.decisions.items())
 
     def encode(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
-        """Encode ``texts``, in their order, into (texts, dimension) float32 vectors.
+        """Encode ``texts`` into a float32 array (texts, dimension), in the order of the texts.
 
         Raises:
-            ValueError: for the first text that is not a string or holds a lone surrogate.
+            ValueError: if a text is not a string or contains a lone surrogate.
         """
         return self._encode(texts, self.prompt, None, show_progress)
 
     def encode_query(self, queries: Sequence[str]) -> np.ndarray:
-        """Encode queries as sentence-transformers does: after the model's prompt named ``query``."""
+        """Encode queries with the prompt for queries, as sentence-transformers does."""
         return self._encode(queries, self._task_prompt("query"), "query", False)
 
     def encode_document(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
-        """Encode passages as sentence-transformers does: after the model's prompt for passages."""
+        """Encode passages with the prompt for passages, as sentence-transformers does."""
         return self._encode(texts, self._task_prompt("document", "passage", "corpus"), "document", show_progress)
 
     def _task_prompt(self, *names: str) -> str | None:
@@ -231,9 +233,9 @@ class Encoder:
         return vectors
 
     def windows(self, windows: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
-        """Yield the (n, dimension) float32 vectors of every window of ``n`` texts.
+        """Yield the float32 vectors (n, dimension) of each window of ``n`` texts.
 
-        The next window is tokenized meanwhile.
+        The next window is tokenized while the current window is computed.
         """
         return self._windows(windows, self.prompt, None)
 
@@ -258,7 +260,7 @@ class Encoder:
                     yield self._next(waiting)
             while waiting:
                 yield self._next(waiting)
-        finally:  # after an error or an interruption nothing reads the windows that are waiting
+        finally:  # after an error or an interruption, the waiting windows are not needed
             for _, batches in waiting:
                 batches.cancel()
 
@@ -276,7 +278,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        """Compute the (count, dimension) vectors of a window; a text without a token gets zeros."""
+        """Compute vectors (count, dimension) of a window. A text without tokens gets zeros."""
         device = self.model.device
         vectors = torch.zeros(count, self.dimension, dtype=torch.float32, device=device)
         for batch in batches:
@@ -309,10 +311,9 @@ class Encoder:
 
 
 def trim_memory() -> None:
-    """Return free memory to the system, at most every ``TRIM_SECONDS``.
+    """Return free memory to the system, at most once in ``TRIM_SECONDS`` seconds.
 
-    Tensors of ever new sizes leave holes between them, which glibc keeps
-    (``benchmarks/soak.py``).
+    Tensors of changing sizes leave gaps in memory, which glibc keeps (``benchmarks/soak.py``).
     """
     global _trimmed
     if _malloc_trim is not None and time.monotonic() - _trimmed >= TRIM_SECONDS:
@@ -321,7 +322,7 @@ def trim_memory() -> None:
 
 
 def _check_device(device: str) -> None:
-    """Refuse a device that this computer or PyTorch does not have, before a model is read."""
+    """Raise a ValueError if ``device`` is not available, before a model is read."""
     try:
         torch.zeros(1, device=device).cpu()  # "meta" accepts tensors but returns none
     except torch.OutOfMemoryError:
@@ -334,12 +335,12 @@ def _check_device(device: str) -> None:
 
 
 def _encoder_of(model: SentenceTransformer) -> Any:
-    """Return the transformer of the first module."""
+    """Return the transformers model in the first module of ``model``."""
     return model[0].auto_model
 
 
 def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
-    """Return the prompt that sentence-transformers would put before every text."""
+    """Return the prompt that sentence-transformers would put before every text, or None."""
     if prompt is not None:
         return prompt
     if name is not None and name not in model.prompts:
@@ -350,7 +351,7 @@ def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | Non
 
 
 def _why_not_packed(model: SentenceTransformer, prompt: str | None) -> str | None:
-    """Return why ``model`` cannot be computed packed, or None if it can."""
+    """Return the reason why ``model`` cannot encode without padding, or None if it can."""
     transformer, *rest = list(model)
     if not isinstance(transformer, Transformer) or not isinstance(transformer.auto_model, MiniBertModel):
         return "the model is not a MiniBERT (minibert hub convert makes one of a BERT)"

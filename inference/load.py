@@ -1,4 +1,4 @@
-"""Open a trained model with sentence-transformers, after a check of its folder."""
+"""Open a trained model with sentence-transformers, after checking the files of the model."""
 
 import filecmp
 import hashlib
@@ -21,15 +21,15 @@ from minibert.files.model_folder import check_paths, check_weights, code_files, 
 
 logger = logging.getLogger(__name__)
 
-# The files to download of a model; weights in other formats are never used.
+# The files of a model to download. Weights in other formats are never used.
 _WANTED_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.safetensors"]
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-# Files that decide the vectors of a model, unlike its card, its pictures and its code.
+# Files that determine the vectors of a model, unlike the card, the pictures and the code.
 _DECIDING = (
     *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
 )
-_warned: set[Path] = set()  # folders whose code differs, which was logged
+_warned: set[Path] = set()  # folders for which a warning was logged
 
 
 def load(
@@ -37,16 +37,17 @@ def load(
 ) -> SentenceTransformer:
     """Open ``model`` as a sentence-transformers model.
 
-    A folder without a list of sentence-transformers modules gets the ``pooling`` of its
-    configuration (mean by default), and vectors of length 1.
+    If the folder has no list of modules (``modules.json``), the model uses the ``pooling`` of
+    its configuration (mean by default), and normalizes vectors to length 1.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
-        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best one present.
-        trust_remote_code: run Python code that comes with the model. Models of this
-            package and of transformers need none.
-        dtype: of the weights and the computation; the default is that of the model's
-            configuration.
+        device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
+            available.
+        trust_remote_code: run Python code that comes with the model. Models of this package and
+            of transformers do not need such code.
+        dtype: the dtype of the weights and the computation. The default is the dtype in the
+            configuration of the model.
 
     Example::
 
@@ -55,10 +56,10 @@ def load(
         model.similarity(model.encode(["sort a list"]), passages)  # (1, 2)
 
     Raises:
-        FileNotFoundError: for a model that is neither a folder nor on the Hub, or a
-            folder without weights or tokenizer.
-        ValueError: for damaged, incomplete or pickled weights, weights that do not fit
-            the configuration, or code that is not trusted.
+        FileNotFoundError: if the model is neither a folder nor on the Hub, or the folder has no
+            weights or no tokenizer.
+        ValueError: if the weights are damaged, incomplete or pickled, do not fit the
+            configuration, or if the model needs code that is not trusted.
     """
     folder = find_model(model, trust_remote_code=trust_remote_code)
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -72,16 +73,15 @@ def load(
             modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode=mode), Normalize()]
             opened = SentenceTransformer(modules=modules, device=device, similarity_fn_name="cosine")
     _check_complete(opened.transformers_model, folder)
-    # A reference cycle with the card would keep the weights until a full garbage
-    # collection.
+    # A reference cycle with the card would keep the weights until a full collection.
     opened.model_card_data.model = cast(SentenceTransformer, weakref.proxy(opened))
     return opened
 
 
 def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """Return the folder of ``model``, downloaded if necessary, after a check that it can be opened.
+    """Return the folder of ``model``, downloaded if necessary, after checking its files.
 
-    Raises: as :func:`load` does.
+    Raises: the same errors as :func:`load`.
     """
     folder = find_folder(model)
     check_paths(folder)
@@ -89,52 +89,51 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     config = read_json(encoder / "config.json")
     check_weights(encoder)
     if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
-        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the model's tokenizer into it.")
+        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the tokenizer there.")
     if config.get("model_type") == MiniBertConfig.model_type:
         _compare_code(encoder)
-    # The installed class of a known model type runs, not the code that every MiniBERT
-    # brings.
+    # For a known model type, the installed class is used, not the code in the folder.
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(
-            f"{folder} brings Python code of its own, which opening it would run; read that code, and if you trust it, "
-            "pass trust_remote_code=True (--trust-remote-code)."
+            f"{folder} contains its own Python code, which would run when the model is opened. Read the "
+            "code. If you trust it, pass trust_remote_code=True (--trust-remote-code)."
         )
     return folder
 
 
 def find_folder(model: str | Path, revision: str | None = None) -> Path:
-    """Return the folder ``model``, or download the model of that id on the Hub and return its folder."""
+    """Return ``model`` if it is a folder. Otherwise, download the model from the Hub."""
     folder, name = Path(model).expanduser(), str(model)
     if folder.is_dir():
         return folder
     if folder.exists() or name.count("/") > 1 or name.startswith(("/", ".", "~")):
         refuse_missing(model, "give the folder of a model, or the id (owner/name) of one on the Hub")
     here = f"There is no model folder {model} (looked from {Path.cwd()})"
-    if "/" in name and folder.parent.is_dir():  # a typo is likelier than an owner on the Hub with the name of a folder
+    if "/" in name and folder.parent.is_dir():  # probably a typo
         raise FileNotFoundError(
-            f"{here}, but a folder {folder.parent}; fix the path. If you mean the Hub, "
+            f"{here}, but there is a folder {folder.parent}; fix the path. If you mean the Hub, "
             "run from a directory without a folder of that name."
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{here}, and the Hub did not send a model of that name: {reason}") from error
+        raise FileNotFoundError(f"{here}, and the Hub did not send a model of this name: {reason}") from error
 
 
 def encoder_folder(folder: Path) -> Path:
-    """Return the folder of the transformer: ``folder``, or that of the first module of a sentence-transformers model."""
+    """Return the folder of the transformer, which may be a subfolder of ``folder``."""
     if (folder / "modules.json").exists():
         return folder / str(read_json(folder / "modules.json")[0]["path"])
     if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
-        raise FileNotFoundError(f"{folder} is not a model folder, but contains some; give one of {', '.join(stages)} in it.")
+        raise FileNotFoundError(f"{folder} is not a model folder; give one of its folders {', '.join(stages)}.")
     return folder
 
 
 def _compare_code(folder: Path) -> None:
-    """Log a warning, once, if a checkpoint's code differs from the installed code.
+    """Log one warning if the code of a checkpoint differs from the installed code.
 
-    The installed code is the one that runs.
+    The installed code is used in any case.
     """
     differing = [
         file.name
@@ -144,16 +143,16 @@ def _compare_code(folder: Path) -> None:
     if differing and folder.resolve() not in _warned:
         _warned.add(folder.resolve())
         logger.warning(
-            "%s %s from the installed minibert's; the installed code runs, which may compute something else.",
+            "%s %s from the installed code. The installed code is used, and may compute other vectors.",
             f"{folder / differing[0]}{''.join(f' and {name}' for name in differing[1:])}",
             "differ" if len(differing) > 1 else "differs",
         )
 
 
 def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
-    """Refuse a MiniBERT with missing weights, which transformers would fill with random numbers.
+    """Refuse a MiniBERT with missing weights, which transformers would initialize at random.
 
-    The pooler may be missing: embeddings do not use it.
+    The pooler may be missing, because embeddings do not use it.
     """
     if not isinstance(encoder, modeling_minibert.MiniBertModel):
         return
@@ -164,13 +163,14 @@ def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
         stored |= {name.removeprefix(f"{encoder.base_model_prefix}.") for name in names}
     if missing := [name for name in encoder.state_dict() if name not in stored and not name.startswith("pooler.")]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"The weights in {folder} lack {shown}, which its config.json describes; save or download it again.")
+        raise ValueError(f"The weights in {folder} lack {shown}; save or download the model again.")
 
 
 def fingerprint(model: Path) -> str:
-    """Return the SHA-256 of the files that decide a model's vectors: weights, configurations, tokenizer and modules.
+    """Return the SHA-256 of the files that determine the vectors of a model.
 
-    Folders with the same content have the same fingerprint, wherever they are.
+    The files are the weights, configurations, tokenizer and list of modules. Two folders with
+    the same files have the same fingerprint.
     """
     modules = read_json(model / "modules.json") if (model / "modules.json").exists() else []
     folders = sorted({model, *(model / module["path"] for module in modules)})

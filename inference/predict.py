@@ -1,4 +1,4 @@
-"""Predict labels, numbers, tags, answers or choices for rows of text, depending on the head of the model."""
+"""Predict labels, numbers, tags, answers or choices, depending on the head of the model."""
 
 import contextlib
 import csv
@@ -65,8 +65,7 @@ _HEADS = {
 _TAGGED = [(name,) for name in (*TOKEN_COLUMNS, "text", "sentence")]
 _ASKED = ("question", "context")
 _ROWS_AT_ONCE = 1000
-# A word of raw text includes the marks inside it (U.S, AT&T, well-known, 3.5); every
-# other mark is a word.
+# A word of raw text includes the marks inside it (U.S, AT&T, 3.5). Other marks are words.
 _WORD = re.compile(r"['’](?:s|re|ve|ll|d|m)\b|\w+(?:(?:[.&/@’'-](?!(?:s|re|ve|ll|d|m)\b)|(?<=\d)[,:](?=\d))\w+)*|[^\w\s]")
 
 
@@ -82,34 +81,39 @@ def predict(
     trust_remote_code: bool = False,
     show_progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Predict for every row of ``data``, in order; each result also holds the columns that were read.
+    """Predict a result for every row of ``data``, in order.
 
-    The head of the model decides what is read and what is added:
+    The head of the model determines the columns to read and the keys of the result. Each result
+    also contains the columns that were read.
 
-    - **sequence classification** reads a text or a pair of them: ``label``, ``score`` (its probability) and
-      ``probabilities`` of all classes by name; with several labels ``labels`` and
-      ``probabilities``; in regression ``value``;
-    - **token classification** reads ``text``, or ``tokens`` (lists of words): ``words`` (of a text), ``tags`` and ``scores``
-      per word, and ``entities``, each with ``entity_group``, ``word``, ``score``, and
-      ``start`` and ``end`` in characters of the text, or in words where words were given;
-    - **question answering** reads ``question`` and ``context``: see :func:`minibert.inference.answers.answer_rows`;
-    - **multiple choice** reads a question and its choices: see :func:`minibert.inference.answers.choose_rows`.
+    - **sequence classification** reads a text or a pair of texts. The keys are ``label``,
+      ``score`` (the probability of the label) and ``probabilities`` (of all classes, by name).
+      For a multi-label model, they are ``labels`` and ``probabilities``. For regression, the
+      key is ``value``.
+    - **token classification** reads ``text``, or ``tokens`` (lists of words). The keys are
+      ``tags`` and ``scores`` (a list with an element for each word), ``entities`` and, for a
+      text, ``words``. An entity has the keys ``entity_group``, ``word``, ``score``, ``start``
+      and ``end``. The position is in characters of a text, or in words of a list.
+    - **question answering** reads ``question`` and ``context``. See
+      :func:`minibert.inference.answers.answer_rows` for the keys.
+    - **multiple choice** reads a question and its choices. See
+      :func:`minibert.inference.answers.choose_rows` for the keys.
 
-    Texts to classify that exceed the model's length are cut, as in training; sentences to
-    tag and contexts are read completely, in windows that overlap.
+    A text to classify is cut at the maximum length of the model, as in training. Sentences to
+    tag and contexts are read completely, in overlapping windows.
 
     Args:
         model: a model folder, or the id of a model on the Hub.
         data: a file, a folder with a file per split, a Hub data set, ``"-"`` for lines of
-            standard input, rows read already, or texts.
-        columns: the columns to read; the default is those the model was trained with, or
-            the usual names.
-        split: the split of a folder or Hub data set; anything else is read completely.
-        batch_size: texts (or windows of long texts) computed at once; memory does not
-            grow with the number of rows.
-        threshold: probability from which a label is given, if a text may have several
-            labels.
-        device: such as ``"cpu"`` or ``"cuda:1"``; the default is the best device present.
+            standard input, an opened data set, or an iterable of rows or texts.
+        columns: the columns to read. The default is the columns used in training, or columns
+            with usual names.
+        split: the split of a folder or Hub data set. Other data is read completely.
+        batch_size: the number of texts (or windows of long texts) to compute at once. Memory
+            use does not grow with the number of rows.
+        threshold: the probability from which a multi-label model assigns a label.
+        device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
+            available.
         trust_remote_code: run Python code that comes with the model.
         show_progress: show a progress bar on standard error.
 
@@ -119,20 +123,20 @@ def predict(
             print(row["label"], row["score"])
 
     Raises:
-        FileNotFoundError: for a model or data that is neither a path nor on the Hub.
-        ValueError: for a model without such a head, missing columns, or (while iterating)
-            a row without a text.
+        FileNotFoundError: if the model or the data is neither a local path nor on the Hub.
+        ValueError: if the model has none of these heads, a column is missing or, during
+            iteration, a row has no text.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size} (--batch-size).")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, got {threshold} (--threshold).")
-    rows, names, total = _read(data, split)  # before the model, which takes longer to open
+    rows, names, total = _read(data, split)  # before opening the model, which takes longer
     opened = open_with_head(model, device=device, trust_remote_code=trust_remote_code)
     if opened is None:
         raise ValueError(
-            f"{model} has no head that predicts labels, tags, answers or choices; train one on top of it with a classify, tag, "
-            "answer or choose stage, or use it as it is with minibert search."
+            f"{model} has no head that predicts labels, tags, answers or choices; train a head with a "
+            "classify, tag, answer or choose stage, or use the model with minibert search."
         )
     network, tokenizer = opened
     head = head_of(network.config)
@@ -152,9 +156,7 @@ def predict(
         run = partial(answer_rows, network, tokenizer, batch_size=batch_size)
     else:
         if columns:
-            raise ValueError(
-                "Multiple choice finds its columns by their usual names, or those of its training; rename the columns."
-            )
+            raise ValueError("Multiple choice has no option for columns; rename them as in training.")
         found = {name for some in choice_columns_of(network, names) for name in some}
         read = [name for name in names if name in found]
         run = partial(choose_rows, network, tokenizer, batch_size=batch_size)
@@ -166,9 +168,10 @@ def predict(
 def open_with_head(
     model: str | Path, *, heads: Sequence[str] = (), device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """Open a model with its tokenizer; return None if it has none of ``heads`` (endings of class names).
+    """Open a model and its tokenizer. Return None if the model has none of the ``heads``.
 
-    The default is the heads that :func:`predict` knows.
+    ``heads`` are endings of class names. The default is the heads that :func:`predict`
+    supports.
     """
     folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -177,30 +180,30 @@ def open_with_head(
         return None
     with opening(folder):
         opened, found = _HEADS[head].from_pretrained(folder, output_loading_info=True, **kwargs)
-    if missing := sorted(found["missing_keys"]):  # they would be random
+    if missing := sorted(found["missing_keys"]):  # these weights would be random
         what = "classifier" if head == CLASSIFIER else "head"
-        raise ValueError(f"The weights in {folder} lack {', '.join(missing[:3])} of the {what}; save or download it again.")
+        raise ValueError(f"The weights in {folder} lack {', '.join(missing[:3])} of the {what}; save it again.")
     return opened.to(device or get_device_name()).eval(), AutoTokenizer.from_pretrained(folder, **kwargs)
 
 
 def problem_type_of(config: Any) -> str:
-    """Return what a sequence classifier predicts; a single output is a number by default."""
+    """Return the problem type of a classifier. A single output defaults to regression."""
     return config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
 
 
 def class_names(config: Any) -> list[str]:
-    """Return the names of the classes or tags, in order."""
+    """Return the names of the classes or tags of a model, in order."""
     return [str(config.id2label[number]) for number in range(config.num_labels)]
 
 
 def head_of(config: Any) -> str | None:
-    """Return the head of a model by the ending of its class name, or None for another class."""
+    """Return the head of a model (the ending of its class name), or None if unknown."""
     architecture = (config.architectures or [""])[0]
     return next((head for head in _HEADS if architecture.endswith(head)), None)
 
 
 def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
-    """Return the rows, the names of their columns (none without rows), and their number or None."""
+    """Return the rows, the column names (none without rows), and the number if known."""
     if isinstance(data, str | Path | Dataset) and str(data) != STANDARD_INPUT:
         dataset = as_dataset(data, split=split)
         batches = dataset.iter(_ROWS_AT_ONCE)
@@ -221,12 +224,12 @@ def _standard_input() -> Iterator[str]:
             yield (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"Standard input is not UTF-8 somewhere after line {number}; convert it, for example with iconv -t UTF-8."
+            f"Standard input is not UTF-8 somewhere after line {number}; convert it, such as with iconv -t UTF-8."
         ) from error
 
 
 def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Sequence[str]]) -> list[str]:
-    """Pick the columns to read; none without rows."""
+    """Return the names of the columns to read, or an empty list without rows."""
     if not found:
         return []
     columns = pick_columns(found, wanted, usual, option="--column")
@@ -237,7 +240,7 @@ def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Seq
 
 @torch.inference_mode()
 def compute_logits(model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, list[Any]], batch_size: int) -> list[Tensor]:
-    """Compute the logits of each of ``inputs``: (classes,), or (longest, classes) for tokens."""
+    """Return the logits of each input: (classes,), or (padded length, classes) for tokens."""
     logits: list[Any] = [None] * len(inputs["input_ids"])
     for numbers, tensors in padded_batches(model, tokenizer, inputs, batch_size):
         for number, row in zip(numbers, model(**tensors).logits.float().cpu(), strict=True):
@@ -263,7 +266,7 @@ def _classify(
 
 
 def label_of(logits: Tensor, names: Sequence[str], problem_type: str, threshold: float = 0.5) -> dict[str, Any]:
-    """Name what ``logits`` (classes,) predict.
+    """Convert ``logits`` (classes,) to a label, several labels or a value.
 
     >>> label_of(torch.tensor([0.0, 1000.0]), ["no", "yes"], "single_label_classification")
     {'label': 'yes', 'score': 1.0, 'probabilities': {'no': 0.0, 'yes': 1.0}}
@@ -287,8 +290,8 @@ def _tag(
         for number, value in enumerate(given, start=first):
             if not all(isinstance(word, str) for word in (value if isinstance(value, list) else [value])):
                 raise ValueError(
-                    f"Row {number} has {value!r} in column {column!r}, where a text or a list of words belongs; "
-                    "fill it or remove the row."
+                    f"Row {number} has {value!r} in column {column!r}, where a text or a list of words "
+                    "belongs; add it or remove the row."
                 )
         places = [split_words(value) if isinstance(value, str) else None for value in given]
         sentences = [
@@ -306,13 +309,13 @@ def _tag(
 def tag_sentences(
     model: PreTrainedModel, tokenizer: Any, sentences: Sequence[Sequence[str]], *, batch_size: int = 64
 ) -> list[tuple[list[str], list[float]]]:
-    """Return the tag of every word of ``sentences`` and its probability."""
+    """Return the tags of all words in each sentence, and the probabilities of the tags."""
     names = class_names(model.config)
     windows = tokenize_windows(sentences, tokenizer, max_length_of(model, tokenizer))
     inputs = {"input_ids": windows.ids, **({"token_type_ids": windows.types} if windows.types is not None else {})}
     tagged: list[tuple[list[str], list[float]]] = [([], []) for _ in sentences]
     logits = compute_logits(model, tokenizer, inputs, batch_size) if windows.ids else []
-    # Each word belongs to one window, and windows are in order, so words are in order.
+    # Each word belongs to one window. The windows are in order, and therefore the words.
     for row, words, values in zip(windows.rows, windows.words, logits, strict=True):
         best = values[: len(words)][torch.from_numpy(words >= 0)].softmax(-1).max(-1)
         tagged[row][0].extend(names[number] for number in best.indices.tolist())
@@ -321,7 +324,7 @@ def tag_sentences(
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """Return the start and end of every word of ``text``, punctuation apart as in tagged corpora.
+    """Return the start and end of every word and punctuation mark, as in tagged corpora.
 
     >>> text = "AT&T's well-known U.S. arm (1,000 staff)."
     >>> [text[start:end] for start, end in split_words(text)]
@@ -343,7 +346,7 @@ def _entity(
 
 
 def in_a_line(prediction: Row) -> str:
-    r"""Return a prediction as a line: the result, its probability if there is one, then the text.
+    r"""Format a prediction as one line: the result, the probability (if any) and the text.
 
     >>> in_a_line({"text": "so  good", "label": "yes", "score": 0.91234, "probabilities": {"no": 0.08766, "yes": 0.91234}})
     'yes\t0.9123\tso good'
@@ -376,7 +379,7 @@ def _is_iob(tag: str) -> bool:
 
 
 def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:
-    """Refuse an output that cannot or must not be written, before anything is computed."""
+    """Raise an error if ``path`` has a wrong suffix, exists or is in a missing folder."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
     if path.is_dir() or (path.exists() and not force):
@@ -386,12 +389,11 @@ def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force
 
 
 def write(predictions: Iterable[Mapping[str, Any]], path: str | Path, *, force: bool = False) -> int:
-    """Write ``predictions`` as JSON lines, CSV (nested values as JSON) or Parquet, and return their number.
+    """Write ``predictions`` as JSON lines, CSV or Parquet. Return the number of predictions.
 
-    The file appears once it is complete; until then, and after an error, an earlier file
-    stays.
-
-    Raises: as :func:`check_output`.
+    CSV contains nested values as JSON. The file replaces an earlier file only when it is
+    complete. After an error, the earlier file is unchanged. :func:`check_output` raises the
+    errors for ``path``.
     """
     path = Path(path)
     check_output(path, force=force)
@@ -426,7 +428,7 @@ _ENTITY = {"entity_group": "", "word": "", "start": 0, "end": 0, "score": 0.0}
 
 
 def _arrow_type(value: Any, name: str = "") -> pa.DataType:
-    """Return the type of a column from its first value; an empty list is known by its name."""
+    """Return the Arrow type of a value. The type of an empty list depends on ``name``."""
     if isinstance(value, dict):
         return pa.struct([(key, _arrow_type(inner, key)) for key, inner in value.items()])
     if isinstance(value, list):

@@ -1,7 +1,8 @@
-"""Draw models and runs: as an interactive page (plotly), and some as an image too (matplotlib).
+"""Draw models and training runs as interactive pages (plotly) and images (matplotlib).
 
-Every function returns a picture: ``.save("x.html")`` and ``.save("x.png")`` write it, and
-the facts that it shows are its attributes.
+The functions ``attention``, ``embeddings``, ``similarity`` and ``training`` return a picture.
+``.save("x.html")`` and ``.save("x.png")`` write the picture, and its attributes contain the
+data.
 """
 
 from minibert.plot.attention_maps import attention

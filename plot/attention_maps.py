@@ -1,4 +1,4 @@
-"""Draw attention: for each head a heat map, and the same as lines between two columns of tokens."""
+"""Draw the attention of each head as a heat map, and as lines between two columns of tokens."""
 
 import sys
 from dataclasses import dataclass
@@ -13,22 +13,23 @@ from matplotlib.figure import Figure
 from minibert.inference.answers import max_length_of
 from minibert.plot import page
 
-# With more numbers in a page, browsers become slow, so heads are averaged.
+# Browsers are slow with more weights in a page, so heads are averaged.
 _PAGE_WEIGHTS = 4_000_000
-# Lines of a head, the strongest, and the number of strengths in which they are drawn.
+# The number of lines per head, and the number of line widths that show the strength.
 _LINES, _LEVELS = 400, 10
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention(page.Picture):
-    """Attention of one text, or of a pair.
+    """Show the attention of one text, or of a pair of texts.
 
     Attributes:
-        tokens: n tokens as people read them.
-        second: for each token, True if it belongs to the second text.
-        weights: (layers, heads, n, n) float32: how much a row's token takes from a
-            column's.
-        layers: their numbers, from 1; heads: their names.
+        tokens: n tokens in readable form.
+        second: True for each token that belongs to the second text.
+        weights: (layers, heads, n, n) float32. A row contains the attention of one token to all
+            tokens.
+        layers: the numbers of the layers, from 1.
+        heads: the names of the heads.
     """
 
     tokens: list[str]
@@ -39,12 +40,12 @@ class Attention(page.Picture):
 
     @property
     def labels(self) -> list[tuple[str, str]]:
-        """Tokens with their colours; a second text has its own."""
+        """Return the tokens with their colours. The second text has another colour."""
         colours = [page.COLOURS[1] if second else page.INK for second in self.second]
         return list(zip(self.tokens, colours))
 
     def panels(self, layer: int = 0, head: int = 0) -> list[page.Panel]:
-        """Return the heat map and the lines of a head; ``layer`` and ``head`` count from 0."""
+        """Return the heat map and the lines of a head. ``layer`` and ``head`` start at 0."""
         count, weights, labels = len(self.tokens), self.weights[layer, head], self.labels
         shown = "from %{y}<br>to %{x}<br>weight %{z:.4f}<extra></extra>"
         heat = page.heat_map(weights, self.tokens, self.tokens, shown)
@@ -69,10 +70,9 @@ class Attention(page.Picture):
         ]
 
     def interactive(self) -> go.Figure:
-        """Return a heat map and lines for each head, of which one is visible.
+        """Return a figure of one head, with menus to choose the layer and the head.
 
-        The choice of a layer changes the data of all heads, so the two menus are
-        independent.
+        The choice of a layer changes the data of all heads, so the two menus are independent.
         """
         heads = range(len(self.heads))
         drawn = [[panel.traces for head in heads for panel in self.panels(at, head)] for at in range(len(self.layers))]
@@ -89,7 +89,7 @@ class Attention(page.Picture):
         return figure
 
     def draw(self) -> Figure:
-        """Return one head with its tokens and lines, or all heads as small heat maps."""
+        """Draw a single head with its tokens and lines, or several heads as small heat maps."""
         layers, heads, count, _ = self.weights.shape
         if layers * heads == 1:
             side = min(20.0, max(3.4, 0.2 * count))
@@ -117,7 +117,7 @@ def attention(
     max_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> Attention:
-    """Return the attention weights of ``model``, as ``output_attentions=True`` returns them.
+    """Show the attention weights of ``model``, as ``output_attentions=True`` returns them.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
@@ -125,10 +125,9 @@ def attention(
         second: the second text of a pair.
         layer: show only this layer, counted from 1.
         head: show only this head, counted from 1.
-        max_tokens: tokens to read at most, 4 or more; the limit of the model applies as
+        max_tokens: the maximum number of tokens, at least 4. The limit of the model applies as
             well.
-        trust_remote_code: run Python code that comes with the model, if it is not a
-            MiniBERT.
+        trust_remote_code: run Python code that comes with a model other than MiniBERT.
 
     Example::
 
@@ -136,12 +135,12 @@ def attention(
         picture.save("attention.html", force=True)
 
     Raises:
-        FileNotFoundError: the model does not exist.
-        ValueError: an empty text, a layer or head that the model does not have, or a
-            model without attention weights.
+        FileNotFoundError: if the model does not exist.
+        ValueError: if a text is empty, the model does not have the layer or the head, or the
+            model has no attention weights.
     """
     if max_tokens is not None and max_tokens < 4:
-        raise ValueError(f"max_tokens must be at least 4, to leave words to look at, got {max_tokens} (--max-tokens).")
+        raise ValueError(f"max_tokens must be at least 4 to include words, got {max_tokens} (--max-tokens).")
     page.check_text(text)
     if second is not None:
         page.check_text(second, "The second text")
@@ -156,7 +155,7 @@ def attention(
     weights = torch.cat(list(recorded)).float().numpy()  # (layers, heads, n, n)
     notes = []
     if (count := len(tokenizer(*pair, verbose=False)["input_ids"])) > limit:
-        notes.append(f"Of {count} tokens the first {limit} are read; of a pair, the longer text is cut first.")
+        notes.append(f"Of {count} tokens, only {limit} are read. In a pair, the longer text is cut first.")
     layers, heads = list(range(1, len(weights) + 1)), [f"head {number}" for number in range(1, weights.shape[1] + 1)]
     for what, number, count in (("layer", layer, len(layers)), ("head", head, len(heads))):
         if number is not None and not 1 <= number <= count:
@@ -167,8 +166,8 @@ def attention(
         weights, heads = weights[:, head - 1 : head], heads[head - 1 : head]
     if weights.size > _PAGE_WEIGHTS and len(heads) > 1:
         notes.append(
-            f"{weights.size:,} weights are more than a page can hold, so each layer shows the mean of its "
-            f"{len(heads)} heads; choose a layer or a head to see single ones (--layer, --head)."
+            f"{weights.size:,} weights are too many for a page, so each layer shows the mean of its "
+            f"{len(heads)} heads; choose a layer or a head to see single heads (--layer, --head)."
         )
         weights, heads = weights.mean(axis=1, keepdims=True), [f"mean of {len(heads)}"]
     where = "".join([f", layer {layer}" if layer else "", f", head {head}" if head else ""])
@@ -184,10 +183,10 @@ def attention(
 
 
 def line_ends(weights: np.ndarray) -> list[np.ndarray]:
-    """Return the ends of the strongest lines of (n, n) weights, in ten levels, the weakest first.
+    """Return the end points of the strongest weights (n, n) in ten levels, the weakest first.
 
-    A level holds start, end and a gap (NaN) for each line, one after another; weights
-    below half a level are left out.
+    Each level contains the start, the end and a gap (NaN) of each line, one after another.
+    Weights below half a level are left out.
 
     >>> [ends.tolist() for ends in line_ends(np.array([[1.0, 0.01], [0.5, 0.5]], dtype=np.float32))][4::5]
     [[1.0, 0.0, nan, 1.0, 1.0, nan], [0.0, 0.0, nan]]

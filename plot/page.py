@@ -1,4 +1,4 @@
-"""Draw panels of traces as a page (plotly) and as an image (matplotlib)."""
+"""Draw diagrams as an interactive page (plotly) and as an image (matplotlib)."""
 
 import html
 import io
@@ -29,12 +29,11 @@ from minibert.inference.load import encoder_folder, find_model
 from minibert.inference.predict import check_output
 
 SUFFIXES = (".html", ".png")
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart, without
-# yellow, and four more.
+# Okabe and Ito's colours for any kind of colour vision, without yellow, and four more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#882255", "#44AA99", "#332288")
 INK = "#222222"
 _SCALE = "Blues"
-# matplotlib's names for the lines and markers of plotly.
+# The names of plotly's lines and markers in matplotlib.
 _LINES = {"solid": "-", "dash": "--", "dot": ":"}
 _MARKERS = {"circle": "o", "diamond": "D", "square": "s"}
 # Fonts for scripts that matplotlib's own font lacks, if they are installed.
@@ -59,7 +58,7 @@ p {{ font-size: 0.9rem; color: #555; overflow-wrap: anywhere; }}
 
 
 class Text(NamedTuple):
-    """A text in a panel; ``side`` is the side of the text that touches the point."""
+    """Place a text in a panel. ``side`` is the side of the text that touches the point."""
 
     point: Sequence[float]
     text: str
@@ -69,13 +68,13 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A diagram that plotly and matplotlib draw from the same data.
+    """Describe a diagram that plotly and matplotlib draw from the same data.
 
     Attributes:
-        traces: plotly's: a heat map, or lines and points in two or three dimensions.
-        axes: names of the axes, x first.
-        columns: text and colour of each column of a heat map; ``rows`` likewise.
-        frame: limits of x and of y in a panel that hides its axes.
+        traces: plotly traces: a heat map, or lines and points in two or three dimensions.
+        axes: the names of the axes, x first.
+        columns, rows: the text and the colour of each column and row of a heat map.
+        frame: the limits of x and of y in a panel without visible axes.
     """
 
     traces: Sequence[Any]
@@ -88,7 +87,7 @@ class Panel:
 
 
 def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hover_text: str) -> go.Heatmap:
-    """Return a heat map of (rows, columns) values; ``hover_text`` is plotly's ``hovertemplate``."""
+    """Return a heat map of ``cells`` (rows, columns). ``hover_text`` is a plotly template."""
     x, y = ([f"{at} {hover(text)}" for at, text in enumerate(texts, start=1)] for texts in (columns, rows))
     return go.Heatmap(
         z=cells,
@@ -103,9 +102,9 @@ def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hov
 
 
 def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] | None = None) -> go.Figure:
-    """Return ``panels``, which are of one kind, in up to two columns of a plotly figure.
+    """Draw panels of the same kind in a plotly figure with up to two columns.
 
-    ``menus`` hold what each item changes in the traces (plotly's restyle).
+    ``menus`` maps each item of a menu to the changes of the traces (plotly's restyle).
     """
     kind, columns = panels[0].traces[0].type, min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -175,7 +174,7 @@ def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] 
             }
             for at, (name, items) in enumerate((menus or {}).items())
         ],
-        # Texts would stay where a click on the legend hides their points.
+        # A click on the legend would hide points, but not their texts.
         legend={"orientation": "h", "y": -0.05, "yanchor": "top", "itemclick": False if panels[0].texts else "toggle"},
     )
 
@@ -187,7 +186,7 @@ def _labels(texts: Sequence[tuple[str, str]], most: int) -> dict[str, Any]:
 
 
 def image_figure(panels: Sequence[Panel], cell: tuple[float, float], columns: int = 2) -> Figure:
-    """Return ``panels`` in a matplotlib figure; ``cell`` is the size of each, in inches."""
+    """Draw panels in a matplotlib figure. ``cell`` is the size of a panel in inches."""
     kind, columns = panels[0].traces[0].type, min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.0, cell[0] * columns), cell[1] * rows + 0.9), layout="constrained")
@@ -229,7 +228,7 @@ def image_figure(panels: Sequence[Panel], cell: tuple[float, float], columns: in
 
 
 def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
-    """Draw a heat map that is ``inches`` wide, with the labels that can be read."""
+    """Draw a heat map that is ``inches`` wide. Leave out labels that are too small to read."""
     image = axes.imshow(panel.traces[0].z, cmap=_SCALE, vmin=0, interpolation="nearest")
     if any(panel.axes):
         axes.figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02).outline.set_visible(False)
@@ -248,7 +247,7 @@ def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
 
 @contextmanager
 def _image_settings() -> Iterator[None]:
-    """Show texts between dollar signs as they are, and draw rare scripts where a font has them."""
+    """Disable formulas in texts, and add installed fonts for more scripts."""
     more = sorted({*_MORE_FONTS} & {*font_manager.get_font_names()})
     settings: Any = {
         "text.parse_math": False,
@@ -261,17 +260,17 @@ def _image_settings() -> Iterator[None]:
         "legend.frameon": False,
     }
     with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # it is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a missing glyph is drawn as a box
         yield
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Picture(ABC):
-    """Facts, a page that shows them (plotly), and an image (matplotlib).
+    """Store the data of a picture, and draw it as a page (plotly) or an image (matplotlib).
 
     Attributes:
-        title: one line about what is shown.
-        notes: what readers must know, such as what was left out; one sentence each.
+        title: one line that describes the picture.
+        notes: sentences that readers need, for example about data that was left out.
     """
 
     title: str
@@ -281,10 +280,10 @@ class Picture(ABC):
 
     @abstractmethod
     def panels(self) -> list[Panel]:
-        """Return the diagrams, for a page or an image."""
+        """Return the diagrams of the picture."""
 
     def interactive(self) -> go.Figure:
-        """Return the plotly figure, without title and notes."""
+        """Return the plotly figure without title and notes."""
         return page_figure(self.panels())
 
     def draw(self) -> Figure:
@@ -300,25 +299,25 @@ class Picture(ABC):
 
     @_image_settings()
     def static(self) -> Figure:
-        """Return the matplotlib figure."""
+        """Return the matplotlib figure with title and notes."""
         figure = self.draw()
         characters = round(figure.get_figwidth() * 11)
         lines = [textwrap.fill(plain(line), characters) for line in (self.title, *self.notes)]
         figure.suptitle("\n".join(lines), fontsize=10, color=INK)
-        figure.draw_without_rendering()  # labels that are created later would read formulas into texts
+        figure.draw_without_rendering()  # labels that are created later would parse formulas
         return figure
 
     @_image_settings()
     def image(self) -> bytes:
-        """Return a PNG file."""
+        """Return the image as the content of a PNG file."""
         buffer = io.BytesIO()
         self.static().savefig(buffer, format="png", dpi=130, metadata={"Software": None})
         return buffer.getvalue()
 
-    _repr_png_ = image  # for notebooks, whose files can hold it
+    _repr_png_ = image  # for notebooks, which can store an image
 
     def save(self, out: str | Path, *, force: bool = False) -> Path:
-        """Write a page (``.html``) or an image (``.png``)."""
+        """Write the picture as a page (``.html``) or image (``.png``). Return the path."""
         out = Path(out).expanduser()
         check_output(out, SUFFIXES, force=force)
         with atomic_write(out) as part:
@@ -327,7 +326,7 @@ class Picture(ABC):
 
 
 def plain(text: str, width: int | None = None) -> str:
-    r"""Return ``text`` in one line, without invisible characters, cut to ``width`` characters.
+    r"""Return ``text`` on one line, without invisible characters, cut to ``width`` characters.
 
     >>> plain("one\n two\tthree", 9)
     'one two …'
@@ -337,7 +336,7 @@ def plain(text: str, width: int | None = None) -> str:
 
 
 def markup(text: str, width: int | None = None) -> str:
-    """Return :func:`plain` text for plotly, which would read tags and formulas in it.
+    """Return the result of :func:`plain`, with tags and formulas escaped for plotly.
 
     >>> markup("<s> & $x$")
     '&lt;s&gt; &amp; &#36;x&#36;'
@@ -346,14 +345,14 @@ def markup(text: str, width: int | None = None) -> str:
 
 
 def hover(text: str) -> str:
-    """Return the first lines of a long text for plotly's hover box."""
+    """Return the first lines of ``text`` for plotly's hover box."""
     return "<br>".join(map(markup, textwrap.wrap(plain(text), 60, max_lines=8, placeholder=" …")))
 
 
 def check_text(text: str, name: str = "The text") -> None:
-    """Refuse a text that is empty or blank."""
+    """Raise a ValueError if ``text`` is empty or blank."""
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{name} is empty; give words to look at.")
+        raise ValueError(f"{name} is empty; give a text that contains words.")
 
 
 def read_texts(
@@ -364,19 +363,20 @@ def read_texts(
     split: str,
     limit: int,
 ) -> tuple[list[str], list[str] | None]:
-    """Return the texts that are given, or those of the data that a single argument names, with labels.
+    """Return the given texts, or the texts and labels of a data set named by a single text.
 
-    An argument names data if it is a path, ends in a known suffix, or holds a slash and
-    no blank.
+    A single text names a data set if it is an existing path. Without blanks, it also names a
+    data set if it contains a slash or ends in a known suffix.
 
-    The default ``column`` is the only one of texts, or the first with a usual name; that
-    of labels is ``label``. A file of more than ``limit`` rows is sampled, always alike.
+    ``column`` defaults to the first usual text column or the only column of strings.
+    ``label_column`` defaults to ``label``, if it exists. A data set of more than ``limit`` rows
+    is sampled with a fixed seed.
     """
     name = given[0]
     known = "/" in name or Path(name).suffix in BUILDERS
     if len(given) > 1 or not (os.path.exists(os.path.expanduser(name)) or (known and " " not in name)):
         if column or label_column:
-            raise ValueError("Texts have no columns; name a file, or leave out --column and --label-column.")
+            raise ValueError("Texts have no columns; give a file, or leave out --column and --label-column.")
         return list(given), None
     rows = as_dataset(name, split=split)
     every = rows.column_names
@@ -390,7 +390,7 @@ def read_texts(
     (column,) = pick_columns(texts, wanted, usual, option="--column", where=name, columns=every)
     rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=column)
     if not len(rows):
-        raise ValueError(f"Every text in column {column!r} of {name} is blank; give texts.")
+        raise ValueError(f"Every text in column {column!r} of {name} is blank; give data with texts.")
     if len(rows) > limit:
         rows = rows.select(sorted(np.random.default_rng(0).choice(len(rows), limit, replace=False)))
     if label_column is None:
@@ -413,7 +413,7 @@ def ticks(count: int, most: int) -> list[int]:
 def open_encoder(
     model: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the encoder of ``model`` without a head, on the CPU, and its tokenizer."""
+    """Return the encoder of ``model`` on the CPU, without a head, and the tokenizer."""
     folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
     with opening(folder):
         encoder = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
@@ -421,14 +421,14 @@ def open_encoder(
 
 
 def name_of(model: str | Path) -> str:
-    """Return the end of a path, or the id on the Hub."""
+    """Return the last two parts of a path, or the id of a model on the Hub."""
     return "/".join(Path(model).parts[-2:])
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Return tokens as people read them: byte-level tokens are decoded, with ``▁`` for a space.
+    """Return readable tokens. Byte-level tokens are decoded, with ``▁`` for a space.
 
-    Special tokens, and tokens that are only a part of a character, stay as they are.
+    Special tokens, and tokens that are only a part of a character, are not changed.
     """
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     byte_level = type(decoder).__name__ == "ByteLevel"

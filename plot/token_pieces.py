@@ -1,4 +1,4 @@
-"""Show how a text is split into tokens: their ids, the words they belong to, what the vocabulary lacks."""
+"""Show the tokens of a text with their ids and words, and mark unknown tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,15 @@ from minibert.plot.page import check_text, plain, token_labels
 
 @dataclass(frozen=True)
 class Token:
-    """A token.
+    """Describe a token of a text.
 
     Attributes:
-        token: as people read it; id: its number in the vocabulary.
-        word: number of the word it belongs to, from 1; None for special tokens.
-        text: the part of the text that it stands for.
-        unknown: True if the vocabulary lacks that part.
+        token: the readable form of the token.
+        id: the number of the token in the vocabulary.
+        word: the number of the word that contains the token, from 1, or None for a special
+            token.
+        text: the part of the text that the token represents.
+        unknown: True if the vocabulary does not contain the token.
     """
 
     token: str
@@ -30,7 +32,7 @@ class Token:
 
 @dataclass(frozen=True, repr=False)
 class Tokens:
-    """The tokens of a text; ``str()`` of it is a table. The model reads at most ``limit``."""
+    """Store the tokens of a text, to print as a table. A model reads at most ``limit``."""
 
     tokens: list[Token]
     limit: int
@@ -51,22 +53,21 @@ class Tokens:
 
 
 def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> Tokens:
-    """Return the tokens into which the tokenizer of ``model`` splits ``text``, with special tokens.
+    """Return the tokens of ``text``, including special tokens, for the tokenizer of ``model``.
 
     Args:
         model: a model folder, the id (owner/name) of a model on the Hub, or a folder that
-            holds only a tokenizer.
+            contains only a tokenizer.
         text: the text to split.
-        trust_remote_code: run Python code that comes with the model, if it is not a
-            MiniBERT.
+        trust_remote_code: run Python code that comes with a model other than MiniBERT.
 
     Example::
 
         print(plot.tokens("runs/quickstart/2-embed", "uncommonness"))
 
     Raises:
-        FileNotFoundError: the model does not exist.
-        ValueError: the text is empty.
+        FileNotFoundError: if the model does not exist.
+        ValueError: if the text is empty.
     """
     check_text(text)
     tokenizer = _open_tokenizer(model, trust_remote_code)
@@ -81,9 +82,9 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
 
 def _open_tokenizer(model: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     folder = Path(model).expanduser()
-    if not (folder / "tokenizer_config.json").exists():  # a folder that holds only a tokenizer is not a model folder
+    if not (folder / "tokenizer_config.json").exists():  # the folder may hold only a tokenizer
         folder = find_model(model, trust_remote_code=trust_remote_code)
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         if (folder / name).exists():
-            read_json(folder / name)  # names a damaged file, which transformers would not
+            read_json(folder / name)  # names a damaged file, unlike transformers
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""Draw training runs: every metric in their log.jsonl, several runs overlaid."""
+"""Draw the metrics in the log.jsonl files of one or more training runs."""
 
 import json
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from matplotlib.figure import Figure
 from minibert.plot import page
 
 LOG = "log.jsonl"
-# What the horizontal axis may count, and the key of a line that holds it.
+# The units of the x axis, and the key of each unit in a line of the log.
 AXES = {"step": "step", "epoch": "epoch", "minutes": "seconds"}
-# Panels come in this order: the loss, metrics of evaluation, these, and others by name.
+# The order of panels: loss, metrics of evaluation, these metrics, and others by name.
 _ORDER = ("loss", "learning_rate", "tokens_per_second", "grad_norm")
 _EVAL = "eval_"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The log of one stage: the metrics of each line by name."""
+    """Store the log of one stage. Each line maps the names of metrics to values."""
 
     name: str
     lines: list[dict[str, float]]
 
     def curve(self, key: str, axis: str) -> tuple[list[float], list[float]]:
-        """Return where ``key`` was measured, counted in ``axis``, and its values."""
+        """Return the positions on ``axis`` where ``key`` was logged, and the values."""
         found = [line for line in self.lines if key in line]
         places = [line[AXES[axis]] / (60 if axis == "minutes" else 1) for line in found]
         return places, [line[key] for line in found]
@@ -34,14 +34,14 @@ class Run:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Training(page.Picture):
-    """Curves of one or more runs."""
+    """Show the curves of one or more training runs."""
 
     runs: list[Run]
     cell = (5.2, 2.3)
 
     @property
     def metrics(self) -> dict[str, list[str]]:
-        """Title and keys of every panel; the loss of evaluation is drawn with that of training."""
+        """Map panel titles to metrics. Training and evaluation loss share a panel."""
         keys = {key for run in self.runs for line in run.lines for key in line} - set(AXES.values())
         evaluated = sorted(key for key in keys if key.startswith(_EVAL))
         order = [key for key in dict.fromkeys(["loss", *evaluated, *_ORDER, *sorted(keys)]) if key in keys]
@@ -51,7 +51,7 @@ class Training(page.Picture):
         return panels
 
     def panels(self, axis: str = "step") -> list[page.Panel]:
-        """Return a panel for each metric, with a curve for each run that has it."""
+        """Return a panel for each metric, with a curve for each run that logged the metric."""
         panels = []
         for title, keys in self.metrics.items():
             traces = []
@@ -69,14 +69,14 @@ class Training(page.Picture):
         return panels
 
     def interactive(self) -> go.Figure:
-        """Return two columns of panels; a menu chooses among the axes that all lines have."""
+        """Return the panels in two columns, with a menu to choose the x axis."""
         lines = [line for run in self.runs for line in run.lines]
         axes = [axis for axis, key in AXES.items() if all(key in line for line in lines)]
         choices = {axis: {"x": [trace.x for panel in self.panels(axis) for trace in panel.traces]} for axis in axes}
         return page.page_figure(self.panels(), {"axis": choices})
 
     def draw(self) -> Figure:
-        """Return the panels over steps."""
+        """Return a matplotlib figure of the panels, with steps on the x axis."""
         figure = super().draw()
         for axes in figure.axes[-2:]:
             axes.set_xlabel("step")
@@ -84,15 +84,15 @@ class Training(page.Picture):
 
 
 def training(runs: str | Path | Sequence[str | Path]) -> Training:
-    """Return the curves of runs: folders of runs or of single stages, or log files.
+    """Show the curves of runs. ``runs`` are folders of runs, folders of stages, or log files.
 
     Example::
 
         plot.training(["runs/quickstart", "runs/mine"]).save("training.html", force=True)
 
     Raises:
-        FileNotFoundError: a run does not exist, or holds no log.jsonl.
-        ValueError: no run is given, or a log has no lines or a damaged line.
+        FileNotFoundError: if a run does not exist or contains no log.jsonl.
+        ValueError: if no run is given, or if a log is empty or has a damaged line.
     """
     paths = [runs] if isinstance(runs, str | Path) else list(runs)
     if not paths:
@@ -104,19 +104,19 @@ def training(runs: str | Path | Sequence[str | Path]) -> Training:
 
 
 def find_logs(path: Path) -> list[Path]:
-    """Return the logs at ``path``: the file itself, the log in a folder, or those of a run's stages."""
+    """Return the file ``path``, the log in the folder ``path``, or the logs of its stages."""
     if not path.exists():
         raise FileNotFoundError(f"The run {path} does not exist (looked from {Path.cwd()}).")
     if logs := [path] if path.is_file() else sorted(path.glob(LOG)) or sorted(path.glob(f"*/{LOG}")):
         return logs
-    raise FileNotFoundError(f"{path} holds no {LOG}, nor does a stage in it; give the folder of a run that trained.")
+    raise FileNotFoundError(f"Neither {path} nor a stage in it holds {LOG}; give the folder of a run.")
 
 
 def read_log(log: Path) -> list[dict[str, float]]:
-    """Return the lines of a log with their numbers, without a last line that a kill truncated.
+    """Return the numbers in each line of a log. Ignore a last line that a kill truncated.
 
-    Lines of evaluation get the seconds of the line before them. Refuse other lines, or
-    none.
+    A line without ``seconds``, such as an evaluation, gets the seconds of the line before it.
+    Any other damaged line raises a ValueError, and so does an empty log.
     """
     lines: list[dict[str, float]] = []
     texts = [text for text in log.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]
@@ -128,17 +128,17 @@ def read_log(log: Path) -> list[dict[str, float]]:
         except (ValueError, AttributeError, KeyError) as error:
             if number == len(texts) and lines and not text.endswith("}"):
                 break
-            raise ValueError(f"Line {number} of {log} is not a JSON object with a step; repair or remove it.") from error
+            raise ValueError(f"Line {number} of {log} is not a JSON object with a step; remove it.") from error
         if lines and "seconds" not in values and "seconds" in lines[-1]:
             values["seconds"] = lines[-1]["seconds"]
         lines.append(values)
     if not lines:
-        raise ValueError(f"{log} has no lines yet; look again when the run has logged some steps.")
+        raise ValueError(f"{log} has no lines yet; try again when the run has logged some steps.")
     return lines
 
 
 def _names(logs: list[Path]) -> list[str]:
-    """Return the last folders of each log: run and stage, or as many as tell all logs apart."""
+    """Name each log by its last folders: run and stage, or more if names would be equal."""
     parts = [(log.parent if log.name == LOG else log.with_suffix("")).resolve().parts for log in logs]
     for count in range(2, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]

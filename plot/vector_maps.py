@@ -1,4 +1,4 @@
-"""Draw vectors: texts or tokens as points in three dimensions, and similarities of texts as a heat map."""
+"""Draw vectors as points in three dimensions, and similarities of texts as a heat map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from minibert.inference.answers import max_length_of
 from minibert.inference.load import load
 from minibert.plot import page
 
-# Points have names if they are few; more labels than that share a colour and marker.
+# The maximum number of points with names, and of labels with their own colour and marker.
 _NAMED, _KINDS = 60, 30
 _SYMBOLS = ("circle", "diamond", "square")
 
 
 class Space(NamedTuple):
-    """Points in three dimensions: (n, 3) coordinates, and the names of the axes."""
+    """Store points in three dimensions, as (n, 3) coordinates, and the names of the axes."""
 
     name: str
     points: np.ndarray
@@ -31,13 +31,13 @@ class Space(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Embeddings(page.Picture):
-    """Texts or tokens as points in three dimensions.
+    """Show texts or tokens as points in three dimensions.
 
     Attributes:
-        spaces: the same things in one or more spaces.
-        names: of the points, drawn next to them if they are at most 60.
-        texts: what the pointer shows on a point.
-        labels: choose the colours of the points; None for a single colour.
+        spaces: one or more spaces that show the same texts or tokens.
+        names: the names of the points, drawn if there are at most 60 points.
+        texts: the text that appears when the pointer is on a point.
+        labels: the labels of the points, which determine the colours, or None for one colour.
     """
 
     spaces: list[Space]
@@ -84,19 +84,17 @@ def embeddings(
     method: str = "pca",
     trust_remote_code: bool = False,
 ) -> Embeddings:
-    """Return texts as points in three dimensions, or the tokens of texts before and after the encoder.
-
-    Vectors of width 3 are shown as they are; wider vectors are projected.
+    """Show texts as points in three dimensions, or tokens before and after the encoder.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
-        texts: three texts or more.
-        labels: a label per text, for the colours; without labels, tokens have the colour
-            of their text.
-        tokens: show the tokens: what enters the first layer, and what leaves the last.
-        method: ``pca`` (principal components), ``tsne`` or ``umap`` (needs umap-learn).
-        trust_remote_code: run Python code that comes with the model, if it is not a
-            MiniBERT.
+        texts: three or more texts, or at least one text if ``tokens`` is True.
+        labels: a label for each text, which determines the colour. By default, tokens have the
+            colour of their text.
+        tokens: show the tokens: the input of the first layer and the output of the last layer.
+        method: the projection: ``pca`` (principal components), ``tsne``, or ``umap`` (requires
+            umap-learn). ``pca`` does not change vectors of width 3.
+        trust_remote_code: run Python code that comes with a model other than MiniBERT.
 
     Example::
 
@@ -104,9 +102,9 @@ def embeddings(
         picture.save("embeddings.html", force=True)
 
     Raises:
-        FileNotFoundError: the model does not exist.
-        ValueError: no or empty texts, labels that do not fit, too few points, an unknown
-            method.
+        FileNotFoundError: if the model does not exist.
+        ValueError: if a text is empty, the labels do not fit, there are too few points, or the
+            method is unknown.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -118,9 +116,9 @@ def embeddings(
     if method not in ("pca", "tsne", "umap"):
         raise ValueError(f"method must be one of pca, tsne, umap, got {method!r} (--method).")
     if method == "umap" and find_spec("umap") is None:
-        raise ValueError("method umap needs another package; pip install umap-learn, or use --method pca or tsne.")
+        raise ValueError("method umap needs another package; pip install umap-learn, or use --method pca.")
     if not tokens and len(texts) < 3:
-        raise ValueError(f"{len(texts)} text(s) make no picture; give three or more, or show their tokens (--tokens).")
+        raise ValueError(f"{len(texts)} text(s) are too few; give three or more, or show tokens (--tokens).")
     names = None if labels is None else [str(label) for label in labels]
     if tokens:
         return _tokens(model, texts, names, method, trust_remote_code)
@@ -143,7 +141,7 @@ def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, metho
         with torch.inference_mode():
             output = encoder(**inputs, output_hidden_states=True)
         if not output.hidden_states:
-            raise ValueError(f"{model} has no layers, so its tokens are the same before and after; show texts instead.")
+            raise ValueError(f"{model} has no layers that change its tokens; show texts instead.")
         before.append(output.hidden_states[0][0])  # (length, width)
         after.append(output.last_hidden_state[0])
         found = page.token_labels(tokenizer, inputs["input_ids"][0].tolist())
@@ -163,10 +161,10 @@ def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, metho
 
 
 def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[str]]:
-    """Project (n, width) vectors to (n, 3); return the points and the names of their axes.
+    """Project vectors (n, width) to points (n, 3). Return the points and the names of the axes.
 
-    ``pca`` only adds zeros to vectors of up to three dimensions; else its names tell the
-    share of the variance of each component.
+    ``pca`` only adds zeros to vectors of up to three dimensions. For wider vectors, the name of
+    each axis contains the share of the variance.
     """
     count, width = vectors.shape
     vectors = np.asarray(vectors, dtype=np.float64)
@@ -174,20 +172,19 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
         points, axes = vectors, [f"dimension {number}" for number in (1, 2, 3)]
         if width > 3:
             pca = PCA(n_components=min(3, count), random_state=0)
-            with np.errstate(invalid="ignore"):  # equal vectors have no variance to share
+            with np.errstate(invalid="ignore"):  # equal vectors have no variance
                 points = pca.fit_transform(vectors)
             shares = [*np.nan_to_num(pca.explained_variance_ratio_), 0.0, 0.0][:3]
             axes = [f"component {number} ({share:.0%})" for number, share in enumerate(shares, start=1)]
         return np.pad(points, ((0, 0), (0, 3 - points.shape[1]))), axes
     if count < 6:
-        raise ValueError(f"--method {method} needs more points: {count} are too few; use --method pca.")
+        raise ValueError(f"--method {method} needs at least 6 points, got {count}; use --method pca.")
     if method == "umap":
         from umap import UMAP
 
         points = UMAP(min(15, count - 1), n_components=3, init="random", random_state=0, n_jobs=1).fit_transform(vectors)
         return np.asarray(points), [f"UMAP {number}" for number in (1, 2, 3)]
-    # In three dimensions the approximation is slower for some hundred points, and the
-    # usual step too long.
+    # With some hundred points in 3-D, the approximation is slower, and usual steps too long.
     points = TSNE(
         n_components=3,
         init="pca",
@@ -201,14 +198,14 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Similarity(page.Picture):
-    """Similarities of the texts ``rows`` with the texts ``columns``: ``values`` (rows, columns)."""
+    """Show the similarities of two lists of texts: ``values`` (rows, columns)."""
 
     rows: list[str]
     columns: list[str]
     values: np.ndarray
 
     def panels(self) -> list[page.Panel]:
-        """Return a heat map, whose cells on a page hold their numbers if they fit."""
+        """Return a heat map. On a page, the cells of a small heat map show their values."""
         columns, rows = ([(text, page.INK) for text in texts] for texts in (self.columns, self.rows))
         shown = "%{z:.4f}<br>%{y}<br><b>and</b><br>%{x}<extra></extra>"
         heat = page.heat_map(self.values, self.columns, self.rows, shown)
@@ -220,9 +217,9 @@ class Similarity(page.Picture):
 def similarity(
     model: str | Path, rows: Sequence[str], columns: Sequence[str] | None = None, *, trust_remote_code: bool = False
 ) -> Similarity:
-    """Return the similarities of two lists of texts, or of a list with itself.
+    """Compare every text in ``rows`` with every text in ``columns`` (by default, ``rows``).
 
-    The measure is the model's own, mostly the cosine.
+    The similarity function is defined by the model, and is usually the cosine.
 
     Example::
 
@@ -230,8 +227,8 @@ def similarity(
         picture.save("similarity.html", force=True)
 
     Raises:
-        FileNotFoundError: the model does not exist.
-        ValueError: a list or a text is empty.
+        FileNotFoundError: if the model does not exist.
+        ValueError: if a list or a text is empty.
     """
     lists = [[texts] if isinstance(texts, str) else list(texts) for texts in (rows, rows if columns is None else columns)]
     for which, texts in zip(("first", "second"), lists):

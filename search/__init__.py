@@ -1,1 +1,1 @@
-"""Encode a corpus into a folder of vectors, index it, and search it."""
+"""Encode a corpus into a folder of vectors, index the vectors, and search the corpus."""

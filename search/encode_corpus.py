@@ -1,9 +1,9 @@
-"""Encode a corpus of any size into a folder of vectors: ``minibert encode``.
+"""Encode a corpus of any size into a folder of vectors, for ``minibert encode``.
 
-The input is cut into pieces of ``rows_per_shard`` rows. Piece ``k`` becomes shard ``k``,
-written by process ``k`` modulo the number of processes. A shard appears complete or not
-at all and records which rows it holds, so a killed run resumes with the missing shards,
-and the manifest can be restored from the shards.
+Every ``rows_per_shard`` rows of the input become one shard. Process ``k`` modulo the number of
+processes writes shard ``k``. A shard file appears only when it is complete, and records the
+rows that it contains. After a kill, the next run writes only the missing shards, and can
+restore the manifest from the shards.
 """
 
 import contextlib
@@ -45,18 +45,18 @@ from minibert.search.vectors import (
 
 logger = logging.getLogger(__name__)
 
-# Bad rows named in the manifest; the rest are counted.
+# The manifest lists this number of bad rows, and counts all bad rows.
 _NAMED = 20
-# Vectors that show the range of every dimension, for int8, and how much wider the range
-# is taken.
+# The number of vectors that determine the int8 ranges, and the margin added to the ranges.
 _CALIBRATION, _MARGIN = WINDOW_TEXTS, 0.05
-_NO_END = 2**62  # a row that no input has
+_NO_END = 2**62  # no input has this row
 
 
 class Summary(NamedTuple):
-    """The result of :func:`encode_corpus`: vectors ``written`` in ``seconds``, by all processes.
+    """Store the result of :func:`encode_corpus`: the ``manifest`` and statistics of the call.
 
-    ``decisions`` are those of the encoder, and how the processes shared the work.
+    ``written`` is the number of vectors that all processes wrote in ``seconds``. ``decisions``
+    explains the choices of the encoder and how the processes shared the work.
     """
 
     manifest: Manifest
@@ -82,32 +82,31 @@ def encode_corpus(
     show_progress: bool = False,
     **options: Unpack[EncoderOptions],
 ) -> Summary:
-    """Encode the texts of ``data`` into ``out``, a folder of vectors, or resume an earlier call.
+    """Encode the texts of ``data`` into vectors in the folder ``out``, or resume a call.
 
-    Memory does not grow with the number of rows. The processes that torchrun started
-    share the shards; ``out`` must be the same folder for all of them.
+    Memory use does not grow with the number of rows. The processes started by torchrun share
+    the shards. The folder ``out`` must be the same for all processes.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
-        data: a file, a folder, a Hub data set (owner/name or owner/name:config), which is
-            streamed, or a data set in memory.
-        out: the folder of vectors, new or to be resumed.
-        column: of the texts; the default is as in
-            :func:`minibert.data.stream.open_stream`.
-        id_column: of the rows' ids; the default is their number in the input, from 0.
-        split: the split of a folder or Hub data set; a single file is read completely.
+        data: a file, a folder, a Hub data set (owner/name or owner/name:config) to stream, or a
+            data set in memory.
+        out: the folder of vectors. It may be new, or contain the vectors of an earlier call.
+        column: the text column. :func:`minibert.data.stream.open_stream` describes the default.
+        id_column: the id column. The default id is the number of the row, from 0.
+        split: the split of a folder or Hub data set. A file is read completely.
         keep_text: store the texts with the vectors.
-        precision: of the stored vectors: ``float32``, ``float16``, ``int8`` (256 steps
-            within the range that the first rows show) or ``binary`` (a bit per
-            dimension).
-        rows_per_shard: rows of the input in a shard; a kill costs at most so many.
-        on_bad_row: ``refuse`` to continue at a row without a text, or ``skip`` it and
-            name it in the manifest.
-        append: encode the files that ``data`` has gained since the last call; they must
-            come last by name.
+        precision: the precision of the stored vectors: ``float32``, ``float16``, ``int8`` (256
+            steps within the range of the first vectors) or ``binary`` (one bit per dimension).
+        rows_per_shard: the number of input rows per shard. If a process is killed, it loses at
+            most this number of rows.
+        on_bad_row: ``refuse`` to continue at a row without a text, or ``skip`` the row and list
+            it in the manifest.
+        append: encode the files that were added to ``data`` since the last call. The names of
+            the new files must come last in alphabetical order.
         force: replace vectors of another model, precision or input.
-        options: as in :func:`minibert.inference.encode.encode`; the default prompt is the
-            model's own for passages, if any.
+        options: the options of :func:`minibert.inference.encode.encode`. The default prompt is
+            the prompt of the model for passages, if there is one.
         show_progress: show a progress bar on standard error.
 
     Example::
@@ -117,9 +116,9 @@ def encode_corpus(
         print(done.written, done.manifest.rows)
 
     Raises:
-        FileNotFoundError, ValueError: as opening the model and the data does; for a row
-            or a folder that cannot be used.
-        OSError: the disk is full or not writable; complete shards stay.
+        FileNotFoundError, ValueError: if the model or the data cannot be opened, or if a row or
+            the folder ``out`` cannot be used.
+        OSError: if the disk is full or not writable. Complete shards are kept.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)} (--precision).")
@@ -136,7 +135,7 @@ def encode_corpus(
     asked = Manifest(
         model=str(model),
         fingerprint=fingerprint(folder),
-        dimension=0,  # known when the model is open, as the next field
+        dimension=0,  # known when the model is open, like the next field
         normalized=False,
         precision=precision,
         source=stream.source,
@@ -169,16 +168,16 @@ def encode_corpus(
 
 
 def _check_apart(data: str | Path | Dataset, out: Path) -> None:
-    """Refuse to write where the input is: vectors would be read as input, or delete it."""
+    """Raise a ValueError if the input and the output folder overlap."""
     if isinstance(data, Dataset) or not Path(data).exists():
         return
     here, there = Path(data).resolve(), out.resolve()
     if here == there or (here.is_dir() and here in there.parents) or there in here.parents:
-        raise ValueError(f"The vectors would be written to {out}, where the input {data} is. Choose a folder outside of it.")
+        raise ValueError(f"The output {out} overlaps with the input {data}; choose another folder.")
 
 
 def _document_prompt(folder: Path) -> str | None:
-    """Return the name of the prompt that ``SentenceTransformer.encode_document`` uses, if any."""
+    """Return the name of the prompt that ``encode_document`` of the model uses, or None."""
     file = folder / "config_sentence_transformers.json"
     prompts = read_json(file).get("prompts") or {} if file.exists() else {}
     name = next((name for name in ("document", "passage", "corpus") if name in prompts), None)
@@ -186,7 +185,7 @@ def _document_prompt(folder: Path) -> str | None:
 
 
 def _differences(found: Manifest, asked: Manifest) -> list[str]:
-    """Return why the vectors of ``found`` are not those asked for, as clauses that name both."""
+    """Return the differences between two manifests, as parts of an error message."""
     differences = []
     if found.fingerprint != asked.fingerprint:
         model = f"{asked.model} as it is now" if found.model == asked.model else asked.model
@@ -207,10 +206,12 @@ def _input_name(manifest: Manifest) -> str:
 
 
 def missing_shards(manifest: Manifest, done: set[int], process: int = 0, count: int = 1) -> Iterator[tuple[int, range]]:
-    """Yield the number and the rows of every shard that is not ``done`` and that ``process`` writes.
+    """Yield the number and the rows of each missing shard that ``process`` has to write.
 
-    Each appending call began a shard (see ``starts``); the shard before it has fewer
-    rows. Where the input ends is not known, so the last rows go on without end.
+    ``done`` contains the numbers of the complete shards, and ``count`` is the number of
+    processes. A call that appends begins a new shard (``manifest.starts``), so the shard before
+    it may have fewer rows. The end of the input is unknown, so the last rows continue without
+    end.
 
     >>> manifest = Manifest("model", "", 384, "float32", True, {}, {}, {}, rows_per_shard=10, starts=[(0, 0), (2, 15)])
     >>> list(islice(missing_shards(manifest, {0, 2}, process=1, count=2), 3))
@@ -225,9 +226,9 @@ def missing_shards(manifest: Manifest, done: set[int], process: int = 0, count: 
 
 
 class _Window(NamedTuple):
-    """Hold usable rows of one shard that are encoded together.
+    """Store rows of one shard that are encoded together.
 
-    Only the ``last`` window of a shard has all of its ``notes``.
+    ``notes`` describes the shard, but is complete only in the ``last`` window of the shard.
     """
 
     shard: int
@@ -239,7 +240,7 @@ class _Window(NamedTuple):
 
 @dataclass
 class _Job:
-    """Write one process's share of the vectors that ``asked`` describes into ``out``."""
+    """Write the shards of one process into ``out``. ``asked`` describes the vectors."""
 
     out: Path
     asked: Manifest
@@ -254,15 +255,15 @@ class _Job:
         self.state, self.manifest = processes(), self.asked
 
     def open_model(self) -> Encoder:
-        """Open the model in the dtype of the manifest, which is the same in all processes."""
+        """Open the model with the dtype of the manifest, the same dtype in all processes."""
         options: EncoderOptions = {**self.options, "dtype": self.manifest.encoding["dtype"]}
         if self.state.num_processes > 1:
             options["device"] = options.get("device") or str(self.state.device)
-        # Without copies, no vector depends on where the corpus is cut.
+        # Without float16 copies, vectors do not depend on the bounds of the shards.
         return Encoder(self.model, query_copies=False, **options)
 
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:
-        """Let the first process look at the folder and tell the others; return the model if opened."""
+        """Check the folder in the main process, tell the others. Return an opened encoder."""
         encoder, refusal = None, None
         if self.state.is_main_process:
             try:
@@ -274,14 +275,14 @@ class _Job:
         if refusal:
             raise refusal
         if agreed[0] is None:
-            raise ValueError("The first process could not begin; its error stands above.")
+            raise ValueError("The first process could not begin; see its error above.")
         self.manifest, self.notes = agreed[0]
         return encoder
 
     def _resume(self, append: bool, force: bool) -> bool:
-        """Return True if the folder holds what was asked for, or its beginning; refuse anything else."""
+        """Return True to continue the vectors in the folder, False to begin. Refuse others."""
         if not shard_files(self.out) or not (self.out / MANIFEST).exists():
-            return False  # of a run that ended before its first shard
+            return False  # an earlier run ended before its first shard
         try:
             manifest = read_manifest(self.out)
         except ValueError:
@@ -293,15 +294,15 @@ class _Job:
             return False
         apart_from_input = _differences(replace(manifest, source=self.stream.source), self.asked)
         if differences and (apart_from_input or not append):
-            raise ValueError(f"{self.out} holds vectors {'; '.join(differences)}. Choose another folder, or use --force.")
+            raise ValueError(f"{self.out} holds vectors {'; '.join(differences)}. Use another folder or --force.")
         self.manifest = manifest
         self._find_shards()
         if not differences:
             return True
         if not manifest.complete or not self.stream.begins_with(manifest.source):
             raise ValueError(
-                f"The input {self.stream.source['path']} cannot be appended: the input before it must be "
-                "encoded completely, and new files must be last by name."
+                f"The input {self.stream.source['path']} cannot be appended: the earlier input must be "
+                "encoded completely, and the names of new files must come last."
             )
         last = manifest.shards[-1]
         manifest.starts.append((len(manifest.shards), last.first_input_row + last.input_rows))
@@ -310,7 +311,7 @@ class _Job:
         return True
 
     def _begin(self) -> Encoder:
-        """Empty the folder, once the model and the first rows of the input are known to be usable."""
+        """Empty the folder, after checking the model and the first rows. Return the encoder."""
         others = sorted(file.name for file in self.out.iterdir() if not file.name.startswith("."))
         if others and MANIFEST not in others:
             shown = shorten(", ".join(others), 60)
@@ -324,17 +325,17 @@ class _Job:
         first = next(iter(self.stream.read()), None)
         if first is None:
             raise ValueError(f"{path} has no rows; give a file or split that holds data.")
-        list(self._usable(first, {"skipped": 0, "skipped_rows": []}))  # refuses bad rows
+        list(self._usable(first, {"skipped": 0, "skipped_rows": []}))  # raises an error for a bad row
         remove_vectors(self.out)
         write_manifest(self.out, self.manifest)
         return encoder
 
     def _find_shards(self) -> None:
-        """Read the notes of the complete shards; delete the others."""
+        """Read the notes of the complete shards, and delete all other shards."""
         for number, file in shard_files(self.out).items():
             notes = shard_notes(file)
             if notes is None or notes["fingerprint"] != self.manifest.fingerprint:
-                logger.warning("%s is incomplete or damaged, and is made again.", file)
+                logger.warning("%s is incomplete or damaged, and is written again.", file)
                 file.unlink()
             else:
                 self.notes[number] = notes
@@ -343,19 +344,19 @@ class _Job:
         self._list_shards()
 
     def _calibrate(self, encoder: Encoder) -> list[list[float]]:
-        """Return the range of every dimension in the vectors of the first rows, with a margin."""
+        """Return the lowest and highest value per dimension in the first vectors, widened."""
         rows = chain.from_iterable(block.texts for block in self.stream.read())
         texts = islice((text for text in rows if isinstance(text, str)), _CALIBRATION)
         vectors = encoder.encode(list(texts))
         if not len(vectors):
             path, column = self.stream.source["path"], self.stream.column
-            raise ValueError(f"{path} has no row with a text in column {column!r}.")
+            raise ValueError(f"{path} has no text in column {column!r}; choose another column (--column).")
         low, high = vectors.min(axis=0), vectors.max(axis=0)
         margin = _MARGIN * (high - low)
         return [(low - margin).tolist(), (high + margin).tolist()]
 
     def write(self, encoder: Encoder) -> None:
-        """Write the shards of this process."""
+        """Encode and write the shards of this process."""
         windows, copies = tee(self._windows())
         pairs = zip(windows, encoder.windows(window.texts for window in copies), strict=False)
         count = self.state.num_processes
@@ -371,12 +372,12 @@ class _Job:
                         writer.notes = window.notes
                         bar.update(len(window.texts))
                         if window.last:
-                            break  # the shard is complete now, not when the next one begins
+                            break  # complete the shard now, not when the next shard begins
                 if self.state.is_main_process:
                     self._list_shards()
 
     def _windows(self) -> Iterator[_Window]:
-        """Yield the rows of this process, in windows that end where shards do."""
+        """Yield the rows that this process encodes, in windows that end where a shard ends."""
         place = self.state.process_index, self.state.num_processes
         missing = missing_shards(self.manifest, set(self.notes), *place)
         shards, copies = tee(missing)
@@ -402,12 +403,12 @@ class _Job:
             yield _Window(shard, texts, ids, notes, True)
 
     def _usable(self, block: Rows, notes: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
-        """Yield (number, text, id) of the usable rows of a block; refuse or note the others."""
+        """Yield (number, text, id) of each usable row. Refuse or note every other row."""
         for place, text in enumerate(block.texts):
             name = None if block.ids is None else block.ids[place]
             bad = next((value for value in (text, name) if isinstance(value, Bad)), None)
             if bad is None:
-                assert isinstance(text, str)  # all else is Bad
+                assert isinstance(text, str)  # any other value is a Bad
                 yield block.first + place, text, name
                 continue
             if not self.skip:
@@ -421,19 +422,19 @@ class _Job:
                 notes["skipped_rows"].append([block.first + place, bad.reason])
 
     def finish(self) -> None:
-        """Wait for all processes; then the first one completes the manifest."""
+        """Wait for all processes, and complete the manifest in the main process."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             numbers = shard_files(self.out).keys()
             if missing := sorted(set(range(max(numbers) + 1)) - numbers):
                 lost = self.out / shard_name(missing[0])
-                raise OSError(f"{lost} is missing; run the command again, in the same folder for all processes.")
+                raise OSError(f"{lost} is missing; run again, with the same folder for all processes.")
             self._list_shards(complete=True)
         self.state.wait_for_everyone()
         self.manifest = read_manifest(self.out)
 
     def _list_shards(self, complete: bool = False) -> None:
-        """Update the manifest with the shards from the first to the last before a missing one."""
+        """Write the manifest with all shards before the first missing shard."""
         manifest, number = self.manifest, 0
         manifest.shards, manifest.rows, manifest.skipped, manifest.skipped_rows = [], 0, 0, []
         while (file := self.out / shard_name(number)).exists():

@@ -1,13 +1,13 @@
-"""Find the nearest vectors of a folder with an index that the first search builds and later ones extend.
+"""Find the nearest vectors in a folder with an index. The first search builds the index.
 
-Up to ``EXACT_ROWS`` vectors, a query is compared with all of them. Above, FAISS groups
-the vectors into lists around centroids (IVF) and compares a query with short codes (4-bit
-product quantization) of those in the nearest lists; the best are compared again with the
-vectors as they are stored.
+With up to ``EXACT_ROWS`` vectors, a query is compared with all vectors. With more vectors,
+FAISS groups the vectors into lists around centroids (IVF). A query is compared with short codes
+(4-bit product quantization) of the vectors in the nearest lists. The best candidates are
+compared again, using the stored vectors. Later searches add new shards to the index.
 
-``index/`` in the folder holds the stored vectors of all shards (``vectors.bin``,
-memory-mapped, since Parquet cannot be), the FAISS index (``lists.faiss``) and
-``index.json``, which is written last.
+The subfolder ``index`` contains the FAISS index (``lists.faiss``) and a copy of all stored
+vectors (``vectors.bin``), because Parquet files cannot be memory-mapped. ``index.json`` is
+written last.
 """
 
 import contextlib
@@ -32,20 +32,18 @@ from minibert.search.vectors import Shard, VectorFolder, to_float
 logger = logging.getLogger(__name__)
 
 KEPT = "the vectors are complete"
-# Comparing a query with all of them takes some milliseconds; building lists, thousands of
-# queries.
+# An exact search takes milliseconds. Building lists takes as long as thousands of searches.
 EXACT_ROWS = 50_000
-# Recall is measured for the nearest 10 of stored vectors. The target is above the
-# promised 0.99, because queries differ from stored vectors.
+# Recall is measured with the nearest 10 neighbours of stored vectors. The target exceeds the
+# promised 0.99, because real queries differ from stored vectors.
 NEIGHBOURS = 10
 _SAMPLE = 1000
 _TARGET = 0.992
-# Queries are often further from their neighbours than passages, so codes alone never
-# decide.
+# Codes alone never decide, because queries are often further from neighbours than passages.
 _CANDIDATES = (4, 8, 16, 32)
 _MAX_LISTS = 16_384
 _TRAINING_VECTORS_PER_LIST = 40  # FAISS asks for 39
-# Lists are trained again when there are this many times as many vectors.
+# Lists are trained again when the number of vectors has grown by this factor.
 _GROWTH = 4
 _BLOCK = 16_384
 _QUERIES = 1024
@@ -54,7 +52,7 @@ _STATE, _VECTORS, _LISTS = "index.json", "vectors.bin", "lists.faiss"
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """Describe a shard as it was when it was indexed; ``modified`` is in nanoseconds."""
+    """Describe a shard at the time of indexing. ``modified`` is a time in nanoseconds."""
 
     file: str
     rows: int
@@ -65,14 +63,14 @@ class IndexedShard:
 
 @dataclass(frozen=True)
 class Lists:
-    """The FAISS index of the first ``rows`` vectors and its settings.
+    """Describe the FAISS index of the first ``rows`` vectors, and the settings of a search.
 
     Attributes:
-        sha256: of the file.
-        trained_rows: vectors in the folder when the centroids were trained.
-        lists: number of lists, of which ``probes`` are searched.
-        candidates: vectors per hit that are compared again, as they are stored.
-        recall: share of the true nearest ``NEIGHBOURS`` that are found with these
+        sha256: the SHA-256 of the index file.
+        trained_rows: the number of vectors in the folder when the centroids were trained.
+        lists: the number of lists. A search reads ``probes`` of the lists.
+        candidates: the number of vectors per hit that are compared again as stored vectors.
+        recall: the share of the true nearest ``NEIGHBOURS`` that a search finds with these
             settings.
     """
 
@@ -87,7 +85,7 @@ class Lists:
 
 @dataclass(frozen=True)
 class State:
-    """The content of ``index.json``. Without ``lists``, search is exact."""
+    """Describe an index, as stored in ``index.json``. Without ``lists``, search is exact."""
 
     shards: list[IndexedShard] = field(default_factory=list)
     lists: Lists | None = None
@@ -98,13 +96,13 @@ _READER = TypeAdapter(State)
 
 
 class VectorIndex:
-    """The nearest vectors of a folder by cosine.
+    """Find the vectors of a folder that have the highest cosine with a query.
 
-    Memory holds the codes of the lists (half a byte per two dimensions, and a row number)
-    and the block that is being compared. The stored vectors stay on disk.
+    Memory contains the codes of the lists (half a byte per two dimensions, and a row number)
+    and one block of vectors. The other stored vectors stay on disk.
 
     Args:
-        exact: do not read the lists; every search then compares with all vectors.
+        exact: ignore the lists, and compare each query with all vectors.
     """
 
     def __init__(self, folder: VectorFolder, state: State, *, exact: bool = False) -> None:
@@ -124,7 +122,7 @@ class VectorIndex:
         return sum(shard.rows for shard in self.state.shards)
 
     def describe(self) -> str:
-        """Return the kind of search and its recall, in a line."""
+        """Return the kind of search and its recall as one line of text."""
         lists = self.state.lists
         if self._faiss is None or lists is None:
             return f"Exact search: each query is compared with all {len(self):,} vectors (recall@{NEIGHBOURS} 1)."
@@ -135,14 +133,14 @@ class VectorIndex:
         )
 
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ``top_k`` rows nearest to each query, best first: cosines and row numbers.
+        """Return cosines and row numbers of the ``top_k`` nearest vectors, best first.
 
-        Both are (n, min(top_k, rows)). If the part of the index that is searched has fewer
+        Both arrays are (n, min(top_k, rows)). If the lists that are searched contain fewer
         vectors, the remaining row numbers are -1.
 
         Args:
             queries: (n, dimension) float32, normalized or not.
-            top_k: number of rows to return for each query.
+            top_k: the number of rows to return for each query.
         """
         queries = normalize(np.ascontiguousarray(queries, dtype=np.float32))
         top_k, lists = min(top_k, len(self)), self.state.lists
@@ -156,11 +154,11 @@ class VectorIndex:
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Return the vectors of these rows, (n, dimension) float32, of length 1 unless quantized."""
+        """Return float32 vectors (n, dimension) of ``rows``, of length 1 unless quantized."""
         return self._floats(self._stored[rows])
 
     def blocks(self, first_row: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of a row and the (n, dimension) float32 vectors from it on."""
+        """Yield blocks of float32 vectors (n, dimension) with the number of the first row."""
         for start in range(first_row, len(self), _BLOCK):
             yield start, self._floats(self._stored[start : start + _BLOCK])
 
@@ -182,7 +180,7 @@ class VectorIndex:
         _, rows = self._faiss.search(queries, min(settings.candidates * max(top_k, NEIGHBOURS), len(self)))
         scores = np.empty(rows.shape, dtype=np.float32)
         if self._stored.dtype == np.float32 and self.folder.manifest.normalized:
-            # FAISS multiplies straight from the mapped file, on all threads.
+            # FAISS reads the vectors directly from the mapped file, in all threads.
             arrays = [faiss.swig_ptr(array) for array in (scores, queries, self._stored, rows)]
             faiss.fvec_inner_products_by_idx(*arrays, queries.shape[1], *rows.shape)  # type: ignore[attr-defined]
         else:
@@ -193,27 +191,26 @@ class VectorIndex:
 
 
 def index_folder(folder: VectorFolder) -> Path:
-    """Return where the index of a folder of vectors is."""
+    """Return the folder that contains the index of a folder of vectors."""
     return folder.folder / "index"
 
 
 def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
-    """Open the index of ``folder``, after building it or adding the shards that it lacks.
+    """Open the index of ``folder``, after building the index or adding new shards.
 
-    It is built from nothing if a shard in it has changed or is gone, or a file of it is
-    damaged or missing. Lists are trained again when the folder has grown fourfold.
+    The index is built again if an indexed shard was changed or removed, or if a file of the
+    index is damaged or missing. The lists are trained again when the folder has grown fourfold.
 
-    ``exact`` neither makes nor reads lists; existing ones stay. ``rebuild`` starts from
-    nothing.
+    ``exact`` ignores existing lists and builds no lists. ``rebuild`` always builds a new index.
     """
     rows = len(folder)
     if not rows:
-        raise ValueError(f"{folder.folder} holds no vectors; encode an input that holds texts, or wait for the first.")
+        raise ValueError(f"{folder.folder} holds no vectors; encode an input with texts, or wait for a shard.")
     if folder.manifest.precision == "int8" and not folder.manifest.ranges:
         raise ValueError(f"The manifest of {folder.folder} lacks the ranges of int8 vectors; encode again.")
     with_lists = rows > EXACT_ROWS and not exact
     if with_lists:
-        import faiss  # noqa: F401  # fails here rather than after the vectors were copied
+        import faiss  # noqa: F401  # fails before the vectors are copied
 
     def is_current(index: VectorIndex) -> bool:
         lists = index.state.lists
@@ -237,7 +234,7 @@ def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = Fal
 
 @contextlib.contextmanager
 def index_lock(folder: VectorFolder) -> Iterator[None]:
-    """Wait until no other process builds the index of ``folder``, and keep others from it."""
+    """Wait until no other process builds the index of ``folder``, and lock the index."""
     home = index_folder(folder)
     with readable_os_errors(home, KEPT):
         home.mkdir(exist_ok=True)
@@ -246,7 +243,7 @@ def index_lock(folder: VectorFolder) -> Iterator[None]:
 
 
 def _open_existing(folder: VectorFolder, exact: bool) -> VectorIndex | None:
-    """Open the index on disk, which may lack the last shards, if any; refuse one of other shards."""
+    """Return the index on disk, or None. It may lack new shards. Refuse changed shards."""
     home = index_folder(folder)
     if not any((home / name).exists() for name in (_STATE, _VECTORS)):
         return None
@@ -265,15 +262,15 @@ def _is_unchanged(folder: VectorFolder, indexed: IndexedShard, shard: Shard) -> 
     found = (folder.folder / shard.file).stat()
     if (shard.file, shard.rows, found.st_size) != (indexed.file, indexed.rows, indexed.bytes):
         return False
-    # A copied folder has new times; only then is the content read.
+    # A copied folder has new time stamps. The content is read only in this case.
     return found.st_mtime_ns == indexed.modified or sha256(folder.folder / shard.file) == indexed.sha256
 
 
 def _build(folder: VectorFolder, before: VectorIndex | None, with_lists: bool, show_progress: bool) -> VectorIndex:
-    """Add the vectors that the index ``before`` lacks (all, if there is none) and write the state."""
+    """Extend the index ``before`` by new vectors, or build an index if ``before`` is None."""
     home = index_folder(folder)
     if before is None:
-        for name in (_STATE, _VECTORS, _LISTS):  # a process that searches them keeps its open files
+        for name in (_STATE, _VECTORS, _LISTS):  # a searching process keeps its open files
             (home / name).unlink(missing_ok=True)
     state = _add_vectors(folder, before.state if before else State(), show_progress)
     index = VectorIndex(folder, state, exact=True)
@@ -285,17 +282,17 @@ def _build(folder: VectorFolder, before: VectorIndex | None, with_lists: bool, s
 
 
 def _add_vectors(folder: VectorFolder, state: State, show_progress: bool) -> State:
-    """Append the vectors of new shards to those that ``state`` names."""
+    """Append the vectors of new shards to the vectors of the index. Return the new state."""
     file, shards, manifest = index_folder(folder) / _VECTORS, list(state.shards), folder.manifest
     rows = sum(shard.rows for shard in shards)
     with readable_os_errors(file, KEPT), file.open("ab") as target:
-        target.truncate(rows * manifest.width * manifest.dtype.itemsize)  # more is of a killed process
+        target.truncate(rows * manifest.width * manifest.dtype.itemsize)  # a killed process may have written more
     for shard in tqdm(folder.shards[len(shards) :], "mapping shards", disable=not show_progress, unit="shard"):
         source = folder.folder / shard.file
         seen, vectors = source.stat(), folder.read(shard)
         if vectors.dtype.kind == "f" and not (finite := np.isfinite(vectors).all(axis=1)).all():
             row = int(np.argmin(finite))
-            raise ValueError(f"{source} holds a vector that is not finite (row {row} of it); encode again.")
+            raise ValueError(f"{source} holds a vector that is not finite (row {row}); encode again.")
         with readable_os_errors(file, KEPT), file.open("ab") as target:
             target.write(np.ascontiguousarray(vectors).data)
         shards.append(IndexedShard(shard.file, shard.rows, seen.st_size, seen.st_mtime_ns, sha256(source)))
@@ -305,7 +302,7 @@ def _add_vectors(folder: VectorFolder, state: State, show_progress: bool) -> Sta
 
 
 def _add_to_lists(index: VectorIndex, before: VectorIndex | None, show_progress: bool) -> None:
-    """Add the vectors that the lists of ``before`` lack, or train lists; choose the settings and write."""
+    """Add new vectors to the lists of ``before``, or train new lists. Write the FAISS index."""
     import faiss
 
     home, rows, lists = index_folder(index.folder), len(index), index.state.lists
@@ -330,15 +327,15 @@ def _add_to_lists(index: VectorIndex, before: VectorIndex | None, show_progress:
 
 
 def _train(index: VectorIndex) -> Any:
-    """Return an IVF-PQ index without vectors, fitted to a random sample of the vectors."""
+    """Return an IVF-PQ index without vectors, trained on a random sample of the vectors."""
     import faiss
 
     width = index.folder.manifest.dimension
-    # The power of 2 next to four times the square root of the number of vectors.
+    # The power of 2 closest to four times the square root of the number of vectors.
     lists = min(1 << round(math.log2(4 * math.sqrt(len(index)))), _MAX_LISTS)
-    # Codes of 4 bits for 2 dimensions each, compared in registers ("fast scan"): at equal
-    # recall several times the speed of 8-bit codes or of graphs (HNSW), and a fraction of
-    # their time to build. An odd width gets a column of zeros.
+    # Codes of 4 bits for 2 dimensions, compared in registers ("fast scan"). At equal recall,
+    # they are several times as fast as 8-bit codes or graphs (HNSW), and much faster to build.
+    # An odd width is padded with a column of zeros.
     kind = f"Pad{width + width % 2},IVF{lists},PQ{(width + 1) // 2}x4fs"
     empty = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     wanted = min(len(index), lists * _TRAINING_VECTORS_PER_LIST)
@@ -348,10 +345,10 @@ def _train(index: VectorIndex) -> Any:
 
 
 class Sample:
-    """Hold stored vectors, drawn at random, as queries, with the cosines of their true neighbours.
+    """Measure recall. The queries are random stored vectors, whose true neighbours are known.
 
-    Real queries are not rounded to bits. For binary vectors a query is therefore a random
-    vector whose signs are the bits of a stored one.
+    Real queries are not rounded to bits. For binary vectors, a query is therefore a random
+    vector whose signs are the bits of a stored vector.
     """
 
     def __init__(self, index: VectorIndex) -> None:
@@ -366,19 +363,19 @@ class Sample:
         self.scores = self._neighbours(*index._exact(self.queries, NEIGHBOURS + 1))
 
     def _neighbours(self, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the best ``NEIGHBOURS`` of the scores, without that of a vector with itself."""
+        """Return the best ``NEIGHBOURS`` scores, without the score of a vector with itself."""
         scores = np.where(rows == self.rows[:, None], -np.inf, scores)
         best: np.ndarray = -np.sort(-scores, axis=1)[:, :NEIGHBOURS]
         return best
 
     def recall(self, settings: Lists) -> float:
-        """Return the share of neighbours found; vectors of equal cosine count the same."""
+        """Return the share of true neighbours found. Vectors of equal cosine are equivalent."""
         found = self._neighbours(*self.index._by_lists(self.queries, NEIGHBOURS + 1, settings))
         return float((found >= self.scores[:, -1:] - 1e-5).mean())
 
 
 def choose_settings(index: VectorIndex, lists: Lists) -> Lists:
-    """Return ``lists`` with about the fewest probes, then candidates, that reach the target recall."""
+    """Choose about the fewest probes, then candidates, that reach the target recall."""
     sample = Sample(index)
 
     @cache
@@ -393,7 +390,7 @@ def choose_settings(index: VectorIndex, lists: Lists) -> Lists:
 
 
 def _best(scores: list[np.ndarray], rows: list[np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Join rankings, (n, k) each, into the ``top_k`` best; of equal scores the earlier one leads."""
+    """Merge rankings (n, k) and keep the ``top_k`` best. Equal scores keep their order."""
     all_scores, all_rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
     order = np.argsort(-all_scores, axis=1, kind="stable")[:, :top_k]
     return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_rows, order, 1)

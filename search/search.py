@@ -1,4 +1,4 @@
-"""Search passages by meaning: those of a file, or those of a folder of vectors by its index."""
+"""Search passages by meaning, either in memory or in a folder of vectors with an index."""
 
 import contextlib
 import logging
@@ -31,19 +31,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Depth to which the rankings by meaning and by words are read before they are fused.
+# The number of rows of each ranking to fuse.
 _FUSED_DEPTH = 100
-# Reciprocal rank fusion adds 1 / (60 + rank); 60 is the constant of its paper (Cormack et
-# al., 2009).
+# Reciprocal rank fusion adds 1 / (60 + rank), with 60 as in Cormack et al. (2009).
 _FUSION = 60
 
 
 class Hit(NamedTuple):
-    """A passage found.
+    """Represent a passage that a search has found.
 
-    ``number`` is its place in the passages, from 0, and ``score`` its similarity to the
-    query. ``passage`` is None in a folder without texts; ``id`` is given only in a folder
-    of vectors.
+    ``number`` is the number of the passage, from 0. ``score`` is the similarity to the query,
+    or the fused score of a hybrid search. ``passage`` is None if a folder of vectors has no
+    texts. ``id`` is None except in a folder of vectors.
     """
 
     number: int
@@ -53,13 +52,13 @@ class Hit(NamedTuple):
 
 
 def read_passages(data: str | Path | Dataset, column: str | None = None) -> list[str]:
-    """Read the passages in ``data``: each text of one column once, without blank ones.
+    """Read the passages in ``data``, without blank passages and duplicates.
 
     Args:
         data: a file, a folder with a file per split (``train`` is read), a Hub data set
             (owner/name or owner/name:config), or a data set in memory.
-        column: the default is the only column of strings, or else the one named ``text``,
-            ``passage``, ``answer`` or ``sentence``.
+        column: the column of passages. The default is ``text``, ``passage``, ``answer`` or
+            ``sentence`` (the first that exists), or the only column of strings.
     """
     data = as_dataset(data, split="train")
     usual = [["text"], ["passage"], ["answer"], ["sentence"]]
@@ -72,11 +71,11 @@ def read_passages(data: str | Path | Dataset, column: str | None = None) -> list
 
 
 def read_queries(data: str | Path | Dataset) -> list[str]:
-    """Read the queries in ``data``, one per row, in their order.
+    """Read the queries in ``data``, one per row, in the order of the rows.
 
-    They are in the only column of strings, or else in the one named ``query``,
-    ``question`` or ``text``. ``data`` and errors are as in :func:`read_passages`; blank
-    queries are refused.
+    The column is ``query``, ``question`` or ``text`` (the first that exists), or the only
+    column of strings. ``data`` is as in :func:`read_passages`. A blank query raises a
+    ValueError.
     """
     data = as_dataset(data, split="train")
     found, usual = text_columns(data), [["query"], ["question"], ["text"]]
@@ -88,7 +87,7 @@ def read_queries(data: str | Path | Dataset) -> list[str]:
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Refuse a query that is empty, blank, or not UTF-8."""
+    """Raise a ValueError if a query is blank or not valid Unicode."""
     for number, query in enumerate(queries, start=1):
         if not query.strip():
             raise ValueError(f"Query {number} is empty; write what to look for.")
@@ -98,12 +97,12 @@ def check_queries(queries: Sequence[str]) -> None:
 
 
 class Searcher:
-    """Passages and their vectors in memory, ready for queries.
+    """Encode passages and search them by meaning, in memory.
 
     Args:
-        model: a model folder, the id of a model on the Hub, or an opened
-            sentence-transformers model.
-        passages: texts to search; each is encoded once, here. Memory holds their vectors.
+        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
+            model.
+        passages: the texts to search. They are encoded once, when the searcher is created.
 
     Example::
 
@@ -112,7 +111,7 @@ class Searcher:
         print(hits[0].passage, hits[0].score)
 
     Raises:
-        ValueError: for no passages, and as :func:`minibert.inference.load.load` does.
+        ValueError: if ``passages`` is empty, or the model cannot be opened.
     """
 
     def __init__(
@@ -130,10 +129,10 @@ class Searcher:
         self.vectors = torch.from_numpy(self.encoder.encode_document(passages, show_progress=show_progress))
 
     def search(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
-        """Return the ``top_k`` passages most similar to each query, best first.
+        """Return the ``top_k`` most similar passages for each query, best first.
 
         Raises:
-            ValueError: for an empty query, or ``top_k`` below 1.
+            ValueError: if a query is blank, or ``top_k`` is less than 1.
         """
         check_queries(queries)
         if top_k < 1:
@@ -147,17 +146,17 @@ class Searcher:
 
 
 class FolderSearcher(Searcher):
-    """A folder of vectors that ``minibert encode`` wrote, ready for queries.
+    """Search a folder of vectors written by ``minibert encode``.
 
-    Its index is built here, or extended by new shards.
+    The constructor builds the index of the folder, or extends the index by new shards.
 
     Args:
-        model: where the model that made the vectors is now; the default is as the
-            manifest says.
-        exact: compare queries with all vectors, however many.
-        hybrid: fuse the rankings by meaning and by words (BM25) by reciprocal rank;
-            scores are then sums of ``1 / (60 + rank)``.
-        rebuild: build the index from nothing.
+        model: the location of the model that made the vectors. The default is the location in
+            the manifest.
+        exact: compare each query with all vectors, even if there are many.
+        hybrid: combine the rankings by meaning and by words (BM25) with reciprocal rank fusion.
+            A score is then a sum of ``1 / (60 + rank)``.
+        rebuild: build a new index, even if there is one.
 
     Example::
 
@@ -166,9 +165,9 @@ class FolderSearcher(Searcher):
             print(hit.id, hit.score, hit.passage)
 
     Raises:
-        FileNotFoundError: for a folder, model or shard that is not there.
-        ValueError: for a model that did not make these vectors, a folder without vectors
-            or (``hybrid``) without texts, and damaged files.
+        FileNotFoundError: if the folder, the model or a shard does not exist.
+        ValueError: if another model made the vectors, the folder has no vectors or (with
+            ``hybrid``) no texts, or a file is damaged.
     """
 
     def __init__(
@@ -184,9 +183,9 @@ class FolderSearcher(Searcher):
     ) -> None:
         self.folder = VectorFolder(folder)
         if hybrid and not self.folder.has_texts:
-            raise ValueError(f"{folder} holds no texts for --hybrid; encode again with --keep-text, or leave it out.")
+            raise ValueError(f"{folder} holds no texts for --hybrid; encode again with --keep-text.")
         if hybrid:
-            from minibert.inference import bm25  # noqa: F401  # fails here rather than after the index was built
+            from minibert.inference import bm25  # noqa: F401  # fails before the index is built
         if not self.folder.manifest.complete:
             count = f"{len(self.folder):,}"
             logger.warning("%s is not finished: minibert encode has written %s vectors so far.", folder, count)
@@ -210,29 +209,29 @@ class FolderSearcher(Searcher):
 
 
 def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_code: bool) -> Path:
-    """Return the folder of the model that made the vectors: ``model``, or the one of the manifest."""
+    """Return the folder of the model that made the vectors, after checking the fingerprint."""
     manifest = folder.manifest
     try:
         path = find_model(model or manifest.model, trust_remote_code=trust_remote_code)
     except FileNotFoundError as error:
         if model:
             raise
-        raise FileNotFoundError(f"{error} It made the vectors in {folder.folder}: say where it is with --model.") from error
+        raise FileNotFoundError(f"{error} This model made {folder.folder}; give its path with --model.") from error
     if fingerprint(path) != manifest.fingerprint:
         raise ValueError(
             f"The vectors in {folder.folder} were made by {manifest.model}, and {path} is another model or "
-            "has changed since: encode again, or name the model as it was with --model."
+            "has changed since: encode again, or give the original model with --model."
         )
     return path
 
 
 def fuse(rankings: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
-    """Fuse rankings by the sum of ``1 / (60 + rank)`` over those that hold a row.
+    """Combine rankings. A row's score is the sum of ``1 / (60 + rank)`` over all rankings.
 
-    ``rankings`` are (n, k) row numbers each, best first; -1 stands for no row.
+    Each of the ``rankings`` contains (n, k) row numbers, best first. -1 means no row.
 
     Returns:
-        the best ``top_k`` rows and their scores for each of the n queries.
+        For each of the n queries, the best ``top_k`` rows with their scores.
 
     >>> fuse([np.array([[7, 8, 9]]), np.array([[8, 5, -1]])], top_k=2)
     [[(8, 0.03252247488101534), (7, 0.01639344262295082)]]
@@ -248,9 +247,10 @@ def fuse(rankings: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, flo
 
 
 def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool) -> "WordIndex":
-    """Open BM25 over the folder's texts, or build it if it is not that of ``shards`` (their SHA-256).
+    """Open the BM25 index of the texts in ``folder``. Build the index if shards have changed.
 
-    The weight of a word depends on all texts, so new shards need a new index.
+    ``shards`` are the SHA-256 of the shards. A new shard requires a new index, because the
+    weight of a word depends on all texts.
     """
     from minibert.inference.bm25 import WordIndex
 

@@ -1,8 +1,8 @@
-"""Read and write a folder of vectors, which ``minibert encode`` makes: Parquet shards and a manifest.
+"""Read and write folders of vectors, which contain Parquet shards and a manifest.
 
-``manifest.json`` says which model made the vectors, from which input, and what the shards
-hold. ``part-00000.parquet``, … have the columns ``id``, ``text`` (if it was kept) and
-``vector`` (a fixed-size list). Files appear complete or not at all.
+``manifest.json`` describes the model, the input and the shards. The shards
+``part-00000.parquet``, … have the columns ``id``, ``text`` (if texts are kept) and ``vector``
+(a fixed-size list). A file appears only when it is complete.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from minibert.files.disk import atomic_write, readable_os_errors, write_json
 MANIFEST = "manifest.json"
 PRECISIONS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "binary": pa.int8()}
 KEPT = "the shards before it are complete"
-# The metadata of a shard from which a manifest can be restored.
+# The key of the metadata in a shard, from which a manifest can be restored.
 _KEY = b"minibert"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """``rows`` vectors, numbered from ``first_row``.
+    """Describe a shard of ``rows`` vectors, which are numbered from ``first_row``.
 
-    They were made from ``input_rows`` rows of the input, from ``first_input_row`` on;
-    ``rows`` is smaller if some were skipped.
+    The vectors come from ``input_rows`` rows of the input, starting at ``first_input_row``.
+    ``rows`` is smaller than ``input_rows`` if some rows were skipped.
     """
 
     file: str
@@ -44,27 +44,27 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """The content of ``manifest.json``.
+    """Describe a folder of vectors, as stored in ``manifest.json``.
 
     Attributes:
-        model: as it was named.
+        model: the model, as named by the caller.
         fingerprint: see :func:`minibert.inference.load.fingerprint`.
-        dimension: of the vectors; binary ones take an eighth of it in bytes.
+        dimension: the dimension of the vectors. A binary vector takes one bit per dimension.
         precision: ``float32``, ``float16``, ``int8`` or ``binary``.
         normalized: True if the vectors had length 1 before they were stored.
-        source: identifies the encoded input.
-        columns: the input's columns taken as ``text`` and as ``id`` (``None``: the number
-            of the row), and whether the text is ``kept``.
-        encoding: everything else that the vectors depend on, such as the prompt and the
-            dtype.
-        rows_per_shard: rows of the input per shard.
-        rows: vectors in all shards.
-        skipped: number of skipped rows of the input.
-        skipped_rows: the first of them, each a number and a reason.
-        starts: the shard and the row of the input at which each (appending) call began.
-        complete: True when the input has been read completely.
-        ranges: lowest and highest value of every dimension, by which int8 was scaled.
-        shards: in the order of the input.
+        source: identifies the input.
+        columns: the input columns of the ``text`` and the ``id`` (None if the id is the row
+            number), and ``kept``, which is True if the texts are stored.
+        encoding: other options that affect the vectors, such as the prompt and the dtype.
+        rows_per_shard: the number of input rows per shard.
+        rows: the number of vectors in all shards.
+        skipped: the number of skipped input rows.
+        skipped_rows: the number and the reason of each of the first skipped rows.
+        starts: the first shard and the first input row of the first call, and of each call that
+            appended files.
+        complete: True if the input was read completely.
+        ranges: the lowest and highest values of each dimension, which define the int8 steps.
+        shards: the shards in the order of the input.
     """
 
     model: str
@@ -87,12 +87,12 @@ class Manifest:
 
     @property
     def width(self) -> int:
-        """Return how many numbers a stored vector has."""
+        """Return the number of stored values per vector."""
         return -(-self.dimension // 8) if self.precision == "binary" else self.dimension
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Return the type of those numbers."""
+        """Return the NumPy dtype of the stored values."""
         found: np.dtype[Any] = np.dtype(PRECISIONS[self.precision].to_pandas_dtype())
         return found
 
@@ -106,7 +106,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not file.exists():
         raise FileNotFoundError(
             f"There is no folder of vectors {folder} (looked from {Path.cwd()}, for its {MANIFEST}); "
-            "make one with minibert encode, or let a model search a file with --passages FILE."
+            "create it with minibert encode, or search a file with --passages FILE."
         )
     try:
         return _READER.validate_json(file.read_bytes())
@@ -114,18 +114,18 @@ def read_manifest(folder: str | Path) -> Manifest:
         first = error.errors()[0]
         reason = ": ".join([*map(str, first["loc"]), first["msg"]])
         raise ValueError(
-            f"{file} is damaged or of a later version ({reason}); encode into a new folder, or again with --force."
+            f"{file} is damaged or of a later version ({reason}); encode into a new folder, or use --force."
         ) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest of ``folder``."""
+    """Write the manifest of ``folder``, replacing an earlier manifest."""
     with readable_os_errors(folder / MANIFEST, KEPT):
         write_json(folder / MANIFEST, asdict(manifest))
 
 
 def quantize(vectors: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """Convert (n, dimension) float32 vectors to the manifest's precision: (n, width)."""
+    """Convert float32 vectors (n, dimension) to the precision of the manifest: (n, width)."""
     if manifest.precision.startswith("float"):
         return vectors.astype(manifest.precision)
     ranges = None if manifest.ranges is None else np.array(manifest.ranges, dtype=np.float32)
@@ -133,9 +133,10 @@ def quantize(vectors: np.ndarray, manifest: Manifest) -> np.ndarray:
 
 
 def to_float(stored: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """Convert (n, width) stored vectors to (n, dimension) float32.
+    """Convert stored vectors (n, width) to float32 vectors (n, dimension).
 
-    An int8 becomes the middle of its step, a bit plus or minus ``1 / sqrt(dimension)``.
+    An int8 value becomes the middle of its step. A bit becomes ``1 / sqrt(dimension)`` or its
+    negative.
     """
     if manifest.precision == "binary":
         bits = np.unpackbits((stored.astype(np.int16) + 128).astype(np.uint8), axis=1, count=manifest.dimension)
@@ -149,7 +150,7 @@ def to_float(stored: np.ndarray, manifest: Manifest) -> np.ndarray:
 
 
 class VectorFolder:
-    """A folder of vectors, read a block at a time: memory does not grow with their number.
+    """Read a folder of vectors in blocks. Memory use does not grow with the number of vectors.
 
     Example::
 
@@ -158,8 +159,8 @@ class VectorFolder:
             print(first_row, vectors.shape, folder.texts([first_row]))
 
     Raises:
-        FileNotFoundError: for a folder without manifest, or one that lacks a shard.
-        ValueError: for a damaged manifest or shard.
+        FileNotFoundError: if the folder has no manifest or lacks a shard.
+        ValueError: if the manifest or a shard is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -169,7 +170,7 @@ class VectorFolder:
         self.has_texts = bool(self.manifest.columns.get("kept"))
         for shard in self.shards:
             if not (self.folder / shard.file).exists():
-                raise FileNotFoundError(f"{folder} lacks {shard.file}, which its manifest names; encode again to restore it.")
+                raise FileNotFoundError(f"{folder} lacks {shard.file}; encode again to restore it.")
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -180,7 +181,7 @@ class VectorFolder:
             return self._matrix(file.read(columns=["vector"]).column("vector").combine_chunks())
 
     def blocks(self, size: int = 16384) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of a row and up to ``size`` stored vectors from it on: (n, width)."""
+        """Yield blocks of stored vectors (n, width), each after the number of its first row."""
         for shard in self.shards:
             row = shard.first_row
             with self._open(shard) as file:
@@ -189,24 +190,24 @@ class VectorFolder:
                     row += len(batch)
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[Any]:
-        """Return the ids of these rows: their number in the input, or the value of its id column."""
+        """Return the ids of ``rows``: values of the id column, or row numbers in the input."""
         return self._take("id", rows)
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """Return the texts of these rows; refuse a folder that did not keep them."""
+        """Return the texts of ``rows``. Raise a ValueError if the folder has no texts."""
         if not self.has_texts:
-            raise ValueError(f"{self.folder} holds no texts; encode with --keep-text to store them with the vectors.")
+            raise ValueError(f"{self.folder} holds no texts; encode with --keep-text to store them.")
         return self._take("text", rows)
 
     def _take(self, column: str, rows: Sequence[int] | np.ndarray) -> list[Any]:
-        """Return ``column`` of these rows, in their order.
+        """Return the values of ``column`` in ``rows``, in the order of ``rows``.
 
-        ``pyarrow.dataset`` would read the column of every row for it; here, only the row
-        groups that hold them are read.
+        This reads only the row groups that are needed. ``pyarrow.dataset`` would read the
+        complete column.
         """
         wanted = np.asarray(rows, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise IndexError(f"{self.folder} holds rows 0 to {len(self) - 1}; asked for {wanted.min()} to {wanted.max()}.")
+            raise IndexError(f"{self.folder} has rows 0 to {len(self) - 1}; got {wanted.min()} to {wanted.max()}.")
         values = np.empty(len(wanted), dtype=object)
         for shard in self.shards:
             first = shard.first_row
@@ -228,46 +229,45 @@ class VectorFolder:
 
     @contextlib.contextmanager
     def _open(self, shard: Shard) -> Iterator[parquet.ParquetFile]:
-        """Open a shard and check it; the errors of reading it name the file."""
+        """Open a shard and check its size. Errors of reading name the file."""
         file, width = self.folder / shard.file, self.manifest.width
         try:
             with parquet.ParquetFile(file) as opened:
                 if (rows := opened.metadata.num_rows) != shard.rows:
-                    raise ValueError(f"{file} holds {rows} rows, its manifest says {shard.rows}; encode again.")
+                    raise ValueError(f"{file} holds {rows} rows, but should hold {shard.rows}; encode again.")
                 if (found := opened.schema_arrow.field("vector").type.list_size) != width:
-                    raise ValueError(f"{file} holds vectors of {found} numbers, its manifest says {width}; encode again.")
+                    raise ValueError(f"{file} holds vectors of {found} numbers, not {width}; encode again.")
                 yield opened
         except (pa.ArrowInvalid, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # such as a missing permission
+            if getattr(error, "errno", None) is not None:  # an error of the system, such as a missing permission
                 raise
             reason = " ".join(str(error).split())
-            raise ValueError(f"{file} is damaged ({reason}); delete it and encode again to restore it.") from error
+            raise ValueError(f"{file} is damaged ({reason}); delete it and encode again.") from error
 
 
 def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
+    """Return the file name of the shard with this number."""
     return f"part-{number:05d}.parquet"
 
 
 def shard_files(folder: Path) -> dict[int, Path]:
-    """Return the shards of a folder by number, without other files such as copies of shards."""
+    """Return a mapping from number to file for all shards in ``folder``. Ignore other files."""
     found = {file.stem.removeprefix("part-"): file for file in folder.glob("part-*.parquet")}
     return {int(number): file for number, file in found.items() if number.isdecimal()}
 
 
 def remove_vectors(folder: Path) -> None:
-    """Delete shards, complete or not, and the manifest, and nothing else."""
-    # The manifest goes last: a folder without it is refused, because its files could be
-    # anything.
+    """Delete the manifest and all shards, complete or incomplete. Keep all other files."""
+    # Delete the manifest last: other files in a folder without manifest are never deleted.
     shards = [*shard_files(folder).values(), *folder.glob(".part-*.parquet.part")]
     for file in (*shards, folder / MANIFEST):
         file.unlink(missing_ok=True)
 
 
 class ShardWriter:
-    """Write one shard in a ``with`` block; after an exception in the block nothing is left.
+    """Write one shard in a ``with`` block. An exception in the block leaves no file.
 
-    ``notes`` may be set until the end of the block; :func:`shard_notes` reads them.
+    ``notes`` may be set until the end of the block. :func:`shard_notes` reads the notes.
     """
 
     def __init__(self, file: Path, manifest: Manifest, id_type: pa.DataType) -> None:
@@ -278,7 +278,7 @@ class ShardWriter:
         self.schema = pa.schema([("id", id_type), *text, ("vector", vector)])
 
     def __enter__(self) -> "ShardWriter":
-        # Vectors do not compress; everything else does.
+        # Vectors cannot be compressed. The other columns can.
         codecs = {"id": "zstd", "text": "zstd", "vector.list.element": "none"}
         with readable_os_errors(self.file, KEPT), contextlib.ExitStack() as stack:
             part = stack.enter_context(atomic_write(self.file))
@@ -288,7 +288,7 @@ class ShardWriter:
         return self
 
     def write(self, ids: Sequence[Any], texts: Sequence[str], vectors: np.ndarray) -> None:
-        """Add rows, as one row group; ``vectors`` (n, width) in the manifest's precision."""
+        """Add rows as one row group. ``vectors`` (n, width) are in the manifest's precision."""
         if not len(vectors):
             return
         lists = pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), self.manifest.width)
@@ -304,13 +304,13 @@ class ShardWriter:
 
 
 def shard_notes(file: Path) -> dict[str, Any] | None:
-    """Return the notes in a shard and its number of ``rows``; None for an incomplete file."""
+    """Return the notes of a shard and its number of ``rows``, or None if it is incomplete."""
     try:
         metadata = parquet.read_metadata(file)
         return {**json.loads(metadata.metadata[_KEY]), "rows": metadata.num_rows}
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return None
     except OSError as error:
-        if error.errno is not None:  # an error of the system, not of the content
+        if error.errno is not None:  # an error of the system, not of the file
             raise
         return None

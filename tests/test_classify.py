@@ -175,7 +175,7 @@ def test_labels_in_every_form(values, feature, given, labels, names):
         ([0, 1, 1], {"label_column": ["label", "label"]}, r"label_column\n.* label is given more than once"),
         ([0, 1, 1], {"epochs": float("inf")}, r"epochs\n.*finite number"),
         ([0, 1, 1], {"weight_decay": float("nan")}, r"weight_decay\n.*finite number"),
-        ([0, 1, 2], {"label_column": ["label"]}, r"Row 3 has label=2; with several columns each holds 0 or 1"),
+        ([0, 1, 2], {"label_column": ["label"]}, r"Row 3 has label=2; each column of labels must hold 0 or 1"),
         ([0, 1, 1], {"label_column": ["label"], "problem_type": SINGLE}, r"reads its labels from one column, not from label"),
         ([0.5, 2.5, 1], {"metric_for_best": "accuracy"}, r"use one of spearman, pearson, mse"),
         ([0, 1, 1], {"label_column": "gold"}, r"no column 'gold'; it has text, label"),

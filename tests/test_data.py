@@ -157,7 +157,7 @@ def test_a_name_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minibert.data.load.load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
     (tmp_path / "data").mkdir()
-    with pytest.raises(FileNotFoundError, match="no file or folder data/sick .*, but a folder data; fix the path"):
+    with pytest.raises(FileNotFoundError, match="no file or folder data/sick .*, but there is a folder data; fix the path"):
         load([source("data/sick")])
 
 

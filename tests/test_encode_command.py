@@ -360,7 +360,7 @@ def test_new_files_are_appended(run, tmp_path, expected):
     np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
     assert VectorFolder(tmp_path / "out").ids([5, 6, 11]) == [5, 6, 11]
     write(folder / "0.txt", TEXTS[:1])
-    assert "new files must be last by name" in run(folder, *options, "--append").stderr
+    assert "names of new files must come last" in run(folder, *options, "--append").stderr
 
 
 # --- several processes ----------------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_input_and_output_are_kept_apart(run, data, tmp_path):
     shard = tmp_path / "out" / "part-00000.parquet"
     for given, out in ((data, data), (tmp_path, tmp_path / "inside"), (shard, tmp_path / "out")):
         done = run(given, "--column", "text", "--force", out=out)
-        assert done.exit_code == 2 and "Choose a folder outside of it" in done.stderr
+        assert done.exit_code == 2 and "choose another folder" in done.stderr
     assert contents(tmp_path / "out") == before and not (tmp_path / "inside").exists()
 
 
@@ -579,7 +579,7 @@ def test_nothing_is_appended_behind_a_gap(run, tmp_path):
     run(folder, *options)
     (tmp_path / "out" / "part-00000.parquet").unlink()
     write(folder / "1.txt", TEXTS[6:])
-    assert "the input before it must be encoded completely" in run(folder, *options, "--append").stderr
+    assert "the earlier input must be encoded completely" in run(folder, *options, "--append").stderr
 
 
 def test_passages_get_the_prompt_that_the_model_has_for_them(run, data, model, tmp_path):

@@ -266,7 +266,10 @@ def test_memory_does_not_grow_with_the_rows(classifier):
     [
         (["{classifier}", "gone.txt"], "There is no file or folder gone.txt"),
         (["gone", "texts.txt"], "There is no model folder gone"),
-        (["{encoder}", "texts.txt"], "has no head that predicts labels, tags, answers or choices; train one on top of it"),
+        (
+            ["{encoder}", "texts.txt"],
+            "has no head that predicts labels, tags, answers or choices; train a head with a classify",
+        ),
         (["{classifier}", "wide.csv"], "usual are premise + hypothesis"),
         (
             ["{classifier}", "wide.csv", "--column", "bodi"],

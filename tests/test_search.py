@@ -175,7 +175,7 @@ def _half_json(folder):
         (_edit_config(hidden_size=16), "do not have the shapes in config.json"),
         (
             lambda folder: edit_weights(folder, **{"final_norm.weight": None}),
-            "The weights in .* lack final_norm.weight, which its config.json describes",
+            "The weights in .* lack final_norm.weight; save or download the model again",
         ),
         (_stages, "give one of 2-embed in it"),
     ],
@@ -215,7 +215,7 @@ def test_missing_model_in_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minibert.inference.load.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
     (tmp_path / "runs").mkdir()
-    with pytest.raises(FileNotFoundError, match="no model folder runs/tiny .*, but a folder runs; fix the path"):
+    with pytest.raises(FileNotFoundError, match="no model folder runs/tiny .*, but there is a folder runs; fix the path"):
         load("runs/tiny")
 
 
@@ -229,9 +229,7 @@ def test_code_that_is_not_the_installed_code_is_named_once(folder, caplog, monke
     monkeypatch.chdir(folder.parent)
     load(folder.name)  # the same by another path
     (message,) = caplog.messages
-    assert message.startswith(
-        f"{folder}/configuration_minibert.py and modeling_minibert.py differ from the installed minibert's"
-    )
+    assert message.startswith(f"{folder}/configuration_minibert.py and modeling_minibert.py differ from the installed code.")
 
 
 # --- reading passages -----------------------------------------------------------------------------------------------------
@@ -392,7 +390,7 @@ def test_the_model_may_have_moved_but_not_changed(saved, folder, vectors, tmp_pa
     manifest = VectorFolder(vectors).manifest
     manifest.model = str(tmp_path / "moved")
     write_manifest(vectors, manifest)
-    with pytest.raises(FileNotFoundError, match="no model folder .*moved.* say where it is with --model"):
+    with pytest.raises(FileNotFoundError, match="no model folder .*moved.* give its path with --model"):
         FolderSearcher(vectors)
     assert FolderSearcher(vectors, saved).search(["cat"], 1)
     with torch.no_grad():
