@@ -1,4 +1,4 @@
-"""The ``pretrain`` stage: masked language modelling, alone or with next-sentence prediction."""
+"""Pretrain encoders on masked words, with optional next sentences (the ``pretrain`` stage)."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from minibert.train.arguments import DistillPretrainingStage, MaskedWordArgument
 from minibert.train.loop import Phase, fit, seed_everything
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 
-_BEGINNINGS = ("Ġ", "▁")  # the space before a word, in byte-level and SentencePiece tokenizers
+_BEGINNINGS = ("Ġ", "▁")  # begin words in byte-level and SentencePiece tokenizers
 
 
 def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
-    """Pretrain a MiniBERT, and measure its loss, perplexity and accuracy on masked words."""
+    """Pretrain a MiniBERT. Metrics are loss, perplexity and accuracy on masked words."""
     tokenizer = load_tokenizer(context)
     masking = Masking(tokenizer, args)
     model = load_model(AutoModelForPreTraining if args.next_sentence else AutoModelForMaskedLM, args, context, tokenizer)
@@ -47,21 +47,21 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
 
 
 def refuse_unpacked(config: Any, name: str) -> None:
-    """Refuse a model that cannot read packed sequences: any but a MiniBERT."""
+    """Raise ValueError if a model is not a MiniBERT. Others cannot read packed sequences."""
     if config.model_type != "minibert":
         raise ValueError(
-            f"{name} is a {config.model_type} model, which cannot read packed sequences; convert it "
-            "first with: minibert hub convert SOURCE FOLDER, and give that folder, or start from new "
-            "weights: model: {preset: ...}."
+            f"{name} is a {config.model_type} model, which cannot read packed sequences. Convert the model "
+            "with minibert hub convert SOURCE FOLDER and give FOLDER, or start from new weights with "
+            "model: {preset: ...}."
         )
 
 
 def corpora(
     args: PretrainStage | DistillPretrainingStage, tokenizer: Any, delimiters: str | None = None
 ) -> list[TokenizedCorpus]:
-    """Return the tokenized data and, if there is any, the tokenized evaluation data."""
+    """Return the tokenized training data and, if given, the tokenized evaluation data."""
     sources = {"train": args.data} | ({"validation": args.eval_data} if args.eval_data else {})
-    with processes().main_process_first():  # the other processes find the result
+    with processes().main_process_first():  # other processes read the cached result
         return [
             load_corpus(
                 data,
@@ -78,20 +78,18 @@ def corpora(
 
 
 class Masking:
-    """Choose the tokens to predict, and what stands in their place (Devlin et al. 2018, 3.1).
+    """Choose the tokens to predict, and replace them (Devlin et al. 2018, section 3.1).
 
     Attributes:
-        special: (V,) True for ids that are never masked nor put in place of a word.
-        continues: (V,) True for pieces that continue a word; None masks each token by
-            itself.
+        special: (V,), True for special tokens, which are not masked and replace no word.
+        continues: (V,), True for tokens that continue a word. If None, each token is masked
+            independently of the other tokens of a word.
     """
 
     def __init__(self, tokenizer: Any, args: MaskedWordArguments):
         missing = [name for name in ("mask_token", "cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
         if missing:
-            raise ValueError(
-                f"The tokenizer has no {', '.join(missing)}, which pretraining needs; train one with a tokenizer stage."
-            )
+            raise ValueError(f"The tokenizer has no {', '.join(missing)}; train one with a tokenizer stage.")
         self.cls, self.sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.mask, self.pad = tokenizer.mask_token_id, tokenizer.pad_token_id
         self.special = np.zeros(len(tokenizer), dtype=bool)
@@ -102,7 +100,7 @@ class Masking:
         self.mask_share, self.random_share = args.mask_replace_prob, args.random_replace_prob
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids (T,) that the model sees, and labels (T,), -100 where there is none."""
+        """Return the masked ids (T,) and the labels (T,), which are -100 at other tokens."""
         draws = rng.random(len(ids))
         if self.continues is not None:
             draws = draws[np.cumsum(~self.continues[ids]) - 1]  # one draw per word
@@ -122,7 +120,10 @@ class Masking:
 
 
 def _continues(tokenizer: Any) -> np.ndarray:
-    """Return (V,) True for pieces that continue a word; BPE and Unigram mark those that begin one."""
+    """Return (V,), True for tokens that continue a word.
+
+    WordPiece marks these tokens. BPE and Unigram mark tokens that begin a word.
+    """
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     if model["type"] == "WordLevel":
@@ -132,19 +133,19 @@ def _continues(tokenizer: Any) -> np.ndarray:
     begins = np.array([token.startswith(_BEGINNINGS) for token in tokens])
     if not begins.any():
         raise ValueError(
-            "whole_word_mask: the pieces of this tokenizer do not say where a word begins (as ## does "
-            "in WordPiece, Ġ or ▁ elsewhere); leave whole_word_mask out."
+            "whole_word_mask needs a tokenizer that marks where words begin (## in WordPiece, Ġ or ▁ in "
+            "others), but this tokenizer does not; remove whole_word_mask."
         )
     return ~begins
 
 
 def _generator() -> np.random.Generator:
-    """Return a generator seeded by numpy's global state, which the loop seeds at every step."""
+    """Return a generator seeded by numpy's global state. The loop seeds numpy at every step."""
     return np.random.default_rng(np.random.randint(0, 2**32, size=4, dtype=np.uint32))
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return ``start, start + 1, ...`` up to ``start + length`` of all pieces, end to end.
+    """Return the concatenated ranges from each start to start + length (exclusive).
 
     >>> _places(np.array([7, 0]), np.array([2, 3])).tolist()
     [7, 8, 0, 1, 2]
@@ -155,7 +156,7 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class PackedRows:
-    """Hold rows filled with pieces of documents, which do not attend to one another."""
+    """Store rows filled with pieces of documents. Pieces do not attend to other pieces."""
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
         self.corpus, self.masking, self.pieces = corpus, masking, MlmChunks(corpus, max_length)
@@ -165,10 +166,10 @@ class PackedRows:
         return len(self.pieces.rows) - 1
 
     def collate(self, rows: np.ndarray) -> dict[str, Any]:
-        """Return one row (1, T) of all pieces, each between [CLS] and [SEP], with their bounds."""
+        """Return one row (1, T) with each piece between [CLS] and [SEP], and the bounds."""
         rng, pieces = _generator(), self.pieces
         chosen = _places(pieces.rows[rows], pieces.rows[rows + 1] - pieces.rows[rows])
-        # Equal lengths share an attention call on a CPU.
+        # On a CPU, pieces of equal length share an attention call.
         chosen = chosen[np.argsort(pieces.lengths[chosen], kind="stable")]
         sizes = pieces.lengths[chosen] + 2
         bounds = np.concatenate([[0], np.cumsum(sizes)])
@@ -193,21 +194,20 @@ class PackedRows:
 
 
 class SentencePairs:
-    """Rows of two segments of complete sentences each, for next-sentence prediction.
+    """Store rows of two segments of complete sentences, for next-sentence prediction.
 
-    The second segment follows the first in its document or, half of the time, comes from
-    another document. The end of the first and the other document are drawn each time a
-    row is read.
+    With a probability of 0.5, the second segment follows the first. Otherwise, the second segment
+    comes from another document. The choice is random each time a row is read.
     """
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
         self.corpus, self.masking, self.max_length = corpus, masking, max_length
         self.spans = spans = NspSpans(corpus, max_length)
-        if not len(spans.document) or spans.document[0] == spans.document[-1]:  # they are in order
+        if not len(spans.document) or spans.document[0] == spans.document[-1]:  # documents are sorted
             raise ValueError(
-                f"next_sentence needs two documents or more with at least two sentences each, and the "
-                f"corpus has {len(np.unique(spans.document))} of {len(corpus.documents) - 1}; separate "
-                "its documents (see sample_by and sentence_delimiters), or set next_sentence: false."
+                f"next_sentence needs at least two documents with two or more sentences each, but the corpus "
+                f"only has {len(np.unique(spans.document))} (of {len(corpus.documents) - 1} documents). "
+                "Change sample_by or sentence_delimiters, or set next_sentence: false."
             )
         self.fingerprint = f"{corpus.fingerprint}-{max_length}-pairs"
 
@@ -215,7 +215,7 @@ class SentencePairs:
         return len(self.spans.first)
 
     def pair(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return the ids of two segments, and 0 if the second follows the first, else 1 (as in BERT)."""
+        """Return the ids of two segments, and 0 if the second follows the first, or else 1."""
         spans, tokens, bounds = self.spans, self.corpus.tokens, self.spans.bounds
         begin, end = spans.first[row], spans.last[row]
         middle = rng.integers(begin + 1, end)
@@ -230,7 +230,7 @@ class SentencePairs:
         return first, tokens[start : min(bounds[spans.last[other]], start + room)], 1
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return masked inputs (rows, longest) and the labels of both tasks."""
+        """Return masked inputs (rows, longest row) and labels of words and next sentences."""
         rng, masking = _generator(), self.masking
         pairs = [self.pair(row, rng) for row in rows.tolist()]
         sizes = np.array([len(first) + len(second) + 3 for first, second, _ in pairs])
@@ -249,7 +249,7 @@ class SentencePairs:
 
 
 def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures under the same masks; processes share the batches."""
+    """Return a function that measures a model with fixed masks. Processes share the batches."""
 
     def evaluate(model: Any) -> dict[str, float]:
         state = processes()

@@ -1,4 +1,4 @@
-"""Objective ``embedding``: a student learns a teacher's vectors of unlabelled texts."""
+"""Train an embedding model on a teacher's vectors of unlabelled texts."""
 
 import copy
 import math
@@ -30,17 +30,17 @@ from minibert.train.stages.distill.student import Distillation, cosine_distance,
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
 from minibert.train.stages.embed import sentence_model
 
-# The metric that stands for a data set in the score.
+# The score is the mean of these metrics over the data sets.
 _MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10"}
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the squared distance of vectors (rows, C), as a mean over the rows."""
+    """Return the mean over the rows of the squared distance between vectors (rows, C)."""
     return (student.float() - teacher.float()).square().sum(dim=-1).mean()
 
 
 def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared error of the cosines between all pairs of rows (rows, C)."""
+    """Return the mean squared error of cosine similarities between all rows of (rows, C)."""
     first, second = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
     return F.mse_loss(first @ first.t(), second @ second.t())  # (rows, rows)
 
@@ -48,8 +48,8 @@ def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Return the mean squared error of hidden states (B, L, C) where ``mask`` (B, L) is 1.
 
-    Each holds the embeddings, then the output of each layer, which is compared with the
-    teacher's at the same share of the depth.
+    ``student`` and ``teacher`` contain the embeddings and then the output of each layer. A student
+    layer is compared with the teacher layer at the same relative depth.
     """
     real = mask.bool()
     depth = (len(teacher) - 1) / (len(student) - 1)
@@ -61,10 +61,10 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Ten
 
 
 class EmbeddingDistillation(Distillation):
-    """The teacher's vectors, the similarities between them, and its hidden states, each with its weight.
+    """Compute the weighted losses of vectors, similarities and hidden states.
 
-    Where student and teacher differ in width, a linear map that is trained with the
-    student and not saved stands between them.
+    If student and teacher differ in width, a linear map converts the student's vectors and states.
+    The map is trained with the student but not saved.
     """
 
     def __init__(self, args: DistillEmbeddingStage, student: Any, teacher: Any):
@@ -77,12 +77,12 @@ class EmbeddingDistillation(Distillation):
             self.state_map = _map_between(*(model[0].auto_model.config.hidden_size for model in (student, teacher)))
 
     def forward(self, teacher_vectors: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> ModelOutput:
-        """Return the loss of a batch of texts, which have no ``labels``.
+        """Return the loss of a batch of texts.
 
         Args:
-            teacher_vectors: (B, C); None computes them here from the same inputs.
-            **inputs: the inputs of the model.
-            labels: unused; the trainer passes them.
+            teacher_vectors: vectors of the teacher (B, C). If None, the teacher computes them.
+            labels: not used. The training loop passes labels to every model.
+            **inputs: tokenized texts.
         """
         args, hidden = self.args, self.args.hidden_weight > 0
         vectors, states = vectors_and_states(self.student, inputs, hidden)
@@ -108,7 +108,7 @@ def _map_between(student: int, teacher: int) -> nn.Module:
 
 
 def vectors_and_states(model: Any, inputs: dict[str, Tensor], hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the vectors (B, C) and, if ``hidden``, the states (B, L, C) of all layers."""
+    """Return the text vectors (B, C) and, if ``hidden``, the states (B, L, C) of all layers."""
     if not hidden:
         return model(dict(inputs))["sentence_embedding"], ()
     output = model[0].auto_model(**inputs, output_hidden_states=True, return_dict=True)
@@ -119,14 +119,14 @@ def vectors_and_states(model: Any, inputs: dict[str, Tensor], hidden: bool) -> t
 
 
 def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dict[str, Any]:
-    """Train an embedding model on a teacher's vectors, and return the metrics of both."""
+    """Train an embedding model on a teacher's vectors. Return metrics of both models."""
     texts = read_texts(args)
     held_out = [(name, load([source], split="validation")) for name, source in _named(args.eval_data or [])]
     with opening(str(context.teacher)):
         opened = SentenceTransformer(str(context.teacher), trust_remote_code=False, model_kwargs={"use_safetensors": True})
         teacher: SentenceTransformer = freeze(opened)
     student, length = _student(args, context, teacher)
-    # It reads at most as much as the student.
+    # The teacher reads at most as many tokens as the student.
     teacher.max_seq_length = min(length, teacher.max_seq_length or length)
 
     key = fingerprint(teacher, texts, teacher.max_seq_length, args.eval_batch_size, args.precision)
@@ -135,12 +135,12 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
         with in_precision(args):
             return teacher.encode(texts[some.start : some.stop], batch_size=args.eval_batch_size, show_progress_bar=False)
 
-    # Hidden states are too many to keep; the vectors come with them.
+    # Hidden states are too large for the cache, so the teacher runs at every step.
     vectors = (
         None if args.hidden_weight else cached_teacher_outputs(context.output_dir / "checkpoints", key, len(texts), compute)
     )
     measure = evaluator(held_out, args.matryoshka_dims or (), args.eval_batch_size) if held_out else None
-    prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""  # encode() puts it before every text
+    prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""  # encode() adds it
     prompted = Dataset.from_dict({"text": [prompt + text for text in texts]})
     rows = TokenizedDataset.from_texts(prompted, ["text"], np.zeros(len(texts)), student.tokenizer, length)
     taught = TaughtRows(rows, "teacher_vectors", vectors, key)
@@ -150,7 +150,7 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
 
 
 def read_texts(args: DistillEmbeddingStage) -> list[str]:
-    """Return the distinct texts of the data, in order; sources need not share a column."""
+    """Return the distinct texts of all sources in order. Sources may have different columns."""
     texts: dict[str, None] = {}
     for source in args.data:
         dataset = load([source], sample_by=args.sample_by)
@@ -164,12 +164,12 @@ def read_texts(args: DistillEmbeddingStage) -> list[str]:
                     parts = value.splitlines() if value and args.split_lines else [value or ""]
                     texts.update((part.strip(), None) for part in parts if part.strip())
     if len(texts) < 2:
-        raise ValueError("Texts are compared with each other, so at least two different ones are needed.")
+        raise ValueError("Distillation compares texts with each other; give at least two different texts.")
     return list(texts)
 
 
 def _named(sources: Sequence[DataSource]) -> list[tuple[str, DataSource]]:
-    """Return each source with a short name that no other source has."""
+    """Return each source with a short, unique name."""
     names = [Path(source.path).stem for source in sources]
     return [
         (f"{name}-{number}" if names.count(name) > 1 else name, source)
@@ -180,7 +180,7 @@ def _named(sources: Sequence[DataSource]) -> list[tuple[str, DataSource]]:
 def _student(
     args: DistillEmbeddingStage, context: StageContext, teacher: SentenceTransformer
 ) -> tuple[SentenceTransformer, int]:
-    """Return the student and its longest text in tokens."""
+    """Return the student and the maximum number of tokens that it reads."""
     own = context.tokenizer != context.teacher
     tokenizer = load_tokenizer(context) if own else copy.deepcopy(teacher.tokenizer)
     if args.student_layers:
@@ -204,21 +204,20 @@ def _student(
         device=str(processes().device),
     )
     for name, parameter in student.named_parameters():
-        if ".pooler." in name:  # the vectors do not depend on it, and processes would wait for its gradients
+        if ".pooler." in name:  # has no gradients, for which processes would wait
             parameter.requires_grad_(False)
     if args.hidden_weight:
         _encoder(teacher, "hidden_weight")
         if not same_tokens(tokenizer, teacher.tokenizer):
             raise ValueError(
-                "hidden_weight compares hidden states token by token, and teacher and student have "
-                "different tokenizers; set hidden_weight: 0 (vectors and similarities still work), or "
-                "leave tokenizer out to take the teacher's."
+                "hidden_weight compares hidden states of equal tokens, but teacher and student have "
+                "different tokenizers. Set hidden_weight: 0, or remove tokenizer to use the teacher's tokenizer."
             )
     width = student.get_embedding_dimension()
     if args.matryoshka_dims and (max(args.matryoshka_dims) >= (width or 0) or not args.similarity_weight):
         raise ValueError(
-            f"matryoshka_dims={args.matryoshka_dims} are prefixes, shorter than the student's {width} "
-            "numbers, and learn with a similarity_weight above 0."
+            f"matryoshka_dims={args.matryoshka_dims} must be smaller than the student's vector size {width}, "
+            "and similarity_weight must be above 0; change one of these fields."
         )
     return student, length
 
@@ -227,9 +226,9 @@ def _encoder(model: SentenceTransformer, field: str) -> Any:
     encoder: Any = getattr(model[0], "auto_model", None)
     if not isinstance(encoder, PreTrainedModel):
         raise ValueError(
-            f"{field} needs a transformer as teacher, and this teacher begins with "
-            f"{type(model[0]).__name__}; its vectors alone can still be learned: leave that field out "
-            "and give the student a model:."
+            f"{field} needs a transformer as teacher, but the first module of this teacher is "
+            f"{type(model[0]).__name__}. Remove this field and set model: for the student, to learn only "
+            "the teacher's vectors."
         )
     return encoder
 
@@ -237,7 +236,7 @@ def _encoder(model: SentenceTransformer, field: str) -> Any:
 def evaluator(
     held_out: Sequence[tuple[str, Dataset]], dims: Sequence[int], batch_size: int
 ) -> Callable[[SentenceTransformer], dict[str, float]]:
-    """Return a function that measures vectors, and their prefixes of lengths ``dims``."""
+    """Return a function that measures complete vectors, and prefixes of lengths ``dims``."""
 
     def measure(model: SentenceTransformer) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Objective ``pretraining``: DistilBERT's triple loss over the packed rows of the ``pretrain`` stage."""
+"""Train a language model with the three losses of DistilBERT on packed rows."""
 
 from typing import Any
 
@@ -22,14 +22,14 @@ from minibert.train.stages.pretrain import Masking, PackedRows, corpora, evaluat
 
 
 class MaskedLMDistillation(Distillation):
-    """DistilBERT's three losses (Sanh et al. 2019, section 2).
+    """Compute the three losses of DistilBERT (Sanh et al. 2019, section 2).
 
-    The student learns the teacher's distribution and the word itself at masked positions,
-    and the direction of the teacher's last hidden state at every token.
+    At masked positions, the student learns the correct word and the teacher's distribution of
+    words. At all tokens, it learns the direction of the teacher's last hidden state.
     """
 
     def forward(self, labels: Tensor, **inputs: Any) -> ModelOutput:
-        """Return the loss of packed rows; ``labels`` (1, T) are -100 outside masked positions."""
+        """Return the loss of packed rows. ``labels`` (1, T) are -100 at tokens without mask."""
         args, masked = self.args, labels != -100
         states = self.student.minibert(**inputs).last_hidden_state  # (1, T, C)
         logits = self.student.lm_head(states[masked])  # (masked, V)
@@ -48,16 +48,16 @@ class MaskedLMDistillation(Distillation):
 
 
 def distill_pretraining(args: DistillPretrainingStage, context: StageContext) -> dict[str, Any]:
-    """Train a language model on masked words and a teacher's states, and return the metrics of both."""
+    """Train a language model on a teacher's outputs. Return metrics of both models."""
     source = str(context.teacher)
     refuse_unpacked(AutoConfig.from_pretrained(source, trust_remote_code=False), f"The teacher {source}")
     teacher = load_teacher(AutoModelForMaskedLM, source, "a model that predicts masked words")
     tokenizer = load_tokenizer(context)
     if not same_tokens(tokenizer, AutoTokenizer.from_pretrained(source, trust_remote_code=False)):
         raise ValueError(
-            f"objective: pretraining compares words, and the teacher {source} has other words than "
-            f"{context.tokenizer}; give the teacher's as tokenizer. With other words objective: task "
-            "and embedding still work."
+            f"objective: pretraining needs equal vocabularies, but the teacher {source} and "
+            f"{context.tokenizer} have different tokenizers. Set tokenizer: to the teacher, or use "
+            "objective: task or embedding."
         )
     masking = Masking(tokenizer, args)
     if args.student_layers:
@@ -69,20 +69,20 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
     widths = student.config.hidden_size, teacher.config.hidden_size
     if args.cosine_weight and widths[0] != widths[1]:
         raise ValueError(
-            f"Hidden states of width {widths[0]} have no cosine with the teacher's of width {widths[1]}; "
-            f"give the student hidden_size={widths[1]}, or set cosine_weight: 0."
+            f"The student has hidden_size={widths[0]}, but the teacher has {widths[1]}. The cosine loss "
+            f"needs equal sizes; give the student hidden_size={widths[1]}, or set cosine_weight: 0."
         )
     if student.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(
-            f"The student predicts vocab_size={student.config.vocab_size} words and the teacher "
-            f"{teacher.config.vocab_size}; give the student the teacher's vocab_size."
+            f"The student has vocab_size={student.config.vocab_size}, but the teacher has "
+            f"{teacher.config.vocab_size}; give the student the vocab_size of the teacher."
         )
     length = min(sequence_length(args.max_length, model.config, tokenizer) for model in (student, teacher))
     tokenizer.model_max_length = sequence_length(None, student.config, tokenizer)
 
     corpus, *held_out = corpora(args, tokenizer)
     rows = PackedRows(corpus, length, masking)
-    # A run never resumes with another teacher.
+    # A run must not resume with another teacher.
     rows.fingerprint = f"{rows.fingerprint}-{fingerprint(teacher)}"
     measure = evaluator(PackedRows(held_out[0], length, masking), args.eval_batch_size) if held_out else None
     distillation = MaskedLMDistillation(args, student, teacher)

@@ -1,4 +1,4 @@
-"""Make a student from layers of its teacher, and train it under the loss of its objective."""
+"""Create a student from layers of a teacher, and train a student with a distillation loss."""
 
 import copy
 import math
@@ -19,9 +19,11 @@ from minibert.train.stage import StageContext
 
 
 def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
-    """Return the layers that a student starts from: so many, spread evenly, or those listed.
+    """Return the numbers of the teacher layers to copy, from a list or a number of layers.
 
-    >>> choose_layers(6, 12)  # those of DistilBERT
+    A number of layers is spread evenly over the ``available`` layers.
+
+    >>> choose_layers(6, 12)  # as in DistilBERT
     [0, 2, 4, 7, 9, 11]
     >>> choose_layers(3, 6)
     [0, 3, 5]
@@ -32,21 +34,21 @@ def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
         numbers = list(wanted)
     if len(numbers) > available or max(numbers) >= available:
         raise ValueError(
-            f"student_layers={wanted} asks for more than the teacher's {available} layers, which are "
-            f"counted from 0 to {available - 1}; choose fewer."
+            f"student_layers={wanted} is not possible: the teacher has {available} layers, numbered from 0 "
+            f"to {available - 1}. Choose fewer or other layers."
         )
     return numbers
 
 
 def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
-    """Copy a MiniBERT ``teacher`` with some of its layers, trainable, in float32."""
+    """Return a trainable float32 copy of a MiniBERT ``teacher`` with the chosen layers."""
     assert args.student_layers is not None
     kind = teacher.config.model_type
     if kind != "minibert":
         raise ValueError(
-            f"student_layers takes layers of a MiniBERT, and the teacher {source} is a {kind} model; "
-            f"convert it with: minibert hub convert {source} FOLDER, and give teacher: FOLDER, or give "
-            "model: instead of student_layers."
+            f"student_layers needs a MiniBERT teacher, but {source} is a {kind} model. Convert the teacher "
+            f"with minibert hub convert {source} FOLDER and set teacher: FOLDER, or set model: instead of "
+            "student_layers."
         )
     chosen = choose_layers(args.student_layers, teacher.config.num_hidden_layers)
     config = copy.deepcopy(teacher.config)
@@ -63,10 +65,10 @@ def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
 
 
 def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return ``T² · KL(teacher ‖ student)`` of logits (rows, classes) over T, as a mean over rows.
+    """Return ``T² · KL(teacher ‖ student)`` for logits (rows, classes), averaged over rows.
 
-    The factor keeps the size of the gradient, which shrinks as 1 / T². It is 0 without
-    rows.
+    Logits are divided by the temperature T. The factor T² keeps the size of the gradient, which
+    otherwise shrinks as 1 / T². The result is 0 if there are no rows.
     """
     divergence = F.kl_div(
         F.log_softmax(student.float() / temperature, dim=-1),
@@ -78,29 +80,28 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Ten
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return one minus the cosine between vectors (rows, C), as a mean over the rows."""
+    """Return the mean over the rows of one minus the cosine between vectors (rows, C)."""
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
 
 
 class Distillation(nn.Module):
-    """A student under the loss of its objective; the student alone is saved."""
+    """Combine a student with a distillation loss. Only the student is trained and saved."""
 
     teacher: Any
 
     def __init__(self, args: Any, student: Any, teacher: Any = None):
         super().__init__()
         self.args, self.student = args, student
-        # Not set through nn.Module: the teacher is not trained, saved, or put into
-        # training mode.
+        # The teacher is not a submodule, so it is not trained, saved or put into training mode.
         object.__setattr__(self, "teacher", teacher)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Save the student into ``folder``."""
+        """Save the student in ``folder``."""
         options = {"create_model_card": False} if isinstance(self.student, SentenceTransformer) else {}
         self.student.save_pretrained(str(folder), **options)
 
     def activation_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        """Recompute the student's activations in the backward pass."""
+        """Enable gradient checkpointing for the student."""
         wrapped = isinstance(self.student, SentenceTransformer)
         checkpoint_activations(self.student[0].auto_model if wrapped else self.student)
 
@@ -116,11 +117,17 @@ def fit_student(
 ) -> dict[str, Any]:
     """Train the student of ``distillation`` with :func:`fit`.
 
-    ``measure`` measures a model (None without evaluation data), and ``measure_teacher``
-    the teacher, if it reads other tokens.
+    Args:
+        distillation: the student with its loss and the teacher.
+        tokenizer: tokenizer that is saved with the student.
+        args: arguments of the stage.
+        context: folder and seed of the stage.
+        rows: training data.
+        measure: function that returns the metrics of a model, or None without evaluation data.
+        measure_teacher: function for the teacher, if the teacher reads other tokens.
 
     Returns:
-        The metrics and size of the student, and those of the teacher.
+        Metrics and number of parameters of the student and of the teacher (``teacher_*``).
     """
     evaluate, teacher_metrics = None, {}
     if measure is not None:

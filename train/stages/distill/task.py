@@ -1,4 +1,4 @@
-"""Objective ``task``: a classifier learns from labels and from the logits of a teacher."""
+"""Train a classifier on labels and on the logits of a teacher."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_out
 
 
 class TaskDistillation(Distillation):
-    """``alpha · T² · KL(teacher ‖ student) + (1 - alpha) · cross-entropy``, as a mean over the rows."""
+    """Compute ``alpha · T² · KL(teacher ‖ student) + (1 - alpha) · cross-entropy``."""
 
     def forward(self, labels: Tensor, teacher_logits: Tensor, **inputs: Any) -> ModelOutput:
-        """Return the loss for ``labels`` (B,) and ``teacher_logits`` (B, classes)."""
+        """Return the mean loss for ``labels`` (B,) and ``teacher_logits`` (B, classes)."""
         logits = self.student(**inputs).logits
         soft = soft_divergence(logits, teacher_logits, self.args.temperature)
         hard = F.cross_entropy(logits.float(), labels)
@@ -32,14 +32,14 @@ class TaskDistillation(Distillation):
 
 
 def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any]:
-    """Train a classifier on labels and a teacher's logits, and return the metrics of both."""
+    """Train a classifier on labels and a teacher's logits. Return metrics of both models."""
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels = read_labels(train, args.label_column, args.labels)
     teacher = load_teacher(AutoModelForSequenceClassification, str(context.teacher), "a classifier")
     names = class_names(teacher.config)
     _check_labels(args, labels, teacher, names, str(context.teacher))
-    teachers_number = np.array([names.index(name) for name in labels.names])  # of each of the data's classes
+    teachers_number = np.array([names.index(name) for name in labels.names])  # for each class of the data
 
     tokenizer = load_tokenizer(context)
     if args.student_layers:
@@ -50,7 +50,7 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     student.config.problem_type, student.config.text_columns = SINGLE, columns
     tokenizer.model_max_length = length = sequence_length(args.max_length, student.config, tokenizer)
 
-    # The teacher has its own tokenizer, and reads at most as much as the student.
+    # The teacher has its own tokenizer, and reads at most as many tokens as the student.
     its_tokenizer = AutoTokenizer.from_pretrained(context.teacher, trust_remote_code=False)
     its_length = min(length, sequence_length(None, teacher.config, its_tokenizer))
     rows = read = TokenizedDataset.from_texts(train, columns, teachers_number[labels.values], tokenizer, length)
@@ -83,16 +83,16 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
 
 
 def _check_labels(args: DistillTaskStage, labels: Any, teacher: Any, names: list[str], source: str) -> None:
-    """Refuse data that is not single-label classification, or has other labels than the teacher."""
+    """Raise ValueError if rows have several labels, or if the teacher has other classes."""
     if labels.problem_type != SINGLE or teacher.config.problem_type not in (None, SINGLE):
         raise ValueError(
-            "objective: task needs one label per row, and a teacher trained on such labels. Column "
+            "objective: task needs one label per row and a teacher for such labels, but column "
             f"{args.label_column!r} is {labels.problem_type}, and the teacher was trained for "
-            f"{teacher.config.problem_type or SINGLE}."
+            f"{teacher.config.problem_type or SINGLE}. Use other data or another teacher."
         )
     if len(set(names)) != len(names) or set(names) != set(labels.names):
         raise ValueError(
-            f"The teacher {source} tells {', '.join(names)} apart, and the data "
-            f"{', '.join(labels.names)}; give labels: with the teacher's names in the order of the "
-            "data's classes if they mean the same, or another teacher."
+            f"The teacher {source} has the classes {', '.join(names)}, but the data has "
+            f"{', '.join(labels.names)}. If the classes mean the same, set labels: to the teacher's names in "
+            "the order of the data. Otherwise use another teacher."
         )

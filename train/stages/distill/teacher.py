@@ -1,4 +1,4 @@
-"""Load a frozen teacher, and compute its outputs once: they do not change between epochs."""
+"""Load a frozen teacher, and cache its outputs, which are the same in every epoch."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,21 +17,21 @@ from minibert.files.processes import processes
 from minibert.train.checkpoint import readable_os_errors
 from minibert.train.rows import TokenizedDataset
 
-# An interrupted run computes the outputs of at most this many rows per process again.
+# After an interruption, each process recomputes the outputs of at most this many rows.
 ROWS_PER_FILE = 65536
 
 
 def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedModel:
-    """Load a frozen model; refuse one that is not the ``description``, as it lacks weights."""
+    """Load a frozen teacher. Raise ValueError if it lacks weights that ``description`` has."""
     with opening(source):
         teacher, report = auto_class.from_pretrained(
             source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{source} is not {description}: its weights lack {', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}. Give a teacher that was trained for it, or train "
-            "one in an earlier stage."
+            f"{source} is not {description}: the weights {', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''} are missing. Give a teacher that was trained for this "
+            "task, or train a teacher in an earlier stage."
         )
     frozen: PreTrainedModel = freeze(teacher)
     return frozen
@@ -43,13 +43,13 @@ def freeze(teacher: Any) -> Any:
 
 
 def same_tokens(first: Any, second: Any) -> bool:
-    """Return True if two tokenizers make the same ids of a text."""
+    """Return True if two tokenizers give the same token ids for a text."""
     probe = "Ünïcode “probe”: don't STOP at 42.5%, x_y — 漢字 [MASK]"
     return bool(first.get_vocab() == second.get_vocab() and first(probe)["input_ids"] == second(probe)["input_ids"])
 
 
 def fingerprint(model: nn.Module, *facts: Any) -> str:
-    """Return a digest that changes when a weight of ``model`` or a fact does."""
+    """Return a hash of the weights of ``model`` and of ``facts``."""
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=12)
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -58,17 +58,19 @@ def fingerprint(model: nn.Module, *facts: Any) -> str:
 
 
 def cached_teacher_outputs(folder: Path, key: str, rows: int, compute: Callable[[range], Any]) -> list[np.ndarray]:
-    """Compute a teacher's outputs for all rows, or find them in ``folder``.
+    """Compute a teacher's outputs for all rows, or read them from ``folder``.
 
-    Processes share the work, and an interrupted run keeps what was done; all processes
-    must see the same folder.
+    Processes share the work and must share ``folder``. A resumed run uses the files that are
+    complete.
 
-    ``key`` changes with all that the outputs follow from. ``compute`` returns the outputs
-    of a range of rows, (rows of the range, C).
+    Args:
+        folder: folder of the cache.
+        key: part of the file names. It must change if the teacher or its inputs change.
+        rows: number of rows.
+        compute: function that returns the outputs (rows, C) of a range of rows.
 
     Returns:
-        Memory-mapped arrays of ``ROWS_PER_FILE`` rows, or fewer in the last, (rows, C)
-        float32.
+        Memory-mapped float32 arrays (rows, C) of ``ROWS_PER_FILE`` rows. The last may be shorter.
     """
     state = processes()
     paths = [folder / f"teacher-{key}-{start:010d}.npy" for start in range(0, rows, ROWS_PER_FILE)]
@@ -88,13 +90,13 @@ def cached_teacher_outputs(folder: Path, key: str, rows: int, compute: Callable[
 
 
 class TaughtRows:
-    """Rows of tokens, each with the teacher's outputs for it.
+    """Store rows of tokens with the teacher's outputs for each row.
 
     Args:
-        name: of the outputs among the arguments of the student.
-        outputs: of :func:`cached_teacher_outputs`; None where the teacher runs at every
-            step.
-        teacher: its fingerprint; a run never resumes with another teacher.
+        rows: tokenized rows.
+        name: argument of the student that receives the outputs.
+        outputs: result of :func:`cached_teacher_outputs`. None if the teacher runs at every step.
+        teacher: hash of the teacher. A run does not resume with another teacher.
     """
 
     def __init__(self, rows: TokenizedDataset, name: str, outputs: list[np.ndarray] | None, teacher: str):
@@ -105,7 +107,7 @@ class TaughtRows:
         return len(self.rows)
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the inputs and labels of the student, and the teacher's outputs (rows, C)."""
+        """Return inputs and labels for the student, with the teacher's outputs (rows, C)."""
         batch = self.rows.collate(rows)
         if self.outputs is not None:
             found = [self.outputs[row // ROWS_PER_FILE][row % ROWS_PER_FILE] for row in rows]
