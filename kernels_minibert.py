@@ -1,7 +1,7 @@
-"""CPU kernels that compute what their torch namesakes compute, only faster.
+"""Provide faster CPU versions of torch functions. This file is saved with every checkpoint.
 
-This file travels with every checkpoint and holds nothing of the architecture. Each docstring states the torch expression that
-its function stands for; a test swaps every function for that expression and compares the outputs of the model.
+The docstring of each function contains an equivalent torch expression. A test replaces all
+functions by these expressions and compares the outputs of a model.
 """
 
 import platform
@@ -17,7 +17,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def onednn_dtypes() -> frozenset[torch.dtype]:
-    """Return the dtypes that oneDNN multiplies in on this processor with bias and GELU in the same call."""
+    """Return the dtypes in which oneDNN fuses products with bias and GELU on this processor."""
     if platform.machine() not in ("x86_64", "AMD64") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
     checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -29,9 +29,9 @@ ONEDNN_DTYPES = onednn_dtypes()
 
 
 def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """Return ``F.gelu(F.linear(inputs, weight, bias))``, or without ``gelu`` the product alone: (…, in) -> (…, out).
+    """Return ``F.linear(inputs, weight, bias)``, and apply ``F.gelu`` if ``gelu`` is True.
 
-    ``weight`` may be prepacked, which is why :mod:`minibert.inference.cpu` calls this directly.
+    Shapes are (…, in) -> (…, out). ``weight`` may be prepacked (:mod:`minibert.inference.cpu`).
     """
     activation, form = ("gelu", "none") if gelu else ("none", "")
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, activation, [], form)
@@ -39,26 +39,26 @@ def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, gelu: boo
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return ``tensor.float()``, or a float64 tensor as it is.
+    """Return ``tensor.float()``. A float64 tensor is returned unchanged.
 
-    Norms, softmax and the residual stream lose too many digits in half precision.
+    Norms, softmax and residual sums lose too many digits in half precision.
     """
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def is_being_traced() -> bool:
-    """Return True if something follows every operation: a compiler, a trace, or a mode such as a counter of operations."""
+    """Return True under a compiler, a trace or a ``TorchDispatchMode``."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Return True if values of ``tensor`` cannot be read: on the meta device, in a subclass, or within ``torch.func``."""
+    """Return True if values are unreadable: a meta tensor, a subclass or ``torch.func``."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
     return not plain or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return True if calling ``module`` does more than its own ``forward``: hooks, global ones too, or a replaced forward."""
+    """Return True if ``module`` has own or global hooks, or a replaced ``forward``."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -69,7 +69,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_unmodified_linear(module: nn.Module) -> bool:
-    """Return True for a plain ``nn.Linear`` on the CPU, in no-grad mode, without hooks, adapters, quantization or tracing."""
+    """Return True for a plain ``nn.Linear`` on the CPU without gradients, hooks and tracing."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -81,7 +81,7 @@ def is_unmodified_linear(module: nn.Module) -> bool:
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of products with ``weight``: ``weight.dtype``, or under autocast that of autocast."""
+    """Return the dtype of products with ``weight``: autocast's dtype, or ``weight.dtype``."""
     device = weight.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know the meta device
         return weight.dtype
@@ -89,23 +89,23 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def to_compute_dtype(tensor: Tensor, module: nn.Module) -> Tensor:
-    """Return ``tensor.to(module.weight.dtype)``, cast once for all layers that read it.
+    """Return ``tensor.to(module.weight.dtype)``, or ``tensor`` in autocast's dtype.
 
-    A bfloat16 matrix needs bfloat16 inputs. Autocast would cast the tensor again for each of those layers. Another module in
-    place of a linear layer gets the dtype of its first parameter.
+    Call this once before several layers read ``tensor``, since autocast would cast it for each
+    layer. For other modules than ``nn.Linear``, the dtype of the first parameter is used.
     """
     weight = module.weight if isinstance(module, nn.Linear) else next(module.parameters(), None)
-    # A quantized layer keeps integers, or has a method of this name, and takes its inputs as they are.
+    # A quantized layer has an integer weight or a method ``weight``. Its inputs are not cast.
     if not (isinstance(weight, Tensor) and weight.is_floating_point()):
         return tensor
     return tensor.to(compute_dtype(weight))
 
 
 def linear(module: nn.Module, states: Tensor, act: nn.Module | None = None) -> Tensor:
-    """Return ``act(module(states.to(module.weight.dtype)))``, or without ``act`` the product alone: (…, in) -> (…, out).
+    """Return ``act(module(states.to(module.weight.dtype)))``: (…, in) -> (…, out).
 
-    In half precision, without gradients, a CPU saves a sixth of the time if oneDNN adds the bias and computes GELU while the
-    result is in registers: ``nn.Linear`` writes its bias into every row before the product. Any other module is called.
+    Without ``act``, no activation is applied. In half precision without gradients, a CPU
+    computes product, bias and GELU in one oneDNN call, which takes a sixth less time.
     """
     inputs = to_compute_dtype(states, module)
     direct = inputs.dtype in HALF_DTYPES and inputs.dtype in ONEDNN_DTYPES and type(inputs) is Tensor
@@ -121,16 +121,16 @@ def linear(module: nn.Module, states: Tensor, act: nn.Module | None = None) -> T
 def add(hidden_states: Tensor, update: Tensor) -> Tensor:
     """Return ``hidden_states + update``.
 
-    A CPU takes twice as long to add tensors of two dtypes as to cast one of them first.
+    ``update`` is cast first, since adding two dtypes takes a CPU twice as long as the cast.
     """
     return hidden_states + update if update.dtype == hidden_states.dtype else update.to(hidden_states.dtype).add_(hidden_states)
 
 
 def dropout(states: Tensor, probability: float) -> Tensor:
-    """Return ``F.dropout(states, probability)``, with the probability rounded to a multiple of 2**-16.
+    """Return ``F.dropout(states, probability)``, with 16 random bits per element on a CPU.
 
-    On the CPU torch draws a full random number per element, one after another; this draws 16 bits
-    (``benchmarks/pieces.py`` compares the times).
+    On a CPU, the probability is rounded to a multiple of 2**-16, and torch's own dropout takes
+    longer (``benchmarks/pieces.py`` compares the times).
     """
     dropped = round(probability * 2**16)
     if dropped in (0, 2**16) or states.device.type != "cpu" or is_being_traced() or is_transformed(states):
@@ -141,7 +141,7 @@ def dropout(states: Tensor, probability: float) -> Tensor:
 
 
 class MiniBertDropout(nn.Dropout):
-    """Apply :func:`dropout` in training and nothing in evaluation."""
+    """Apply :func:`dropout` in training mode, and return the input in evaluation mode."""
 
     def forward(self, states: Tensor) -> Tensor:
         return dropout(states, self.p) if self.training else states
@@ -156,7 +156,7 @@ def eager_attention_forward(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``F.scaled_dot_product_attention`` step by step: three (B, H, L, D) -> (B, L, H, D) and weights (B, H, L, L)."""
+    """Return ``F.scaled_dot_product_attention`` (B, L, H, D), and the weights (B, H, L, L)."""
     scores = (query * scaling) @ key.transpose(2, 3)  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask

@@ -1,4 +1,4 @@
-"""Cross entropy of masked words without the logits in memory. This file travels with every checkpoint."""
+"""Compute the masked-word loss with less memory. This file is saved with every checkpoint."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from .kernels_minibert import at_least_float32, compute_dtype
 from .packing_minibert import rounded
 
-# Elements of a block of logits. On a CPU (True) the block should stay in the cache.
+# Number of logits per block, on a CPU (True) or elsewhere. A CPU's block must fit the cache.
 _LOGITS_AT_ONCE = {True: 2**21, False: 2**27}
 
 
 class FusedMaskedLMLoss(torch.autograd.Function):
-    """Sum the cross entropies of ``hidden @ weight.T + bias`` (T, V) with ``labels``, in float32.
+    """Compute the sum of the cross entropies of ``hidden @ weight.T + bias`` and ``labels``.
 
-    Loss and gradients come out of one pass over blocks of rows, so that only the logits of one block exist at a time: they
-    are larger than everything else in a step (Liger kernel, Hsu et al. 2024, arXiv:2410.10989, fuses the two in this way).
+    The forward pass also computes the gradients. It works on blocks of rows, so that the logits
+    of only one block exist at a time (as in Liger kernel, Hsu et al. 2024, arXiv:2410.10989).
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-        """Take ``hidden`` (T, C), ``weight`` (V, C), ``bias`` (V,) and ``labels`` of the first rows; others count nothing."""
+        """Return the loss of ``hidden`` (T, C) for the N ``labels`` of the first N rows."""
         rows = max(1, _LOGITS_AT_ONCE[hidden.device.type == "cpu"] // weight.shape[0])
         loss, count = torch.zeros((), dtype=bias.dtype, device=hidden.device), labels.shape[0]
         grad_logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)  # (T, V)
@@ -43,13 +43,13 @@ class FusedMaskedLMLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True, which these constants would answer wrongly
+        if torch.is_grad_enabled():  # create_graph=True would treat the saved gradients as constants
             raise RuntimeError("The loss without logits has no second derivative; call the model with return_logits=True.")
         return *((grad * saved).to(saved.dtype) for saved in ctx.saved_tensors), None
 
 
 def masked_lm_loss(transform: Callable[[Tensor], Tensor], decoder: nn.Linear, hidden_states: Tensor, labels: Tensor) -> Tensor:
-    """Sum the cross entropies of ``decoder(transform(hidden_states))`` (T, V) with ``labels`` (T,)."""
+    """Return the summed cross entropy of ``decoder(transform(hidden_states))``."""
     if hidden_states.device.type == "cpu":
         hidden_states = F.pad(hidden_states, (0, 0, 0, rounded(len(labels)) - len(labels)))
     weight, bias, dtype = decoder.weight, at_least_float32(decoder.bias), compute_dtype(decoder.weight)

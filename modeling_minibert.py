@@ -1,11 +1,11 @@
-"""The MiniBERT encoder and its heads, from top to bottom: norm, embeddings, attention, MLP, layer, model, heads.
+"""Define the MiniBERT encoder and its heads: embeddings, attention, MLP, layer, model, heads.
 
-This file travels with every checkpoint. Three files next to it make it fast: ``packing_minibert.py`` leaves padding out,
-``kernels_minibert.py`` has faster CPU versions of ``linear``, ``dropout`` and ``add``, and ``loss_minibert.py`` computes the
-masked-word loss without keeping the logits.
+This file is saved with every checkpoint. ``packing_minibert.py`` skips padding,
+``kernels_minibert.py`` contains faster CPU versions of ``linear``, ``dropout`` and ``add``, and
+``loss_minibert.py`` computes the masked-word loss with less memory.
 
-Letters in shape comments: B batch, L length (padded), T real tokens of the whole batch, C hidden width, H heads,
-D head width, V vocabulary. A tensor of shape (…, C) is either (B, L, C), padded, or (T, C), packed.
+Letters in shapes: B batch, L padded length, T real tokens of a batch, C hidden width, H heads,
+D head width, V vocabulary. (…, C) means (B, L, C) with padding or (T, C) without padding.
 """
 
 import math
@@ -49,8 +49,8 @@ from .kernels_minibert import (
 from .loss_minibert import masked_lm_loss
 from .packing_minibert import Packing, pack_batch, packed_forward
 
-# transformers does not add a module that it loads to its package, without which dill (for the cache of Dataset.map) cannot
-# find the classes again.
+# transformers does not set a loaded module as an attribute of its package. dill, which computes
+# the cache keys of Dataset.map, needs the attribute to find the classes.
 setattr(import_module(__package__), "modeling_minibert", import_module(__name__))  # noqa: B010
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,7 @@ logger = logging.get_logger(__name__)
 
 
 def sinusoidal_table(length: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Return the (length, width) interleaved sines and cosines of Vaswani et al. 2017, section 3.5."""
+    """Return the sinusoidal positions (length, width) of Vaswani et al. 2017, section 3.5."""
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device)
     frequencies = torch.exp(exponents * (-math.log(10000.0) / width))
     angles = torch.arange(length, device=device)[:, None] * frequencies  # (length, ceil(width / 2))
@@ -66,7 +66,7 @@ def sinusoidal_table(length: int, width: int, device: torch.device | None = None
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of Su et al. 2021 (arXiv:2104.09864), each (…, 1, D), for positions of shape (…)."""
+    """Return rotary cosines and sines (…, 1, D) of positions (…) (Su et al. 2021)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids[..., None].float() * theta**-exponents  # (…, D / 2)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
@@ -74,7 +74,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D / 2) of (…, H, D) by the angle of its position, at least in float32."""
+    """Rotate the pairs (i, i + D / 2) of ``states`` (…, H, D) by the angles of positions."""
     exact = at_least_float32(states)
     first, second = exact.chunk(2, dim=-1)
     rotated = exact * cos + torch.cat([-second, first], dim=-1) * sin
@@ -85,7 +85,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class MiniBertLayerNorm(nn.LayerNorm):
-    """Normalise in float32, also if the parameters are in half precision."""
+    """Compute layer norm in float32, even if the parameters have half precision."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return F.layer_norm(
@@ -98,7 +98,7 @@ class MiniBertLayerNorm(nn.LayerNorm):
 
 
 class MiniBertEmbeddings(nn.Module):
-    """Sum the embeddings of words, positions and segments in float32."""
+    """Compute the sum of word, position and segment embeddings in float32."""
 
     def __init__(self, config: MiniBertConfig):
         super().__init__()
@@ -118,18 +118,18 @@ class MiniBertEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor, inputs_embeds: Tensor | None
     ) -> Tensor:
-        """Embed ids (…); ``inputs_embeds`` (…, C) replace the word embeddings -> (…, C)."""
+        """Return embeddings (…, C) of ids (…). ``inputs_embeds`` replace word embeddings."""
         states = at_least_float32(self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         if self.scale is not None:
             states = states * self.scale
         if hasattr(self, "token_type_embeddings"):
-            if token_type_ids is None:  # packed: one row for all tokens
+            if token_type_ids is None:  # packed: segment 0 for all tokens
                 token_type_ids = position_ids.new_zeros(1)
             states = states + self.token_type_embeddings(token_type_ids)
         if self.position_embedding_type == "learned":
             states = states + self.position_embeddings(position_ids)
         elif self.position_embedding_type == "sinusoidal":
-            # Computed at every call: a stored table would lose digits when the model is cast to half precision.
+            # A stored table would lose digits when the model is cast to half precision.
             table = sinusoidal_table(self.max_positions, states.shape[-1], states.device)
             states = states + F.embedding(position_ids, table)
         return self.dropout(self.norm(states))
@@ -174,7 +174,7 @@ class MiniBertAttention(nn.Module):
                 query, key, value, kwargs = query[None], key[None], value[None], kwargs | packing.kernel_arguments()
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D)
             if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)  # with the prefix before them
+                key, value = past_key_values.update(key, value, self.layer_idx)  # prepends the prefix
             function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             context, weights = function(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -183,7 +183,7 @@ class MiniBertAttention(nn.Module):
 
 
 class MiniBertMLP(nn.Module):
-    """Apply two projections around an activation, optionally gated (Shazeer 2020, arXiv:2002.05202)."""
+    """Compute the feed-forward block, optionally gated (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: MiniBertConfig):
         super().__init__()
@@ -200,7 +200,7 @@ class MiniBertMLP(nn.Module):
 
 
 class MiniBertLayer(GradientCheckpointingLayer):
-    """Add attention and MLP to the residual stream, with the norm after each sum or before each block."""
+    """Compute a layer: attention and MLP, each with a norm and a residual connection."""
 
     def __init__(self, config: MiniBertConfig, layer_idx: int):
         super().__init__()
@@ -222,7 +222,7 @@ class MiniBertLayer(GradientCheckpointingLayer):
 
 
 class MiniBertPooler(nn.Module):
-    """Pool the first or the mean real token, then apply a dense layer and tanh or ReLU: (B, L, C) -> (B, C)."""
+    """Compute text vectors (B, C): cls or mean pooling, a dense layer and an activation."""
 
     def __init__(self, config: MiniBertConfig):
         super().__init__()
@@ -246,12 +246,12 @@ class MiniBertPooler(nn.Module):
 
 
 class MiniBertPreTrainedModel(PreTrainedModel):
-    """Give every MiniBERT class the loading, initialisation and capabilities that transformers expects."""
+    """Provide loading, initialisation and feature flags for all MiniBERT classes."""
 
     config_class = MiniBertConfig
     base_model_prefix = "minibert"
-    # Saved folders carry the code files (and, from the configuration, the map of all classes), so that they load
-    # with trust_remote_code=True where the package is not installed.
+    # Save the code files with the model, so that it loads with trust_remote_code=True where the
+    # package is not installed.
     _auto_class = "AutoModel"
     _input_embed_layer = "word_embeddings"  # where transformers finds and replaces the embeddings
     supports_gradient_checkpointing = True
@@ -260,12 +260,12 @@ class MiniBertPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": MiniBertLayer, "attentions": MiniBertAttention}
 
     def run_encoder(self, labels: Tensor | None, *given: Tensor | None, **kwargs: Any) -> Any:
-        """Call the encoder; if a label that counts stands at padding, compute padding as BertModel does, and warn once."""
+        """Call the encoder. If padding tokens have labels, warn and compute padding too."""
         mask: Any = given[1]
         traced = torch.compiler.is_compiling() or (labels is not None and is_transformed(labels))
         comparable = labels is not None and mask is not None and mask.shape == labels.shape and not traced
         if comparable and bool(((labels != -100) & (mask == 0)).any()):
-            logger.warning_once("Labels stand at padding, where the loss counts them; use -100 there to leave them out.")
+            logger.warning_once("Padding tokens have labels, which count in the loss; use -100 to ignore them.")
             kwargs["unpad_inputs"] = False
         encoder: Any = self.minibert
         return encoder(*given, return_dict=True, **kwargs)
@@ -308,25 +308,24 @@ class MiniBertModel(MiniBertPreTrainedModel):
         """Encode a batch.
 
         Args:
-            input_ids: (B, L) token ids, or None if ``inputs_embeds`` (B, L, C) replace them.
-            attention_mask: (B, L), 1 for real tokens and 0 for padding, default all real; or a ready (B, 1, L, L) mask.
-            token_type_ids: (B, L) segments, default 0.
-            position_ids: (B, L) or (1, L), default 0 … L - 1.
-            inputs_embeds: (B, L, C) embeddings in place of ``input_ids``.
-            cu_seq_lens_q: (sequences + 1,) bounds of the sequences packed into a single row (B = 1), as transformers'
-                flattening collator returns them.
-            max_length_q: tokens of the longest of these sequences.
-            unpad_inputs: False computes padding too, as ``config.unpad_inputs = False`` does for every call.
+            input_ids: (B, L) token ids. None if ``inputs_embeds`` is given.
+            attention_mask: (B, L), 1 for real tokens and 0 for padding. Or a (B, 1, L, L) mask.
+            token_type_ids: (B, L) segments. The default is 0.
+            position_ids: (B, L) or (1, L). The default is 0 … L - 1.
+            inputs_embeds: (B, L, C) word embeddings instead of ``input_ids``.
+            cu_seq_lens_q: (sequences + 1,) bounds of sequences in one flattened row (B = 1).
+            max_length_q: length of the longest of these sequences.
+            unpad_inputs: False computes padding too.
             **kwargs: passed on to the attention function, such as ``output_attentions``.
-            past_key_values: keys and values of P virtual tokens before the text (prefix tuning); the mask is (B, P + L) then.
+            past_key_values: prefix of P tokens (prefix tuning). The mask is (B, P + L) then.
 
         Returns:
-            ``last_hidden_state`` (B, L, C), float32 also for half-precision weights, and ``pooler_output`` (B, C).
-            Rows of padding tokens have no meaning.
+            ``last_hidden_state`` (B, L, C), in float32 even for half-precision weights, and
+            ``pooler_output`` (B, C). Rows of padding tokens have no meaning.
 
         Raises:
-            ValueError: for both or neither of ids and embeddings, a sequence longer than the positions, and an id that is not
-                in the vocabulary (checked on the CPU only, where the check needs no synchronisation).
+            ValueError: if not exactly one of ids and embeddings is given, a text is too long,
+                or an id is not in the vocabulary. Ids are checked on the CPU only.
         """
         prefix = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = self._check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, prefix)
@@ -366,10 +365,10 @@ class MiniBertModel(MiniBertPreTrainedModel):
         return self.final_norm(hidden_states)
 
     def forward_packed(self, input_ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:
-        """Encode sequences that lie end to end already: ids and positions (T,) -> ``last_hidden_state`` (T, C).
+        """Encode concatenated sequences: ids and positions (T,) -> hidden states (T, C).
 
         Raises:
-            ValueError: for an id that is not in the vocabulary (checked on the CPU only).
+            ValueError: if an id is not in the vocabulary. Ids are checked on the CPU only.
         """
         given = (input_ids[None], None, position_ids[None], None)
         self._check_inputs(given[0], None, given[2], None)
@@ -378,7 +377,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
     def _padded_mask(
         self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past_key_values: Cache | None
     ) -> Any:
-        """Return the attention mask of the padded computation in the form that the attention implementation expects."""
+        """Return the mask for padded inputs in the format of the attention implementation."""
         only_same_document = None
         if cu_seqlens is not None:
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
@@ -398,7 +397,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
     def _check_inputs(
         self, input_ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, embeds: Tensor | None, prefix: int = 0
     ) -> Tensor:
-        """Refuse wrong inputs and return the ids or the embeddings, whichever are given."""
+        """Raise ValueError for invalid inputs, and return the given ids or embeddings."""
         inputs = input_ids if embeds is None else embeds
         if inputs is None or (input_ids is not None and embeds is not None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -416,7 +415,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
             )
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(inputs):
             return inputs
-        size = getattr(self.embeddings.word_embeddings, "num_embeddings", None)  # a module in their place checks itself
+        size = getattr(self.embeddings.word_embeddings, "num_embeddings", None)  # None for a replaced module
         if size is not None and input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
             low, high = (int(x) for x in torch.aminmax(input_ids))
             if low < 0 or high >= size:
@@ -442,7 +441,7 @@ class MiniBertLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def transform(self, hidden_states: Tensor) -> Tensor:
-        """Apply everything before the decoder: (…, C) -> (…, C)."""
+        """Apply dense layer, activation and norm before the decoder: (…, C) -> (…, C)."""
         return self.norm(linear(self.dense, hidden_states, self.act))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -450,7 +449,7 @@ class MiniBertLMHead(nn.Module):
 
 
 class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
-    """Share the word-prediction head between masked-language modeling and pretraining."""
+    """Provide the word-prediction head for masked language modeling and pretraining."""
 
     _tied_weights_keys = {
         "lm_head.decoder.weight": "minibert.embeddings.word_embeddings.weight",
@@ -467,7 +466,7 @@ class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
     def predict_words(
         self, hidden_states: Tensor, labels: Tensor | None, return_logits: bool, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return loss and logits; without ``return_logits``, compute the labelled positions only and return no logits."""
+        """Return loss and logits. Without ``return_logits``, compute labelled tokens only."""
         if labels is not None and not return_logits:
             labelled = labels.flatten() != -100
             hidden_states, labels = hidden_states.flatten(0, 1)[labelled], labels.flatten()[labelled]
@@ -505,9 +504,9 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
         return_logits: bool = True,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Take ``labels`` (B, L), the word at each masked position and -100 elsewhere; return logits (B, L, V).
+        """Return word logits (B, L, V). ``labels`` (B, L) are -100 for unmasked tokens.
 
-        ``return_logits=False`` with labels returns the loss alone, which saves most of the memory and time of the head.
+        ``return_logits=False`` computes only the loss of labels, with less memory and time.
         """
         outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits, **kwargs)
@@ -516,7 +515,7 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
 
 @dataclass
 class MiniBertForPreTrainingOutput(ModelOutput):
-    """Hold the loss and logits of the two pretraining tasks."""
+    """Store the loss and the logits of the two pretraining tasks."""
 
     loss: Tensor | None = None
     prediction_logits: Tensor | None = None
@@ -526,14 +525,14 @@ class MiniBertForPreTrainingOutput(ModelOutput):
 
 
 class MiniBertForPreTraining(MiniBertMaskedLMBase):
-    """Predict masked words and whether the second segment follows the first (Devlin et al. 2018, arXiv:1810.04805)."""
+    """Predict masked words and next sentences (Devlin et al. 2018, arXiv:1810.04805)."""
 
     _auto_class = "AutoModelForPreTraining"
     accepts_loss_kwargs = False  # the loss is a mean, so Trainer must divide it by the accumulation steps
 
     def __init__(self, config: MiniBertConfig):
         super().__init__(config)
-        self.loss_type = "ForMaskedLM"  # transformers derives the loss from the class name, which fits none here
+        self.loss_type = "ForMaskedLM"  # transformers cannot derive the loss from this class name
         self.minibert = MiniBertModel(config)
         self.lm_head = MiniBertLMHead(config)
         self.next_sentence = nn.Linear(config.hidden_size, 2)
@@ -552,9 +551,10 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
         return_logits: bool = True,
         **kwargs: Any,
     ) -> MiniBertForPreTrainingOutput:
-        """Take ``labels`` as :class:`MiniBertForMaskedLM` and ``next_sentence_label`` (B,): 0 follows, 1 does not.
+        """Return the logits of both tasks, and the sum of the losses of the given labels.
 
-        The loss is the sum of the mean losses of the given tasks.
+        ``labels`` are as in :class:`MiniBertForMaskedLM`. ``next_sentence_label`` (B,) is 0 if
+        the second segment follows the first segment, and 1 otherwise.
         """
         outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits)
@@ -566,7 +566,7 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
 
 
 class MiniBertClassifierBase(MiniBertPreTrainedModel):
-    """Share dropout and one linear layer on top of the encoder between the classification heads."""
+    """Provide dropout and one linear layer on top of the encoder for classification heads."""
 
     def __init__(self, config: MiniBertConfig, outputs: int | None, add_pooling_layer: bool):
         super().__init__(config)
@@ -582,7 +582,7 @@ class MiniBertClassifierBase(MiniBertPreTrainedModel):
 
 
 class MiniBertForSequenceClassification(MiniBertClassifierBase):
-    """Classify a text or a pair by one label, several labels or a number, depending on ``config.problem_type``."""
+    """Predict one label, several labels or a number per text (``config.problem_type``)."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -600,7 +600,7 @@ class MiniBertForSequenceClassification(MiniBertClassifierBase):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Take ``labels`` (B,), or (B, num_labels) for several labels per text; return logits (B, num_labels)."""
+        """Return logits (B, num_labels). ``labels`` are (B,), or (B, num_labels) if several."""
         outputs = self.run_encoder(None, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.pooler_output)
         arguments: dict[str, Any] = {"labels": labels, "pooled_logits": logits, "config": self.config}
@@ -609,7 +609,7 @@ class MiniBertForSequenceClassification(MiniBertClassifierBase):
 
 
 class MiniBertForTokenClassification(MiniBertClassifierBase):
-    """Label every token, for example with named entities."""
+    """Predict a label for every token, for example a named entity."""
 
     _auto_class = "AutoModelForTokenClassification"
 
@@ -627,7 +627,7 @@ class MiniBertForTokenClassification(MiniBertClassifierBase):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Take ``labels`` (B, L), -100 where a token has no label; return logits (B, L, num_labels)."""
+        """Return logits (B, L, num_labels). ``labels`` (B, L) are -100 for ignored tokens."""
         outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
@@ -635,7 +635,7 @@ class MiniBertForTokenClassification(MiniBertClassifierBase):
 
 
 class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
-    """Find the answer to a question as a span of the context (Devlin et al. 2018, section 4.2)."""
+    """Predict the span of the context that answers a question (Devlin et al. 2018)."""
 
     _auto_class = "AutoModelForQuestionAnswering"
 
@@ -657,9 +657,9 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
         end_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """Take ``start_positions`` and ``end_positions`` (B,), first and last token of the answer; return two logits (B, L).
+        """Return logits (B, L) of the first and last token of the answer, and their loss.
 
-        Logits at padding are so low that the loss does not depend on how far a batch was padded.
+        Padding tokens get the lowest possible logit, so that padding does not change the loss.
         """
         labels, real = None, attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
         if real is not None and start_positions is not None and end_positions is not None:
@@ -678,7 +678,7 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
 
 
 class MiniBertForMultipleChoice(MiniBertClassifierBase):
-    """Score each of several continuations, encoded together with the question."""
+    """Score the choices for a question. Each choice is encoded together with the question."""
 
     _auto_class = "AutoModelForMultipleChoice"
     accepts_loss_kwargs = False  # the loss is a mean, so Trainer must divide it by the accumulation steps
@@ -697,7 +697,7 @@ class MiniBertForMultipleChoice(MiniBertClassifierBase):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """Take inputs (B, choices, L) and ``labels`` (B,), the right choices; return logits (B, choices)."""
+        """Return logits (B, choices) of inputs (B, choices, L). ``labels`` are (B,)."""
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.minibert(*(None if x is None else x.flatten(0, 1) for x in given), return_dict=True, **kwargs)
         choices = next(x.shape[1] for x in (input_ids, inputs_embeds) if x is not None)

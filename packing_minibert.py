@@ -1,6 +1,6 @@
-"""Batches without padding: the real tokens as one row each, and attention among the tokens of each sequence.
+"""Pack the real tokens of a batch, and compute attention within each sequence.
 
-This file travels with every checkpoint. Letters in shape comments as in ``modeling_minibert.py``; P rows of a padded tensor.
+This file is saved with every checkpoint. The letters in shapes are as in modeling_minibert.py.
 """
 
 import math
@@ -22,13 +22,13 @@ try:
 except ImportError:  # torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
-# Bytes of the largest activation that a CPU computes at once without gradients: a larger one leaves the cache.
+# Bytes of the largest activation in the cache of a CPU, for computations without gradients.
 _BYTES_AT_ONCE = 2**24
-# Attention scores per bucket, on average, from which half precision is faster on a CPU while training.
+# Mean number of scores per bucket from which half precision is faster in training on a CPU.
 _LARGE_SCORES = 2**18
-# Attention by powers of two: fewest scores for which it is faster, and most at once, which must stay in the cache.
+# exp2 attention: fewest scores for which it is faster, and most scores that fit the cache.
 _EXP2_SCORES, _SCORES_AT_ONCE = 2**16, 2**21
-# What stands for 1 in there, so that sums of powers up to 2**127 stay finite, and the smallest sum that keeps its digits.
+# exp2 attention: scale of values, so that sums stay finite, and the smallest precise sum.
 _ONE, _SMALLEST_SUM = 2.0**-40, 2.0**-100
 _CAPABILITIES = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch before 2.8 cannot tell
 # torch's attention kernel multiplies small tiles, which only AMX makes fast in bfloat16.
@@ -36,18 +36,18 @@ PREFERS_EXP2 = bool(_CAPABILITIES.get("avx512_bf16")) and not _CAPABILITIES.get(
 
 
 def suits_exp2(query: Tensor) -> bool:
-    """Return True if :func:`exp2_attention_forward` is the fastest for queries (B, H, L, D) on this processor."""
+    """Return True if :func:`exp2_attention_forward` is the fastest kernel for ``query``."""
     scores = query.shape[2] ** 2  # of a head
     enough = query.shape[0] * query.shape[1] * scores >= _EXP2_SCORES
     return PREFERS_EXP2 and query.dtype == torch.bfloat16 and enough and scores <= 2 * _SCORES_AT_ONCE and not is_being_traced()
 
 
 def exp2_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Compute attention without a softmax, for a CPU without gradients, over as many sequences as fit the cache.
+    """Compute attention with powers of two instead of a softmax: (B, H, L, D) -> (B, L, H, D).
 
-    Powers of two of the scores multiply the values and a column of ones, whose product is the sum of the weights. That takes
-    a third of the time of a softmax, and padding costs nothing, since its values are zero.
-    Three (B, H, L, D) and a mask (B, 1, 1, L), False for padding -> (B, L, H, D).
+    ``mask`` is (B, 1, 1, L), False for padding. The values get a column of ones, so that one
+    product also gives the sums of the weights. On a CPU, this takes a third of the time of a
+    softmax. Gradients are not supported.
     """
     batch, heads, length, width = query.shape
     if heads > 1 and heads * length**2 > _SCORES_AT_ONCE:  # split a long sequence into heads
@@ -56,7 +56,7 @@ def exp2_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tens
         return torch.stack([exp2_attention_forward(*row, scaling).squeeze(2).transpose(0, 1) for row in rows])
     at_once = max(1, _SCORES_AT_ONCE // (heads * length**2))
     step = -(-batch // -(-batch // at_once))  # sequences in a part; all parts are nearly equal
-    padded = rounded(step, bits=3)  # few shapes; the filler sequences are ignored
+    padded = rounded(step, bits=3)  # gives few shapes; filler sequences are ignored
     queries, keys = query.new_empty(padded, heads, length, width), query.new_empty(padded, heads, length, width)
     values = value.new_empty(padded, heads, length, width + 1)
     if mask is None:
@@ -86,18 +86,18 @@ def exp2_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tens
 
 @cache
 def keep_freed_activations() -> None:
-    """Make glibc keep the memory of freed activations, once per process.
+    """Make glibc keep the memory of freed activations instead of returning it to the system.
 
-    glibc unmaps freed blocks above a threshold; freeing one of almost 32 MiB raises it (mallopt(3), M_MMAP_THRESHOLD).
+    Freeing a block of almost 32 MiB raises the threshold M_MMAP_THRESHOLD (see mallopt(3)).
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def rounded(count: int, bits: int = 5) -> int:
-    """Return the next number with at most ``bits`` significant bits: with five, at most a sixteenth larger.
+    """Round ``count`` up to a number with at most ``bits`` significant bits.
 
-    On a CPU, torch compiles GELU and products in half precision for every number of rows and keeps these kernels, so that
-    batches of ever new sizes would make memory grow.
+    With five bits, the result is at most a sixteenth larger than ``count``. On a CPU, torch
+    keeps compiled kernels for every number of rows, so fewer batch sizes need less memory.
 
     >>> [rounded(count) for count in (7, 31, 33, 1472, 1473, 8000)]
     [7, 31, 34, 1472, 1536, 8192]
@@ -107,10 +107,10 @@ def rounded(count: int, bits: int = 5) -> int:
 
 
 def bucket_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Group ascending ``lengths`` into buckets of nearly equal ones.
+    """Group ascending ``lengths`` into buckets of nearly equal lengths.
 
-    A bucket ends at the next multiple of 16 after its first length, or at the last multiple of 16 that is at most an eighth
-    longer, whichever is more.
+    The upper limit of a bucket is its first length rounded up to a multiple of 16, or its first
+    length plus an eighth rounded down to a multiple of 16, whichever is larger.
 
     >>> bucket_lengths([3, 7, 16, 17, 20, 200, 208, 225, 240, 241])
     [[3, 7, 16], [17, 20], [200, 208], [225, 240], [241]]
@@ -128,10 +128,10 @@ def bucket_lengths(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def cut_evenly(lengths: Sequence[int], limit: int) -> list[int]:
-    """Cut ``lengths`` into as few groups of neighbours as possible, with nearly equal sums of at most ``limit``.
+    """Return bounds that cut ``lengths`` into the fewest groups with sums of at most ``limit``.
 
-    Returns the bounds of the groups. A length above the limit is a group of its own. Sums are nearly equal, since
-    a small last group takes almost as long as a full one, and on a CPU needs further kernels.
+    The sums of the groups are nearly equal, since a small group takes almost as long as a full
+    group. A length above the limit is a group of its own.
 
     >>> cut_evenly([9, 4, 3, 2, 1], 9)
     [0, 1, 2, 5]
@@ -155,9 +155,10 @@ _arange = partial(torch.arange, device="cpu")  # torch's default device may be a
 
 
 class PadRows(torch.autograd.Function):
-    """Copy rows (T, …) into a padded tensor (P, …): row p is row ``source_index[p]``, row t lies at ``padded_index[t]``.
+    """Copy the rows of a packed tensor into a padded tensor: (T, …) -> (P, …).
 
-    The other rows are padding, whose content and gradient are ignored.
+    Padded row p gets packed row ``source_index[p]``. Packed row t goes to padded row
+    ``padded_index[t]``. Values and gradients of all other padded rows are ignored.
     """
 
     @staticmethod
@@ -171,9 +172,9 @@ class PadRows(torch.autograd.Function):
 
 
 class UnpadRows(torch.autograd.Function):
-    """Take the rows at ``padded_index`` (T,), each named once: (P, …) -> (T, …).
+    """Select the rows ``padded_index`` (T,) of a padded tensor: (P, …) -> (T, …).
 
-    The backward pass writes rows, where that of indexing would add them.
+    No row may be selected twice, since the backward pass does not add gradients.
     """
 
     @staticmethod
@@ -189,13 +190,13 @@ class UnpadRows(torch.autograd.Function):
 
 
 class Packing:
-    """Know which rows of a flattened (B * L) batch are real tokens, and attend within each sequence.
+    """Store which rows of a flattened (B * L) batch are real tokens, and compute attention.
 
     Args:
-        lengths: number of tokens of every sequence, in packed order; empty if ``cu_seqlens`` is given.
-        indices: (T,) rows of the flattened batch, sequence after sequence; None if every row is real and in place.
-        cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for the variable-length kernels of a GPU.
-        max_length: tokens of the longest sequence, which those kernels ask for.
+        lengths: length of every sequence in packed order. Empty if ``cu_seqlens`` is given.
+        indices: (T,) rows of the real tokens in the batch. None means all rows, in order.
+        cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for kernels of a GPU.
+        max_length: length of the longest sequence, for kernels of a GPU.
     """
 
     def __init__(
@@ -209,8 +210,8 @@ class Packing:
         self.num_filler_tokens = rounded(sum(lengths)) - sum(lengths)  # they form a last sequence that is ignored
         buckets = [*bucket_lengths(lengths), *([[self.num_filler_tokens]] if self.num_filler_tokens else [])]
         equal = all(bucket[0] == bucket[-1] for bucket in buckets)
-        # (sequences, padded length) of every bucket, which shares one attention call. In half precision torch's attention
-        # takes up to twice the time for lengths that are not a multiple of 16.
+        # (sequences, padded length) of each bucket, for one attention call. In half precision,
+        # lengths that are not a multiple of 16 take up to twice the time.
         self.buckets = [(len(bucket), bucket[-1] if equal else -(-bucket[-1] // 16) * 16) for bucket in buckets]
         self.masks: list[Tensor | None] = [None] * len(buckets)  # (sequences, 1, 1, length), False for padding
         self.padded_index: Tensor | None = None  # see PadRows; None if no bucket has padding
@@ -225,12 +226,12 @@ class Packing:
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int]) -> "Packing":
-        """Take sequences that lie end to end on the CPU already; ascending ``lengths`` make the fewest buckets."""
+        """Build a packing of concatenated sequences on a CPU. Sorting lengths saves buckets."""
         return cls(lengths)
 
     @classmethod
     def of_mask(cls, mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
-        """Pack the True positions of a (B, L) mask; None means that all are real."""
+        """Build a packing of the True positions in ``mask`` (B, L), or of all positions."""
         if device.type != "cpu":
             if mask is None:
                 bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
@@ -247,7 +248,7 @@ class Packing:
 
     @classmethod
     def of_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int) -> "Packing":
-        """Build a packing for one row of sequences whose bounds are ``cu_seqlens``, as transformers' collators give them."""
+        """Build a packing of sequences in one row with the bounds ``cu_seqlens``."""
         if cu_seqlens.device.type != "cpu":
             return cls(cu_seqlens=cu_seqlens, max_length=max_length)
         bounds = cu_seqlens.tolist()
@@ -258,7 +259,7 @@ class Packing:
         return cls([lengths[i] for i in order], torch.cat([_arange(bounds[i], bounds[i + 1]) for i in order]))
 
     def blocks(self, tokens: int) -> "list[Packing]":
-        """Cut the sequences into nearly equal blocks of at most ``tokens``; a longer sequence is a block of its own."""
+        """Split the sequences into blocks of at most ``tokens`` tokens or one long sequence."""
         bounds = cut_evenly(self.lengths, tokens)
         if len(bounds) <= 2:
             return [self]
@@ -268,14 +269,14 @@ class Packing:
         return [Packing(block, rows) for block, rows in parts]
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Take the real rows of (B, L, …) and append filler rows of zeros -> (T, …)."""
+        """Select the real rows of ``tensor``, and append filler rows: (B, L, …) -> (T, …)."""
         flat = tensor.flatten(0, 1)
         flat = flat if self.indices is None else flat[self.indices]
         fillers = self.num_filler_tokens
         return torch.cat([flat, flat.new_zeros(fillers, *flat.shape[1:])]) if fillers else flat
 
     def unpack(self, tensor: Tensor, padded: Tensor | None) -> Tensor:
-        """Write the real rows of (T, C) to their places in ``padded`` (B * L, C); None means that all are in place."""
+        """Remove filler rows. Write the real rows into ``padded`` (B * L, C) if it is given."""
         tensor = tensor[: len(tensor) - self.num_filler_tokens]
         if padded is None:
             return tensor
@@ -289,7 +290,7 @@ class Packing:
         return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
-        """Compute attention of every sequence with itself: three (T, H, D) -> (T, H, D)."""
+        """Compute attention within every sequence: (T, H, D) -> (T, H, D)."""
         if self.cu_seqlens is None:
             if not torch.is_autocast_enabled("cpu"):
                 return self._attend_buckets(query, key, value, dropout, scaling)
@@ -302,7 +303,7 @@ class Packing:
         return self._attend_padded(query, key, value, dropout, scaling)
 
     def _attend_buckets(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
-        # torch's CPU kernel has no dropout and a slow backward in half precision; benchmarks/pieces.py measures the choices.
+        # torch's CPU kernel has no dropout, and a slow backward in half precision.
         dtype, training = query.dtype, torch.is_grad_enabled() and query.requires_grad
         eager = dropout > 0.0
         if training:
@@ -328,7 +329,7 @@ class Packing:
         if len(self.buckets) == 1:
             context = attend_bucket(self.buckets[0], self.masks[0], query, key, value)
         else:
-            # One split per tensor: its backward is one concatenation, where slices would each add into a full-size gradient.
+            # The backward of split is one concatenation. Slices would add full-size gradients.
             sizes = [count * length for count, length in self.buckets]
             parts = list(zip(self.buckets, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True))
             fillers = [parts.pop()[4]] if self.num_filler_tokens else []  # any rows will do
@@ -337,7 +338,7 @@ class Packing:
         return (context if self.padded_index is None else UnpadRows.apply(context, self.padded_index)).to(dtype)
 
     def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
-        """Pad inside attention only, where the variable-length kernel lacks this dtype or dropout."""
+        """Compute attention with padding, for inputs that the GPU kernel does not support."""
         assert self.cu_seqlens is not None and self.max_length is not None
         positions = torch.arange(self.max_length, device=query.device)
         mask = positions < self.cu_seqlens.diff()[:, None]  # (sequences, longest)
@@ -348,11 +349,11 @@ class Packing:
 
 
 def is_watched(model: Any) -> bool:
-    """Return True if a user's hook expects padded states (B, L, C) of the embeddings, a layer or its parts."""
+    """Return True if a user's hook reads the states of the embeddings, a layer or its parts."""
     watched = [model.embeddings, *model.layers, *(part for layer in model.layers for part in layer.children())]
     found = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
     hooks = found + [hook for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
-    # The hooks of libraries, such as FSDP's, follow modules and not what their states look like.
+    # Hooks of libraries, such as FSDP's, do not depend on the shape of the states.
     modules = (str(getattr(getattr(hook, "func", hook), "__module__", "")).partition(".")[0] for hook in hooks)
     return any(name not in ("torch", "transformers", "accelerate", "peft") for name in modules)
 
@@ -360,7 +361,7 @@ def is_watched(model: Any) -> bool:
 def pack_batch(
     model: Any, inputs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_length: int | None, options: dict[str, Any]
 ) -> Packing | None:
-    """Return how to leave padding out, or None if every padded position must exist or shapes must be static."""
+    """Return the packing for a batch, or None if padding must be computed too."""
     config = model.config
     records = any(options.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states"))
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(inputs) or is_watched(model)
@@ -378,9 +379,9 @@ def pack_batch(
 def packed_forward(
     model: Any, packing: Packing, given: tuple[Tensor | None, ...], batch: int, length: int, **kw: Any
 ) -> Tensor:
-    """Encode the real tokens of ids, segments, positions and embeddings (B, L, …) -> (B, L, C)."""
+    """Encode the real tokens of a batch, and return padded hidden states (B, L, C)."""
     keep_freed_activations()
-    # In training mode blocks would draw other random numbers for dropout than a pass with gradients (gradient caching).
+    # In training mode, blocks would draw other dropout masks than a pass with gradients.
     at_once = torch.is_grad_enabled() or model.training or packing.cu_seqlens is not None
     row = model.config.intermediate_size * model.dtype.itemsize
     blocks = [packing] if at_once else packing.blocks(1 << max(1, _BYTES_AT_ONCE // row).bit_length() - 1)

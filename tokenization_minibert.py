@@ -1,9 +1,9 @@
-"""Train a WordPiece or a word-level tokenizer from texts: a plain ``PreTrainedTokenizerFast``.
+"""Train a WordPiece or a word-level tokenizer that treats text as BERT's tokenizer does.
 
-It follows BERT in everything a user can see: the normaliser, the split into words and punctuation,
-``##`` before a piece that continues a word, ``[CLS] first [SEP] second [SEP]`` with segments 0 and
-1. It saves as ``tokenizer.json`` and reloads through ``AutoTokenizer`` without this package. The
-same texts in the same order always give the same vocabulary.
+The normalizer, the split into words and punctuation, the prefix ``##`` of continuing pieces
+and the format ``[CLS] first [SEP] second [SEP]`` are as in BERT. The result is a
+``PreTrainedTokenizerFast``, which ``AutoTokenizer`` loads without this package. The same texts
+in the same order always give the same vocabulary.
 """
 
 import warnings
@@ -17,17 +17,16 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUING = "##"
 
-# Longer words are [UNK] in BERT's WordPiece, so learning from them would be lost.
+# BERT's WordPiece replaces longer words by [UNK], so training ignores them.
 _LONGEST_WORD = 100
-# Counting keeps at most this many different words in memory (about 300 MB); beyond it the rarest
-# are forgotten.
+# At most this many different words are counted (about 300 MB). The rarest words are dropped.
 _MOST_WORDS = 2_000_000
 _MOST_CHUNKS = 200_000
-# The rarest characters that together make up less than this share of the text are left to [UNK], as
-# SentencePiece does (Kudo and Richardson 2018, arXiv:1808.06226): one stray page in another script
-# must not eat the vocabulary.
+# The rarest characters, which together make up less than this share of the text, become [UNK]
+# as in SentencePiece (Kudo and Richardson 2018, arXiv:1808.06226). Otherwise a single page in
+# another script could fill the vocabulary.
 _IGNORED_CHARACTERS = 1e-4
-# The library's trainer counts pairs in 32 bits; larger corpora are scaled down to this many words.
+# The tokenizers library counts pairs in 32 bits. Counts of larger corpora are scaled down.
 _MOST_TRAINED_WORDS = 100_000_000
 
 
@@ -41,35 +40,34 @@ def train_wordpiece(
     truncation_side: str = "right",
     show_progress: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Train a subword tokenizer as BERT's (Devlin et al. 2018, arXiv:1810.04805).
+    """Train a WordPiece tokenizer like BERT's (Devlin et al. 2018, arXiv:1810.04805).
 
     Args:
-        texts: The corpus; read once, so it may be a generator over more text than memory holds.
-        vocab_size: Entries wanted, special tokens included. A text too small to fill them gives
-            fewer, with a warning.
-        lowercase: Fold case and strip accents, in training and in use.
-        min_frequency: Pieces must occur this often to be merged into a longer one.
-        model_max_length: Longest sequence in tokens when truncating.
-        truncation_side: Where longer texts are cut: ``"right"`` keeps their beginning, ``"left"``
-            their end.
-        show_progress: Show a progress bar over the texts.
+        texts: Corpus. It is read once, so it may be a generator that yields any amount of text.
+        vocab_size: Number of entries, including special tokens. Too little text gives fewer
+            entries and a warning.
+        lowercase: Whether to convert texts to lower case and to strip accents.
+        min_frequency: Number of times that pieces must occur together to be merged.
+        model_max_length: Length in tokens to which texts are truncated.
+        truncation_side: Where longer texts are cut. ``"right"`` keeps the beginning of a text.
+            ``"left"`` keeps the end.
+        show_progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: when ``texts`` holds no word or something other than strings, or when
-            ``vocab_size`` has no room for the text's characters.
+        ValueError: if ``texts`` contains no word or an item that is not a string, or if
+            ``vocab_size`` is too small for the characters in ``texts``.
     """
     words = _count_words(texts, lowercase=lowercase, show_progress=show_progress)
     alphabet = _alphabet(words)
     words = {word: count for word, count in words.items() if alphabet.issuperset(word)}
-    # The library numbers the "##c" pieces in the order of a hash map, and breaks ties between
-    # merges by these numbers: two runs would give two vocabularies. Pieces handed over as special
-    # tokens are numbered in the order given here instead.
+    # The library numbers "##c" pieces randomly, so vocabularies would differ between runs.
+    # Special tokens keep their order, so all single characters are passed as special tokens.
     continuing = sorted({CONTINUING + character for word in words for character in word[1:]})
     pieces = [*SPECIAL_TOKENS, *sorted(alphabet), *continuing]
     if vocab_size < len(pieces):
         raise ValueError(
             f"vocab_size={vocab_size} is too small: the {len(alphabet)} characters of the text and the {len(SPECIAL_TOKENS)} "
-            f"special tokens need {len(pieces)} entries before any longer piece; use a larger one."
+            f"special tokens need {len(pieces)} entries before any longer piece; use a larger vocab_size."
         )
     scratch = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     scratch.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -101,13 +99,14 @@ def train_word_level(
     truncation_side: str = "right",
     show_progress: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Make a tokenizer whose tokens are the most frequent whole words; every other word is ``[UNK]``.
+    """Train a tokenizer whose tokens are whole words. All unknown words become ``[UNK]``.
 
-    Args: as of :func:`train_wordpiece`; ``min_frequency`` is that of words.
+    The vocabulary contains the most frequent words that occur at least ``min_frequency`` times.
+    The other arguments have the same meaning as in :func:`train_wordpiece`.
 
     Raises:
-        ValueError: when ``texts`` holds no word or something other than strings, or when
-            ``vocab_size`` has no room for words.
+        ValueError: if ``texts`` contains no word or an item that is not a string, or if
+            ``vocab_size`` leaves no room for words.
     """
     if vocab_size <= len(SPECIAL_TOKENS):
         raise ValueError(
@@ -126,7 +125,7 @@ def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) 
         raise ValueError("A tokenizer is trained on several texts, but one string was given; put it into a list.")
     normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
-    chunks: Counter[str] = Counter()  # split at spaces only: the exact split then runs once per different chunk
+    chunks: Counter[str] = Counter()  # split at spaces only, so the exact split runs once per different chunk
 
     def settle() -> None:
         for chunk, count in chunks.items():
@@ -149,12 +148,12 @@ def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) 
             settle()
     settle()
     if not words:
-        raise ValueError(f"There is nothing to train a tokenizer on: {number} texts were given and none holds a word.")
+        raise ValueError(f"A tokenizer cannot be trained on {number} texts without a word; give texts that contain words.")
     return words
 
 
 def _alphabet(words: dict[str, int]) -> set[str]:
-    """Return the characters to represent, without the rarest ``_IGNORED_CHARACTERS`` share of the text.
+    """Return the characters in ``words``, without the rarest ``_IGNORED_CHARACTERS`` share.
 
     >>> sorted(_alphabet({"ab": 10_000, "c": 1}))
     ['a', 'b']
@@ -173,7 +172,7 @@ def _alphabet(words: dict[str, int]) -> set[str]:
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Yield texts in which every word occurs as often as counted, for the library's trainers."""
+    """Yield texts that repeat each word as often as it was counted. Large counts are scaled."""
     scale = -(-sum(words.values()) // _MOST_TRAINED_WORDS)
     for word, count in words.items():
         left = -(-count // scale)
@@ -188,7 +187,7 @@ def _finished(
     tokenizer = Tokenizer(model)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         warnings.warn(
-            f"The text supports a vocabulary of {size} entries, not the {vocab_size} asked for; the tokenizer has {size}.",
+            f"The texts are enough for {size} entries, fewer than vocab_size={vocab_size}; the tokenizer has {size} entries.",
             stacklevel=3,
         )
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)

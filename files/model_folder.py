@@ -70,8 +70,8 @@ def refuse_missing(model: str | Path, advice: str) -> NoReturn:
 def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
     """Return name -> (dtype, shape) for the tensors of a safetensors file, from its header.
 
-    A dtype is a name such as ``"F32"``. The tensors are not read. A header that does not describe
-    exactly the bytes after it is an error.
+    A dtype is a name such as ``"F32"``. The tensors are not read. A header that does not
+    describe exactly the bytes after it is an error.
     """
     try:
         if not stat.S_ISREG(file.stat().st_mode):

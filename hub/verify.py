@@ -122,8 +122,8 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
 def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_files: Sequence[str] = ()) -> list[Check]:
     """Check a model folder, and return one result for each check.
 
-    ``opens`` also opens the model in a fresh process. ``trust`` allows running code that differs
-    from the installed version. ``other_files`` are files of the model outside of ``folder``.
+    ``opens`` also opens the model in a fresh process. ``trust`` allows running code that is not
+    the installed version's. ``other_files`` are files of the model outside of ``folder``.
     """
     # Name of a check -> (its function, names of the checks that must pass first). Later checks
     # do not read a folder that failed.
