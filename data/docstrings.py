@@ -236,9 +236,9 @@ def _is_prose(text: str) -> bool:
 def without_repetition(documents: Iterable[Document]) -> Iterator[Document]:
     """Yield the documents that repeat no earlier document, and whose title is not too common.
 
-    A document is a repetition if its title or name occurred before, or if half of its sequences
-    of six words did. Documentation is often copied from class to class. A copy must not be in
-    the validation split if the original is in the training split.
+    A document is a repetition if its title, its name or half of its six-word sequences occurred
+    before. Documentation is often copied from class to class. A copy must not be in the
+    validation split if the original is in the training split.
     """
     documents = list(documents)
     keys = [_words(document.title) for document in documents]

@@ -137,7 +137,7 @@ def is_list(feature: Any) -> bool:
 
 
 def _name(label: Any, feature: Any) -> Any:
-    """Convert a label to text: a ClassLabel number to the name of its class, 2.0 to ``2``."""
+    """Convert a label to text. A ClassLabel number becomes its name, and 2.0 becomes ``2``."""
     if isinstance(feature, ClassLabel):
         known = isinstance(label, int) and 0 <= label < len(feature.names)
         return feature.names[label] if known else None

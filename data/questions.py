@@ -55,7 +55,7 @@ class Window(NamedTuple):
 def window_sizes(
     tokenizer: Any, max_length: int, doc_stride: int | None = None, max_question_length: int | None = None
 ) -> WindowSizes:
-    """Return checked sizes. The default is ``max_length // 3`` (questions: at most 64)."""
+    """Return window sizes. A missing size is ``max_length // 3``, for questions at most 64."""
     stride = max_length // 3 if doc_stride is None else doc_stride
     question = min(_LONGEST_QUESTION, max_length // 3) if max_question_length is None else max_question_length
     special = tokenizer.num_special_tokens_to_add(pair=True)

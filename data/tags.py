@@ -15,12 +15,12 @@ TAG_COLUMNS = ("ner_tags", "tags", "pos_tags", "labels")
 
 
 def holds_entities(tags: Iterable[str]) -> bool:
-    """Return True if a tag marks an entity (such as B-PER) and not a part of speech."""
+    """Return True if any of the tags begins with B- or I-, which mark entities."""
     return any(tag.startswith(("B-", "I-")) for tag in tags)
 
 
 def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return the type, first word and end of every entity. Like conlleval, accept I- as start.
+    """Return (type, first word, end) of every entity. As in conlleval, I- can begin an entity.
 
     >>> entity_spans(["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-ORG"])
     [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5), ('ORG', 5, 6)]
@@ -64,10 +64,10 @@ def read_tags(
 ) -> tuple[list[list[str]], list[str]]:
     """Return the tags of all words in every row, and the names of all tags.
 
-    ``names`` lists all tags in order. For a ClassLabel column, the default is the names of the
-    ClassLabel. For a column of strings, the default is the tags in the column. Entity tags in
-    strings are sorted as O, B- of the first type, I- of the first type, and so on. Entity tags
-    must follow the IOB2 scheme.
+    ``names`` lists all tags in order. The default for a ClassLabel column is the names of the
+    ClassLabel. The default for a column of strings is the tags in the column. Entity tags must
+    follow the IOB2 scheme. Their default order in a column of strings is O, B-LOC, I-LOC,
+    B-PER, and so on.
     """
     feature, sentences = rows.features[column], rows[column][:]
     inner = feature.feature if is_list(feature) else None

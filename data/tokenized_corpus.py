@@ -294,7 +294,7 @@ def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndar
 
 
 def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
-    """Return the memory-mapped arrays in ``folder``, which are first written if missing.
+    """Memory-map the arrays in ``folder``. If ``folder`` is missing, write ``blocks`` first.
 
     An interrupted write leaves no folder. All blocks are cast to the dtypes of the first block.
     """

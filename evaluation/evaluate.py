@@ -267,7 +267,7 @@ def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, f
 
 
 def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield the best BM25 passages of each query, or none if all passages are stop words."""
+    """Yield the best BM25 passages per query, or none if passages have only stop words."""
     from minibert.inference.bm25 import WordIndex  # slow to import, and used only here
 
     try:

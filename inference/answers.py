@@ -29,9 +29,9 @@ def answer_rows(
     """Answer the question of every row from its context. Yield one result per row, in order.
 
     The window sizes, the maximum length of an answer and the threshold are stored in the
-    model's configuration (``question_answering``) by training. The result is "no answer" if its
-    score exceeds the score of the best span by more than the threshold. Without a threshold,
-    the best span always wins.
+    model's configuration (``question_answering``) by training. The result is "no answer" if the
+    score of "no answer" exceeds the best score of a span by more than the threshold. Without a
+    threshold, the best span always wins.
 
     ``batch_size`` is the number of windows to compute at once. Rows are read as needed.
 

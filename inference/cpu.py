@@ -3,7 +3,7 @@
 Without prepacking, every product converts its matrix to the layout of oneDNN. Prepacking
 converts each matrix once, and joins queries, keys and values in one product. This saves time
 for a query, and a little time for thousands of texts (``benchmarks/pieces.py`` compares the
-times). A query is a few hundred short operations, so the prepacked layers prepare in advance
+times). A query is a few hundred short operations, so the prepacked layers compute in advance
 everything that does not depend on the input.
 """
 

@@ -203,7 +203,7 @@ def head_of(config: Any) -> str | None:
 
 
 def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
-    """Return the rows, the column names (none without rows), and the number if known."""
+    """Return the rows, the column names (none without rows), and the row count or None."""
     if isinstance(data, str | Path | Dataset) and str(data) != STANDARD_INPUT:
         dataset = as_dataset(data, split=split)
         batches = dataset.iter(_ROWS_AT_ONCE)
@@ -379,7 +379,7 @@ def _is_iob(tag: str) -> bool:
 
 
 def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:
-    """Raise an error if ``path`` has a wrong suffix, exists or is in a missing folder."""
+    """Refuse a ``path`` that has a wrong suffix, has no folder, or exists without ``force``."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
     if path.is_dir() or (path.exists() and not force):

@@ -104,7 +104,7 @@ def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hov
 def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] | None = None) -> go.Figure:
     """Draw panels of the same kind in a plotly figure with up to two columns.
 
-    ``menus`` maps each item of a menu to the changes of the traces (plotly's restyle).
+    ``menus`` maps each item of each menu to changes of the traces (plotly's restyle).
     """
     kind, columns = panels[0].traces[0].type, min(2, len(panels))
     rows = -(-len(panels) // columns)

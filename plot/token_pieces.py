@@ -32,7 +32,7 @@ class Token:
 
 @dataclass(frozen=True, repr=False)
 class Tokens:
-    """Store the tokens of a text, to print as a table. A model reads at most ``limit``."""
+    """Store the tokens of a text, printed as a table. A model reads only ``limit`` tokens."""
 
     tokens: list[Token]
     limit: int

@@ -104,7 +104,7 @@ def training(runs: str | Path | Sequence[str | Path]) -> Training:
 
 
 def find_logs(path: Path) -> list[Path]:
-    """Return the file ``path``, the log in the folder ``path``, or the logs of its stages."""
+    """Return ``path`` if it is a log, or the log in the folder, or the logs of all stages."""
     if not path.exists():
         raise FileNotFoundError(f"The run {path} does not exist (looked from {Path.cwd()}).")
     if logs := [path] if path.is_file() else sorted(path.glob(LOG)) or sorted(path.glob(f"*/{LOG}")):
@@ -115,8 +115,8 @@ def find_logs(path: Path) -> list[Path]:
 def read_log(log: Path) -> list[dict[str, float]]:
     """Return the numbers in each line of a log. Ignore a last line that a kill truncated.
 
-    A line without ``seconds``, such as an evaluation, gets the seconds of the line before it.
-    Any other damaged line raises a ValueError, and so does an empty log.
+    A line without ``seconds``, such as an evaluation, gets the seconds of the line before it. A
+    damaged line in any other place, or an empty log, raises a ValueError.
     """
     lines: list[dict[str, float]] = []
     texts = [text for text in log.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]

@@ -82,7 +82,7 @@ def encode_corpus(
     show_progress: bool = False,
     **options: Unpack[EncoderOptions],
 ) -> Summary:
-    """Encode the texts of ``data`` into vectors in the folder ``out``, or resume a call.
+    """Encode the texts of ``data`` into the folder ``out``, or resume an earlier call.
 
     Memory use does not grow with the number of rows. The processes started by torchrun share
     the shards. The folder ``out`` must be the same for all processes.
@@ -255,7 +255,7 @@ class _Job:
         self.state, self.manifest = processes(), self.asked
 
     def open_model(self) -> Encoder:
-        """Open the model with the dtype of the manifest, the same dtype in all processes."""
+        """Open the model. All processes use the dtype in the manifest."""
         options: EncoderOptions = {**self.options, "dtype": self.manifest.encoding["dtype"]}
         if self.state.num_processes > 1:
             options["device"] = options.get("device") or str(self.state.device)
@@ -263,7 +263,7 @@ class _Job:
         return Encoder(self.model, query_copies=False, **options)
 
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:
-        """Check the folder in the main process, tell the others. Return an opened encoder."""
+        """Prepare ``out`` in the main process. Return the encoder if it was opened for this."""
         encoder, refusal = None, None
         if self.state.is_main_process:
             try:
@@ -280,7 +280,7 @@ class _Job:
         return encoder
 
     def _resume(self, append: bool, force: bool) -> bool:
-        """Return True to continue the vectors in the folder, False to begin. Refuse others."""
+        """Return True to continue existing vectors, or False to begin. Refuse other vectors."""
         if not shard_files(self.out) or not (self.out / MANIFEST).exists():
             return False  # an earlier run ended before its first shard
         try:
@@ -344,7 +344,7 @@ class _Job:
         self._list_shards()
 
     def _calibrate(self, encoder: Encoder) -> list[list[float]]:
-        """Return the lowest and highest value per dimension in the first vectors, widened."""
+        """Return the range of each dimension in the first vectors, extended by a margin."""
         rows = chain.from_iterable(block.texts for block in self.stream.read())
         texts = islice((text for text in rows if isinstance(text, str)), _CALIBRATION)
         vectors = encoder.encode(list(texts))
@@ -403,7 +403,7 @@ class _Job:
             yield _Window(shard, texts, ids, notes, True)
 
     def _usable(self, block: Rows, notes: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
-        """Yield (number, text, id) of each usable row. Refuse or note every other row."""
+        """Yield (number, text, id) of each usable row. Refuse or skip every other row."""
         for place, text in enumerate(block.texts):
             name = None if block.ids is None else block.ids[place]
             bad = next((value for value in (text, name) if isinstance(value, Bad)), None)

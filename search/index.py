@@ -1,4 +1,4 @@
-"""Find the nearest vectors in a folder with an index. The first search builds the index.
+"""Find the nearest vectors with an index. The first search of a folder builds the index.
 
 With up to ``EXACT_ROWS`` vectors, a query is compared with all vectors. With more vectors,
 FAISS groups the vectors into lists around centroids (IVF). A query is compared with short codes
@@ -69,7 +69,7 @@ class Lists:
         sha256: the SHA-256 of the index file.
         trained_rows: the number of vectors in the folder when the centroids were trained.
         lists: the number of lists. A search reads ``probes`` of the lists.
-        candidates: the number of vectors per hit that are compared again as stored vectors.
+        candidates: the number of vectors per hit whose stored values are compared again.
         recall: the share of the true nearest ``NEIGHBOURS`` that a search finds with these
             settings.
     """
@@ -158,7 +158,7 @@ class VectorIndex:
         return self._floats(self._stored[rows])
 
     def blocks(self, first_row: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield blocks of float32 vectors (n, dimension) with the number of the first row."""
+        """Yield the first row number and the float32 vectors (n, dimension) of each block."""
         for start in range(first_row, len(self), _BLOCK):
             yield start, self._floats(self._stored[start : start + _BLOCK])
 
@@ -243,7 +243,7 @@ def index_lock(folder: VectorFolder) -> Iterator[None]:
 
 
 def _open_existing(folder: VectorFolder, exact: bool) -> VectorIndex | None:
-    """Return the index on disk, or None. It may lack new shards. Refuse changed shards."""
+    """Return the index on disk, possibly without new shards, or None. Refuse changed shards."""
     home = index_folder(folder)
     if not any((home / name).exists() for name in (_STATE, _VECTORS)):
         return None
@@ -345,7 +345,7 @@ def _train(index: VectorIndex) -> Any:
 
 
 class Sample:
-    """Measure recall. The queries are random stored vectors, whose true neighbours are known.
+    """Measure recall with random stored vectors as queries.
 
     Real queries are not rounded to bits. For binary vectors, a query is therefore a random
     vector whose signs are the bits of a stored vector.

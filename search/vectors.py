@@ -181,7 +181,7 @@ class VectorFolder:
             return self._matrix(file.read(columns=["vector"]).column("vector").combine_chunks())
 
     def blocks(self, size: int = 16384) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield blocks of stored vectors (n, width), each after the number of its first row."""
+        """Yield the first row number and the stored vectors (n, width) of each block."""
         for shard in self.shards:
             row = shard.first_row
             with self._open(shard) as file:
