@@ -289,7 +289,7 @@ def test_refuses_data_without_usual_columns_and_unseen_labels_in_validation(clas
         classify([{"title": "cat", "body": "the cat", "label": 0}, {"title": "cup", "body": "the cup", "label": 1}])
     with pytest.raises(ValueError, match=r"Row 2 has the label 2 in 'label'; the classes are 0, 1"):
         classify(sentences(), [{"text": "the cat", "label": 0}, {"text": "the cup", "label": 2}])
-    with pytest.raises(ValueError, match=r"eval_data may only have labels that data has: Row 1 has the label 'c'"):
+    with pytest.raises(ValueError, match=r"eval_data may only contain labels that also occur in data: Row 1 has the label 'c'"):
         classify([{"text": "the cat", "label": ["a"]}] * 2, [{"text": "the cat", "label": ["c"]}])
 
 

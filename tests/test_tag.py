@@ -278,7 +278,8 @@ def test_refusals_name_the_row_or_field(tag, tmp_path, columns, changes, message
 def test_tags_only_in_validation_are_refused(tag):
     rows = [{"tokens": ["ann"], "tags": ["B-PER"]}]
     with pytest.raises(
-        ValueError, match=r"eval_data may only have labels that data has: Row 2 has the label 'B-LOC' in 'tags'; the classes"
+        ValueError,
+        match=r"eval_data may only contain labels that also occur in data: Row 2 has the label 'B-LOC' in 'tags'; the classes",
     ):
         tag(rows, [*rows, {"tokens": ["oslo"], "tags": ["B-LOC"]}])
 

@@ -28,7 +28,7 @@ def _named_once(names: Any) -> Any:
 
 
 class Arguments(BaseModel):
-    """Represent settings of a recipe. Unknown fields and wrong types of values are errors."""
+    """Represent settings of a recipe. Unknown fields and values of wrong type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 

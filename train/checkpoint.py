@@ -23,7 +23,7 @@ exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Replace the folder ``target`` by a folder that ``fill`` writes. Errors change nothing."""
+    """Replace the folder ``target`` by a new folder that ``fill`` writes, unless an error occurs."""
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
     with readable_os_errors(target):
         try:
@@ -90,9 +90,9 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def rotate(root: Path, keep: int, newest: Path) -> None:
-    """Keep the ``keep`` last checkpoints up to ``newest``. Delete older and later checkpoints.
+    """Keep ``newest`` and the ``keep - 1`` checkpoints before. Delete all other checkpoints.
 
-    Later checkpoints are damaged, because training resumed before them.
+    Checkpoints with a later step than ``newest`` were damaged when training resumed.
     """
     folders = _steps(root, "step")
     position = folders.index(newest) + 1

@@ -52,11 +52,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of malloc.h
 def learning_rate(
     step: int, *, peak: float, warmup: int, total: int, schedule: str = "linear", decay_ratio: float = 0.1
 ) -> float:
-    """Return the learning rate of ``step`` after a linear warm-up to ``peak``.
+    """Return the learning rate at ``step``.
 
-    The schedule ``wsd`` (warm-up, stable, decay) stays at ``peak`` until the last
-    ``decay_ratio`` of all steps. It then decays as one minus a square root (Hägele et al. 2024,
-    arXiv:2405.18392).
+    It rises linearly to ``peak`` in ``warmup`` steps and then follows ``schedule``. With ``wsd``
+    (warm-up, stable, decay), it stays at ``peak`` until the last ``decay_ratio`` of all steps, and
+    then decays as one minus a square root (Hägele et al. 2024, arXiv:2405.18392).
 
     >>> [learning_rate(s, peak=1.0, warmup=2, total=6) for s in (0, 1, 2, 4, 6)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -165,7 +165,7 @@ class Phase:
 
 
 class Steps(Dataset[StepBatch]):
-    """Create the :class:`StepBatch` of this process for the number of an optimizer step."""
+    """Represent the optimizer steps of a process. ``steps[n]`` is the input of step n."""
 
     def __init__(self, phases: Sequence[Phase], *, accumulation: int, seed: int, process: int, processes: int):
         self.phases, self.seed = phases, seed
@@ -229,7 +229,7 @@ class Progress:
 
 
 class Meter:
-    """Count steps, tokens and seconds. Losses are summed on the device, so no step waits."""
+    """Count steps, tokens and seconds. Sum losses on the device, without synchronization."""
 
     def __init__(self, accelerator: Accelerator, progress: Progress):
         self.accelerator, self.progress = accelerator, progress
@@ -307,7 +307,7 @@ class Log:
                 write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append ``line`` to the log, and report it to trackers. It must contain a ``step``."""
+        """Append ``line`` to the log and report to trackers. ``line`` must contain ``step``."""
         if self.accelerator.is_main_process:
             with checkpoint.readable_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -324,13 +324,13 @@ def _step_of(line: str) -> float:
 
 
 class StopRequest:
-    """Record Ctrl-C or SIGTERM to stop after the current step. The second stops at once."""
+    """Stop training after the current step on Ctrl-C or SIGTERM. Stop at once on a second."""
 
     def __init__(self) -> None:
         self.number, self.asked = 0, 0.0
 
     def handle(self, number: int, _frame: object) -> None:
-        """Record the first signal. Raise KeyboardInterrupt on the second signal."""
+        """Record the first signal. Raise KeyboardInterrupt on a signal that comes later."""
         now = time.monotonic()
         if not self.number:
             self.number, self.asked = number, now
@@ -534,7 +534,7 @@ class _Run:
         )
 
     def checked_loss(self) -> float:
-        """Return the loss sum since the last log line. Raise an error if it is not finite."""
+        """Return the loss sum since the last log line, or raise an error if it is not finite."""
         loss_sum, bad = self.meter.read()
         if bad < 0:
             return loss_sum
@@ -579,7 +579,7 @@ class _Run:
         self.saved_step = self.progress.step
 
     def _write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights and ``state.json``. Checkpoints also contain the optimizer state."""
+        """Write weights and ``state`` to ``folder``. Checkpoints also have optimizer state."""
         if not self.accelerator.is_main_process:
             return
         best = folder.name.startswith("best-")
@@ -684,10 +684,10 @@ class _Run:
 
 
 def keep_memory() -> None:
-    """Make glibc keep the memory that this process frees (mallopt(3)), to use it again.
+    """Make glibc keep freed memory for reuse (mallopt(3)). Without glibc, do nothing.
 
-    By default, glibc unmaps freed blocks above 32 MiB, so every layer would map its activations
-    again. Without glibc, this function does nothing.
+    By default, glibc unmaps freed blocks above 32 MiB. Each layer would then map memory for
+    activations again.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_MAX, 0)

@@ -93,7 +93,7 @@ class TokenizedDataset:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def pad(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Return padded model inputs, the mask of real tokens, and their indices in ``ids``."""
+        """Return padded model inputs, the mask of real tokens, and token indices in ``ids``."""
         starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
         mask = np.arange(lengths.max()) < lengths[:, None]
         taken = (starts[:, None] + np.arange(lengths.max()))[mask]
@@ -110,7 +110,7 @@ class TokenizedDataset:
     def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """Split row numbers into batches of rows with similar lengths, to reduce padding.
 
-        The longest rows come first. If memory is too small, the first batch shows it.
+        The longest rows come first. If memory is insufficient, the first batch fails.
         """
         order = rows[np.argsort(-self.lengths[rows], kind="stable")]
         return [order[start : start + size] for start in range(0, len(order), size)]
@@ -130,7 +130,7 @@ def in_chunks(rows: int) -> Iterator[slice]:
 
 
 def compute_outputs(model: nn.Module, rows: TokenizedDataset, batch_size: int) -> tuple[np.ndarray, list[Tensor]]:
-    """Compute the logits of all rows. Processes share the work, and each gets all logits.
+    """Compute the logits of all rows. Processes share the work, and each returns all logits.
 
     Returns:
         The row numbers in the order of computation, and one float32 tensor per batch, (rows of
@@ -176,8 +176,8 @@ def choose_metric(wanted: str | None, metrics: Sequence[str]) -> str:
 
 @contextmanager
 def in_eval_data() -> Iterator[None]:
-    """Prefix errors of the block: evaluation data may only have labels of training data."""
+    """Name ``eval_data`` in the messages of errors that the block raises."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"eval_data may only have labels that data has: {error}") from error
+        raise ValueError(f"eval_data may only contain labels that also occur in data: {error}") from error

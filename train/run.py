@@ -101,7 +101,7 @@ def _resolve(
 
 
 def _check_models(recipe: Recipe) -> None:
-    """Raise an error if a model or tokenizer cannot be used, before any file is written."""
+    """Raise an error for unusable models and tokenizers, before any file is written."""
     names = {stage.name for stage in recipe.stages}
     kinds = {"model": "model", "teacher": "model", "tokenizer": "tokenizer"}
     asked = ((kind, getattr(stage, field, None)) for stage in recipe.stages for field, kind in kinds.items())
@@ -165,7 +165,7 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
 
 
 def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
-    """Create the folder of a run, or check that it belongs to this run.
+    """Create the folder of a run, or check that an existing folder belongs to this run.
 
     With ``force``, also move the folders of changed stages away.
     """
@@ -203,7 +203,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename the folder of a finished stage to ``*.replaced``. Delete an unfinished stage."""
+    """Rename the folder of a finished stage to ``*.replaced``, or delete an unfinished stage."""
     if (folder / "stage.json").exists():
         replaced = folder.with_name(f"{folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)

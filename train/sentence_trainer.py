@@ -42,7 +42,7 @@ def train(
     context: StageContext,
     evaluate: Callable[[Any], dict[str, float]] | None,
 ) -> dict[str, Any]:
-    """Train ``model`` from the latest valid checkpoint, and save it in ``context.output_dir``.
+    """Train ``model`` and save it in ``context.output_dir``. Resume from a valid checkpoint.
 
     ``evaluate`` returns metrics of the model, for which larger values are better.
 
@@ -115,7 +115,7 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
 
 class _Trainer(SentenceTransformerTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the scheduler. For wsd, convert the share of decay steps to a number."""
+        """Create the scheduler. For wsd, convert the decay share to a number of steps."""
         options = self.args.lr_scheduler_kwargs
         if isinstance(options, dict) and "num_decay_steps" in options:  # still a share of all steps
             decay = max(1, round(options["num_decay_steps"] * num_training_steps))
@@ -127,7 +127,7 @@ class _Trainer(SentenceTransformerTrainer):
 
 
 class _StageCallback(ProgressCallback):
-    """Evaluate, write the log, keep the best weights, and stop on Ctrl-C during training."""
+    """Evaluate and log during training, keep the best weights, and stop after Ctrl-C."""
 
     def __init__(self, accelerator: Any, model: Any, args: EmbedStage, output_dir: Path, evaluate: Any):
         super().__init__()

@@ -53,7 +53,7 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
 
 
 def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
-    """Return the answers of every row as (first character, text). Rows may have no answers."""
+    """Return the answers of each row as (first character, text). A row may have no answer."""
     check_columns(rows, [*_TEXTS, "answers"], sources)
     if not_text := sorted(set(_TEXTS) - set(text_columns(rows))):
         raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text.")
@@ -68,7 +68,7 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
         if any(start is None or not isinstance(text, str) for start, text in pairs):
             raise ValueError(
                 f"Row {number} of {where} has answers={entry!r}; it should be {{text: [...], "
-                "answer_start: [...]}} with a string and the index of the first character of each answer. "
+                "answer_start: [...]} with a string and the index of the first character of each answer. "
                 "Use empty lists for a question without answer."
             )
         for start, text in pairs:

@@ -71,7 +71,7 @@ def read_choices(
 
 
 def read_label(label: Any, choices: int) -> int | None:
-    """Return the index of a choice from a number, digits or a letter, or None if not valid.
+    """Convert a number, digits or a letter to the index of a choice. Return None if invalid.
 
     >>> [read_label(label, 4) for label in (3, "3", "D", "d", "E")]
     [3, 3, 3, 3, None]

@@ -52,8 +52,8 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
     """Return training data with columns ``anchor``, ``positive`` and, if given, ``negative``.
 
     Returns:
-        Data sets by number and path. With ``one_source_per_batch``, each source has a data set.
-        Otherwise one data set has all given pairs, and another has the pairs made from texts.
+        Dictionary of data sets. With ``one_source_per_batch``, each source is a data set.
+        Otherwise, one data set has all given pairs and another has the pairs made from texts.
     """
     if args.one_source_per_batch:
         groups = [[source] for source in args.data]
@@ -173,7 +173,7 @@ def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
 
 
 def _evaluator(args: EmbedStage) -> Callable[[SentenceTransformer], dict[str, float]] | None:
-    """Return a function that measures retrieval on pairs in the same way as ``evaluate``."""
+    """Return a function that measures retrieval on evaluation pairs, or None without pairs."""
     if args.eval_data is None:
         return None
     pairs = load(args.eval_data, split="validation")

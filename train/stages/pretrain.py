@@ -100,7 +100,7 @@ class Masking:
         self.mask_share, self.random_share = args.mask_replace_prob, args.random_replace_prob
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return the masked ids (T,) and the labels (T,), which are -100 at other tokens."""
+        """Return masked ids (T,) and labels (T,). Labels are -100 at tokens not to predict."""
         draws = rng.random(len(ids))
         if self.continues is not None:
             draws = draws[np.cumsum(~self.continues[ids]) - 1]  # one draw per word
@@ -156,7 +156,7 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class PackedRows:
-    """Store rows filled with pieces of documents. Pieces do not attend to other pieces."""
+    """Store rows filled with pieces of documents. Tokens do not attend to other pieces."""
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
         self.corpus, self.masking, self.pieces = corpus, masking, MlmChunks(corpus, max_length)
@@ -166,7 +166,7 @@ class PackedRows:
         return len(self.pieces.rows) - 1
 
     def collate(self, rows: np.ndarray) -> dict[str, Any]:
-        """Return one row (1, T) with each piece between [CLS] and [SEP], and the bounds."""
+        """Return a row (1, T) with each piece between [CLS] and [SEP], and bounds of pieces."""
         rng, pieces = _generator(), self.pieces
         chosen = _places(pieces.rows[rows], pieces.rows[rows + 1] - pieces.rows[rows])
         # On a CPU, pieces of equal length share an attention call.

@@ -40,7 +40,7 @@ def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared error of cosine similarities between all rows of (rows, C)."""
+    """Return the mean squared error of pairwise cosine similarities of vectors (rows, C)."""
     first, second = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
     return F.mse_loss(first @ first.t(), second @ second.t())  # (rows, rows)
 
@@ -81,7 +81,7 @@ class EmbeddingDistillation(Distillation):
 
         Args:
             teacher_vectors: vectors of the teacher (B, C). If None, the teacher computes them.
-            labels: not used. The training loop passes labels to every model.
+            labels: not used. Batches always contain labels.
             **inputs: tokenized texts.
         """
         args, hidden = self.args, self.args.hidden_weight > 0
@@ -180,7 +180,7 @@ def _named(sources: Sequence[DataSource]) -> list[tuple[str, DataSource]]:
 def _student(
     args: DistillEmbeddingStage, context: StageContext, teacher: SentenceTransformer
 ) -> tuple[SentenceTransformer, int]:
-    """Return the student and the maximum number of tokens that it reads."""
+    """Return the student and the maximum number of tokens that the student reads."""
     own = context.tokenizer != context.teacher
     tokenizer = load_tokenizer(context) if own else copy.deepcopy(teacher.tokenizer)
     if args.student_layers:
@@ -211,7 +211,7 @@ def _student(
         if not same_tokens(tokenizer, teacher.tokenizer):
             raise ValueError(
                 "hidden_weight compares hidden states of equal tokens, but teacher and student have "
-                "different tokenizers. Set hidden_weight: 0, or remove tokenizer to use the teacher's tokenizer."
+                "different tokenizers. Set hidden_weight: 0, or remove tokenizer to use that of the teacher."
             )
     width = student.get_embedding_dimension()
     if args.matryoshka_dims and (max(args.matryoshka_dims) >= (width or 0) or not args.similarity_weight):

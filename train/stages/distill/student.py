@@ -124,7 +124,7 @@ def fit_student(
         context: folder and seed of the stage.
         rows: training data.
         measure: function that returns the metrics of a model, or None without evaluation data.
-        measure_teacher: function for the teacher, if the teacher reads other tokens.
+        measure_teacher: function that measures the teacher. The default is ``measure``.
 
     Returns:
         Metrics and number of parameters of the student and of the teacher (``teacher_*``).

@@ -22,7 +22,7 @@ ROWS_PER_FILE = 65536
 
 
 def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedModel:
-    """Load a frozen teacher. Raise ValueError if it lacks weights that ``description`` has."""
+    """Load a frozen teacher. Raise ValueError with ``description`` if weights are missing."""
     with opening(source):
         teacher, report = auto_class.from_pretrained(
             source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
@@ -38,7 +38,7 @@ def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedMo
 
 
 def freeze(teacher: Any) -> Any:
-    """Return ``teacher`` in evaluation mode, without gradients, on the device of this process."""
+    """Move ``teacher`` to the device of this process, in evaluation mode without gradients."""
     return teacher.eval().requires_grad_(False).to(processes().device)
 
 
