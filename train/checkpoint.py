@@ -23,7 +23,7 @@ exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Replace the folder ``target`` by a new folder that ``fill`` writes, unless an error occurs."""
+    """Replace ``target`` by a folder that ``fill`` writes. After an error, keep ``target``."""
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
     with readable_os_errors(target):
         try:

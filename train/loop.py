@@ -534,7 +534,7 @@ class _Run:
         )
 
     def checked_loss(self) -> float:
-        """Return the loss sum since the last log line, or raise an error if it is not finite."""
+        """Return the loss sum since the last log line. Raise an error for an infinite or NaN loss."""
         loss_sum, bad = self.meter.read()
         if bad < 0:
             return loss_sum

@@ -203,7 +203,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename the folder of a finished stage to ``*.replaced``, or delete an unfinished stage."""
+    """Rename the folder of a finished stage to ``*.replaced``. Delete an unfinished folder."""
     if (folder / "stage.json").exists():
         replaced = folder.with_name(f"{folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)

@@ -29,7 +29,7 @@ from minibert.train.loop import checkpoint_activations, in_precision
 from minibert.train.sentence_trainer import train
 from minibert.train.stage import StageContext, load_start
 
-# A passage whose similarity is less than this share below the positive's may also be an answer.
+# Minimal gap in similarity, relative to the positive. Closer passages may also be answers.
 _MARGIN = 0.05
 
 

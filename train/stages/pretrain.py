@@ -106,7 +106,7 @@ class Masking:
             draws = draws[np.cumsum(~self.continues[ids]) - 1]  # one draw per word
         ordinary = ~self.special[ids]
         chosen = ordinary & (draws < self.probability)
-        if not chosen.any() and ordinary.any():  # a batch without labels has no mean
+        if not chosen.any() and ordinary.any():  # a batch without labels has no mean loss
             chosen[rng.choice(np.flatnonzero(ordinary))] = True
         places = np.flatnonzero(chosen)
         labels = np.full(len(ids), -100, dtype=np.int64)

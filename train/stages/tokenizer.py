@@ -19,7 +19,7 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
             raise ValueError(f"{source.path} has no string column; it has {', '.join(dataset.column_names)}.")
         parts.append(dataset.select_columns(columns))
     values = (value for part in parts for batch in part.iter(1000) for column in batch.values() for value in column if value)
-    texts = (" ".join(value) if isinstance(value, list) else value for value in values)  # taggers have lists
+    texts = (" ".join(value) if isinstance(value, list) else value for value in values)  # join lists of words
     train = train_wordpiece if args.method == "wordpiece" else train_word_level
     options = {} if args.min_frequency is None else {"min_frequency": args.min_frequency}
     tokenizer = train(
