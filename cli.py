@@ -537,9 +537,9 @@ def push(
 ) -> None:
     """Publish a model on the Hub, and check the model before and after the upload.
 
-    This builds a folder with model card and code, and opens it in a fresh process without this
-    package. The folder is uploaded in one commit, downloaded and opened again. If the outputs
-    differ, the exit status is 1.
+    The command builds a folder with model card and code, and opens the model in a fresh process
+    without this package. It uploads the folder in one commit, downloads the commit and opens
+    the model again. If the outputs differ, the exit status is 1.
     """
     from rich.filesize import decimal
 

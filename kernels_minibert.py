@@ -1,7 +1,7 @@
 """Provide faster CPU versions of torch functions. This file is saved with every checkpoint.
 
-The docstring of each function contains an equivalent torch expression. A test replaces all
-functions by these expressions and compares the outputs of a model.
+The docstring of each kernel contains an equivalent torch expression. A test replaces all
+kernels by these expressions and compares the outputs of a model.
 """
 
 import platform
@@ -89,10 +89,10 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def to_compute_dtype(tensor: Tensor, module: nn.Module) -> Tensor:
-    """Return ``tensor.to(module.weight.dtype)``, or ``tensor`` in autocast's dtype.
+    """Return ``tensor.to(module.weight.dtype)``. Autocast's dtype replaces the weight's dtype.
 
     Call this once before several layers read ``tensor``, since autocast would cast it for each
-    layer. For other modules than ``nn.Linear``, the dtype of the first parameter is used.
+    layer. If ``module`` is not an ``nn.Linear``, the dtype of the first parameter is used.
     """
     weight = module.weight if isinstance(module, nn.Linear) else next(module.parameters(), None)
     # A quantized layer has an integer weight or a method ``weight``. Its inputs are not cast.
@@ -104,7 +104,7 @@ def to_compute_dtype(tensor: Tensor, module: nn.Module) -> Tensor:
 def linear(module: nn.Module, states: Tensor, act: nn.Module | None = None) -> Tensor:
     """Return ``act(module(states.to(module.weight.dtype)))``: (…, in) -> (…, out).
 
-    Without ``act``, no activation is applied. In half precision without gradients, a CPU
+    If ``act`` is None, no activation is applied. In half precision without gradients, a CPU
     computes product, bias and GELU in one oneDNN call, which takes a sixth less time.
     """
     inputs = to_compute_dtype(states, module)

@@ -74,7 +74,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D / 2) of ``states`` (…, H, D) by the angles of positions."""
+    """Rotate the pairs (i, i + D / 2) of ``states`` (…, H, D) by their rotary angles."""
     exact = at_least_float32(states)
     first, second = exact.chunk(2, dim=-1)
     rotated = exact * cos + torch.cat([-second, first], dim=-1) * sin
@@ -309,7 +309,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
 
         Args:
             input_ids: (B, L) token ids. None if ``inputs_embeds`` is given.
-            attention_mask: (B, L), 1 for real tokens and 0 for padding. Or a (B, 1, L, L) mask.
+            attention_mask: (B, L), 1 for real tokens (default), 0 for padding; or (B, 1, L, L).
             token_type_ids: (B, L) segments. The default is 0.
             position_ids: (B, L) or (1, L). The default is 0 … L - 1.
             inputs_embeds: (B, L, C) word embeddings instead of ``input_ids``.
@@ -317,7 +317,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
             max_length_q: length of the longest of these sequences.
             unpad_inputs: False computes padding too.
             **kwargs: passed on to the attention function, such as ``output_attentions``.
-            past_key_values: prefix of P tokens (prefix tuning). The mask is (B, P + L) then.
+            past_key_values: keys and values of P prefix tokens. The mask is then (B, P + L).
 
         Returns:
             ``last_hidden_state`` (B, L, C), in float32 even for half-precision weights, and
@@ -506,7 +506,7 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
     ) -> MaskedLMOutput:
         """Return word logits (B, L, V). ``labels`` (B, L) are -100 for unmasked tokens.
 
-        ``return_logits=False`` computes only the loss of labels, with less memory and time.
+        With labels, ``return_logits=False`` computes labelled tokens only, which saves memory.
         """
         outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits, **kwargs)
@@ -600,7 +600,7 @@ class MiniBertForSequenceClassification(MiniBertClassifierBase):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Return logits (B, num_labels). ``labels`` are (B,), or (B, num_labels) if several."""
+        """Return logits (B, num_labels). ``labels`` are (B,) or, multi-label, (B, num_labels)."""
         outputs = self.run_encoder(None, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.pooler_output)
         arguments: dict[str, Any] = {"labels": labels, "pooled_logits": logits, "config": self.config}
@@ -657,7 +657,7 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
         end_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """Return logits (B, L) of the first and last token of the answer, and their loss.
+        """Return start and end logits (B, L), and the loss if positions (B,) are given.
 
         Padding tokens get the lowest possible logit, so that padding does not change the loss.
         """
@@ -697,7 +697,7 @@ class MiniBertForMultipleChoice(MiniBertClassifierBase):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """Return logits (B, choices) of inputs (B, choices, L). ``labels`` are (B,)."""
+        """Return logits (B, choices) for inputs (B, choices, L) and ``labels`` (B,)."""
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.minibert(*(None if x is None else x.flatten(0, 1) for x in given), return_dict=True, **kwargs)
         choices = next(x.shape[1] for x in (input_ids, inputs_embeds) if x is not None)

@@ -21,7 +21,7 @@ def version() -> str:
 
 
 def missing(needs: str, extra: str) -> str:
-    """Return the sentence ``needs``, completed by the pip command that installs ``extra``."""
+    """Return a sentence that begins with ``needs`` and gives the pip command for ``extra``."""
     command = f"pip install '{NAME}[{extra}]'" if _is_wheel() else f"pip install -e '.[{extra}]' (in {ROOT})"
     return " ".join(filter(None, [f"{needs}, which the extra {extra} brings: {command}.", foreign()]))
 

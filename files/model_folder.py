@@ -89,7 +89,7 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model: a single file, or all files in the index."""
+    """Return the safetensors files of a model: a single file, the files of an index, or []."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
@@ -123,7 +123,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _check_size(file: Path, stored: int) -> None:
-    """Raise ValueError if a configuration describes far more numbers than ``stored`` ones."""
+    """Raise ValueError if a configuration describes far more numbers than the weights have."""
     config = read_settings(file)
 
     def size(*names: str) -> int:
@@ -198,7 +198,7 @@ def _check_code(file: Path) -> None:
         named = value.values() if isinstance(value, dict) else [value]
         if key.endswith(("_implementation", "_implementation_internal")) and any("/" in str(name) for name in named):
             raise ValueError(
-                f"{file} sets {_short(value)} as {key}, code from the Hub that opening the model would run; delete this line."
+                f"{file} names {_short(value)} for {key}. Opening the model would run this code from the Hub; delete this line."
             )
     found = settings.get("auto_map") or {}
     if not isinstance(found, dict | list):

@@ -1,6 +1,6 @@
 """Write model cards, and check the metadata of existing cards.
 
-The values of a card come from the model's files, the record of its training and the publisher.
+The values of a card come from the model's files, the training record and the publisher.
 A field without a known value is left out. The template is ``card.md``.
 """
 
@@ -169,7 +169,7 @@ def _cell(value: Any) -> str:
 
 
 def _pooling(folder: Path) -> dict[str, Any] | None:
-    """Return the pooling for the torch example of a card, or None if it is not cls or mean."""
+    """Return the pooling settings for the torch example in a card, or None for no example."""
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in folders.modules(folder)]
     if kinds[1:] not in (["Pooling"], ["Pooling", "Normalize"]):
         return None

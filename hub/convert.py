@@ -218,7 +218,7 @@ def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
-        raise FileNotFoundError(f"transformers cannot open the tokenizer in {folder} ({error}).") from error
+        raise FileNotFoundError(f"The tokenizer in {folder} cannot be opened ({error}); save it again.") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer in {folder} has {len(tokenizer)} entries, but the model's embeddings have only "
@@ -249,7 +249,7 @@ def _tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the MiniBERT's tensors, and the tensors of the source that MiniBERT does not use.
 
-    Set ``config.tie_word_embeddings`` to False if the source stores two different matrices.
+    Set ``config.tie_word_embeddings`` to False if tied tensors differ in the source.
     """
     stored = {_plain(name, family): tensor for name, tensor in checkpoint.items()}
     left = set(stored)
@@ -311,7 +311,7 @@ def _of_another_class(name: str, kind: str, family: Family) -> str | None:
 
 
 def _plain(name: str, family: Family) -> str:
-    """Return a tensor's current name in transformers, as in a model with a head."""
+    """Replace old tensor names, and add the prefix that models with a head use."""
     for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
         name = name.replace(old, new)
     bare = name.startswith(("embeddings.", "encoder.", "transformer.", "pooler."))

@@ -101,7 +101,7 @@ class Family:
         modules: names of modules, MiniBERT -> family. ``{}`` is the number of a layer.
         of_class: module names that differ in some classes, by the ending of the class name.
         fields: names of configuration fields, MiniBERT -> family.
-        fixed: values of the MiniBertConfig fields that the family does not have.
+        fixed: MiniBertConfig fields that the family's configuration lacks -> constant values.
         classes: endings of the class names that can be converted.
         numbers_from_pad: whether positions begin at ``pad_token_id + 1``.
     """

@@ -45,7 +45,7 @@ def encoder_folder(folder: Path) -> Path:
 
 
 def copy_modules(source: Path, target: Path) -> None:
-    """Copy all sentence-transformers modules from ``source`` except the transformer."""
+    """Copy all sentence-transformers modules except the transformer to ``target``."""
     listed = modules(source)
     if not listed:
         return
@@ -81,7 +81,7 @@ def paths_in(folder: Path) -> list[str]:
 
 
 def name_tokenizer_class(folder: Path) -> None:
-    """Write a class name that transformers 4 also knows into tokenizer_config.json."""
+    """Replace a class name in tokenizer_config.json that transformers 4 does not know."""
     file = folder / "tokenizer_config.json"
     settings = read_settings(file)
     if settings.get("tokenizer_class") == "TokenizersBackend":

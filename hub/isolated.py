@@ -60,7 +60,7 @@ class Request:
 
 
 def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
-    """Open the model as requested, and return its float32 outputs and how it was opened."""
+    """Open the requested model. Return float32 outputs by name, and the ways of opening."""
     import torch
     import transformers
 

@@ -63,8 +63,8 @@ def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
 def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments: int, pooled: bool) -> dict[str, Tensor]:
     """Return the float32 outputs of ``model`` for all batches, without rows of padding tokens.
 
-    ``segments`` is the number of token types. With fewer than two, the model gets no
-    ``token_type_ids``. ``pooled`` includes ``pooler_output``, which is random without training.
+    With fewer than two ``segments``, the model gets no ``token_type_ids``. ``pooler_output`` is
+    only returned if ``pooled`` is True, since an untrained pooler is random.
     """
     found = {}
     choices = type(model).__name__.endswith("MultipleChoice")

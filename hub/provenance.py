@@ -52,8 +52,8 @@ class Evaluation(BaseModel):
 class Record(BaseModel):
     """Store how a model was made. The record of a model without a recipe is mostly empty.
 
-    ``stages`` include the tokenizer's stage. ``base_model`` is the Hub id of the model whose
-    weights were the start of training. ``fields`` are the publisher's metadata for the card.
+    ``stages`` include the tokenizer's stage. ``base_model`` is the Hub id of the model from
+    which training started. ``fields`` are the publisher's metadata for the card.
     """
 
     stages: list[Stage] = []
@@ -188,7 +188,7 @@ def _of_training(stage: dict[str, Any], metrics: dict[str, Any], environment: di
 
 
 def _of_stage(folder: Path, model: str) -> Iterator[Evaluation]:
-    """Yield the results that the stage in ``folder`` measured for the stage ``model``."""
+    """Yield the results of ``model`` if ``folder`` is an evaluation of that stage."""
     stage, environment = read_settings(folder / "stage.json"), read_settings(folder / "environment.json")
     if stage["kind"] != "evaluate" or environment.get("started_from") != model:
         return

@@ -43,7 +43,7 @@ class Published:
     Attributes:
         files: path -> size in bytes.
         opened: classes and libraries with which a fresh process opened the model.
-        difference: largest difference between the outputs of that process and this process.
+        difference: largest difference between outputs of the fresh process and this process.
         changes: changes of files in the commit. Empty if the Hub already had all files.
         commit: hash of the commit that contains the model, or None after a dry run.
         pull_request: address of the pull request, if there is one.
@@ -162,9 +162,9 @@ def _compare(
     """Compare ``folder`` with the branch. Without ``overwrite``, refuse to replace other files.
 
     Returns:
-        The newest commit of the branch, or of main if the branch is missing, or None if the
-        repository is missing. Then whether the branch exists or is created with the repository.
-        Then the changes that make the branch equal to ``folder``.
+        The newest commit, a flag and a list of changes. The commit is the branch's, or main's
+        if the branch is missing, or None if the repository is missing. The flag is False if
+        the branch must be created. The changes make the branch equal to ``folder``.
     """
     if not ask("looking up", repo_id, partial(api.repo_exists, repo_id)):
         return None, branch == "main", compare(folder, {})
@@ -218,7 +218,7 @@ def _prove_download(api: HfApi, folder: Path, done: Published, request: isolated
 
 
 def model_folder(model: str | Path) -> Path:
-    """Return the folder to publish: ``model``, or the last stage's folder if it is a run."""
+    """Return the folder to publish. For a run, this is the folder of the last trained model."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         refuse_missing(model, "give the folder of a run, of a stage or of a model")
@@ -247,7 +247,7 @@ def build(
     max_shard_size: str = SHARD_SIZE,
     **fields: Any,
 ) -> None:
-    """Write all files to publish into the new folder ``target``. See :func:`push`."""
+    """Write all files of a published model into the new folder ``target``. See :func:`push`."""
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
         weights, plain = folders.encoder_folder(source), Path(place, "bert")
         if as_bert:

@@ -79,7 +79,7 @@ def ask(
     revision: str | None = None,
     attempts: int = _ATTEMPTS,
 ) -> _Result:
-    """Return ``call()``. After a broken connection or an error of the Hub, try again.
+    """Return ``call()``, and repeat the call if the connection breaks or the Hub fails.
 
     ``what`` describes the call in error messages, for example ``"uploading to"``.
     """
@@ -163,7 +163,7 @@ def _sentence(error: BaseException, what: str, repo_id: str, revision: str | Non
 
 
 def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
-    """Return a client of the Hub with ``token``, or with the environment's or last login's."""
+    """Return a Hub client with ``token``, by default the token of the environment or login."""
     given = token or get_token() or ""
     if not given.isascii() or not given.isprintable():  # the library's message would contain the token
         raise HubError("The Hub token contains invalid characters; log in with `hf auth login`, or correct HF_TOKEN.")
@@ -242,7 +242,7 @@ def commit(
 def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, Path, dict[str, RepoSibling]]:
     """Download a model. Return its commit, its folder in the cache, and its files on the Hub.
 
-    In offline mode, the files on the Hub are unknown and the dictionary is empty.
+    In offline mode, the dictionary of files on the Hub is empty.
     """
     api, files = connect(token), {}
     info = None if constants.is_offline_mode() else look_up(api, repo_id, revision)
@@ -302,5 +302,5 @@ def compare(folder: Path, remote: dict[str, RepoSibling]) -> list[Change]:
 
 
 def same(file: Path, remote: RepoSibling) -> bool:
-    """Return True if ``file`` and ``remote`` have the same content, comparing their hashes."""
+    """Return True if the hashes of ``file`` and ``remote`` are equal."""
     return sha256(file) == remote.lfs.sha256 if remote.lfs else git_hash(file.read_bytes()) == remote.blob_id

@@ -123,7 +123,7 @@ def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_f
     """Check a model folder, and return one result for each check.
 
     ``opens`` also opens the model in a fresh process. ``trust`` allows running code that is not
-    the installed version's. ``other_files`` are files of the model outside of ``folder``.
+    the installed version's. ``other_files`` are files of the model missing in ``folder``.
     """
     # Name of a check -> (its function, names of the checks that must pass first). Later checks
     # do not read a folder that failed.
@@ -188,7 +188,7 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
 
 
 def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Load the weights into ``model_class``, and return the tensors of each kind of problem."""
+    """Load the weights into ``model_class``, and return problem -> names of the tensors."""
     with parity.quiet(), opening(encoder):
         opened: Any = model_class.from_pretrained(  # returns a pair, unlike its annotation
             encoder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
@@ -226,7 +226,7 @@ def _judge(code: Code, folder: Path, trust: bool) -> str:
 
 def _card(folder: Path) -> str:
     if not (folder / "README.md").exists():
-        raise ValueError("There is no card (README.md); hub push writes one.")
+        raise ValueError("The model card README.md is missing; minibert hub push writes a card.")
     check_card((folder / "README.md").read_text(encoding="utf-8"))
     return "README.md has valid metadata."
 
@@ -245,7 +245,7 @@ def _opens(folder: Path) -> str:
         raise ValueError(f"The vectors have dimension {vectors.shape[-1]}, but the modules' configuration says {stated}.")
     similarity = read_settings(folder / "config_sentence_transformers.json").get("similarity_fn_name")
     if similarity not in (*SentenceTransformer.SUPPORTED_SIMILARITY_FN_NAMES, None):  # an unknown name would mean cosine
-        raise ValueError(f"config_sentence_transformers.json has the unknown similarity_fn_name={similarity!r}.")
+        raise ValueError(f"similarity_fn_name={similarity!r} in config_sentence_transformers.json is unknown.")
     return f"In a fresh process without minibert: {', '.join(opened)}."
 
 
@@ -301,7 +301,7 @@ def code_of(folder: Path) -> Code:
 
 
 def _foreign_names(folder: Path, encoder: Path) -> list[str]:
-    """Return descriptions of settings that would import code other than minibert's."""
+    """List the settings that would import code from outside of minibert and known libraries."""
     config = read_json(encoder / "config.json")
     found = []
     known = configuration_minibert.AUTO_MAP

@@ -95,7 +95,7 @@ def test_a_single_problem_is_one_line(write):
     with pytest.raises(ValueError) as error:
         load_recipe(write(TOKENIZER, {**CLASSIFY, "model": {"preset": "nano-1x3", "num_attention_heads": 2}}))
     assert "\n" not in str(error.value)
-    assert "choose a width that is a multiple of the number of heads" in str(error.value)
+    assert "choose a hidden_size that is a multiple of the number of heads" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,11 @@ def test_settings_that_do_not_fit(folder, opened, name, fields, check, sentence)
     ("name", "fields", "sentence"),
     [
         ("1_Pooling/config.json", {"embedding_dimension": 7}, "vectors have dimension 32, but the modules' configuration"),
-        ("config_sentence_transformers.json", {"similarity_fn_name": "best"}, "unknown similarity_fn_name='best'"),
+        (
+            "config_sentence_transformers.json",
+            {"similarity_fn_name": "best"},
+            "similarity_fn_name='best' in config_sentence_transformers.json is unknown",
+        ),
         ("config_sentence_transformers.json", {"default_prompt_name": "no"}, "Default prompt name 'no' not found"),
     ],
 )
@@ -197,7 +201,7 @@ def test_vocabulary_and_missing_parts(folder, opened):
     (folder / "README.md").unlink()
     found = failures(folder, opens=True)
     assert "There is no tokenizer" in found["opens"] and not opened
-    assert found["card"] == "There is no card (README.md); hub push writes one."
+    assert found["card"] == "The model card README.md is missing; minibert hub push writes a card."
     (folder / "README.md").write_text("---\npipeline_tag: flying\n---\n")
     assert "pipeline_tag='flying'" in failures(folder)["card"]
 
