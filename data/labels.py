@@ -57,7 +57,7 @@ def read_labels(
     feature, values = rows.features[column], rows[column][:]
     if problem_type == REGRESSION:
         if names and len(names) > 1:
-            raise ValueError(f"Regression predicts one number, but labels names {', '.join(names)}; remove labels.")
+            raise ValueError(f"Regression predicts one number, got the names {', '.join(names)}; remove labels.")
         good = [isinstance(value, int | float) and math.isfinite(value) for value in values]
         _refuse_first(values, good, column, "a finite number belongs there; correct the value or remove the row")
         numbers = np.array(values, dtype=np.float32)
@@ -173,7 +173,7 @@ def _read_sets(sets: Sequence[Sequence[Any]], feature: Any, column: str, names: 
 
 def _read_flags(rows: Dataset, columns: Sequence[str], names: Sequence[str] | None) -> Labels:
     if names and len(names) != len(columns):
-        raise ValueError(f"{len(columns)} columns of labels have {len(names)} names; name each column.")
+        raise ValueError(f"{len(columns)} columns of labels have {len(names)} names; give one name per column.")
     values = np.zeros((len(rows), len(columns)), dtype=np.float32)
     for number, column in enumerate(columns):
         flags = rows[column][:]

@@ -119,10 +119,7 @@ def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> li
 
 
 def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int = 1) -> Iterator[tuple[str, ...]]:
-    """Yield the texts in the columns ``names`` of every row.
-
-    ``first`` is the number of the first row in error messages.
-    """
+    """Yield the texts in columns ``names`` of each row. Messages number rows from ``first``."""
     for number, row in enumerate(rows, start=first):
         for name in names:
             if name not in row:

@@ -20,7 +20,7 @@ class Token:
         word: the number of the word that contains the token, from 1, or None for a special
             token.
         text: the part of the text that the token represents.
-        unknown: True if the vocabulary does not contain the token.
+        unknown: True if the vocabulary does not contain this part of the text.
     """
 
     token: str

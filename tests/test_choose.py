@@ -206,9 +206,9 @@ def test_refuses_labels_and_columns_that_are_not_there(choose, tokenizer):
             choose([{**GOOD, "label": label}])
     with pytest.raises(ValueError, match=r"Row 1 has only one choice"):
         choose([{**GOOD, "choices": ["the cup"]}])
-    with pytest.raises(ValueError, match=r"usual are context \+ question; .*found text, choices, label; name it"):
+    with pytest.raises(ValueError, match=r"usual columns are context \+ question; .*found text, choices, label; name it"):
         choose([{"text": "which ?", "choices": ["a", "b"], "label": 0}])
-    with pytest.raises(ValueError, match=r"usual are choices; endings; .*; name it \(choice_columns\)"):
+    with pytest.raises(ValueError, match=r"usual columns are choices; endings; .*; name it \(choice_columns\)"):
         choose([{"question": "which ?", "label": 0}])
     with pytest.raises(ValueError, match=r"Column 'these' is not there in the data; the columns are question, choices, label"):
         choose([GOOD], choice_columns=["these"])

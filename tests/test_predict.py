@@ -270,7 +270,7 @@ def test_memory_does_not_grow_with_the_rows(classifier):
             ["{encoder}", "texts.txt"],
             "has no head that predicts labels, tags, answers or choices; train a head with a classify",
         ),
-        (["{classifier}", "wide.csv"], "usual are premise + hypothesis"),
+        (["{classifier}", "wide.csv"], "usual columns are premise + hypothesis"),
         (
             ["{classifier}", "wide.csv", "--column", "bodi"],
             "Column 'bodi' is not there in the data; the columns are id, body, title",
@@ -288,9 +288,9 @@ def test_memory_does_not_grow_with_the_rows(classifier):
         (["{classifier}", "texts.txt", "--threshold", "2"], "threshold must lie between 0 and 1, got 2.0 (--threshold)"),
         (
             ["{pairs}", "texts.txt"],
-            "usual are a + b; premise + hypothesis; sentence1 + sentence2, found text; name it (--column)",
+            "usual columns are a + b; premise + hypothesis; sentence1 + sentence2, found text; name it (--column)",
         ),
-        (["{answerer}", "texts.txt"], "usual are question + context, found text; name it (--column)"),
+        (["{answerer}", "texts.txt"], "usual columns are question + context, found text; name it (--column)"),
         (["{chooser}", "texts.txt"], "it should be a list of texts, one per choice"),
     ],
 )

@@ -258,7 +258,11 @@ def test_lists_of_wide_offsets_are_lists():
         ({"tokens": [["a"], ["b"]], "tags": [["O"], None]}, {}, r"Row 2 has 1 words but none tags in 'tags'"),
         ({"tokens": ["a", "b"], "tags": [["O"], ["O"]]}, {}, r"'tokens' holds .*; tagging needs a list of words"),
         ({"tokens": [["a"], ["b"]], "tags": ["O", "O"]}, {}, r"'tags' holds .*; tagging needs a list of tags"),
-        ({"tokens": [["a"]], "gold": [["O"]], "silver": [["O"]]}, {}, r"usual are ner_tags; .*found tokens, gold, silver"),
+        (
+            {"tokens": [["a"]], "gold": [["O"]], "silver": [["O"]]},
+            {},
+            r"usual columns are ner_tags; .*found tokens, gold, silver",
+        ),
         ({"tokens": [["a"]], "tags": [["O"]]}, {"token_column": "w"}, r"Column 'w' is not there .*token_column"),
         ({"tokens": [[], []], "tags": [[], []]}, {"labels": ["O", "B-X"]}, r"has no words in any row"),
         ({"tokens": [["a"]], "tags": [["B-X"]]}, {"metric_for_best": "macro_f1"}, r"use one of f1, precision, recall"),
