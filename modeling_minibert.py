@@ -600,7 +600,7 @@ class MiniBertForSequenceClassification(MiniBertClassifierBase):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Return logits (B, num_labels). ``labels`` are (B,), or (B, num_labels) for several."""
+        """Return logits (B, num_labels). ``labels``: (B,), or (B, num_labels) for several."""
         outputs = self.run_encoder(None, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.pooler_output)
         arguments: dict[str, Any] = {"labels": labels, "pooled_logits": logits, "config": self.config}

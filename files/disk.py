@@ -79,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(file: Path) -> Any:
     """Return the content of a JSON file in a model folder. The limit is 64 MB."""
     if not file.exists():
-        raise FileNotFoundError(f"{file.parent} is not a model folder: it holds no {file.name}.")
+        raise FileNotFoundError(f"{file.parent} is not a model folder: it contains no {file.name}.")
     if file.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{file} is larger than {_JSON_LIMIT:,} bytes; save or download the model again.")
     try:

@@ -111,7 +111,7 @@ def check_weights(folder: Path) -> None:
         if names := pickles(file.name for file in folder.glob("*")):
             refuse_pickles(folder, names)
         raise FileNotFoundError(
-            f"{folder} holds no {WEIGHTS}. Complete the training that writes this file, or save weights of "
+            f"{folder} contains no {WEIGHTS}. Complete the training that writes this file, or save weights of "
             "another format with transformers: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)."
         )
     stored = 0
@@ -154,7 +154,7 @@ def pickles(paths: Iterable[str]) -> list[str]:
 def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") -> NoReturn:
     """Raise ValueError for the pickles ``names``, with code that saves them as safetensors."""
     raise ValueError(
-        f"{folder} holds weights only as a pickle ({', '.join(names)}), which can run code when it is "
+        f"{folder} contains weights only as a pickle ({', '.join(names)}), which can run code when it is "
         "opened; if you trust it, save it as safetensors first: "
         f"{opener}.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)."
     )

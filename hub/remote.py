@@ -45,7 +45,7 @@ _ADVICE = {
     429: ", because of too many requests; run the command again {later}",
 }
 _SENTENCES = {
-    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and the cache does not hold all of {repo_id}; unset it to ask the Hub.",
+    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and the cache lacks a part of {repo_id}; unset the variable.",
     RevisionNotFoundError: "{repo_id} has no branch, tag or commit {revision}; name another, or leave it out.",
     RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name at "
     "{endpoint}, or log in with `hf auth login` or HF_TOKEN to an account that may.",

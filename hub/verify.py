@@ -97,7 +97,7 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "modules.json")):
             raise FileNotFoundError(
-                f"{folder} is not a model folder: it has no config.json. For a run, give the folder of a stage."
+                f"{folder} is not a model folder: it contains no config.json. For a run, give the folder of a stage."
             )
         checks = checks_of(folder, trust=trust_remote_code, opens=True)
     else:

@@ -219,7 +219,7 @@ def test_ids_stay_and_paths_lose_their_folders(tmp_path, monkeypatch):
 
 
 def test_what_is_no_finished_model_is_refused(tmp_path, run):
-    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+    with pytest.raises(FileNotFoundError, match="contains no config.json"):
         build_card(tmp_path, "ann/model")
     with pytest.raises(ValueError, match="Repo id"):
         build_card(run / "3-embed", "ann/mo del")

@@ -268,7 +268,7 @@ def test_the_word_head_of_roberta_has_one_activation(tmp_path):
 def test_folders_that_are_refused(tmp_path):
     model = save_family(tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="contains no model.safetensors"):
         convert(tmp_path / "source", tmp_path / "out")
     torch.save(model.state_dict(), tmp_path / "source" / "pytorch_model.bin")  # to be refused unopened
     with pytest.raises(ValueError, match=r"only as a pickle \(pytorch_model.bin\).*save_pretrained"):
@@ -276,7 +276,7 @@ def test_folders_that_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder"):
         convert(tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "source" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+    with pytest.raises(FileNotFoundError, match="contains no config.json"):
         convert(tmp_path / "source", tmp_path / "out")
 
 

@@ -163,8 +163,8 @@ def _half_json(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_remove("model.safetensors"), "holds no model.safetensors"),
-        (_remove("config.json"), "is not a model folder: it holds no config.json"),
+        (_remove("model.safetensors"), "contains no model.safetensors"),
+        (_remove("config.json"), "is not a model folder: it contains no config.json"),
         (_remove("tokenizer.json"), "holds no tokenizer"),
         (_truncate, "model.safetensors is damaged"),
         (_empty_weights, "model.safetensors is damaged"),
