@@ -39,6 +39,5 @@ def pick_columns(
         raise ValueError(f"No column of {where} holds texts; the columns are {shown}. Give data with strings.")
     names = "; ".join(" + ".join(group) for group in usual)
     raise ValueError(
-        f"It is not clear which column of {where} to read: the usual columns are {names}, "
-        f"found {shown}; name it ({option})."
+        f"It is not clear which column of {where} to read: the usual columns are {names}, found {shown}; name it ({option})."
     )

@@ -186,7 +186,7 @@ def test_refuses_columns_that_are_not_clear(tmp_path, tokenizer):
     def load(**options):
         return load_corpus([DataSource(path=str(file))], tokenizer, cache_dir=tmp_path / "cache", **options)
 
-    with pytest.raises(ValueError, match="usual columns are text, found title, body, year|found title, body; name it .text_column"):
+    with pytest.raises(ValueError, match="columns are text, found title, body, year|found title, body; name it .text_column"):
         load()
     with pytest.raises(ValueError, match="Column 'content' is not there in .*; the columns are title, body, year"):
         load(text_column="content")
