@@ -636,9 +636,7 @@ def test_what_cannot_be_pulled(hub, model_files, tmp_path, run, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert "The Hub has no model ann/hidden that this login may see" in run("pull", "ann/hidden", out, status=2).stderr
     monkeypatch.setattr(remote.constants, "HF_HUB_OFFLINE", True)
-    assert (
-        "HF_HUB_OFFLINE is set, and the cache lacks a part of ann/other" in run("pull", "ann/other", out, status=2).stderr
-    )
+    assert "HF_HUB_OFFLINE is set, and the cache lacks a part of ann/other" in run("pull", "ann/other", out, status=2).stderr
     assert not out.exists() and commit
 
 
