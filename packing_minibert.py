@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cache, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -349,8 +349,8 @@ class Packing:
 
 
 def is_watched(model: Any) -> bool:
-    """Return True if a user's hook reads the states of the embeddings, a layer or its parts."""
-    watched = [model.embeddings, *model.layers, *(part for layer in model.layers for part in layer.children())]
+    """Return True if a user's hook reads the states of the embeddings, of a layer or of a module in them."""
+    watched = chain(model.embeddings.modules(), model.layers.modules())
     found = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
     hooks = found + [hook for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
     # Hooks of libraries, such as FSDP's, do not depend on the shape of the states.

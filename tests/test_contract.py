@@ -115,6 +115,7 @@ def test_every_dropout_is_a_module(inputs):
         if isinstance(module, nn.Dropout):
             module.p = 1.0
     assert model(**inputs).logits.isfinite().all()
+    assert build(dropout=1.0).train()(**inputs).last_hidden_state.isfinite().all()
 
 
 def test_random_numbers_do_not_depend_on_gradients(inputs, monkeypatch):
@@ -296,7 +297,13 @@ def test_a_second_derivative_is_right_or_refused(inputs):
 
 def test_a_hook_sees_padded_states(inputs):
     expected = (3, 9, TINY["hidden_size"])
-    for choose in (lambda m: m.embeddings, lambda m: m.layers[1], lambda m: m.layers[0].mlp):
+    for choose in (
+        lambda m: m.embeddings,
+        lambda m: m.get_input_embeddings(),
+        lambda m: m.layers[1],
+        lambda m: m.layers[0].mlp,
+        lambda m: m.layers[0].attention.query,
+    ):
         model, shapes = build(), []
         handle = choose(model).register_forward_hook(lambda _, __, out, shapes=shapes: shapes.append(tuple(out.shape)))
         model(**inputs)
