@@ -344,7 +344,7 @@ def test_written_tensors_are_what_the_library_reads(tmp_path):
 
 def test_no_number_is_no_equality():
     worsts = parity.compare({"x 0": torch.tensor([float("nan")])}, {"x 0": torch.tensor([1.0])})
-    with pytest.raises(parity.Mismatch, match="x by nan"):
+    with pytest.raises(parity.Mismatch, match="x differs by nan"):
         parity.check(worsts, "It")
 
 

@@ -213,7 +213,7 @@ def test_a_module_class_from_elsewhere_is_not_imported_without_the_flag(model, t
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 def test_kernels_from_the_hub_are_not_asked_for(model, key):
     edit_json(model / "config.json", **{key: "evil/kernels"})
-    with pytest.raises(ValueError, match=f"asks for 'evil/kernels' as its {key}"):
+    with pytest.raises(ValueError, match=f"names 'evil/kernels' for {key}"):
         find_model(model)
 
 
@@ -262,7 +262,7 @@ def test_parts_of_the_weights_outside_of_the_folder_are_refused(model, name):
     shutil.move(model / "model.safetensors", model.parent / "model.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     for check in (check_paths, find_model, folders.read_tensors):
-        with pytest.raises(ValueError, match="outside of the folder|that is not a safetensors file"):
+        with pytest.raises(ValueError, match="outside of the folder|which is not a safetensors file"):
             check(model)
 
 
