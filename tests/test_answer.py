@@ -388,7 +388,7 @@ GOOD = {"question": "where ?", "context": "in rome .", "answers": {"text": ["rom
     [
         (
             {"answers": {"text": ["rome"], "answer_start": [2]}},
-            r"Row 2 of .* has the answer 'rome' at character 2 .* ' rom' stands",
+            r"Row 2 of .* has the answer 'rome' at character 2 .* ' rom' there",
         ),
         ({"answers": {"text": ["rome"], "answer_start": [-1]}}, r"Row 2 of .* has the answer 'rome' at character -1"),
         ({"answers": {"text": ["rome"], "answer_start": [99]}}, r"Row 2 .* has '' there; correct answer_start, or remove"),

@@ -188,7 +188,7 @@ def test_a_changed_recipe_is_refused_unless_forced(write, calls, tmp_path):
     calls.clear()
     changed = load_recipe(write(TOKENIZER, CLASSIFY, EMBED), ["classify.learning_rate=3e-4", "seed=1"])
     with pytest.raises(
-        ValueError, match=r"stage 2 \(classify\) learning_rate was 0.0001 and is 0.0003; stage 2 .* seed was 42"
+        ValueError, match=r"stage 2 \(classify\) learning_rate was 0.0001 and is now 0.0003; stage 2 .* seed was 42"
     ):
         run_recipe(changed, output_dir=run_dir)
     assert not calls

@@ -57,7 +57,7 @@ def find_corruption(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, size in manifest.items():
             if (folder / name).stat().st_size != size:
-                return f"Checkpoint {folder} is damaged: the size of {name} is not {size:,} bytes."
+                return f"Checkpoint {folder} is damaged: {name} does not have the expected {size:,} bytes."
     except FileNotFoundError as error:
         return f"Checkpoint {folder} is damaged: {Path(error.filename).name} is missing."
     except (OSError, ValueError, AttributeError) as error:

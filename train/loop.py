@@ -534,7 +534,7 @@ class _Run:
         )
 
     def checked_loss(self) -> float:
-        """Return the loss sum since the last log line, after checking that all losses are finite."""
+        """Return the loss sum since the last log line, after a check that losses are finite."""
         loss_sum, bad = self.meter.read()
         if bad < 0:
             return loss_sum
