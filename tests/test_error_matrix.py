@@ -308,7 +308,7 @@ MODELS = [  # a command that opens the model (or bert), the problem, and words o
     ("predict model texts.txt --out out.jsonl", closed, "Permission denied: .*model.safetensors.*permissions"),
     ("plot attention model 'the cat sleeps' --out out.html", larger_than_memory, "not enough memory.*smaller"),
     ("plot embeddings model texts.txt --out out.html", absurd_header, AGAIN),
-    ("plot similarity model texts.txt --out out.html", empty_folder, "holds no (config.json|model.safetensors)"),
+    ("plot similarity model texts.txt --out out.html", empty_folder, "contains no (config.json|model.safetensors)"),
     ("plot tokens model 'the cat sleeps'", damaged_configuration, f"config.json is damaged .*{AGAIN}"),
     ("hub convert bert out", a_file, "is a file; give the folder|no model folder bert .*give a folder"),
     ("hub convert bert out", own_code, "is of the family evil, which cannot be converted"),
@@ -316,7 +316,7 @@ MODELS = [  # a command that opens the model (or bert), the problem, and words o
     ("hub export model out --to onnx", absent, "no model folder model "),
     ("hub push model ann/model", own_code, "is a evil model; only a MiniBERT can be exported"),
     ("hub verify model", absent, "no model folder model .*give the folder of a model, or owner/name"),
-    ("hub verify model", only_a_pickle, "can run code when opened; .*delete them"),
+    ("hub verify model", only_a_pickle, "can run code when opened; .*delete these files"),
     ("hub verify model", own_code, "code differs from the installed minibert.*read the code"),
 ]
 
