@@ -54,7 +54,7 @@ from .packing_minibert import Packing, pack_batch, packed_forward
 setattr(import_module(__package__), "modeling_minibert", import_module(__name__))  # noqa: B010
 logger = logging.get_logger(__name__)
 
-# ------------------------------------------------------------------------------------------------------- positions
+# ------------------------------------------------------------------- positions
 
 
 def sinusoidal_table(length: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -81,7 +81,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(states.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------- blocks
+# ---------------------------------------------------------------------- blocks
 
 
 class MiniBertLayerNorm(nn.LayerNorm):
@@ -242,7 +242,7 @@ class MiniBertPooler(nn.Module):
         return at_least_float32(linear(self.dense, pooled, self.act))
 
 
-# ----------------------------------------------------------------------------------------------------------- model
+# ----------------------------------------------------------------------- model
 
 
 class MiniBertPreTrainedModel(PreTrainedModel):
@@ -426,7 +426,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
         return inputs
 
 
-# ----------------------------------------------------------------------------------------------------------- heads
+# ----------------------------------------------------------------------- heads
 
 
 class MiniBertLMHead(nn.Module):

@@ -349,7 +349,7 @@ class Packing:
 
 
 def is_watched(model: Any) -> bool:
-    """Return True if a user's hook reads the states of the embeddings, of a layer or of a module in them."""
+    """Return True if a user hooked the embeddings, a layer, or a module in one of them."""
     watched = chain(model.embeddings.modules(), model.layers.modules())
     found = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
     hooks = found + [hook for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]

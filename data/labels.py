@@ -154,7 +154,12 @@ def _refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) ->
         raise ValueError(f"Row {row + 1} has {column}={values[row]!r}; {advice}.")
 
 
-def _read_sets(sets: Sequence[Sequence[Any]], feature: Any, column: str, names: Sequence[str] | None) -> Labels:
+def _read_sets(
+    sets: Sequence[Sequence[Any]],
+    feature: Any,
+    column: str,
+    names: Sequence[str] | None,
+) -> Labels:
     if not is_list(feature):
         raise ValueError(
             f"Column {column!r} holds {feature}, one label per row; {MULTI} needs lists of classes, "

@@ -111,7 +111,13 @@ def is_unicode(text: str) -> bool:
         return False
 
 
-def check_columns(dataset: Dataset, wanted: Sequence[str], sources: Sequence[DataSource], *, filled: bool = True) -> None:
+def check_columns(
+    dataset: Dataset,
+    wanted: Sequence[str],
+    sources: Sequence[DataSource],
+    *,
+    filled: bool = True,
+) -> None:
     """Raise a ValueError for a missing column or, with ``filled``, for a column with null."""
     where = " + ".join(source.path for source in sources)
     if missing := [name for name in wanted if name not in dataset.column_names]:
@@ -176,7 +182,12 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         refuse_unreadable(files, error)
 
 
-def find_files(path: Path, splits: Sequence[str], option: str, expected: Collection[str] | None) -> dict[str, list[Path]]:
+def find_files(
+    path: Path,
+    splits: Sequence[str],
+    option: str,
+    expected: Collection[str] | None,
+) -> dict[str, list[Path]]:
     """Return the data files of each of ``splits``. A single file belongs to every split.
 
     The split of a file is its name or the name of a folder, as in train.parquet,

@@ -145,7 +145,11 @@ def _plain_errors(part: _Part) -> Iterator[None]:
 
 
 def open_stream(
-    data: str | Path | Dataset, column: str | None = None, *, id_column: str | None = None, split: str = "train"
+    data: str | Path | Dataset,
+    column: str | None = None,
+    *,
+    id_column: str | None = None,
+    split: str = "train",
 ) -> Stream:
     """Open a file, a folder, a Hub data set or a data set in memory for reading in blocks.
 

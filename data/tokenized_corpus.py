@@ -129,7 +129,13 @@ def _token_lists(batch: dict[str, list[str | None]], tokenizer: Any, delimiters:
     }
 
 
-def _tokenize(parts: list[Dataset], tokenizer: Any, delimiters: str | None, folder: Path, workers: int) -> _Blocks:
+def _tokenize(
+    parts: list[Dataset],
+    tokenizer: Any,
+    delimiters: str | None,
+    folder: Path,
+    workers: int,
+) -> _Blocks:
     """Yield blocks of tokens, document ends and, if ``delimiters`` are given, sentence ends."""
     with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as scratch:
         gc.freeze()  # otherwise, garbage collection would copy the memory that processes share

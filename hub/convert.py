@@ -168,7 +168,13 @@ def _kind(raw: dict[str, Any], family: Family) -> str:
     return named.removeprefix(family.class_name)
 
 
-def _check_config(raw: dict[str, Any], config: PreTrainedConfig, family: Family, kind: str, folder: Path) -> None:
+def _check_config(
+    raw: dict[str, Any],
+    config: PreTrainedConfig,
+    family: Family,
+    kind: str,
+    folder: Path,
+) -> None:
     wanted: dict[str, Any] = {"position_embedding_type": "absolute", "embedding_size": config.hidden_size}
     wanted |= dict.fromkeys(("is_decoder", "add_cross_attention", "pruned_heads", "quantization_config"))
     problems = [f"{name}={raw[name]!r}" for name, value in wanted.items() if raw.get(name) and raw[name] != value]
@@ -181,7 +187,12 @@ def _check_config(raw: dict[str, Any], config: PreTrainedConfig, family: Family,
 
 
 def _config(
-    raw: dict[str, Any], family_config: PreTrainedConfig, family: Family, kind: str, folder: Path, dtype: torch.dtype | None
+    raw: dict[str, Any],
+    family_config: PreTrainedConfig,
+    family: Family,
+    kind: str,
+    folder: Path,
+    dtype: torch.dtype | None,
 ) -> MiniBertConfig:
     fields = {field: getattr(family_config, name) for field, name in family.fields.items()} | dict(family.fixed)
     if family.numbers_from_pad:

@@ -60,7 +60,13 @@ def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
 
 
 @torch.inference_mode()
-def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]], *, segments: int, pooled: bool) -> dict[str, Tensor]:
+def outputs(
+    model: PreTrainedModel,
+    inputs: list[dict[str, Tensor]],
+    *,
+    segments: int,
+    pooled: bool,
+) -> dict[str, Tensor]:
     """Return the float32 outputs of ``model`` for all batches, without rows of padding tokens.
 
     With fewer than two ``segments``, the model gets no ``token_type_ids``. ``pooler_output`` is

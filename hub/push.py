@@ -144,7 +144,13 @@ def push(
     return done
 
 
-def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, dtype: str | None, max_shard_size: str) -> None:
+def _check_arguments(
+    repo_id: str,
+    revision: str | None,
+    create_pr: bool,
+    dtype: str | None,
+    max_shard_size: str,
+) -> None:
     if at := split_name(repo_id)[1]:
         raise ValueError(f"{repo_id!r} contains a revision; give the branch with --revision {at} instead.")
     if create_pr and revision:
@@ -206,7 +212,13 @@ def prove(
     return opened, max(float((found[name] - value).abs().max()) for name, value in expected.items() if value.numel())
 
 
-def _prove_download(api: HfApi, folder: Path, done: Published, request: isolated.Request, expected: dict[str, Tensor]) -> None:
+def _prove_download(
+    api: HfApi,
+    folder: Path,
+    done: Published,
+    request: isolated.Request,
+    expected: dict[str, Tensor],
+) -> None:
     what = f"Commit {done.commit} of {done.repo_id}, which is on the Hub,"
     with tempfile.TemporaryDirectory(prefix="minibert-") as place:
         fetched = download(api, done.repo_id, done.commit, Path(place))

@@ -119,7 +119,13 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
     return Verification(str(model), commit, checks, all(check.state == "ok" for check in checks))
 
 
-def checks_of(folder: Path, *, trust: bool = False, opens: bool = False, other_files: Sequence[str] = ()) -> list[Check]:
+def checks_of(
+    folder: Path,
+    *,
+    trust: bool = False,
+    opens: bool = False,
+    other_files: Sequence[str] = (),
+) -> list[Check]:
     """Check a model folder, and return one result for each check.
 
     ``opens`` also opens the model in a fresh process. ``trust`` allows running code that is not

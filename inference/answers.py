@@ -99,7 +99,14 @@ def choose_rows(
             yield {"choice": choice, "text": row.choices[choice], "probabilities": scores.softmax(0).tolist()}
 
 
-def best_spans(starts: Tensor, ends: Tensor, allowed: Tensor, *, longest: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_spans(
+    starts: Tensor,
+    ends: Tensor,
+    allowed: Tensor,
+    *,
+    longest: int,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best spans of at most ``longest`` tokens, scored by the sum of two logits.
 
     ``starts`` and ``ends`` are (B, L) logits of the first and the last token of a span.
@@ -169,7 +176,12 @@ def find_spans(
     return [([(-score, start, end) for score, start, end in row], null) for row, null in zip(ranked, nulls, strict=True)]
 
 
-def _answer(context: str, spans: Sequence[tuple[float, int, int]], null_score: float, threshold: float) -> dict[str, Any]:
+def _answer(
+    context: str,
+    spans: Sequence[tuple[float, int, int]],
+    null_score: float,
+    threshold: float,
+) -> dict[str, Any]:
     scores = [null_score, *(score for score, _, _ in spans)]
     shares = torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
     start = end = best = 0

@@ -222,7 +222,13 @@ class Encoder:
         found = next((name for name in names if name in self.model.prompts), None)
         return self.model.prompts[found] if found is not None and not self._prompt_given else self.prompt
 
-    def _encode(self, texts: Sequence[str], prompt: str | None, task: str | None, show_progress: bool) -> np.ndarray:
+    def _encode(
+        self,
+        texts: Sequence[str],
+        prompt: str | None,
+        task: str | None,
+        show_progress: bool,
+    ) -> np.ndarray:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         done = 0
         with tqdm(desc="encode", total=len(texts), unit="text", disable=not show_progress) as bar:
@@ -239,7 +245,12 @@ class Encoder:
         """
         return self._windows(windows, self.prompt, None)
 
-    def _windows(self, windows: Iterable[Sequence[str]], prompt: str | None, task: str | None) -> Iterator[np.ndarray]:
+    def _windows(
+        self,
+        windows: Iterable[Sequence[str]],
+        prompt: str | None,
+        task: str | None,
+    ) -> Iterator[np.ndarray]:
         first = 0  # number of the first text of the window
         if not self.packed or (prompt and not self.model[1].include_prompt):
             for texts in windows:
@@ -268,7 +279,13 @@ class Encoder:
         count, batches = waiting.popleft()
         return self._compute(batches.result(), count)
 
-    def _encode_padded(self, texts: Sequence[str], first: int, prompt: str | None, task: str | None) -> np.ndarray:
+    def _encode_padded(
+        self,
+        texts: Sequence[str],
+        first: int,
+        prompt: str | None,
+        task: str | None,
+    ) -> np.ndarray:
         check_texts(texts, first)
         if not len(texts):
             return np.empty((0, self.dimension), dtype=np.float32)

@@ -33,7 +33,11 @@ _warned: set[Path] = set()  # folders for which a warning was logged
 
 
 def load(
-    model: str | Path, *, device: str | None = None, trust_remote_code: bool = False, dtype: str | torch.dtype | None = None
+    model: str | Path,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype | None = None,
 ) -> SentenceTransformer:
     """Open ``model`` as a sentence-transformers model.
 

@@ -239,7 +239,12 @@ def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Seq
 
 
 @torch.inference_mode()
-def compute_logits(model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, list[Any]], batch_size: int) -> list[Tensor]:
+def compute_logits(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    inputs: Mapping[str, list[Any]],
+    batch_size: int,
+) -> list[Tensor]:
     """Return the logits of each input: (classes,), or (padded length, classes) for tokens."""
     logits: list[Any] = [None] * len(inputs["input_ids"])
     for numbers, tensors in padded_batches(model, tokenizer, inputs, batch_size):
@@ -265,7 +270,12 @@ def _classify(
             yield label_of(logits, names, problem_type, threshold)
 
 
-def label_of(logits: Tensor, names: Sequence[str], problem_type: str, threshold: float = 0.5) -> dict[str, Any]:
+def label_of(
+    logits: Tensor,
+    names: Sequence[str],
+    problem_type: str,
+    threshold: float = 0.5,
+) -> dict[str, Any]:
     """Convert ``logits`` (classes,) to a label, several labels or a value.
 
     >>> label_of(torch.tensor([0.0, 1000.0]), ["no", "yes"], "single_label_classification")
@@ -334,7 +344,12 @@ def split_words(text: str) -> list[tuple[int, int]]:
 
 
 def _entity(
-    value: str | list[str], spans: list[tuple[int, int]] | None, kind: str, first: int, end: int, scores: Sequence[float]
+    value: str | list[str],
+    spans: list[tuple[int, int]] | None,
+    kind: str,
+    first: int,
+    end: int,
+    scores: Sequence[float],
 ) -> dict[str, Any]:
     if spans is not None and isinstance(value, str):
         start, stop = spans[first][0], spans[end - 1][1]

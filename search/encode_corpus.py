@@ -205,7 +205,12 @@ def _input_name(manifest: Manifest) -> str:
     return f"{path} ({', '.join(details)})"
 
 
-def missing_shards(manifest: Manifest, done: set[int], process: int = 0, count: int = 1) -> Iterator[tuple[int, range]]:
+def missing_shards(
+    manifest: Manifest,
+    done: set[int],
+    process: int = 0,
+    count: int = 1,
+) -> Iterator[tuple[int, range]]:
     """Yield the number and the rows of each missing shard that ``process`` has to write.
 
     ``done`` contains the numbers of the complete shards, and ``count`` is the number of

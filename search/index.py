@@ -195,7 +195,13 @@ def index_folder(folder: VectorFolder) -> Path:
     return folder.folder / "index"
 
 
-def open_index(folder: VectorFolder, *, exact: bool = False, rebuild: bool = False, show_progress: bool = False) -> VectorIndex:
+def open_index(
+    folder: VectorFolder,
+    *,
+    exact: bool = False,
+    rebuild: bool = False,
+    show_progress: bool = False,
+) -> VectorIndex:
     """Open the index of ``folder``, after building the index or adding new shards.
 
     The index is built again if an indexed shard was changed or removed, or if a file of the
@@ -266,7 +272,12 @@ def _is_unchanged(folder: VectorFolder, indexed: IndexedShard, shard: Shard) -> 
     return found.st_mtime_ns == indexed.modified or sha256(folder.folder / shard.file) == indexed.sha256
 
 
-def _build(folder: VectorFolder, before: VectorIndex | None, with_lists: bool, show_progress: bool) -> VectorIndex:
+def _build(
+    folder: VectorFolder,
+    before: VectorIndex | None,
+    with_lists: bool,
+    show_progress: bool,
+) -> VectorIndex:
     """Extend the index ``before`` by new vectors, or build an index if ``before`` is None."""
     home = index_folder(folder)
     if before is None:

@@ -35,8 +35,8 @@ def test_every_field_is_documented():
 
 def test_all_contradictions_are_reported_at_once():
     with pytest.raises(ValueError) as caught:
-        MiniBertConfig(hidden_size=100, hidden_act="swoosh", pad_token_id=30000, hidden_dropout_prob=1.0)
-    for part in ("multiple of the number of heads", "swoosh", "pad_token_id=30000", "hidden_dropout_prob=1.0"):
+        MiniBertConfig(hidden_size=100, hidden_act="swoosh", pad_token_id=30000, hidden_dropout_prob=1.5)
+    for part in ("multiple of the number of heads", "swoosh", "pad_token_id=30000", "hidden_dropout_prob=1.5"):
         assert part in str(caught.value)
 
 

@@ -29,7 +29,13 @@ logger = logging.getLogger(__name__)
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
 
-def run_recipe(recipe: Recipe, *, output_dir: str | Path | None = None, resume: bool = True, force: bool = False) -> Path:
+def run_recipe(
+    recipe: Recipe,
+    *,
+    output_dir: str | Path | None = None,
+    resume: bool = True,
+    force: bool = False,
+) -> Path:
     """Run the stages of ``recipe`` in order. Under torchrun, every process must call this.
 
     Args:

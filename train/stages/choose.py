@@ -108,7 +108,13 @@ class ChoiceRows:
         self.pairs, self.choices, self.fingerprint = pairs, choices, pairs.fingerprint
 
     @classmethod
-    def from_choices(cls, asked: Sequence[Choices], labels: np.ndarray, tokenizer: Any, max_length: int) -> "ChoiceRows":
+    def from_choices(
+        cls,
+        asked: Sequence[Choices],
+        labels: np.ndarray,
+        tokenizer: Any,
+        max_length: int,
+    ) -> "ChoiceRows":
         """Tokenize each question with each choice. The longer text of a pair is cut first."""
         firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         texts = Dataset.from_dict({"first": firsts, "second": seconds})
@@ -126,7 +132,12 @@ class ChoiceRows:
         return {**{name: tensor.unflatten(0, (len(rows), self.choices)) for name, tensor in batch.items()}, "labels": labels}
 
 
-def evaluator(rows: Dataset, labels: np.ndarray, tokenizer: Any, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
+def evaluator(
+    rows: Dataset,
+    labels: np.ndarray,
+    tokenizer: Any,
+    batch_size: int,
+) -> Callable[[nn.Module], dict[str, float]]:
     """Return a function that measures the choices of a model. Processes share the rows."""
 
     def evaluate(model: Any) -> dict[str, float]:

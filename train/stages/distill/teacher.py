@@ -57,7 +57,12 @@ def fingerprint(model: nn.Module, *facts: Any) -> str:
     return digest.hexdigest()
 
 
-def cached_teacher_outputs(folder: Path, key: str, rows: int, compute: Callable[[range], Any]) -> list[np.ndarray]:
+def cached_teacher_outputs(
+    folder: Path,
+    key: str,
+    rows: int,
+    compute: Callable[[range], Any],
+) -> list[np.ndarray]:
     """Compute a teacher's outputs for all rows, or read them from ``folder``.
 
     Processes share the work and must share ``folder``. A resumed run uses the files that are
