@@ -1,1 +1,1 @@
-"""Read data, labels and questions from files, the Hub or the installed documentation."""
+"""Read data, labels and questions from files, the Hub or the docstrings of packages."""

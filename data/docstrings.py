@@ -1,9 +1,9 @@
 """Build query-answer pairs from the docstrings of the installed Python packages.
 
 The pairs are the corpus of the quickstart. Source files are parsed and never imported, so none
-of their code runs. The summary of a docstring is the query, and the rest of the docstring is
-the answer. Complete modules are held out for validation. A pair that repeats the text of an
-earlier pair is left out.
+of their code runs. The summary of a docstring is the query, and the text after it is the
+answer. Complete modules are held out for validation. A pair that repeats the text of an earlier
+pair is left out.
 """
 
 import ast
@@ -44,7 +44,7 @@ _RUN = 6  # words
 
 
 class Document(NamedTuple):
-    """Store a docstring: its module, the name of the object, the summary and the body."""
+    """Store a docstring: module, name of the documented object, summary and body."""
 
     module: str
     name: str
@@ -60,7 +60,7 @@ def load_pairs(split: str = "train") -> Dataset:
 
     Returns:
         A data set with three columns of strings: ``query`` (the summary of a docstring),
-            ``answer`` (the name of the object and the rest of the docstring) and ``module``.
+            ``answer`` (the name of the object and the docstring body) and ``module``.
     """
     rows = [{"query": title, "answer": f"{name}: {body}", "module": module} for module, name, title, body in _split(split)]
     return Dataset.from_list(rows)
@@ -78,12 +78,12 @@ def load_passages() -> Dataset:
 
 def _split(split: str) -> list[Document]:
     if split not in ("train", "validation"):
-        raise ValueError(f"The installed documentation has no split {split!r}; use train or validation.")
+        raise ValueError(f"The data set installed-docs has no split {split!r}; use train or validation.")
     held_out = split == "validation"
     documents = [document for document in collect(find_roots()) if is_held_out(document.module) == held_out]
     if not documents:
         raise ValueError(
-            f"The packages installed in this environment hold no documentation for the split {split}; "
+            f"The packages installed in this environment have no docstrings for the split {split}; "
             "install packages such as numpy or scipy, or name a data set in the recipe."
         )
     random.Random(SEED).shuffle(documents)
@@ -91,7 +91,7 @@ def _split(split: str) -> list[Document]:
 
 
 def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ...]:
-    """Return (name, folder) of installed packages. The standard library has the name ``""``."""
+    """Return (name, folder) of each installed package. The standard library has the name ``""``."""
     roots = [("", Path(sysconfig.get_path("stdlib")))]
     for package in packages:
         spec = importlib.machinery.PathFinder.find_spec(package)
@@ -102,7 +102,7 @@ def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ..
 
 @functools.lru_cache(maxsize=1)  # the stages of a recipe share the result
 def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
-    """Return at most ``MAX_PAIRS`` documents from the given folders, without duplicates."""
+    """Return at most ``MAX_PAIRS`` documents from the folders ``roots``, without duplicates."""
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
     progress = tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5)
     found = itertools.chain.from_iterable(
@@ -112,7 +112,7 @@ def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
 
 
 def source_files(root: Path) -> list[Path]:
-    """Return the sorted Python files in ``root``, without tests and other skipped folders."""
+    """Return the sorted Python files in ``root``, without tests and ``SKIPPED_FOLDERS``."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -213,7 +213,7 @@ def plain_text(text: str) -> str:
 
 
 def title_and_body(docstring: str) -> tuple[str, str]:
-    """Return summary and body as plain text, or empty strings if one is short or not prose.
+    """Return summary and body as plain text, or empty strings if one is too short or not prose.
 
     >>> title_and_body("Return the larger of two numbers. Ties go to the first one, as they do in every sorting function.")
     ('Return the larger of two numbers.', 'Ties go to the first one, as they do in every sorting function.')

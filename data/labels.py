@@ -25,7 +25,7 @@ class Labels(NamedTuple):
         problem_type: an element of :data:`PROBLEM_TYPES`, as in the configuration of a model.
         values: (rows,) int64 class numbers for a single label, (rows, classes) float32 zeros
             and ones for multi-label, or (rows,) float32 numbers for regression.
-        names: the names of the classes in order. For regression, the name of the number.
+        names: the names of the classes in order. For regression, the name of the label.
     """
 
     problem_type: str
@@ -42,8 +42,7 @@ def read_labels(
     """Read the labels of all rows from one column, or from a column of 0 and 1 for each class.
 
     ``names`` are the names of the classes in order. By default, they are the names of the
-    columns if there are several columns. For one column, the default is that of
-    :func:`number_labels`.
+    columns if there are several columns. For one column, see :func:`number_labels`.
 
     ``problem_type`` defaults to multi-label for several columns or a column of lists. It
     defaults to regression for a column of fractions without ``names``, and to single-label
@@ -57,7 +56,7 @@ def read_labels(
     feature, values = rows.features[column], rows[column][:]
     if problem_type == REGRESSION:
         if names and len(names) > 1:
-            raise ValueError(f"Regression predicts one number, got the names {', '.join(names)}; remove labels.")
+            raise ValueError(f"Regression predicts one number, got the names {', '.join(names)}; remove labels:.")
         good = [isinstance(value, int | float) and math.isfinite(value) for value in values]
         _refuse_first(values, good, column, "a finite number belongs there; correct the value or remove the row")
         numbers = np.array(values, dtype=np.float32)
@@ -67,7 +66,7 @@ def read_labels(
     classes, known = number_labels([[value] for value in values], feature, column, names)
     labels = np.array(classes, dtype=np.int64).ravel()
     if len(known) < 2 or (not names and not isinstance(feature, ClassLabel) and np.ptp(labels) == 0):
-        raise ValueError(f"Column {column!r} holds the single class {str(values[0])!r}; a classifier needs at least two.")
+        raise ValueError(f"Column {column!r} has only the class {str(values[0])!r}; a classifier needs at least two.")
     return Labels(SINGLE, labels, known)
 
 
@@ -110,7 +109,7 @@ def number_labels(
         count = len(names) or 1 + max(whole, default=0)
         if not names and count > max(len(lists), _CLASSES_OF_FEW_ROWS):
             raise ValueError(
-                f"Column {column!r} holds the number {count - 1}, which makes {count} classes of "
+                f"Column {column!r} has the label {count - 1}, which needs {count} classes for "
                 f"{len(lists)} rows; number the classes from 0, use their names, or give labels: with all names."
             )
         numbers = {number: number for number in range(count)}
@@ -169,7 +168,7 @@ def _read_sets(
     _refuse_first(sets, unique, column, "a list names each class once; remove repetitions")
     classes, known = number_labels(sets, feature.feature, column, names)
     if not known:
-        raise ValueError(f"Column {column!r} names no class in any row; a classifier needs at least one.")
+        raise ValueError(f"Column {column!r} has no class in any row; give at least one.")
     values = np.zeros((len(sets), len(known)), dtype=np.float32)
     for row, numbers in enumerate(classes):
         values[row, numbers] = 1
@@ -178,7 +177,7 @@ def _read_sets(
 
 def _read_flags(rows: Dataset, columns: Sequence[str], names: Sequence[str] | None) -> Labels:
     if names and len(names) != len(columns):
-        raise ValueError(f"{len(columns)} columns of labels have {len(names)} names; give one name per column.")
+        raise ValueError(f"{len(columns)} label columns need as many names, got {len(names)}.")
     values = np.zeros((len(rows), len(columns)), dtype=np.float32)
     for number, column in enumerate(columns):
         flags = rows[column][:]

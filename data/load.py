@@ -1,4 +1,4 @@
-"""Load a data set by name: a local file or folder, a Hub data set, or the installed docs."""
+"""Load local files, a Hub data set, or ``installed-docs`` (docstrings of packages)."""
 
 import contextlib
 import logging
@@ -85,7 +85,7 @@ def join(parts: list[Dataset]) -> Dataset:
 
 
 def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
-    """Return ``data`` if it is a data set. Otherwise, load the data set that ``data`` names."""
+    """Return ``data`` if it is a data set. Otherwise, load the path or Hub id ``data``."""
     return data if isinstance(data, Dataset) else load([source_named(data)], split=split)
 
 
@@ -118,12 +118,12 @@ def check_columns(
     *,
     filled: bool = True,
 ) -> None:
-    """Raise a ValueError for a missing column or, with ``filled``, for a column with null."""
+    """Raise a ValueError if a column is missing or, with ``filled``, lacks a value."""
     where = " + ".join(source.path for source in sources)
     if missing := [name for name in wanted if name not in dataset.column_names]:
         raise ValueError(
             f"{where} has no column {', '.join(map(repr, missing))}; it has {', '.join(dataset.column_names)}. "
-            "Name the columns in the recipe, or rename them with columns: {found: wanted}."
+            "Name the columns in the recipe, or rename them with columns: {old: new}."
         )
     for name in wanted:
         if filled and dataset.data.column(name).null_count:
@@ -161,7 +161,7 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
     groups = find_files(path, [name for name, _ in parts], "split:", None if split else SPLITS.values())
     files = [file for group in groups.values() for file in group]
     if len({BUILDERS[file.suffix][0] for file in files}) > 1:
-        raise ValueError(f"{path} holds files of several kinds; give one file, or a folder for each kind.")
+        raise ValueError(f"{path} contains several file formats; give one file, or a folder per format.")
     builder, options = BUILDERS[files[0].suffix]
     if builder == "text":
         options = {**options, "sample_by": sample_by}
@@ -194,13 +194,13 @@ def find_files(
     train-00000-of-00002.parquet or test/pos/1.txt. If a folder has no file of a usual split,
     all its files belong to ``train``.
 
-    A warning names the splits that are left out, except the ``expected`` splits. There is no
-    warning if ``expected`` is None. Messages name ``option`` as the way to choose a split.
+    If the folder has splits other than ``splits`` and ``expected``, log a warning. If
+    ``expected`` is None, log no warning. ``option`` is mentioned in errors and warnings.
     """
     groups: dict[str, list[Path]] = {}
     if path.is_file():
         if path.suffix not in BUILDERS:
-            raise ValueError(f"{path} cannot be read: {path.suffix} is none of {', '.join(BUILDERS)}.")
+            raise ValueError(f"{path} cannot be read: {path.suffix} is not one of {', '.join(BUILDERS)}.")
         groups = {name: [path] for name in splits}
     else:
         for file in sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and not file.name.startswith(".")):
@@ -209,7 +209,7 @@ def find_files(
             usual = next((SPLITS[name] for name in names if name in SPLITS), None)
             groups.setdefault(usual or names[0], []).append(file)
         if not groups:
-            raise ValueError(f"{path} holds no data file; the supported kinds are {', '.join(BUILDERS)}.")
+            raise ValueError(f"{path} contains no data file; the supported suffixes are {', '.join(BUILDERS)}.")
         if not groups.keys() & set(SPLITS.values()):
             groups = {"train": sorted(file for group in groups.values() for file in group)}
     if missing := [name for name in splits if name not in groups]:
@@ -296,7 +296,7 @@ def local_path(source: DataSource) -> Path | None:
 
 @contextlib.contextmanager
 def hub_errors(source: DataSource) -> Iterator[None]:
-    """Convert an error of the Hub into an error that names the data set in one sentence."""
+    """Convert an error of the Hub into one sentence with the name of the data set."""
     try:
         yield
     except OSError as error:

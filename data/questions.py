@@ -23,7 +23,7 @@ class WindowSizes(NamedTuple):
     """Configure the windows of a context. All sizes are numbers of tokens.
 
     Attributes:
-        max_length: the length of a window: special tokens, question and a piece of the context.
+        max_length: the length of a window, with special tokens, question and context tokens.
         doc_stride: the number of context tokens that two neighbouring windows share.
         max_question_length: the maximum length of a question. A longer question is cut.
     """
@@ -37,10 +37,10 @@ class Window(NamedTuple):
     """Store a tokenized window: ``[CLS] question [SEP] piece of the context [SEP]``.
 
     Attributes:
-        row: the number of the question among all given questions, from 0.
+        row: the index of the question, from 0.
         input_ids: (tokens,) int32 token ids.
         token_type_ids: (tokens,) int32 segment ids, or None if the tokenizer has no segments.
-        first: the position of the first token of the piece.
+        first: the position in ``input_ids`` of the first token of the piece.
         offsets: (tokens of the piece, 2) int32. Each row is the start and end of a token, in
             characters of the context.
     """
@@ -55,14 +55,14 @@ class Window(NamedTuple):
 def window_sizes(
     tokenizer: Any, max_length: int, doc_stride: int | None = None, max_question_length: int | None = None
 ) -> WindowSizes:
-    """Return window sizes. A missing size is ``max_length // 3``, for questions at most 64."""
+    """Return window sizes. A None means ``max_length // 3``, and at most 64 for questions."""
     stride = max_length // 3 if doc_stride is None else doc_stride
     question = min(_LONGEST_QUESTION, max_length // 3) if max_question_length is None else max_question_length
     special = tokenizer.num_special_tokens_to_add(pair=True)
     if question + special + stride >= max_length:
         raise ValueError(
             f"max_length={max_length} leaves no room: max_question_length={question}, {special} special "
-            f"tokens and doc_stride={stride} already fill it; raise max_length or lower the other values."
+            f"tokens and doc_stride={stride} fill it; increase max_length or lower one of these."
         )
     return WindowSizes(max_length, stride, question)
 
@@ -70,7 +70,7 @@ def window_sizes(
 def cut(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], sizes: WindowSizes) -> list[Window]:
     """Tokenize the questions and contexts, and cut long contexts into overlapping windows."""
     if not tokenizer.is_fast:
-        raise ValueError("Questions need a fast tokenizer; save one (tokenizer.json) with the model.")
+        raise ValueError("Questions need a fast tokenizer; save a tokenizer.json with the model.")
     encoded = tokenizer(
         _cut_questions(tokenizer, questions, sizes.max_question_length),
         list(contexts),
@@ -119,14 +119,14 @@ def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> li
 
 
 def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int = 1) -> Iterator[tuple[str, ...]]:
-    """Yield the texts in columns ``names`` of each row. Messages number rows from ``first``."""
+    """Yield texts in columns ``names`` of each row. Errors call the first row ``first``."""
     for number, row in enumerate(rows, start=first):
         for name in names:
             if name not in row:
                 raise ValueError(f"Row {number} has no column {name!r}; it has {', '.join(row)}.")
             if not isinstance(row[name], str):
                 raise ValueError(
-                    f"Row {number} has {row[name]!r} in column {name!r}, where a text belongs; add it or remove the row."
+                    f"Row {number} has {row[name]!r} in column {name!r}, not a text; add a text or remove the row."
                 )
         yield tuple(row[name] for name in names)
 
@@ -171,7 +171,7 @@ def _numbered(found: Collection[str]) -> list[str]:
 def choices_of(
     rows: Iterable[Mapping[str, Any]], columns: tuple[Sequence[str], Sequence[str]], first: int = 1
 ) -> Iterator[Choices]:
-    """Yield the choices of every row. A second text is put before every choice.
+    """Yield the choices of every row. The second of two texts is put before every choice.
 
     ``columns`` are the text columns and the choice columns. ``first`` is the number of the
     first row in error messages.

@@ -82,5 +82,5 @@ class DataSource(BaseModel):
         if self.streaming and self.limit is None:
             raise ValueError("streaming fetches only the first rows, so say how many with limit:.")
         if self.streaming and len(parts := split_parts(self.split or "train")) + sum(bool(rows) for _, rows in parts) > 1:
-            raise ValueError(f"split={self.split!r} cannot be streamed, since it is a slice or a sum; name a split.")
+            raise ValueError(f"split={self.split!r} cannot be streamed, since it is a slice or a sum; give one split.")
         return self

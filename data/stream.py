@@ -80,7 +80,7 @@ class Stream:
     """Read the rows of an opened data set in order.
 
     Attributes:
-        source: identifies the data, so that a run resumes only with the same data. The entry
+        source: a description of the data. A run resumes only with the same data. The entry
             ``path`` is the name of the data.
         column: the name of the text column.
         id_column: the name of the id column, or None.
@@ -133,7 +133,7 @@ class Stream:
 
 @contextlib.contextmanager
 def _plain_errors(part: _Part) -> Iterator[None]:
-    """Convert the errors of a reader into errors that name the file in one sentence."""
+    """Convert reading errors into errors of one sentence with the name of the file."""
     damage = (OSError, UnicodeDecodeError, pa.ArrowInvalid, pd.errors.ParserWarning, pd.errors.ParserError)
     try:
         yield
@@ -214,14 +214,14 @@ def _id(value: Any, kind: pa.DataType) -> Any:
 
 
 def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any], list[_Part], list[str]]:
-    """Return the identity of the data, the parts in order, and a line for each file."""
+    """Return a description of the data, its files in order, and their names and sizes."""
     if isinstance(data, Dataset) or str(data) == INSTALLED_DOCS:
         table = as_dataset(data, split=split)
         source_id = {"path": "rows in memory" if data is table else str(data), "digest": table._fingerprint}
         return source_id, [_Part("the rows", "table", table)], []
     source = source_named(data)
     if any(rows for _, rows in split_parts(split)) or "+" in split:
-        raise ValueError(f"split={split!r} is more or less than one split; name one, such as train (--split).")
+        raise ValueError(f"split={split!r} does not name exactly one split; use a name such as train (--split).")
     path = local_path(source)
     if path is None:
         stream, commit = open_hub_stream(source, split)

@@ -110,9 +110,9 @@ class Windows(NamedTuple):
     Attributes:
         ids: the token ids of each window.
         types: the segment ids of each window, or None if the tokenizer has no segments.
-        words: an int64 array (tokens,) for each window. It contains the number of the word at
-            the first token of a word, and -1 at all other tokens.
-        rows: the number of the sentence of each window.
+        words: an int64 array (tokens,) for each window. The value is the word's index at the
+            first token of a word, and -1 at later tokens and special tokens.
+        rows: the index of the sentence of each window.
     """
 
     ids: list[list[int]]
@@ -129,7 +129,7 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
     sentence without words has no window.
     """
     if not tokenizer.is_fast:
-        raise ValueError("Tagging needs a fast tokenizer; save one (tokenizer.json) with the model.")
+        raise ValueError("Tagging needs a fast tokenizer; save a tokenizer.json with the model.")
     room = max_length - tokenizer.num_special_tokens_to_add()
     if room < 1:
         raise ValueError(f"max_length={max_length} leaves no room for words; give at least 8.")
@@ -190,7 +190,7 @@ def _differs_alone(tokenizer: Any) -> bool:
     """Return True if a word has different tokens alone and inside a text.
 
     In byte-level vocabularies, a token includes the space before the word. Without this space,
-    the word looks like the end of another word.
+    the word looks like the end of a longer word.
     """
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]

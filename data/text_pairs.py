@@ -36,7 +36,7 @@ def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def make_pairs(documents: Dataset, seed: int) -> Dataset:
-    """Return a data set of ``anchor`` and ``positive``, made from the column ``text``."""
+    """Return columns ``anchor`` and ``positive``, made from the column ``text``."""
 
     def of_batch(batch: dict[str, list[str | None]], numbers: Sequence[int]) -> dict[str, list[Any]]:
         found = [
@@ -51,7 +51,7 @@ def make_pairs(documents: Dataset, seed: int) -> Dataset:
     )
     if not len(pairs):
         raise ValueError(
-            f"Pairs are made of sentences of at least {_FEWEST_WORDS} words, and there are none; "
+            f"Pairs are made of sentences of at least {_FEWEST_WORDS} words, but the data has none; "
             "give texts with complete sentences, or pairs of texts without make_pairs."
         )
     return pairs

@@ -46,7 +46,7 @@ class TokenizedCorpus:
     """
 
     def __init__(self, folder: Path, blocks: _Blocks):
-        """Open the corpus in ``folder``. If the corpus is missing, write ``blocks`` first."""
+        """Open the corpus in ``folder``. If ``folder`` is missing, write the ``blocks`` first."""
         self.folder, self.fingerprint = folder, folder.name
         self.tokens, self.documents, *sentences = _kept(folder / "corpus", blocks)
         self.sentences = sentences[0] if sentences else None
@@ -294,7 +294,7 @@ def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tupl
 
 
 def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndarray]:
-    """Yield the bounds of ``size`` documents at a time. Consecutive blocks share one bound."""
+    """Yield the ``size + 1`` bounds of ``size`` documents at a time, or fewer at the end."""
     for at in range(0, len(corpus.documents) - 1, size):
         yield np.asarray(corpus.documents[at : at + size + 1])
 
@@ -302,7 +302,8 @@ def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndar
 def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
     """Memory-map the arrays in ``folder``. If ``folder`` is missing, write ``blocks`` first.
 
-    An interrupted write leaves no folder. All blocks are cast to the dtypes of the first block.
+    An interrupted write leaves no folder. Each of ``blocks`` is a tuple of arrays. The first
+    tuple determines the dtypes.
     """
     with closing(blocks):
         if not folder.exists():

@@ -63,7 +63,7 @@ def evaluate(
     - **tagging**: a model with a token-classification head, a column ``tokens`` (or words), and
       a column ``ner_tags`` (or tags, pos_tags, labels).
     - **similarity**: the columns ``sentence1``, ``sentence2`` and ``score``. The metric is
-      Spearman's rank correlation of the cosine similarity with the score.
+      Spearman's rank correlation between the cosine similarity and the score.
     - **retrieval**: the columns ``query`` and ``answer`` (or question and answer, query and
       passage, anchor and positive). Each query is compared with all different answers in
       ``data``. Every answer that occurs in a row with the query is relevant.
@@ -97,8 +97,8 @@ def evaluate(
 
     Raises:
         FileNotFoundError: if the model or the data is neither a local path nor on the Hub.
-        ValueError: if the data cannot be read, lacks the columns of a task or a value, or has
-            labels that the model does not know.
+        ValueError: if the data cannot be read, lacks a column or a value, or has labels that
+            the model does not know.
     """
     data = as_dataset(data, split=split)
     if not len(data):
@@ -136,10 +136,10 @@ def retrieval(
     batch_size: int = 64,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Return recall@1, @10, @100, MRR@10 and nDCG@10 for the task to find each query's answer.
+    """Return recall@1, @10, @100, MRR@10 and nDCG@10 of the search for each query's answers.
 
-    ``answers[i]`` is an answer to ``queries[i]``. Recall is the share of a query's answers that
-    were found. Equal texts count once. See :func:`evaluate` for the arguments and the result.
+    ``answers[i]`` is an answer to ``queries[i]``. Recall is the fraction of a query's answers
+    that were found. Equal texts count once. See :func:`evaluate` for arguments and result.
     """
     if baselines:
         from minibert.inference import bm25  # noqa: F401  # fails before anything is encoded
@@ -172,7 +172,7 @@ def retrieval(
 def similarity(
     model: SentenceTransformer, data: Dataset, *, baselines: bool = True, batch_size: int = 64, show_progress: bool = False
 ) -> dict[str, Any]:
-    """Return Spearman's correlation between the ``score`` and the cosine of two sentences.
+    """Return Spearman's correlation between ``score`` and the cosine between two sentences.
 
     See :func:`evaluate` for the arguments and the result.
     """
@@ -267,7 +267,7 @@ def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, f
 
 
 def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield the best BM25 passages per query, or none if passages have only stop words."""
+    """Yield a list of the best BM25 passages per query, empty if there are only stop words."""
     from minibert.inference.bm25 import WordIndex  # slow to import, and used only here
 
     try:

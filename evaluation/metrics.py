@@ -27,8 +27,8 @@ def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str
     form of :attr:`minibert.data.labels.Labels.values`.
 
     - Single label: accuracy, macro-F1 over the classes that occur, and cross entropy.
-    - Multi-label: micro-F1, macro-F1 over all classes, the share of rows with exactly the right
-      classes, and binary cross entropy. A class is predicted if its probability exceeds 0.5.
+    - Multi-label: micro-F1, macro-F1 over all classes, the fraction of rows with exactly the
+      right classes, and binary cross entropy. A class is predicted if it is more likely than 0.5.
     - Regression: Spearman's and Pearson's correlation, and the mean squared error. A
       correlation is 0 if the logits or the labels are constant.
     """

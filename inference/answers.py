@@ -33,12 +33,12 @@ def answer_rows(
     score of "no answer" exceeds the best score of a span by more than the threshold. Without a
     threshold, the best span always wins.
 
-    ``batch_size`` is the number of windows to compute at once. Rows are read as needed.
+    ``batch_size`` is the number of context windows to compute at once. Rows are read as needed.
 
     Yields:
         A dictionary. ``text`` equals ``context[start:end]``, and is empty for "no answer".
             ``start`` and ``end`` are the position of the text. ``score`` is the probability of
-            the result, compared with the best spans and "no answer". ``no_answer_score`` is the
+            the result, relative to the best spans and "no answer". ``no_answer_score`` is the
             probability of "no answer".
     """
     own = getattr(model.config, "question_answering", None) or {}
@@ -55,7 +55,7 @@ def answer_rows(
 
 
 def choice_columns_of(model: PreTrainedModel, found: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the columns used in training if all are ``found``, or else the usual columns."""
+    """Return the columns used in training if ``found`` has them, or else the usual columns."""
     own = getattr(model.config, "multiple_choice", None) or {}
     trained = [own.get("text_columns"), own.get("choice_columns")]
     if not set(found).issuperset(name for names in trained for name in names or ()):
@@ -197,7 +197,7 @@ def _answer(
 
 
 def rows_ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yield lists of many rows, each with the number of its first row (counted from 1)."""
+    """Yield lists of rows, each with the number of its first row in the input (from 1)."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     rows, first = iter(rows), 1
@@ -209,7 +209,7 @@ def rows_ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list
 def padded_batches(
     model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, list[Any]], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield batches of similar length: the positions of the inputs, and padded tensors (B, L).
+    """Yield batches of similar length: input indices and padded tensors (B, L).
 
     The longest batch is first, so that memory runs out immediately or never.
     """

@@ -1,4 +1,4 @@
-"""Tokenize windows of texts, and group the texts into batches by number of tokens."""
+"""Cut a list of texts into slices, tokenize them, and make batches of similar length."""
 
 import os
 import re
@@ -47,8 +47,8 @@ def turn(shared: str) -> threading.Lock:
     """Return the lock of a shared resource, such as a device that one thread may use at a time.
 
     A computation uses every core, so threads take turns. Each caller computes in its own
-    thread, because OpenMP would keep a further team of threads for a separate computing thread.
-    If the teams have more threads than there are cores, the threads sleep between two calls.
+    thread, because OpenMP keeps a team of worker threads for every thread that computes. If the
+    teams have more threads than there are cores, the worker threads sleep between two calls.
     """
     return _TURNS.setdefault((shared, os.getpid()), threading.Lock())  # is atomic, unlike a cache
 
@@ -71,7 +71,7 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
     Return the row numbers of each batch, shorter texts first. A text of more than
     ``batch_tokens`` tokens is a batch of its own. A text without tokens is left out. Batches
-    are few and nearly equal in size, because oneDNN keeps kernels for every number of rows.
+    are few and nearly equal in size, because oneDNN stores a kernel for every number of rows.
 
     >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2, 1]), 9)]
     [[1], [3], [5, 4, 0]]
@@ -83,7 +83,7 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 
 def check_texts(texts: Sequence[str], first: int) -> None:
-    """Raise a ValueError for an invalid text. Messages number the texts from ``first``."""
+    """Raise a ValueError for an invalid text. In errors, the first is text ``first``."""
     for row, text in enumerate(texts, start=first):
         if not isinstance(text, str):
             raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}")
@@ -99,8 +99,7 @@ class Tokenizer:
 
     Args:
         tokenizer: a ``PreTrainedTokenizerFast``.
-        config: the configuration of the model. A table of positions limits the length of a
-            text.
+        config: the configuration of the model, which may limit the length of a text.
     """
 
     def __init__(self, tokenizer: Any, config: Any) -> None:
@@ -110,7 +109,7 @@ class Tokenizer:
             self.max_length = min(self.max_length, config.max_position_embeddings)
 
     def batches(self, texts: Sequence[str], batch_tokens: int, first: int, prompt: str) -> list[Batch]:
-        """Tokenize the texts of a window, each after ``prompt``, and return batches."""
+        """Tokenize ``prompt + text`` for each text, and return batches."""
         check_texts(texts, first)
         with turn("tokenizer"):
             encodings = self._tokenize(texts, prompt)

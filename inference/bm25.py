@@ -26,7 +26,7 @@ class WordIndex:
             texts, update_vocab=True, length=0, show_progress=False, return_as="tuple", allow_empty=False
         )
         if not any(words.ids):
-            raise ValueError("The texts hold no words but stop words, so BM25 has nothing to search.")
+            raise ValueError("The texts contain only stop words, so BM25 has nothing to search.")
         index = bm25s.BM25()
         index.index(words, show_progress=show_progress)
         return cls(index)
@@ -47,9 +47,9 @@ class WordIndex:
         return int(self._index.scores["num_docs"])
 
     def search(self, queries: Sequence[str], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and numbers of the best texts per query, both (n, min(top_k, texts)).
+        """Return scores and indices of the best texts per query, both (n, min(top_k, texts)).
 
-        A number is -1 if no further text shares a word with the query.
+        An index is -1 if no further text shares a word with the query.
         """
         words = bm25s.tokenize(list(queries), stemmer=self._stemmer, stopwords="english", return_ids=False, show_progress=False)
         numbers, scores = self._index.retrieve(words, k=min(top_k, len(self)), show_progress=False)

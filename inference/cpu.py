@@ -31,7 +31,7 @@ def product_rates() -> dict[str, float]:
     """Measure how fast this CPU multiplies in ``float32`` and ``bfloat16``, once per process.
 
     The unit is billions of operations per second. Each rate is the fastest of five products of
-    a thousand rows, measured alternately. For float32, it is the faster of torch and oneDNN.
+    a thousand rows, measured alternately. For float32, the faster of torch and oneDNN counts.
     The CPU's list of instructions is not enough: a Xeon whose host hides AMX takes twice as
     long in bfloat16 as in float32.
     """

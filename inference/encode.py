@@ -1,10 +1,10 @@
 """Encode texts into vectors without padding, in batches of a limited number of tokens.
 
-Texts are tokenized in windows, and sorted by length within a window. The next window is
+Texts are cut into windows (slices), and sorted by length within a window. The next window is
 tokenized while the model computes. The tokens of a batch are joined in one row without padding,
-which MiniBERT can process directly. The result equals that of ``SentenceTransformer.encode`` up
-to rounding. Other models, and models with modules other than pooling and normalization, are
-encoded by sentence-transformers.
+which MiniBERT can process directly. Up to rounding, the result equals that of
+``SentenceTransformer.encode``, which encodes the texts if a model is not MiniBERT or has
+modules other than pooling and normalization.
 """
 
 import copy
@@ -103,7 +103,7 @@ def encode(
 
 
 class Encoder:
-    """Keep a model open to encode texts. :func:`encode` describes the other arguments.
+    """Keep a model open to encode texts. See :func:`encode` for arguments not listed here.
 
     Args:
         query_copies: multiply inputs of fewer than 32 tokens (a query) by float16 copies of the
@@ -295,7 +295,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        """Compute vectors (count, dimension) of a window. A text without tokens gets zeros."""
+        """Compute (count, dimension) vectors of batches. A text without tokens gets zeros."""
         device = self.model.device
         vectors = torch.zeros(count, self.dimension, dtype=torch.float32, device=device)
         for batch in batches:
@@ -339,7 +339,7 @@ def trim_memory() -> None:
 
 
 def _check_device(device: str) -> None:
-    """Raise a ValueError if ``device`` is not available, before a model is read."""
+    """Raise a ValueError if ``device`` is not available."""
     try:
         torch.zeros(1, device=device).cpu()  # "meta" accepts tensors but returns none
     except torch.OutOfMemoryError:

@@ -93,7 +93,7 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     config = read_json(encoder / "config.json")
     check_weights(encoder)
     if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
-        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save the tokenizer there.")
+        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save it in this folder.")
     if config.get("model_type") == MiniBertConfig.model_type:
         _compare_code(encoder)
     # For a known model type, the installed class is used, not the code in the folder.

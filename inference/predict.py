@@ -88,8 +88,8 @@ def predict(
 
     - **sequence classification** reads a text or a pair of texts. The keys are ``label``,
       ``score`` (the probability of the label) and ``probabilities`` (of all classes, by name).
-      For a multi-label model, they are ``labels`` and ``probabilities``. For regression, the
-      key is ``value``.
+      For a multi-label model, the keys are ``labels`` and ``probabilities``. For regression,
+      it is ``value``.
     - **token classification** reads ``text``, or ``tokens`` (lists of words). The keys are
       ``tags`` and ``scores`` (a list with an element for each word), ``entities`` and, for a
       text, ``words``. An entity has the keys ``entity_group``, ``word``, ``score``, ``start``
@@ -108,7 +108,7 @@ def predict(
             standard input, an opened data set, or an iterable of rows or texts.
         columns: the columns to read. The default is the columns used in training, or columns
             with usual names.
-        split: the split of a folder or Hub data set. Other data is read completely.
+        split: the split of a folder or Hub data set. Data without splits is read completely.
         batch_size: the number of texts (or windows of long texts) to compute at once. Memory
             use does not grow with the number of rows.
         threshold: the probability from which a multi-label model assigns a label.
@@ -156,7 +156,7 @@ def predict(
         run = partial(answer_rows, network, tokenizer, batch_size=batch_size)
     else:
         if columns:
-            raise ValueError("Multiple choice has no option for columns; rename them as in training.")
+            raise ValueError("Multiple choice has no option for columns; rename the columns as in training.")
         found = {name for some in choice_columns_of(network, names) for name in some}
         read = [name for name in names if name in found]
         run = partial(choose_rows, network, tokenizer, batch_size=batch_size)
@@ -203,7 +203,7 @@ def head_of(config: Any) -> str | None:
 
 
 def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
-    """Return the rows, the column names (none without rows), and the row count or None."""
+    """Return rows, column names (an empty list without rows), and row count if known."""
     if isinstance(data, str | Path | Dataset) and str(data) != STANDARD_INPUT:
         dataset = as_dataset(data, split=split)
         batches = dataset.iter(_ROWS_AT_ONCE)
@@ -300,8 +300,7 @@ def _tag(
         for number, value in enumerate(given, start=first):
             if not all(isinstance(word, str) for word in (value if isinstance(value, list) else [value])):
                 raise ValueError(
-                    f"Row {number} has {value!r} in column {column!r}, where a text or a list of words "
-                    "belongs; add it or remove the row."
+                    f"Row {number} has {value!r} in column {column!r}, not a text or a list of words; add it or remove the row."
                 )
         places = [split_words(value) if isinstance(value, str) else None for value in given]
         sentences = [
@@ -394,21 +393,20 @@ def _is_iob(tag: str) -> bool:
 
 
 def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:
-    """Refuse a ``path`` that has a wrong suffix, has no folder, or exists without ``force``."""
+    """Refuse a wrong suffix, a missing folder or, without ``force``, an existing ``path``."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
     if path.is_dir() or (path.exists() and not force):
         raise FileExistsError(f"{path} exists already; choose another name, or replace it with --force.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into; make it first.")
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into; create it first.")
 
 
 def write(predictions: Iterable[Mapping[str, Any]], path: str | Path, *, force: bool = False) -> int:
     """Write ``predictions`` as JSON lines, CSV or Parquet. Return the number of predictions.
 
-    CSV contains nested values as JSON. The file replaces an earlier file only when it is
-    complete. After an error, the earlier file is unchanged. :func:`check_output` raises the
-    errors for ``path``.
+    In CSV, nested values are JSON. An earlier file is replaced only when the new file is
+    complete. :func:`check_output` raises the errors for ``path``.
     """
     path = Path(path)
     check_output(path, force=force)

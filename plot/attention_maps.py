@@ -40,7 +40,7 @@ class Attention(page.Picture):
 
     @property
     def labels(self) -> list[tuple[str, str]]:
-        """Return the tokens with their colours. The second text has another colour."""
+        """Return the tokens with their colours. A second text has a different colour."""
         colours = [page.COLOURS[1] if second else page.INK for second in self.second]
         return list(zip(self.tokens, colours))
 

@@ -58,7 +58,7 @@ p {{ font-size: 0.9rem; color: #555; overflow-wrap: anywhere; }}
 
 
 class Text(NamedTuple):
-    """Place a text in a panel. ``side`` is the side of the text that touches the point."""
+    """Place a text next to a point. With ``side="left"``, the text starts at the point."""
 
     point: Sequence[float]
     text: str
@@ -247,7 +247,7 @@ def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
 
 @contextmanager
 def _image_settings() -> Iterator[None]:
-    """Disable formulas in texts, and add installed fonts for more scripts."""
+    """Disable formulas in texts, and add installed fonts for non-Latin writing systems."""
     more = sorted({*_MORE_FONTS} & {*font_manager.get_font_names()})
     settings: Any = {
         "text.parse_math": False,
@@ -363,10 +363,10 @@ def read_texts(
     split: str,
     limit: int,
 ) -> tuple[list[str], list[str] | None]:
-    """Return the given texts, or the texts and labels of a data set named by a single text.
+    """Return the texts ``given``, or texts and labels if ``given`` is the name of a data set.
 
-    A single text names a data set if it is an existing path. Without blanks, it also names a
-    data set if it contains a slash or ends in a known suffix.
+    A single text is the name of a data set if it is an existing path, or if it has no blanks
+    and contains a slash or ends in a known suffix.
 
     ``column`` defaults to the first usual text column or the only column of strings.
     ``label_column`` defaults to ``label``, if it exists. A data set of more than ``limit`` rows
@@ -390,7 +390,7 @@ def read_texts(
     (column,) = pick_columns(texts, wanted, usual, option="--column", where=name, columns=every)
     rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=column)
     if not len(rows):
-        raise ValueError(f"Every text in column {column!r} of {name} is blank; give data with texts.")
+        raise ValueError(f"Every text in column {column!r} of {name} is blank; choose a column with words.")
     if len(rows) > limit:
         rows = rows.select(sorted(np.random.default_rng(0).choice(len(rows), limit, replace=False)))
     if label_column is None:
@@ -402,7 +402,7 @@ def read_texts(
 
 
 def ticks(count: int, most: int) -> list[int]:
-    """Return at most ``most`` evenly spaced numbers below ``count``.
+    """Return evenly spaced integers below ``count``. ``most`` limits their number.
 
     >>> ticks(7, 4)
     [0, 2, 4, 6]

@@ -26,7 +26,7 @@ class Run:
     lines: list[dict[str, float]]
 
     def curve(self, key: str, axis: str) -> tuple[list[float], list[float]]:
-        """Return the positions on ``axis`` where ``key`` was logged, and the values."""
+        """Return the values of ``axis`` and of ``key`` in the lines that contain ``key``."""
         found = [line for line in self.lines if key in line]
         places = [line[AXES[axis]] / (60 if axis == "minutes" else 1) for line in found]
         return places, [line[key] for line in found]
@@ -104,7 +104,7 @@ def training(runs: str | Path | Sequence[str | Path]) -> Training:
 
 
 def find_logs(path: Path) -> list[Path]:
-    """Return ``path`` if it is a log, or the log in the folder, or the logs of all stages."""
+    """Return ``path`` if it is a log. Otherwise, return the logs in the folder or its stages."""
     if not path.exists():
         raise FileNotFoundError(f"The run {path} does not exist (looked from {Path.cwd()}).")
     if logs := [path] if path.is_file() else sorted(path.glob(LOG)) or sorted(path.glob(f"*/{LOG}")):
@@ -116,7 +116,7 @@ def read_log(log: Path) -> list[dict[str, float]]:
     """Return the numbers in each line of a log. Ignore a last line that a kill truncated.
 
     A line without ``seconds``, such as an evaluation, gets the seconds of the line before it. A
-    damaged line in any other place, or an empty log, raises a ValueError.
+    damaged line before the last line, or an empty log, raises a ValueError.
     """
     lines: list[dict[str, float]] = []
     texts = [text for text in log.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]
@@ -138,7 +138,7 @@ def read_log(log: Path) -> list[dict[str, float]]:
 
 
 def _names(logs: list[Path]) -> list[str]:
-    """Name each log by its last folders: run and stage, or more if names would be equal."""
+    """Return unique names for logs: run and stage, with more parent folders if necessary."""
     parts = [(log.parent if log.name == LOG else log.with_suffix("")).resolve().parts for log in logs]
     for count in range(2, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]

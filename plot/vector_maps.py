@@ -1,4 +1,4 @@
-"""Draw vectors as points in three dimensions, and similarities of texts as a heat map."""
+"""Draw vectors as points in three dimensions, and similarities between texts as a heat map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ def embeddings(
     if method not in ("pca", "tsne", "umap"):
         raise ValueError(f"method must be one of pca, tsne, umap, got {method!r} (--method).")
     if method == "umap" and find_spec("umap") is None:
-        raise ValueError("method umap needs another package; pip install umap-learn, or use --method pca.")
+        raise ValueError("method umap needs the package umap-learn; pip install umap-learn, or use --method pca.")
     if not tokens and len(texts) < 3:
         raise ValueError(f"{len(texts)} text(s) are too few; give three or more, or show tokens (--tokens).")
     names = None if labels is None else [str(label) for label in labels]
@@ -164,7 +164,7 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
     """Project vectors (n, width) to points (n, 3). Return the points and the names of the axes.
 
     ``pca`` only adds zeros to vectors of up to three dimensions. For wider vectors, the name of
-    each axis contains the share of the variance.
+    each axis contains its fraction of the variance.
     """
     count, width = vectors.shape
     vectors = np.asarray(vectors, dtype=np.float64)
@@ -198,7 +198,7 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Similarity(page.Picture):
-    """Show the similarities of two lists of texts: ``values`` (rows, columns)."""
+    """Show the similarities between the texts of two lists: ``values`` (rows, columns)."""
 
     rows: list[str]
     columns: list[str]

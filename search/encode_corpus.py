@@ -104,7 +104,7 @@ def encode_corpus(
             it in the manifest.
         append: encode the files that were added to ``data`` since the last call. The names of
             the new files must come last in alphabetical order.
-        force: replace vectors of another model, precision or input.
+        force: replace vectors even if their model, precision or input is different.
         options: the options of :func:`minibert.inference.encode.encode`. The default prompt is
             the prompt of the model for passages, if there is one.
         show_progress: show a progress bar on standard error.
@@ -215,8 +215,8 @@ def missing_shards(
 
     ``done`` contains the numbers of the complete shards, and ``count`` is the number of
     processes. A call that appends begins a new shard (``manifest.starts``), so the shard before
-    it may have fewer rows. The end of the input is unknown, so the last rows continue without
-    end.
+    it may have fewer rows. The end of the input is unknown, so shards after the last start are
+    yielded without end.
 
     >>> manifest = Manifest("model", "", 384, "float32", True, {}, {}, {}, rows_per_shard=10, starts=[(0, 0), (2, 15)])
     >>> list(islice(missing_shards(manifest, {0, 2}, process=1, count=2), 3))
@@ -233,7 +233,7 @@ def missing_shards(
 class _Window(NamedTuple):
     """Store rows of one shard that are encoded together.
 
-    ``notes`` describes the shard, but is complete only in the ``last`` window of the shard.
+    ``notes`` are metadata of the shard, which are complete if ``last`` is True.
     """
 
     shard: int
@@ -245,7 +245,7 @@ class _Window(NamedTuple):
 
 @dataclass
 class _Job:
-    """Write the shards of one process into ``out``. ``asked`` describes the vectors."""
+    """Write the shards of one process. ``asked`` is the manifest that the call requests."""
 
     out: Path
     asked: Manifest
@@ -268,7 +268,7 @@ class _Job:
         return Encoder(self.model, query_copies=False, **options)
 
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:
-        """Prepare ``out`` in the main process. Return the encoder if it was opened for this."""
+        """Prepare ``out`` in the main process. Return the encoder if it has been opened."""
         encoder, refusal = None, None
         if self.state.is_main_process:
             try:
@@ -285,7 +285,7 @@ class _Job:
         return encoder
 
     def _resume(self, append: bool, force: bool) -> bool:
-        """Return True to continue existing vectors, or False to begin. Refuse other vectors."""
+        """Return True to resume, or False to begin. Refuse vectors that do not fit ``asked``."""
         if not shard_files(self.out) or not (self.out / MANIFEST).exists():
             return False  # an earlier run ended before its first shard
         try:
@@ -299,7 +299,7 @@ class _Job:
             return False
         apart_from_input = _differences(replace(manifest, source=self.stream.source), self.asked)
         if differences and (apart_from_input or not append):
-            raise ValueError(f"{self.out} holds vectors {'; '.join(differences)}. Use another folder or --force.")
+            raise ValueError(f"{self.out} has vectors {'; '.join(differences)}. Use another folder or --force.")
         self.manifest = manifest
         self._find_shards()
         if not differences:
@@ -316,11 +316,11 @@ class _Job:
         return True
 
     def _begin(self) -> Encoder:
-        """Empty the folder, after checking the model and the first rows. Return the encoder."""
+        """Check the model and the first rows, then empty the folder. Return the encoder."""
         others = sorted(file.name for file in self.out.iterdir() if not file.name.startswith("."))
         if others and MANIFEST not in others:
             shown = shorten(", ".join(others), 60)
-            raise ValueError(f"{self.out} holds other things ({shown}); choose an empty or a new folder.")
+            raise ValueError(f"{self.out} has files that are not vectors ({shown}); use an empty or new folder.")
         encoder, path = self.open_model(), self.stream.source["path"]
         encoding = {**self.asked.encoding, "dtype": encoder.dtype}
         self.manifest = replace(self.asked, encoding=encoding, dimension=encoder.dimension)
@@ -336,7 +336,7 @@ class _Job:
         return encoder
 
     def _find_shards(self) -> None:
-        """Read the notes of the complete shards, and delete all other shards."""
+        """Read the metadata of complete shards, and delete incomplete or damaged shards."""
         for number, file in shard_files(self.out).items():
             notes = shard_notes(file)
             if notes is None or notes["fingerprint"] != self.manifest.fingerprint:
@@ -382,7 +382,7 @@ class _Job:
                     self._list_shards()
 
     def _windows(self) -> Iterator[_Window]:
-        """Yield the rows that this process encodes, in windows that end where a shard ends."""
+        """Yield the rows that this process encodes, in groups that lie in a single shard."""
         place = self.state.process_index, self.state.num_processes
         missing = missing_shards(self.manifest, set(self.notes), *place)
         shards, copies = tee(missing)
@@ -408,7 +408,7 @@ class _Job:
             yield _Window(shard, texts, ids, notes, True)
 
     def _usable(self, block: Rows, notes: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
-        """Yield (number, text, id) of each usable row. Refuse or skip every other row."""
+        """Yield (number, text, id) of each usable row. Refuse or skip unusable rows."""
         for place, text in enumerate(block.texts):
             name = None if block.ids is None else block.ids[place]
             bad = next((value for value in (text, name) if isinstance(value, Bad)), None)

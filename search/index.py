@@ -70,7 +70,7 @@ class Lists:
         trained_rows: the number of vectors in the folder when the centroids were trained.
         lists: the number of lists. A search reads ``probes`` of the lists.
         candidates: the number of vectors per hit whose stored values are compared again.
-        recall: the share of the true nearest ``NEIGHBOURS`` that a search finds with these
+        recall: the fraction of the true nearest ``NEIGHBOURS`` that a search finds with these
             settings.
     """
 
@@ -99,7 +99,7 @@ class VectorIndex:
     """Find the vectors of a folder that have the highest cosine with a query.
 
     Memory contains the codes of the lists (half a byte per two dimensions, and a row number)
-    and one block of vectors. The other stored vectors stay on disk.
+    and one block of vectors. All stored vectors stay on disk.
 
     Args:
         exact: ignore the lists, and compare each query with all vectors.
@@ -249,7 +249,7 @@ def index_lock(folder: VectorFolder) -> Iterator[None]:
 
 
 def _open_existing(folder: VectorFolder, exact: bool) -> VectorIndex | None:
-    """Return the index on disk, possibly without new shards, or None. Refuse changed shards."""
+    """Return the index on disk, if any. It may lack new shards. Refuse changed shards."""
     home = index_folder(folder)
     if not any((home / name).exists() for name in (_STATE, _VECTORS)):
         return None
@@ -278,7 +278,7 @@ def _build(
     with_lists: bool,
     show_progress: bool,
 ) -> VectorIndex:
-    """Extend the index ``before`` by new vectors, or build an index if ``before`` is None."""
+    """Add new vectors to the old index ``before``, or build an index if it is None."""
     home = index_folder(folder)
     if before is None:
         for name in (_STATE, _VECTORS, _LISTS):  # a searching process keeps its open files
@@ -313,7 +313,7 @@ def _add_vectors(folder: VectorFolder, state: State, show_progress: bool) -> Sta
 
 
 def _add_to_lists(index: VectorIndex, before: VectorIndex | None, show_progress: bool) -> None:
-    """Add new vectors to the lists of ``before``, or train new lists. Write the FAISS index."""
+    """Write the FAISS index: extend the lists of ``before`` (an index), or train new lists."""
     import faiss
 
     home, rows, lists = index_folder(index.folder), len(index), index.state.lists
@@ -380,13 +380,13 @@ class Sample:
         return best
 
     def recall(self, settings: Lists) -> float:
-        """Return the share of true neighbours found. Vectors of equal cosine are equivalent."""
+        """Return the fraction of true neighbours found. Equal cosines count as found."""
         found = self._neighbours(*self.index._by_lists(self.queries, NEIGHBOURS + 1, settings))
         return float((found >= self.scores[:, -1:] - 1e-5).mean())
 
 
 def choose_settings(index: VectorIndex, lists: Lists) -> Lists:
-    """Choose about the fewest probes, then candidates, that reach the target recall."""
+    """Choose nearly the fewest probes, then the fewest candidates, that reach the target recall."""
     sample = Sample(index)
 
     @cache

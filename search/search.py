@@ -74,7 +74,7 @@ def read_queries(data: str | Path | Dataset) -> list[str]:
     """Read the queries in ``data``, one per row, in the order of the rows.
 
     The column is ``query``, ``question`` or ``text`` (the first that exists), or the only
-    column of strings. ``data`` is as in :func:`read_passages`. A blank query raises a
+    column of strings. See :func:`read_passages` for ``data``. A blank query raises a
     ValueError.
     """
     data = as_dataset(data, split="train")
@@ -166,7 +166,7 @@ class FolderSearcher(Searcher):
 
     Raises:
         FileNotFoundError: if the folder, the model or a shard does not exist.
-        ValueError: if another model made the vectors, the folder has no vectors or (with
+        ValueError: if a different model made the vectors, the folder has no vectors or (with
             ``hybrid``) no texts, or a file is damaged.
     """
 
@@ -183,7 +183,7 @@ class FolderSearcher(Searcher):
     ) -> None:
         self.folder = VectorFolder(folder)
         if hybrid and not self.folder.has_texts:
-            raise ValueError(f"{folder} holds no texts for --hybrid; encode again with --keep-text.")
+            raise ValueError(f"{folder} has no texts, which --hybrid needs; encode again with --keep-text.")
         if hybrid:
             from minibert.inference import bm25  # noqa: F401  # fails before the index is built
         if not self.folder.manifest.complete:
@@ -219,7 +219,7 @@ def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_cod
         raise FileNotFoundError(f"{error} This model made {folder.folder}; give its path with --model.") from error
     if fingerprint(path) != manifest.fingerprint:
         raise ValueError(
-            f"The vectors in {folder.folder} were made by {manifest.model}, and {path} is another model or "
+            f"The vectors in {folder.folder} were made by {manifest.model}, but {path} is another model or "
             "has changed since: encode again, or give the original model with --model."
         )
     return path

@@ -47,15 +47,15 @@ class Manifest:
     """Describe a folder of vectors, as stored in ``manifest.json``.
 
     Attributes:
-        model: the model, as named by the caller.
+        model: the path or Hub id of the model, as given.
         fingerprint: see :func:`minibert.inference.load.fingerprint`.
         dimension: the dimension of the vectors. A binary vector takes one bit per dimension.
         precision: ``float32``, ``float16``, ``int8`` or ``binary``.
         normalized: True if the vectors had length 1 before they were stored.
-        source: identifies the input.
+        source: a description that identifies the input.
         columns: the input columns of the ``text`` and the ``id`` (None if the id is the row
             number), and ``kept``, which is True if the texts are stored.
-        encoding: other options that affect the vectors, such as the prompt and the dtype.
+        encoding: further options that affect the vectors, such as the prompt and the dtype.
         rows_per_shard: the number of input rows per shard.
         rows: the number of vectors in all shards.
         skipped: the number of skipped input rows.
@@ -196,7 +196,7 @@ class VectorFolder:
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """Return the texts of ``rows``. Raise a ValueError if the folder has no texts."""
         if not self.has_texts:
-            raise ValueError(f"{self.folder} holds no texts; encode with --keep-text to store them.")
+            raise ValueError(f"{self.folder} has no texts; encode with --keep-text to store texts.")
         return self._take("text", rows)
 
     def _take(self, column: str, rows: Sequence[int] | np.ndarray) -> list[Any]:
@@ -229,14 +229,14 @@ class VectorFolder:
 
     @contextlib.contextmanager
     def _open(self, shard: Shard) -> Iterator[parquet.ParquetFile]:
-        """Open a shard and check its size. Errors of reading name the file."""
+        """Open a shard and check its size. Reading errors contain the file name."""
         file, width = self.folder / shard.file, self.manifest.width
         try:
             with parquet.ParquetFile(file) as opened:
                 if (rows := opened.metadata.num_rows) != shard.rows:
-                    raise ValueError(f"{file} holds {rows} rows, but should hold {shard.rows}; encode again.")
+                    raise ValueError(f"{file} has {rows} rows, but should have {shard.rows}; encode again.")
                 if (found := opened.schema_arrow.field("vector").type.list_size) != width:
-                    raise ValueError(f"{file} holds vectors of {found} numbers, not {width}; encode again.")
+                    raise ValueError(f"{file} has vectors of {found} numbers, not {width}; encode again.")
                 yield opened
         except (pa.ArrowInvalid, OSError) as error:
             if getattr(error, "errno", None) is not None:  # an error of the system, such as a missing permission
@@ -251,7 +251,7 @@ def shard_name(number: int) -> str:
 
 
 def shard_files(folder: Path) -> dict[int, Path]:
-    """Return a mapping from number to file for all shards in ``folder``. Ignore other files."""
+    """Return a dictionary from shard number to file for all shards in ``folder``."""
     found = {file.stem.removeprefix("part-"): file for file in folder.glob("part-*.parquet")}
     return {int(number): file for number, file in found.items() if number.isdecimal()}
 
@@ -267,7 +267,7 @@ def remove_vectors(folder: Path) -> None:
 class ShardWriter:
     """Write one shard in a ``with`` block. An exception in the block leaves no file.
 
-    ``notes`` may be set until the end of the block. :func:`shard_notes` reads the notes.
+    ``notes`` are metadata that may be set in the block. :func:`shard_notes` reads them.
     """
 
     def __init__(self, file: Path, manifest: Manifest, id_type: pa.DataType) -> None:

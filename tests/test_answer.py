@@ -430,9 +430,9 @@ def test_refuses_data_of_another_kind_and_sizes_without_room(answer, tokenizer):
         answer([{**GOOD, "answers": "rome"}])
     with pytest.raises(ValueError, match=r"Column 'question' of .* does not hold text"):
         answer([{**GOOD, "question": 7}])
-    with pytest.raises(ValueError, match=r"max_length=24 leaves no room: .* doc_stride=20 already fill it"):
+    with pytest.raises(ValueError, match=r"max_length=24 leaves no room: .* doc_stride=20 fill it"):
         answer([GOOD], doc_stride=20)
-    with pytest.raises(ValueError, match=r"Row 70 has None in column 'context', where a text belongs"):
+    with pytest.raises(ValueError, match=r"Row 70 has None in column 'context', not a text"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD] * 69 + [{**GOOD, "context": None}], batch_size=2))
     with pytest.raises(ValueError, match=r"batch_size must be at least 1, got 0"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD], batch_size=0))

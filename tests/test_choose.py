@@ -185,7 +185,7 @@ GOOD = {"question": "which is a thing ?", "choices": ["the cup", "the cat"], "la
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"choices": ["the cup"]}, r"Row 2 has 1 choices, but the rows before have 2. Training needs equal numbers"),
+        ({"choices": ["the cup"]}, r"Row 2 has 1 choices, but earlier rows have 2. Training needs equal numbers"),
         ({"choices": []}, r"Row 2 has choices=\[\]; it should be a list of texts"),
         ({"choices": ["a", None]}, r"Row 2 has choices=\['a', None\]; it should be a list of texts"),
         ({"label": 2}, r"Row 2 of .* has label=2; with 2 choices, it should be 0 to 1, or A to B"),
@@ -216,6 +216,6 @@ def test_refuses_labels_and_columns_that_are_not_there(choose, tokenizer):
         choose([GOOD], [{"question": "which ?", "label": 0}])
     with pytest.raises(ValueError, match=r"Row 2 of .*eval.jsonl has label=5"):
         choose([GOOD], [GOOD, {**GOOD, "label": 5}])
-    with pytest.raises(ValueError, match=r"Row 1 has None in column 'question', where a text belongs"):
+    with pytest.raises(ValueError, match=r"Row 1 has None in column 'question', not a text"):
         model = MiniBertForMultipleChoice(MiniBertConfig.preset("nano-1x3", vocab_size=40))
         list(choose_rows(model, tokenizer, [{**GOOD, "question": None}]))

@@ -132,7 +132,7 @@ def test_string_forms():
         ("a.csv", b"id,text\n1,one,\n\n2,two,lost\n", r"a\.csv has a row with more values than its first line has columns"),
         ("a.csv", b"text\none,,\n", r"a\.csv has a row with more values"),
         ("a.parquet", b"PAR0", "cannot be read as parquet"),
-        ("a.docx", b"word", r"\.docx is none of \.parquet"),
+        ("a.docx", b"word", r"\.docx is not one of \.parquet"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):

@@ -149,7 +149,7 @@ def test_refusals_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no split 'test'; use train or validation"):
         load_pairs("test")
     monkeypatch.setattr(docstrings, "find_roots", lambda: (("nothing", tmp_path),))
-    with pytest.raises(ValueError, match="hold no documentation.*name a data set in the recipe"):
+    with pytest.raises(ValueError, match="have no docstrings.*name a data set in the recipe"):
         load_pairs("train")
 
 

@@ -295,7 +295,7 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
             "The sources have 0 and 2 hard_negatives per pair, but all rows of a batch need the same number.",
         ),
         ("query,answer\na,b\nc,d\n", {"make_pairs": True}, "columns are text, found query, answer; name it .text_column."),
-        ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, and there are none"),
+        ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, but the data has none"),
         ("text\na b c d e\n", {"make_pairs": True}, "at least two rows; .*wrong.csv has one"),
         (
             "text\na b\nc d\n",

@@ -387,7 +387,7 @@ def test_all_processes_stop_when_the_first_refuses(model, models, data, tmp_path
     encode_corpus(model, data, tmp_path / "out", column="text", dtype="float32")
 
     def work():
-        with pytest.raises(ValueError, match="The first process could not begin|holds vectors of the model"):
+        with pytest.raises(ValueError, match="The first process could not begin|has vectors of the model"):
             encode_corpus(models / "other", data, tmp_path / "out", column="text", dtype="float32")
 
     assert start.finish(start(2, work)) == [0, 0]
@@ -479,7 +479,7 @@ def test_two_runs_in_one_folder_are_refused(model, data, tmp_path, start):
         (b"text\nx\n", ["--precision", "int4"], "precision='int4' is unknown; use one of float32, float16, int8, binary"),
         (b"text\nx\n", ["--on-bad-row", "warn"], "on_bad_row='warn' is unknown; use refuse or skip"),
         (b"text\nx\n", ["--rows-per-shard", "0"], "rows_per_shard must be at least 1, got 0"),
-        (b"text\nx\n", ["--split", "train[:5]"], "is more or less than one split"),
+        (b"text\nx\n", ["--split", "train[:5]"], "does not name exactly one split"),
         (b"text\nx\n", ["--prompt-name", "nope"], "The model has no prompt named 'nope'"),
     ],
 )
@@ -495,7 +495,7 @@ def test_a_folder_with_other_things_in_it_is_not_written_to(run, data, tmp_path)
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
-    assert "holds other things (thesis.tex)" in run(data, "--column", "text", "--force").stderr
+    assert "has files that are not vectors (thesis.tex)" in run(data, "--column", "text", "--force").stderr
     assert [file.name for file in out.iterdir()] == ["thesis.tex"]
     (tmp_path / "file").touch()
     assert "File exists" in run(data, "--column", "text", out=tmp_path / "file").stderr

@@ -374,14 +374,22 @@ def data_wrong_columns(place: Path) -> str:
 
 DATA = [  # a command that reads data, the problem, and words of the sentence
     ("train recipe.yaml classify.data={} --output-dir out", data_wrong_columns, "one, two.* (Give data with|[Nn]ame|rename)"),
-    ("quickstart tokenizer.data={} --output-dir out --query cat", data_empty_folder, "folder holds no data file; .*.parquet"),
+    (
+        "quickstart tokenizer.data={} --output-dir out --query cat",
+        data_empty_folder,
+        "folder contains no data file; .*.parquet",
+    ),
     ("search model --passages {} cat", data_not_utf8, "latin.csv is not UTF-8: line 2 cannot be decoded. Convert the file"),
     ("search vectors --queries {}", data_empty, "empty.csv is empty; give a file that holds data"),
     ("encode model {} out", data_no_json, "Row 1 of torn.jsonl is not a JSON "),
     ("encode model {} out", data_damaged, "damaged.parquet cannot be read as parquet: .*. Repair it, or save it again"),
     ("evaluate model {}", data_without_rows, "header.csv has no rows; give a file (or split )?that holds data"),
     ("predict model {} --out out.jsonl", data_no_json, "torn.jsonl cannot be read as jsonl: .*. Repair it, or save it again"),
-    ("plot embeddings model {} --out out.html", data_no_table, "picture.png cannot be read: .png is none of .parquet, .jsonl"),
+    (
+        "plot embeddings model {} --out out.html",
+        data_no_table,
+        "picture.png cannot be read: .png is not one of .parquet, .jsonl",
+    ),
     ("plot similarity model {} --out out.html", data_closed, "Permission denied.*labels.csv.*Change its permissions"),
     ("evaluate model {}", data_absent, r"no file or folder nothing.csv \(looked from /.*world\)"),
 ]
@@ -391,16 +399,16 @@ DATA = [  # a command that reads data, the problem, and words of the sentence
 
 OVERRIDES = "tokenizer.data=texts.txt tokenizer.text_columns=[text] tokenizer.vocab_size=60 --query cat"
 PLACES = {  # a command that writes to a place that takes nothing, and words of the sentence
-    "train recipe.yaml --output-dir full": "File too large.*Choose a place that takes larger files",
-    f"quickstart {OVERRIDES} --output-dir texts.txt/out": "texts.txt.*(Correct the path|Choose another|make it first)",
-    "encode model texts.txt thesis": "thesis.* choose an empty or a new folder",
+    "train recipe.yaml --output-dir full": "File too large.*Use a disk that allows larger files",
+    f"quickstart {OVERRIDES} --output-dir texts.txt/out": "texts.txt.*(Correct the path|Choose another|create it first)",
+    "encode model texts.txt thesis": "thesis.* use an empty or new folder",
     "hub convert bert locked/out": "Permission denied.*([Cc]hoose another)",
-    "hub export model full": "File too large.*Choose a place that takes larger files",
+    "hub export model full": "File too large.*Use a disk that allows larger files",
     "hub pull ann/model thesis": "thesis.* (choose another|choose an empty or a new folder|name another)",
-    "predict model texts.txt --out full.jsonl": "File too large.*Choose a place that takes larger files",
+    "predict model texts.txt --out full.jsonl": "File too large.*Use a disk that allows larger files",
     "plot attention model 'the cat sleeps' --out thesis.html": "thesis.* (choose another|name another)",
     "plot embeddings model texts.txt --out locked/out.html": "Permission denied.*([Cc]hoose another)",
-    "plot similarity model texts.txt --out texts.txt/out.html": "texts.txt.*(Correct the path|Choose another|make it first)",
+    "plot similarity model texts.txt --out texts.txt/out.html": "texts.txt.*(Correct the path|Choose another|create it first)",
     "plot training run --out thesis.png": "thesis.* (choose another|name another)",
 }
 

@@ -415,14 +415,14 @@ def test_a_manifest_that_is_damaged_is_named(tmp_path, wrong, message):
 def test_vectors_of_another_width_are_refused(tmp_path, width):
     folder = write_vectors(tmp_path / "vectors", clustered(10, 1, width))
     folder.manifest.dimension = WIDTH
-    with pytest.raises(ValueError, match=f"part-00000.parquet holds vectors of {width} numbers, not {WIDTH}"):
+    with pytest.raises(ValueError, match=f"part-00000.parquet has vectors of {width} numbers, not {WIDTH}"):
         open_index(folder)
 
 
 def test_vectors_that_are_no_numbers_are_refused(tmp_path):
     vectors = clustered(10, 1)
     vectors[6, 3] = np.nan
-    with pytest.raises(ValueError, match="not finite .row 6 of it"):
+    with pytest.raises(ValueError, match="not finite .row 6."):
         open_index(write_vectors(tmp_path / "vectors", vectors))
 
 

@@ -275,9 +275,9 @@ def test_memory_does_not_grow_with_the_rows(classifier):
             ["{classifier}", "wide.csv", "--column", "bodi"],
             "Column 'bodi' is not there in the data; the columns are id, body, title",
         ),
-        (["{classifier}", "wide.csv", "--column", "id"], "Row 1 has 1 in column 'id', where a text belongs"),
-        (["{classifier}", "hole.jsonl"], "Row 2 has None in column 'text', where a text belongs"),
-        (["{tagger}", "hole.jsonl"], "Row 2 has None in column 'text', where a text or a list of words belongs"),
+        (["{classifier}", "wide.csv", "--column", "id"], "Row 1 has 1 in column 'id', not a text"),
+        (["{classifier}", "hole.jsonl"], "Row 2 has None in column 'text', not a text"),
+        (["{tagger}", "hole.jsonl"], "Row 2 has None in column 'text', not a text or a list of words"),
         (
             ["{tagger}", "wide.csv", "--column", "body", "--column", "id"],
             "This model reads tokens or words or text or sentence, not body, id",

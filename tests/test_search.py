@@ -177,7 +177,7 @@ def _half_json(folder):
             lambda folder: edit_weights(folder, **{"final_norm.weight": None}),
             "The weights in .* lack final_norm.weight; save or download the model again",
         ),
-        (_stages, "give one of 2-embed in it"),
+        (_stages, "give one of its folders 2-embed"),
     ],
 )
 def test_folder_that_cannot_be_opened_is_refused(folder, damage, message):
@@ -251,7 +251,7 @@ def test_passages_are_read_by_path(tmp_path):
     ("rows", "column", "message"),
     [
         ({"title": ["t"], "body": ["b"]}, None, "not clear which column .* found title, body; name it .--column."),
-        ({"id": [1]}, None, "No column of the data holds texts; the columns are id"),
+        ({"id": [1]}, None, "No column of the data has texts; the columns are id"),
         ({"id": [1], "body": ["b"]}, "text", "Column 'text' is not there in the data; the columns are id, body"),
         ({"id": [1], "body": ["b"]}, "id", "Column 'id' does not hold texts"),
         ({"text": ["", " "]}, None, "Every passage in column 'text' is blank"),
@@ -321,7 +321,7 @@ def test_a_folder_without_texts_gives_ids(saved, tmp_path, run_index):
     assert result.stdout.strip().endswith("id 2")
     result = run_index(folder, "capital of france", "--hybrid")
     assert result.exit_code == 2
-    assert "holds no texts for --hybrid" in result.stderr
+    assert "has no texts, which --hybrid needs" in result.stderr
 
 
 def test_hybrid_search_finds_words_the_model_does_not_know(saved, tmp_path):
@@ -382,7 +382,7 @@ def test_more_hits_than_rows_take_no_memory(vectors):
 
 def test_texts_of_stop_words_alone_are_refused_for_hybrid_search(saved, tmp_path):
     folder = write_passages(tmp_path / "vectors", saved, ["the of", "and a"])
-    with pytest.raises(ValueError, match="no words but stop words"):
+    with pytest.raises(ValueError, match="only stop words"):
         FolderSearcher(folder, hybrid=True)
 
 
@@ -397,7 +397,7 @@ def test_the_model_may_have_moved_but_not_changed(saved, folder, vectors, tmp_pa
         other = MiniBertModel.from_pretrained(folder)
         other.embeddings.word_embeddings.weight.mul_(1.5)
     other.save_pretrained(folder)
-    with pytest.raises(ValueError, match="were made by .*moved, and .*model is another model or has changed since"):
+    with pytest.raises(ValueError, match="were made by .*moved, but .*model is another model or has changed since"):
         FolderSearcher(vectors, folder)
     shutil.copytree(folder, tmp_path / "moved")
     with pytest.raises(ValueError, match="moved is another model or has changed since: encode again"):
@@ -424,7 +424,7 @@ def test_queries_come_one_per_row_repeated_ones_too(tmp_path):
     ("rows", "message"),
     [
         ({"title": ["t"], "body": ["b"]}, "not clear which column of the queries .* found title, body; name it .query."),
-        ({"id": [1]}, "No column of the queries holds texts"),
+        ({"id": [1]}, "No column of the queries has texts"),
         ({"query": ["a", None]}, "Query 2 is empty"),
     ],
 )
@@ -530,7 +530,7 @@ def test_queries_for_a_folder_are_read_from_standard_input(run_index, vectors):
         (["--queries", "{tmp}/blank.jsonl"], "Query 1 is empty"),
         (["--queries", "{tmp}/none.txt"], "There is no file or folder"),
         (["--queries", "{tmp}/blank.jsonl", "cat"], "on the command line and with --queries"),
-        (["--column", "text", "cat"], "--column names the column of --passages"),
+        (["--column", "text", "cat"], "--column can only be used with --passages"),
         (["--model", "{tmp}/none", "cat"], "There is no model folder"),
         (["  "], "Query 1 is empty"),
         (["cat", "caf\udce9"], "Query 2 is not UTF-8: 'caf\\udce9'; convert it"),

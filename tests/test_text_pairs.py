@@ -49,6 +49,6 @@ def test_the_same_for_the_same_seed_and_documents_apart():
 
 def test_texts_without_sentences_are_refused():
     with pytest.raises(
-        ValueError, match="sentences of at least 5 words, and there are none; give texts with complete sentences"
+        ValueError, match="sentences of at least 5 words, but the data has none; give texts with complete sentences"
     ):
         make_pairs(Dataset.from_dict({"text": ["one two", None]}), 0)

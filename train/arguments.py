@@ -195,7 +195,7 @@ class MaskedWordArguments(Arguments):
     @model_validator(mode="after")
     def _replaced_at_most_once(self) -> "MaskedWordArguments":
         if self.mask_replace_prob + self.random_replace_prob > 1:
-            raise ValueError("mask_replace_prob + random_replace_prob must be at most 1; lower one of them.")
+            raise ValueError("mask_replace_prob + random_replace_prob must be at most 1; lower one of these fields.")
         return self
 
 
@@ -405,7 +405,7 @@ class DistillStage(TrainStage):
             )
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
         if weights and not any(getattr(self, name) for name in weights):
-            raise ValueError(f"{', '.join(weights)} are all 0, so nothing is learned; raise one of them.")
+            raise ValueError(f"{', '.join(weights)} are all 0, so nothing is learned; increase one.")
         return self
 
 

@@ -1,8 +1,8 @@
 """Write checkpoint folders atomically. A folder gets its final name when it is complete.
 
 A checkpoint is a folder such as ``step-00000120``. Its ``manifest.json`` lists the sizes of all
-other files, which reveals missing and truncated files but not changed bytes. If the process is
-killed, incomplete folders have ``.tmp`` in their names.
+checkpoint files, which reveals missing and truncated files but not changed bytes. ``.tmp`` in a
+folder name marks an incomplete checkpoint of a killed process.
 """
 
 import json
@@ -52,7 +52,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """Return a message about the first missing or truncated file, or None if there is none."""
+    """Return a message about the first missing or truncated file, or None if all are valid."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, size in manifest.items():
@@ -90,7 +90,7 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def rotate(root: Path, keep: int, newest: Path) -> None:
-    """Keep ``newest`` and the ``keep - 1`` checkpoints before. Delete all other checkpoints.
+    """Keep ``newest`` and ``keep - 1`` checkpoints before it. Delete the others.
 
     Checkpoints with a later step than ``newest`` were damaged when training resumed.
     """

@@ -216,7 +216,7 @@ class Steps(Dataset[StepBatch]):
 
 @dataclass
 class Progress:
-    """Store the counters and metrics of a run that every checkpoint saves."""
+    """Store the counters and metrics of a run. Every checkpoint saves them."""
 
     step: int = 0
     seconds: float = 0.0
@@ -260,11 +260,11 @@ class Meter:
             return sums[:, 0].mean().item(), int(sums[:, 1].max())
 
     def seconds(self) -> float:
-        """Return the training time in seconds without evaluation, summed over resumed runs."""
+        """Return the training time in seconds, without evaluation, including interrupted runs."""
         return time.perf_counter() - self.start - self.spent["evaluation"]
 
     def share_outside(self) -> float:
-        """Return the share of time outside steps, such as loading data, logging and saving."""
+        """Return the fraction of time outside steps, such as loading data, logging and saving."""
         steps = self.spent["steps"]
         return max(0.0, 1 - steps / max(1e-9, self.seconds() - self.first_seconds)) if steps else 0.0
 
@@ -307,7 +307,7 @@ class Log:
                 write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append ``line`` to the log and report to trackers. ``line`` must contain ``step``."""
+        """Append ``line`` to the log and send it to trackers. ``line`` must contain ``step``."""
         if self.accelerator.is_main_process:
             with checkpoint.readable_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -324,7 +324,7 @@ def _step_of(line: str) -> float:
 
 
 class StopRequest:
-    """Stop training after the current step on Ctrl-C or SIGTERM. Stop at once on a second."""
+    """Stop training after a step on Ctrl-C or SIGTERM. A second signal stops at once."""
 
     def __init__(self) -> None:
         self.number, self.asked = 0, 0.0
@@ -579,7 +579,7 @@ class _Run:
         self.saved_step = self.progress.step
 
     def _write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights and ``state`` to ``folder``. Checkpoints also have optimizer state."""
+        """Write weights, ``state`` and (except for ``best-*``) optimizer state to ``folder``."""
         if not self.accelerator.is_main_process:
             return
         best = folder.name.startswith("best-")

@@ -26,8 +26,8 @@ class TokenizedDataset:
     Attributes:
         ids: token ids of all rows, (tokens,) int32.
         types: segment of each token, (tokens,) int8. None if the model has no segments.
-        starts: index in ``ids`` of the first token of each row, then the number of tokens,
-            (rows + 1,).
+        starts: index in ``ids`` of the first token of each row, then the number of all
+            tokens: (rows + 1,).
         labels: (rows,) or (rows, values). A subclass may have a label for every token.
     """
 
@@ -130,7 +130,7 @@ def in_chunks(rows: int) -> Iterator[slice]:
 
 
 def compute_outputs(model: nn.Module, rows: TokenizedDataset, batch_size: int) -> tuple[np.ndarray, list[Tensor]]:
-    """Compute the logits of all rows. Processes share the work, and each returns all logits.
+    """Compute the logits of all rows. Processes divide the work, and each returns all logits.
 
     Returns:
         The row numbers in the order of computation, and one float32 tensor per batch, (rows of
@@ -145,7 +145,7 @@ def compute_outputs(model: nn.Module, rows: TokenizedDataset, batch_size: int) -
 
 
 def results_of(rows: Dataset, compute: Callable[[Dataset], Iterable[Any]]) -> list[Any]:
-    """Return the result of ``compute`` for each row. Processes share the rows."""
+    """Return the result of ``compute`` for each row. Processes divide the rows."""
     state = processes()
     mine = range(state.process_index, len(rows), state.num_processes)
     quiet = not state.is_main_process
@@ -176,7 +176,7 @@ def choose_metric(wanted: str | None, metrics: Sequence[str]) -> str:
 
 @contextmanager
 def in_eval_data() -> Iterator[None]:
-    """Name ``eval_data`` in the messages of errors that the block raises."""
+    """Mention ``eval_data`` in the errors that the block raises."""
     try:
         yield
     except ValueError as error:

@@ -36,7 +36,7 @@ def run_recipe(
     resume: bool = True,
     force: bool = False,
 ) -> Path:
-    """Run the stages of ``recipe`` in order. Under torchrun, every process must call this.
+    """Run the stages of ``recipe`` in order. Under torchrun, call this in every process.
 
     Args:
         recipe: a recipe from :func:`load_recipe`.
@@ -107,7 +107,7 @@ def _resolve(
 
 
 def _check_models(recipe: Recipe) -> None:
-    """Raise an error for unusable models and tokenizers, before any file is written."""
+    """Raise an error for models and tokenizers that cannot be used."""
     names = {stage.name for stage in recipe.stages}
     kinds = {"model": "model", "teacher": "model", "tokenizer": "tokenizer"}
     asked = ((kind, getattr(stage, field, None)) for stage in recipe.stages for field, kind in kinds.items())
@@ -185,7 +185,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
         earlier, changes = old["stages"], list(_changes(old, recipe, run_dir))
         if changes and not force:
             raise ValueError(
-                f"{run_dir} is a run with other arguments: {'; '.join(text for _, text in changes)}. "
+                f"{run_dir} is a run with different arguments: {'; '.join(text for _, text in changes)}. "
                 f"Choose another --output-dir, or use --force to run stage {changes[0][0]} and all later "
                 "stages again (this replaces the folders of these stages)."
             )

@@ -209,7 +209,7 @@ class _StageCallback(ProgressCallback):
             checkpoint.write_folder(self.best_folder, fill)
 
     def seconds(self) -> float:
-        """Return the training time in seconds, summed over all resumed runs."""
+        """Return the training time in seconds, including interrupted runs."""
         return round(time.perf_counter() - self.start, 3)
 
     def load_best(self) -> dict[str, float]:

@@ -36,7 +36,7 @@ def load_tokenizer(context: StageContext) -> Any:
 
 
 def load_start(auto_class: Any, args: Any, context: StageContext, **changes: Any) -> tuple[Any, Any, int]:
-    """Return the tokenizer, the model and the maximum sequence length of a stage in tokens."""
+    """Return the tokenizer and model of a stage, and the maximum number of tokens per text."""
     tokenizer = load_tokenizer(context)
     model = load_model(auto_class, args, context, tokenizer, **changes)
     tokenizer.model_max_length = sequence_length(args.max_length, model.config, tokenizer)
@@ -77,7 +77,7 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
 
 
 def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
-    """Return the maximum sequence length in tokens: ``wanted``, or else the limit of the model.
+    """Return the maximum number of tokens in a sequence: ``wanted``, or else the limit.
 
     The limit is the smaller of ``model_max_length`` of the tokenizer and
     ``max_position_embeddings`` of the model.
@@ -97,6 +97,6 @@ def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
     if positions and wanted > positions and not rotary:
         raise ValueError(
             f"max_length={wanted} exceeds the model's max_position_embeddings={positions}; lower "
-            "max_length, or raise max_position_embeddings of a new model."
+            "max_length, or increase max_position_embeddings of a new model."
         )
     return wanted

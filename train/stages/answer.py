@@ -90,7 +90,7 @@ def _whole(start: Any) -> int | None:
 
 
 class AnswerRows(TokenizedDataset):
-    """Store windows with ``labels`` (windows, 2), the first and last token of each answer."""
+    """Store tokenized windows and ``labels`` (windows, 2): first and last token of an answer."""
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return model inputs, with ``start_positions`` and ``end_positions`` (rows,) each."""
@@ -100,7 +100,7 @@ class AnswerRows(TokenizedDataset):
 
 
 def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes: WindowSizes) -> AnswerRows:
-    """Return training windows. Windows without the first answer have the label ``[CLS]``."""
+    """Return training windows. A window without its row's first answer has the label ``[CLS]``."""
     labels: list[tuple[int, int]] = []
     lost = 0
 
@@ -164,7 +164,7 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
 def evaluator(
     rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures the answers of a model. Processes share the rows."""
+    """Return a function that measures the answers of a model. Processes divide the work."""
     texts = [[text for _, text in row] for row in answers]
     rows = rows.select_columns(list(_TEXTS))
 

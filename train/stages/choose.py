@@ -91,7 +91,7 @@ def refuse_uneven(asked: Sequence[Choices]) -> None:
     for number, row in enumerate(asked, start=1):
         if len(row.choices) != count:
             raise ValueError(
-                f"Row {number} has {len(row.choices)} choices, but the rows before have {count}. Training "
+                f"Row {number} has {len(row.choices)} choices, but earlier rows have {count}. Training "
                 "needs equal numbers of choices; complete or remove this row."
             )
 
@@ -138,7 +138,7 @@ def evaluator(
     tokenizer: Any,
     batch_size: int,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures the choices of a model. Processes share the rows."""
+    """Return a function that measures the choices of a model. Processes divide the work."""
 
     def evaluate(model: Any) -> dict[str, float]:
         results = results_of(rows, lambda mine: choose_rows(model, tokenizer, mine, batch_size=batch_size))

@@ -49,7 +49,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
 def find_text_columns(
     rows: Dataset, wanted: Sequence[str] | None, label_column: str | Sequence[str], sources: Sequence[Any]
 ) -> list[str]:
-    """Return the text columns, given or detected. Texts and labels must not be missing."""
+    """Return ``wanted``, or detect text columns. Refuse rows without text or label."""
     labels = [label_column] if isinstance(label_column, str) else list(label_column)
     found = [name for name in text_columns(rows) if name not in labels]
     where, every = sources[0].path, rows.column_names
@@ -59,7 +59,7 @@ def find_text_columns(
 
 
 def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a classifier. Processes share the rows."""
+    """Return a function that measures a classifier. Processes divide the work."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         numbers, logits = compute_outputs(model, rows, batch_size)

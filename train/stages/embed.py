@@ -53,7 +53,7 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
 
     Returns:
         Dictionary of data sets. With ``one_source_per_batch``, each source is a data set.
-        Otherwise, one data set has all given pairs and another has the pairs made from texts.
+        Otherwise, one data set has all existing pairs, and one has the pairs made from texts.
     """
     if args.one_source_per_batch:
         groups = [[source] for source in args.data]
@@ -72,7 +72,7 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
             check_columns(dataset, [args.negative_column], group)
             columns.append(args.negative_column)
         if len(dataset) < 2:
-            raise ValueError(f"In-batch negatives need at least two rows; {group[0].path} has one.")
+            raise ValueError(f"In-batch negatives need at least two rows; {group[0].path} has one row.")
         names = dict(zip(columns, ("anchor", "positive", "negative"), strict=False))
         found[f"{number} {Path(group[0].path).name}"] = dataset.select_columns(columns).rename_columns(names)
     return found

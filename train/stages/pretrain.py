@@ -1,4 +1,4 @@
-"""Pretrain encoders on masked words, with optional next sentences (the ``pretrain`` stage)."""
+"""Pretrain encoders on masked words and, if set, next sentences (the ``pretrain`` stage)."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
 
 
 def refuse_unpacked(config: Any, name: str) -> None:
-    """Raise ValueError if a model is not a MiniBERT. Others cannot read packed sequences."""
+    """Raise ValueError if a model is not a MiniBERT, and so cannot read packed sequences."""
     if config.model_type != "minibert":
         raise ValueError(
             f"{name} is a {config.model_type} model, which cannot read packed sequences. Convert the model "
@@ -89,7 +89,7 @@ class Masking:
     def __init__(self, tokenizer: Any, args: MaskedWordArguments):
         missing = [name for name in ("mask_token", "cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
         if missing:
-            raise ValueError(f"The tokenizer has no {', '.join(missing)}; train one with a tokenizer stage.")
+            raise ValueError(f"The tokenizer has no {', '.join(missing)}; train a tokenizer with a tokenizer stage.")
         self.cls, self.sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.mask, self.pad = tokenizer.mask_token_id, tokenizer.pad_token_id
         self.special = np.zeros(len(tokenizer), dtype=bool)
@@ -134,7 +134,7 @@ def _continues(tokenizer: Any) -> np.ndarray:
     if not begins.any():
         raise ValueError(
             "whole_word_mask needs a tokenizer that marks where words begin (## in WordPiece, Ġ or ▁ in "
-            "others), but this tokenizer does not; remove whole_word_mask."
+            "BPE and Unigram), but this tokenizer does not; remove whole_word_mask."
         )
     return ~begins
 
@@ -156,7 +156,7 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class PackedRows:
-    """Store rows filled with pieces of documents. Tokens do not attend to other pieces."""
+    """Store rows filled with pieces of documents. Tokens attend only to their own piece."""
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
         self.corpus, self.masking, self.pieces = corpus, masking, MlmChunks(corpus, max_length)
@@ -249,7 +249,7 @@ class SentencePairs:
 
 
 def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a model with fixed masks. Processes share the batches."""
+    """Return a function that measures a model with fixed masks. Processes divide the work."""
 
     def evaluate(model: Any) -> dict[str, float]:
         state = processes()

@@ -50,7 +50,8 @@ class TagRows(TokenizedDataset):
     """Store windows of tagged sentences.
 
     ``labels`` (tokens of all windows,) has a tag at the first subword of each word, and -100 at
-    other tokens. Each word has a tag in one window only, so labelled tokens are in word order.
+    later subwords and special tokens. Each word has a tag in one window only, so labelled
+    tokens are in word order.
     """
 
     @classmethod
@@ -88,7 +89,7 @@ class TagRows(TokenizedDataset):
 def evaluator(
     rows: TagRows, expected: Sequence[Sequence[str]], names: Sequence[str], batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a tagger on all words. Processes share the windows."""
+    """Return a function that measures a tagger on all words. Processes divide the work."""
     ends = np.cumsum([0, *map(len, expected)])
 
     def evaluate(model: nn.Module) -> dict[str, float]:

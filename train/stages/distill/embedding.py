@@ -40,7 +40,7 @@ def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared error of pairwise cosine similarities of vectors (rows, C)."""
+    """Return the mean squared error of cosines between all pairs of vectors (rows, C)."""
     first, second = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
     return F.mse_loss(first @ first.t(), second @ second.t())  # (rows, rows)
 
@@ -211,7 +211,7 @@ def _student(
         if not same_tokens(tokenizer, teacher.tokenizer):
             raise ValueError(
                 "hidden_weight compares hidden states of equal tokens, but teacher and student have "
-                "different tokenizers. Set hidden_weight: 0, or remove tokenizer to use that of the teacher."
+                "different tokenizers. Set hidden_weight: 0, or remove tokenizer to use the teacher's."
             )
     width = student.get_embedding_dimension()
     if args.matryoshka_dims and (max(args.matryoshka_dims) >= (width or 0) or not args.similarity_weight):

@@ -29,7 +29,7 @@ class MaskedLMDistillation(Distillation):
     """
 
     def forward(self, labels: Tensor, **inputs: Any) -> ModelOutput:
-        """Return the loss of packed rows. ``labels`` (1, T) are -100 at other tokens."""
+        """Return the loss of packed rows. ``labels`` (1, T) are -100 at unmasked tokens."""
         args, masked = self.args, labels != -100
         states = self.student.minibert(**inputs).last_hidden_state  # (1, T, C)
         logits = self.student.lm_head(states[masked])  # (masked, V)

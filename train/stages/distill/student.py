@@ -35,7 +35,7 @@ def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
     if len(numbers) > available or max(numbers) >= available:
         raise ValueError(
             f"student_layers={wanted} is not possible: the teacher has {available} layers, numbered from 0 "
-            f"to {available - 1}. Choose fewer or other layers."
+            f"to {available - 1}. Choose existing layers."
         )
     return numbers
 

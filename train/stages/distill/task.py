@@ -83,16 +83,16 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
 
 
 def _check_labels(args: DistillTaskStage, labels: Any, teacher: Any, names: list[str], source: str) -> None:
-    """Raise ValueError if rows have several labels, or if the teacher has other classes."""
+    """Raise ValueError if rows have several labels, or if the teacher has different classes."""
     if labels.problem_type != SINGLE or teacher.config.problem_type not in (None, SINGLE):
         raise ValueError(
             "objective: task needs one label per row and a teacher for such labels, but column "
             f"{args.label_column!r} is {labels.problem_type}, and the teacher was trained for "
-            f"{teacher.config.problem_type or SINGLE}. Use other data or another teacher."
+            f"{teacher.config.problem_type or SINGLE}. Change the data or the teacher."
         )
     if len(set(names)) != len(names) or set(names) != set(labels.names):
         raise ValueError(
             f"The teacher {source} has the classes {', '.join(names)}, but the data has "
             f"{', '.join(labels.names)}. If the classes mean the same, set labels: to the teacher's names in "
-            "the order of the data. Otherwise use another teacher."
+            "the order of the data. Otherwise, use a different teacher."
         )

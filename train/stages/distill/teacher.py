@@ -65,8 +65,8 @@ def cached_teacher_outputs(
 ) -> list[np.ndarray]:
     """Compute a teacher's outputs for all rows, or read them from ``folder``.
 
-    Processes share the work and must share ``folder``. A resumed run uses the files that are
-    complete.
+    The work is split among processes. All must use the same ``folder``. A resumed run uses the
+    complete files.
 
     Args:
         folder: folder of the cache.
@@ -75,7 +75,7 @@ def cached_teacher_outputs(
         compute: function that returns the outputs (rows, C) of a range of rows.
 
     Returns:
-        Memory-mapped float32 arrays (rows, C) of ``ROWS_PER_FILE`` rows. The last may be shorter.
+        Memory-mapped float32 arrays (rows, C) of at most ``ROWS_PER_FILE`` rows.
     """
     state = processes()
     paths = [folder / f"teacher-{key}-{start:010d}.npy" for start in range(0, rows, ROWS_PER_FILE)]
@@ -101,7 +101,7 @@ class TaughtRows:
         rows: tokenized rows.
         name: argument of the student that receives the outputs.
         outputs: result of :func:`cached_teacher_outputs`. None if the teacher runs at every step.
-        teacher: hash of the teacher. A run does not resume with another teacher.
+        teacher: hash of the teacher. A run resumes only with the same teacher.
     """
 
     def __init__(self, rows: TokenizedDataset, name: str, outputs: list[np.ndarray] | None, teacher: str):
