@@ -67,8 +67,8 @@ def register() -> None:
     """Register MiniBERT with transformers, so that it loads without ``trust_remote_code``.
 
     Importing the package calls this function. The ``minibert`` command is an exception, since
-    its help must not wait for torch. The subpackages that the command imports later, such as
-    ``minibert.inference``, call this function instead.
+    --help must not wait for torch. The subpackages that the command imports later, such as
+    ``minibert.inference``, then call the function.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""Define the ``minibert`` command. Each command imports its own modules, so --help is fast."""
+"""Define the subcommands of ``minibert``. Each imports its own modules, so --help is fast."""
 
 import errno
 import functools
@@ -45,11 +45,11 @@ def main() -> None:
 
 
 _ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space there, or choose another place, and run it again."),
-    errno.EFBIG: "Choose a place that takes larger files, or raise the limit (ulimit -f), and run it again.",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or choose another place."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space or use another disk, then try again."),
+    errno.EFBIG: "Use a disk that allows larger files, or raise the limit (ulimit -f), then try again.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or choose another path."),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "Correct the path."),
-    errno.EMFILE: "Raise the limit of open files (ulimit -n), and run it again.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), then try again.",
 }
 
 
@@ -86,8 +86,8 @@ def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
 
     Args:
         interrupted: message for the user after Ctrl-C.
-        extra: extra to name if a module is missing. The default is the extra that installs
-            the module.
+        extra: extra of this package to install if a module is missing. If it is empty, the
+            message gives the extra that contains the module.
     """
     try:
         yield
@@ -158,7 +158,7 @@ def _root(
 
 
 def _report_progress(bars: bool = True) -> None:
-    """Log progress to standard error, and hide libraries' logs. ``bars`` keeps their bars."""
+    """Log this package's progress to standard error, and call :func:`_silence_libraries`."""
     import logging
 
     logger = logging.getLogger("minibert")
@@ -168,7 +168,7 @@ def _report_progress(bars: bool = True) -> None:
 
 
 def _silence_libraries(bars: bool = False) -> None:
-    """Hide logs and progress bars of libraries. ``bars`` keeps the bars of datasets visible."""
+    """Hide libraries' logs and progress bars. ``bars=True`` shows the bars of ``datasets``."""
     from datasets import disable_progress_bars
     from datasets.utils.logging import CRITICAL, set_verbosity
     from transformers.utils import logging
@@ -261,7 +261,7 @@ def search(
     of_index: dict[str, Any] = {"model": model, "hybrid": hybrid, "exact": exact, "rebuild": rebuild}
     if passages is None:
         if column is not None:
-            raise ValueError("--column names the column of --passages; leave it out to search a folder of vectors.")
+            raise ValueError("--column can only be used with --passages; leave it out to search a folder of vectors.")
         searcher = FolderSearcher(target, **of_index, **options)
     else:
         if misplaced := [name for name, value in of_index.items() if value]:
@@ -287,7 +287,7 @@ def _in_lines(query: str, hits: list[Any]) -> str:
 
 
 def _typed_queries() -> Iterator[str]:
-    """Yield queries from standard input, one per line, until an empty line or the end."""
+    """Yield queries from standard input, one per line, until an empty line or end of input."""
     while True:
         if sys.stdin.isatty():
             typer.echo("Query (empty to leave): ", nl=False, err=True)
@@ -509,7 +509,7 @@ def export(
         _report(export_onnx(model, output_dir, quantize=quantize, revision=revision), as_json)
         return
     if quantize is not None:
-        raise ValueError(f"--quantize={quantize} is only possible with --to onnx; add it, or leave out --quantize.")
+        raise ValueError(f"--quantize={quantize} is only possible with --to onnx; add --to onnx, or leave out --quantize.")
     from minibert.hub.export import export as export_model
 
     _report(export_model(model, output_dir, revision=revision), as_json)
@@ -586,7 +586,7 @@ def pull(
     output_dir: NewModel,
     as_json: Json = False,
 ) -> None:
-    """Download one commit of a model, and print hashes of its code. The code is not run."""
+    """Download one commit of a model, and print hashes of the model's code. No code is run."""
     from rich.filesize import decimal
 
     from minibert.files import installation
@@ -731,7 +731,7 @@ def similarity(
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Draw the similarity of each text in one list to each text in another list."""
+    """Draw the similarity between each text in A and each text in B."""
     from minibert import plot
 
     def draw() -> plot.Picture:
@@ -779,7 +779,7 @@ def quickstart(
     output_dir: RunFolder = None,
     force: RunAgain = False,
 ) -> None:
-    """Train a search model on the documentation of installed Python packages, and search in it.
+    """Train a search model on the docstrings of installed Python packages, and search them.
 
     The command runs the bundled recipe quickstart, measures the model and opens it in a fresh
     process. It takes some minutes on two CPU cores. Nothing is downloaded. When you run it

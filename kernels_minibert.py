@@ -17,7 +17,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def onednn_dtypes() -> frozenset[torch.dtype]:
-    """Return the dtypes in which oneDNN fuses products with bias and GELU on this processor."""
+    """Return the dtypes in which oneDNN fuses matrix product, bias and GELU on this CPU."""
     if platform.machine() not in ("x86_64", "AMD64") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
     checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -52,13 +52,13 @@ def is_being_traced() -> bool:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Return True if values are unreadable: a meta tensor, a subclass or ``torch.func``."""
+    """Return True if ``tensor`` has no readable values (meta, subclass or ``torch.func``)."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
     return not plain or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return True if ``module`` has own or global hooks, or a replaced ``forward``."""
+    """Return True if forward hooks apply to ``module``, or its ``forward`` was replaced."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -69,7 +69,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_unmodified_linear(module: nn.Module) -> bool:
-    """Return True for a plain ``nn.Linear`` on the CPU without gradients, hooks and tracing."""
+    """Return True for a plain ``nn.Linear`` on the CPU without gradients, hooks or tracing."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -89,7 +89,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def to_compute_dtype(tensor: Tensor, module: nn.Module) -> Tensor:
-    """Return ``tensor.to(module.weight.dtype)``. Autocast's dtype replaces the weight's dtype.
+    """Return ``tensor.to(module.weight.dtype)``. Under autocast, use autocast's dtype instead.
 
     Call this once before several layers read ``tensor``, since autocast would cast it for each
     layer. If ``module`` is not an ``nn.Linear``, the dtype of the first parameter is used.
@@ -156,7 +156,7 @@ def eager_attention_forward(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``F.scaled_dot_product_attention`` (B, L, H, D), and the weights (B, H, L, L)."""
+    """Return ``F.scaled_dot_product_attention`` (B, L, H, D), and the softmax (B, H, L, L)."""
     scores = (query * scaling) @ key.transpose(2, 3)  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask

@@ -260,7 +260,7 @@ class MiniBertPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": MiniBertLayer, "attentions": MiniBertAttention}
 
     def run_encoder(self, labels: Tensor | None, *given: Tensor | None, **kwargs: Any) -> Any:
-        """Call the encoder. If padding tokens have labels, warn and compute padding too."""
+        """Call the encoder. If padding tokens have labels, warn and encode padding too."""
         mask: Any = given[1]
         traced = torch.compiler.is_compiling() or (labels is not None and is_transformed(labels))
         comparable = labels is not None and mask is not None and mask.shape == labels.shape and not traced
@@ -315,7 +315,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
             inputs_embeds: (B, L, C) word embeddings instead of ``input_ids``.
             cu_seq_lens_q: (sequences + 1,) bounds of sequences in one flattened row (B = 1).
             max_length_q: length of the longest of these sequences.
-            unpad_inputs: False computes padding too.
+            unpad_inputs: if False, compute padding tokens too.
             **kwargs: passed on to the attention function, such as ``output_attentions``.
             past_key_values: keys and values of P prefix tokens. The mask is then (B, P + L).
 
@@ -466,7 +466,7 @@ class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
     def predict_words(
         self, hidden_states: Tensor, labels: Tensor | None, return_logits: bool, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return loss and logits. Without ``return_logits``, compute labelled tokens only."""
+        """Return loss and logits. ``return_logits=False`` skips tokens with label -100."""
         if labels is not None and not return_logits:
             labelled = labels.flatten() != -100
             hidden_states, labels = hidden_states.flatten(0, 1)[labelled], labels.flatten()[labelled]
@@ -506,7 +506,7 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
     ) -> MaskedLMOutput:
         """Return word logits (B, L, V). ``labels`` (B, L) are -100 for unmasked tokens.
 
-        With labels, ``return_logits=False`` computes labelled tokens only, which saves memory.
+        With labels, ``return_logits=False`` skips tokens with label -100, which saves memory.
         """
         outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits, **kwargs)
@@ -600,7 +600,7 @@ class MiniBertForSequenceClassification(MiniBertClassifierBase):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Return logits (B, num_labels). ``labels``: (B,), or (B, num_labels) for several."""
+        """Return logits (B, num_labels). ``labels``: (B,), or (B, num_labels) if multilabel."""
         outputs = self.run_encoder(None, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classify(outputs.pooler_output)
         arguments: dict[str, Any] = {"labels": labels, "pooled_logits": logits, "config": self.config}

@@ -1,4 +1,4 @@
-"""Pack the real tokens of a batch, and compute attention within each sequence.
+"""Pack the tokens of a batch without padding, and compute attention within each sequence.
 
 This file is saved with every checkpoint. The letters in shapes are as in modeling_minibert.py.
 """
@@ -157,8 +157,8 @@ _arange = partial(torch.arange, device="cpu")  # torch's default device may be a
 class PadRows(torch.autograd.Function):
     """Copy the rows of a packed tensor into a padded tensor: (T, …) -> (P, …).
 
-    Padded row p gets packed row ``source_index[p]``. Packed row t goes to padded row
-    ``padded_index[t]``. Values and gradients of all other padded rows are ignored.
+    Padded row p gets packed row ``source_index[p]``. Packed row t goes to ``padded_index[t]``.
+    Values and gradients of padded rows that are not in ``padded_index`` are ignored.
     """
 
     @staticmethod
@@ -195,8 +195,8 @@ class Packing:
     Args:
         lengths: length of every sequence in packed order. Empty if ``cu_seqlens`` is given.
         indices: (T,) rows of the real tokens in the batch. None means all rows, in order.
-        cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for kernels of a GPU.
-        max_length: length of the longest sequence, for kernels of a GPU.
+        cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for GPU kernels.
+        max_length: length of the longest sequence, for GPU kernels.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Packing:
 
     @classmethod
     def of_mask(cls, mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
-        """Build a packing of the True positions in ``mask`` (B, L), or of all positions."""
+        """Build a packing of the True positions in ``mask`` (B, L). None means all."""
         if device.type != "cpu":
             if mask is None:
                 bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
@@ -259,7 +259,7 @@ class Packing:
         return cls([lengths[i] for i in order], torch.cat([_arange(bounds[i], bounds[i + 1]) for i in order]))
 
     def blocks(self, tokens: int) -> "list[Packing]":
-        """Split the sequences into blocks of at most ``tokens`` tokens or one long sequence."""
+        """Split this packing into parts of at most ``tokens`` tokens or one long sequence."""
         bounds = cut_evenly(self.lengths, tokens)
         if len(bounds) <= 2:
             return [self]
@@ -269,14 +269,14 @@ class Packing:
         return [Packing(block, rows) for block, rows in parts]
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Select the real rows of ``tensor``, and append filler rows: (B, L, …) -> (T, …)."""
+        """Select rows of real tokens, and append filler rows of zeros: (B, L, …) -> (T, …)."""
         flat = tensor.flatten(0, 1)
         flat = flat if self.indices is None else flat[self.indices]
         fillers = self.num_filler_tokens
         return torch.cat([flat, flat.new_zeros(fillers, *flat.shape[1:])]) if fillers else flat
 
     def unpack(self, tensor: Tensor, padded: Tensor | None) -> Tensor:
-        """Remove filler rows. Write the real rows into ``padded`` (B * L, C) if it is given."""
+        """Remove filler rows. If ``padded`` (B * L, C) is given, write the result into it."""
         tensor = tensor[: len(tensor) - self.num_filler_tokens]
         if padded is None:
             return tensor
@@ -349,7 +349,7 @@ class Packing:
 
 
 def is_watched(model: Any) -> bool:
-    """Return True if a user hooked the embeddings, a layer, or a module in one of them."""
+    """Return True if the embeddings, a layer or any of their submodules have a user's hook."""
     watched = chain(model.embeddings.modules(), model.layers.modules())
     found = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
     hooks = found + [hook for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
@@ -361,7 +361,7 @@ def is_watched(model: Any) -> bool:
 def pack_batch(
     model: Any, inputs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_length: int | None, options: dict[str, Any]
 ) -> Packing | None:
-    """Return the packing for a batch, or None if padding must be computed too."""
+    """Return the packing for a batch, or None if padding tokens must be computed too."""
     config = model.config
     records = any(options.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states"))
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(inputs) or is_watched(model)
@@ -379,7 +379,7 @@ def pack_batch(
 def packed_forward(
     model: Any, packing: Packing, given: tuple[Tensor | None, ...], batch: int, length: int, **kw: Any
 ) -> Tensor:
-    """Encode the real tokens of a batch, and return padded hidden states (B, L, C)."""
+    """Encode a batch without padding tokens, and return padded hidden states (B, L, C)."""
     keep_freed_activations()
     # In training mode, blocks would draw other dropout masks than a pass with gradients.
     at_once = torch.is_grad_enabled() or model.training or packing.cu_seqlens is not None

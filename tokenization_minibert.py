@@ -24,7 +24,7 @@ _MOST_WORDS = 2_000_000
 _MOST_CHUNKS = 200_000
 # The rarest characters, which together make up less than this share of the text, become [UNK]
 # as in SentencePiece (Kudo and Richardson 2018, arXiv:1808.06226). Otherwise a single page in
-# another script could fill the vocabulary.
+# another writing system could fill the vocabulary.
 _IGNORED_CHARACTERS = 1e-4
 # The tokenizers library counts pairs in 32 bits. Counts of larger corpora are scaled down.
 _MOST_TRAINED_WORDS = 100_000_000
@@ -43,7 +43,7 @@ def train_wordpiece(
     """Train a WordPiece tokenizer like BERT's (Devlin et al. 2018, arXiv:1810.04805).
 
     Args:
-        texts: Corpus. It is read once, so it may be a generator that yields any amount of text.
+        texts: Corpus, which is read once. A generator may yield any amount of text.
         vocab_size: Number of entries, including special tokens. Too little text gives fewer
             entries and a warning.
         lowercase: Whether to convert texts to lower case and to strip accents.
@@ -102,7 +102,7 @@ def train_word_level(
     """Train a tokenizer whose tokens are whole words. All unknown words become ``[UNK]``.
 
     The vocabulary contains the most frequent words that occur at least ``min_frequency`` times.
-    The other arguments have the same meaning as in :func:`train_wordpiece`.
+    All arguments have the same meaning as in :func:`train_wordpiece`.
 
     Raises:
         ValueError: if ``texts`` contains no word or an item that is not a string, or if
@@ -153,7 +153,7 @@ def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) 
 
 
 def _alphabet(words: dict[str, int]) -> set[str]:
-    """Return the characters in ``words``, without the rarest ``_IGNORED_CHARACTERS`` share.
+    """Return the characters in ``words`` except the rarest (share: ``_IGNORED_CHARACTERS``).
 
     >>> sorted(_alphabet({"ab": 10_000, "c": 1}))
     ['a', 'b']
@@ -172,7 +172,7 @@ def _alphabet(words: dict[str, int]) -> set[str]:
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Yield texts that repeat each word as often as it was counted. Large counts are scaled."""
+    """Yield texts that repeat each word ``words[word]`` times. Large counts are scaled down."""
     scale = -(-sum(words.values()) // _MOST_TRAINED_WORDS)
     for word, count in words.items():
         left = -(-count // scale)

@@ -20,9 +20,9 @@ _JSON_LIMIT = 64_000_000  # bytes
 def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -> Iterator[None]:
     """Lock ``folder`` against other processes until the block ends or this process ends.
 
-    If another process has the lock, raise ValueError, or wait for the lock if ``wait`` is True.
-    Error messages use ``doing``, the activity of the processes (``"training in"``), and
-    ``kept``, the data that is not lost after an error of the disk.
+    If another process has the lock, raise ValueError. If ``wait`` is True, wait for the lock
+    instead. In error messages, ``doing`` describes the activity of the processes, such as
+    ``"training in"``, and ``kept`` states which data is not lost after a disk error.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -40,7 +40,7 @@ def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -
 
 @contextlib.contextmanager
 def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
-    """Raise errors of the disk as an OSError with advice. ``kept`` says what is not lost."""
+    """Convert disk errors to an OSError with advice. ``kept`` states which data is not lost."""
     try:
         yield
     except Timeout:
@@ -77,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Return the content of a JSON file in a model folder. The limit is 64 MB."""
+    """Return the content of a JSON file in a model folder. The largest size is 64 MB."""
     if not file.exists():
         raise FileNotFoundError(f"{file.parent} is not a model folder: it contains no {file.name}.")
     if file.stat().st_size > _JSON_LIMIT:

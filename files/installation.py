@@ -47,6 +47,6 @@ def _is_wheel() -> bool:
 
 
 def _init_of(found: Distribution) -> Path | None:
-    """Return the installed path of ``minibert/__init__.py``. An editable install has none."""
+    """Return the path of the installed ``minibert/__init__.py``, or None if editable."""
     recorded = (file for file in found.files or () if file.as_posix() == "minibert/__init__.py")
     return next((Path(str(file.locate())).resolve() for file in recorded), None)

@@ -1,4 +1,4 @@
-"""Check the weights, pickles, code, links and names of a model folder before it is opened.
+"""Check weights, pickles, code, links and paths of a model folder before opening the model.
 
 The checks load no tensor and run no code. After the checks, opening the model reads no file
 outside of the folder, and needs no more memory than the size of the files. Open models within
@@ -68,10 +68,10 @@ def refuse_missing(model: str | Path, advice: str) -> NoReturn:
 
 
 def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return name -> (dtype, shape) for the tensors of a safetensors file, from its header.
+    """Read the header of a safetensors file, and return tensor name -> (dtype, shape).
 
-    A dtype is a name such as ``"F32"``. The tensors are not read. A header that does not
-    describe exactly the bytes after it is an error.
+    A dtype is a string such as ``"F32"``. The tensors are not read. If the header does not
+    describe exactly the bytes after it, raise ValueError.
     """
     try:
         if not stat.S_ISREG(file.stat().st_mode):
@@ -89,7 +89,7 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model: a single file, the files of an index, or []."""
+    """Return a model's safetensors files: one file, the files that an index lists, or []."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
@@ -123,7 +123,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _check_size(file: Path, stored: int) -> None:
-    """Raise ValueError if a configuration describes far more numbers than the weights have."""
+    """Raise ValueError if a configuration describes far more parameters than are stored."""
     config = read_settings(file)
 
     def size(*names: str) -> int:
@@ -137,7 +137,7 @@ def _check_size(file: Path, stored: int) -> None:
     if described > max(_SHARED * stored, _SMALL):
         digits = int(described.bit_length() * math.log10(2))  # the number itself may be too long to print
         raise ValueError(
-            f"{file} describes a model of about 10^{digits} numbers, but the weights contain {stored:,}; save "
+            f"{file} describes a model of about 10^{digits} parameters, but the weights contain {stored:,}; save "
             "or download the model again."
         )
 
@@ -152,7 +152,7 @@ def pickles(paths: Iterable[str]) -> list[str]:
 
 
 def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") -> NoReturn:
-    """Raise ValueError for the pickles ``names``, with code that saves them as safetensors."""
+    """Refuse the pickle files ``names``. The error shows how to save them as safetensors."""
     raise ValueError(
         f"{folder} contains weights only as a pickle ({', '.join(names)}), which can run code when it is "
         "opened; if you trust it, save it as safetensors first: "
@@ -161,7 +161,7 @@ def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") ->
 
 
 def check_paths(folder: Path) -> None:
-    """Raise ValueError if a name, a link or a code setting leads out of the model folder.
+    """Raise ValueError if a path, a link or a code setting leads out of the model folder.
 
     Links in the Hub's cache that lead into ``blobs`` of the same repository are allowed.
     """
@@ -192,13 +192,13 @@ def _module_paths(folder: Path) -> Iterator[str]:
 
 
 def _check_code(file: Path) -> None:
-    """Raise ValueError for kernels from the Hub, and for an ``auto_map`` with invalid names."""
+    """Raise ValueError if a setting loads kernels from the Hub, or ``auto_map`` is invalid."""
     settings = read_settings(file)
     for key, value in settings.items():
         named = value.values() if isinstance(value, dict) else [value]
         if key.endswith(("_implementation", "_implementation_internal")) and any("/" in str(name) for name in named):
             raise ValueError(
-                f"{file} names {_short(value)} for {key}. Opening the model would run this code from the Hub; delete this line."
+                f"{file} sets {key} to {_short(value)}. Opening the model would run this code from the Hub; delete this line."
             )
     found = settings.get("auto_map") or {}
     if not isinstance(found, dict | list):
@@ -216,7 +216,7 @@ def _check_name(file: Path, name: str) -> None:
     parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
     if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or "\0" in name:
         raise ValueError(
-            f"{file} names {_short(name)}, which lies outside of the folder; do not use this model, or ask its author."
+            f"{file} refers to {_short(name)}, which is outside of the folder; do not use this model, or ask its author."
         )
 
 

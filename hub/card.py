@@ -1,7 +1,7 @@
 """Write model cards, and check the metadata of existing cards.
 
 The values of a card come from the model's files, the training record and the publisher.
-A field without a known value is left out. The template is ``card.md``.
+Unknown fields are left out. The template is ``card.md``.
 """
 
 import json
@@ -57,8 +57,8 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
     """Return the text of a README.md that describes the model in ``folder``.
 
     ``origin`` is the folder with the record of the model's training or conversion. The default
-    is ``folder``. Without ``repo_id`` the examples name a placeholder. ``fields`` are metadata
-    of :data:`FIELDS`, such as ``license="mit"``. They replace values found in files.
+    is ``folder``. If ``repo_id`` is None, examples use a placeholder. ``fields`` are metadata
+    of the card (:data:`FIELDS`) such as ``license="mit"``. They replace metadata from files.
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"
     validate_repo_id(repo_id)
@@ -116,7 +116,7 @@ def vector_dimension(folder: Path) -> int:
 
 
 def longest_text(folder: Path) -> int | None:
-    """Return a model's maximum sequence length in tokens, or None if nothing limits it."""
+    """Return a model's maximum sequence length in tokens, or None if it is unlimited."""
     encoder = folders.encoder_folder(folder)
     config = read_settings(encoder / "config.json")
     lengths = [folders.max_length(folder), read_settings(encoder / "tokenizer_config.json").get("model_max_length")]
@@ -127,7 +127,7 @@ def longest_text(folder: Path) -> int | None:
 
 
 def _content(folder: Path, encoder: Path, config: dict[str, Any], record: provenance.Record) -> dict[str, Any]:
-    """Return the template values that describe the model's files."""
+    """Return the card's template values that describe the model's files."""
     tensors = [tensor for file in weight_files(encoder) for tensor in read_header(file).values()]
     settings, tokenizer = (read_settings(encoder / name) for name in ("tokenizer_config.json", "tokenizer.json"))
     normalizer = json.dumps(tokenizer.get("normalizer"))
@@ -169,7 +169,7 @@ def _cell(value: Any) -> str:
 
 
 def _pooling(folder: Path) -> dict[str, Any] | None:
-    """Return the pooling settings for the torch example in a card, or None for no example."""
+    """Return the pooling settings for the card's torch example, or None to omit the example."""
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in folders.modules(folder)]
     if kinds[1:] not in (["Pooling"], ["Pooling", "Normalize"]):
         return None

@@ -43,7 +43,7 @@ class Report:
         family: BERT family that was read or written, such as ``"roberta"``, or ``"onnx"``.
         architecture: class name of the written model.
         unused: names of the tensors that the written model does not use.
-        differences: largest absolute difference of each output on the built-in texts.
+        differences: output name -> largest absolute difference between the two models.
         cosine_int8: lowest and mean cosine similarity between quantized and exact vectors.
     """
 
@@ -121,7 +121,7 @@ def convert(
             pooled=has_pooler and config.pooling == "cls" and kind not in POOLED,
         )
         parity.check(differences, f"The MiniBERT made of {source}")
-        # The card names the origin of the weights, unless that is a folder of this machine.
+        # The card states the origin of the weights, except a local folder.
         origin = {"base_model": None if Path(source).expanduser().exists() else str(source), "revision": revision}
         write_json(temporary / "conversion.json", {**origin, "differences": differences})
     return Report(
@@ -160,7 +160,7 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
 
 
 def _kind(raw: dict[str, Any], family: Family) -> str:
-    """Return the checkpoint's class name without the family, such as ``"ForMaskedLM"``."""
+    """Return the checkpoint's class name without the family name, such as ``"ForMaskedLM"``."""
     known = [f"{family.class_name}{kind}" for kind in family.classes]
     named: str = (raw.get("architectures") or known[:1])[0]
     if named not in known:
@@ -222,7 +222,7 @@ def _pooling(folder: Path, kind: str, family: Family) -> str:
 
 
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """Load the tokenizer in ``folder``, limited to ``max_length`` and the model's positions."""
+    """Load the tokenizer in ``folder``. ``max_length`` and the positions limit its length."""
     # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in folder.glob(name)):
         raise FileNotFoundError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
@@ -308,12 +308,12 @@ def _tensors(
 
 
 def rounded(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Cast the floating-point tensors to ``dtype``. None returns all tensors unchanged."""
+    """Cast floating-point tensors to ``dtype``. If ``dtype`` is None, return them unchanged."""
     return {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
-    """Return the MiniBERT name of a tensor of another class, or None if the name is unknown."""
+    """Return MiniBERT's name for a tensor of a class other than ``kind``, None if unknown."""
     target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
     # Encoder tensors that the configuration does not describe are unknown too, for example an
     # additional layer.
@@ -322,7 +322,7 @@ def _of_another_class(name: str, kind: str, family: Family) -> str | None:
 
 
 def _plain(name: str, family: Family) -> str:
-    """Replace old tensor names, and add the prefix that models with a head use."""
+    """Replace an old tensor name, and add the prefix of models with a head."""
     for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
         name = name.replace(old, new)
     bare = name.startswith(("embeddings.", "encoder.", "transformer.", "pooler."))

@@ -32,8 +32,8 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 
     Raises:
         FileNotFoundError: if the model, its weights or its tokenizer are missing.
-        ValueError: if the model is not a MiniBERT, BERT cannot represent it, its tensors do not
-            match its configuration, or the output folder is not empty.
+        ValueError: if the model is not a MiniBERT, BERT cannot represent the model, the tensors
+            do not match the configuration, or the output folder is not empty.
         Mismatch: if the BERT's outputs differ from the MiniBERT's. Nothing is written then.
     """
     output_dir = Path(output_dir)
@@ -81,7 +81,7 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
         raise ValueError(f"{folder} is a {raw.get('model_type')} model; only a MiniBERT can be exported.")
     named = (raw.get("architectures") or ["MiniBertModel"])[0]
     if getattr(modeling_minibert, named, None) is None:
-        raise ValueError(f"{folder} names the class {named}, which MiniBERT does not have; correct its config.json.")
+        raise ValueError(f"{folder} has the class {named}, which MiniBERT does not have; correct its config.json.")
     checkpoint = folders.read_tensors(encoder)
     return folder, MiniBertConfig.from_pretrained(encoder), named.removeprefix("MiniBert"), checkpoint
 
@@ -135,7 +135,7 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of the plain model, and the names of the tensors left out."""
+    """Return the exported model's tensors, and the names of the MiniBERT's unused tensors."""
     tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
     expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
     stored = {full(name, kind): name for name in checkpoint}

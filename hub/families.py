@@ -1,4 +1,4 @@
-"""Map parameter and field names of other model families to the names in MiniBERT.
+"""Map parameter and field names of BERT-family models to the names in MiniBERT.
 
 :mod:`minibert.hub.convert` and :mod:`minibert.hub.export` use these tables.
 """
@@ -99,7 +99,7 @@ class Family:
         prefix: name of the encoder module in a model with a head.
         class_name: beginning of the family's class names, such as ``"Bert"``.
         modules: names of modules, MiniBERT -> family. ``{}`` is the number of a layer.
-        of_class: module names that differ in some classes, by the ending of the class name.
+        of_class: ending of a class name -> ``modules`` whose names differ in this class.
         fields: names of configuration fields, MiniBERT -> family.
         fixed: MiniBertConfig fields that the family's configuration lacks -> constant values.
         classes: endings of the class names that can be converted.
@@ -189,7 +189,7 @@ REFUSED = {
     "big_bird": "its attention is sparse",
     "deberta": "its attention depends on relative positions",
     "deberta-v2": "its attention depends on relative positions",
-    "electra": "its embeddings are projected to the width of the layers, and its heads have other activations",
+    "electra": "its embeddings are projected to the width of the layers, and its heads have unsupported activations",
     "ernie": "it adds embeddings of tasks",
     "esm": "it has rotary positions and norms of its own",
     "funnel": "it shortens the sequence from layer to layer",
@@ -200,7 +200,7 @@ REFUSED = {
     "nomic_bert": "it has rotary positions and gated layers with norms after the sum",
     "rembert": "its embeddings have another width than its layers",
     "roberta-prelayernorm": "its embeddings are normalised before layers that normalise their inputs",
-    "roformer": "its rotary positions turn other pairs of numbers",
+    "roformer": "its rotary positions rotate pairs of neighbouring numbers",
     "squeezebert": "its layers are grouped convolutions",
     "xlm": "it adds embeddings of languages",
     "xlm-roberta-xl": "its norms come before the blocks",

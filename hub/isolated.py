@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# A short text, an empty text, a longer text, several scripts, and punctuation.
+# A short text, an empty text, a longer text, several writing systems, and punctuation.
 TEXTS = [
     "A short text.",
     "",
@@ -60,7 +60,7 @@ class Request:
 
 
 def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
-    """Open the requested model. Return float32 outputs by name, and the ways of opening."""
+    """Open a model. Return float32 outputs by name, and the classes that opened the model."""
     import torch
     import transformers
 
@@ -121,11 +121,11 @@ def _numbers(answer: Any) -> list[float]:
 
 
 class NotOpened(Exception):
-    """Signal that the fresh process could not open the model. The message gives the reason."""
+    """Signal that a fresh process could not open a model."""
 
 
 def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Run :func:`compute` in a fresh process without minibert, network and Hub token.
+    """Run :func:`compute` in a fresh process without minibert, network or Hub token.
 
     Args:
         request: the model to open and how to open it.

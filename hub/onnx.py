@@ -1,4 +1,4 @@
-"""Export a MiniBERT to ONNX, and compare the outputs of onnxruntime with those of torch."""
+"""Export a MiniBERT to ONNX, and compare the outputs of onnxruntime and torch."""
 
 import json
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ def export_onnx(
         FileNotFoundError: if the model, its weights or its tokenizer are missing.
         ValueError: if the model is not a MiniBERT, ``quantize`` is unknown, a package is
             missing, or the output folder is not empty.
-        Mismatch: if the outputs of graph and model differ. Nothing is written then.
+        Mismatch: if outputs of the graph and model differ. Nothing is written then.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
@@ -163,7 +163,7 @@ def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Te
 
 
 def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dict[str, Tensor]:
-    """Compute every batch, and return named outputs without the rows of padding tokens."""
+    """Call ``compute`` for every batch, and return outputs by name without rows of padding."""
     found = {}
     for number, batch in enumerate(batches):
         mask = batch["attention_mask"].bool()
@@ -199,7 +199,7 @@ def _quantize(source: Path, target: Path) -> None:
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Return the lowest and the mean cosine similarity of ``exact`` and ``found`` vectors."""
+    """Return the lowest and the mean cosine similarity between exact and quantized vectors."""
     name = "sentence_embedding" if any(key.startswith("sentence_embedding") for key in exact) else next(iter(exact)).split()[0]
     pairs = [(exact[f"{name} {number}"], found[f"{name} {number}"]) for number in range(3)]
     cosines = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])

@@ -50,7 +50,7 @@ class Evaluation(BaseModel):
 
 
 class Record(BaseModel):
-    """Store how a model was made. The record of a model without a recipe is mostly empty.
+    """Store how a model was made. Without a recipe, most fields are empty.
 
     ``stages`` include the tokenizer's stage. ``base_model`` is the Hub id of the model from
     which training started. ``fields`` are the publisher's metadata for the card.
@@ -68,7 +68,7 @@ class Record(BaseModel):
 
 
 def read(folder: Path) -> Record:
-    """Return the record of the model in ``folder``: a stage of a run, or any other model."""
+    """Return the record of the model in ``folder``, which may be a stage of a training run."""
     folder = folder.resolve()
     metrics, environment = read_settings(folder / "metrics.json"), read_settings(folder / "environment.json")
     found: dict[str, Any] = {
@@ -153,7 +153,7 @@ def _weights(folder: Path) -> dict[str, str]:
 
 
 def _published(folder: Path) -> Record | None:
-    """Return the record in a published model, or None if its weights have changed since."""
+    """Return the record in a published model's files, or None if the weights have changed."""
     found = read_settings(folder / RECORD)
     if not found or found.pop("weights", None) != _weights(folder):
         return None
@@ -188,7 +188,7 @@ def _of_training(stage: dict[str, Any], metrics: dict[str, Any], environment: di
 
 
 def _of_stage(folder: Path, model: str) -> Iterator[Evaluation]:
-    """Yield the results of ``model`` if ``folder`` is an evaluation of that stage."""
+    """Yield the results of the stage ``model`` if ``folder`` is an evaluation of this stage."""
     stage, environment = read_settings(folder / "stage.json"), read_settings(folder / "environment.json")
     if stage["kind"] != "evaluate" or environment.get("started_from") != model:
         return
@@ -213,7 +213,7 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def _public(value: Any, stages: set[str], key: str = "") -> Any:
-    """Return ``value``, a part of a recipe, without unset fields and local paths."""
+    """Return ``value``, a part of a recipe, without unset fields or local paths."""
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if name not in _DROPPED and inner is not None}
         return {name: _public(inner, stages, name) for name, inner in kept.items()}

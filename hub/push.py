@@ -89,16 +89,16 @@ def push(
         as_bert: whether to publish an equivalent plain BERT model, which needs no code.
         max_shard_size: size limit for a file of weights, such as ``"500MB"``.
         dry_run: whether to build and check the folder without uploading it.
-        force: whether to replace other files in an existing repository.
-        token: access token of the Hub. By default the environment's or the last login's token.
+        force: whether to replace or remove existing files of the repository.
+        token: access token of the Hub. The default is HF_TOKEN or the login's token.
         report: function that is called with a sentence after every step.
         fields: metadata of the card, such as ``license="mit"``.
 
     Raises:
         FileNotFoundError: if the model is missing or its training is not finished.
         ValueError: if the model is not a MiniBERT, an argument is invalid, a file contains a
-            path of this machine, or the repository contains other files.
-        Mismatch: if a fresh process computes other outputs. The message says what was uploaded.
+            path of this machine, or the repository contains different files.
+        Mismatch: if a fresh process computes other values. The message says what was uploaded.
         HubError: if the Hub refuses the request or cannot be reached.
     """
     _check_arguments(repo_id, revision, create_pr, dtype, max_shard_size)
@@ -165,7 +165,7 @@ def _check_arguments(
 def _compare(
     api: HfApi, folder: Path, repo_id: str, branch: str, *, private: bool, overwrite: bool
 ) -> tuple[str | None, bool, list[Change]]:
-    """Compare ``folder`` with the branch. Without ``overwrite``, refuse to replace other files.
+    """Compare ``folder`` with ``branch``. Without ``overwrite``, refuse to change files.
 
     Returns:
         The newest commit, a flag and a list of changes. The commit is the branch's, or main's
@@ -188,7 +188,7 @@ def _compare(
     if changes and files_of(newest) and own and not overwrite:
         listed = "\n".join(f"  {change.text}" for change in changes)
         raise ValueError(
-            f"{repo_id} already contains other files. To make the changes below, push again with "
+            f"{repo_id} already contains different files. To make the changes below, push again with "
             f"--force, or open a pull request with --create-pr.\n{listed}"
         )
     return newest.sha, exists, changes
@@ -197,7 +197,7 @@ def _compare(
 def prove(
     request: isolated.Request, expected: dict[str, Tensor], what: str, cache: Path | None = None
 ) -> tuple[list[str], float]:
-    """Open a model in a fresh process without this package, and compare it with ``expected``.
+    """Open a model in a fresh process without this package. Compare outputs with ``expected``.
 
     Returns:
         The classes and libraries that opened the model, and the largest difference of outputs.
@@ -208,7 +208,7 @@ def prove(
     except isolated.NotOpened as error:
         raise parity.Mismatch(f"{what} cannot be opened in a fresh process without minibert: {error}") from None
     except AssertionError as error:
-        raise parity.Mismatch(f"{what} computes other outputs in a fresh process: {' '.join(str(error).split())}") from None
+        raise parity.Mismatch(f"{what} computes different outputs in a fresh process: {' '.join(str(error).split())}") from None
     return opened, max(float((found[name] - value).abs().max()) for name, value in expected.items() if value.numel())
 
 
@@ -224,7 +224,7 @@ def _prove_download(
         fetched = download(api, done.repo_id, done.commit, Path(place))
         _, differing, missing = filecmp.cmpfiles(folder, fetched, done.files, shallow=False)
         if wrong := ", ".join(differing + missing):
-            raise parity.Mismatch(f"{what} has other content than was sent in {wrong}; push again, or report this bug.")
+            raise parity.Mismatch(f"{what} differs from the sent files in {wrong}; push again, or report this bug.")
         by_name = replace(request, model=done.repo_id, revision=done.commit)
         done.opened, done.difference = prove(by_name, expected, what, Path(place))
 

@@ -46,16 +46,16 @@ _ADVICE = {
 }
 _SENTENCES = {
     OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and the cache lacks a part of {repo_id}; unset the variable.",
-    RevisionNotFoundError: "{repo_id} has no branch, tag or commit {revision}; name another, or leave it out.",
+    RevisionNotFoundError: "{repo_id} has no branch, tag or commit {revision}; use another, or leave it out.",
     RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name at "
-    "{endpoint}, or log in with `hf auth login` or HF_TOKEN to an account that may.",
+    "{endpoint}, or use another login (`hf auth login` or HF_TOKEN).",
     EntryNotFoundError: "{repo_id} changed while {what} it; run the command again.",
 }
 _Result = TypeVar("_Result")
 
 
 class HubError(OSError):
-    """Signal that the Hub refused or could not be reached. The message says what to do."""
+    """Signal that the Hub refused a request or was unreachable. The message says what to do."""
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -186,7 +186,7 @@ def look_up(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
 
 
 def download(api: HfApi, repo_id: str, revision: str | None, cache: Path | None = None) -> Path:
-    """Download a model into ``cache`` (default: the Hub's cache), and return its folder there.
+    """Download a model into ``cache`` (default: the Hub's cache), and return its folder.
 
     Files that arrived before an interruption are not downloaded again.
     """
@@ -210,7 +210,7 @@ def commit(
     """Upload ``changes`` as one commit on top of the commit ``parent``.
 
     Returns:
-        The hash of the commit, and the address of the pull request or None.
+        The hash of the commit, and the address of the pull request (or None).
     """
     operations = [
         CommitOperationDelete(one.path) if one.kind == "removed" else CommitOperationAdd(one.path, folder / one.path)
@@ -242,7 +242,7 @@ def commit(
 def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, Path, dict[str, RepoSibling]]:
     """Download a model. Return its commit, its folder in the cache, and its files on the Hub.
 
-    In offline mode, the dictionary of files on the Hub is empty.
+    In offline mode, the files on the Hub are {}.
     """
     api, files = connect(token), {}
     info = None if constants.is_offline_mode() else look_up(api, repo_id, revision)

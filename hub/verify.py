@@ -41,7 +41,7 @@ _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 class Check:
     """Store the result of one check.
 
-    ``state`` is ``"ok"``, ``"failed"``, or ``"skipped"`` if another check failed. ``text`` is a
+    ``state`` is ``"ok"``, ``"failed"``, or ``"skipped"`` if an earlier check failed. ``text`` is a
     sentence about the result. ``detail`` is a diff against the installed code, or None.
     """
 
@@ -65,8 +65,8 @@ class Verification:
 class Code:
     """Describe the Python code that opening a model could run.
 
-    ``files`` maps the path of each file to its SHA-256. ``reasons`` lists the differences from
-    the installed version, and ``diff`` shows them as a unified diff.
+    ``files`` maps the path of each file to its SHA-256. ``reasons`` are sentences about the
+    differences from the installed version. ``diff`` is a unified diff.
     """
 
     files: dict[str, str]
@@ -86,7 +86,7 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
         model: model folder, or name of a model on the Hub.
         trust_remote_code: whether a fresh process may run code that differs from the installed
             version.
-        token: access token of the Hub. By default the environment's or the last login's token.
+        token: access token of the Hub. The default is HF_TOKEN or the login's token.
 
     Raises:
         FileNotFoundError: if the folder does not exist or is not a model folder.
@@ -128,8 +128,8 @@ def checks_of(
 ) -> list[Check]:
     """Check a model folder, and return one result for each check.
 
-    ``opens`` also opens the model in a fresh process. ``trust`` allows running code that is not
-    the installed version's. ``other_files`` are files of the model missing in ``folder``.
+    If ``opens`` is True, also open the model in a fresh process. ``trust`` allows code that
+    differs from the installed code. ``other_files`` are files on the Hub that ``folder`` lacks.
     """
     # Name of a check -> (its function, names of the checks that must pass first). Later checks
     # do not read a folder that failed.
@@ -183,11 +183,11 @@ def _weights(folder: Path) -> str:
 
 
 def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
-    """Return the installed class that config.json names, or None if it is not installed."""
+    """Return the class named in config.json, or None if this class is not installed."""
     name = str((config.get("architectures") or ["MiniBertModel"])[0])
     if config.get("model_type") == MiniBertConfig.model_type:
         if not hasattr(modeling_minibert, name):
-            raise ValueError(f"config.json names the class {name}, which MiniBERT does not have.")
+            raise ValueError(f"config.json has the class {name}, which MiniBERT does not have.")
         return getattr(modeling_minibert, name)
     found = getattr(transformers, name, None) if config.get("model_type") in CONFIG_MAPPING else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
@@ -220,7 +220,7 @@ def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict
 def _judge(code: Code, folder: Path, trust: bool) -> str:
     if code.state == "none":
         if "auto_map" in read_json(folders.encoder_folder(folder) / "config.json"):
-            raise ValueError("config.json names code (auto_map) that is not in the folder; minibert hub push adds the code.")
+            raise ValueError("config.json lists code (auto_map) that is not in the folder; minibert hub push adds the code.")
         return "The model has no code."
     if code.state == "installed":
         return f"{', '.join(sorted(code.files))} are equal to the installed minibert {version()}."
@@ -243,7 +243,7 @@ def _opens(folder: Path) -> str:
     try:
         outputs, opened = isolated.run(request_for(folder))
     except isolated.NotOpened as error:
-        raise ValueError(f"It cannot be opened in a fresh process without minibert: {error}") from None
+        raise ValueError(f"The model cannot be opened in a fresh process without minibert: {error}") from None
     if wrong := [name for name, value in outputs.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"Outputs are not finite in a fresh process without minibert: {', '.join(wrong)}.")
     vectors, stated = outputs.get("SentenceTransformer.encode"), vector_dimension(folder)
@@ -290,7 +290,7 @@ def request_for(folder: Path) -> isolated.Request:
 
 
 def code_of(folder: Path) -> Code:
-    """Compare the code that opening ``folder`` could run with the installed version's code."""
+    """Compare the model's code files and code settings with the installed code."""
     encoder = folders.encoder_folder(folder)
     installed = {file.name: file for file in code_files()}
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.py"))}
@@ -307,22 +307,22 @@ def code_of(folder: Path) -> Code:
 
 
 def _foreign_names(folder: Path, encoder: Path) -> list[str]:
-    """List the settings that would import code from outside of minibert and known libraries."""
+    """Return the settings that import code which is not minibert's or a known library's."""
     config = read_json(encoder / "config.json")
     found = []
     known = configuration_minibert.AUTO_MAP
     mapped = config.get("auto_map") or {}
     if not isinstance(mapped, dict) or any(known.get(name) != value for name, value in mapped.items()):
-        found.append(f"config.json names {mapped} for auto_map")
+        found.append(f"config.json sets auto_map to {mapped}")
     if config.get("custom_pipelines"):
-        found.append("config.json names custom_pipelines")
+        found.append("config.json sets custom_pipelines")
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         if read_settings(encoder / name).get("auto_map"):
-            found.append(f"{name} names code")
+            found.append(f"{name} refers to code")
     for module in folders.modules(folder):
         names = [str(module.get("type", ""))]
         if module["path"]:
             settings = read_settings(folder / module["path"] / "config.json")
             names += [str(settings.get("activation_function", _LIBRARIES[0]))]
-        found += [f"modules.json names {name}" for name in names if not name.startswith(_LIBRARIES)]
+        found += [f"modules.json refers to {name}" for name in names if not name.startswith(_LIBRARIES)]
     return found

@@ -151,7 +151,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="unknown: extra.weight"):
         export(tmp_path / "model", tmp_path / "out")
     edit_json(tmp_path / "model" / "config.json", architectures=["MiniBertForNothing"])
-    with pytest.raises(ValueError, match="names the class MiniBertForNothing"):
+    with pytest.raises(ValueError, match="has the class MiniBertForNothing"):
         export(tmp_path / "model", tmp_path / "out")
 
 

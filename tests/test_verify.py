@@ -104,7 +104,7 @@ def test_names_that_lead_out_of_the_folder(folder, opened):
     modules = json.loads((folder / "modules.json").read_text())
     modules[1]["path"] = "../other"
     (folder / "modules.json").write_text(json.dumps(modules))
-    assert "lies outside of the folder" in failures(folder, opens=True)["files"]
+    assert "is outside of the folder" in failures(folder, opens=True)["files"]
     shutil.copy(Path(__file__), folder.parent / "secret.txt")
     modules[1]["path"] = "1_Pooling"
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -164,8 +164,8 @@ def test_tied_weights(words, tmp_path):
             "weights",
             "the class MiniBertForNo, which MiniBERT does not have",
         ),
-        ("config.json", {"num_hidden_layers": 10**9}, "weights", "describes a model of about 10^13 numbers, but the"),
-        ("config.json", {"auto_map": ["x.Y"]}, "code", "config.json names ['x.Y'] for auto_map"),
+        ("config.json", {"num_hidden_layers": 10**9}, "weights", "describes a model of about 10^13 parameters, but the"),
+        ("config.json", {"auto_map": ["x.Y"]}, "code", "config.json sets auto_map to ['x.Y']"),
     ],
 )
 def test_settings_that_do_not_fit(folder, opened, name, fields, check, sentence):
@@ -245,8 +245,8 @@ def test_trusted_code_runs(folder, tmp_path):
             {"auto_map": {"AutoModel": "bob/other--modeling_minibert.MiniBertModel"}},
             "bob/other--modeling_minibert",
         ),
-        ("config.json", {"custom_pipelines": {"x": {"impl": "pipe.P"}}}, "config.json names custom_pipelines"),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "tok.T"]}}, "tokenizer_config.json names code"),
+        ("config.json", {"custom_pipelines": {"x": {"impl": "pipe.P"}}}, "config.json sets custom_pipelines"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "tok.T"]}}, "tokenizer_config.json refers to code"),
     ],
 )
 def test_code_that_only_a_name_leads_to(folder, opened, name, fields, reason):
@@ -257,7 +257,7 @@ def test_code_that_only_a_name_leads_to(folder, opened, name, fields, reason):
 def test_code_that_is_named_but_not_there(folder, opened):
     for file in folder.glob("*.py"):
         file.unlink()
-    assert "names code (auto_map) that is not in the folder" in failures(folder, opens=True)["code"] and not opened
+    assert "lists code (auto_map) that is not in the folder" in failures(folder, opens=True)["code"] and not opened
 
 
 def test_code_in_modules_and_further_files(folder, opened):
@@ -266,9 +266,9 @@ def test_code_in_modules_and_further_files(folder, opened):
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "custom.py").write_text("print('hello')\n")
     text = failures(folder, opens=True)["code"]
-    assert "modules.json names custom.Module" in text and "custom.py is not a file of minibert" in text
+    assert "modules.json refers to custom.Module" in text and "custom.py is not a file of minibert" in text
     edit_json(folder / "2_Normalize/config.json", activation_function="os.system")
-    assert "modules.json names os.system" in failures(folder, opens=True)["code"]
+    assert "modules.json refers to os.system" in failures(folder, opens=True)["code"]
     assert not opened
 
 
@@ -366,4 +366,4 @@ def test_a_hidden_model_needs_a_login(hub, contents, monkeypatch):
     assert verify.verify("ann/model").ok
     monkeypatch.delenv("HF_TOKEN")
     done = run_command("hub", "verify", "ann/model")
-    assert done.exit_code == 2 and "log in with `hf auth login` or HF_TOKEN" in done.stderr
+    assert done.exit_code == 2 and "use another login (`hf auth login` or HF_TOKEN)" in done.stderr
