@@ -102,7 +102,7 @@ def train_word_level(
     """Train a tokenizer whose tokens are whole words. All unknown words become ``[UNK]``.
 
     The vocabulary contains the most frequent words that occur at least ``min_frequency`` times.
-    All arguments have the same meaning as in :func:`train_wordpiece`.
+    All arguments except ``min_frequency`` are as in :func:`train_wordpiece`.
 
     Raises:
         ValueError: if ``texts`` contains no word or an item that is not a string, or if
