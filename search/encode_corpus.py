@@ -1,9 +1,8 @@
 """Encode a corpus of any size into a folder of vectors, for ``minibert encode``.
 
-Every ``rows_per_shard`` rows of the input become one shard. Process ``k`` modulo the number of
-processes writes shard ``k``. A shard file appears only when it is complete, and records the
-rows that it contains. After a kill, the next run writes only the missing shards, and can
-restore the manifest from the shards.
+Every ``rows_per_shard`` rows of the input become one file, which is called a shard. Several
+processes share the shards. A shard appears only when it is complete. After a kill, the next run
+writes only the missing shards.
 """
 
 import contextlib
@@ -55,8 +54,9 @@ _NO_END = 2**62  # no input has this row
 class Summary(NamedTuple):
     """Store the result of :func:`encode_corpus`: the ``manifest`` and statistics of the call.
 
-    ``written`` is the number of vectors that all processes wrote in ``seconds``. ``decisions``
-    explains the choices of the encoder and how the processes shared the work.
+    ``written`` is the number of vectors that all processes wrote in this call. ``seconds`` is
+    the time for encoding. ``decisions`` explains the choices of the encoder and how the
+    processes shared the work.
     """
 
     manifest: Manifest
@@ -84,8 +84,8 @@ def encode_corpus(
 ) -> Summary:
     """Encode the texts of ``data`` into the folder ``out``, or resume an earlier call.
 
-    Memory use does not grow with the number of rows. The processes started by torchrun share
-    the shards. The folder ``out`` must be the same for all processes.
+    Memory use does not grow with the number of rows. Processes that torchrun started share the
+    work, and must use the same folder ``out``.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
@@ -93,18 +93,20 @@ def encode_corpus(
             data set in memory.
         out: the folder of vectors. It may be new, or contain the vectors of an earlier call.
         column: the text column. :func:`minibert.data.stream.open_stream` describes the default.
-        id_column: the id column. The default id is the number of the row, from 0.
+        id_column: the column of the ids. By default, the id of a row is the number of the row,
+            from 0.
         split: the split of a folder or Hub data set. A file is read completely.
         keep_text: store the texts with the vectors.
         precision: the precision of the stored vectors: ``float32``, ``float16``, ``int8`` (256
             steps within the range of the first vectors) or ``binary`` (one bit per dimension).
         rows_per_shard: the number of input rows per shard. If a process is killed, it loses at
             most this number of rows.
-        on_bad_row: ``refuse`` to continue at a row without a text, or ``skip`` the row and list
-            it in the manifest.
-        append: encode the files that were added to ``data`` since the last call. The names of
-            the new files must come last in alphabetical order.
-        force: replace vectors even if their model, precision or input is different.
+        on_bad_row: the reaction to a row without a text. ``refuse`` raises an error. ``skip``
+            leaves the row out and records it in the manifest.
+        append: encode the files that were added to ``data`` since the last call. In
+            alphabetical order, the new files must come last.
+        force: replace vectors that are complete, or that have another model, precision or
+            input.
         options: the options of :func:`minibert.inference.encode.encode`. The default prompt is
             the prompt of the model for passages, if there is one.
         show_progress: show a progress bar on standard error.
@@ -177,7 +179,7 @@ def _check_apart(data: str | Path | Dataset, out: Path) -> None:
 
 
 def _document_prompt(folder: Path) -> str | None:
-    """Return the name of the prompt that ``encode_document`` of the model uses, or None."""
+    """Return the name of the model's prompt for passages, or None."""
     file = folder / "config_sentence_transformers.json"
     prompts = read_json(file).get("prompts") or {} if file.exists() else {}
     name = next((name for name in ("document", "passage", "corpus") if name in prompts), None)
@@ -213,10 +215,9 @@ def missing_shards(
 ) -> Iterator[tuple[int, range]]:
     """Yield the number and the rows of each missing shard that ``process`` has to write.
 
-    ``done`` contains the numbers of the complete shards, and ``count`` is the number of
-    processes. A call that appends begins a new shard (``manifest.starts``), so the shard before
-    it may have fewer rows. The end of the input is unknown, so shards after the last start are
-    yielded without end.
+    ``done`` contains the numbers of the complete shards. ``process`` is the index of this
+    process, from 0. ``count`` is the number of processes. The iterator never ends, because the
+    length of the input is unknown.
 
     >>> manifest = Manifest("model", "", 384, "float32", True, {}, {}, {}, rows_per_shard=10, starts=[(0, 0), (2, 15)])
     >>> list(islice(missing_shards(manifest, {0, 2}, process=1, count=2), 3))
@@ -233,7 +234,7 @@ def missing_shards(
 class _Window(NamedTuple):
     """Store rows of one shard that are encoded together.
 
-    ``notes`` are metadata of the shard, which are complete if ``last`` is True.
+    ``notes`` is the metadata to store in the shard. ``last`` is True if no rows follow.
     """
 
     shard: int
@@ -245,7 +246,7 @@ class _Window(NamedTuple):
 
 @dataclass
 class _Job:
-    """Write the shards of one process. ``asked`` is the manifest that the call requests."""
+    """Write the shards of one process. ``asked`` describes the vectors that the caller wants."""
 
     out: Path
     asked: Manifest
@@ -268,7 +269,7 @@ class _Job:
         return Encoder(self.model, query_copies=False, **options)
 
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:
-        """Prepare ``out`` in the main process. Return the encoder if it has been opened."""
+        """Prepare the output folder in the main process. Return the encoder if it was opened."""
         encoder, refusal = None, None
         if self.state.is_main_process:
             try:
@@ -285,7 +286,7 @@ class _Job:
         return encoder
 
     def _resume(self, append: bool, force: bool) -> bool:
-        """Return True to resume, or False to begin. Refuse vectors that do not fit ``asked``."""
+        """Return True to complete the vectors in the folder, or False to write new vectors."""
         if not shard_files(self.out) or not (self.out / MANIFEST).exists():
             return False  # an earlier run ended before its first shard
         try:
@@ -316,7 +317,7 @@ class _Job:
         return True
 
     def _begin(self) -> Encoder:
-        """Check the model and the first rows, then empty the folder. Return the encoder."""
+        """Check the model and the first rows, delete old vectors, and return the encoder."""
         others = sorted(file.name for file in self.out.iterdir() if not file.name.startswith("."))
         if others and MANIFEST not in others:
             shown = shorten(", ".join(others), 60)
@@ -349,7 +350,7 @@ class _Job:
         self._list_shards()
 
     def _calibrate(self, encoder: Encoder) -> list[list[float]]:
-        """Return the range of each dimension in the first vectors, extended by a margin."""
+        """Return the lowest and the highest int8 value of each dimension."""
         rows = chain.from_iterable(block.texts for block in self.stream.read())
         texts = islice((text for text in rows if isinstance(text, str)), _CALIBRATION)
         vectors = encoder.encode(list(texts))
@@ -382,7 +383,7 @@ class _Job:
                     self._list_shards()
 
     def _windows(self) -> Iterator[_Window]:
-        """Yield the rows that this process encodes, in groups that lie in a single shard."""
+        """Yield groups of rows for this process to encode. A group belongs to one shard."""
         place = self.state.process_index, self.state.num_processes
         missing = missing_shards(self.manifest, set(self.notes), *place)
         shards, copies = tee(missing)
@@ -408,7 +409,7 @@ class _Job:
             yield _Window(shard, texts, ids, notes, True)
 
     def _usable(self, block: Rows, notes: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
-        """Yield (number, text, id) of each usable row. Refuse or skip unusable rows."""
+        """Yield the number, text and id of each row. Skip a bad row or raise a ValueError."""
         for place, text in enumerate(block.texts):
             name = None if block.ids is None else block.ids[place]
             bad = next((value for value in (text, name) if isinstance(value, Bad)), None)

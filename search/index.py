@@ -1,13 +1,11 @@
-"""Find the nearest vectors with an index. The first search of a folder builds the index.
+"""Find the nearest vectors with an index, which the first search of a folder builds.
 
-With up to ``EXACT_ROWS`` vectors, a query is compared with all vectors. With more vectors,
-FAISS groups the vectors into lists around centroids (IVF). A query is compared with short codes
-(4-bit product quantization) of the vectors in the nearest lists. The best candidates are
-compared again, using the stored vectors. Later searches add new shards to the index.
+With up to ``EXACT_ROWS`` vectors, each query is compared with all vectors. With more vectors, a
+FAISS index of the type IVF-PQ selects candidates, and each query is compared with the
+candidates. Later searches add new shards to the index.
 
-The subfolder ``index`` contains the FAISS index (``lists.faiss``) and a copy of all stored
-vectors (``vectors.bin``), because Parquet files cannot be memory-mapped. ``index.json`` is
-written last.
+The subfolder ``index`` contains the FAISS index in ``lists.faiss``, a copy of all vectors in
+``vectors.bin``, and a description in ``index.json``.
 """
 
 import contextlib
@@ -52,7 +50,7 @@ _STATE, _VECTORS, _LISTS = "index.json", "vectors.bin", "lists.faiss"
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """Describe a shard at the time of indexing. ``modified`` is a time in nanoseconds."""
+    """Describe a shard when it was indexed. ``modified`` is a time stamp in nanoseconds."""
 
     file: str
     rows: int
@@ -68,10 +66,10 @@ class Lists:
     Attributes:
         sha256: the SHA-256 of the index file.
         trained_rows: the number of vectors in the folder when the centroids were trained.
-        lists: the number of lists. A search reads ``probes`` of the lists.
-        candidates: the number of vectors per hit whose stored values are compared again.
-        recall: the fraction of the true nearest ``NEIGHBOURS`` that a search finds with these
-            settings.
+        lists: the number of lists into which FAISS divides the vectors.
+        probes: the number of lists that a search reads.
+        candidates: the number of vectors to compare with the query for each result.
+        recall: the fraction of the 10 nearest vectors that a search finds.
     """
 
     sha256: str
@@ -85,7 +83,7 @@ class Lists:
 
 @dataclass(frozen=True)
 class State:
-    """Describe an index, as stored in ``index.json``. Without ``lists``, search is exact."""
+    """Describe an index, as stored in ``index.json``. If ``lists`` is None, search is exact."""
 
     shards: list[IndexedShard] = field(default_factory=list)
     lists: Lists | None = None
@@ -98,11 +96,12 @@ _READER = TypeAdapter(State)
 class VectorIndex:
     """Find the vectors of a folder that have the highest cosine with a query.
 
-    Memory contains the codes of the lists (half a byte per two dimensions, and a row number)
-    and one block of vectors. All stored vectors stay on disk.
+    The vectors stay on disk. Memory contains at most a compressed copy of a quarter of a byte
+    per dimension.
 
     Args:
-        exact: ignore the lists, and compare each query with all vectors.
+        state: the description of the index in ``index.json``.
+        exact: compare each query with all vectors.
     """
 
     def __init__(self, folder: VectorFolder, state: State, *, exact: bool = False) -> None:
@@ -122,7 +121,7 @@ class VectorIndex:
         return sum(shard.rows for shard in self.state.shards)
 
     def describe(self) -> str:
-        """Return the kind of search and its recall as one line of text."""
+        """Return a line of text about the kind of search and the recall."""
         lists = self.state.lists
         if self._faiss is None or lists is None:
             return f"Exact search: each query is compared with all {len(self):,} vectors (recall@{NEIGHBOURS} 1)."
@@ -135,11 +134,11 @@ class VectorIndex:
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return cosines and row numbers of the ``top_k`` nearest vectors, best first.
 
-        Both arrays are (n, min(top_k, rows)). If the lists that are searched contain fewer
-        vectors, the remaining row numbers are -1.
+        Both arrays have the shape (n, min(top_k, number of vectors)). A row number of -1 means
+        that no further vector was found.
 
         Args:
-            queries: (n, dimension) float32, normalized or not.
+            queries: (n, dimension) float32, not necessarily normalized.
             top_k: the number of rows to return for each query.
         """
         queries = normalize(np.ascontiguousarray(queries, dtype=np.float32))
@@ -154,11 +153,11 @@ class VectorIndex:
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Return float32 vectors (n, dimension) of ``rows``, of length 1 unless quantized."""
+        """Return the float32 vectors (n, dimension) of ``rows``. Their length is about 1."""
         return self._floats(self._stored[rows])
 
     def blocks(self, first_row: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the first row number and the float32 vectors (n, dimension) of each block."""
+        """Yield a row number, and float32 vectors (n, dimension) from this row on."""
         for start in range(first_row, len(self), _BLOCK):
             yield start, self._floats(self._stored[start : start + _BLOCK])
 
@@ -202,12 +201,13 @@ def open_index(
     rebuild: bool = False,
     show_progress: bool = False,
 ) -> VectorIndex:
-    """Open the index of ``folder``, after building the index or adding new shards.
+    """Open the index of ``folder``. Build the index or add new shards if necessary.
 
     The index is built again if an indexed shard was changed or removed, or if a file of the
-    index is damaged or missing. The lists are trained again when the folder has grown fourfold.
+    index is damaged or missing.
 
-    ``exact`` ignores existing lists and builds no lists. ``rebuild`` always builds a new index.
+    If ``exact`` is True, a search compares all vectors. If ``rebuild`` is True, the index is
+    built again in any case.
     """
     rows = len(folder)
     if not rows:
@@ -249,7 +249,7 @@ def index_lock(folder: VectorFolder) -> Iterator[None]:
 
 
 def _open_existing(folder: VectorFolder, exact: bool) -> VectorIndex | None:
-    """Return the index on disk, if any. It may lack new shards. Refuse changed shards."""
+    """Return the index on disk, or None. Raise a ValueError if the index cannot be used."""
     home = index_folder(folder)
     if not any((home / name).exists() for name in (_STATE, _VECTORS)):
         return None
@@ -278,7 +278,7 @@ def _build(
     with_lists: bool,
     show_progress: bool,
 ) -> VectorIndex:
-    """Add new vectors to the old index ``before``, or build an index if it is None."""
+    """Add new vectors to the index ``before``. If ``before`` is None, build an index."""
     home = index_folder(folder)
     if before is None:
         for name in (_STATE, _VECTORS, _LISTS):  # a searching process keeps its open files
@@ -313,7 +313,7 @@ def _add_vectors(folder: VectorFolder, state: State, show_progress: bool) -> Sta
 
 
 def _add_to_lists(index: VectorIndex, before: VectorIndex | None, show_progress: bool) -> None:
-    """Write the FAISS index: extend the lists of ``before`` (an index), or train new lists."""
+    """Write the FAISS index, which extends the index ``before`` or is trained again."""
     import faiss
 
     home, rows, lists = index_folder(index.folder), len(index), index.state.lists
@@ -356,10 +356,9 @@ def _train(index: VectorIndex) -> Any:
 
 
 class Sample:
-    """Measure recall with random stored vectors as queries.
+    """Measure the recall of a search, with random vectors of the index as queries.
 
-    Real queries are not rounded to bits. For binary vectors, a query is therefore a random
-    vector whose signs are the bits of a stored vector.
+    For binary vectors, a query is a random vector that has the signs of a stored vector.
     """
 
     def __init__(self, index: VectorIndex) -> None:
@@ -374,19 +373,19 @@ class Sample:
         self.scores = self._neighbours(*index._exact(self.queries, NEIGHBOURS + 1))
 
     def _neighbours(self, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the best ``NEIGHBOURS`` scores, without the score of a vector with itself."""
+        """Return the best 10 scores of each query, without the score of the query with itself."""
         scores = np.where(rows == self.rows[:, None], -np.inf, scores)
         best: np.ndarray = -np.sort(-scores, axis=1)[:, :NEIGHBOURS]
         return best
 
     def recall(self, settings: Lists) -> float:
-        """Return the fraction of true neighbours found. Equal cosines count as found."""
+        """Return the fraction of the nearest vectors that a search with ``settings`` finds."""
         found = self._neighbours(*self.index._by_lists(self.queries, NEIGHBOURS + 1, settings))
         return float((found >= self.scores[:, -1:] - 1e-5).mean())
 
 
 def choose_settings(index: VectorIndex, lists: Lists) -> Lists:
-    """Choose nearly the fewest probes, then the fewest candidates, that reach the target recall."""
+    """Return ``lists`` with small ``probes`` and ``candidates`` that reach the target recall."""
     sample = Sample(index)
 
     @cache

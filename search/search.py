@@ -41,8 +41,9 @@ class Hit(NamedTuple):
     """Represent a passage that a search has found.
 
     ``number`` is the number of the passage, from 0. ``score`` is the similarity to the query,
-    or the fused score of a hybrid search. ``passage`` is None if a folder of vectors has no
-    texts. ``id`` is None except in a folder of vectors.
+    or the result of :func:`fuse` in a hybrid search. ``passage`` is the text, or None if the
+    folder of vectors has no texts. ``id`` is the id in the folder, or None for a passage in
+    memory.
     """
 
     number: int
@@ -55,10 +56,10 @@ def read_passages(data: str | Path | Dataset, column: str | None = None) -> list
     """Read the passages in ``data``, without blank passages and duplicates.
 
     Args:
-        data: a file, a folder with a file per split (``train`` is read), a Hub data set
-            (owner/name or owner/name:config), or a data set in memory.
-        column: the column of passages. The default is ``text``, ``passage``, ``answer`` or
-            ``sentence`` (the first that exists), or the only column of strings.
+        data: a file, a folder with a file per split, a Hub data set (owner/name or
+            owner/name:config), or a data set in memory. The split ``train`` is read.
+        column: the column of passages. The default is the first of ``text``, ``passage``,
+            ``answer`` and ``sentence`` that exists, or else the only column of strings.
     """
     data = as_dataset(data, split="train")
     usual = [["text"], ["passage"], ["answer"], ["sentence"]]
@@ -73,8 +74,8 @@ def read_passages(data: str | Path | Dataset, column: str | None = None) -> list
 def read_queries(data: str | Path | Dataset) -> list[str]:
     """Read the queries in ``data``, one per row, in the order of the rows.
 
-    The column is ``query``, ``question`` or ``text`` (the first that exists), or the only
-    column of strings. See :func:`read_passages` for ``data``. A blank query raises a
+    The column is the first of ``query``, ``question`` and ``text`` that exists, or else the
+    only column of strings. :func:`read_passages` describes ``data``. A blank query raises a
     ValueError.
     """
     data = as_dataset(data, split="train")
@@ -102,7 +103,7 @@ class Searcher:
     Args:
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
             model.
-        passages: the texts to search. They are encoded once, when the searcher is created.
+        passages: the texts to search. The constructor encodes all passages.
 
     Example::
 
@@ -151,11 +152,11 @@ class FolderSearcher(Searcher):
     The constructor builds the index of the folder, or extends the index by new shards.
 
     Args:
-        model: the location of the model that made the vectors. The default is the location in
-            the manifest.
+        model: the path or Hub id of the model that made the vectors. The default is the model
+            in the manifest.
         exact: compare each query with all vectors, even if there are many.
-        hybrid: combine the rankings by meaning and by words (BM25) with reciprocal rank fusion.
-            A score is then a sum of ``1 / (60 + rank)``.
+        hybrid: search by meaning and by words (BM25), and combine the two rankings with
+            :func:`fuse`.
         rebuild: build a new index, even if there is one.
 
     Example::
@@ -166,8 +167,8 @@ class FolderSearcher(Searcher):
 
     Raises:
         FileNotFoundError: if the folder, the model or a shard does not exist.
-        ValueError: if a different model made the vectors, the folder has no vectors or (with
-            ``hybrid``) no texts, or a file is damaged.
+        ValueError: if another model made the vectors, a file is damaged, or the folder has no
+            vectors. With ``hybrid``, the folder must also have texts.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class FolderSearcher(Searcher):
 
 
 def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_code: bool) -> Path:
-    """Return the folder of the model that made the vectors, after checking the fingerprint."""
+    """Return the folder of the model. Raise a ValueError if another model made the vectors."""
     manifest = folder.manifest
     try:
         path = find_model(model or manifest.model, trust_remote_code=trust_remote_code)
@@ -226,9 +227,10 @@ def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_cod
 
 
 def fuse(rankings: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
-    """Combine rankings. A row's score is the sum of ``1 / (60 + rank)`` over all rankings.
+    """Combine rankings with reciprocal rank fusion.
 
-    Each of the ``rankings`` contains (n, k) row numbers, best first. -1 means no row.
+    Each ranking contains the row numbers (n, k) found for n queries, best first. A row number
+    of -1 is ignored. The score of a row is the sum of ``1 / (60 + rank)`` over all rankings.
 
     Returns:
         For each of the n queries, the best ``top_k`` rows with their scores.
@@ -249,8 +251,7 @@ def fuse(rankings: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, flo
 def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool) -> "WordIndex":
     """Open the BM25 index of the texts in ``folder``. Build the index if shards have changed.
 
-    ``shards`` are the SHA-256 of the shards. A new shard requires a new index, because the
-    weight of a word depends on all texts.
+    ``shards`` contains the SHA-256 hashes of the shards.
     """
     from minibert.inference.bm25 import WordIndex
 

@@ -1,8 +1,8 @@
 """Read and write folders of vectors, which contain Parquet shards and a manifest.
 
 ``manifest.json`` describes the model, the input and the shards. The shards
-``part-00000.parquet``, … have the columns ``id``, ``text`` (if texts are kept) and ``vector``
-(a fixed-size list). A file appears only when it is complete.
+``part-00000.parquet``, ``part-00001.parquet``, … have the columns ``id`` and ``vector`` (a
+fixed-size list). If texts are stored, the shards also have the column ``text``.
 """
 
 import contextlib
@@ -48,22 +48,23 @@ class Manifest:
 
     Attributes:
         model: the path or Hub id of the model, as given.
-        fingerprint: see :func:`minibert.inference.load.fingerprint`.
+        fingerprint: a hash of the files that determine the vectors of the model.
         dimension: the dimension of the vectors. A binary vector takes one bit per dimension.
         precision: ``float32``, ``float16``, ``int8`` or ``binary``.
         normalized: True if the vectors had length 1 before they were stored.
         source: a description that identifies the input.
-        columns: the input columns of the ``text`` and the ``id`` (None if the id is the row
-            number), and ``kept``, which is True if the texts are stored.
+        columns: a dictionary. ``text`` is the name of the text column. ``id`` is the name of
+            the id column, or None if the id is the row number. ``kept`` is True if the texts
+            are stored.
         encoding: further options that affect the vectors, such as the prompt and the dtype.
         rows_per_shard: the number of input rows per shard.
         rows: the number of vectors in all shards.
         skipped: the number of skipped input rows.
-        skipped_rows: the number and the reason of each of the first skipped rows.
-        starts: the first shard and the first input row of the first call, and of each call that
-            appended files.
+        skipped_rows: the row number and the reason for each of the first skipped rows.
+        starts: a pair for the first call, and for each call that appended files. The pair is
+            the first shard and the first input row.
         complete: True if the input was read completely.
-        ranges: the lowest and highest values of each dimension, which define the int8 steps.
+        ranges: for int8, the lowest and the highest value of each dimension.
         shards: the shards in the order of the input.
     """
 
@@ -119,7 +120,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of ``folder``, replacing an earlier manifest."""
+    """Write the manifest of ``folder``. Replace an earlier manifest."""
     with readable_os_errors(folder / MANIFEST, KEPT):
         write_json(folder / MANIFEST, asdict(manifest))
 
@@ -135,8 +136,8 @@ def quantize(vectors: np.ndarray, manifest: Manifest) -> np.ndarray:
 def to_float(stored: np.ndarray, manifest: Manifest) -> np.ndarray:
     """Convert stored vectors (n, width) to float32 vectors (n, dimension).
 
-    An int8 value becomes the middle of its step. A bit becomes ``1 / sqrt(dimension)`` or its
-    negative.
+    An int8 value becomes the middle of the range that it represents. A bit becomes plus or
+    minus ``1 / sqrt(dimension)``.
     """
     if manifest.precision == "binary":
         bits = np.unpackbits((stored.astype(np.int16) + 128).astype(np.uint8), axis=1, count=manifest.dimension)
@@ -181,7 +182,7 @@ class VectorFolder:
             return self._matrix(file.read(columns=["vector"]).column("vector").combine_chunks())
 
     def blocks(self, size: int = 16384) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the first row number and the stored vectors (n, width) of each block."""
+        """Yield a row number, and up to ``size`` stored vectors (n, width) from this row on."""
         for shard in self.shards:
             row = shard.first_row
             with self._open(shard) as file:
@@ -200,11 +201,7 @@ class VectorFolder:
         return self._take("text", rows)
 
     def _take(self, column: str, rows: Sequence[int] | np.ndarray) -> list[Any]:
-        """Return the values of ``column`` in ``rows``, in the order of ``rows``.
-
-        This reads only the row groups that are needed. ``pyarrow.dataset`` would read the
-        complete column.
-        """
+        """Return the values of ``column`` in ``rows``, in the order of ``rows``."""
         wanted = np.asarray(rows, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"{self.folder} has rows 0 to {len(self) - 1}; got {wanted.min()} to {wanted.max()}.")
@@ -229,7 +226,7 @@ class VectorFolder:
 
     @contextlib.contextmanager
     def _open(self, shard: Shard) -> Iterator[parquet.ParquetFile]:
-        """Open a shard and check its size. Reading errors contain the file name."""
+        """Open a shard, and check the number and the width of its vectors."""
         file, width = self.folder / shard.file, self.manifest.width
         try:
             with parquet.ParquetFile(file) as opened:
@@ -265,9 +262,9 @@ def remove_vectors(folder: Path) -> None:
 
 
 class ShardWriter:
-    """Write one shard in a ``with`` block. An exception in the block leaves no file.
+    """Write one shard in a ``with`` block. If the block raises an exception, no file remains.
 
-    ``notes`` are metadata that may be set in the block. :func:`shard_notes` reads them.
+    The attribute ``notes`` is a dictionary of metadata, which the block may change.
     """
 
     def __init__(self, file: Path, manifest: Manifest, id_type: pa.DataType) -> None:
@@ -288,7 +285,7 @@ class ShardWriter:
         return self
 
     def write(self, ids: Sequence[Any], texts: Sequence[str], vectors: np.ndarray) -> None:
-        """Add rows as one row group. ``vectors`` (n, width) are in the manifest's precision."""
+        """Add rows to the shard. ``vectors`` (n, width) have the precision of the manifest."""
         if not len(vectors):
             return
         lists = pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), self.manifest.width)
@@ -304,7 +301,7 @@ class ShardWriter:
 
 
 def shard_notes(file: Path) -> dict[str, Any] | None:
-    """Return the notes of a shard and its number of ``rows``, or None if it is incomplete."""
+    """Return the metadata of a shard with the number of ``rows``, or None if it is damaged."""
     try:
         metadata = parquet.read_metadata(file)
         return {**json.loads(metadata.metadata[_KEY]), "rows": metadata.num_rows}
