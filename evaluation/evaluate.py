@@ -75,10 +75,10 @@ def evaluate(
             owner/name:config), or an opened data set.
         split: the split of a folder or Hub data set. A file or an opened data set is used
             completely.
-        limit: the number of queries (or rows) to evaluate, from the start. Each query is still
-            compared with the answers of all rows.
-        baselines: also evaluate BM25 (only for retrieval) and the model before training.
-            Baselines apply to embedding models.
+        limit: evaluate only this number of queries (or rows), from the start. Each query is
+            still compared with the answers of all rows.
+        baselines: also evaluate an embedding model with random weights and, for retrieval,
+            BM25.
         batch_size: the number of texts to compute at once.
         device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
             available.
@@ -92,8 +92,8 @@ def evaluate(
 
     Returns:
         A dictionary with ``kind`` (the task), the number of rows, and ``systems``. The entry
-            ``systems`` maps ``model``, ``bm25`` and ``untrained`` to metrics by name. Metrics
-            lie between 0 and 1, except correlations (from -1) and the mean squared error.
+            ``systems`` maps ``model``, ``bm25`` and ``untrained`` to a dictionary of metrics.
+            Metrics lie between 0 and 1, except correlations and the mean squared error.
 
     Raises:
         FileNotFoundError: if the model or the data is neither a local path nor on the Hub.
@@ -136,7 +136,7 @@ def retrieval(
     batch_size: int = 64,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Return recall@1, @10, @100, MRR@10 and nDCG@10 of the search for each query's answers.
+    """Return recall@1, recall@10, recall@100, MRR@10 and nDCG@10 of a search.
 
     ``answers[i]`` is an answer to ``queries[i]``. Recall is the fraction of a query's answers
     that were found. Equal texts count once. See :func:`evaluate` for arguments and result.
@@ -267,7 +267,7 @@ def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, f
 
 
 def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield a list of the best BM25 passages per query, empty if there are only stop words."""
+    """Yield a list of the best passages for each query, found with BM25."""
     from minibert.inference.bm25 import WordIndex  # slow to import, and used only here
 
     try:

@@ -28,7 +28,7 @@ def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str
 
     - Single label: accuracy, macro-F1 over the classes that occur, and cross entropy.
     - Multi-label: micro-F1, macro-F1 over all classes, the fraction of rows with exactly the
-      right classes, and binary cross entropy. A class is predicted if it is more likely than 0.5.
+      right classes, and binary cross entropy. A class is predicted above a probability of 0.5.
     - Regression: Spearman's and Pearson's correlation, and the mean squared error. A
       correlation is 0 if the logits or the labels are constant.
     """
@@ -59,9 +59,9 @@ def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str
 def tag_metrics(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return entity-level precision, recall and F1, and the accuracy of the word tags.
 
-    A predicted entity is right if its type and both of its ends are right. Tags that are not
-    IOB2, such as parts of speech, have no entities. The metrics are then the accuracy and the
-    macro-F1 over the tags that occur.
+    A predicted entity is right if its type, its first word and its last word are right. Tags
+    that are not IOB2, such as parts of speech, have no entities. The metrics are then the
+    accuracy and the macro-F1 over the tags that occur.
 
     >>> tag_metrics([["B-PER", "I-PER", "O"]], [["B-PER", "I-PER", "B-LOC"]])["precision"]
     0.5

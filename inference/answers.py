@@ -28,12 +28,12 @@ def answer_rows(
 ) -> Iterator[dict[str, Any]]:
     """Answer the question of every row from its context. Yield one result per row, in order.
 
-    The window sizes, the maximum length of an answer and the threshold are stored in the
-    model's configuration (``question_answering``) by training. The result is "no answer" if the
-    score of "no answer" exceeds the best score of a span by more than the threshold. Without a
-    threshold, the best span always wins.
+    A long context is cut into overlapping windows. The window sizes, the maximum length of an
+    answer and the threshold come from the model's configuration (``question_answering``). The
+    result is "no answer" if the score of "no answer" exceeds the best score of a span by more
+    than the threshold. Without a threshold, the best span always wins.
 
-    ``batch_size`` is the number of context windows to compute at once. Rows are read as needed.
+    ``batch_size`` is the number of windows to compute at once. Rows are read as needed.
 
     Yields:
         A dictionary. ``text`` equals ``context[start:end]``, and is empty for "no answer".
@@ -55,7 +55,10 @@ def answer_rows(
 
 
 def choice_columns_of(model: PreTrainedModel, found: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the columns used in training if ``found`` has them, or else the usual columns."""
+    """Return the text columns and the choice columns for the column names ``found``.
+
+    If ``found`` contains the columns used in training, return the columns used in training.
+    """
     own = getattr(model.config, "multiple_choice", None) or {}
     trained = [own.get("text_columns"), own.get("choice_columns")]
     if not set(found).issuperset(name for names in trained for name in names or ()):
@@ -138,13 +141,13 @@ def find_spans(
     batch_size: int,
     longest: int,
 ) -> list[tuple[list[tuple[float, int, int]], float]]:
-    """Return the best spans of each row over all its windows, and the score of "no answer".
+    """Return the best spans of each row, and the score of "no answer".
 
     Returns:
-        A pair for each row. The first element is a list of spans (score, start, end), best
-            first, with at most ``longest`` tokens and positions in characters. The second
-            element is the lowest score of ``[CLS]`` in any window, as in BERT's evaluation
-            (Devlin et al. 2018, section 4.3).
+        A pair for each of the ``rows`` rows. The first element is a list of spans of at most
+            ``longest`` tokens, best first. A span is (score, start, end), counted in
+            characters. The second element is the lowest score of ``[CLS]`` in any window, as in
+            BERT's evaluation (Devlin et al. 2018, section 4.3).
     """
     model.eval()
     spans: list[dict[tuple[int, int], float]] = [{} for _ in range(rows)]
@@ -209,10 +212,7 @@ def rows_ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list
 def padded_batches(
     model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, list[Any]], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield batches of similar length: input indices and padded tensors (B, L).
-
-    The longest batch is first, so that memory runs out immediately or never.
-    """
+    """Yield batches of similar length, longest first: input indices and tensors (B, L)."""
     ids = inputs["input_ids"]
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
     for start in range(0, len(order), batch_size):

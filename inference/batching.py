@@ -1,4 +1,4 @@
-"""Cut a list of texts into slices, tokenize them, and make batches of similar length."""
+"""Cut texts into slices, tokenize the slices, and make batches of texts of similar length."""
 
 import os
 import re
@@ -36,19 +36,16 @@ class Batch(NamedTuple):
 def tokenizing_thread(process: int) -> ThreadPoolExecutor:
     """Return the executor that tokenizes all texts of a process in a single thread.
 
-    One thread is enough because the tokenizer already uses every core. Each further thread
-    would keep unused memory. Threads do not survive a fork, so a forked process gets a new
-    executor.
+    ``process`` is the id of the process. A forked process needs an executor of its own.
     """
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
 
 def turn(shared: str) -> threading.Lock:
-    """Return the lock of a shared resource, such as a device that one thread may use at a time.
+    """Return the lock of a resource that the threads of a process share, such as a device.
 
-    A computation uses every core, so threads take turns. Each caller computes in its own
-    thread, because OpenMP keeps a team of worker threads for every thread that computes. If the
-    teams have more threads than there are cores, the worker threads sleep between two calls.
+    A thread holds the lock while it computes. One computation already uses every core, so a
+    second computation at the same time would save no time.
     """
     return _TURNS.setdefault((shared, os.getpid()), threading.Lock())  # is atomic, unlike a cache
 
@@ -67,11 +64,12 @@ def cut_windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Group texts into batches of at most ``batch_tokens`` tokens, longest texts first.
+    """Group texts into batches of at most ``batch_tokens`` tokens.
 
-    Return the row numbers of each batch, shorter texts first. A text of more than
-    ``batch_tokens`` tokens is a batch of its own. A text without tokens is left out. Batches
-    are few and nearly equal in size, because oneDNN stores a kernel for every number of rows.
+    ``lengths`` contains the number of tokens of each text. Return the row numbers of each
+    batch. The longest texts are in the first batch. Within a batch, shorter texts come first. A
+    text of more than ``batch_tokens`` tokens is a batch of its own. A text without tokens is
+    left out.
 
     >>> [batch.tolist() for batch in cut_batches(np.array([3, 9, 0, 4, 2, 1]), 9)]
     [[1], [3], [5, 4, 0]]
@@ -83,10 +81,10 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 
 def check_texts(texts: Sequence[str], first: int) -> None:
-    """Raise a ValueError for an invalid text. In errors, the first is text ``first``."""
+    """Raise a ValueError for an invalid text. Error messages number the texts from ``first``."""
     for row, text in enumerate(texts, start=first):
         if not isinstance(text, str):
-            raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}")
+            raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}; give texts only.")
         if not is_unicode(text):
             raise ValueError(
                 f"Text {row} holds a lone surrogate, which is not a character: {shorten(repr(text), 80)}; "
@@ -95,7 +93,7 @@ def check_texts(texts: Sequence[str], first: int) -> None:
 
 
 class Tokenizer:
-    """Tokenize texts into batches, directly with the fast tokenizer inside ``tokenizer``.
+    """Tokenize texts into batches with the fast tokenizer of a model.
 
     Args:
         tokenizer: a ``PreTrainedTokenizerFast``.
@@ -109,7 +107,10 @@ class Tokenizer:
             self.max_length = min(self.max_length, config.max_position_embeddings)
 
     def batches(self, texts: Sequence[str], batch_tokens: int, first: int, prompt: str) -> list[Batch]:
-        """Tokenize ``prompt + text`` for each text, and return batches."""
+        """Tokenize ``prompt + text`` for each text into batches of at most ``batch_tokens``.
+
+        Error messages number the texts from ``first``.
+        """
         check_texts(texts, first)
         with turn("tokenizer"):
             encodings = self._tokenize(texts, prompt)

@@ -9,7 +9,7 @@ import Stemmer
 
 
 class WordIndex:
-    """Index stemmed words for BM25 (Lucene's formula and English stop words, as in bm25s).
+    """Search texts with BM25. English words are stemmed, and stop words are left out.
 
     Stemming raises MRR@10 by about 0.02 on four English retrieval sets.
     """
@@ -47,7 +47,7 @@ class WordIndex:
         return int(self._index.scores["num_docs"])
 
     def search(self, queries: Sequence[str], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and indices of the best texts per query, both (n, min(top_k, texts)).
+        """Return the scores and indices (n, min(top_k, texts)) of the best texts per query.
 
         An index is -1 if no further text shares a word with the query.
         """

@@ -1,10 +1,8 @@
 """Speed up encoding on a CPU: choose the dtype, and prepack the matrices of the layers.
 
-Without prepacking, every product converts its matrix to the layout of oneDNN. Prepacking
-converts each matrix once, and joins queries, keys and values in one product. This saves time
-for a query, and a little time for thousands of texts (``benchmarks/pieces.py`` compares the
-times). A query is a few hundred short operations, so the prepacked layers compute in advance
-everything that does not depend on the input.
+Prepacking converts each matrix to the layout of oneDNN once, instead of in every product.
+Queries, keys and values are computed in one product. ``benchmarks/pieces.py`` measures the time
+saved.
 """
 
 import math
@@ -30,11 +28,10 @@ _FEW_ROWS = 32
 def product_rates() -> dict[str, float]:
     """Measure how fast this CPU multiplies in ``float32`` and ``bfloat16``, once per process.
 
-    The unit is billions of operations per second. Each rate is the fastest of five products of
-    a thousand rows, measured alternately. For float32, the faster of torch and oneDNN counts.
-    The CPU's list of instructions is not enough: a Xeon whose host hides AMX takes twice as
-    long in bfloat16 as in float32.
+    The result maps both dtypes to billions of operations per second. Each rate is the fastest
+    of five products. For float32, the faster of torch and oneDNN counts.
     """
+    # The list of instructions is not enough: a Xeon whose host hides AMX is slow in bfloat16.
     rows, width = 1024, 384
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         states, weight = (torch.ones(size, width, dtype=torch.float32, device="cpu") for size in (rows, width))
@@ -89,7 +86,7 @@ def prepack(model: MiniBertModel, half_copies: bool = False) -> bool:
     or moved to another device. A layer is not replaced if it is quantized, or has adapters or
     hooks.
 
-    With ``half_copies``, fewer than 32 rows (a query) are multiplied by float16 copies of the
+    If ``half_copies`` is True, inputs of fewer than 32 tokens use float16 copies of the
     matrices.
     """
     if model.device.type != "cpu" or model.dtype not in ONEDNN_DTYPES:
@@ -120,12 +117,10 @@ def supports_half_copies(dtype: torch.dtype) -> bool:
 class PrepackedLinear:
     """Apply several linear layers in a single product: (…, in) -> (…, sum of the widths).
 
-    Only the prepacked matrix is stored. The class is not a module, because a tensor in the
-    layout of oneDNN has no storage to save or to move.
+    Only the prepacked matrix is stored, which can be neither saved nor moved.
 
-    With ``half_copies``, the first input of fewer than 32 rows creates a float16 copy of the
-    matrix. FBGEMM multiplies all inputs of fewer than 32 rows by the copy, with sums in
-    float32.
+    If ``gelu`` is True, GELU is applied to the result. If ``half_copies`` is True, inputs of
+    fewer than 32 rows are multiplied by a float16 copy of the matrix, with sums in float32.
     """
 
     def __init__(self, *linears: nn.Linear, gelu: bool = False, half_copies: bool = False):
@@ -208,6 +203,6 @@ class PrepackedLayer(MiniBertLayer):
 
 
 def _norm(norm: nn.LayerNorm) -> partial[Tensor]:
-    """Return a function that applies ``norm`` to float32 states, with parameters cast once."""
+    """Return a function that computes ``norm`` with parameters of at least float32."""
     weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
     return partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=weight, bias=bias, eps=norm.eps)

@@ -1,10 +1,9 @@
 """Encode texts into vectors without padding, in batches of a limited number of tokens.
 
-Texts are cut into windows (slices), and sorted by length within a window. The next window is
-tokenized while the model computes. The tokens of a batch are joined in one row without padding,
-which MiniBERT can process directly. Up to rounding, the result equals that of
-``SentenceTransformer.encode``, which encodes the texts if a model is not MiniBERT or has
-modules other than pooling and normalization.
+The texts are cut into slices, which are called windows. Within a window, texts are sorted by
+length. The next window is tokenized while the model computes. The tokens of a batch are joined
+in one row. Models other than MiniBERT, and models with modules other than pooling and
+normalization, use ``SentenceTransformer.encode``. Up to rounding, the vectors are the same.
 """
 
 import copy
@@ -75,9 +74,9 @@ def encode(
         batch_tokens: the number of tokens to compute at once. The default depends on the
             device.
         dtype: the precision of the computation: ``float32``, ``bfloat16``, ``float16`` or
-            ``auto``. ``auto`` chooses bfloat16 if a CPU multiplies at least a quarter faster in
-            it (measured once per process) or a GPU supports it. Otherwise, it chooses float32.
-            For an opened model, ``auto`` keeps the dtype of the model.
+            ``auto``. ``auto`` chooses bfloat16 on a GPU that supports it, and on a CPU that
+            multiplies at least a quarter faster in bfloat16. Otherwise, ``auto`` chooses
+            float32. For an opened model, ``auto`` keeps the dtype of the model.
         normalize: scale vectors to length 1, even if the model does not normalize.
         prompt: a text to put before every text.
         prompt_name: the name of one of the model's prompts, as an alternative to ``prompt``.
@@ -106,17 +105,18 @@ class Encoder:
     """Keep a model open to encode texts. See :func:`encode` for arguments not listed here.
 
     Args:
-        query_copies: multiply inputs of fewer than 32 tokens (a query) by float16 copies of the
-            matrices, which take half the time to read. This requires that ``dtype="auto"``
-            chooses float32. The first query creates the copies and therefore takes longer.
+        query_copies: on a CPU, use float16 copies of the matrices for inputs of fewer than 32
+            tokens, such as a query. The first query creates the copies and therefore takes
+            longer. Copies are only made if ``dtype="auto"`` chooses float32.
 
     Attributes:
-        model: the sentence-transformers model. A model that the encoder opened cannot be saved,
-            because its matrices may be prepacked.
+        model: the sentence-transformers model. Do not save a model that the encoder opened,
+            since its matrices may be prepacked.
         dimension: the number of dimensions of the vectors.
         normalized: True if the vectors have length 1.
         packed: True if batches are computed without padding.
-        decisions: the choices made by the encoder and their reasons, by name of the option.
+        decisions: a dictionary from the name of an option to the choice of the encoder and the
+            reason.
 
     Example::
 
@@ -239,9 +239,9 @@ class Encoder:
         return vectors
 
     def windows(self, windows: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
-        """Yield the float32 vectors (n, dimension) of each window of ``n`` texts.
+        """Encode lists of texts. Yield the float32 vectors (n, dimension) of each list.
 
-        The next window is tokenized while the current window is computed.
+        The next list is tokenized while the current list is computed.
         """
         return self._windows(windows, self.prompt, None)
 
@@ -295,7 +295,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        """Compute (count, dimension) vectors of batches. A text without tokens gets zeros."""
+        """Compute the vectors (count, dimension) of texts. A text without tokens gets zeros."""
         device = self.model.device
         vectors = torch.zeros(count, self.dimension, dtype=torch.float32, device=device)
         for batch in batches:
@@ -328,9 +328,9 @@ class Encoder:
 
 
 def trim_memory() -> None:
-    """Return free memory to the system, at most once in ``TRIM_SECONDS`` seconds.
+    """Return freed memory to the system, at most once in ``TRIM_SECONDS`` seconds.
 
-    Tensors of changing sizes leave gaps in memory, which glibc keeps (``benchmarks/soak.py``).
+    Without this call, glibc keeps memory that PyTorch has freed (``benchmarks/soak.py``).
     """
     global _trimmed
     if _malloc_trim is not None and time.monotonic() - _trimmed >= TRIM_SECONDS:

@@ -41,8 +41,8 @@ def load(
 ) -> SentenceTransformer:
     """Open ``model`` as a sentence-transformers model.
 
-    If the folder has no list of modules (``modules.json``), the model uses the ``pooling`` of
-    its configuration (mean by default), and normalizes vectors to length 1.
+    If the folder has no ``modules.json``, the vectors are pooled and scaled to length 1. The
+    pooling is the setting ``pooling`` in ``config.json``, or else the mean.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
@@ -62,8 +62,8 @@ def load(
     Raises:
         FileNotFoundError: if the model is neither a folder nor on the Hub, or the folder has no
             weights or no tokenizer.
-        ValueError: if the weights are damaged, incomplete or pickled, do not fit the
-            configuration, or if the model needs code that is not trusted.
+        ValueError: if the weights are damaged, incomplete or pickled, or do not fit the
+            configuration. Also if the model needs code that is not trusted.
     """
     folder = find_model(model, trust_remote_code=trust_remote_code)
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -83,7 +83,7 @@ def load(
 
 
 def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """Return the folder of ``model``, downloaded if necessary, after checking its files.
+    """Find a model in a folder or on the Hub, check its files, and return its folder.
 
     Raises: the same errors as :func:`load`.
     """
@@ -154,10 +154,7 @@ def _compare_code(folder: Path) -> None:
 
 
 def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
-    """Refuse a MiniBERT with missing weights, which transformers would initialize at random.
-
-    The pooler may be missing, because embeddings do not use it.
-    """
+    """Raise a ValueError if weights of a MiniBERT are missing. The pooler may be missing."""
     if not isinstance(encoder, modeling_minibert.MiniBertModel):
         return
     stored: set[str] = set()

@@ -89,11 +89,11 @@ def predict(
     - **sequence classification** reads a text or a pair of texts. The keys are ``label``,
       ``score`` (the probability of the label) and ``probabilities`` (of all classes, by name).
       For a multi-label model, the keys are ``labels`` and ``probabilities``. For regression,
-      it is ``value``.
+      the key is ``value``.
     - **token classification** reads ``text``, or ``tokens`` (lists of words). The keys are
       ``tags`` and ``scores`` (a list with an element for each word), ``entities`` and, for a
       text, ``words``. An entity has the keys ``entity_group``, ``word``, ``score``, ``start``
-      and ``end``. The position is in characters of a text, or in words of a list.
+      and ``end``. The last two count the characters of a text, or the words of a list.
     - **question answering** reads ``question`` and ``context``. See
       :func:`minibert.inference.answers.answer_rows` for the keys.
     - **multiple choice** reads a question and its choices. See
@@ -124,8 +124,8 @@ def predict(
 
     Raises:
         FileNotFoundError: if the model or the data is neither a local path nor on the Hub.
-        ValueError: if the model has none of these heads, a column is missing or, during
-            iteration, a row has no text.
+        ValueError: if the model has none of these heads, or if a column is missing. During
+            iteration, if a row has no text.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size} (--batch-size).")
@@ -187,7 +187,7 @@ def open_with_head(
 
 
 def problem_type_of(config: Any) -> str:
-    """Return the problem type of a classifier. A single output defaults to regression."""
+    """Return the problem type of a classifier. The default for a single output is regression."""
     return config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
 
 
@@ -203,7 +203,7 @@ def head_of(config: Any) -> str | None:
 
 
 def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
-    """Return rows, column names (an empty list without rows), and row count if known."""
+    """Return the rows, the column names, and the number of rows or None."""
     if isinstance(data, str | Path | Dataset) and str(data) != STANDARD_INPUT:
         dataset = as_dataset(data, split=split)
         batches = dataset.iter(_ROWS_AT_ONCE)
@@ -217,7 +217,7 @@ def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
 
 
 def _standard_input() -> Iterator[str]:
-    """Yield the lines of standard input, which must be UTF-8, without a byte order mark."""
+    """Yield the lines of standard input. Remove a byte order mark."""
     number = 0
     try:
         for number, line in enumerate(sys.stdin, start=1):
@@ -229,7 +229,7 @@ def _standard_input() -> Iterator[str]:
 
 
 def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Sequence[str]]) -> list[str]:
-    """Return the names of the columns to read, or an empty list without rows."""
+    """Return the names of the columns to read. If ``found`` is empty, return an empty list."""
     if not found:
         return []
     columns = pick_columns(found, wanted, usual, option="--column")
@@ -393,7 +393,7 @@ def _is_iob(tag: str) -> bool:
 
 
 def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:
-    """Refuse a wrong suffix, a missing folder or, without ``force``, an existing ``path``."""
+    """Raise an error if ``path`` has a wrong suffix or no folder, or exists without ``force``."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
     if path.is_dir() or (path.exists() and not force):
@@ -441,7 +441,7 @@ _ENTITY = {"entity_group": "", "word": "", "start": 0, "end": 0, "score": 0.0}
 
 
 def _arrow_type(value: Any, name: str = "") -> pa.DataType:
-    """Return the Arrow type of a value. The type of an empty list depends on ``name``."""
+    """Return the Arrow type of a value in the column ``name``."""
     if isinstance(value, dict):
         return pa.struct([(key, _arrow_type(inner, key)) for key, inner in value.items()])
     if isinstance(value, list):
