@@ -1,7 +1,7 @@
 """Provide faster CPU versions of torch functions. This file is saved with every checkpoint.
 
-The docstring of each kernel contains an equivalent torch expression. A test replaces all
-kernels by these expressions and compares the outputs of a model.
+The docstring of a kernel contains an equivalent torch expression. A test compares a model that
+uses the kernels with a model that uses the expressions.
 """
 
 import platform
@@ -17,7 +17,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def onednn_dtypes() -> frozenset[torch.dtype]:
-    """Return the dtypes in which oneDNN fuses matrix product, bias and GELU on this CPU."""
+    """Return the dtypes in which this CPU computes a linear layer with one oneDNN call."""
     if platform.machine() not in ("x86_64", "AMD64") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
     checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -31,7 +31,7 @@ ONEDNN_DTYPES = onednn_dtypes()
 def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """Return ``F.linear(inputs, weight, bias)``, and apply ``F.gelu`` if ``gelu`` is True.
 
-    Shapes are (…, in) -> (…, out). ``weight`` may be prepacked (:mod:`minibert.inference.cpu`).
+    Shapes are (…, in) -> (…, out). ``weight`` may be prepacked by oneDNN.
     """
     activation, form = ("gelu", "none") if gelu else ("none", "")
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, activation, [], form)
@@ -39,20 +39,17 @@ def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, gelu: boo
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return ``tensor.float()``. A float64 tensor is returned unchanged.
-
-    Norms, softmax and residual sums lose too many digits in half precision.
-    """
+    """Return ``tensor.float()``. A float64 tensor is returned unchanged."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def is_being_traced() -> bool:
-    """Return True under a compiler, a trace or a ``TorchDispatchMode``."""
+    """Return True inside ``torch.compile``, ``torch.jit.trace`` or a ``TorchDispatchMode``."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Return True if ``tensor`` has no readable values (meta, subclass or ``torch.func``)."""
+    """Return True for a meta tensor, a tensor subclass, or any tensor inside ``torch.func``."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
     return not plain or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -69,7 +66,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_unmodified_linear(module: nn.Module) -> bool:
-    """Return True for a plain ``nn.Linear`` on the CPU without gradients, hooks or tracing."""
+    """Return True for an unmodified ``nn.Linear`` on a CPU if gradients and tracing are off."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -81,7 +78,7 @@ def is_unmodified_linear(module: nn.Module) -> bool:
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of products with ``weight``: autocast's dtype, or ``weight.dtype``."""
+    """Return autocast's dtype, or ``weight.dtype`` if autocast is off."""
     device = weight.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know the meta device
         return weight.dtype
@@ -91,8 +88,8 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 def to_compute_dtype(tensor: Tensor, module: nn.Module) -> Tensor:
     """Return ``tensor.to(module.weight.dtype)``. Under autocast, use autocast's dtype instead.
 
-    Call this once before several layers read ``tensor``, since autocast would cast it for each
-    layer. If ``module`` is not an ``nn.Linear``, the dtype of the first parameter is used.
+    Call the function once if several layers read ``tensor``. If ``module`` is not an
+    ``nn.Linear``, the dtype of the first parameter of ``module`` is used.
     """
     weight = module.weight if isinstance(module, nn.Linear) else next(module.parameters(), None)
     # A quantized layer has an integer weight or a method ``weight``. Its inputs are not cast.
@@ -121,7 +118,7 @@ def linear(module: nn.Module, states: Tensor, act: nn.Module | None = None) -> T
 def add(hidden_states: Tensor, update: Tensor) -> Tensor:
     """Return ``hidden_states + update``.
 
-    ``update`` is cast first, since adding two dtypes takes a CPU twice as long as the cast.
+    ``update`` is cast first, since a CPU adds tensors of two dtypes slowly.
     """
     return hidden_states + update if update.dtype == hidden_states.dtype else update.to(hidden_states.dtype).add_(hidden_states)
 
@@ -129,8 +126,8 @@ def add(hidden_states: Tensor, update: Tensor) -> Tensor:
 def dropout(states: Tensor, probability: float) -> Tensor:
     """Return ``F.dropout(states, probability)``, with 16 random bits per element on a CPU.
 
-    On a CPU, the probability is rounded to a multiple of 2**-16, and torch's own dropout takes
-    longer (``benchmarks/pieces.py`` compares the times).
+    On a CPU, torch's own dropout takes longer. The probability is rounded to a multiple of
+    2**-16 there.
     """
     dropped = round(probability * 2**16)
     if dropped in (0, 2**16) or states.device.type != "cpu" or is_being_traced() or is_transformed(states):
@@ -156,7 +153,7 @@ def eager_attention_forward(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``F.scaled_dot_product_attention`` (B, L, H, D), and the softmax (B, H, L, L)."""
+    """Return ``F.scaled_dot_product_attention`` (B, L, H, D) and its weights (B, H, L, L)."""
     scores = (query * scaling) @ key.transpose(2, 3)  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask

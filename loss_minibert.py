@@ -17,13 +17,13 @@ _LOGITS_AT_ONCE = {True: 2**21, False: 2**27}
 class FusedMaskedLMLoss(torch.autograd.Function):
     """Compute the sum of the cross entropies of ``hidden @ weight.T + bias`` and ``labels``.
 
-    The forward pass also computes the gradients. It works on blocks of rows, so that the logits
-    of only one block exist at a time (as in Liger kernel, Hsu et al. 2024, arXiv:2410.10989).
+    The forward pass also computes the gradients, a block of rows at a time, as in Liger kernel
+    (Hsu et al. 2024, arXiv:2410.10989).
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of ``hidden`` (T, C) for the N ``labels`` of the first N rows."""
+        """Return the loss of the first N rows of ``hidden`` (T, C), given N ``labels``."""
         rows = max(1, _LOGITS_AT_ONCE[hidden.device.type == "cpu"] // weight.shape[0])
         loss, count = torch.zeros((), dtype=bias.dtype, device=hidden.device), labels.shape[0]
         grad_logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)  # (T, V)
@@ -49,7 +49,7 @@ class FusedMaskedLMLoss(torch.autograd.Function):
 
 
 def masked_lm_loss(transform: Callable[[Tensor], Tensor], decoder: nn.Linear, hidden_states: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed cross entropy of ``decoder(transform(hidden_states))``."""
+    """Return the cross entropy of ``decoder(transform(hidden_states))``, summed over labels."""
     if hidden_states.device.type == "cpu":
         hidden_states = F.pad(hidden_states, (0, 0, 0, rounded(len(labels)) - len(labels)))
     weight, bias, dtype = decoder.weight, at_least_float32(decoder.bias), compute_dtype(decoder.weight)

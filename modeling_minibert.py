@@ -1,8 +1,7 @@
-"""Define the MiniBERT encoder and its heads: embeddings, attention, MLP, layer, model, heads.
+"""Define the MiniBERT encoder and its task heads.
 
-This file is saved with every checkpoint. ``packing_minibert.py`` skips padding,
-``kernels_minibert.py`` contains faster CPU versions of ``linear``, ``dropout`` and ``add``, and
-``loss_minibert.py`` computes the masked-word loss with less memory.
+This file is saved with every checkpoint. ``packing_minibert.py`` skips padding tokens.
+``kernels_minibert.py`` and ``loss_minibert.py`` contain functions that save time or memory.
 
 Letters in shapes: B batch, L padded length, T real tokens of a batch, C hidden width, H heads,
 D head width, V vocabulary. (…, C) means (B, L, C) with padding or (T, C) without padding.
@@ -58,7 +57,7 @@ logger = logging.get_logger(__name__)
 
 
 def sinusoidal_table(length: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Return the sinusoidal positions (length, width) of Vaswani et al. 2017, section 3.5."""
+    """Return the sinusoidal position embeddings (length, width) of Vaswani et al. 2017."""
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device)
     frequencies = torch.exp(exponents * (-math.log(10000.0) / width))
     angles = torch.arange(length, device=device)[:, None] * frequencies  # (length, ceil(width / 2))
@@ -66,7 +65,7 @@ def sinusoidal_table(length: int, width: int, device: torch.device | None = None
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return rotary cosines and sines (…, 1, D) of positions (…) (Su et al. 2021)."""
+    """Return the cosines and sines (…, 1, D) of the rotary angles of positions (…)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids[..., None].float() * theta**-exponents  # (…, D / 2)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
@@ -74,7 +73,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D / 2) of ``states`` (…, H, D) by their rotary angles."""
+    """Rotate ``states`` (…, H, D) by the angles with cosines ``cos`` and sines ``sin``."""
     exact = at_least_float32(states)
     first, second = exact.chunk(2, dim=-1)
     rotated = exact * cos + torch.cat([-second, first], dim=-1) * sin
@@ -118,7 +117,7 @@ class MiniBertEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor, inputs_embeds: Tensor | None
     ) -> Tensor:
-        """Return embeddings (…, C) of ids (…). ``inputs_embeds`` replace word embeddings."""
+        """Return embeddings (…, C). If ``inputs_embeds`` is given, ``input_ids`` is ignored."""
         states = at_least_float32(self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         if self.scale is not None:
             states = states * self.scale
@@ -183,7 +182,7 @@ class MiniBertAttention(nn.Module):
 
 
 class MiniBertMLP(nn.Module):
-    """Compute the feed-forward block, optionally gated (Shazeer 2020, arXiv:2002.05202)."""
+    """Compute the MLP of a layer, with or without a gate (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: MiniBertConfig):
         super().__init__()
@@ -222,7 +221,7 @@ class MiniBertLayer(GradientCheckpointingLayer):
 
 
 class MiniBertPooler(nn.Module):
-    """Compute text vectors (B, C): cls or mean pooling, a dense layer and an activation."""
+    """Compute a vector per text (B, C): pooling, then a dense layer and an activation."""
 
     def __init__(self, config: MiniBertConfig):
         super().__init__()
@@ -260,7 +259,7 @@ class MiniBertPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": MiniBertLayer, "attentions": MiniBertAttention}
 
     def run_encoder(self, labels: Tensor | None, *given: Tensor | None, **kwargs: Any) -> Any:
-        """Call the encoder. If padding tokens have labels, warn and encode padding too."""
+        """Call the encoder. If padding tokens have labels, warn and encode all tokens."""
         mask: Any = given[1]
         traced = torch.compiler.is_compiling() or (labels is not None and is_transformed(labels))
         comparable = labels is not None and mask is not None and mask.shape == labels.shape and not traced
@@ -309,12 +308,13 @@ class MiniBertModel(MiniBertPreTrainedModel):
 
         Args:
             input_ids: (B, L) token ids. None if ``inputs_embeds`` is given.
-            attention_mask: (B, L), 1 for real tokens (default), 0 for padding; or (B, 1, L, L).
+            attention_mask: (B, L), 1 for real tokens, 0 for padding. The default is 1. A mask
+                (B, 1, L, L) is passed to the attention function unchanged.
             token_type_ids: (B, L) segments. The default is 0.
             position_ids: (B, L) or (1, L). The default is 0 … L - 1.
             inputs_embeds: (B, L, C) word embeddings instead of ``input_ids``.
-            cu_seq_lens_q: (sequences + 1,) bounds of sequences in one flattened row (B = 1).
-            max_length_q: length of the longest of these sequences.
+            cu_seq_lens_q: (sequences + 1,) bounds of the sequences in one row (B = 1).
+            max_length_q: length of the longest sequence, if ``cu_seq_lens_q`` is given.
             unpad_inputs: if False, compute padding tokens too.
             **kwargs: passed on to the attention function, such as ``output_attentions``.
             past_key_values: keys and values of P prefix tokens. The mask is then (B, P + L).
@@ -324,8 +324,8 @@ class MiniBertModel(MiniBertPreTrainedModel):
             ``pooler_output`` (B, C). Rows of padding tokens have no meaning.
 
         Raises:
-            ValueError: if not exactly one of ids and embeddings is given, a text is too long,
-                or an id is not in the vocabulary. Ids are checked on the CPU only.
+            ValueError: if ids and embeddings are both given or missing, a text is too long, or
+                an id is not in the vocabulary. Ids are checked on the CPU only.
         """
         prefix = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = self._check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, prefix)
@@ -354,7 +354,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Apply the embeddings and all layers: ids (…) -> (…, C)."""
+        """Apply the embeddings and all layers: ids (…) -> hidden states (…, C)."""
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         rotary = None
         if self.config.position_embedding_type == "rotary":
@@ -377,7 +377,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
     def _padded_mask(
         self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past_key_values: Cache | None
     ) -> Any:
-        """Return the mask for padded inputs in the format of the attention implementation."""
+        """Return the attention mask in the format that the attention function needs."""
         only_same_document = None
         if cu_seqlens is not None:
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
@@ -397,7 +397,7 @@ class MiniBertModel(MiniBertPreTrainedModel):
     def _check_inputs(
         self, input_ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, embeds: Tensor | None, prefix: int = 0
     ) -> Tensor:
-        """Raise ValueError for invalid inputs, and return the given ids or embeddings."""
+        """Return the given ids or embeddings. Raise ValueError if inputs are invalid."""
         inputs = input_ids if embeds is None else embeds
         if inputs is None or (input_ids is not None and embeds is not None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -441,7 +441,7 @@ class MiniBertLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def transform(self, hidden_states: Tensor) -> Tensor:
-        """Apply dense layer, activation and norm before the decoder: (…, C) -> (…, C)."""
+        """Apply the layers before the decoder: (…, C) -> (…, C)."""
         return self.norm(linear(self.dense, hidden_states, self.act))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -466,7 +466,7 @@ class MiniBertMaskedLMBase(MiniBertPreTrainedModel):
     def predict_words(
         self, hidden_states: Tensor, labels: Tensor | None, return_logits: bool, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return loss and logits. ``return_logits=False`` skips tokens with label -100."""
+        """Return loss and logits. Without ``return_logits``, skip tokens with label -100."""
         if labels is not None and not return_logits:
             labelled = labels.flatten() != -100
             hidden_states, labels = hidden_states.flatten(0, 1)[labelled], labels.flatten()[labelled]
@@ -506,7 +506,7 @@ class MiniBertForMaskedLM(MiniBertMaskedLMBase):
     ) -> MaskedLMOutput:
         """Return word logits (B, L, V). ``labels`` (B, L) are -100 for unmasked tokens.
 
-        With labels, ``return_logits=False`` skips tokens with label -100, which saves memory.
+        With labels and ``return_logits=False``, tokens with label -100 are skipped.
         """
         outputs = self.run_encoder(labels, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         loss, logits = self.predict_words(outputs.last_hidden_state, labels, return_logits, **kwargs)
@@ -525,7 +525,7 @@ class MiniBertForPreTrainingOutput(ModelOutput):
 
 
 class MiniBertForPreTraining(MiniBertMaskedLMBase):
-    """Predict masked words and next sentences (Devlin et al. 2018, arXiv:1810.04805)."""
+    """Predict masked words, and whether the second segment follows the first segment."""
 
     _auto_class = "AutoModelForPreTraining"
     accepts_loss_kwargs = False  # the loss is a mean, so Trainer must divide it by the accumulation steps
@@ -551,7 +551,7 @@ class MiniBertForPreTraining(MiniBertMaskedLMBase):
         return_logits: bool = True,
         **kwargs: Any,
     ) -> MiniBertForPreTrainingOutput:
-        """Return the logits of both tasks, and the sum of the losses of the given labels.
+        """Return logits of both tasks. The loss is the sum over the tasks with given labels.
 
         ``labels`` are as in :class:`MiniBertForMaskedLM`. ``next_sentence_label`` (B,) is 0 if
         the second segment follows the first segment, and 1 otherwise.
@@ -582,7 +582,7 @@ class MiniBertClassifierBase(MiniBertPreTrainedModel):
 
 
 class MiniBertForSequenceClassification(MiniBertClassifierBase):
-    """Predict one label, several labels or a number per text (``config.problem_type``)."""
+    """Predict a label, several labels or a number per text. ``config.problem_type`` decides."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -657,7 +657,7 @@ class MiniBertForQuestionAnswering(MiniBertPreTrainedModel):
         end_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """Return start and end logits (B, L), and the loss if positions (B,) are given.
+        """Return start and end logits (B, L), and the loss if the answers' positions are given.
 
         Padding tokens get the lowest possible logit, so that padding does not change the loss.
         """

@@ -45,9 +45,8 @@ def suits_exp2(query: Tensor) -> bool:
 def exp2_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Compute attention with powers of two instead of a softmax: (B, H, L, D) -> (B, L, H, D).
 
-    ``mask`` is (B, 1, 1, L), False for padding. The values get a column of ones, so that one
-    product also gives the sums of the weights. On a CPU, this takes a third of the time of a
-    softmax. Gradients are not supported.
+    ``mask`` (B, 1, 1, L) is False for padding. On a CPU, the function takes a third of the time
+    of a softmax. It does not support gradients.
     """
     batch, heads, length, width = query.shape
     if heads > 1 and heads * length**2 > _SCORES_AT_ONCE:  # split a long sequence into heads
@@ -86,9 +85,9 @@ def exp2_attention_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tens
 
 @cache
 def keep_freed_activations() -> None:
-    """Make glibc keep the memory of freed activations instead of returning it to the system.
+    """Make glibc reuse the memory of freed activations instead of returning it to the system.
 
-    Freeing a block of almost 32 MiB raises the threshold M_MMAP_THRESHOLD (see mallopt(3)).
+    Freeing almost 32 MiB once raises glibc's threshold M_MMAP_THRESHOLD (see mallopt(3)).
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
@@ -96,8 +95,8 @@ def keep_freed_activations() -> None:
 def rounded(count: int, bits: int = 5) -> int:
     """Round ``count`` up to a number with at most ``bits`` significant bits.
 
-    With five bits, the result is at most a sixteenth larger than ``count``. On a CPU, torch
-    keeps compiled kernels for every number of rows, so fewer batch sizes need less memory.
+    With five bits, the result is at most a sixteenth larger than ``count``. Fewer different
+    batch sizes need less memory on a CPU.
 
     >>> [rounded(count) for count in (7, 31, 33, 1472, 1473, 8000)]
     [7, 31, 34, 1472, 1536, 8192]
@@ -109,8 +108,8 @@ def rounded(count: int, bits: int = 5) -> int:
 def bucket_lengths(lengths: Sequence[int]) -> list[list[int]]:
     """Group ascending ``lengths`` into buckets of nearly equal lengths.
 
-    The upper limit of a bucket is its first length rounded up to a multiple of 16, or its first
-    length plus an eighth rounded down to a multiple of 16, whichever is larger.
+    If n is the first length of a bucket, the largest possible length is the larger of two
+    numbers: n rounded up to a multiple of 16, and n * 9 / 8 rounded down to a multiple of 16.
 
     >>> bucket_lengths([3, 7, 16, 17, 20, 200, 208, 225, 240, 241])
     [[3, 7, 16], [17, 20], [200, 208], [225, 240], [241]]
@@ -130,8 +129,7 @@ def bucket_lengths(lengths: Sequence[int]) -> list[list[int]]:
 def cut_evenly(lengths: Sequence[int], limit: int) -> list[int]:
     """Return bounds that cut ``lengths`` into the fewest groups with sums of at most ``limit``.
 
-    The sums of the groups are nearly equal, since a small group takes almost as long as a full
-    group. A length above the limit is a group of its own.
+    The sums of the groups are nearly equal. A length above the limit is a group of its own.
 
     >>> cut_evenly([9, 4, 3, 2, 1], 9)
     [0, 1, 2, 5]
@@ -157,8 +155,8 @@ _arange = partial(torch.arange, device="cpu")  # torch's default device may be a
 class PadRows(torch.autograd.Function):
     """Copy the rows of a packed tensor into a padded tensor: (T, …) -> (P, …).
 
-    Padded row p gets packed row ``source_index[p]``. Packed row t goes to ``padded_index[t]``.
-    Values and gradients of padded rows that are not in ``padded_index`` are ignored.
+    Row p of the result is ``rows[source_index[p]]``. ``padded_index`` (T,) lists rows of the
+    result that are not padding. The backward pass ignores the gradients of padding.
     """
 
     @staticmethod
@@ -174,7 +172,7 @@ class PadRows(torch.autograd.Function):
 class UnpadRows(torch.autograd.Function):
     """Select the rows ``padded_index`` (T,) of a padded tensor: (P, …) -> (T, …).
 
-    No row may be selected twice, since the backward pass does not add gradients.
+    ``padded_index`` must not contain a row twice, or the gradients are wrong.
     """
 
     @staticmethod
@@ -193,8 +191,8 @@ class Packing:
     """Store which rows of a flattened (B * L) batch are real tokens, and compute attention.
 
     Args:
-        lengths: length of every sequence in packed order. Empty if ``cu_seqlens`` is given.
-        indices: (T,) rows of the real tokens in the batch. None means all rows, in order.
+        lengths: length of every sequence, in the order of ``indices``. Empty on a GPU.
+        indices: (T,) rows of the batch that are real tokens. None means all rows, in order.
         cu_seqlens: (sequences + 1,) int32 bounds of the sequences, for GPU kernels.
         max_length: length of the longest sequence, for GPU kernels.
     """
@@ -226,12 +224,12 @@ class Packing:
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int]) -> "Packing":
-        """Build a packing of concatenated sequences on a CPU. Sorting lengths saves buckets."""
+        """Build a packing of concatenated sequences on a CPU. Sorted ``lengths`` save time."""
         return cls(lengths)
 
     @classmethod
     def of_mask(cls, mask: Tensor | None, batch: int, length: int, device: torch.device) -> "Packing":
-        """Build a packing of the True positions in ``mask`` (B, L). None means all."""
+        """Build a packing of the tokens for which ``mask`` is True. None means all tokens."""
         if device.type != "cpu":
             if mask is None:
                 bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
@@ -248,7 +246,7 @@ class Packing:
 
     @classmethod
     def of_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int) -> "Packing":
-        """Build a packing of sequences in one row with the bounds ``cu_seqlens``."""
+        """Build a packing of the sequences between the bounds ``cu_seqlens`` in one row."""
         if cu_seqlens.device.type != "cpu":
             return cls(cu_seqlens=cu_seqlens, max_length=max_length)
         bounds = cu_seqlens.tolist()
@@ -259,7 +257,7 @@ class Packing:
         return cls([lengths[i] for i in order], torch.cat([_arange(bounds[i], bounds[i + 1]) for i in order]))
 
     def blocks(self, tokens: int) -> "list[Packing]":
-        """Split this packing into parts of at most ``tokens`` tokens or one long sequence."""
+        """Return smaller packings of at most ``tokens`` tokens, or of one longer sequence."""
         bounds = cut_evenly(self.lengths, tokens)
         if len(bounds) <= 2:
             return [self]
@@ -269,14 +267,14 @@ class Packing:
         return [Packing(block, rows) for block, rows in parts]
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Select rows of real tokens, and append filler rows of zeros: (B, L, …) -> (T, …)."""
+        """Select the rows of real tokens, and append rows of zeros: (B, L, …) -> (T, …)."""
         flat = tensor.flatten(0, 1)
         flat = flat if self.indices is None else flat[self.indices]
         fillers = self.num_filler_tokens
         return torch.cat([flat, flat.new_zeros(fillers, *flat.shape[1:])]) if fillers else flat
 
     def unpack(self, tensor: Tensor, padded: Tensor | None) -> Tensor:
-        """Remove filler rows. If ``padded`` (B * L, C) is given, write the result into it."""
+        """Undo :meth:`pack`. If ``padded`` (B * L, C) is given, write the result into it."""
         tensor = tensor[: len(tensor) - self.num_filler_tokens]
         if padded is None:
             return tensor
@@ -349,7 +347,7 @@ class Packing:
 
 
 def is_watched(model: Any) -> bool:
-    """Return True if the embeddings, a layer or any of their submodules have a user's hook."""
+    """Return True if a user's hook is registered on the embeddings, a layer or a submodule."""
     watched = chain(model.embeddings.modules(), model.layers.modules())
     found = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
     hooks = found + [hook for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
