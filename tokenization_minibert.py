@@ -1,6 +1,6 @@
 """Train a WordPiece or a word-level tokenizer that treats text as BERT's tokenizer does.
 
-The normalizer, the split into words and punctuation, the prefix ``##`` of continuing pieces
+The normalizer, the split into words and punctuation, the prefix ``##`` of tokens inside a word
 and the format ``[CLS] first [SEP] second [SEP]`` are as in BERT. The result is a
 ``PreTrainedTokenizerFast``, which ``AutoTokenizer`` loads without this package. The same texts
 in the same order always give the same vocabulary.
@@ -43,11 +43,11 @@ def train_wordpiece(
     """Train a WordPiece tokenizer like BERT's (Devlin et al. 2018, arXiv:1810.04805).
 
     Args:
-        texts: Corpus, which is read once. A generator may yield any amount of text.
-        vocab_size: Number of entries, including special tokens. Too little text gives fewer
-            entries and a warning.
+        texts: Corpus. A generator is possible, since the corpus is read only once.
+        vocab_size: Number of entries, including special tokens. If there is too little text,
+            the vocabulary is smaller and a warning is shown.
         lowercase: Whether to convert texts to lower case and to strip accents.
-        min_frequency: Number of times that pieces must occur together to be merged.
+        min_frequency: How often two tokens must be neighbours to be merged into one token.
         model_max_length: Length in tokens to which texts are truncated.
         truncation_side: Where longer texts are cut. ``"right"`` keeps the beginning of a text.
             ``"left"`` keeps the end.
@@ -142,7 +142,7 @@ def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) 
     number = 0
     for number, text in enumerate(tqdm(texts, desc="Counting words", unit=" texts", disable=not show_progress), start=1):
         if not isinstance(text, str):
-            raise ValueError(f"Text {number} of the tokenizer's corpus is {text!r}; every text must be a string.")
+            raise ValueError(f"Text {number} of the tokenizer's corpus is {text!r}; use only strings.")
         chunks.update(normalizer.normalize_str(text).split())
         if len(chunks) > _MOST_CHUNKS:
             settle()
@@ -153,7 +153,7 @@ def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) 
 
 
 def _alphabet(words: dict[str, int]) -> set[str]:
-    """Return the characters in ``words`` except the rarest (share: ``_IGNORED_CHARACTERS``).
+    """Return the characters in ``words``. Leave out the rarest 0.01 % of the text.
 
     >>> sorted(_alphabet({"ab": 10_000, "c": 1}))
     ['a', 'b']
@@ -172,7 +172,7 @@ def _alphabet(words: dict[str, int]) -> set[str]:
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Yield texts that repeat each word ``words[word]`` times. Large counts are scaled down."""
+    """Yield texts with ``words[word]`` copies of each word, or fewer in a very large corpus."""
     scale = -(-sum(words.values()) // _MOST_TRAINED_WORDS)
     for word, count in words.items():
         left = -(-count // scale)
