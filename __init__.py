@@ -64,11 +64,10 @@ def __dir__() -> list[str]:
 
 
 def register() -> None:
-    """Register MiniBERT with transformers, so that it loads without ``trust_remote_code``.
+    """Register MiniBERT with transformers, so that models open without ``trust_remote_code``.
 
-    Importing the package calls this function. The ``minibert`` command is an exception, since
-    --help must not wait for torch. The subpackages that the command imports later, such as
-    ``minibert.inference``, then call the function.
+    Importing the package calls this function, except in the ``minibert`` command. There, the
+    function is called when a subpackage such as ``minibert.inference`` is imported.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""Define the subcommands of ``minibert``. Each imports its own modules, so --help is fast."""
+"""Define the subcommands of ``minibert``. A subcommand imports its modules when it runs."""
 
 import errno
 import functools
@@ -82,12 +82,12 @@ def _sentence(error: BaseException, extra: str) -> str | None:
 
 @contextmanager
 def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
-    """Print an error of the input or the system as one sentence, and exit. See :func:`main`.
+    """Print an error of the input or of the system as one sentence, and exit.
 
     Args:
         interrupted: message for the user after Ctrl-C.
-        extra: extra of this package to install if a module is missing. If it is empty, the
-            message gives the extra that contains the module.
+        extra: pip extra to recommend if a module is missing. An empty string means the extra
+            that contains the module.
     """
     try:
         yield
@@ -111,7 +111,7 @@ _RESUME = "To resume: {command}"
 def _command(
     group: typer.Typer, example: str, *, interrupted: str = "Nothing was written.", extra: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that adds a function to ``group`` as a command with ``--debug``."""
+    """Return a decorator that registers a function as a command of ``group``."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -158,7 +158,7 @@ def _root(
 
 
 def _report_progress(bars: bool = True) -> None:
-    """Log this package's progress to standard error, and call :func:`_silence_libraries`."""
+    """Log this package's progress to standard error, and hide the logs of libraries."""
     import logging
 
     logger = logging.getLogger("minibert")
@@ -168,7 +168,7 @@ def _report_progress(bars: bool = True) -> None:
 
 
 def _silence_libraries(bars: bool = False) -> None:
-    """Hide libraries' logs and progress bars. ``bars=True`` shows the bars of ``datasets``."""
+    """Hide the logs and progress bars of libraries. ``bars`` keeps bars of ``datasets``."""
     from datasets import disable_progress_bars
     from datasets.utils.logging import CRITICAL, set_verbosity
     from transformers.utils import logging
@@ -310,7 +310,7 @@ def encode(
     split: Split = "train",
     keep_text: Annotated[bool, Option("--keep-text", help="Store the texts with the vectors.")] = False,
     precision: Annotated[str, Option(help="Stored as float32, float16, int8 or binary.")] = "float32",
-    rows_per_shard: Annotated[int, Option(help="Rows in a shard, which a kill may lose.")] = 50_000,
+    rows_per_shard: Annotated[int, Option(help="Rows in a shard; a kill loses at most one shard.")] = 50_000,
     on_bad_row: Annotated[str, Option(help="For rows without a text: refuse, or skip.")] = "refuse",
     append: Annotated[bool, Option("--append", help="Encode the files that are new in INPUT.")] = False,
     force: Annotated[bool, Option("--force", help="Start again, replacing the vectors in OUT.")] = False,
@@ -380,9 +380,9 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled data. The columns of the data decide what is measured.
 
-    Columns query and answer: retrieval. Columns sentence1, sentence2 and score: similarity.
-    Texts and a column label, with a classifier: classification. Columns tokens and ner_tags,
-    with a tagger: entity-level F1.
+    With columns query and answer, retrieval is measured. With columns sentence1, sentence2 and
+    score, similarity is measured. A classifier needs texts and a column label. A tagger needs
+    columns tokens and ner_tags, and is measured by entity-level F1.
     """
     from minibert.evaluation.evaluate import evaluate as measure
     from minibert.evaluation.evaluate import metrics_table
@@ -496,7 +496,7 @@ def export(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Export a MiniBERT as a model that opens without this package: plain BERT or ONNX.
+    """Export a MiniBERT as a BERT or ONNX model, which opens without this package.
 
     The MiniBERT and the exported model then encode built-in texts. If their outputs differ by
     more than 1e-4, the exported model is deleted and the exit status is 1.
@@ -531,8 +531,8 @@ def push(
     max_shard_size: Annotated[str, Option(help="Size of the largest file of weights.")] = "5GB",
     licence: Annotated[str | None, Option("--license", help="Licence for the card, such as mit.")] = None,
     languages: Annotated[list[str] | None, Option("--language", help="Language for the card, such as en; repeatable.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Build, check and print it, and send nothing.")] = False,
-    force: Annotated[bool, Option("--force", help="Replace what the repository holds.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Build and check the model; send nothing.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace files in the repository.")] = False,
     as_json: Json = False,
 ) -> None:
     """Publish a model on the Hub, and check the model before and after the upload.
@@ -686,11 +686,11 @@ def embeddings(
     texts: Annotated[list[str], Argument(metavar="TEXTS...", help="A file or Hub data set, or texts.")],
     out: PlotFile,
     column: TextColumn = None,
-    label_column: Annotated[str | None, Option(help="Column of colours; the default is label.")] = None,
-    labels: Annotated[list[str] | None, Option("--label", help="Label of a text given here; once for each.")] = None,
+    label_column: Annotated[str | None, Option(help="Column for colours; the default is label.")] = None,
+    labels: Annotated[list[str] | None, Option("--label", help="Label of a text; repeat it for each text.")] = None,
     split: Split = "train",
     tokens: Annotated[bool, Option("--tokens", help="Show tokens, before and after the encoder.")] = False,
-    method: Annotated[str, Option(help="How wide vectors get into three dimensions: pca, tsne or umap.")] = "pca",
+    method: Annotated[str, Option(help="Projection to three dimensions: pca, tsne or umap.")] = "pca",
     limit: Limit = 1000,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -775,11 +775,11 @@ _EXAMPLE_QUESTIONS = (
 )
 def quickstart(
     overrides: Overrides = None,
-    queries: Annotated[list[str] | None, Option("--query", help="Question; repeatable. Unset asks for them.")] = None,
+    queries: Annotated[list[str] | None, Option("--query", help="Question; without it, the command asks.")] = None,
     output_dir: RunFolder = None,
     force: RunAgain = False,
 ) -> None:
-    """Train a search model on the docstrings of installed Python packages, and search them.
+    """Train a search model on docstrings of installed Python packages, and try the model.
 
     The command runs the bundled recipe quickstart, measures the model and opens it in a fresh
     process. It takes some minutes on two CPU cores. Nothing is downloaded. When you run it

@@ -1,1 +1,1 @@
-"""Provide the bundled recipes, YAML files that ``minibert train NAME`` runs."""
+"""Contain the bundled recipes. A recipe is a YAML file that ``minibert train NAME`` runs."""
