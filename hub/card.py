@@ -58,7 +58,7 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
 
     ``origin`` is the folder with the record of the model's training or conversion. The default
     is ``folder``. If ``repo_id`` is None, examples use a placeholder. ``fields`` are metadata
-    of the card (:data:`FIELDS`) such as ``license="mit"``. They replace metadata from files.
+    such as ``license="mit"``, and replace metadata from files. :data:`FIELDS` lists the names.
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"
     validate_repo_id(repo_id)
@@ -127,7 +127,7 @@ def longest_text(folder: Path) -> int | None:
 
 
 def _content(folder: Path, encoder: Path, config: dict[str, Any], record: provenance.Record) -> dict[str, Any]:
-    """Return the card's template values that describe the model's files."""
+    """Return the values that describe the model's files in the template of the card."""
     tensors = [tensor for file in weight_files(encoder) for tensor in read_header(file).values()]
     settings, tokenizer = (read_settings(encoder / name) for name in ("tokenizer_config.json", "tokenizer.json"))
     normalizer = json.dumps(tokenizer.get("normalizer"))
@@ -204,7 +204,7 @@ def check_card(text: str) -> None:
         data = yaml.safe_load(block[2])
         ModelCard(text)  # reads the results in model-index too
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"The card's metadata cannot be read: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"Correct the card's metadata: {' '.join(str(error).split())}.") from error
     _check_fields(data)
 
 

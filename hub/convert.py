@@ -40,7 +40,7 @@ class Report:
     """Store the result of a conversion or an export.
 
     Attributes:
-        family: BERT family that was read or written, such as ``"roberta"``, or ``"onnx"``.
+        family: ``"onnx"``, or the BERT family that was read or written, such as ``"roberta"``.
         architecture: class name of the written model.
         unused: names of the tensors that the written model does not use.
         differences: output name -> largest absolute difference between the two models.
@@ -70,7 +70,7 @@ def convert(
     Args:
         source: folder of a transformers or sentence-transformers model, or the model's id on
             the Hub.
-        output_dir: new folder for the MiniBERT, its tokenizer and its modules.
+        output_dir: new folder for the MiniBERT.
         dtype: dtype of the written weights, such as ``"bfloat16"``. By default every tensor
             keeps its dtype.
         revision: branch, tag or commit of a model on the Hub.
@@ -84,7 +84,7 @@ def convert(
         FileNotFoundError: if the model, its weights or its tokenizer are missing.
         ValueError: if MiniBERT cannot represent the model exactly, the tensors do not match
             the configuration, the weights are pickled, or the output folder is not empty.
-        Mismatch: if the MiniBERT's outputs differ from the source's. Nothing is written then.
+        Mismatch: if the two models have different outputs. Nothing is written then.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
@@ -145,11 +145,11 @@ def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _family(raw: dict[str, Any], folder: Path) -> Family:
-    """Return the family named in a config.json, or raise ValueError if it is not supported."""
+    """Return the family in a config.json. Raise ValueError if MiniBERT does not support it."""
     model_type = raw.get("model_type")
     possible = f"Families that can be converted: {', '.join(FAMILIES)}."
     if model_type == MiniBertConfig.model_type:
-        raise ValueError(f"{folder} is a MiniBERT already and needs no conversion.")
+        raise ValueError(f"{folder} is a MiniBERT already; use it without conversion.")
     if model_type in REFUSED:
         raise ValueError(f"MiniBERT cannot represent {model_type} exactly: {REFUSED[model_type]}. {possible}")
     if raw.get("is_encoder_decoder") or model_type not in FAMILIES:
@@ -183,7 +183,7 @@ def _check_config(
     if family.numbers_from_pad and config.pad_token_id is None:
         problems.append("pad_token_id=None (this family numbers positions from the padding id)")
     if problems:
-        raise ValueError(f"{folder} uses settings that MiniBERT does not support: {', '.join(problems)}.")
+        raise ValueError(f"{folder} has settings that MiniBERT lacks: {', '.join(problems)}; use another model.")
 
 
 def _config(
@@ -215,14 +215,14 @@ def _config(
 
 
 def _pooling(folder: Path, kind: str, family: Family) -> str:
-    """Return ``"cls"`` or ``"mean"``, the pooling with which the source model is used."""
+    """Return the pooling that the source model is used with: ``"cls"`` or ``"mean"``."""
     if kind == "Model" and any("Pooling" in module["type"] for module in folders.modules(folder)):
         return "cls" if folders.pooling_mode(folder) == "cls" else "mean"
     return "mean" if kind == "Model" and family.model_type == "distilbert" else "cls"
 
 
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """Load the tokenizer in ``folder``. ``max_length`` and the positions limit its length."""
+    """Load the tokenizer in ``folder`` with a maximum length that suits the model."""
     # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in folder.glob(name)):
         raise FileNotFoundError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
@@ -303,17 +303,17 @@ def _tensors(
             unused[name] = stored[name]
     problems = {"unknown": unknown, "missing": missing, "of another shape": wrong}
     if listed := [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]:
-        raise ValueError(f"The weights do not fit the class {family.class_name}{kind}; {'; '.join(listed)}.")
+        raise ValueError(f"The weights do not fit {family.class_name}{kind}; {'; '.join(listed)}. Save the model again.")
     return tensors, unused
 
 
 def rounded(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Cast floating-point tensors to ``dtype``. If ``dtype`` is None, return them unchanged."""
+    """Cast floating-point tensors to ``dtype``. If ``dtype`` is None, change nothing."""
     return {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
-    """Return MiniBERT's name for a tensor of a class other than ``kind``, None if unknown."""
+    """Return MiniBERT's name for a tensor that ``kind`` does not use, or None if unknown."""
     target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
     # Encoder tensors that the configuration does not describe are unknown too, for example an
     # additional layer.
@@ -322,7 +322,7 @@ def _of_another_class(name: str, kind: str, family: Family) -> str | None:
 
 
 def _plain(name: str, family: Family) -> str:
-    """Replace an old tensor name, and add the prefix of models with a head."""
+    """Return the current name of a tensor, with the prefix that models with a head have."""
     for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
         name = name.replace(old, new)
     bare = name.startswith(("embeddings.", "encoder.", "transformer.", "pooler."))
@@ -330,7 +330,7 @@ def _plain(name: str, family: Family) -> str:
 
 
 def _shared(stored: dict[str, Tensor], family: Family, kind: str) -> bool:
-    """Return True if the two tensors of each tied pair are equal, or one of them is missing."""
+    """Return False if two tied tensors are both stored and differ."""
     for target, source in modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys.items():
         one, other = (stored.get(str(family.family_name(name, kind))) for name in (target, source))
         if one is not None and other is not None and not torch.equal(one, other):

@@ -34,7 +34,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
         FileNotFoundError: if the model, its weights or its tokenizer are missing.
         ValueError: if the model is not a MiniBERT, BERT cannot represent the model, the tensors
             do not match the configuration, or the output folder is not empty.
-        Mismatch: if the BERT's outputs differ from the MiniBERT's. Nothing is written then.
+        Mismatch: if the two models have different outputs. Nothing is written then.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
@@ -87,7 +87,7 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
 
 
 def _family(config: MiniBertConfig, kind: str) -> Family:
-    """Return the family the model was converted from, or BERT if that family does not fit."""
+    """Return the family of the model's origin, or BERT if the origin does not fit."""
     origin = (getattr(config, "converted_from", None) or {}).get("model_type", "bert")
     for family in (FAMILIES.get(origin, FAMILIES["bert"]), FAMILIES["bert"]):
         problems = _problems(config, kind, family)
@@ -135,14 +135,14 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the exported model's tensors, and the names of the MiniBERT's unused tensors."""
+    """Return the exported model's tensors, and names of tensors that cannot be exported."""
     tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
     expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
     stored = {full(name, kind): name for name in checkpoint}
     if missing := [
         name for name in sorted(expected - set(stored)) if kind != "Model" or not name.startswith("minibert.pooler.")
     ]:
-        raise ValueError(f"The weights do not fit the class MiniBert{kind}; missing: {', '.join(missing)}.")
+        raise ValueError(f"The weights do not fit MiniBert{kind}; missing: {', '.join(missing)}. Save the model again.")
     tensors: dict[str, Tensor] = {}
     left_out, unknown = [], []
     for source, name in stored.items():
@@ -154,7 +154,7 @@ def _tensors(
         else:
             tensors[_bare(found, kind, family)] = checkpoint[name]
     if unknown:
-        raise ValueError(f"The weights do not fit the class MiniBert{kind}; unknown: {', '.join(unknown)}.")
+        raise ValueError(f"The weights do not fit MiniBert{kind}; unknown: {', '.join(unknown)}. Save the model again.")
 
     def plain(source: str) -> str:
         return _bare(str(family.family_name(source, kind)), kind, family)

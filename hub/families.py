@@ -99,9 +99,10 @@ class Family:
         prefix: name of the encoder module in a model with a head.
         class_name: beginning of the family's class names, such as ``"Bert"``.
         modules: names of modules, MiniBERT -> family. ``{}`` is the number of a layer.
-        of_class: ending of a class name -> ``modules`` whose names differ in this class.
+        of_class: ending of a class name -> a dictionary like ``modules``, with the modules that
+            have another name in that class.
         fields: names of configuration fields, MiniBERT -> family.
-        fixed: MiniBertConfig fields that the family's configuration lacks -> constant values.
+        fixed: fields of MiniBertConfig that are constant in this family -> their values.
         classes: endings of the class names that can be converted.
         numbers_from_pad: whether positions begin at ``pad_token_id + 1``.
     """

@@ -23,7 +23,7 @@ from minibert.files.model_folder import (
 
 
 def modules(folder: Path) -> list[dict[str, Any]]:
-    """Return the modules of a sentence-transformers model, or [] for any other model.
+    """Return the modules in modules.json, or [] if the model has no such file.
 
     Raises:
         ValueError: if the first module is not a transformer, or a module's path leads out of
@@ -34,7 +34,7 @@ def modules(folder: Path) -> list[dict[str, Any]]:
         return []
     listed: list[dict[str, Any]] = read_json(folder / "modules.json")
     if not str(listed[0].get("type", "")).endswith("Transformer"):
-        raise ValueError(f"The first module in {folder / 'modules.json'} must be a Transformer module.")
+        raise ValueError(f"{folder / 'modules.json'} must begin with a Transformer; use another model.")
     return listed
 
 
@@ -45,7 +45,7 @@ def encoder_folder(folder: Path) -> Path:
 
 
 def copy_modules(source: Path, target: Path) -> None:
-    """Copy all sentence-transformers modules except the transformer to ``target``."""
+    """Copy sentence-transformers modules to ``target``, but not the transformer's files."""
     listed = modules(source)
     if not listed:
         return
@@ -65,7 +65,7 @@ def max_length(folder: Path) -> int | None:
 
 
 def pooling_mode(folder: Path) -> str | None:
-    """Return the mode of a model's pooling module, or None if there is not exactly one mode."""
+    """Return a model's pooling, such as ``"mean"``, or None if there are several or none."""
     for module in modules(folder):
         if str(module.get("type", "")).endswith("Pooling"):
             settings = read_settings(folder / module["path"] / "config.json")
@@ -81,7 +81,7 @@ def paths_in(folder: Path) -> list[str]:
 
 
 def name_tokenizer_class(folder: Path) -> None:
-    """Replace a class name in tokenizer_config.json that transformers 4 does not know."""
+    """Change the class in tokenizer_config.json so that transformers 4 opens the tokenizer."""
     file = folder / "tokenizer_config.json"
     settings = read_settings(file)
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -89,7 +89,7 @@ def name_tokenizer_class(folder: Path) -> None:
 
 
 def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Return the tensors of a model, or of the file ``name``, as memory-mapped tensors."""
+    """Return the tensors of the model in ``folder``, or of its file ``name``."""
     if name == WEIGHTS:
         check_weights(folder)
     tensors: dict[str, Tensor] = {}

@@ -1,8 +1,7 @@
-"""Open a model in a fresh process that cannot import this package, and return its outputs.
+"""Compute a model's outputs in a fresh process that cannot import this package.
 
-As a script, this file reads a JSON request from standard input and blocks ``import minibert``.
-It then opens the model with every class and library of the request, and writes the outputs to
-a safetensors file. Before the request is read, only the standard library is imported.
+As a script, this file reads a JSON request from standard input and opens the model. It writes
+the outputs to a safetensors file.
 """
 
 import json
@@ -60,7 +59,7 @@ class Request:
 
 
 def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
-    """Open a model. Return float32 outputs by name, and the classes that opened the model."""
+    """Return a model's outputs by name, and the classes that opened the model."""
     import torch
     import transformers
 

@@ -38,7 +38,7 @@ def export_onnx(
         FileNotFoundError: if the model, its weights or its tokenizer are missing.
         ValueError: if the model is not a MiniBERT, ``quantize`` is unknown, a package is
             missing, or the output folder is not empty.
-        Mismatch: if outputs of the graph and model differ. Nothing is written then.
+        Mismatch: if onnxruntime and torch have different outputs. Nothing is written then.
     """
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
@@ -88,7 +88,7 @@ class _Graph(nn.Module):
         model: the MiniBERT to wrap.
         inputs: names of the inputs, in order.
         heads: sentence-transformers modules that follow the transformer.
-        pooled: whether the pooler was trained.
+        pooled: whether ``pooler_output`` is an output.
     """
 
     def __init__(self, model: Any, inputs: list[str], heads: list[nn.Module], pooled: bool):
@@ -163,7 +163,7 @@ def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Te
 
 
 def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dict[str, Tensor]:
-    """Call ``compute`` for every batch, and return outputs by name without rows of padding."""
+    """Return the outputs of ``compute`` for all batches by name, without padding tokens."""
     found = {}
     for number, batch in enumerate(batches):
         mask = batch["attention_mask"].bool()

@@ -69,8 +69,8 @@ def outputs(
 ) -> dict[str, Tensor]:
     """Return the float32 outputs of ``model`` for all batches, without rows of padding tokens.
 
-    With fewer than two ``segments``, the model gets no ``token_type_ids``. ``pooler_output`` is
-    only returned if ``pooled`` is True, since an untrained pooler is random.
+    ``segments`` is the number of segments. Below 2, the model gets no ``token_type_ids``. If
+    ``pooled`` is False, ``pooler_output`` is left out.
     """
     found = {}
     choices = type(model).__name__.endswith("MultipleChoice")
@@ -119,7 +119,7 @@ def differences(
 
     ``source`` and ``result`` are pairs of a model folder and a model class. The weights of both
     models are rounded to ``dtype`` first. ``max_length`` is the number of positions.
-    See :func:`outputs` for ``segments`` and ``pooled``.
+    ``segments`` and ``pooled`` are as in :func:`outputs`.
     """
     inputs = batches(tokenizer, min(tokenizer.model_max_length, max_length))
     found = []
@@ -135,7 +135,7 @@ def differences(
 
 
 def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Return the largest difference per output name. The input keys are "name batch_number"."""
+    """Return the largest difference of each output over all batches."""
     worsts: dict[str, float] = {}
     for key, value in expected.items():
         name = key.split()[0]
@@ -145,7 +145,7 @@ def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, 
 
 
 def check(worsts: dict[str, float], what: str) -> None:
-    """Raise :class:`Mismatch` for a difference above the tolerance, or for NaN."""
+    """Raise :class:`Mismatch` if a difference is NaN or above the tolerance."""
     if wrong := [f"{name} differs by {worst:.1e}" for name, worst in worsts.items() if not worst <= TOLERANCE]:
         raise Mismatch(
             f"{what} gives different outputs: {', '.join(wrong)} (allowed: {TOLERANCE:.0e}). "

@@ -119,7 +119,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
 
 def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
-    """Write ``record`` and the publisher's card ``fields`` into the model's folder.
+    """Write ``record``, with the card's metadata ``fields``, into the model's folder.
 
     If the record is empty, nothing is written.
     """
@@ -137,7 +137,7 @@ def datasets(record: Record) -> list[str]:
 
 
 def public_name(name: str, *, on_hub: bool = False) -> str:
-    """Return ``name`` for publication: an id on the Hub unchanged, a path without its folders.
+    """Return an id on the Hub unchanged, and a path without its folders.
 
     >>> public_name("../private/data/reviews.csv"), public_name("sentence-transformers/all-nli")
     ('reviews.csv', 'sentence-transformers/all-nli')
@@ -188,7 +188,7 @@ def _of_training(stage: dict[str, Any], metrics: dict[str, Any], environment: di
 
 
 def _of_stage(folder: Path, model: str) -> Iterator[Evaluation]:
-    """Yield the results of the stage ``model`` if ``folder`` is an evaluation of this stage."""
+    """Yield the results in ``folder`` if it belongs to an evaluation of the stage ``model``."""
     stage, environment = read_settings(folder / "stage.json"), read_settings(folder / "environment.json")
     if stage["kind"] != "evaluate" or environment.get("started_from") != model:
         return
@@ -213,7 +213,7 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def _public(value: Any, stages: set[str], key: str = "") -> Any:
-    """Return ``value``, a part of a recipe, without unset fields or local paths."""
+    """Return a part of a recipe without unset fields and local paths."""
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if name not in _DROPPED and inner is not None}
         return {name: _public(inner, stages, name) for name, inner in kept.items()}

@@ -90,7 +90,7 @@ def push(
         max_shard_size: size limit for a file of weights, such as ``"500MB"``.
         dry_run: whether to build and check the folder without uploading it.
         force: whether to replace or remove existing files of the repository.
-        token: access token of the Hub. The default is HF_TOKEN or the login's token.
+        token: access token of the Hub. The default is HF_TOKEN, or the stored login.
         report: function that is called with a sentence after every step.
         fields: metadata of the card, such as ``license="mit"``.
 
@@ -98,7 +98,7 @@ def push(
         FileNotFoundError: if the model is missing or its training is not finished.
         ValueError: if the model is not a MiniBERT, an argument is invalid, a file contains a
             path of this machine, or the repository contains different files.
-        Mismatch: if a fresh process computes other values. The message says what was uploaded.
+        Mismatch: if a fresh process computes other outputs. The message says what was uploaded.
         HubError: if the Hub refuses the request or cannot be reached.
     """
     _check_arguments(repo_id, revision, create_pr, dtype, max_shard_size)
@@ -165,12 +165,10 @@ def _check_arguments(
 def _compare(
     api: HfApi, folder: Path, repo_id: str, branch: str, *, private: bool, overwrite: bool
 ) -> tuple[str | None, bool, list[Change]]:
-    """Compare ``folder`` with ``branch``. Without ``overwrite``, refuse to change files.
+    """Return the newest commit, whether the branch exists, and the changes to upload.
 
-    Returns:
-        The newest commit, a flag and a list of changes. The commit is the branch's, or main's
-        if the branch is missing, or None if the repository is missing. The flag is False if
-        the branch must be created. The changes make the branch equal to ``folder``.
+    The commit is main's if the branch is missing, and None if the repository is missing. Raise
+    ValueError if existing files would change and ``overwrite`` is False.
     """
     if not ask("looking up", repo_id, partial(api.repo_exists, repo_id)):
         return None, branch == "main", compare(folder, {})
@@ -197,7 +195,7 @@ def _compare(
 def prove(
     request: isolated.Request, expected: dict[str, Tensor], what: str, cache: Path | None = None
 ) -> tuple[list[str], float]:
-    """Open a model in a fresh process without this package. Compare outputs with ``expected``.
+    """Open a model in a fresh process, and compare the outputs with ``expected``.
 
     Returns:
         The classes and libraries that opened the model, and the largest difference of outputs.
@@ -240,7 +238,7 @@ def model_folder(model: str | Path) -> Path:
         others = ("tokenizer", "evaluate")
         models = [f"{at}-{stage['name']}" for at, stage in stages if stage["kind"] not in others]
         if not models:
-            raise ValueError(f"The recipe of {folder} has no stage that trains a model.")
+            raise ValueError(f"The recipe of {folder} trains no model; give the folder of a model.")
         folder, unfinished = folder / models[-1], True
     if unfinished and not (folder / "stage.json").exists():
         raise FileNotFoundError(
@@ -295,7 +293,7 @@ def build(
 
 
 def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size: str) -> None:
-    """Write the weights of ``source`` in ``dtype``, including a conversion's unused tensors."""
+    """Write the weights of ``source`` in ``dtype``, and tensors kept from a conversion."""
 
     def read(name: str = WEIGHTS) -> dict[str, Tensor]:
         return rounded(folders.read_tensors(source, name), checked_dtype(dtype))
@@ -307,7 +305,7 @@ def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size
 
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:
-    """Raise ValueError if a text file contains a home directory or one of the ``places``."""
+    """Raise ValueError if a text file contains a home directory or a path in ``places``."""
     begin = r"(?<![\w.:/])"  # matches before a path, but not before the path of a URL
     homes = rf"/(?:home|Users)|(?:/[\w.-]+)*/{re.escape(getpass.getuser())}|{re.escape(str(Path.home()))}"
     patterns = [rf"(?:{begin}(?:{homes})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]

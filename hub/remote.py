@@ -79,7 +79,7 @@ def ask(
     revision: str | None = None,
     attempts: int = _ATTEMPTS,
 ) -> _Result:
-    """Return ``call()``, and repeat the call if the connection breaks or the Hub fails.
+    """Return ``call()``. Repeat the call if the connection breaks or the Hub fails.
 
     ``what`` describes the call in error messages, for example ``"uploading to"``.
     """
@@ -122,7 +122,7 @@ def _is_of_storage(error: BaseException) -> bool:
 
 
 def _wait(error: BaseException, attempt: int) -> float | None:
-    """Return the seconds to wait before another attempt, or None for no further attempt."""
+    """Return the seconds to wait before another attempt, or None to stop."""
     pause = 2.0**attempt
     if not isinstance(error, HfHubHTTPError):
         broken = type(error).__name__ in ("ReadError", "WriteError", "RemoteProtocolError")
@@ -163,7 +163,7 @@ def _sentence(error: BaseException, what: str, repo_id: str, revision: str | Non
 
 
 def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
-    """Return a Hub client with ``token``, by default the token of the environment or login."""
+    """Return a Hub client with ``token``. The default is HF_TOKEN, or the stored login."""
     given = token or get_token() or ""
     if not given.isascii() or not given.isprintable():  # the library's message would contain the token
         raise HubError("The Hub token contains invalid characters; log in with `hf auth login`, or correct HF_TOKEN.")
@@ -180,13 +180,13 @@ def connect(token: str | None, *, writing_to: str | None = None) -> HfApi:
 
 
 def look_up(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
-    """Return the current commit of ``revision``, by default main, with its list of files."""
+    """Return the newest commit of ``revision`` with its files. The default is main."""
     call = partial(api.model_info, repo_id, revision=revision, files_metadata=True)
     return ask("looking up", repo_id, call, revision=revision)
 
 
 def download(api: HfApi, repo_id: str, revision: str | None, cache: Path | None = None) -> Path:
-    """Download a model into ``cache`` (default: the Hub's cache), and return its folder.
+    """Download a model into ``cache``, by default the Hub's cache. Return its folder.
 
     Files that arrived before an interruption are not downloaded again.
     """
@@ -210,7 +210,7 @@ def commit(
     """Upload ``changes`` as one commit on top of the commit ``parent``.
 
     Returns:
-        The hash of the commit, and the address of the pull request (or None).
+        The hash of the commit, and the address of the pull request if there is one.
     """
     operations = [
         CommitOperationDelete(one.path) if one.kind == "removed" else CommitOperationAdd(one.path, folder / one.path)
@@ -242,7 +242,7 @@ def commit(
 def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, Path, dict[str, RepoSibling]]:
     """Download a model. Return its commit, its folder in the cache, and its files on the Hub.
 
-    In offline mode, the files on the Hub are {}.
+    In offline mode, the list of files is empty.
     """
     api, files = connect(token), {}
     info = None if constants.is_offline_mode() else look_up(api, repo_id, revision)

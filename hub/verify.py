@@ -63,7 +63,7 @@ class Verification:
 
 @dataclass
 class Code:
-    """Describe the Python code that opening a model could run.
+    """Describe the Python code that could run when a model is opened.
 
     ``files`` maps the path of each file to its SHA-256. ``reasons`` are sentences about the
     differences from the installed version. ``diff`` is a unified diff.
@@ -86,7 +86,7 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
         model: model folder, or name of a model on the Hub.
         trust_remote_code: whether a fresh process may run code that differs from the installed
             version.
-        token: access token of the Hub. The default is HF_TOKEN or the login's token.
+        token: access token of the Hub. The default is HF_TOKEN, or the stored login.
 
     Raises:
         FileNotFoundError: if the folder does not exist or is not a model folder.
@@ -177,7 +177,7 @@ def _weights(folder: Path) -> str:
     problems = _misfits(encoder, model_class, checkpoint) if model_class else {}
     problems["not finite"] = [name for name, value in checkpoint.items() if not torch.isfinite(value.float()).all()]
     if found := "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names):
-        raise ValueError(f"The weights do not match config.json; {found}.")
+        raise ValueError(f"The weights do not match config.json; {found}. Save the model again.")
     shapes = "of the expected shapes" if model_class else "(only the model's own code knows the expected shapes)"
     return f"{len(checkpoint)} tensors {shapes}, all finite."
 
@@ -187,14 +187,14 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
     name = str((config.get("architectures") or ["MiniBertModel"])[0])
     if config.get("model_type") == MiniBertConfig.model_type:
         if not hasattr(modeling_minibert, name):
-            raise ValueError(f"config.json has the class {name}, which MiniBERT does not have.")
+            raise ValueError(f"config.json has the class {name}, which MiniBERT does not have; correct the name.")
         return getattr(modeling_minibert, name)
     found = getattr(transformers, name, None) if config.get("model_type") in CONFIG_MAPPING else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Load the weights into ``model_class``, and return problem -> names of the tensors."""
+    """Return problem -> names of the tensors that do not fit ``model_class``."""
     with parity.quiet(), opening(encoder):
         opened: Any = model_class.from_pretrained(  # returns a pair, unlike its annotation
             encoder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
@@ -239,19 +239,24 @@ def _card(folder: Path) -> str:
 
 def _opens(folder: Path) -> str:
     if problems := "; ".join(_tokenizer_problems(folder)):
-        raise ValueError(f"{problems}.")
+        raise ValueError(f"{problems}; save the model's own tokenizer into its folder.")
     try:
         outputs, opened = isolated.run(request_for(folder))
     except isolated.NotOpened as error:
         raise ValueError(f"The model cannot be opened in a fresh process without minibert: {error}") from None
     if wrong := [name for name, value in outputs.items() if not torch.isfinite(value).all()]:
-        raise ValueError(f"Outputs are not finite in a fresh process without minibert: {', '.join(wrong)}.")
+        raise ValueError(f"Outputs are not finite in a fresh process without minibert: {', '.join(wrong)}; try float32.")
     vectors, stated = outputs.get("SentenceTransformer.encode"), vector_dimension(folder)
     if vectors is not None and vectors.shape[-1] != stated:
-        raise ValueError(f"The vectors have dimension {vectors.shape[-1]}, but the modules' configuration says {stated}.")
+        raise ValueError(
+            f"The vectors have dimension {vectors.shape[-1]}, but the modules' configuration says {stated}; "
+            "correct the configuration."
+        )
     similarity = read_settings(folder / "config_sentence_transformers.json").get("similarity_fn_name")
     if similarity not in (*SentenceTransformer.SUPPORTED_SIMILARITY_FN_NAMES, None):  # an unknown name would mean cosine
-        raise ValueError(f"similarity_fn_name={similarity!r} in config_sentence_transformers.json is unknown.")
+        raise ValueError(
+            f"similarity_fn_name={similarity!r} in config_sentence_transformers.json is unknown; use cosine or dot."
+        )
     return f"In a fresh process without minibert: {', '.join(opened)}."
 
 
@@ -259,7 +264,7 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
     encoder = folders.encoder_folder(folder)
     config = read_json(encoder / "config.json")
     if not any(file for name in TOKENIZERS for file in encoder.glob(name)):
-        yield "There is no tokenizer (tokenizer.json); save the model's tokenizer into its folder"
+        yield "There is no tokenizer (tokenizer.json)"
         return
     tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
     rows, pad = int(config.get("vocab_size", 0)), config.get("pad_token_id")
@@ -274,7 +279,7 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
 
 
 def request_for(folder: Path) -> isolated.Request:
-    """Return a request to open ``folder`` with AutoModel and the class named in config.json."""
+    """Return a request to open ``folder`` with ``AutoModel`` and the class of the head."""
     encoder = folders.encoder_folder(folder)
     config = read_json(encoder / "config.json")
     named = (config.get("architectures") or ["Model"])[0]
@@ -290,7 +295,7 @@ def request_for(folder: Path) -> isolated.Request:
 
 
 def code_of(folder: Path) -> Code:
-    """Compare the model's code files and code settings with the installed code."""
+    """Return the Python code of a model, and how it differs from the installed code."""
     encoder = folders.encoder_folder(folder)
     installed = {file.name: file for file in code_files()}
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.py"))}
@@ -307,7 +312,7 @@ def code_of(folder: Path) -> Code:
 
 
 def _foreign_names(folder: Path, encoder: Path) -> list[str]:
-    """Return the settings that import code which is not minibert's or a known library's."""
+    """Return the settings that import code from outside of minibert and known libraries."""
     config = read_json(encoder / "config.json")
     found = []
     known = configuration_minibert.AUTO_MAP
