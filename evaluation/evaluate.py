@@ -77,8 +77,8 @@ def evaluate(
             completely.
         limit: evaluate only this number of queries (or rows), from the start. Each query is
             still compared with the answers of all rows.
-        baselines: also evaluate an embedding model with random weights and, for retrieval,
-            BM25.
+        baselines: for an embedding model, also evaluate a copy with random weights and, for
+            retrieval, BM25.
         batch_size: the number of texts to compute at once.
         device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
             available.
@@ -115,7 +115,8 @@ def evaluate(
     if not pair and not columns.issuperset(SIMILARITY_COLUMNS):
         raise ValueError(
             f"{_name_columns(data)}, which is none of: query and answer (retrieval), "
-            "sentence1, sentence2 and score (similarity), or texts and label with a model that has a classification head."
+            "sentence1, sentence2 and score (similarity), or texts and label with a model that has a classification "
+            "head; rename the columns."
         )
     encoder = model
     if not isinstance(encoder, SentenceTransformer):

@@ -18,7 +18,7 @@ _JSON_LIMIT = 64_000_000  # bytes
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -> Iterator[None]:
-    """Lock ``folder`` against other processes until the block ends or this process ends.
+    """Lock ``folder`` against other processes in a ``with`` block.
 
     If another process has the lock, raise ValueError. If ``wait`` is True, wait for the lock
     instead. In error messages, ``doing`` describes the activity of the processes, such as
@@ -55,7 +55,7 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, and rename it to ``path`` if the block ends without an error."""
+    """Yield a temporary path, and rename it to ``path`` unless the ``with`` block fails."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
@@ -77,9 +77,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Return the content of a JSON file in a model folder. The largest size is 64 MB."""
+    """Return the content of a JSON file in a model folder. Raise a ValueError above 64 MB."""
     if not file.exists():
-        raise FileNotFoundError(f"{file.parent} is not a model folder: it contains no {file.name}.")
+        raise FileNotFoundError(f"{file.parent} is not a model folder: it contains no {file.name}; give another folder.")
     if file.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{file} is larger than {_JSON_LIMIT:,} bytes; save or download the model again.")
     try:

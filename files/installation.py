@@ -21,7 +21,7 @@ def version() -> str:
 
 
 def missing(needs: str, extra: str) -> str:
-    """Return a sentence that begins with ``needs`` and gives the pip command for ``extra``."""
+    """Return a sentence that begins with ``needs`` and tells how to install ``extra``."""
     command = f"pip install '{NAME}[{extra}]'" if _is_wheel() else f"pip install -e '.[{extra}]' (in {ROOT})"
     return " ".join(filter(None, [f"{needs}, which the extra {extra} brings: {command}.", foreign()]))
 
@@ -47,6 +47,6 @@ def _is_wheel() -> bool:
 
 
 def _init_of(found: Distribution) -> Path | None:
-    """Return the path of the installed ``minibert/__init__.py``, or None if editable."""
+    """Return the path of the installed ``__init__.py``, or None for an editable install."""
     recorded = (file for file in found.files or () if file.as_posix() == "minibert/__init__.py")
     return next((Path(str(file.locate())).resolve() for file in recorded), None)

@@ -1,8 +1,8 @@
 """Check weights, pickles, code, links and paths of a model folder before opening the model.
 
-The checks load no tensor and run no code. After the checks, opening the model reads no file
-outside of the folder, and needs no more memory than the size of the files. Open models within
-:func:`opening`.
+The checks load no tensor and run no code. They make sure that opening the model reads only
+files in the folder, and does not need much more memory than the size of the files. Open models
+with :func:`opening`.
 """
 
 import contextlib
@@ -61,17 +61,17 @@ def check_model(folder: Path) -> None:
 
 
 def refuse_missing(model: str | Path, advice: str) -> NoReturn:
-    """Raise FileNotFoundError for a missing model folder. ``advice`` completes the message."""
+    """Raise FileNotFoundError for a missing model folder. The message ends with ``advice``."""
     path = Path(model).expanduser()
     here = f"There is no model folder {model} (current folder: {Path.cwd()})"
     raise FileNotFoundError(f"{f'{model} is a file' if path.is_file() else here}; {advice}.")
 
 
 def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Read the header of a safetensors file, and return tensor name -> (dtype, shape).
+    """Return the header of a safetensors file: a dictionary from tensor name to (dtype, shape).
 
-    A dtype is a string such as ``"F32"``. The tensors are not read. If the header does not
-    describe exactly the bytes after it, raise ValueError.
+    A dtype is a string such as ``"F32"``. The tensors are not read. A damaged header raises a
+    ValueError.
     """
     try:
         if not stat.S_ISREG(file.stat().st_mode):
@@ -89,7 +89,7 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a model's safetensors files: one file, the files that an index lists, or []."""
+    """Return the safetensors files of a model, or an empty list if there are none."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
@@ -123,7 +123,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _check_size(file: Path, stored: int) -> None:
-    """Raise ValueError if a configuration describes far more parameters than are stored."""
+    """Raise ValueError if ``file`` describes far more than ``stored`` parameters."""
     config = read_settings(file)
 
     def size(*names: str) -> int:
@@ -143,7 +143,7 @@ def _check_size(file: Path, stored: int) -> None:
 
 
 def pickles(paths: Iterable[str]) -> list[str]:
-    """Return the paths of pickles, which can run code when they are opened, in sorted order.
+    """Return the pickle files among ``paths``, sorted. Opening a pickle can run code.
 
     >>> pickles(["pytorch_model.bin", "1_Dense/model.safetensors"])
     ['pytorch_model.bin']
@@ -152,7 +152,7 @@ def pickles(paths: Iterable[str]) -> list[str]:
 
 
 def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") -> NoReturn:
-    """Refuse the pickle files ``names``. The error shows how to save them as safetensors."""
+    """Raise a ValueError that explains how to save the pickle files as safetensors."""
     raise ValueError(
         f"{folder} contains weights only as a pickle ({', '.join(names)}), which can run code when it is "
         "opened; if you trust it, save it as safetensors first: "
@@ -161,9 +161,9 @@ def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") ->
 
 
 def check_paths(folder: Path) -> None:
-    """Raise ValueError if a path, a link or a code setting leads out of the model folder.
+    """Raise ValueError if a path, a link or a setting leads out of the model folder.
 
-    Links in the Hub's cache that lead into ``blobs`` of the same repository are allowed.
+    Links within one repository of the Hub's cache are allowed.
     """
     modules = [folder / path for path in _module_paths(folder)] if (folder / "modules.json").exists() else [folder]
     _check_links(folder, modules)
@@ -192,7 +192,7 @@ def _module_paths(folder: Path) -> Iterator[str]:
 
 
 def _check_code(file: Path) -> None:
-    """Raise ValueError if a setting loads kernels from the Hub, or ``auto_map`` is invalid."""
+    """Raise ValueError if ``file`` loads kernels from the Hub or has an invalid ``auto_map``."""
     settings = read_settings(file)
     for key, value in settings.items():
         named = value.values() if isinstance(value, dict) else [value]
@@ -261,11 +261,10 @@ def _short(value: Any) -> str:
 
 @contextlib.contextmanager
 def opening(model: str | Path) -> Iterator[None]:
-    """Hold a lock while ``model`` is opened, so that only one thread opens a model at a time.
+    """Let one thread at a time open a model in the ``with`` block.
 
-    While transformers builds a model, it replaces ``tie_weights`` of a class that all models
-    share. With two threads at once, the replacement could stay, and later models would not
-    tie their weights.
+    transformers cannot open models in several threads at once. If the weights do not have the
+    shapes in ``config.json``, raise a ValueError.
     """
     try:
         with _LOCKS.setdefault(os.getpid(), threading.RLock()):

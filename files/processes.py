@@ -1,4 +1,4 @@
-"""Return the index of this process, and the number of processes that torchrun started."""
+"""Connect the processes that torchrun started."""
 
 from datetime import timedelta
 from typing import TYPE_CHECKING

@@ -26,7 +26,7 @@ class WordIndex:
             texts, update_vocab=True, length=0, show_progress=False, return_as="tuple", allow_empty=False
         )
         if not any(words.ids):
-            raise ValueError("The texts contain only stop words, so BM25 has nothing to search.")
+            raise ValueError("The texts contain only stop words, so BM25 has nothing to search; add other texts.")
         index = bm25s.BM25()
         index.index(words, show_progress=show_progress)
         return cls(index)

@@ -82,9 +82,9 @@ def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
 def prepack(model: MiniBertModel, half_copies: bool = False) -> bool:
     """Replace the layers of ``model`` by prepacked layers. Return False if not supported.
 
-    The model then computes the same vectors, up to rounding. It can no longer be saved, trained
-    or moved to another device. A layer is not replaced if it is quantized, or has adapters or
-    hooks.
+    The model then computes the same vectors, up to rounding. The model can no longer be saved,
+    trained or moved to another device. A layer is not replaced if it is quantized, or has
+    adapters or hooks.
 
     If ``half_copies`` is True, inputs of fewer than 32 tokens use float16 copies of the
     matrices.

@@ -122,7 +122,7 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{here}, and the Hub did not send a model of this name: {reason}") from error
+        raise FileNotFoundError(f"{here}, and the Hub did not send a model of this name ({reason}); check the name.") from error
 
 
 def encoder_folder(folder: Path) -> Path:

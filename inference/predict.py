@@ -93,14 +93,14 @@ def predict(
     - **token classification** reads ``text``, or ``tokens`` (lists of words). The keys are
       ``tags`` and ``scores`` (a list with an element for each word), ``entities`` and, for a
       text, ``words``. An entity has the keys ``entity_group``, ``word``, ``score``, ``start``
-      and ``end``. The last two count the characters of a text, or the words of a list.
+      and ``end``. ``start`` and ``end`` count characters of a text, or words of a list.
     - **question answering** reads ``question`` and ``context``. See
       :func:`minibert.inference.answers.answer_rows` for the keys.
     - **multiple choice** reads a question and its choices. See
       :func:`minibert.inference.answers.choose_rows` for the keys.
 
-    A text to classify is cut at the maximum length of the model, as in training. Sentences to
-    tag and contexts are read completely, in overlapping windows.
+    A text to classify is cut at the maximum length of the model, as in training. A sentence to
+    tag, or the context of a question, is read completely, in overlapping windows.
 
     Args:
         model: a model folder, or the id of a model on the Hub.
@@ -197,7 +197,7 @@ def class_names(config: Any) -> list[str]:
 
 
 def head_of(config: Any) -> str | None:
-    """Return the head of a model (the ending of its class name), or None if unknown."""
+    """Return the head of a model as the ending of its class name, or None if unknown."""
     architecture = (config.architectures or [""])[0]
     return next((head for head in _HEADS if architecture.endswith(head)), None)
 
@@ -234,7 +234,8 @@ def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Seq
         return []
     columns = pick_columns(found, wanted, usual, option="--column")
     if len(columns) not in {len(group) for group in usual}:
-        raise ValueError(f"This model reads {' or '.join(' + '.join(group) for group in usual)}, not {', '.join(columns)}.")
+        known = " or ".join(" + ".join(group) for group in usual)
+        raise ValueError(f"This model reads {known}, not {', '.join(columns)}; choose other columns (--column).")
     return columns
 
 
@@ -393,7 +394,7 @@ def _is_iob(tag: str) -> bool:
 
 
 def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:
-    """Raise an error if ``path`` has a wrong suffix or no folder, or exists without ``force``."""
+    """Raise an error if ``path`` cannot be written. An existing file requires ``force``."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
     if path.is_dir() or (path.exists() and not force):

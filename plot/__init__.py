@@ -1,8 +1,8 @@
 """Draw models and training runs as interactive pages (plotly) and images (matplotlib).
 
 The functions ``attention``, ``embeddings``, ``similarity`` and ``training`` return a picture.
-``.save("x.html")`` and ``.save("x.png")`` write the picture, and its attributes contain the
-data.
+The attributes of a picture contain the data. ``save("x.html")`` and ``save("x.png")`` write the
+picture to a file.
 """
 
 from minibert.plot.attention_maps import attention

@@ -45,7 +45,7 @@ class Attention(page.Picture):
         return list(zip(self.tokens, colours))
 
     def panels(self, layer: int = 0, head: int = 0) -> list[page.Panel]:
-        """Return the heat map and the lines of a head. ``layer`` and ``head`` start at 0."""
+        """Return the heat map and the lines of a head. Layers and heads are counted from 0."""
         count, weights, labels = len(self.tokens), self.weights[layer, head], self.labels
         shown = "from %{y}<br>to %{x}<br>weight %{z:.4f}<extra></extra>"
         heat = page.heat_map(weights, self.tokens, self.tokens, shown)
@@ -70,10 +70,7 @@ class Attention(page.Picture):
         ]
 
     def interactive(self) -> go.Figure:
-        """Return a figure of one head, with menus to choose the layer and the head.
-
-        The choice of a layer changes the data of all heads, so the two menus are independent.
-        """
+        """Return a plotly figure of one head, with menus to choose the layer and the head."""
         heads = range(len(self.heads))
         drawn = [[panel.traces for head in heads for panel in self.panels(at, head)] for at in range(len(self.layers))]
         menus: dict[str, Any] = {"layer": {}, "head": {}}
@@ -89,7 +86,7 @@ class Attention(page.Picture):
         return figure
 
     def draw(self) -> Figure:
-        """Draw a single head with its tokens and lines, or several heads as small heat maps."""
+        """Draw one head with tokens and lines, or several heads as small heat maps."""
         layers, heads, count, _ = self.weights.shape
         if layers * heads == 1:
             side = min(20.0, max(3.4, 0.2 * count))
@@ -151,7 +148,7 @@ def attention(
     with torch.inference_mode():
         recorded = encoder(**inputs, output_attentions=True).attentions
     if not recorded:
-        raise ValueError(f"{model} has no layers that return attention weights, so there is nothing to draw.")
+        raise ValueError(f"{model} has no layers that return attention weights; choose another model.")
     weights = torch.cat(list(recorded)).float().numpy()  # (layers, heads, n, n)
     notes = []
     if (count := len(tokenizer(*pair, verbose=False)["input_ids"])) > limit:
@@ -183,10 +180,10 @@ def attention(
 
 
 def line_ends(weights: np.ndarray) -> list[np.ndarray]:
-    """Return the end points of the strongest weights (n, n) in ten levels, the weakest first.
+    """Return the end points of lines for the highest ``weights`` (n, n), in ten groups.
 
-    Each level contains the start, the end and a gap (NaN) of each line, one after another.
-    Weights below half a level are left out.
+    The groups are sorted by weight, the lowest weights first. A line is a start, an end and
+    NaN. Weights below 5 % of the highest weight have no line.
 
     >>> [ends.tolist() for ends in line_ends(np.array([[1.0, 0.01], [0.5, 0.5]], dtype=np.float32))][4::5]
     [[1.0, 0.0, nan, 1.0, 1.0, nan], [0.0, 0.0, nan]]

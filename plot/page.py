@@ -58,7 +58,7 @@ p {{ font-size: 0.9rem; color: #555; overflow-wrap: anywhere; }}
 
 
 class Text(NamedTuple):
-    """Place a text next to a point. With ``side="left"``, the text starts at the point."""
+    """Place a text to the right of a point, or to the left with ``side="right"``."""
 
     point: Sequence[float]
     text: str
@@ -71,10 +71,12 @@ class Panel:
     """Describe a diagram that plotly and matplotlib draw from the same data.
 
     Attributes:
-        traces: plotly traces: a heat map, or lines and points in two or three dimensions.
+        traces: the plotly traces: one heat map, or lines and points in two or three dimensions.
         axes: the names of the axes, x first.
-        columns, rows: the text and the colour of each column and row of a heat map.
-        frame: the limits of x and of y in a panel without visible axes.
+        texts: the texts to draw next to points.
+        columns: the text and the colour of each column of a heat map.
+        rows: the text and the colour of each row of a heat map.
+        frame: the limits of x and of y. If the limits are given, the axes are invisible.
     """
 
     traces: Sequence[Any]
@@ -87,7 +89,7 @@ class Panel:
 
 
 def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hover_text: str) -> go.Heatmap:
-    """Return a heat map of ``cells`` (rows, columns). ``hover_text`` is a plotly template."""
+    """Return a heat map of a matrix. ``hover_text`` is a template in the syntax of plotly."""
     x, y = ([f"{at} {hover(text)}" for at, text in enumerate(texts, start=1)] for texts in (columns, rows))
     return go.Heatmap(
         z=cells,
@@ -102,9 +104,10 @@ def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hov
 
 
 def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] | None = None) -> go.Figure:
-    """Draw panels of the same kind in a plotly figure with up to two columns.
+    """Draw diagrams of the same type in a plotly figure with up to two columns.
 
-    ``menus`` maps each item of each menu to changes of the traces (plotly's restyle).
+    ``menus`` maps the name of each menu to a dictionary. The dictionary maps each item of the
+    menu to the changes of the traces, as in plotly's ``restyle``.
     """
     kind, columns = panels[0].traces[0].type, min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -186,7 +189,7 @@ def _labels(texts: Sequence[tuple[str, str]], most: int) -> dict[str, Any]:
 
 
 def image_figure(panels: Sequence[Panel], cell: tuple[float, float], columns: int = 2) -> Figure:
-    """Draw panels in a matplotlib figure. ``cell`` is the size of a panel in inches."""
+    """Draw diagrams in a matplotlib figure. ``cell`` is (width, height) of each in inches."""
     kind, columns = panels[0].traces[0].type, min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.0, cell[0] * columns), cell[1] * rows + 0.9), layout="constrained")
@@ -228,7 +231,7 @@ def image_figure(panels: Sequence[Panel], cell: tuple[float, float], columns: in
 
 
 def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
-    """Draw a heat map that is ``inches`` wide. Leave out labels that are too small to read."""
+    """Draw a heat map. Leave out labels that would be too small to read."""
     image = axes.imshow(panel.traces[0].z, cmap=_SCALE, vmin=0, interpolation="nearest")
     if any(panel.axes):
         axes.figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02).outline.set_visible(False)
@@ -283,11 +286,11 @@ class Picture(ABC):
         """Return the diagrams of the picture."""
 
     def interactive(self) -> go.Figure:
-        """Return the plotly figure without title and notes."""
+        """Return a plotly figure of the diagrams, without the title."""
         return page_figure(self.panels())
 
     def draw(self) -> Figure:
-        """Return the matplotlib figure without title and notes."""
+        """Return a matplotlib figure of the diagrams, without the title."""
         return image_figure(self.panels(), self.cell)
 
     def page(self) -> str:
@@ -299,7 +302,7 @@ class Picture(ABC):
 
     @_image_settings()
     def static(self) -> Figure:
-        """Return the matplotlib figure with title and notes."""
+        """Return a matplotlib figure of the diagrams, with the title and the notes."""
         figure = self.draw()
         characters = round(figure.get_figwidth() * 11)
         lines = [textwrap.fill(plain(line), characters) for line in (self.title, *self.notes)]
@@ -336,7 +339,7 @@ def plain(text: str, width: int | None = None) -> str:
 
 
 def markup(text: str, width: int | None = None) -> str:
-    """Return the result of :func:`plain`, with tags and formulas escaped for plotly.
+    """Cut ``text`` to ``width`` characters on one line, and escape HTML and formulas.
 
     >>> markup("<s> & $x$")
     '&lt;s&gt; &amp; &#36;x&#36;'
@@ -345,7 +348,7 @@ def markup(text: str, width: int | None = None) -> str:
 
 
 def hover(text: str) -> str:
-    """Return the first lines of ``text`` for plotly's hover box."""
+    """Return up to eight lines of ``text`` for the box that plotly shows at the pointer."""
     return "<br>".join(map(markup, textwrap.wrap(plain(text), 60, max_lines=8, placeholder=" …")))
 
 
@@ -365,12 +368,12 @@ def read_texts(
 ) -> tuple[list[str], list[str] | None]:
     """Return the texts ``given``, or texts and labels if ``given`` is the name of a data set.
 
-    A single text is the name of a data set if it is an existing path, or if it has no blanks
-    and contains a slash or ends in a known suffix.
+    A single text is the name of a data set if it is an existing path. It is also a name if it
+    has no spaces, and contains a slash or ends in the suffix of a data file.
 
-    ``column`` defaults to the first usual text column or the only column of strings.
-    ``label_column`` defaults to ``label``, if it exists. A data set of more than ``limit`` rows
-    is sampled with a fixed seed.
+    ``column`` is the text column. The default is the first usual text column, or else the only
+    column of strings. ``label_column`` is the column of labels. The default is ``label``, if
+    this column exists. A data set of more than ``limit`` rows is sampled with a fixed seed.
     """
     name = given[0]
     known = "/" in name or Path(name).suffix in BUILDERS
@@ -402,7 +405,7 @@ def read_texts(
 
 
 def ticks(count: int, most: int) -> list[int]:
-    """Return evenly spaced integers below ``count``. ``most`` limits their number.
+    """Return at most ``most`` evenly spaced integers from 0, all below ``count``.
 
     >>> ticks(7, 4)
     [0, 2, 4, 6]
@@ -421,14 +424,15 @@ def open_encoder(
 
 
 def name_of(model: str | Path) -> str:
-    """Return the last two parts of a path, or the id of a model on the Hub."""
+    """Return the last two names in a path, or the id of a model on the Hub."""
     return "/".join(Path(model).parts[-2:])
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Return readable tokens. Byte-level tokens are decoded, with ``▁`` for a space.
+    """Return the tokens of ``ids`` in readable form.
 
-    Special tokens, and tokens that are only a part of a character, are not changed.
+    Byte-level tokens are decoded, with ``▁`` instead of the first space. Special tokens and
+    incomplete characters are not decoded.
     """
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     byte_level = type(decoder).__name__ == "ByteLevel"

@@ -19,8 +19,8 @@ class Token:
         id: the number of the token in the vocabulary.
         word: the number of the word that contains the token, from 1, or None for a special
             token.
-        text: the part of the text that the token represents.
-        unknown: True if the vocabulary does not contain this part of the text.
+        text: the characters of the text that the token represents.
+        unknown: True if the vocabulary does not contain these characters.
     """
 
     token: str
@@ -32,7 +32,7 @@ class Token:
 
 @dataclass(frozen=True, repr=False)
 class Tokens:
-    """Store the tokens of a text, printed as a table. A model reads only ``limit`` tokens."""
+    """Store the tokens of a text. ``print`` shows a table. The model reads ``limit`` tokens."""
 
     tokens: list[Token]
     limit: int
@@ -53,7 +53,7 @@ class Tokens:
 
 
 def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> Tokens:
-    """Return the tokens of ``text``, including special tokens, for the tokenizer of ``model``.
+    """Split ``text`` with the tokenizer of ``model``. Return all tokens, with special tokens.
 
     Args:
         model: a model folder, the id (owner/name) of a model on the Hub, or a folder that

@@ -26,7 +26,7 @@ class Run:
     lines: list[dict[str, float]]
 
     def curve(self, key: str, axis: str) -> tuple[list[float], list[float]]:
-        """Return the values of ``axis`` and of ``key`` in the lines that contain ``key``."""
+        """Return the x values in the unit ``axis``, and the values of the metric ``key``."""
         found = [line for line in self.lines if key in line]
         places = [line[AXES[axis]] / (60 if axis == "minutes" else 1) for line in found]
         return places, [line[key] for line in found]
@@ -41,7 +41,7 @@ class Training(page.Picture):
 
     @property
     def metrics(self) -> dict[str, list[str]]:
-        """Map panel titles to metrics. Training and evaluation loss share a panel."""
+        """Return a dictionary from the title of each diagram to the names of its metrics."""
         keys = {key for run in self.runs for line in run.lines for key in line} - set(AXES.values())
         evaluated = sorted(key for key in keys if key.startswith(_EVAL))
         order = [key for key in dict.fromkeys(["loss", *evaluated, *_ORDER, *sorted(keys)]) if key in keys]
@@ -51,7 +51,7 @@ class Training(page.Picture):
         return panels
 
     def panels(self, axis: str = "step") -> list[page.Panel]:
-        """Return a panel for each metric, with a curve for each run that logged the metric."""
+        """Return a diagram for each metric, with a curve for each run that logged the metric."""
         panels = []
         for title, keys in self.metrics.items():
             traces = []
@@ -69,14 +69,14 @@ class Training(page.Picture):
         return panels
 
     def interactive(self) -> go.Figure:
-        """Return the panels in two columns, with a menu to choose the x axis."""
+        """Return a plotly figure with two columns, and a menu to choose the unit of the x axis."""
         lines = [line for run in self.runs for line in run.lines]
         axes = [axis for axis, key in AXES.items() if all(key in line for line in lines)]
         choices = {axis: {"x": [trace.x for panel in self.panels(axis) for trace in panel.traces]} for axis in axes}
         return page.page_figure(self.panels(), {"axis": choices})
 
     def draw(self) -> Figure:
-        """Return a matplotlib figure of the panels, with steps on the x axis."""
+        """Return a matplotlib figure, with the training step on the x axis."""
         figure = super().draw()
         for axes in figure.axes[-2:]:
             axes.set_xlabel("step")
@@ -84,7 +84,7 @@ class Training(page.Picture):
 
 
 def training(runs: str | Path | Sequence[str | Path]) -> Training:
-    """Show the curves of runs. ``runs`` are folders of runs, folders of stages, or log files.
+    """Show training runs. ``runs`` are folders of runs, folders of stages, or log files.
 
     Example::
 
@@ -104,19 +104,19 @@ def training(runs: str | Path | Sequence[str | Path]) -> Training:
 
 
 def find_logs(path: Path) -> list[Path]:
-    """Return ``path`` if it is a log. Otherwise, return the logs in the folder or its stages."""
+    """Return ``path`` if it is a log file. Otherwise, return the logs in the folder."""
     if not path.exists():
-        raise FileNotFoundError(f"The run {path} does not exist (looked from {Path.cwd()}).")
+        raise FileNotFoundError(f"The run {path} does not exist (looked from {Path.cwd()}); give the folder of a run.")
     if logs := [path] if path.is_file() else sorted(path.glob(LOG)) or sorted(path.glob(f"*/{LOG}")):
         return logs
     raise FileNotFoundError(f"Neither {path} nor a stage in it holds {LOG}; give the folder of a run.")
 
 
 def read_log(log: Path) -> list[dict[str, float]]:
-    """Return the numbers in each line of a log. Ignore a last line that a kill truncated.
+    """Return the numbers in each line of a log. Leave out a last line that is incomplete.
 
-    A line without ``seconds``, such as an evaluation, gets the seconds of the line before it. A
-    damaged line before the last line, or an empty log, raises a ValueError.
+    A line without ``seconds`` gets the seconds of the line before it. An empty log, or a
+    damaged line before the last line, raises a ValueError.
     """
     lines: list[dict[str, float]] = []
     texts = [text for text in log.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]
@@ -138,7 +138,7 @@ def read_log(log: Path) -> list[dict[str, float]]:
 
 
 def _names(logs: list[Path]) -> list[str]:
-    """Return unique names for logs: run and stage, with more parent folders if necessary."""
+    """Return a short, unique name for each log, made of the last folders of its path."""
     parts = [(log.parent if log.name == LOG else log.with_suffix("")).resolve().parts for log in logs]
     for count in range(2, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]

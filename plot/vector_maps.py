@@ -22,7 +22,7 @@ _SYMBOLS = ("circle", "diamond", "square")
 
 
 class Space(NamedTuple):
-    """Store points in three dimensions, as (n, 3) coordinates, and the names of the axes."""
+    """Store a projection: the coordinates ``points`` (n, 3) and the names of the axes."""
 
     name: str
     points: np.ndarray
@@ -34,10 +34,11 @@ class Embeddings(page.Picture):
     """Show texts or tokens as points in three dimensions.
 
     Attributes:
-        spaces: one or more spaces that show the same texts or tokens.
+        spaces: the coordinates of all texts or tokens, for each diagram.
         names: the names of the points, drawn if there are at most 60 points.
-        texts: the text that appears when the pointer is on a point.
-        labels: the labels of the points, which determine the colours, or None for one colour.
+        texts: for each point, the text that appears when the pointer is on the point.
+        labels: the label of each point, which determines the colour. If None, all points have
+            the same colour.
     """
 
     spaces: list[Space]
@@ -46,7 +47,7 @@ class Embeddings(page.Picture):
     labels: list[str] | None = None
 
     def panels(self) -> list[page.Panel]:
-        """Return a panel for each space, with a trace for each of the first 30 labels."""
+        """Return a diagram for each space. Labels after the first 30 have one colour."""
         kinds: dict[str, list[int]] = {}
         for place, label in enumerate(self.labels or [""] * len(self.texts)):
             known = label in kinds or len(kinds) < _KINDS
@@ -84,16 +85,17 @@ def embeddings(
     method: str = "pca",
     trust_remote_code: bool = False,
 ) -> Embeddings:
-    """Show texts as points in three dimensions, or tokens before and after the encoder.
+    """Show texts or tokens as points in three dimensions.
 
     Args:
         model: a model folder, or the id (owner/name) of a model on the Hub.
         texts: three or more texts, or at least one text if ``tokens`` is True.
         labels: a label for each text, which determines the colour. By default, tokens have the
             colour of their text.
-        tokens: show the tokens: the input of the first layer and the output of the last layer.
+        tokens: show two diagrams of the tokens, before the first layer and after the last
+            layer.
         method: the projection: ``pca`` (principal components), ``tsne``, or ``umap`` (requires
-            umap-learn). ``pca`` does not change vectors of width 3.
+            umap-learn). ``pca`` does not change vectors of three dimensions.
         trust_remote_code: run Python code that comes with a model other than MiniBERT.
 
     Example::
@@ -163,8 +165,8 @@ def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, metho
 def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[str]]:
     """Project vectors (n, width) to points (n, 3). Return the points and the names of the axes.
 
-    ``pca`` only adds zeros to vectors of up to three dimensions. For wider vectors, the name of
-    each axis contains its fraction of the variance.
+    ``pca`` only adds zeros to vectors of up to three dimensions. For longer vectors, the names
+    of the axes contain the explained variance.
     """
     count, width = vectors.shape
     vectors = np.asarray(vectors, dtype=np.float64)
@@ -198,7 +200,7 @@ def project(vectors: np.ndarray, method: str = "pca") -> tuple[np.ndarray, list[
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Similarity(page.Picture):
-    """Show the similarities between the texts of two lists: ``values`` (rows, columns)."""
+    """Show the similarity of each text in ``rows`` to each text in ``columns``."""
 
     rows: list[str]
     columns: list[str]
@@ -219,7 +221,7 @@ def similarity(
 ) -> Similarity:
     """Compare every text in ``rows`` with every text in ``columns`` (by default, ``rows``).
 
-    The similarity function is defined by the model, and is usually the cosine.
+    The model defines the similarity function, which is usually the cosine.
 
     Example::
 

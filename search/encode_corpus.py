@@ -101,8 +101,8 @@ def encode_corpus(
             steps within the range of the first vectors) or ``binary`` (one bit per dimension).
         rows_per_shard: the number of input rows per shard. If a process is killed, it loses at
             most this number of rows.
-        on_bad_row: the reaction to a row without a text. ``refuse`` raises an error. ``skip``
-            leaves the row out and records it in the manifest.
+        on_bad_row: the reaction to a row without a valid text or id. ``refuse`` raises an
+            error. ``skip`` leaves the row out and records it in the manifest.
         append: encode the files that were added to ``data`` since the last call. In
             alphabetical order, the new files must come last.
         force: replace vectors that are complete, or that have another model, precision or
@@ -234,7 +234,8 @@ def missing_shards(
 class _Window(NamedTuple):
     """Store rows of one shard that are encoded together.
 
-    ``notes`` is the metadata to store in the shard. ``last`` is True if no rows follow.
+    ``notes`` is the metadata to store in the shard. ``last`` is True if no rows of the shard
+    follow.
     """
 
     shard: int
@@ -269,7 +270,7 @@ class _Job:
         return Encoder(self.model, query_copies=False, **options)
 
     def prepare(self, *, append: bool, force: bool) -> Encoder | None:
-        """Prepare the output folder in the main process. Return the encoder if it was opened."""
+        """Prepare the output folder in the main process. Return an opened encoder, or None."""
         encoder, refusal = None, None
         if self.state.is_main_process:
             try:
@@ -350,7 +351,7 @@ class _Job:
         self._list_shards()
 
     def _calibrate(self, encoder: Encoder) -> list[list[float]]:
-        """Return the lowest and the highest int8 value of each dimension."""
+        """Return the lowest and the highest value to store as int8, for each dimension."""
         rows = chain.from_iterable(block.texts for block in self.stream.read())
         texts = islice((text for text in rows if isinstance(text, str)), _CALIBRATION)
         vectors = encoder.encode(list(texts))

@@ -204,7 +204,8 @@ class VectorFolder:
         """Return the values of ``column`` in ``rows``, in the order of ``rows``."""
         wanted = np.asarray(rows, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise IndexError(f"{self.folder} has rows 0 to {len(self) - 1}; got {wanted.min()} to {wanted.max()}.")
+            given = f"{wanted.min()} to {wanted.max()}"
+            raise IndexError(f"rows must lie between 0 and {len(self) - 1} in {self.folder}, got {given}.")
         values = np.empty(len(wanted), dtype=object)
         for shard in self.shards:
             first = shard.first_row
