@@ -1,4 +1,4 @@
-"""Choose the columns of a data set that hold texts."""
+"""Choose the text columns of a data set."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ def pick_columns(
 ) -> list[str]:
     """Return the names of the columns to read.
 
-    If ``wanted`` is given, return ``wanted``. Otherwise, return the first group of ``usual``
-    names that are all in ``found``. If no group matches and one of the groups has a single
-    name, return the only column in ``found``. ``option``, ``where`` and ``columns`` are used in
-    error messages.
+    If ``wanted`` is given, return ``wanted``. Otherwise, return the first group of names in
+    ``usual`` whose names are all in ``found``. If there is no such group and one column is
+    enough, return the only column in ``found``. Error messages name the setting ``option``, the
+    data ``where`` and all ``columns``.
 
     >>> pick_columns(["title", "text"], None, [["question", "context"], ["text"]], option="--column")
     ['text']

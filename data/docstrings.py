@@ -1,9 +1,8 @@
 """Build query-answer pairs from the docstrings of the installed Python packages.
 
 The pairs are the corpus of the quickstart. Source files are parsed and never imported, so none
-of their code runs. The summary of a docstring is the query, and the text after it is the
-answer. Complete modules are held out for validation. A pair that repeats the text of an earlier
-pair is left out.
+of their code runs. The query is the first sentence of a docstring, and the answer is the rest.
+Some modules are held out for validation. A pair that repeats an earlier pair is left out.
 """
 
 import ast
@@ -44,7 +43,7 @@ _RUN = 6  # words
 
 
 class Document(NamedTuple):
-    """Store a docstring: module, name of the documented object, summary and body."""
+    """Store a docstring. ``title`` is the first sentence, and ``body`` is the rest."""
 
     module: str
     name: str
@@ -59,8 +58,8 @@ def load_pairs(split: str = "train") -> Dataset:
         split: ``"train"`` or ``"validation"``. No module is in both splits.
 
     Returns:
-        A data set with three columns of strings: ``query`` (the summary of a docstring),
-            ``answer`` (the name of the object and the docstring body) and ``module``.
+        A data set with the string columns ``query``, ``answer`` and ``module``. An answer
+            begins with the name of the documented object.
     """
     rows = [{"query": title, "answer": f"{name}: {body}", "module": module} for module, name, title, body in _split(split)]
     return Dataset.from_list(rows)
@@ -91,7 +90,7 @@ def _split(split: str) -> list[Document]:
 
 
 def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ...]:
-    """Return (name, folder) of each installed package. The standard library has the name ``""``."""
+    """Return names and folders of installed packages. The standard library is named ``""``."""
     roots = [("", Path(sysconfig.get_path("stdlib")))]
     for package in packages:
         spec = importlib.machinery.PathFinder.find_spec(package)
@@ -102,7 +101,7 @@ def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ..
 
 @functools.lru_cache(maxsize=1)  # the stages of a recipe share the result
 def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
-    """Return at most ``MAX_PAIRS`` documents from the folders ``roots``, without duplicates."""
+    """Return at most 40,000 different docstrings of the packages from :func:`find_roots`."""
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
     progress = tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5)
     found = itertools.chain.from_iterable(
@@ -112,7 +111,7 @@ def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
 
 
 def source_files(root: Path) -> list[Path]:
-    """Return the sorted Python files in ``root``, without tests and ``SKIPPED_FOLDERS``."""
+    """Return the sorted Python files in ``root``, without tests and bundled packages."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -133,12 +132,12 @@ def module_name(package: str, root: Path, path: Path) -> str:
 
 
 def is_held_out(module: str) -> bool:
-    """Return True if a hash of the module's name assigns the module to the validation split."""
+    """Return True if the docstrings of a module belong to the validation split."""
     return int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 def read_documents(path: Path, module: str) -> Iterator[Document]:
-    """Yield a document for each docstring of a source file that has a summary and a body."""
+    """Parse a source file, and yield each docstring that has a title and a body."""
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:
         return
@@ -213,7 +212,9 @@ def plain_text(text: str) -> str:
 
 
 def title_and_body(docstring: str) -> tuple[str, str]:
-    """Return summary and body as plain text, or empty strings if one is too short or not prose.
+    """Return the first sentence and the rest of a docstring as plain text.
+
+    If one of the two texts is too short or is not prose, return two empty strings.
 
     >>> title_and_body("Return the larger of two numbers. Ties go to the first one, as they do in every sorting function.")
     ('Return the larger of two numbers.', 'Ties go to the first one, as they do in every sorting function.')
@@ -234,11 +235,10 @@ def _is_prose(text: str) -> bool:
 
 
 def without_repetition(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yield the documents that repeat no earlier document, and whose title is not too common.
+    """Yield the documents, without copies of earlier documents.
 
-    A document is a repetition if its title, its name or half of its six-word sequences occurred
-    before. Documentation is often copied from class to class. A copy must not be in the
-    validation split if the original is in the training split.
+    A document is left out if the title, the name or half of the six-word sequences occurred
+    before, or if more than four documents have the same title.
     """
     documents = list(documents)
     keys = [_words(document.title) for document in documents]

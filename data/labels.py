@@ -1,4 +1,4 @@
-"""Read the labels of classification and regression from the columns of a data set."""
+"""Read labels for classification and regression from the columns of a data set."""
 
 import math
 from collections.abc import Sequence
@@ -22,9 +22,10 @@ class Labels(NamedTuple):
     """Store the labels of all rows.
 
     Attributes:
-        problem_type: an element of :data:`PROBLEM_TYPES`, as in the configuration of a model.
-        values: (rows,) int64 class numbers for a single label, (rows, classes) float32 zeros
-            and ones for multi-label, or (rows,) float32 numbers for regression.
+        problem_type: ``single_label_classification``, ``multi_label_classification`` or
+            ``regression``.
+        values: for single-label, int64 class numbers (rows,). For multi-label, float32 zeros
+            and ones (rows, classes). For regression, float32 numbers (rows,).
         names: the names of the classes in order. For regression, the name of the label.
     """
 
@@ -39,19 +40,21 @@ def read_labels(
     names: Sequence[str] | None = None,
     problem_type: str | None = None,
 ) -> Labels:
-    """Read the labels of all rows from one column, or from a column of 0 and 1 for each class.
+    """Read the labels of all rows from one or more columns.
 
-    ``names`` are the names of the classes in order. By default, they are the names of the
-    columns if there are several columns. For one column, see :func:`number_labels`.
+    If there are several columns, each column belongs to a class and contains only 0 and 1.
+    ``names`` are the names of the classes in order. For several columns, the default of
+    ``names`` is the column names. :func:`number_labels` describes the default for one column.
 
-    ``problem_type`` defaults to multi-label for several columns or a column of lists. It
-    defaults to regression for a column of fractions without ``names``, and to single-label
-    otherwise.
+    Several columns and columns of lists are multi-label by default. A column of fractions
+    without ``names`` is regression. Every other column is single-label.
     """
     problem_type = problem_type or _detect_problem_type(rows, column, names)
     if not isinstance(column, str):
         if problem_type != MULTI:
-            raise ValueError(f"problem_type={problem_type} reads its labels from one column, not from {', '.join(column)}.")
+            raise ValueError(
+                f"problem_type={problem_type} reads its labels from one column, not from {', '.join(column)}; name one."
+            )
         return _read_flags(rows, column, names)
     feature, values = rows.features[column], rows[column][:]
     if problem_type == REGRESSION:
@@ -86,11 +89,10 @@ def number_labels(
 ) -> tuple[list[list[int]], list[str]]:
     """Return the class numbers of the labels in ``lists``, and the names of all classes.
 
-    Labels are class names if the column holds strings, or if any label is in ``names``.
-    Otherwise, labels are class numbers.
-
-    ``names`` defaults to the names of the ClassLabel. Without a ClassLabel, it defaults to the
-    sorted labels of a column of strings, or to 0 … n-1 for a column of numbers.
+    ``lists`` has the labels of each row, and ``feature`` is the type of a label. Labels are
+    class names if labels are strings, or if any label is in ``names``. Otherwise, labels are
+    class numbers. If ``names`` is None, use the names of the ClassLabel. Without a ClassLabel,
+    use the sorted strings of the column, or the numbers from 0 to the largest label.
     """
     is_class = isinstance(feature, ClassLabel)
     if not (is_class or is_text(feature) or (isinstance(feature, Value) and feature.dtype.startswith(_NUMBERS))):
@@ -126,17 +128,17 @@ def number_labels(
 
 
 def is_text(feature: Any) -> bool:
-    """Return True if ``feature``, the type of a column or list element, is a string type."""
+    """Return True if the column type ``feature`` is a string type."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def is_list(feature: Any) -> bool:
-    """Return True if ``feature``, the type of a column, is a list type."""
+    """Return True if the column type ``feature`` is a list type."""
     return isinstance(feature, List | LargeList)
 
 
 def _name(label: Any, feature: Any) -> Any:
-    """Convert a label to text. A ClassLabel number becomes its name, and 2.0 becomes ``2``."""
+    """Return the class name of a label as a string, or None if the label is not valid."""
     if isinstance(feature, ClassLabel):
         known = isinstance(label, int) and 0 <= label < len(feature.names)
         return feature.names[label] if known else None
@@ -177,7 +179,7 @@ def _read_sets(
 
 def _read_flags(rows: Dataset, columns: Sequence[str], names: Sequence[str] | None) -> Labels:
     if names and len(names) != len(columns):
-        raise ValueError(f"{len(columns)} label columns need as many names, got {len(names)}.")
+        raise ValueError(f"{len(columns)} label columns need as many names, got {len(names)}; name each column once.")
     values = np.zeros((len(rows), len(columns)), dtype=np.float32)
     for number, column in enumerate(columns):
         flags = rows[column][:]

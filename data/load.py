@@ -1,4 +1,4 @@
-"""Load local files, a Hub data set, or ``installed-docs`` (docstrings of packages)."""
+"""Load local files, data sets of the Hub, or the docstrings of installed packages."""
 
 import contextlib
 import logging
@@ -47,10 +47,10 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
 
     Args:
         sources: the data sets to read, such as files, folders or Hub data sets.
-        split: the split to read from a source that does not name its own split. A file has no
-            splits, so only a slice in ``split`` applies to a file.
-        sample_by: the unit of text that becomes a row of a text file: a ``line``, a
-            ``paragraph`` (up to an empty line) or the complete ``document``.
+        split: the split to read from a source without its own ``split``. A file has no named
+            splits, but a slice such as ``train[:100]`` also cuts the rows of a file.
+        sample_by: the part of a text file that becomes a row. ``line`` is a line, ``paragraph``
+            is the text up to an empty line, and ``document`` is the complete file.
 
     Raises:
         FileNotFoundError: if a path is neither a local file or folder nor a data set on the
@@ -71,8 +71,8 @@ def load(sources: Sequence[DataSource], *, split: str = "train", sample_by: str 
 def join(parts: list[Dataset]) -> Dataset:
     """Join the rows of data sets that have the same columns.
 
-    A ClassLabel column becomes a column of integers unless the classes are equal in all
-    ``parts``. Every other column gets the type that it has in the first part.
+    If the data sets have different classes in a ClassLabel column, the column becomes a column
+    of integers. Every other column gets the type of the column in the first data set.
     """
     features = parts[0].features.copy()
     for name, feature in features.items():
@@ -81,7 +81,9 @@ def join(parts: list[Dataset]) -> Dataset:
     try:
         return concatenate_datasets([part.cast(features) if part.features != features else part for part in parts])
     except (ValueError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"The data sets cannot be joined: the types of a column differ ({error}).") from error
+        raise ValueError(
+            f"The data sets cannot be joined: the types of a column differ ({error}). Convert the column to one type."
+        ) from error
 
 
 def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
@@ -90,7 +92,7 @@ def as_dataset(data: str | Path | Dataset, *, split: str) -> Dataset:
 
 
 def source_named(data: str | Path) -> DataSource:
-    """Return the source for a path, or for the id of a Hub data set (owner/name[:config])."""
+    """Return the source for a path, or for a Hub id such as owner/name or owner/name:config."""
     name = str(data)
     if not name:
         raise ValueError("The name of the data is empty; give a file, a folder, or the id (owner/name) of a Hub data set.")
@@ -118,7 +120,7 @@ def check_columns(
     *,
     filled: bool = True,
 ) -> None:
-    """Raise a ValueError if a column is missing or, with ``filled``, lacks a value."""
+    """Raise a ValueError for missing columns and, if ``filled`` is True, for missing values."""
     where = " + ".join(source.path for source in sources)
     if missing := [name for name in wanted if name not in dataset.column_names]:
         raise ValueError(
@@ -132,7 +134,7 @@ def check_columns(
 
 
 def text_columns(dataset: Dataset) -> list[str]:
-    """Return the names of the columns that hold strings, in the order of the columns."""
+    """Return the names of all string columns, in the order of the data set."""
     return [name for name, feature in dataset.features.items() if is_text(feature)]
 
 
@@ -188,19 +190,19 @@ def find_files(
     option: str,
     expected: Collection[str] | None,
 ) -> dict[str, list[Path]]:
-    """Return the data files of each of ``splits``. A single file belongs to every split.
+    """Return a dictionary from each split in ``splits`` to the data files of the split.
 
-    The split of a file is its name or the name of a folder, as in train.parquet,
-    train-00000-of-00002.parquet or test/pos/1.txt. If a folder has no file of a usual split,
-    all its files belong to ``train``.
+    If ``path`` is a file, every split has this file. In a folder, the name of a file or of a
+    subfolder is the split, as in train-00000-of-00002.parquet or test/pos/1.txt. If no name is
+    usual for a split, all files of the folder belong to ``train``.
 
-    If the folder has splits other than ``splits`` and ``expected``, log a warning. If
-    ``expected`` is None, log no warning. ``option`` is mentioned in errors and warnings.
+    Log a warning if the folder has a split that is not in ``splits`` or ``expected``. If
+    ``expected`` is None, log no warning. Errors and warnings contain ``option``.
     """
     groups: dict[str, list[Path]] = {}
     if path.is_file():
         if path.suffix not in BUILDERS:
-            raise ValueError(f"{path} cannot be read: {path.suffix} is not one of {', '.join(BUILDERS)}.")
+            raise ValueError(f"{path} cannot be read: {path.suffix} is not one of {', '.join(BUILDERS)}. Convert it.")
         groups = {name: [path] for name in splits}
     else:
         for file in sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and not file.name.startswith(".")):
@@ -224,7 +226,7 @@ def find_files(
 
 
 def _refuse_other_encodings(files: list[Path]) -> None:
-    """Raise a ValueError for the first line that is not UTF-8. Read one line at a time."""
+    """Raise a ValueError for the first line of ``files`` that is not UTF-8."""
     for file in files:
         if file.suffix == ".parquet" or not file.is_file():
             continue
@@ -240,7 +242,7 @@ def _refuse_other_encodings(files: list[Path]) -> None:
 
 
 def refuse_unreadable(files: list[Path], error: BaseException) -> NoReturn:
-    """Raise a ``ValueError`` that says in plain words why ``files`` cannot be read."""
+    """Raise a ValueError that explains why reading ``files`` failed with ``error``."""
     _refuse_other_encodings(files)
     raise ValueError(_why_unreadable(files, error)) from error
 
@@ -283,9 +285,9 @@ def local_path(source: DataSource) -> Path | None:
     try:
         validate_repo_id(source.path)
     except HFValidationError as error:
-        raise FileNotFoundError(f"{missing}.") from error
+        raise FileNotFoundError(f"{missing}; correct the path.") from error
     if path.suffix in BUILDERS:
-        raise FileNotFoundError(f"{missing}.")
+        raise FileNotFoundError(f"{missing}; correct the path.")
     if "/" in source.path and path.parent.is_dir():
         raise FileNotFoundError(
             f"{missing}, but there is a folder {path.parent}; fix the path. If you mean the data set "
@@ -296,7 +298,7 @@ def local_path(source: DataSource) -> Path | None:
 
 @contextlib.contextmanager
 def hub_errors(source: DataSource) -> Iterator[None]:
-    """Convert an error of the Hub into one sentence with the name of the data set."""
+    """Convert errors of the Hub into errors of one sentence that name the data set."""
     try:
         yield
     except OSError as error:
@@ -310,7 +312,7 @@ def hub_errors(source: DataSource) -> Iterator[None]:
 
 
 def open_hub_stream(source: DataSource, split: str) -> tuple[IterableDataset, str]:
-    """Return the rows of a Hub data set as a stream, and the commit that the rows come from."""
+    """Return a stream of the rows of a Hub data set, and the commit of the data set."""
     with hub_errors(source):
         commit = HfApi().dataset_info(source.path, revision=source.revision).sha
         return load_dataset(source.path, source.config, split=split, revision=commit, streaming=True), str(commit)

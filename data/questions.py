@@ -1,4 +1,4 @@
-"""Prepare questions: cut long contexts into windows, and pair texts with choices."""
+"""Prepare the inputs of question answering and multiple choice."""
 
 import logging
 import re
@@ -20,10 +20,10 @@ _warned: set[int] = set()  # the values of max_question_length in logged warning
 
 
 class WindowSizes(NamedTuple):
-    """Configure the windows of a context. All sizes are numbers of tokens.
+    """Configure how a long context is cut into overlapping windows. All sizes are in tokens.
 
     Attributes:
-        max_length: the length of a window, with special tokens, question and context tokens.
+        max_length: the maximum length of a window, including question and special tokens.
         doc_stride: the number of context tokens that two neighbouring windows share.
         max_question_length: the maximum length of a question. A longer question is cut.
     """
@@ -34,14 +34,14 @@ class WindowSizes(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Store a tokenized window: ``[CLS] question [SEP] piece of the context [SEP]``.
+    """Store the tokens of ``[CLS] question [SEP] part of the context [SEP]``.
 
     Attributes:
         row: the index of the question, from 0.
         input_ids: (tokens,) int32 token ids.
         token_type_ids: (tokens,) int32 segment ids, or None if the tokenizer has no segments.
-        first: the position in ``input_ids`` of the first token of the piece.
-        offsets: (tokens of the piece, 2) int32. Each row is the start and end of a token, in
+        first: the position in ``input_ids`` of the first context token.
+        offsets: (context tokens, 2) int32. Each row is the start and the end of a token, in
             characters of the context.
     """
 
@@ -55,7 +55,11 @@ class Window(NamedTuple):
 def window_sizes(
     tokenizer: Any, max_length: int, doc_stride: int | None = None, max_question_length: int | None = None
 ) -> WindowSizes:
-    """Return window sizes. A None means ``max_length // 3``, and at most 64 for questions."""
+    """Return window sizes, and check that each window has room for the context.
+
+    The default of ``doc_stride`` is a third of ``max_length``. The default of
+    ``max_question_length`` is also a third of ``max_length``, but at most 64.
+    """
     stride = max_length // 3 if doc_stride is None else doc_stride
     question = min(_LONGEST_QUESTION, max_length // 3) if max_question_length is None else max_question_length
     special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -119,11 +123,11 @@ def _cut_questions(tokenizer: Any, questions: Sequence[str], longest: int) -> li
 
 
 def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int = 1) -> Iterator[tuple[str, ...]]:
-    """Yield texts in columns ``names`` of each row. Errors call the first row ``first``."""
+    """Yield the texts in columns ``names`` of each row. Errors number rows from ``first``."""
     for number, row in enumerate(rows, start=first):
         for name in names:
             if name not in row:
-                raise ValueError(f"Row {number} has no column {name!r}; it has {', '.join(row)}.")
+                raise ValueError(f"Row {number} has no column {name!r}; it has {', '.join(row)}. Add the column.")
             if not isinstance(row[name], str):
                 raise ValueError(
                     f"Row {number} has {row[name]!r} in column {name!r}, not a text; add a text or remove the row."
@@ -141,10 +145,10 @@ class Choices(NamedTuple):
 def find_choice_columns(
     found: Collection[str], texts: Sequence[str] | None = None, choices: Sequence[str] | None = None
 ) -> tuple[list[str], list[str]]:
-    """Return the text columns (one or two) and the choice columns.
+    """Return the names of the text columns and of the choice columns.
 
-    Choices are in one column of lists, or in a separate column for each choice. ``texts`` and
-    ``choices`` default to columns in ``found`` that have usual names.
+    Choices are in one column of lists, or in a separate column for each choice. If ``texts`` or
+    ``choices`` is None, look for columns with usual names in ``found``.
 
     >>> find_choice_columns(["question", "choices", "label"])
     (['question'], ['choices'])
@@ -160,7 +164,7 @@ def find_choice_columns(
 
 
 def _numbered(found: Collection[str]) -> list[str]:
-    """Return the numbered columns in ``found``, such as ending0 and ending1, sorted."""
+    """Return columns such as ending0 and ending1, in the order of their numbers."""
     groups: dict[str, list[tuple[int, str]]] = {}
     for name in found:
         if match := _NUMBERED.fullmatch(name):
@@ -171,10 +175,10 @@ def _numbered(found: Collection[str]) -> list[str]:
 def choices_of(
     rows: Iterable[Mapping[str, Any]], columns: tuple[Sequence[str], Sequence[str]], first: int = 1
 ) -> Iterator[Choices]:
-    """Yield the choices of every row. The second of two texts is put before every choice.
+    """Yield the choices of every row, and a pair of texts for each choice.
 
-    ``columns`` are the text columns and the choice columns. ``first`` is the number of the
-    first row in error messages.
+    ``columns`` are the text columns and the choice columns. With two text columns, the second
+    text is put before each choice. Error messages number the rows from ``first``.
 
     >>> row = {"sent1": "It rains.", "sent2": "She", "endings": ["sings.", "swims."]}
     >>> next(choices_of([row], (["sent1", "sent2"], ["endings"]))).pairs

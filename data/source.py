@@ -1,4 +1,4 @@
-"""Describe data sets in recipes and on the command line, without slow imports."""
+"""Describe the data sets of recipes and of the command line."""
 
 import os
 import re
@@ -12,7 +12,7 @@ _SPLIT_PART = re.compile(r"([\w.-]+)(\[(?:-?\d+%?)?:(?:-?\d+%?)?\])?")
 
 
 def split_parts(split: str) -> list[tuple[str, str]]:
-    """Return the name and the slice of each part of a split. Parts are joined by ``+``.
+    """Return the name and the slice of each split in a sum of splits.
 
     >>> split_parts("train[:45%]+train[50%:95%]")
     [('train', '[:45%]'), ('train', '[50%:95%]')]
@@ -32,8 +32,8 @@ def split_parts(split: str) -> list[tuple[str, str]]:
 class DataSource(BaseModel):
     """Describe a data set: its path, and the rows and columns to read.
 
-    In YAML, a plain string is the ``path``. For a data set on the Hub, the string may also be
-    ``owner/name:config``.
+    A recipe may contain a string instead. The string is the ``path``. For a Hub data set, the
+    string may also be ``owner/name:config``.
 
     >>> DataSource.model_validate("sentence-transformers/all-nli:pair-class").config
     'pair-class'
@@ -58,7 +58,7 @@ class DataSource(BaseModel):
 
     @property
     def commit(self) -> str | None:
-        """Return the commit of a Hub data set that has been read, or None."""
+        """Return the commit of a Hub data set after reading. Otherwise, return None."""
         return self._commit
 
     @model_validator(mode="before")

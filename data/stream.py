@@ -1,8 +1,7 @@
-"""Read data of any size in blocks of rows, from files, from the Hub (streamed) or from memory.
+"""Read data of any size in blocks of rows, from files, the Hub or memory.
 
-:mod:`minibert.data.load` makes one memory-mapped table of the data. This module copies nothing
-to disk and keeps only one block in memory. It replaces an unusable value by a :class:`Bad`,
-which states the reason. The caller can then refuse or skip the row.
+Unlike :mod:`minibert.data.load`, this module copies nothing to disk. An unusable value is
+replaced by a :class:`Bad`. The caller can then refuse or skip the row.
 """
 
 import contextlib
@@ -68,7 +67,7 @@ class Rows(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Describe a file or a complete data set. ``kind`` is a key of ``_READERS``."""
+    """Describe a file or a data set. ``content`` is the path or the data set."""
 
     name: str
     kind: str
@@ -80,8 +79,7 @@ class Stream:
     """Read the rows of an opened data set in order.
 
     Attributes:
-        source: a description of the data. A run resumes only with the same data. The entry
-            ``path`` is the name of the data.
+        source: a dictionary that identifies the data. The entry ``path`` names the data.
         column: the name of the text column.
         id_column: the name of the id column, or None.
         id_type: the Arrow type of the ids.
@@ -97,11 +95,11 @@ class Stream:
     listing: list[str] = field(repr=False)
 
     def begins_with(self, source: dict[str, Any]) -> bool:
-        """Return True if the data begins with the files that ``source`` identifies."""
+        """Return True if the first files are the files of an earlier ``Stream.source``."""
         return "files" in source and digest(self.listing[: source["files"]]) == source["digest"]
 
     def read(self, ranges: Iterable[range] = (range(2**63),)) -> Iterator[Rows]:
-        """Yield the rows of sorted ``ranges`` in blocks. Each block lies in a single range."""
+        """Yield blocks of the rows in the sorted ``ranges``. No block spans two ranges."""
         names = list(dict.fromkeys([self.column, self.id_column or self.column]))
         left, row = iter(ranges), 0
         wanted = next(left, None)
@@ -133,7 +131,7 @@ class Stream:
 
 @contextlib.contextmanager
 def _plain_errors(part: _Part) -> Iterator[None]:
-    """Convert reading errors into errors of one sentence with the name of the file."""
+    """Convert reading errors into errors of one sentence that name the file."""
     damage = (OSError, UnicodeDecodeError, pa.ArrowInvalid, pd.errors.ParserWarning, pd.errors.ParserError)
     try:
         yield
@@ -154,8 +152,8 @@ def open_stream(
     """Open a file, a folder, a Hub data set or a data set in memory for reading in blocks.
 
     ``column`` is the text column. The default is the first of ``text``, ``passage``, ``answer``
-    and ``sentence`` that exists, or the only column of strings. ``id_column`` is the column of
-    ids.
+    and ``sentence`` that exists, or the only column of strings. If ``id_column`` is None, the
+    rows have no ids.
     """
     source, parts, listing = _find_parts(data, split)
     with _plain_errors(parts[0]):
@@ -214,7 +212,7 @@ def _id(value: Any, kind: pa.DataType) -> Any:
 
 
 def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any], list[_Part], list[str]]:
-    """Return a description of the data, its files in order, and their names and sizes."""
+    """Return :attr:`Stream.source`, the files, and the name and size of each file."""
     if isinstance(data, Dataset) or str(data) == INSTALLED_DOCS:
         table = as_dataset(data, split=split)
         source_id = {"path": "rows in memory" if data is table else str(data), "digest": table._fingerprint}
@@ -238,7 +236,7 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
 
 
 def digest(listing: Sequence[str]) -> str:
-    """Return the SHA-256 of ``listing``, the names and sizes of files."""
+    """Return the SHA-256 hash of ``listing``, a list of file names with sizes."""
     return hashlib.sha256("".join(listing).encode()).hexdigest()
 
 
@@ -300,7 +298,7 @@ def _json_columns(path: Path) -> dict[str, pa.DataType]:
 
 
 def _json_rows(path: Path) -> Iterator[list[Any]]:
-    """Yield blocks of lines that are not blank, or a JSON array as a single block of rows."""
+    """Yield blocks of rows. A JSON array is one block. In other files, each line is a row."""
     with path.open("rb") as file:
         is_array = file.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
     if not is_array:

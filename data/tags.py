@@ -1,4 +1,4 @@
-"""Read sentences of tagged words, and cut long sentences into windows of tokens."""
+"""Read sentences of tagged words, and tokenize the sentences."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ def holds_entities(tags: Iterable[str]) -> bool:
 
 
 def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return (type, first word, end) of every entity. As in conlleval, I- can begin an entity.
+    """Return the type, start and end of every entity. As in conlleval, I- can start an entity.
 
     >>> entity_spans(["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-ORG"])
     [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5), ('ORG', 5, 6)]
@@ -38,7 +38,7 @@ def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def find_tag_columns(rows: Dataset, tokens: str | None, tags: str | None, where: str) -> tuple[str, str]:
-    """Return the word column and the tag column. The default is columns with usual names."""
+    """Return the names of the word column and the tag column. Detect names that are None."""
     every = rows.column_names
     usual = [(name,) for name in TOKEN_COLUMNS]
     (words,) = pick_columns(every, tokens and [tokens], usual, option="token_column", where=where)
@@ -64,10 +64,9 @@ def read_tags(
 ) -> tuple[list[list[str]], list[str]]:
     """Return the tags of all words in every row, and the names of all tags.
 
-    ``names`` lists all tags in order. The default for a ClassLabel column is the names of the
-    ClassLabel. The default for a column of strings is the tags in the column. Entity tags must
-    follow the IOB2 scheme. Their default order in a column of strings is O, B-LOC, I-LOC,
-    B-PER, and so on.
+    Entity tags must follow the IOB2 scheme. ``names`` lists all tags in order. If ``names`` is
+    None, a ClassLabel column has the names of the ClassLabel. A column of strings has the tags
+    that occur, with entity tags in the order O, B-LOC, I-LOC, B-PER, and so on.
     """
     feature, sentences = rows.features[column], rows[column][:]
     inner = feature.feature if is_list(feature) else None
@@ -105,13 +104,13 @@ def _check_iob2(sentences: list[list[str]], column: str) -> None:
 
 
 class Windows(NamedTuple):
-    """Store tokenized sentences in windows that fit into a model.
+    """Store tokenized sentences. A long sentence is cut into several overlapping windows.
 
     Attributes:
         ids: the token ids of each window.
         types: the segment ids of each window, or None if the tokenizer has no segments.
-        words: an int64 array (tokens,) for each window. The value is the word's index at the
-            first token of a word, and -1 at later tokens and special tokens.
+        words: an int64 array (tokens,) for each window. At the first token of a word, the value
+            is the index of the word. At all other tokens, the value is -1.
         rows: the index of the sentence of each window.
     """
 
@@ -124,9 +123,9 @@ class Windows(NamedTuple):
 def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
     """Tokenize lists of words. Cut a long sentence into windows that overlap by a quarter.
 
-    A word in two windows belongs to the window in which it is further from the edge. A word
-    without tokens, such as a lone control character, is replaced by the unknown token. A
-    sentence without words has no window.
+    If a word is in two windows, only the window with more context around the word counts. The
+    unknown token replaces a word without tokens, such as a control character. A sentence
+    without words has no window.
     """
     if not tokenizer.is_fast:
         raise ValueError("Tagging needs a fast tokenizer; save a tokenizer.json with the model.")
@@ -187,11 +186,7 @@ def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap
 
 
 def _differs_alone(tokenizer: Any) -> bool:
-    """Return True if a word has different tokens alone and inside a text.
-
-    In byte-level vocabularies, a token includes the space before the word. Without this space,
-    the word looks like the end of a longer word.
-    """
+    """Return True if a word has different tokens alone and inside a text, as in GPT-2."""
     inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
     alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return list(inside[1:]) != list(alone[1:])

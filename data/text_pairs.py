@@ -1,4 +1,4 @@
-"""Make pairs of query and passage from plain text, to train a search model without queries."""
+"""Make pairs of query and passage from texts, to train a search model without real queries."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ def pairs_of(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def make_pairs(documents: Dataset, seed: int) -> Dataset:
-    """Return columns ``anchor`` and ``positive``, made from the column ``text``."""
+    """Make pairs from the column ``text``. Return the columns ``anchor`` and ``positive``."""
 
     def of_batch(batch: dict[str, list[str | None]], numbers: Sequence[int]) -> dict[str, list[Any]]:
         found = [

@@ -1,6 +1,6 @@
 """Tokenize a corpus into one array of token ids on disk, and cut the array into sequences.
 
-Several processes tokenize the corpus once. The result is memory-mapped, so a corpus may be
+Several processes tokenize the corpus. The arrays are memory-mapped, so that a corpus may be
 larger than memory.
 """
 
@@ -40,13 +40,13 @@ class TokenizedCorpus:
         folder: the cache folder of this corpus.
         fingerprint: a hash of the texts, the tokenizer and the sentence delimiters.
         tokens: (T,) token ids, memory-mapped.
-        documents: (documents + 1,) bounds of the documents in ``tokens``.
-        sentences: (sentences + 1,) bounds of the sentences in ``tokens``, or None if the
-            documents were not split into sentences.
+        documents: (documents + 1,) start of each document in ``tokens``, and then T.
+        sentences: (sentences + 1,) start of each sentence in ``tokens``, and then T. None if
+            the documents were not split into sentences.
     """
 
     def __init__(self, folder: Path, blocks: _Blocks):
-        """Open the corpus in ``folder``. If ``folder`` is missing, write the ``blocks`` first."""
+        """Open the corpus in ``folder``. If there is no corpus, write ``blocks`` first."""
         self.folder, self.fingerprint = folder, folder.name
         self.tokens, self.documents, *sentences = _kept(folder / "corpus", blocks)
         self.sentences = sentences[0] if sentences else None
@@ -65,10 +65,10 @@ def load_corpus(
 ) -> TokenizedCorpus:
     """Load the tokenized corpus of ``sources``. Tokenize the texts if they are not cached.
 
-    ``text_column`` is the column of documents. The default is ``text`` or the only column of
-    strings. A sentence ends at one of ``sentence_delimiters`` before white space. If
-    ``sentence_delimiters`` is None, documents are not split into sentences. ``cache_dir`` is
-    the folder of all tokenized corpora. The default is in the cache of ``datasets``.
+    The default of ``text_column`` is ``text``, or the only column of strings. A sentence ends
+    at one of the characters ``sentence_delimiters``. If ``sentence_delimiters`` is None,
+    documents are not split. The default of ``cache_dir`` is in the cache of ``datasets``.
+    ``workers`` is the number of processes, by default one for each CPU.
     """
     parts = [load_documents(source, split, text_column, sample_by) for source in sources]
     key = hashlib.blake2b(digest_size=12)
@@ -89,7 +89,7 @@ def load_corpus(
 
 
 def split_sentences(text: str, delimiters: str) -> list[str]:
-    r"""Split a text at line breaks, and at white space after a delimiter or its closing quotes.
+    r"""Split a text into sentences, at line breaks and after ``delimiters``.
 
     >>> split_sentences('He left. "Why?" she asked.\nNobody knew', ".!?")
     ['He left.', '"Why?"', 'she asked.', 'Nobody knew']
@@ -136,7 +136,7 @@ def _tokenize(
     folder: Path,
     workers: int,
 ) -> _Blocks:
-    """Yield blocks of tokens, document ends and, if ``delimiters`` are given, sentence ends."""
+    """Yield blocks of tokens, ends of documents and, with ``delimiters``, ends of sentences."""
     with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as scratch:
         gc.freeze()  # otherwise, garbage collection would copy the memory that processes share
         try:
@@ -179,7 +179,7 @@ def _tokenize(
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Raise ``SystemExit`` on SIGTERM, so that the processes that tokenize end as well."""
+    """Raise ``SystemExit`` on SIGTERM, so that worker processes also end."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
@@ -191,14 +191,12 @@ def _sigterm_as_exit() -> Iterator[None]:
 
 
 class MlmChunks:
-    """Cut documents into chunks, and combine the short last chunks of documents into rows.
-
-    The arrays are memory-mapped from the folder of the corpus.
+    """Cut documents into chunks, and group chunks into rows of at most ``max_length`` tokens.
 
     Attributes:
-        starts, lengths: (chunks,) the position and the number of tokens of each chunk.
-        rows: (rows + 1,) bounds of the rows in the list of chunks. The chunks of a row fit into
-            ``max_length``, each with two special tokens.
+        starts: (chunks,) the position of each chunk in the corpus.
+        lengths: (chunks,) the number of tokens of each chunk, without special tokens.
+        rows: (rows + 1,) the first chunk of each row, and then the number of chunks.
     """
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int):
@@ -236,13 +234,13 @@ def _cut(bounds: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 class NspSpans:
-    """Find spans of two or more consecutive sentences of a document that fit into a sequence.
-
-    The arrays are memory-mapped from the folder of the corpus.
+    """Find spans of consecutive sentences that fit into ``max_length`` tokens.
 
     Attributes:
-        bounds: (sentences + 1,) positions in the corpus. A long sentence counts as several.
-        first, last: (spans,) the first sentence of each span, and the sentence after the span.
+        bounds: (sentences + 1,) the start of each sentence, and then the end of the last
+            sentence. A long sentence counts as several.
+        first: (spans,) the first sentence of each span.
+        last: (spans,) the sentence after each span.
         document: (spans,) the document of each span.
     """
 
@@ -264,7 +262,7 @@ class NspSpans:
 
 
 def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tuple[np.ndarray, ...]:
-    """Return the ends of sentences, and the first sentence, end and document of each span.
+    """Return the ends of all sentences, and the start, end and document of each span.
 
     >>> _runs(np.array([0, 4, 9, 12]), np.array([0, 9, 12]), max_length=13)
     (array([ 4,  9, 12]), array([0]), array([2]), array([0]))
@@ -294,7 +292,7 @@ def _runs(sentences: np.ndarray, documents: np.ndarray, max_length: int) -> tupl
 
 
 def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndarray]:
-    """Yield the ``size + 1`` bounds of ``size`` documents at a time, or fewer at the end."""
+    """Yield the bounds of at most ``size`` documents at a time."""
     for at in range(0, len(corpus.documents) - 1, size):
         yield np.asarray(corpus.documents[at : at + size + 1])
 
@@ -302,8 +300,8 @@ def _documents_in_blocks(corpus: TokenizedCorpus, size: int) -> Iterator[np.ndar
 def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
     """Memory-map the arrays in ``folder``. If ``folder`` is missing, write ``blocks`` first.
 
-    An interrupted write leaves no folder. Each of ``blocks`` is a tuple of arrays. The first
-    tuple determines the dtypes.
+    Each block is a tuple with the next values of every array. The first block determines the
+    dtypes.
     """
     with closing(blocks):
         if not folder.exists():
