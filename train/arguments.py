@@ -28,7 +28,7 @@ def _named_once(names: Any) -> Any:
 
 
 class Arguments(BaseModel):
-    """Represent settings of a recipe. Unknown fields and values of wrong type are errors."""
+    """Validate a part of a recipe. Unknown fields and values of a wrong type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -43,7 +43,7 @@ DataSources = Annotated[list[DataSource], Field(min_length=1), _OneOrMore]
 
 
 class NewModel(BaseModel):
-    """Describe a model with new weights: a ``MiniBertConfig`` preset and changed fields."""
+    """Describe a new model by a preset of ``MiniBertConfig`` and by fields that override it."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -55,7 +55,7 @@ class NewModel(BaseModel):
         return self
 
     def config(self, **changes: Any) -> Any:
-        """Return the ``MiniBertConfig``. Fields given in the recipe override ``changes``."""
+        """Return the model configuration. Fields in the recipe override ``changes``."""
         from huggingface_hub.errors import StrictDataclassError
 
         from minibert.configuration_minibert import MiniBertConfig
@@ -67,7 +67,7 @@ class NewModel(BaseModel):
 
 
 class Stage(Arguments):
-    """Represent a stage of a recipe. Every kind of stage inherits the field ``name``."""
+    """Represent a stage of a recipe. Every stage has a name."""
 
     name: str = Field("", pattern=r"^[\w-]*$", description="Name in folders and overrides. Unset: the kind.")
 
@@ -171,7 +171,7 @@ class TokenizerStage(Stage):
 
 
 class PhaseArguments(Arguments):
-    """Configure a phase of pretraining. Unset fields take their values from the stage."""
+    """Configure a phase of pretraining. The stage supplies the values of unset fields."""
 
     share: float = Field(1.0, gt=0, description="Relative share of the optimizer steps of the stage.")
     max_length: Positive | None = Field(None, description="Maximum length of sequences in tokens.")
@@ -180,7 +180,7 @@ class PhaseArguments(Arguments):
 
 
 class MaskedWordArguments(Arguments):
-    """Configure the masking of words for all stages that predict masked words."""
+    """Configure masking for the stages that learn to predict masked words."""
 
     sample_by: SampleBy = "paragraph"
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Share of the tokens to predict.")
@@ -224,7 +224,7 @@ class PretrainStage(TrainStage, MaskedWordArguments):
 
 
 class ClassifyStage(TrainStage):
-    """Configure a classifier of texts or pairs. It predicts one label, several, or a number."""
+    """Configure a classifier or a regression model for texts or pairs of texts."""
 
     kind: Literal["classify"]
     text_columns: Names | None = Field(None, max_length=2, description="One or two columns. Unset: detected.")
@@ -299,7 +299,7 @@ class ChooseStage(TrainStage):
 
 
 class PairSource(DataSource):
-    """Describe a source of pairs, or of plain texts from which pairs are made."""
+    """Describe a data set of pairs, or of texts from which pairs are made."""
 
     make_pairs: bool | None = Field(None, description="Make pairs from texts. Unset: the stage's value.")
     hard_negatives: NotNegative | None = Field(None, description="Number per pair. Unset: the stage's value.")

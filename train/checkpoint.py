@@ -1,8 +1,8 @@
 """Write checkpoint folders atomically. A folder gets its final name when it is complete.
 
-A checkpoint is a folder such as ``step-00000120``. Its ``manifest.json`` lists the sizes of all
-checkpoint files, which reveals missing and truncated files but not changed bytes. ``.tmp`` in a
-folder name marks an incomplete checkpoint of a killed process.
+A checkpoint is a folder such as ``step-00000120``. The file ``manifest.json`` has the sizes of
+all files in the folder. The sizes reveal missing and truncated files, but not changed bytes.
+The name of an incomplete checkpoint contains ``.tmp``.
 """
 
 import json
@@ -23,7 +23,7 @@ exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Replace ``target`` by a folder that ``fill`` writes. After an error, keep ``target``."""
+    """Write a new folder with ``fill``, and then replace ``target`` by the new folder."""
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
     with readable_os_errors(target):
         try:
@@ -43,7 +43,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Sync all files of ``folder`` to disk, and write their sizes to ``manifest.json``."""
+    """Sync all files of ``folder`` to disk, and write the file sizes to ``manifest.json``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     for path in files:
         disk.sync(path)
@@ -52,7 +52,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """Return a message about the first missing or truncated file, or None if all are valid."""
+    """Return a message if a file is missing or truncated. Otherwise, return None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, size in manifest.items():
@@ -66,7 +66,7 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def latest_valid(root: Path, kind: str = "step") -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest valid checkpoint, and messages about newer damaged checkpoints."""
+    """Return the newest valid folder ``<kind>-<step>``, and messages about damaged folders."""
     problems: dict[Path, str] = {}
     for folder in reversed(_steps(root, kind)):
         if (problem := find_corruption(folder)) is None:
@@ -90,10 +90,7 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def rotate(root: Path, keep: int, newest: Path) -> None:
-    """Keep ``newest`` and ``keep - 1`` checkpoints before it. Delete the others.
-
-    Checkpoints with a later step than ``newest`` were damaged when training resumed.
-    """
+    """Delete all checkpoints except ``newest`` and the last ``keep - 1`` before ``newest``."""
     folders = _steps(root, "step")
     position = folders.index(newest) + 1
     for folder in (*folders[: max(0, position - keep)], *folders[position:]):

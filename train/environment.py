@@ -1,4 +1,4 @@
-"""Describe the environment of a stage: processor, library versions, data and start weights."""
+"""Describe the processor, the library versions, the data and the start weights of a stage."""
 
 import os
 import platform

@@ -1,8 +1,7 @@
 """Run the training loop of all stages except ``embed``. The model computes its own loss.
 
 The rows and the random numbers of a step depend only on the seed, the step and the process.
-A checkpoint therefore stores no sampler and no random state. A run that resumes from a
-checkpoint gives exactly the result of an uninterrupted run, even in the middle of an epoch.
+A run that resumes from a checkpoint has exactly the result of an uninterrupted run.
 """
 
 import contextlib
@@ -54,9 +53,10 @@ def learning_rate(
 ) -> float:
     """Return the learning rate at ``step``.
 
-    It rises linearly to ``peak`` in ``warmup`` steps and then follows ``schedule``. With ``wsd``
-    (warm-up, stable, decay), it stays at ``peak`` until the last ``decay_ratio`` of all steps, and
-    then decays as one minus a square root (Hägele et al. 2024, arXiv:2405.18392).
+    The rate rises linearly to ``peak`` in the first ``warmup`` steps. Every schedule except
+    ``constant`` reaches 0 at step ``total``. With ``wsd``, the rate stays at ``peak`` and then
+    decays as one minus a square root (Hägele et al. 2024, arXiv:2405.18392). ``decay_ratio`` is
+    the fraction of all steps in which ``wsd`` decays.
 
     >>> [learning_rate(s, peak=1.0, warmup=2, total=6) for s in (0, 1, 2, 4, 6)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -88,10 +88,10 @@ def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.n
 
 
 def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[list[np.ndarray]]:
-    """Split the rows of a step: ``result[a][p]`` has the rows of process p in micro-batch a.
+    """Divide the rows of a step among micro-batches and processes.
 
-    The last step of an epoch may have fewer rows. Some processes then get no rows, but at least
-    one process has rows in every micro-batch.
+    ``result[a][p]`` has the rows of micro-batch a and process p. The last step of an epoch may
+    have too few rows for all processes, but every micro-batch has at least one row.
 
     >>> [[part.tolist() for part in parts] for parts in split_rows(np.arange(3), accumulation=2, processes=2)]
     [[[0], [1]], [[2], []]]
@@ -102,9 +102,9 @@ def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[l
 
 
 def count_labels(batch: dict[str, Any]) -> int:
-    """Return the number of labels that are not -100, or of rows if a batch has no ``labels``.
+    """Return the number of loss terms in a batch.
 
-    The loss of a batch is the mean over this number.
+    Each label except -100 is a term. In a batch without ``labels``, each row is a term.
     """
     labels = batch.get("labels")
     return len(next(iter(batch.values()))) if labels is None else int((labels != -100).sum())
@@ -155,7 +155,8 @@ class Phase:
             ``fingerprint``, a run resumes only with the same fingerprint.
         batch_size: rows per process and micro-batch.
         learning_rate: peak learning rate.
-        share: relative share of the optimizer steps of the run.
+        share: relative number of optimizer steps. A phase with share 2 has twice as many steps
+            as a phase with share 1.
     """
 
     rows: Any
@@ -181,7 +182,7 @@ class Steps(Dataset[StepBatch]):
         return phase.batch_size * self.accumulation * self.processes
 
     def plan(self, total: int) -> None:
-        """Divide ``total`` steps among the phases in proportion to the shares."""
+        """Divide ``total`` steps among the phases, in proportion to ``Phase.share``."""
         shares = np.cumsum([phase.share for phase in self.phases])
         self.ends = [round(share * total) for share in shares / shares[-1]]
 
@@ -216,7 +217,7 @@ class Steps(Dataset[StepBatch]):
 
 @dataclass
 class Progress:
-    """Store the counters and metrics of a run. Every checkpoint saves them."""
+    """Store the counters and metrics that every checkpoint saves."""
 
     step: int = 0
     seconds: float = 0.0
@@ -229,7 +230,7 @@ class Progress:
 
 
 class Meter:
-    """Count steps, tokens and seconds. Sum losses on the device, without synchronization."""
+    """Count the steps, tokens and seconds of a run, and sum the losses."""
 
     def __init__(self, accelerator: Accelerator, progress: Progress):
         self.accelerator, self.progress = accelerator, progress
@@ -252,7 +253,7 @@ class Meter:
         self.progress.all_tokens += tokens * self.accelerator.num_processes
 
     def read(self) -> tuple[float, int]:
-        """Return the loss sum since the last log line, and the first non-finite step or -1."""
+        """Return the sum of losses, and the first step with a loss that is not finite, or -1."""
         with self.timed("steps"):
             sums = torch.stack([self.loss_sum.double(), self.first_bad.double()])[None]
             if self.accelerator.num_processes > 1:
@@ -260,17 +261,17 @@ class Meter:
             return sums[:, 0].mean().item(), int(sums[:, 1].max())
 
     def seconds(self) -> float:
-        """Return the training time in seconds, without evaluation, including interrupted runs."""
+        """Return the seconds of training without evaluation. Interrupted runs count as well."""
         return time.perf_counter() - self.start - self.spent["evaluation"]
 
     def share_outside(self) -> float:
-        """Return the fraction of time outside steps, such as loading data, logging and saving."""
+        """Return the fraction of the training time that is not spent in optimizer steps."""
         steps = self.spent["steps"]
         return max(0.0, 1 - steps / max(1e-9, self.seconds() - self.first_seconds)) if steps else 0.0
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the duration of the block in seconds to ``spent[name]``."""
+        """Add the seconds that the ``with`` block takes to ``spent[name]``."""
         start = time.perf_counter()
         yield
         self.spent[name] += time.perf_counter() - start
@@ -294,9 +295,9 @@ class Meter:
 
 
 class Log:
-    """Append metrics to ``log.jsonl``, one JSON object per line, and report them to trackers.
+    """Write metrics to ``log.jsonl`` and to trackers. A line of the file is a JSON object.
 
-    A resumed run deletes unreadable lines, and lines of steps after its checkpoint.
+    Delete damaged lines and lines of steps after ``step``, the step of the last checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int):
@@ -307,7 +308,7 @@ class Log:
                 write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append ``line`` to the log and send it to trackers. ``line`` must contain ``step``."""
+        """Write ``line`` to the file and to trackers. ``line`` must contain ``step``."""
         if self.accelerator.is_main_process:
             with checkpoint.readable_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -324,13 +325,13 @@ def _step_of(line: str) -> float:
 
 
 class StopRequest:
-    """Stop training after a step on Ctrl-C or SIGTERM. A second signal stops at once."""
+    """Stop training after the current step if Ctrl-C is pressed or SIGTERM arrives."""
 
     def __init__(self) -> None:
         self.number, self.asked = 0, 0.0
 
     def handle(self, number: int, _frame: object) -> None:
-        """Record the first signal. Raise KeyboardInterrupt on a signal that comes later."""
+        """Record the first signal. Raise KeyboardInterrupt for a later signal."""
         now = time.monotonic()
         if not self.number:
             self.number, self.asked = number, now
@@ -340,7 +341,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle signals while the block runs. Outside the main thread, do nothing."""
+        """Handle signals in the ``with`` block. Outside the main thread, do nothing."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
             yield
             return
@@ -361,19 +362,19 @@ def fit(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     metric: str | None = None,
 ) -> dict[str, Any]:
-    """Train ``model``, and save it in the output folder of ``context`` with metrics and a log.
+    """Train ``model``. Save the model, metrics and a log in the output folder of ``context``.
 
-    If the folder has a valid checkpoint, training continues from the latest checkpoint. Under
-    torchrun, every process must call this function.
+    Training continues from the latest valid checkpoint in the folder. Under torchrun, every
+    process must call this function.
 
     Args:
         model: a model that computes its own loss.
         tokenizer: tokenizer that is saved with the model.
-        rows: training data as described in :class:`Phase`, or a list of phases.
+        rows: training data as in :attr:`Phase.rows`, or a list of :class:`Phase`.
         args: settings of the training loop.
         context: folder and seed of the stage.
         evaluate: function that returns the metrics of the model. Every process calls it.
-        metric: metric that selects the weights to keep. None keeps the last weights.
+        metric: metric that selects the weights to keep. If None, keep the last weights.
 
     Returns:
         The content of ``metrics.json``.
@@ -534,7 +535,7 @@ class _Run:
         )
 
     def checked_loss(self) -> float:
-        """Return the loss sum since the last log line, after a check that losses are finite."""
+        """Return the sum of losses, or raise FloatingPointError if a loss is not finite."""
         loss_sum, bad = self.meter.read()
         if bad < 0:
             return loss_sum
@@ -579,7 +580,7 @@ class _Run:
         self.saved_step = self.progress.step
 
     def _write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights, ``state`` and (except for ``best-*``) optimizer state to ``folder``."""
+        """Write weights and ``state`` to ``folder``. In ``step-*``, also write the optimizer."""
         if not self.accelerator.is_main_process:
             return
         best = folder.name.startswith("best-")
@@ -598,7 +599,7 @@ class _Run:
                 shutil.rmtree(other)
 
     def resume(self) -> None:
-        """Load the latest valid checkpoint, if there is one, and log damaged checkpoints."""
+        """Load the latest valid checkpoint, if any. Log warnings about damaged checkpoints."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             checkpoint.clear_leftovers(self.root)
@@ -684,24 +685,21 @@ class _Run:
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory for reuse (mallopt(3)). Without glibc, do nothing.
-
-    By default, glibc unmaps freed blocks above 32 MiB. Each layer would then map memory for
-    activations again.
-    """
+    """Make glibc keep freed memory for reuse. Without glibc, do nothing."""
+    # By default, glibc unmaps freed blocks above 32 MiB. Each layer would map memory again.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def in_precision(arguments: LoopArguments) -> torch.autocast:
-    """Return an autocast context with the precision of training, for example for a teacher."""
+    """Return an autocast context with the precision that ``arguments`` sets."""
     dtype = torch.float16 if arguments.precision == "fp16" else torch.bfloat16
     return torch.autocast(processes().device.type, dtype=dtype, enabled=arguments.precision != "fp32")
 
 
 def check_precision(precision: str) -> None:
-    """Raise ValueError for float16 on a CPU, and warn if bfloat16 is slower than float32."""
+    """Raise ValueError for fp16 on a CPU. Log a warning if bf16 is slower than fp32."""
     if processes().device.type != "cpu":
         return
     if precision == "fp16":
@@ -721,7 +719,9 @@ def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
     available = {tracker.name for tracker in get_available_trackers()}
     if unknown := sorted(set(arguments.trackers) - available):
         here = ", ".join(sorted(available)) or "none"
-        raise ValueError(f"trackers: {', '.join(unknown)} is unknown or not installed; installed: {here}.")
+        raise ValueError(
+            f"trackers: {', '.join(unknown)} is unknown or not installed; installed: {here}. Install or remove it."
+        )
     # The next stage may need another precision. Reset the settings, but keep the processes.
     AcceleratorState._reset_state()
     GradientState._reset_state()

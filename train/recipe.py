@@ -1,4 +1,4 @@
-"""Read a recipe, and validate the complete recipe before a stage runs."""
+"""Read and validate recipes."""
 
 import difflib
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 def _override(raw: dict[str, Any], override: str) -> str | None:
-    """Apply one override to ``raw`` in place. Return a message if the override is not valid."""
+    """Apply an override to the recipe ``raw``. Return a message about an invalid override."""
     target, equals, text = override.partition("=")
     if not equals or not target:
         return f"override {override!r} does not have the form stage.field=value."
@@ -90,7 +90,7 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
 
 
 def _in_words(problem: Any, raw: dict[str, Any]) -> str:
-    """Turn a pydantic problem into a message with the stage and field names of the recipe."""
+    """Turn a pydantic error into a message that names the stage and the field."""
     location, prefix = list(problem["loc"]), ""
     model: type[BaseModel] | None = Recipe
     if location[:1] == ["stages"] and len(location) > 1:
@@ -118,7 +118,7 @@ def _in_words(problem: Any, raw: dict[str, Any]) -> str:
             advice = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(names)}."
             return f"{prefix}there is no field {field}; {advice}"
         case "missing":
-            return f"{prefix}the field {field} is missing."
+            return f"{prefix}the field {field} is missing; add it."
         case "model_type" | "model_attributes_type":
             what = "a path or a mapping with path" if location else "a mapping with kind"
             return f"{prefix}{field}{'=' if field else ''}{value!r} is not valid: it should be {what}."

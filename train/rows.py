@@ -21,20 +21,20 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # other tensors of 
 
 
 class TokenizedDataset:
-    """Store the tokens of all rows in one array, from which numpy makes batches quickly.
+    """Store tokenized rows with labels, and make padded batches of rows.
 
     Attributes:
-        ids: token ids of all rows, (tokens,) int32.
-        types: segment of each token, (tokens,) int8. None if the model has no segments.
-        starts: index in ``ids`` of the first token of each row, then the number of all
-            tokens: (rows + 1,).
+        ids: (tokens,) int32 token ids of all rows.
+        types: (tokens,) int8 segment of each token. None if the model has no segments.
+        starts: (rows + 1,) index in ``ids`` of the first token of each row, and then the number
+            of all tokens.
         labels: (rows,) or (rows, values). A subclass may have a label for every token.
     """
 
     labels: np.ndarray
 
     def __init__(self, chunks: Iterable[tuple[Any, Any]], pad_token_id: int):
-        """Join ``chunks``. A chunk is the token ids and the segments (or None) of some rows."""
+        """Join ``chunks``. A chunk has token ids and segments. The segments may be None."""
         ids, types = [], []
         lengths: list[int] = []
         for some_ids, some_types in chunks:
@@ -54,7 +54,7 @@ class TokenizedDataset:
         tokenizer: Any,
         max_length: int,
     ) -> "TokenizedDataset":
-        """Tokenize one column, or two columns as pairs. In pairs, cut the longer text first."""
+        """Tokenize a column of texts, or two columns as pairs. Cut the longer text first."""
 
         def chunks() -> Iterator[tuple[Any, Any]]:
             for some in in_chunks(len(rows)):
@@ -87,13 +87,13 @@ class TokenizedDataset:
         return digest.hexdigest()
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return labels and padded model inputs of ``rows``. Inputs are (rows, longest row)."""
+        """Return labels and model inputs of ``rows``. Pad inputs to the longest row."""
         batch, _, _ = self.pad(rows)
         batch["labels"] = self.labels[rows]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def pad(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Return padded model inputs, the mask of real tokens, and token indices in ``ids``."""
+        """Return padded inputs, the mask of real tokens, and token indices in ``ids``."""
         starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
         mask = np.arange(lengths.max()) < lengths[:, None]
         taken = (starts[:, None] + np.arange(lengths.max()))[mask]
@@ -108,10 +108,7 @@ class TokenizedDataset:
         return batch, mask, taken
 
     def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
-        """Split row numbers into batches of rows with similar lengths, to reduce padding.
-
-        The longest rows come first. If memory is insufficient, the first batch fails.
-        """
+        """Split row numbers into batches of similar lengths. The longest rows come first."""
         order = rows[np.argsort(-self.lengths[rows], kind="stable")]
         return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -123,18 +120,18 @@ class TokenizedDataset:
 
 
 def in_chunks(rows: int) -> Iterator[slice]:
-    """Yield slices of up to 1024 row numbers to tokenize at once, with a progress bar."""
+    """Yield slices of at most 1024 row numbers below ``rows``. Show a progress bar."""
     quiet = not processes().is_main_process
     for start in tqdm(range(0, rows, 1024), desc="tokenize", disable=quiet, leave=False):
         yield slice(start, start + 1024)
 
 
 def compute_outputs(model: nn.Module, rows: TokenizedDataset, batch_size: int) -> tuple[np.ndarray, list[Tensor]]:
-    """Compute the logits of all rows. Processes divide the work, and each returns all logits.
+    """Compute the logits of all rows. Processes divide the work.
 
     Returns:
-        The row numbers in the order of computation, and one float32 tensor per batch, (rows of
-        the batch, ...). For token logits, the second dimension is the longest row of the batch.
+        The row numbers in the order of computation, and a list of float32 logits, with a tensor
+        (rows of the batch, ...) for each batch. The result is equal in all processes.
     """
     state = processes()
     batches = rows.batches(np.arange(len(rows)), batch_size)
@@ -145,7 +142,7 @@ def compute_outputs(model: nn.Module, rows: TokenizedDataset, batch_size: int) -
 
 
 def results_of(rows: Dataset, compute: Callable[[Dataset], Iterable[Any]]) -> list[Any]:
-    """Return the result of ``compute`` for each row. Processes divide the rows."""
+    """Return a list with the result of ``compute`` for each row. Processes divide the work."""
     state = processes()
     mine = range(state.process_index, len(rows), state.num_processes)
     quiet = not state.is_main_process
@@ -176,7 +173,7 @@ def choose_metric(wanted: str | None, metrics: Sequence[str]) -> str:
 
 @contextmanager
 def in_eval_data() -> Iterator[None]:
-    """Mention ``eval_data`` in the errors that the block raises."""
+    """Mention ``eval_data`` in the errors that the ``with`` block raises."""
     try:
         yield
     except ValueError as error:

@@ -173,7 +173,7 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
 def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
     """Create the folder of a run, or check that an existing folder belongs to this run.
 
-    With ``force``, also move the folders of changed stages away.
+    If ``force`` is True, set aside the folders of the first changed stage and all later stages.
     """
     record = run_dir / "recipe.yaml"
     earlier: list[dict[str, Any]] = []
@@ -262,7 +262,7 @@ def _read_record(record: Path) -> dict[str, Any]:
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
-    """Return a dictionary from the name of each finished stage of a run to its metrics."""
+    """Return a dictionary from names of stages to metrics, for the finished stages of a run."""
     metrics = {}
     for number, stage in enumerate(_read_record(Path(run_dir) / "recipe.yaml")["stages"], start=1):
         folder = _stage_folder(Path(run_dir), number, stage["name"])

@@ -1,8 +1,7 @@
-"""Run the trainer of sentence-transformers as a stage of a recipe.
+"""Train a sentence-transformers model as a stage of a recipe.
 
-This adapter adds the features that all stages have. It validates checkpoints before use, keeps
-the best weights, writes ``log.jsonl``, stops with a checkpoint on Ctrl-C and SIGTERM, and writes
-the result atomically.
+As in other stages, training saves a checkpoint on Ctrl-C and SIGTERM, resumes only from valid
+checkpoints, keeps the best weights and writes ``log.jsonl``.
 """
 
 import json
@@ -42,9 +41,10 @@ def train(
     context: StageContext,
     evaluate: Callable[[Any], dict[str, float]] | None,
 ) -> dict[str, Any]:
-    """Train ``model`` and save it in ``context.output_dir``. Resume from a valid checkpoint.
+    """Train ``model`` on ``pairs``, and save the model in ``context.output_dir``.
 
-    ``evaluate`` returns metrics of the model, for which larger values are better.
+    If the folder has a valid checkpoint, resume from the newest valid checkpoint. ``evaluate``
+    returns metrics of the model. Larger metrics must be better.
 
     Raises:
         FloatingPointError: if the loss or its gradient is not finite.
@@ -115,7 +115,7 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
 
 class _Trainer(SentenceTransformerTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the scheduler. For wsd, convert the decay share to a number of steps."""
+        """Create the scheduler. For wsd, convert the decay ratio to a number of steps."""
         options = self.args.lr_scheduler_kwargs
         if isinstance(options, dict) and "num_decay_steps" in options:  # still a share of all steps
             decay = max(1, round(options["num_decay_steps"] * num_training_steps))
@@ -123,7 +123,7 @@ class _Trainer(SentenceTransformerTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Add no callback, because the model card is written when the model is published."""
+        """Do nothing. The model card is written when the model is published."""
 
 
 class _StageCallback(ProgressCallback):
@@ -191,7 +191,7 @@ class _StageCallback(ProgressCallback):
             control.should_save = control.should_training_stop = True
 
     def measure(self, state: Any) -> None:
-        """Evaluate the model, and save its weights if they are the best so far."""
+        """Evaluate the model, and save the weights if they are the best so far."""
         main = processes().is_main_process
         (metrics,) = broadcast_object_list([self.evaluate(self.model) if main else None])
         self.evaluation = {f"eval_{name}": value for name, value in metrics.items()}
@@ -209,7 +209,7 @@ class _StageCallback(ProgressCallback):
             checkpoint.write_folder(self.best_folder, fill)
 
     def seconds(self) -> float:
-        """Return the training time in seconds, including interrupted runs."""
+        """Return the seconds of training. Interrupted runs count as well."""
         return round(time.perf_counter() - self.start, 3)
 
     def load_best(self) -> dict[str, float]:
@@ -222,7 +222,7 @@ class _StageCallback(ProgressCallback):
 
 
 def _latest_checkpoint(root: Path) -> str | None:
-    """Return the newest valid checkpoint. Log and delete newer, damaged checkpoints."""
+    """Return the newest valid checkpoint in ``root``. Delete newer, damaged checkpoints."""
     state = processes()
     found, problems = checkpoint.latest_valid(root, "checkpoint")
     state.wait_for_everyone()  # every process looks before a folder is deleted

@@ -10,9 +10,9 @@ from minibert.train.arguments import ModelStage, NewModel
 
 @dataclass
 class StageContext:
-    """Store the folder, the seed and the models of a stage, as resolved from the recipe.
+    """Store the output folder, the seed and the models of a stage.
 
-    Models and tokenizers are folders or Hub ids. If ``model`` is None, the model has new weights.
+    Models and tokenizers are folders or Hub ids. If ``model`` is None, the weights are new.
     """
 
     output_dir: Path
@@ -77,9 +77,9 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
 
 
 def sequence_length(wanted: int | None, config: Any, tokenizer: Any) -> int:
-    """Return the maximum number of tokens in a sequence: ``wanted``, or else the limit.
+    """Return ``wanted`` after a check. If ``wanted`` is None, return the maximum length.
 
-    The limit is the smaller of ``model_max_length`` of the tokenizer and
+    The maximum is the smaller of ``model_max_length`` of the tokenizer and
     ``max_position_embeddings`` of the model.
     """
     special = tokenizer.num_special_tokens_to_add()

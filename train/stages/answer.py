@@ -53,10 +53,10 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
 
 
 def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
-    """Return the answers of each row as (first character, text). A row may have no answer."""
+    """Return a list for each row with the start and the text of every answer."""
     check_columns(rows, [*_TEXTS, "answers"], sources)
     if not_text := sorted(set(_TEXTS) - set(text_columns(rows))):
-        raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text.")
+        raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text; give strings.")
     where = " + ".join(source.path for source in sources)
     answers = []
     for number, (context, entry) in enumerate(zip(rows["context"], rows["answers"], strict=True), start=1):
@@ -83,14 +83,14 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
 
 
 def _whole(start: Any) -> int | None:
-    """Convert ``start`` to an integer, or return None. pandas may write 4 as 4.0."""
+    """Return ``start`` as an integer, or None if ``start`` is not a whole number."""
     if isinstance(start, float) and start.is_integer():
         return int(start)
     return start if isinstance(start, int) and not isinstance(start, bool) else None
 
 
 class AnswerRows(TokenizedDataset):
-    """Store tokenized windows and ``labels`` (windows, 2): first and last token of an answer."""
+    """Store windows of contexts. The labels are the first and the last token of an answer."""
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return model inputs, with ``start_positions`` and ``end_positions`` (rows,) each."""
@@ -100,7 +100,7 @@ class AnswerRows(TokenizedDataset):
 
 
 def window_rows(rows: Dataset, answers: Sequence[Answers], tokenizer: Any, sizes: WindowSizes) -> AnswerRows:
-    """Return training windows. A window without its row's first answer has the label ``[CLS]``."""
+    """Return training windows, each labelled with the first answer of the row or ``[CLS]``."""
     labels: list[tuple[int, int]] = []
     lost = 0
 
@@ -139,8 +139,8 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
     """Find the tokens of the characters from ``start`` to ``end`` in each window of a row.
 
     Returns:
-        For each window, the first and the last token, or (0, 0) (the index of ``[CLS]``) if the
-        window does not contain all characters. None if no token covers these characters.
+        The positions of the first and the last token in each window. If a window lacks some of
+        the characters, both are 0. If no token covers the characters, the result is None.
     """
     found: list[tuple[int, int] | None] = []
     places: list[tuple[int, int]] = []  # characters of the answer's tokens
@@ -164,7 +164,7 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
 def evaluator(
     rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures the answers of a model. Processes divide the work."""
+    """Return a function that computes :func:`answer_metrics` of a model."""
     texts = [[text for _, text in row] for row in answers]
     rows = rows.select_columns(list(_TEXTS))
 
@@ -178,8 +178,7 @@ def evaluator(
 def answer_metrics(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return exact match and F1 as in SQuAD (Rajpurkar et al. 2018, arXiv:1806.03822).
 
-    If some rows have no answer, the result also has exact match and F1 for rows with an answer
-    and for rows without an answer.
+    If some rows have no answer, rows with and without an answer are also measured separately.
 
     Args:
         given: predicted text of each row. An empty text means no answer.

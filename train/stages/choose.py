@@ -71,7 +71,7 @@ def read_choices(
 
 
 def read_label(label: Any, choices: int) -> int | None:
-    """Convert a number, digits or a letter to the index of a choice. Return None if invalid.
+    """Convert a number, digits or a letter to the index of a choice, or return None.
 
     >>> [read_label(label, 4) for label in (3, "3", "D", "d", "E")]
     [3, 3, 3, 3, None]
@@ -97,7 +97,7 @@ def refuse_uneven(asked: Sequence[Choices]) -> None:
 
 
 class ChoiceRows:
-    """Store questions that are tokenized together with each choice.
+    """Store tokenized pairs of a question and a choice.
 
     Attributes:
         pairs: one row for each pair of question and choice. Pairs of a question are adjacent.
@@ -138,7 +138,7 @@ def evaluator(
     tokenizer: Any,
     batch_size: int,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures the choices of a model. Processes divide the work."""
+    """Return a function that computes :func:`choice_metrics` of a model."""
 
     def evaluate(model: Any) -> dict[str, float]:
         results = results_of(rows, lambda mine: choose_rows(model, tokenizer, mine, batch_size=batch_size))

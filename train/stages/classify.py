@@ -49,7 +49,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
 def find_text_columns(
     rows: Dataset, wanted: Sequence[str] | None, label_column: str | Sequence[str], sources: Sequence[Any]
 ) -> list[str]:
-    """Return ``wanted``, or detect text columns. Refuse rows without text or label."""
+    """Return ``wanted``, or detect text columns. Raise ValueError for missing values."""
     labels = [label_column] if isinstance(label_column, str) else list(label_column)
     found = [name for name in text_columns(rows) if name not in labels]
     where, every = sources[0].path, rows.column_names

@@ -51,9 +51,8 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
 def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
     """Return training data with columns ``anchor``, ``positive`` and, if given, ``negative``.
 
-    Returns:
-        Dictionary of data sets. With ``one_source_per_batch``, each source is a data set.
-        Otherwise, one data set has all existing pairs, and one has the pairs made from texts.
+    With ``one_source_per_batch``, return a data set for each source. Otherwise, return a data
+    set of the given pairs and a data set of the pairs that are made from texts.
     """
     if args.one_source_per_batch:
         groups = [[source] for source in args.data]
@@ -72,7 +71,7 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
             check_columns(dataset, [args.negative_column], group)
             columns.append(args.negative_column)
         if len(dataset) < 2:
-            raise ValueError(f"In-batch negatives need at least two rows; {group[0].path} has one row.")
+            raise ValueError(f"In-batch negatives need two or more rows; {group[0].path} has one. Add rows.")
         names = dict(zip(columns, ("anchor", "positive", "negative"), strict=False))
         found[f"{number} {Path(group[0].path).name}"] = dataset.select_columns(columns).rename_columns(names)
     return found
@@ -81,11 +80,10 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
 def _with_negatives(
     sources: dict[str, Dataset], model: SentenceTransformer, args: EmbedStage, folder: Path
 ) -> dict[str, Dataset]:
-    """Add hard negatives as ``args`` requests, and drop pairs with too few hard negatives.
+    """Add hard negatives to all pairs, and drop pairs with too few hard negatives.
 
-    Hard negatives are the passages most similar to the query according to ``model``, but clearly
-    less similar than the positive. They are mined once and saved in ``folder``, so a resumed
-    run trains on the same rows.
+    Hard negatives are passages that ``model`` finds similar to the query, but clearly less
+    similar than the positive. A resumed run reads the hard negatives from ``folder``.
     """
     mined = dict(sources)
     for number, (name, pairs) in enumerate(sources.items()):
@@ -147,8 +145,7 @@ def sentence_model(
 ) -> SentenceTransformer:
     """Return a sentence-transformers model of ``encoder``, pooling and optional normalization.
 
-    sentence-transformers only opens folders, so the encoder and the tokenizer are saved in
-    ``start`` temporarily. ``options`` are passed to :class:`SentenceTransformer`.
+    ``start`` is a temporary folder. ``options`` are passed to :class:`SentenceTransformer`.
     """
     state = processes()
     if state.is_main_process:
@@ -173,7 +170,7 @@ def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
 
 
 def _evaluator(args: EmbedStage) -> Callable[[SentenceTransformer], dict[str, float]] | None:
-    """Return a function that measures retrieval on evaluation pairs, or None without pairs."""
+    """Return a function that measures retrieval. Without evaluation data, return None."""
     if args.eval_data is None:
         return None
     pairs = load(args.eval_data, split="validation")

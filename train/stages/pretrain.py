@@ -1,4 +1,4 @@
-"""Pretrain encoders on masked words and, if set, next sentences (the ``pretrain`` stage)."""
+"""Pretrain encoders on masked words and optionally next sentences (the ``pretrain`` stage)."""
 
 import json
 import math
@@ -23,7 +23,7 @@ _BEGINNINGS = ("Ġ", "▁")  # begin words in byte-level and SentencePiece token
 
 
 def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
-    """Pretrain a MiniBERT. Metrics are loss, perplexity and accuracy on masked words."""
+    """Pretrain a MiniBERT, and return training metrics and metrics of masked words."""
     tokenizer = load_tokenizer(context)
     masking = Masking(tokenizer, args)
     model = load_model(AutoModelForPreTraining if args.next_sentence else AutoModelForMaskedLM, args, context, tokenizer)
@@ -47,7 +47,7 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
 
 
 def refuse_unpacked(config: Any, name: str) -> None:
-    """Raise ValueError if a model is not a MiniBERT, and so cannot read packed sequences."""
+    """Raise ValueError if a model is not a MiniBERT. Other models read no packed sequences."""
     if config.model_type != "minibert":
         raise ValueError(
             f"{name} is a {config.model_type} model, which cannot read packed sequences. Convert the model "
@@ -81,9 +81,9 @@ class Masking:
     """Choose the tokens to predict, and replace them (Devlin et al. 2018, section 3.1).
 
     Attributes:
-        special: (V,), True for special tokens, which are not masked and replace no word.
-        continues: (V,), True for tokens that continue a word. If None, each token is masked
-            independently of the other tokens of a word.
+        special: (V,) True for special tokens, which are never masked.
+        continues: (V,) True for tokens that continue a word. None if whole words are not masked
+            together.
     """
 
     def __init__(self, tokenizer: Any, args: MaskedWordArguments):
@@ -120,10 +120,7 @@ class Masking:
 
 
 def _continues(tokenizer: Any) -> np.ndarray:
-    """Return (V,), True for tokens that continue a word.
-
-    WordPiece marks these tokens. BPE and Unigram mark tokens that begin a word.
-    """
+    """Return a (V,) mask of the tokens in the vocabulary that continue a word."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     if model["type"] == "WordLevel":
@@ -140,12 +137,12 @@ def _continues(tokenizer: Any) -> np.ndarray:
 
 
 def _generator() -> np.random.Generator:
-    """Return a generator seeded by numpy's global state. The loop seeds numpy at every step."""
+    """Return a random generator, with a seed from the global generator of numpy."""
     return np.random.default_rng(np.random.randint(0, 2**32, size=4, dtype=np.uint32))
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the concatenated ranges from each start to start + length (exclusive).
+    """Return all positions of the ranges with the given starts and lengths.
 
     >>> _places(np.array([7, 0]), np.array([2, 3])).tolist()
     [7, 8, 0, 1, 2]
@@ -156,7 +153,7 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class PackedRows:
-    """Store rows filled with pieces of documents. Tokens attend only to their own piece."""
+    """Store rows of document chunks. A token attends only to tokens of the same chunk."""
 
     def __init__(self, corpus: TokenizedCorpus, max_length: int, masking: Masking):
         self.corpus, self.masking, self.pieces = corpus, masking, MlmChunks(corpus, max_length)
@@ -166,7 +163,7 @@ class PackedRows:
         return len(self.pieces.rows) - 1
 
     def collate(self, rows: np.ndarray) -> dict[str, Any]:
-        """Return a row (1, T) with each piece between [CLS] and [SEP], and bounds of pieces."""
+        """Join ``rows`` to one packed sequence (1, T). Add labels and the bounds of chunks."""
         rng, pieces = _generator(), self.pieces
         chosen = _places(pieces.rows[rows], pieces.rows[rows + 1] - pieces.rows[rows])
         # On a CPU, pieces of equal length share an attention call.
@@ -215,7 +212,7 @@ class SentencePairs:
         return len(self.spans.first)
 
     def pair(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return the ids of two segments, and 0 if the second follows the first, or else 1."""
+        """Return the ids of two segments, and whether the second follows (0) or not (1)."""
         spans, tokens, bounds = self.spans, self.corpus.tokens, self.spans.bounds
         begin, end = spans.first[row], spans.last[row]
         middle = rng.integers(begin + 1, end)
@@ -230,7 +227,7 @@ class SentencePairs:
         return first, tokens[start : min(bounds[spans.last[other]], start + room)], 1
 
     def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return masked inputs (rows, longest row) and labels of words and next sentences."""
+        """Return masked and padded inputs, with labels for words and for next sentences."""
         rng, masking = _generator(), self.masking
         pairs = [self.pair(row, rng) for row in rows.tolist()]
         sizes = np.array([len(first) + len(second) + 3 for first, second, _ in pairs])
@@ -249,7 +246,7 @@ class SentencePairs:
 
 
 def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a model with fixed masks. Processes divide the work."""
+    """Return a function that measures a model. All calls mask the same words."""
 
     def evaluate(model: Any) -> dict[str, float]:
         state = processes()

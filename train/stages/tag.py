@@ -1,4 +1,4 @@
-"""Fine-tune taggers of words (the ``tag`` stage). The first subword of a word has the tag."""
+"""Fine-tune taggers of words (the ``tag`` stage). The first token of a word has the tag."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
@@ -47,11 +47,10 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
 
 
 class TagRows(TokenizedDataset):
-    """Store windows of tagged sentences.
+    """Store tagged sentences. A long sentence is cut into overlapping windows.
 
-    ``labels`` (tokens of all windows,) has a tag at the first subword of each word, and -100 at
-    later subwords and special tokens. Each word has a tag in one window only, so labelled
-    tokens are in word order.
+    ``labels`` has the number of a tag at the first token of each word, and -100 at all other
+    tokens. If a word is in two windows, only one window has the tag.
     """
 
     @classmethod

@@ -16,7 +16,7 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
         columns = args.text_columns or text_columns(dataset)
         check_columns(dataset, columns, [source], filled=False)
         if not columns:
-            raise ValueError(f"{source.path} has no string column; it has {', '.join(dataset.column_names)}.")
+            raise ValueError(f"{source.path} has no string column; it has {', '.join(dataset.column_names)}. Set text_columns.")
         parts.append(dataset.select_columns(columns))
     values = (value for part in parts for batch in part.iter(1000) for column in batch.values() for value in column if value)
     texts = (" ".join(value) if isinstance(value, list) else value for value in values)  # join lists of words

@@ -35,12 +35,12 @@ _MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10"}
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over the rows of the squared distance between vectors (rows, C)."""
+    """Return the mean squared distance between the rows of two tensors (rows, C)."""
     return (student.float() - teacher.float()).square().sum(dim=-1).mean()
 
 
 def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared error of cosines between all pairs of vectors (rows, C)."""
+    """Return the mean squared error of the student's cosines between all pairs of rows."""
     first, second = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
     return F.mse_loss(first @ first.t(), second @ second.t())  # (rows, rows)
 
@@ -63,8 +63,8 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Ten
 class EmbeddingDistillation(Distillation):
     """Compute the weighted losses of vectors, similarities and hidden states.
 
-    If student and teacher differ in width, a linear map converts the student's vectors and states.
-    The map is trained with the student but not saved.
+    If vectors of student and teacher have different sizes, a linear layer converts the vectors
+    of the student. The layer is trained but not saved. Hidden states are converted likewise.
     """
 
     def __init__(self, args: DistillEmbeddingStage, student: Any, teacher: Any):
@@ -81,7 +81,7 @@ class EmbeddingDistillation(Distillation):
 
         Args:
             teacher_vectors: vectors of the teacher (B, C). If None, the teacher computes them.
-            labels: not used. Batches always contain labels.
+            labels: not used.
             **inputs: tokenized texts.
         """
         args, hidden = self.args, self.args.hidden_weight > 0
@@ -236,7 +236,7 @@ def _encoder(model: SentenceTransformer, field: str) -> Any:
 def evaluator(
     held_out: Sequence[tuple[str, Dataset]], dims: Sequence[int], batch_size: int
 ) -> Callable[[SentenceTransformer], dict[str, float]]:
-    """Return a function that measures complete vectors, and prefixes of lengths ``dims``."""
+    """Return a function that measures a model, also with vectors truncated to ``dims``."""
 
     def measure(model: SentenceTransformer) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Train a language model with the three losses of DistilBERT on packed rows."""
+"""Train a language model with the three losses of DistilBERT."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ class MaskedLMDistillation(Distillation):
     """
 
     def forward(self, labels: Tensor, **inputs: Any) -> ModelOutput:
-        """Return the loss of packed rows. ``labels`` (1, T) are -100 at unmasked tokens."""
+        """Return the loss of a packed sequence. Unmasked tokens have the label -100."""
         args, masked = self.args, labels != -100
         states = self.student.minibert(**inputs).last_hidden_state  # (1, T, C)
         logits = self.student.lm_head(states[masked])  # (masked, V)

@@ -19,9 +19,9 @@ from minibert.train.stage import StageContext
 
 
 def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
-    """Return the numbers of the teacher layers to copy, from a list or a number of layers.
+    """Return the numbers of the teacher layers to copy.
 
-    A number of layers is spread evenly over the ``available`` layers.
+    ``wanted`` is a list of layers, or a number of layers to choose at equal distances.
 
     >>> choose_layers(6, 12)  # as in DistilBERT
     [0, 2, 4, 7, 9, 11]
@@ -41,7 +41,7 @@ def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
 
 
 def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
-    """Return a trainable float32 copy of a MiniBERT ``teacher`` with the chosen layers."""
+    """Return a MiniBERT student with copies of the teacher layers that ``args`` selects."""
     assert args.student_layers is not None
     kind = teacher.config.model_type
     if kind != "minibert":
@@ -67,8 +67,8 @@ def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
 def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``T² · KL(teacher ‖ student)`` for logits (rows, classes), averaged over rows.
 
-    Logits are divided by the temperature T. The factor T² keeps the size of the gradient, which
-    otherwise shrinks as 1 / T². The result is 0 if there are no rows.
+    Logits are divided by the temperature T. The factor T² avoids small gradients at high
+    temperatures. The result is 0 if there are no rows.
     """
     divergence = F.kl_div(
         F.log_softmax(student.float() / temperature, dim=-1),
@@ -80,7 +80,7 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Ten
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over the rows of one minus the cosine between vectors (rows, C)."""
+    """Return one minus the mean cosine between the rows of two tensors (rows, C)."""
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
 
 
@@ -127,7 +127,7 @@ def fit_student(
         measure_teacher: function that measures the teacher. The default is ``measure``.
 
     Returns:
-        Metrics and number of parameters of the student and of the teacher (``teacher_*``).
+        Metrics and numbers of parameters. Names of teacher metrics begin with ``teacher_``.
     """
     evaluate, teacher_metrics = None, {}
     if measure is not None:

@@ -1,4 +1,4 @@
-"""Load a frozen teacher, and cache its outputs, which are the same in every epoch."""
+"""Load a frozen teacher, and cache the outputs of the teacher."""
 
 import hashlib
 from collections.abc import Callable
@@ -65,17 +65,17 @@ def cached_teacher_outputs(
 ) -> list[np.ndarray]:
     """Compute a teacher's outputs for all rows, or read them from ``folder``.
 
-    The work is split among processes. All must use the same ``folder``. A resumed run uses the
-    complete files.
+    Processes divide the work and must use the same ``folder``. A resumed run reuses complete
+    files.
 
     Args:
         folder: folder of the cache.
-        key: part of the file names. It must change if the teacher or its inputs change.
+        key: string in the file names. A different teacher or different inputs need another key.
         rows: number of rows.
         compute: function that returns the outputs (rows, C) of a range of rows.
 
     Returns:
-        Memory-mapped float32 arrays (rows, C) of at most ``ROWS_PER_FILE`` rows.
+        Memory-mapped float32 arrays (rows, C). An array has at most ``ROWS_PER_FILE`` rows.
     """
     state = processes()
     paths = [folder / f"teacher-{key}-{start:010d}.npy" for start in range(0, rows, ROWS_PER_FILE)]
