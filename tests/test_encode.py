@@ -524,8 +524,8 @@ def test_the_faster_numbers_are_chosen_and_said(monkeypatch, half, expected):
         (["a"], {"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
         (["a"] * 4096 + [None], {}, "Text 4096 is NoneType"),  # the first of a window
         (["a"] * 5000 + [None], {}, "Text 5000 is NoneType"),
-        (["a", "\ud800"], {}, r"Text 1 holds a lone surrogate, which is not a character: '.ud800'; decode it"),
-        (["a"], {"prompt": "caf\udce9 "}, r"The prompt 'caf.udce9 ' is not UTF-8"),
+        (["a", "\ud800"], {}, r"Text 1 holds a lone surrogate, which is not a character: '.*ud800'; decode the text"),
+        (["a"], {"prompt": "caf\udce9 "}, r"The prompt 'caf.*udce9 ' is not valid UTF-8"),
         (["a"], {"prompt": "a", "prompt_name": "zzz"}, "prompt and prompt_name are both given"),
     ],
 )

@@ -136,7 +136,7 @@ def test_one_layer_and_head_can_be_chosen(models):
 
 def test_long_texts_are_cut_averaged_and_thinned_and_say_so(models, monkeypatch):
     cut = plot.attention(models / "minibert", " ".join(TEXTS * 9))
-    assert len(cut.tokens) == 40 and "the first 40 are read" in cut.notes[0]
+    assert len(cut.tokens) == 40 and "only 40 are read" in cut.notes[0]
     lines = line_ends(cut.weights[0, 0])
     assert sum(len(ends) for ends in lines) / 3 <= plot_attention._LINES < 40**2
     assert "strongest" in cut.panels(0, 0)[1].title and not plot.attention(models / "nano", "the cat").panels(0, 0)[1].title
@@ -355,7 +355,7 @@ def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
         (lambda m: plot.tokens(m / "none", "the cat"), "no model folder"),
         (lambda m: plot.training([]), "No run is given"),
         (lambda m: plot.training(m / "none"), "The run .* does not exist"),
-        (lambda m: plot.training(m / "bert"), "holds no log.jsonl"),
+        (lambda m: plot.training(m / "bert"), "holds log.jsonl"),
         (lambda m: plot.training(m / "bert" / "config.json"), "Line 1 of .* is not a JSON object"),
     ],
 )
@@ -435,7 +435,7 @@ def test_tokens_are_printed_as_a_table_or_as_json(command, models):
         (["embeddings", "MODEL", "a b", "c d", "e f", "--column", "a", "--out", "x.png"], "no columns"),
         (["similarity", "MODEL", "texts.csv", "", "--out", "x.html"], "empty"),
         (["training", "none", "--out", "x.png"], "The run none does not exist"),
-        (["training", "MODEL", "--out", "x.png"], "holds no log.jsonl"),
+        (["training", "MODEL", "--out", "x.png"], "holds log.jsonl"),
         (["tokens", "MODEL", " "], "text is empty"),
     ],
 )
