@@ -84,7 +84,8 @@ def check_texts(texts: Sequence[str], first: int) -> None:
     """Raise a ValueError for an invalid text. Error messages number the texts from ``first``."""
     for row, text in enumerate(texts, start=first):
         if not isinstance(text, str):
-            raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shorten(repr(text), 80)}; give texts only.")
+            shown = shorten(repr(text), 80)
+            raise ValueError(f"Text {row} is {type(text).__name__}, not a string: {shown}; give texts only.")
         if not is_unicode(text):
             raise ValueError(
                 f"Text {row} holds a lone surrogate, which is not a character: {shorten(repr(text), 80)}; "
