@@ -36,7 +36,7 @@ def pick_columns(
     if len(found) == 1 and any(len(group) == 1 for group in usual):
         return list(found)
     if not found:
-        raise ValueError(f"No column of {where} has texts; the columns are {shown}. Give text data.")
+        raise ValueError(f"No column of {where} has texts; the columns are {shown}. Give data with texts.")
     names = "; ".join(" + ".join(group) for group in usual)
     raise ValueError(
         f"It is not clear which column of {where} to read: the usual columns are {names}, found {shown}; name it ({option})."

@@ -71,7 +71,7 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
             check_columns(dataset, [args.negative_column], group)
             columns.append(args.negative_column)
         if len(dataset) < 2:
-            raise ValueError(f"In-batch negatives need two or more rows; {group[0].path} has one. Add rows.")
+            raise ValueError(f"In-batch negatives need at least two rows; {group[0].path} has one. Add rows.")
         names = dict(zip(columns, ("anchor", "positive", "negative"), strict=False))
         found[f"{number} {Path(group[0].path).name}"] = dataset.select_columns(columns).rename_columns(names)
     return found
