@@ -204,7 +204,7 @@ def check_card(text: str) -> None:
         data = yaml.safe_load(block[2])
         ModelCard(text)  # reads the results in model-index too
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"Correct the card's metadata: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"The card's metadata cannot be read; correct it: {' '.join(str(error).split())}.") from error
     _check_fields(data)
 
 
