@@ -95,7 +95,7 @@ class Stream:
     listing: list[str] = field(repr=False)
 
     def begins_with(self, source: dict[str, Any]) -> bool:
-        """Return True if the first files are the files of an earlier ``Stream.source``."""
+        """Return True if this stream starts with the files in ``source``, an earlier input."""
         return "files" in source and digest(self.listing[: source["files"]]) == source["digest"]
 
     def read(self, ranges: Iterable[range] = (range(2**63),)) -> Iterator[Rows]:

@@ -143,7 +143,7 @@ def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, metho
         with torch.inference_mode():
             output = encoder(**inputs, output_hidden_states=True)
         if not output.hidden_states:
-            raise ValueError(f"{model} has no layers that change its tokens; show texts instead.")
+            raise ValueError(f"{model} has no transformer layers, so tokens have no vectors in context; draw texts instead.")
         before.append(output.hidden_states[0][0])  # (length, width)
         after.append(output.last_hidden_state[0])
         found = page.token_labels(tokenizer, inputs["input_ids"][0].tolist())

@@ -313,7 +313,7 @@ def _add_vectors(folder: VectorFolder, state: State, show_progress: bool) -> Sta
 
 
 def _add_to_lists(index: VectorIndex, before: VectorIndex | None, show_progress: bool) -> None:
-    """Write the FAISS index, which extends the index ``before`` or is trained again."""
+    """Extend the FAISS lists of ``before``, or train new lists if it is None or too small."""
     import faiss
 
     home, rows, lists = index_folder(index.folder), len(index), index.state.lists

@@ -449,7 +449,7 @@ def test_texts_are_distinct_lines_of_any_column(folder, tmp_path):
         ("embedding", {"teacher": "bert"}, "minibert hub convert .*bert FOLDER and set teacher: FOLDER, or set model:"),
         ("embedding", {"text_columns": ["title"]}, "Column 'title' is not there in .*; the columns are text"),
         ("embedding", {"data": "labelled", "text_columns": ["label"]}, "Column 'label' does not hold texts"),
-        ("embedding", {"matryoshka_dims": [8, 16]}, "smaller than the student's vector size 16"),
+        ("embedding", {"matryoshka_dims": [8, 16]}, "below the student's vector size 16"),
         ("embedding", {"eval_data": "pairs", "metric_for_best": "mrr"}, "metric_for_best='mrr' is not measured.*spearman"),
         ("embedding", {"eval_data": "texts"}, "which is none of: query and answer"),
     ],

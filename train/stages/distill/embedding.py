@@ -216,8 +216,8 @@ def _student(
     width = student.get_embedding_dimension()
     if args.matryoshka_dims and (max(args.matryoshka_dims) >= (width or 0) or not args.similarity_weight):
         raise ValueError(
-            f"matryoshka_dims={args.matryoshka_dims} must be smaller than the student's vector size {width}, "
-            "and similarity_weight must be above 0; change one of these fields."
+            f"matryoshka_dims={args.matryoshka_dims} needs similarity_weight above 0 (got {args.similarity_weight}) and "
+            f"sizes below the student's vector size {width}; change the field that does not fit."
         )
     return student, length
 
