@@ -61,7 +61,7 @@ def load_pairs(split: str = "train") -> Dataset:
         A data set with the string columns ``query``, ``answer`` and ``module``. An answer
             begins with the name of the documented object.
     """
-    rows = [{"query": title, "answer": f"{name}: {body}", "module": module} for module, name, title, body in _split(split)]
+    rows = [{"query": title, "answer": f"{name}: {body}"} for _, name, title, body in _split(split)]
     return Dataset.from_list(rows)
 
 

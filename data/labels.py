@@ -33,6 +33,13 @@ class Labels(NamedTuple):
     values: np.ndarray
     names: list[str]
 
+    def first(self) -> Any:
+        """Return the class name, the list of class names or the number of the first row."""
+        value = self.values[0]
+        if self.problem_type == MULTI:
+            return [name for name, flag in zip(self.names, value, strict=True) if flag]
+        return self.names[value] if self.problem_type == SINGLE else float(value)
+
 
 def read_labels(
     rows: Dataset,
@@ -165,6 +172,12 @@ def _read_sets(
         raise ValueError(
             f"Column {column!r} holds {feature}, one label per row; {MULTI} needs lists of classes, "
             "or several columns of 0 and 1."
+        )
+    flags = [labels for labels in sets if labels is not None and len(labels) > 1 and {*labels} <= {0, 1}]
+    if len(flags) == len(sets) and any(sorted(set(labels)) != list(labels) for labels in flags):
+        raise ValueError(
+            f"Column {column!r} holds indicator lists such as {list(sets[0])!r}, with 0 or 1 for each class; give the "
+            "classes of each row, such as [0, 2], or a column of 0 and 1 for each class."
         )
     unique = [labels is not None and len(set(labels)) == len(labels) for labels in sets]
     _refuse_first(sets, unique, column, "a list names each class once; remove repetitions")

@@ -2,37 +2,24 @@
 
 import contextlib
 import logging
+import os
 import re
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-import pandas as pd
-from datasets import ClassLabel, Dataset, IterableDataset, Value, concatenate_datasets, config, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets import ClassLabel, Dataset, IterableDataset, ReadInstruction, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from minibert.data.docstrings import load_pairs
+from minibert.data.files import SUFFIXES, kind_of, read_table, spooled
 from minibert.data.labels import is_text
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
 
 logger = logging.getLogger(__name__)
 
-# Keep texts such as "NA" or "null". If every row ends in a comma, the first column is still
-# not an index.
-CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False}
-# The builder of ``datasets`` for each suffix of a file, and the options of the builder.
-BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", CSV_OPTIONS),
-    ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
-    ".txt": ("text", {"encoding": "utf-8-sig"}),  # remove the byte order mark of the first text
-}
 # Usual columns of the text to classify, or of the pair of texts.
 TEXT_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 SPLITS = {
@@ -161,27 +148,15 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
         parts = [(SPLITS.get(name, name), rows) for name, rows in parts]
     # Other usual splits may be used by other stages. Other names may be a mistake.
     groups = find_files(path, [name for name, _ in parts], "split:", None if split else SPLITS.values())
-    files = [file for group in groups.values() for file in group]
-    if len({BUILDERS[file.suffix][0] for file in files}) > 1:
+    if len({kind_of(file) for group in groups.values() for file in group}) > 1:
         raise ValueError(f"{path} contains several file formats; give one file, or a folder per format.")
-    builder, options = BUILDERS[files[0].suffix]
-    if builder == "text":
-        options = {**options, "sample_by": sample_by}
-    if builder == "json":  # the reader accepts bytes that are not UTF-8, which cause errors later
-        _refuse_other_encodings(files)
     # ``datasets`` refuses some characters that the name of a split in a folder may have.
-    named = {name: f"split{number}" for number, name in enumerate(groups)}
-    try:
-        data_files = {named[name]: [str(file) for file in group] for name, group in groups.items()}
-        wanted = "+".join(named[name] + rows for name, rows in parts)
-        with no_value_dropped():
-            return load_dataset(builder, data_files=data_files, split=wanted, **options)
-    except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
-        refused = error.__cause__
-        if isinstance(refused, OSError) and refused.errno:  # an error of the system; the file is not damaged
-            place = refused.filename or f"{config.HF_DATASETS_CACHE}, or {files[0]}"
-            raise OSError(refused.errno, refused.strerror, str(place)) from error
-        refuse_unreadable(files, error)
+    keys = {name: f"split{number}" for number, name in enumerate(groups)}
+    tables = {keys[name]: read_table(group, sample_by) for name, group in groups.items()}
+    wanted = ReadInstruction.from_spec("+".join(keys[name] + rows for name, rows in parts))
+    slices = wanted.to_absolute({key: len(table) for key, table in tables.items()})
+    chosen = [tables[part.splitname].select(range(part.from_, part.to) if part.to > part.from_ else []) for part in slices]
+    return chosen[0] if len(chosen) == 1 else join(chosen)
 
 
 def find_files(
@@ -199,19 +174,16 @@ def find_files(
     Log a warning if the folder has a split that is not in ``splits`` or ``expected``. If
     ``expected`` is None, log no warning. Errors and warnings contain ``option``.
     """
-    groups: dict[str, list[Path]] = {}
     if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"{path} cannot be read: {path.suffix} is not one of {', '.join(BUILDERS)}. Convert it.")
+        if not kind_of(path):
+            raise ValueError(f"{path} cannot be read: {path.suffix} is not one of {SUFFIXES}. Convert it.")
         groups = {name: [path] for name in splits}
     else:
-        for file in sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and not file.name.startswith(".")):
-            *folders, _ = file.relative_to(path).parts
-            names = [*folders, re.sub(r"-\d+-of-\d+$", "", file.stem)]
-            usual = next((SPLITS[name] for name in names if name in SPLITS), None)
-            groups.setdefault(usual or names[0], []).append(file)
+        files = sorted(file for file in path.rglob("*") if kind_of(file) and not file.name.startswith("."))
+        groups = _by_split(path, files, in_words=True)
+        groups = groups if groups.keys() >= set(splits) else _by_split(path, files, in_words=False)
         if not groups:
-            raise ValueError(f"{path} contains no data file; the supported suffixes are {', '.join(BUILDERS)}.")
+            raise ValueError(f"{path} contains no data file; the supported suffixes are {SUFFIXES}.")
         if not groups.keys() & set(SPLITS.values()):
             groups = {"train": sorted(file for group in groups.values() for file in group)}
     if missing := [name for name in splits if name not in groups]:
@@ -225,68 +197,37 @@ def find_files(
     return groups
 
 
-def _refuse_other_encodings(files: list[Path]) -> None:
-    """Raise a ValueError for the first line of ``files`` that is not UTF-8."""
+def _by_split(root: Path, files: Sequence[Path], *, in_words: bool) -> dict[str, list[Path]]:
+    """Group files by the usual split that is named in their path, or else by the first name.
+
+    ``in_words`` also accepts a split as a word of a longer name, such as train_data.csv.
+    """
+    groups: dict[str, list[Path]] = {}
     for file in files:
-        if file.suffix == ".parquet" or not file.is_file():
-            continue
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{file} is not UTF-8: line {number} cannot be decoded. Convert the file, "
-                        "for example with iconv -t UTF-8."
-                    ) from error
-
-
-def refuse_unreadable(files: list[Path], error: BaseException) -> NoReturn:
-    """Raise a ValueError that explains why reading ``files`` failed with ``error``."""
-    _refuse_other_encodings(files)
-    raise ValueError(_why_unreadable(files, error)) from error
-
-
-def _why_unreadable(files: list[Path], error: BaseException) -> str:
-    names = str(files[0]) if len(files) == 1 else f"One of {len(files)} files next to {files[0]}"
-    cause = error.__cause__ or error
-    if isinstance(cause, pd.errors.ParserWarning):
-        return (
-            f"{names} has a row with more values than its first line has columns. Name every column "
-            "in the first line, or put texts that contain the separator in quotes."
-        )
-    if isinstance(cause, UnicodeDecodeError):
-        return f"{names} holds a text that is not UTF-8. Repair it, or save it again."
-    reason = " ".join(str(cause).split())
-    if "corresponds to no data" in reason:
-        return f"{names} has no rows; give a file that holds data."
-    return f"{names} cannot be read as {files[0].suffix.lstrip('.')}: {reason.rstrip('.')}. Repair it, or save it again."
-
-
-@contextlib.contextmanager
-def no_value_dropped() -> Iterator[None]:
-    """Make pandas raise a ``ParserWarning`` if a row has more values than there are columns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)
-        yield
+        *folders, _ = file.relative_to(root).parts
+        names = [*folders, re.sub(r"-\d+-of-\d+$", "", file.stem)]
+        words = [word.lower() for name in names for word in (re.split(r"[\W_]+", name) if in_words else [name])]
+        groups.setdefault(next((SPLITS[word] for word in words if word in SPLITS), names[0]), []).append(file)
+    return groups
 
 
 def local_path(source: DataSource) -> Path | None:
     """Return the local path of ``source``, or None if the source may be on the Hub."""
-    path = Path(source.path).expanduser()
+    here = os.path.exists(source.path)  # libraries would expand a ~ in the name of a file
+    path = Path(os.path.abspath(source.path) if here and source.path.startswith("~") else os.path.expanduser(source.path))
     if path.exists() and source.config is not None:
         raise ValueError(
             f"{source.path} is a file or folder here, which has no configuration {source.config!r}; name it "
             f"without {':' + source.config!r}. If you mean the Hub, run from a directory without {source.path}."
         )
     if path.exists():
-        return path
+        return spooled(path)
     missing = f"There is no file or folder {source.path} (looked from {Path.cwd()})"
     try:
         validate_repo_id(source.path)
     except HFValidationError as error:
         raise FileNotFoundError(f"{missing}; correct the path.") from error
-    if path.suffix in BUILDERS:
+    if kind_of(path):
         raise FileNotFoundError(f"{missing}; correct the path.")
     if "/" in source.path and path.parent.is_dir():
         raise FileNotFoundError(

@@ -66,7 +66,7 @@ class DataSource(BaseModel):
     def _from_string(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        here = os.path.exists(os.path.expanduser(value))  # the name of a file may contain a colon
+        here = os.path.exists(value) or os.path.exists(os.path.expanduser(value))  # the name of a file may contain a colon
         match = None if here else _HUB_WITH_CONFIG.fullmatch(value)
         return {"path": match[1], "config": match[2]} if match else {"path": value}
 

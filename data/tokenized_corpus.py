@@ -106,12 +106,17 @@ def load_documents(source: DataSource, split: str, column: str | None, sample_by
     ``column`` is the column to read. The default is ``text`` or the only column of strings.
     """
     rows = load([source], split=split, sample_by=sample_by)
-    found = text_columns(rows)
-    where = {"where": source.path, "columns": rows.column_names, "option": "text_column"}
-    (column,) = pick_columns(found, column and [column], [("text",)], **where)
-    check_columns(rows, [column], [source], filled=False)
+    column = document_column(rows, source, column)
     rows = rows.select_columns([column])
     return rows if column == "text" else rows.rename_column(column, "text")
+
+
+def document_column(rows: Dataset, source: DataSource, column: str | None) -> str:
+    """Return the column of documents: the given one, ``text``, or the only column of strings."""
+    where = {"where": source.path, "columns": rows.column_names, "option": "text_column"}
+    (column,) = pick_columns(text_columns(rows), column and [column], [("text",)], **where)
+    check_columns(rows, [column], [source], filled=False)
+    return column
 
 
 def _token_lists(batch: dict[str, list[str | None]], tokenizer: Any, delimiters: str | None) -> dict[str, list[Any]]:

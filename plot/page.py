@@ -22,10 +22,11 @@ from plotly.subplots import make_subplots
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert.data.columns import pick_columns
-from minibert.data.load import BUILDERS, as_dataset, text_columns
+from minibert.data.files import kind_of
+from minibert.data.load import as_dataset, text_columns
 from minibert.files.disk import atomic_write
 from minibert.files.model_folder import opening
-from minibert.inference.load import encoder_folder, find_model
+from minibert.inference.load import check_complete, encoder_folder, find_model
 from minibert.inference.predict import check_output
 
 SUFFIXES = (".html", ".png")
@@ -376,7 +377,7 @@ def read_texts(
     this column exists. A data set of more than ``limit`` rows is sampled with a fixed seed.
     """
     name = given[0]
-    known = "/" in name or Path(name).suffix in BUILDERS
+    known = "/" in name or bool(kind_of(Path(name)))
     if len(given) > 1 or not (os.path.exists(os.path.expanduser(name)) or (known and " " not in name)):
         if column or label_column:
             raise ValueError("Texts have no columns; give a file, or leave out --column and --label-column.")
@@ -420,6 +421,7 @@ def open_encoder(
     folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
     with opening(folder):
         encoder = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+    check_complete(encoder, folder)
     return encoder.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

@@ -128,7 +128,7 @@ def test_string_forms():
         ("a.txt", b"fine\n\xff\xfe\n", "not UTF-8: line 2"),
         ("a.csv", b"text\nfine\nna\xefve\n", "not UTF-8: line 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8: line 2"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "cannot be read as jsonl"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "row 2 is not a JSON object"),
         ("a.csv", b"id,text\n1,one,\n\n2,two,lost\n", r"a\.csv has a row with more values than its first line has columns"),
         ("a.csv", b"text\none,,\n", r"a\.csv has a row with more values"),
         ("a.parquet", b"PAR0", "cannot be read as parquet"),

@@ -68,9 +68,11 @@ def test_reads_names_summaries_and_descriptions_without_doctests(orchard):
 
 def test_splits_share_no_module_and_no_text(orchard):
     train, validation = load_pairs("train"), load_pairs("validation")
-    assert train.column_names == validation.column_names == ["query", "answer", "module"]
+    assert train.column_names == validation.column_names == ["query", "answer"]
     assert len(train) > len(validation) > 0
-    assert not set(train["module"]) & set(validation["module"])
+    module_of = {document.name: document.module for document in collect(orchard)}
+    modules = [{module_of[text.partition(":")[0]] for text in rows["answer"]} for rows in (train, validation)]
+    assert not modules[0] & modules[1]
     for column in ("query", "answer"):
         texts = [*train[column], *validation[column]]
         assert len(set(texts)) == len(texts)

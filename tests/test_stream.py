@@ -143,7 +143,7 @@ def test_files_that_are_left_out_are_told(tmp_path, caplog):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{name}\n")
     assert read(tmp_path) == ["train.txt"]
-    left_out = "more, test, test-1. Choose with --split."
+    left_out = "more, test. Choose with --split."
     assert caplog.messages == [f"Only the split train of the folder {tmp_path} is read; left out: {left_out}"]
     caplog.clear()
     assert read(tmp_path / "test") == ["test/2.txt"]
