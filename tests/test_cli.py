@@ -71,7 +71,9 @@ def test_train_prints_metrics(command, tmp_path):
     assert "runs/toy" in done.stdout.replace("\\", "/")
     again = command("recipe.yaml", "tokenizer.method=word_level", "tokenizer.vocab_size=10", "--json")
     printed = json.loads(again.stdout)
-    assert printed["stages"] == {"tokenizer": {"rows": 1, "vocab_size": 10}}
+    used = {"path": "texts.csv", "rows": 1, "columns": {"text": "text"}, "first_row": {"text": "red apples and green pears"}}
+    assert printed["stages"] == {"tokenizer": {"rows": 1, "vocab_size": 10, "data": [used]}}
+    assert "tokenizer reads 1 rows of texts.csv. First row: text (text): red apples and green pears" in done.stderr
     assert "already finished, skipped" in again.stderr
 
 

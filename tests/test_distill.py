@@ -410,14 +410,18 @@ def test_prompts_stay_with_the_student(run, folder, tmp_path):
     assert (student.prompts["fruit"], student.default_prompt_name) == ("red apple ", "fruit")
 
 
+def distinct_texts(args, folder):
+    return embedding.read_texts(args, StageContext(folder, 0))
+
+
 def test_texts_are_distinct_lines_of_any_column(folder, tmp_path):
     rows = [{"a": "one\ntwo\n", "b": "two", "n": 1}, {"a": None, "b": " three ", "n": 2}]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "more.txt").write_text("four\n\none\n")
     data = [str(tmp_path / "rows.parquet"), str(tmp_path / "more.txt")]
-    assert embedding.read_texts(arguments(folder, "embedding", data=data)) == ["one\ntwo", "two", "three", "four", "one"]
+    assert distinct_texts(arguments(folder, "embedding", data=data), tmp_path) == ["one\ntwo", "two", "three", "four", "one"]
     lines = arguments(folder, "embedding", data=data, split_lines=True)
-    assert embedding.read_texts(lines) == ["one", "two", "three", "four"]
+    assert distinct_texts(lines, tmp_path) == ["one", "two", "three", "four"]
 
 
 # Refusals

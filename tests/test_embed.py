@@ -29,7 +29,7 @@ PAIRS = [(f"{colour} {fruit}", f"{fruit} that is {colour}") for colour, fruit in
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embed")
-    rows = [f"{query},{answer},plain stone" for query, answer in PAIRS]
+    rows = [f"{query},{answer},{query} stone" for query, answer in PAIRS]
     (folder / "pairs.csv").write_text("\n".join(["query,answer,stone", *rows]), encoding="utf-8")
     train_word_level([text for pair in PAIRS for text in pair] + ["plain stone"], vocab_size=21).save_pretrained(
         folder / "tokenizer"
@@ -40,11 +40,13 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, tmp_path):
     """Run the stage; returns its metrics. The same ``name`` is the same output folder."""
+    columns = {"anchor_column": "query", "positive_column": "answer"}
 
     def run(name="run", **fields):
         stage = {
             "kind": "embed",
             "data": str(folder / "pairs.csv"),
+            **(columns if "eval_data" in fields or not fields.get("make_pairs") else {}),
             "model": {"preset": "search-8x768", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
             | {"intermediate_size": 16, "max_position_embeddings": 12},
             "batch_size": 8,
@@ -105,7 +107,7 @@ def test_the_model_opens_in_a_process_without_the_package(run, tmp_path):
     [
         (4, {}),  # inside an epoch
         (6, {}),  # at the end of one
-        (4, {"one_source_per_batch": True, "hard_negatives": 1, "max_steps": 12}),
+        (4, {"one_source_per_batch": True, "hard_negatives": 1, "max_steps": 12, "batch_size": 2}),
     ],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, step, more):
@@ -132,9 +134,66 @@ def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypat
     assert timeless == [
         {k: v for k, v in line.items() if k != "seconds"} for line in read_rows(tmp_path / "whole" / "log.jsonl")
     ]
-    assert {k: v for k, v in resumed.items() if k not in ("train_seconds", "train_loss")} == {
-        k: v for k, v in whole.items() if k not in ("train_seconds", "train_loss")
+    assert {k: v for k, v in resumed.items() if k != "train_seconds"} == {
+        k: v for k, v in whole.items() if k != "train_seconds"
     }
+
+
+def test_a_run_killed_while_it_saves_its_result_trains_no_further(run, tmp_path, monkeypatch):
+    """The only checkpoint that is kept is of the last step, and names of dead processes disappear."""
+    whole = run("whole", save_total_limit=1, warmup_ratio=1.0, trackers=["tensorboard"])
+    assert [line["learning_rate"] for line in read_rows(tmp_path / "whole" / "log.jsonl")] == pytest.approx(
+        [1e-2 * step / 10 for step in range(10)]
+    )
+    assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
+    monkeypatch.setattr(sentence_trainer.checkpoint, "move_files", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("broken", save_total_limit=1, warmup_ratio=1.0)
+    monkeypatch.undo()
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-10"]
+    (checkpoints / "final.tmp-1").mkdir()
+    resumed = run("broken", save_total_limit=1, warmup_ratio=1.0)
+    assert {**resumed, "train_seconds": 0} == {**whole, "train_seconds": 0}
+    torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
+    assert not (checkpoints / "final.tmp-1").exists()
+
+
+@pytest.mark.parametrize("rows", ["same,{0}", "{0},same"])
+def test_batches_that_teach_nothing_are_refused(run, tmp_path, rows):
+    (tmp_path / "same.csv").write_text("query,answer\n" + "".join(rows.format(f"text {at}") + "\n" for at in range(64)))
+    with pytest.raises(ValueError, match=r"An epoch would read only 8 of 64 rows, in batches of 1\.0 rows on average"):
+        run(data=str(tmp_path / "same.csv"))
+    with pytest.raises(ValueError, match=r"in batches of 1\.0 rows"):
+        run("one", batch_size=1)
+    metrics = run("plain", max_steps=1)
+    assert (metrics["rows_per_epoch"], metrics["rows_left_out"], metrics["mean_batch_size"]) == (36, 0, 7.2)
+
+
+COLUMNS = {
+    "answer,question": ({}, ["question", "answer"]),
+    "query,answer": ({}, ["query", "answer"]),
+    "title,body": ({}, "The columns title and body of .* do not say which of them holds the queries"),
+    "query,question": ({}, "do not say which"),
+    "query,answer,notes": ({}, "its columns of strings are query, answer, notes"),
+    "query": ({}, "its columns of strings are query"),
+    "title,body,notes": ({"anchor_column": "notes", "positive_column": "title"}, ["notes", "title"]),
+    "title,text": ({"anchor_column": "text"}, ["text", "title"]),
+    "query,answer,score": ({"anchor_column": "query", "positive_column": "answer"}, "has a column 'score', so not all of"),
+    "premise,hypothesis,label": ({}, "has a column 'label', so not all of"),
+}
+
+
+@pytest.mark.parametrize(("header", "fields", "expected"), [(header, *rest) for header, rest in COLUMNS.items()])
+def test_columns_are_not_guessed(header, fields, expected):
+    names = header.split(",")
+    values = {name: [1, 0] if name in ("score", "label") else [f"{name} a", f"{name} b"] for name in names}
+    data, stage = Dataset.from_dict(values), EmbedStage(kind="embed", data="pairs.csv", **fields)
+    if isinstance(expected, list):
+        assert embed_module.pair_columns(stage, data, stage.data) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            embed_module.pair_columns(stage, data, stage.data)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, tmp_path, caplog):
@@ -222,7 +281,7 @@ def test_plain_text_comes_from_files_of_any_kind(tmp_path):
     pq.write_table(table, tmp_path / "texts.parquet")
     sources = [str(tmp_path / name) for name in ("texts.txt", "texts.parquet")]
     stage = EmbedStage(kind="embed", data=sources, make_pairs=True)
-    (pairs,) = training_pairs(stage, 0).values()
+    (pairs,) = training_pairs(stage, StageContext(tmp_path, 0)).values()
     assert pairs["positive"][:] == ["one two three four five", "six seven eight nine ten"]
 
 
@@ -230,8 +289,8 @@ def test_plain_text_comes_from_files_of_any_kind(tmp_path):
 def test_questions_and_plain_text_in_one_stage(run, folder, tmp_path, apart):
     (tmp_path / "texts.txt").write_text("\n\n".join(f"{number} two three four five" for number in range(7)), encoding="utf-8")
     data = [str(folder / "pairs.csv"), {"path": str(tmp_path / "texts.txt"), "make_pairs": True}]
-    stage = EmbedStage(kind="embed", data=data, one_source_per_batch=apart, anchor_column="query")
-    pairs, made = training_pairs(stage, 0).values()
+    stage = EmbedStage(kind="embed", data=data, one_source_per_batch=apart, anchor_column="query", positive_column="answer")
+    pairs, made = training_pairs(stage, StageContext(tmp_path, 0)).values()
     assert pairs["anchor"][:] == [query for query, _ in PAIRS] and len(made) == 7
     assert made["positive"][:] == [f"{number} two three four five" for number in range(7)]
     metrics = run(data=data, one_source_per_batch=apart, epochs=1)
@@ -241,13 +300,15 @@ def test_questions_and_plain_text_in_one_stage(run, folder, tmp_path, apart):
 def test_a_source_may_be_of_pairs_where_the_stage_makes_them(folder, tmp_path):
     (tmp_path / "texts.txt").write_text("one two three four five\n\nsix seven eight nine ten\n", encoding="utf-8")
     data = [str(tmp_path / "texts.txt"), {"path": str(folder / "pairs.csv"), "make_pairs": False}]
-    first, second = training_pairs(EmbedStage(kind="embed", data=data, make_pairs=True), 0).values()
+    columns = {"anchor_column": "query", "positive_column": "answer"}
+    stage = EmbedStage(kind="embed", data=data, make_pairs=True, **columns)
+    first, second = training_pairs(stage, StageContext(tmp_path, 0)).values()
     assert {len(first), len(second)} == {2, len(PAIRS)}
 
 
 def test_hard_negatives_are_passages_like_the_right_one_and_mined_once(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
-    run(hard_negatives=2, max_steps=1)
+    run(hard_negatives=2, max_steps=1, batch_size=2)
     mined = Dataset.load_from_disk(tmp_path / "run" / "negatives" / "0")
     assert mined.column_names == ["anchor", "positive", "negative_1", "negative_2"]
     answers = dict(PAIRS)
@@ -255,7 +316,7 @@ def test_hard_negatives_are_passages_like_the_right_one_and_mined_once(run, fold
         assert row["positive"] == answers[row["anchor"]]
         assert {row["negative_1"], row["negative_2"]} <= set(answers.values()) - {row["positive"]}
     monkeypatch.setattr(embed_module, "mine_hard_negatives", None)  # not needed again
-    run(hard_negatives=2, max_steps=2)
+    run(hard_negatives=2, max_steps=2, batch_size=2)
 
 
 def test_a_source_may_ask_for_hard_negatives_itself(run, folder, tmp_path, monkeypatch):
@@ -266,7 +327,7 @@ def test_a_source_may_ask_for_hard_negatives_itself(run, folder, tmp_path, monke
     (tmp_path / "texts.txt").write_text("\n\n".join(f"{number} two three four five" for number in range(9)), encoding="utf-8")
     pairs = {"path": str(folder / "pairs.csv"), "hard_negatives": 2}
     texts = {"path": str(tmp_path / "texts.txt"), "make_pairs": True}
-    metrics = run(data=[texts, pairs, pairs], one_source_per_batch=True, epochs=1, anchor_column="query")
+    metrics = run(data=[texts, pairs, pairs], one_source_per_batch=True, epochs=1, batch_size=2)
     assert [call["num_negatives"] for call in mined] == [2]
     assert [folder.name for folder in (tmp_path / "run" / "negatives").iterdir()] == ["1"]
     assert metrics["train_rows"] == 9 + 2 * len(PAIRS)
@@ -282,7 +343,7 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
 @pytest.mark.parametrize(
     ("text", "fields", "message"),
     [
-        ("query,label\na,1\nb,2\n", {}, "needs two string columns, for queries and passages; it has query, label"),
+        ("query,label\na,1\nb,2\n", {}, "has a column 'label', so not all of its pairs are positives"),
         ("query,answer\na,b\n", {}, "at least two rows"),
         ("query,answer\na,b\nc,d\n", {"negative_column": "hard"}, "no column 'hard'; it has query, answer"),
         ("query,answer\na,b\nc,d\n", {"anchor_column": "question"}, "no column 'question'; it has query, answer"),
@@ -305,7 +366,7 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         (
             "text\na b\nc d\n",
             {"data": [{"path": "a.csv", "make_pairs": True}], "positive_column": "b"},
-            "remove positive_column",
+            "remove anchor_column and positive_column",
         ),
         (
             "text\na b\nc d\n",

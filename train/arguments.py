@@ -326,8 +326,8 @@ class EmbedStage(TrainStage):
     )
     text_column: str | None = Field(None, description="Text column. Unset: text, or the only string column.")
     sample_by: SampleBy = "paragraph"
-    anchor_column: str | None = Field(None, description="Column of queries. Unset: the first string column.")
-    positive_column: str | None = Field(None, description="Passages. Unset: the second string column.")
+    anchor_column: str | None = Field(None, description="Column of queries. Unset: of two string columns, query or question.")
+    positive_column: str | None = Field(None, description="Passages. Unset: the other string column.")
     negative_column: str | None = Field(None, description="Column of hard negatives. Unset: none.")
     hard_negatives: NotNegative = Field(
         0,
@@ -363,7 +363,8 @@ class EmbedStage(TrainStage):
                 "sources the same hard_negatives."
             )
         made = [self.makes_pairs_of(source) for source in self.data]
-        useless = ("anchor_column", "positive_column", "negative_column") if all(made) else ("negative_column",)
+        used = not all(made) or self.eval_data is not None  # eval_data has pairs in any case
+        useless = ("negative_column",) if used else ("anchor_column", "positive_column", "negative_column")
         if any(made) and (named := [name for name in useless if getattr(self, name)]):
             raise ValueError(f"make_pairs makes queries and passages itself; remove {' and '.join(named)}.")
         if not any(made) and (self.text_column or self.sample_by != "paragraph"):

@@ -89,9 +89,9 @@ def move_files(source: Path, target: Path) -> None:
         disk.sync(target)
 
 
-def rotate(root: Path, keep: int, newest: Path) -> None:
+def rotate(root: Path, keep: int, newest: Path, kind: str = "step") -> None:
     """Delete all checkpoints except ``newest`` and the last ``keep - 1`` before ``newest``."""
-    folders = _steps(root, "step")
+    folders = _steps(root, kind)
     position = folders.index(newest) + 1
     for folder in (*folders[: max(0, position - keep)], *folders[position:]):
         shutil.rmtree(folder)

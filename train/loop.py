@@ -564,6 +564,8 @@ class _Run:
             return
         if name not in metrics:
             raise ValueError(f"metric_for_best={name!r} is not measured; use one of {', '.join(metrics)}.")
+        if metrics[name] is None:  # an undefined correlation is never the best
+            return
         if self.best is None or self.sign * metrics[name] > self.sign * self.best["metrics"][name]:
             self.best = {"identity": self.identity, "step": step, "metrics": metrics}
             self._write(self.root / f"best-{step:08d}", self.best)
@@ -716,7 +718,7 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def _accelerator(arguments: LoopArguments, output_dir: Path) -> Accelerator:
-    available = {tracker.name for tracker in get_available_trackers()}
+    available = {str(tracker.value) for tracker in get_available_trackers()}
     if unknown := sorted(set(arguments.trackers) - available):
         here = ", ".join(sorted(available)) or "none"
         raise ValueError(

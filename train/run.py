@@ -21,7 +21,7 @@ from minibert.train import checkpoint
 from minibert.train.arguments import DistillStage, EvaluateStage, LoopArguments, NewModel, Recipe, TokenizerStage
 from minibert.train.environment import describe
 from minibert.train.loop import check_precision
-from minibert.train.stage import StageContext
+from minibert.train.stage import DataChecked, StageContext
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def run_recipe(
     for stage in recipe.stages:  # report missing packages before the first stage trains
         _function(stage)
     if state.is_main_process:
+        _check_data(recipe, run_dir, force)
         _open_run(run_dir, recipe, force)
     state.wait_for_everyone()
     model = tokenizer = None
@@ -137,6 +138,27 @@ def _check_code(folder: Path) -> None:
         )
 
 
+def _check_data(recipe: Recipe, run_dir: Path, force: bool) -> None:
+    """Read and check the data of all stages that will run, and print the columns that they use."""
+    if not run_dir.exists():
+        run_dir.mkdir(parents=True)  # an error of the disk shows before data are read
+    try:
+        for number, stage in enumerate(recipe.stages, start=1):
+            folder = _stage_folder(run_dir, number, stage.name)
+            if (folder / "stage.json").exists() and not force:
+                continue
+            seed = getattr(stage, "seed", None)
+            context = StageContext(folder, recipe.seed if seed is None else seed, only_check=True)
+            with contextlib.suppress(DataChecked):
+                _function(stage)(stage, context)
+            for used in context.data:
+                shown = "; ".join(f"{use} ({used['columns'][use]}): {value}" for use, value in used["first_row"].items())
+                logger.info("%s reads %s rows of %s. First row: %s", stage.name, f"{used['rows']:,}", used["path"], shown)
+    finally:
+        with contextlib.suppress(OSError):  # only an empty folder
+            run_dir.rmdir()
+
+
 def _function(stage: Any) -> Callable[[Any, StageContext], dict[str, Any]]:
     module, name = stage.kind, _ALONE.get(stage.kind, stage.kind)
     if stage.kind == "distill":
@@ -162,7 +184,8 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
             raise
     state.wait_for_everyone()
     if state.is_main_process:
-        disk.write_json(context.output_dir / "metrics.json", metrics)
+        data = {"data": context.data} if context.data else {}
+        disk.write_json(context.output_dir / "metrics.json", {**metrics, **data})
         found = describe(stage, context, processes=1 if alone else state.num_processes)
         disk.write_json(context.output_dir / "environment.json", found)
         # stage.json is written last, because it marks a finished stage.

@@ -11,14 +11,17 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, reduce
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from transformers import ProgressCallback
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from transformers import ProgressCallback, TrainerState
 
 from minibert.files.disk import read_json, write_json
 from minibert.files.processes import processes
@@ -51,13 +54,20 @@ def train(
         KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
     keep_memory()
+    read = check_batches(pairs, args, context.seed)
     trainer = _Trainer(model=model, args=trainer_arguments(args, context), train_dataset=pairs, loss=loss)
     trainer.remove_callback(ProgressCallback)
-    callback = _StageCallback(trainer.accelerator, model, args, context.output_dir, evaluate)
+    callback = _StageCallback(trainer, model, args, context.output_dir, evaluate)
     trainer.add_callback(callback)
-    with callback.stop.listening():
-        result = trainer.train(resume_from_checkpoint=_latest_checkpoint(context.output_dir / "checkpoints"))
-    state = trainer.state
+    found = _latest_checkpoint(context.output_dir / "checkpoints")
+    state = TrainerState.load_from_json(f"{found}/trainer_state.json") if found else trainer.state
+    if found and state.global_step >= state.max_steps:  # killed while it saved the result
+        trainer._load_from_checkpoint(found)
+        callback.restore(state)
+    else:
+        with callback.stop.listening():
+            trainer.train(resume_from_checkpoint=found)
+        state = trainer.state
     if callback.interrupted:
         message = f"Stopped at step {state.global_step} of {state.max_steps}, after saving a checkpoint."
         raise KeyboardInterrupt(message) if callback.interrupted == signal.SIGINT else SystemExit(128 + callback.interrupted)
@@ -65,7 +75,8 @@ def train(
         "steps": state.global_step,
         "epochs": round(state.epoch or 0.0, 4),
         **callback.load_best(),
-        "train_loss": result.training_loss,
+        **read,
+        "train_loss": callback.losses.total() / max(1, state.global_step),
         "train_seconds": callback.seconds(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
@@ -89,7 +100,8 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
         adam_beta1=args.adam_betas[0],
         adam_beta2=args.adam_betas[1],
         adam_epsilon=args.adam_epsilon,
-        warmup_steps=args.warmup_steps or args.warmup_ratio,  # values below 1 are a share of all steps
+        # Values below 1 are a share of all steps, but 1 is a single step.
+        warmup_steps=args.warmup_steps or min(args.warmup_ratio, 1 - 1e-9),
         lr_scheduler_type=_SCHEDULERS.get(args.schedule, args.schedule),
         lr_scheduler_kwargs={"num_decay_steps": args.decay_ratio, "decay_type": "1-sqrt"} if args.schedule == "wsd" else {},
         max_grad_norm=args.max_grad_norm,
@@ -101,7 +113,6 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
         logging_nan_inf_filter=False,  # the default hides losses that are not finite
         save_strategy="steps" if args.save_steps else "epoch",
         save_steps=args.save_steps or 500,
-        save_total_limit=args.save_total_limit,
         seed=context.seed,
         data_seed=context.seed,
         dataloader_num_workers=args.num_workers,
@@ -113,7 +124,68 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
     )
 
 
+def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
+    """Return how many rows the batches of an epoch read, and their mean size.
+
+    A batch never has two equal texts, so rows of the same query or passage may find no
+    batch.
+
+    Raises:
+        ValueError: less than half of the rows are read, or most batches have one row, which
+            has no negatives.
+    """
+    rows = batches = total = 0
+    mined = False
+    for part in pairs.values() if isinstance(pairs, dict) else [pairs]:
+        options = {"batch_size": args.batch_size, "drop_last": False, "generator": torch.Generator(), "seed": seed}
+        sampler = NoDuplicatesBatchSampler(part, **options)
+        # The trainer takes as many batches as all rows would fill.
+        sizes = [len(batch) for batch in islice(sampler, len(sampler))] if args.batch_sampler == "no_duplicates" else []
+        rows, batches = rows + (sum(sizes) if sizes else len(part)), batches + (len(sizes) or len(sampler))
+        total, mined = total + len(part), mined or len(part.column_names) > 2
+    found = {"rows_per_epoch": rows, "rows_left_out": total - rows, "mean_batch_size": round(rows / batches, 2)}
+    if processes().is_main_process:
+        logger.info(
+            "An epoch reads %d of %d rows in batches of %.1f rows on average; %d rows are left out.",
+            *(rows, total, rows / batches, total - rows),
+        )
+    if 2 * rows < total or (rows < 2 * batches and not mined):
+        raise ValueError(
+            f"An epoch would read only {rows} of {total} rows, in batches of {rows / batches:.1f} rows on average: equal "
+            "queries or passages never share a batch, and a row needs others as negatives. Give more different pairs, or "
+            f"choose another batch_size (now {args.batch_size})."
+        )
+    return found
+
+
+@dataclass
+class Losses:
+    """Sum the loss of all steps, also over resumed runs.
+
+    Attributes:
+        logged: the sum up to the last line of the log.
+        since: the sum of the steps after that line, on the device.
+        step: the step of that line.
+    """
+
+    since: torch.Tensor
+    logged: float = 0.0
+    step: int = 0
+
+    def total(self) -> float:
+        """Return the sum of the losses of all steps, averaged over the processes."""
+        return self.logged + float(processes_mean(self.since))
+
+
 class _Trainer(SentenceTransformerTrainer):
+    losses: Losses
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a batch, and add its loss to the sum."""
+        loss = super().training_step(*args, **kwargs)
+        self.losses.since += loss
+        return loss
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the scheduler. For wsd, convert the decay ratio to a number of steps."""
         options = self.args.lr_scheduler_kwargs
@@ -129,10 +201,11 @@ class _Trainer(SentenceTransformerTrainer):
 class _StageCallback(ProgressCallback):
     """Evaluate and log during training, keep the best weights, and stop after Ctrl-C."""
 
-    def __init__(self, accelerator: Any, model: Any, args: EmbedStage, output_dir: Path, evaluate: Any):
+    def __init__(self, trainer: _Trainer, model: Any, args: EmbedStage, output_dir: Path, evaluate: Any):
         super().__init__()
-        self.accelerator, self.model, self.evaluate = accelerator, model, evaluate
-        self.eval_steps, self.metric = args.eval_steps, args.metric_for_best
+        self.accelerator, self.model, self.evaluate = trainer.accelerator, model, evaluate
+        self.losses = trainer.losses = Losses(torch.zeros((), device=trainer.accelerator.device))
+        self.eval_steps, self.metric, self.kept = args.eval_steps, args.metric_for_best, args.save_total_limit
         self.log_file, self.best_folder = output_dir / "log.jsonl", output_dir / "checkpoints" / "best"
         self.stop, self.interrupted = StopRequest(), 0
         self.evaluation: dict[str, float] = {}
@@ -140,6 +213,15 @@ class _StageCallback(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control)  # type: ignore[no-untyped-call]
+        self.restore(state)
+
+    def restore(self, state: Any) -> None:
+        """Continue the log, the sums and the best weights at the step of ``state``."""
+        saved = self.best_folder.parent / f"checkpoint-{state.global_step}" / "losses.json"
+        if state.global_step and saved.exists():
+            found = read_json(saved)
+            self.losses.logged, self.losses.step = found["logged"], found["step"]
+            self.losses.since.fill_(found["since"])
         self.log = Log(self.accelerator, self.log_file, state.global_step)
         lines = self.log_file.read_text(encoding="utf-8").splitlines() if processes().is_main_process else []
         seconds = 0.0
@@ -157,23 +239,32 @@ class _StageCallback(ProgressCallback):
         # The usual progress bar would print a line on standard output.
         if not logs or "loss" not in logs:
             return
+        losses, steps = self.losses, state.global_step - self.losses.step
+        # The trainer's own mean begins anew where a run is resumed.
+        loss = (losses.total() - losses.logged) / max(1, steps)
+        losses.logged, losses.step = losses.total(), state.global_step
+        losses.since.zero_()
         rate, grad_norm = logs["learning_rate"], float(logs.get("grad_norm", 0.0))
         # With fp16, the gradient scaler skips steps with infinite gradients.
-        if not (math.isfinite(logs["loss"]) and (math.isfinite(grad_norm) or args.fp16)):
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or args.fp16)):
             raise FloatingPointError(
-                f"The loss is {logs['loss']} and its gradient norm is {grad_norm} near step "
+                f"The loss is {loss} and its gradient norm is {grad_norm} near step "
                 f"{state.global_step} of {state.max_steps}, learning rate {rate:.3g}. Lower learning_rate, "
                 "or use precision: fp32. Checkpoints of earlier steps are not changed."
             )
         if self.training_bar is not None:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
-        line = {"step": state.global_step, "epoch": round(state.epoch, 4), "loss": logs["loss"], "learning_rate": rate}
+            self.training_bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        line = {"step": state.global_step, "epoch": round(state.epoch, 4), "loss": loss, "learning_rate": rate}
         self.log.write({**line, "grad_norm": grad_norm, "seconds": self.seconds()})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        since = float(processes_mean(self.losses.since))
         processes().wait_for_everyone()  # each process writes part of the checkpoint
         if processes().is_main_process:
-            checkpoint.write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / "losses.json", {"logged": self.losses.logged, "since": since, "step": self.losses.step})
+            checkpoint.write_manifest(folder)
+            checkpoint.rotate(folder.parent, self.kept, newest=folder, kind="checkpoint")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control)  # type: ignore[no-untyped-call]
@@ -221,9 +312,16 @@ class _StageCallback(ProgressCallback):
         return {**self.best["metrics"], "best_step": self.best["step"]}
 
 
+def processes_mean(value: torch.Tensor) -> torch.Tensor:
+    """Return the mean of ``value`` over the processes."""
+    return reduce(value.clone(), reduction="mean") if processes().num_processes > 1 else value
+
+
 def _latest_checkpoint(root: Path) -> str | None:
     """Return the newest valid checkpoint in ``root``. Delete newer, damaged checkpoints."""
     state = processes()
+    if state.is_main_process:
+        checkpoint.clear_leftovers(root)
     found, problems = checkpoint.latest_valid(root, "checkpoint")
     state.wait_for_everyone()  # every process looks before a folder is deleted
     if state.is_main_process:

@@ -1,11 +1,19 @@
 """Load the tokenizer and the model that a stage starts from."""
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+from datasets import Dataset
+
 from minibert.files.model_folder import opening
+from minibert.inference.load import check_complete
 from minibert.train.arguments import ModelStage, NewModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -20,6 +28,28 @@ class StageContext:
     model: str | None = None
     tokenizer: str | None = None
     teacher: str | None = None
+    only_check: bool = False  # read and check the data, but train nothing
+    data: list[dict[str, Any]] = field(default_factory=list)  # the columns that are used, for metrics.json
+
+    def note_columns(self, sources: Sequence[Any], rows: Dataset, columns: Mapping[str, str], **first: Any) -> None:
+        """Record the columns of ``rows`` that the stage uses, and the first row.
+
+        ``columns`` maps the use of a column, such as query, to its name. ``first`` replaces
+        values of the first row, for example a number by the name of the class.
+        """
+        values = {role: first.get(role, rows[0][column]) for role, column in columns.items()}
+        shown = {role: shorten(str(value), 80, placeholder=" …") for role, value in values.items()}
+        name = " + ".join(source.path for source in sources)
+        self.data.append({"path": name, "rows": len(rows), "columns": dict(columns), "first_row": shown})
+
+    def end_check(self) -> None:
+        """Raise :class:`DataChecked` if the stage should only read and check its data."""
+        if self.only_check:
+            raise DataChecked
+
+
+class DataChecked(Exception):
+    """End a stage that should only read and check its data."""
 
 
 def load_tokenizer(context: StageContext) -> Any:
@@ -67,6 +97,7 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
                 )
         with opening(str(context.model)):
             model = auto_class.from_pretrained(context.model, trust_remote_code=False, use_safetensors=True, **changes)
+        check_complete(model, str(context.model))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} entries, but the model only has "

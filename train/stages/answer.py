@@ -31,6 +31,12 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
     """Fine-tune a question answering model, and return training and SQuAD metrics."""
     train = load(args.data, split="train")
     answers = read_answers(train, args.data)
+    columns = {name: name for name in (*_TEXTS, "answers")}
+    context.note_columns(args.data, train, columns, answers=[text for _, text in answers[0]])
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
+        expected = read_answers(held_out, args.eval_data)
+    context.end_check()
     # The head has two outputs, for first and last token. transformers calls outputs labels.
     tokenizer, model, max_length = load_start(AutoModelForQuestionAnswering, args, context, num_labels=2)
     sizes = window_sizes(tokenizer, max_length, args.doc_stride, args.max_question_length)
@@ -45,8 +51,6 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
     }
     evaluate = None
     if args.eval_data:
-        held_out = load(args.eval_data, split="validation")
-        expected = read_answers(held_out, args.eval_data)
         evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
     rows = window_rows(train, answers, tokenizer, sizes)
     return fit(model, tokenizer, rows, args, context, evaluate, args.metric_for_best)

@@ -25,6 +25,13 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
     columns = find_choice_columns(train.column_names, args.text_columns, args.choice_columns)
     asked, labels = read_choices(train, columns, args.label_column, args.data)
     refuse_uneven(asked)
+    uses = {name: name for name in (*columns[0], *columns[1])} | {"right choice": args.label_column}
+    context.note_columns(args.data, train, uses, **{"right choice": asked[0].choices[labels[0]]})
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
+        find_choice_columns(held_out.column_names, *columns)
+        _, expected = read_choices(held_out, columns, args.label_column, args.eval_data)
+    context.end_check()
 
     # The head has one score per choice. The problem type of an earlier classifier is not used.
     changes: dict[str, Any] = {"num_labels": 1, "problem_type": None}
@@ -43,9 +50,6 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
 
     evaluate = None
     if args.eval_data:
-        held_out = load(args.eval_data, split="validation")
-        find_choice_columns(held_out.column_names, *columns)
-        _, expected = read_choices(held_out, columns, args.label_column, args.eval_data)
         evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
     rows = ChoiceRows.from_choices(asked, labels, tokenizer, max_length)
     return fit(model, tokenizer, rows, args, context, evaluate, args.metric_for_best)

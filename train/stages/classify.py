@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from minibert.data.columns import pick_columns
-from minibert.data.labels import read_labels
+from minibert.data.labels import Labels, read_labels
 from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
 from minibert.evaluation.metrics import METRICS, classification_metrics
 from minibert.train.arguments import ClassifyStage
@@ -23,6 +23,13 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels = read_labels(train, args.label_column, args.labels, args.problem_type)
+    note_texts(args, context, train, columns, labels)
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
+        find_text_columns(held_out, columns, args.label_column, args.eval_data)
+        with in_eval_data():
+            expected = read_labels(held_out, args.label_column, labels.names, labels.problem_type)
+    context.end_check()
     metric = choose_metric(args.metric_for_best, METRICS[labels.problem_type])
 
     tokenizer, model, max_length = load_start(
@@ -36,14 +43,16 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
 
     evaluate = None
     if args.eval_data:
-        held_out = load(args.eval_data, split="validation")
-        find_text_columns(held_out, columns, args.label_column, args.eval_data)
-        with in_eval_data():
-            expected = read_labels(held_out, args.label_column, labels.names, labels.problem_type)
         evaluated = TokenizedDataset.from_texts(held_out, columns, expected.values, tokenizer, max_length)
         evaluate = evaluator(evaluated, labels.problem_type, args.eval_batch_size)
     rows = TokenizedDataset.from_texts(train, columns, labels.values, tokenizer, max_length)
     return fit(model, tokenizer, rows, args, context, evaluate, metric)
+
+
+def note_texts(args: Any, context: StageContext, rows: Dataset, columns: Sequence[str], labels: Labels) -> None:
+    """Record the columns of texts and labels, and the first row with the names of its classes."""
+    single = {"label": args.label_column} if isinstance(args.label_column, str) else {}
+    context.note_columns(args.data, rows, {name: name for name in columns} | single, label=labels.first())
 
 
 def find_text_columns(

@@ -23,6 +23,7 @@ from minibert.data.tokenized_corpus import load_documents
 from minibert.evaluation.evaluate import retrieval
 from minibert.files.model_folder import opening
 from minibert.files.processes import processes
+from minibert.inference.load import find_folder, pooling_mode
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
 from minibert.train.loop import checkpoint_activations, in_precision
@@ -31,6 +32,8 @@ from minibert.train.stage import StageContext, load_start
 
 # Minimal gap in similarity, relative to the positive. Closer passages may also be answers.
 _MARGIN = 0.05
+QUERY_COLUMNS = ("query", "question", "anchor", "sentence1", "premise")
+SCORE_COLUMNS = ("score", "label", "similarity", "relevance")
 
 
 def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
@@ -39,8 +42,13 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     The loss is the multiple negatives ranking loss (Henderson et al. 2017, arXiv:1705.00652), or
     the cached form of this loss (Gao et al. 2021, arXiv:2101.06983).
     """
-    sources = training_pairs(args, context.seed)
-    evaluate = _evaluator(args)
+    sources, held_out = training_pairs(args, context), None
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
+        columns = pair_columns(args, held_out, args.eval_data)
+        held_out = held_out.select_columns(columns).rename_columns(dict(zip(columns, ("anchor", "positive"), strict=True)))
+    context.end_check()
+    evaluate = evaluator(held_out, args.eval_batch_size) if held_out else None
     model = _starting_model(args, context)
     sources = _with_negatives(sources, model, args, context.output_dir / "negatives")
     pairs = sources if args.one_source_per_batch else join(list(sources.values()))
@@ -48,7 +56,7 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     return {**metrics, "train_rows": sum(map(len, sources.values()))}
 
 
-def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
+def training_pairs(args: EmbedStage, context: StageContext) -> dict[str, Dataset]:
     """Return training data with columns ``anchor``, ``positive`` and, if given, ``negative``.
 
     With ``one_source_per_batch``, return a data set for each source. Otherwise, return a data
@@ -62,17 +70,18 @@ def training_pairs(args: EmbedStage, seed: int) -> dict[str, Dataset]:
     for number, group in enumerate(filter(None, groups)):
         if args.makes_pairs_of(group[0]):
             documents = [load_documents(source, "train", args.text_column, args.sample_by) for source in group]
-            dataset = make_pairs(join(documents), seed)
+            dataset = make_pairs(join(documents), context.seed)
             columns = dataset.column_names
         else:
             dataset = load(group)
-            columns = _pair_columns(args, dataset, group)
+            columns = pair_columns(args, dataset, group)
         if args.negative_column:
             check_columns(dataset, [args.negative_column], group)
             columns.append(args.negative_column)
         if len(dataset) < 2:
             raise ValueError(f"In-batch negatives need at least two rows; {group[0].path} has one. Add rows.")
         names = dict(zip(columns, ("anchor", "positive", "negative"), strict=False))
+        context.note_columns(group, dataset, dict(zip(names.values(), names, strict=True)))
         found[f"{number} {Path(group[0].path).name}"] = dataset.select_columns(columns).rename_columns(names)
     return found
 
@@ -116,24 +125,44 @@ def _with_negatives(
     return mined
 
 
-def _pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSource]) -> list[str]:
+def pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSource]) -> list[str]:
+    """Return the columns of queries and of passages: those the recipe names, else the only two, by their names."""
     named = [args.anchor_column, args.positive_column]
-    free = iter(name for name in text_columns(dataset) if name not in {*named, args.negative_column})
-    columns = [name for wanted in named if (name := wanted or next(free, None))]
-    if len(columns) < 2:
+    where = " + ".join(source.path for source in sources)
+    advice = "Name them with anchor_column: and positive_column:."
+    if scores := [name for name in SCORE_COLUMNS if name in dataset.column_names and name not in text_columns(dataset)]:
         raise ValueError(
-            f"{' + '.join(source.path for source in sources)} needs two string columns, for queries and "
-            f"passages; it has {', '.join(dataset.column_names)}. Set anchor_column and positive_column."
+            f"{where} has a column {scores[0]!r}, so not all of its pairs are positives. Give the pairs that belong together, "
+            "without that column."
         )
+    found = [name for name in text_columns(dataset) if name != args.negative_column]
+    columns = [name for name in named if name]
+    if len(columns) < 2:
+        free = [name for name in found if name not in named]
+        if len(free) + len(columns) != 2:
+            raise ValueError(
+                f"{where} needs two columns of strings, queries and passages; its columns of strings are "
+                f"{', '.join(found) or 'none'}. {advice}"
+            )
+        columns = [args.anchor_column or next(name for name in free if name != args.positive_column)]
+        columns.append(args.positive_column or next(name for name in free if name != columns[0]))
+        queries = [name for name in free if name in QUERY_COLUMNS]
+        if not any(named) and len(queries) != 1:
+            raise ValueError(
+                f"The columns {' and '.join(free)} of {where} do not say which of them holds the queries (usual are "
+                f"{', '.join(QUERY_COLUMNS)}). {advice}"
+            )
+        if not any(named) and queries != columns[:1]:
+            columns.reverse()
     check_columns(dataset, columns, sources)
     return columns
 
 
 def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransformer:
     tokenizer, encoder, _ = load_start(AutoModel, args, context)
-    pooling = args.pooling or getattr(encoder.config, "pooling", "mean")
-    if hasattr(encoder.config, "pooling"):
-        encoder.config.pooling = pooling
+    # The configuration's pooling is that of the pooler. It stays, so that a classifier can still be exported as BERT.
+    start = pooling_mode(find_folder(context.model)) if context.model else None
+    pooling = args.pooling or start or getattr(encoder.config, "pooling", "mean")
     model = sentence_model(encoder, tokenizer, context.output_dir / ".start", pooling, args.normalize)
     if args.gradient_checkpointing:
         checkpoint_activations(model[0].auto_model)
@@ -169,15 +198,12 @@ def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
     return MultipleNegativesRankingLoss(model, **options)
 
 
-def _evaluator(args: EmbedStage) -> Callable[[SentenceTransformer], dict[str, float]] | None:
-    """Return a function that measures retrieval. Without evaluation data, return None."""
-    if args.eval_data is None:
-        return None
-    pairs = load(args.eval_data, split="validation")
-    queries, passages = (list(pairs[name]) for name in _pair_columns(args, pairs, args.eval_data))
+def evaluator(pairs: Dataset, batch_size: int) -> Callable[[SentenceTransformer], dict[str, float]]:
+    """Return a function that measures retrieval with the evaluation pairs."""
+    queries, passages = list(pairs["anchor"]), list(pairs["positive"])
 
     def evaluate(model: SentenceTransformer) -> dict[str, float]:
-        found = retrieval(model, queries, passages, baselines=False, batch_size=args.eval_batch_size)
+        found = retrieval(model, queries, passages, baselines=False, batch_size=batch_size)
         return dict(found["systems"]["model"])
 
     return evaluate

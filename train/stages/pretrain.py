@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
-from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, load_corpus
+from minibert.data.load import load
+from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, document_column, load_corpus
 from minibert.files.processes import processes
 from minibert.train.arguments import DistillPretrainingStage, MaskedWordArguments, PhaseArguments, PretrainStage
 from minibert.train.loop import Phase, fit, seed_everything
@@ -24,6 +25,7 @@ _BEGINNINGS = ("Ġ", "▁")  # begin words in byte-level and SentencePiece token
 
 def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
     """Pretrain a MiniBERT, and return training metrics and metrics of masked words."""
+    check_documents(args, context)
     tokenizer = load_tokenizer(context)
     masking = Masking(tokenizer, args)
     model = load_model(AutoModelForPreTraining if args.next_sentence else AutoModelForMaskedLM, args, context, tokenizer)
@@ -44,6 +46,15 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
         parts.append(Phase(rows, phase.batch_size or args.batch_size, rate, phase.share))
     evaluate = evaluator(rows_of(held_out[0], max(lengths), masking), args.eval_batch_size) if held_out else None
     return fit(model, tokenizer, parts, args, context, evaluate, args.metric_for_best)
+
+
+def check_documents(args: PretrainStage | DistillPretrainingStage, context: StageContext) -> None:
+    """Read the documents and record their columns. :func:`corpora` tokenizes them."""
+    for split, sources in (("train", args.data), ("validation", args.eval_data or [])):
+        for source in sources:
+            rows = load([source], split=split, sample_by=args.sample_by)
+            context.note_columns([source], rows, {"text": document_column(rows, source, args.text_column)})
+    context.end_check()
 
 
 def refuse_unpacked(config: Any, name: str) -> None:

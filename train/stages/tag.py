@@ -29,17 +29,20 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
     tags, names = read_tags(train, columns[1], sentences, args.labels)
     if not any(sentences):
         raise ValueError(f"{args.data[0].path} has no words in any row; give data with words.")
-    metric = choose_metric(args.metric_for_best, _ENTITY_METRICS if holds_entities(names) else _TAG_METRICS)
-    changes = head_changes(context, names)
-    tokenizer, model, max_length = load_start(AutoModelForTokenClassification, args, context, **changes)
-
-    evaluate = None
+    context.note_columns(args.data, train, {"words": columns[0], "tags": columns[1]}, tags=tags[0])
     if args.eval_data:
         held_out = load(args.eval_data, split="validation")
         find_tag_columns(held_out, *columns, args.eval_data[0].path)
         with in_eval_data():
             held_out_sentences = read_words(held_out, columns[0])
             expected, _ = read_tags(held_out, columns[1], held_out_sentences, names)
+    context.end_check()
+    metric = choose_metric(args.metric_for_best, _ENTITY_METRICS if holds_entities(names) else _TAG_METRICS)
+    changes = head_changes(context, names)
+    tokenizer, model, max_length = load_start(AutoModelForTokenClassification, args, context, **changes)
+
+    evaluate = None
+    if args.eval_data:
         evaluated = TagRows.from_words(held_out_sentences, expected, names, tokenizer, max_length)
         evaluate = evaluator(evaluated, expected, names, args.eval_batch_size)
     rows = TagRows.from_words(sentences, tags, names, tokenizer, max_length)

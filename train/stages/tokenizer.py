@@ -17,7 +17,9 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
         check_columns(dataset, columns, [source], filled=False)
         if not columns:
             raise ValueError(f"{source.path} has no string column; it has {', '.join(dataset.column_names)}. Set text_columns.")
+        context.note_columns([source], dataset, {name: name for name in columns})
         parts.append(dataset.select_columns(columns))
+    context.end_check()
     values = (value for part in parts for batch in part.iter(1000) for column in batch.values() for value in column if value)
     texts = (" ".join(value) if isinstance(value, list) else value for value in values)  # join lists of words
     train = train_wordpiece if args.method == "wordpiece" else train_word_level

@@ -22,6 +22,7 @@ from minibert.data.source import DataSource
 from minibert.evaluation.evaluate import evaluate
 from minibert.files.model_folder import opening
 from minibert.files.processes import processes
+from minibert.inference.load import check_complete
 from minibert.train.arguments import DistillEmbeddingStage
 from minibert.train.loop import in_precision
 from minibert.train.rows import TokenizedDataset
@@ -120,11 +121,13 @@ def vectors_and_states(model: Any, inputs: dict[str, Tensor], hidden: bool) -> t
 
 def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dict[str, Any]:
     """Train an embedding model on a teacher's vectors. Return metrics of both models."""
-    texts = read_texts(args)
+    texts = read_texts(args, context)
     held_out = [(name, load([source], split="validation")) for name, source in _named(args.eval_data or [])]
+    context.end_check()
     with opening(str(context.teacher)):
         opened = SentenceTransformer(str(context.teacher), trust_remote_code=False, model_kwargs={"use_safetensors": True})
-        teacher: SentenceTransformer = freeze(opened)
+    check_complete(opened.transformers_model, str(context.teacher))
+    teacher: SentenceTransformer = freeze(opened)
     student, length = _student(args, context, teacher)
     # The teacher reads at most as many tokens as the student.
     teacher.max_seq_length = min(length, teacher.max_seq_length or length)
@@ -149,7 +152,7 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
     return {**metrics, "train_texts": len(texts)}
 
 
-def read_texts(args: DistillEmbeddingStage) -> list[str]:
+def read_texts(args: DistillEmbeddingStage, context: StageContext) -> list[str]:
     """Return the distinct texts of all sources in order. Sources may have different columns."""
     texts: dict[str, None] = {}
     for source in args.data:
@@ -158,6 +161,7 @@ def read_texts(args: DistillEmbeddingStage) -> list[str]:
         columns = pick_columns(
             found, args.text_columns, [found] if found else [], option="text_columns", where=source.path, columns=every
         )
+        context.note_columns([source], dataset, {name: name for name in columns})
         for batch in dataset.select_columns(columns).iter(1000):
             for column in columns:
                 for value in batch[column]:
@@ -239,7 +243,7 @@ def evaluator(
     """Return a function that measures a model, also with vectors truncated to ``dims``."""
 
     def measure(model: SentenceTransformer) -> dict[str, float]:
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float | None] = {}
         for size in (None, *dims):
             scores, end = [], "" if size is None else f"_{size}d"
             with model.truncate_embeddings(size):
@@ -249,7 +253,7 @@ def evaluator(
                     start = f"{name}_" if len(held_out) > 1 else ""
                     metrics |= {f"{start}{metric}{end}": value for metric, value in values.items()}
                     scores.append(values[_MAIN_METRIC[found["kind"]]])
-            metrics[f"score{end}"] = sum(scores) / len(scores)
+            metrics[f"score{end}"] = None if None in scores else sum(scores) / len(scores)
         return metrics
 
     return measure

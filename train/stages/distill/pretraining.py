@@ -18,7 +18,7 @@ from minibert.train.stages.distill.student import (
     soft_divergence,
 )
 from minibert.train.stages.distill.teacher import fingerprint, load_teacher, same_tokens
-from minibert.train.stages.pretrain import Masking, PackedRows, corpora, evaluator, refuse_unpacked
+from minibert.train.stages.pretrain import Masking, PackedRows, check_documents, corpora, evaluator, refuse_unpacked
 
 
 class MaskedLMDistillation(Distillation):
@@ -49,6 +49,7 @@ class MaskedLMDistillation(Distillation):
 
 def distill_pretraining(args: DistillPretrainingStage, context: StageContext) -> dict[str, Any]:
     """Train a language model on a teacher's outputs. Return metrics of both models."""
+    check_documents(args, context)
     source = str(context.teacher)
     refuse_unpacked(AutoConfig.from_pretrained(source, trust_remote_code=False), f"The teacher {source}")
     teacher = load_teacher(AutoModelForMaskedLM, source, "a model that predicts masked words")

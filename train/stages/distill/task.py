@@ -15,7 +15,7 @@ from minibert.inference.predict import class_names
 from minibert.train.arguments import DistillTaskStage
 from minibert.train.rows import TokenizedDataset, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.classify import evaluator, find_text_columns
+from minibert.train.stages.classify import evaluator, find_text_columns, note_texts
 from minibert.train.stages.distill.student import Distillation, fit_student, from_layers, soft_divergence
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, load_teacher, same_tokens
 
@@ -36,6 +36,13 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels = read_labels(train, args.label_column, args.labels)
+    note_texts(args, context, train, columns, labels)
+    if args.eval_data:
+        held_out = load(args.eval_data, split="validation")
+        find_text_columns(held_out, columns, args.label_column, args.eval_data)
+        with in_eval_data():
+            known = read_labels(held_out, args.label_column, labels.names, SINGLE).values
+    context.end_check()
     teacher = load_teacher(AutoModelForSequenceClassification, str(context.teacher), "a classifier")
     names = class_names(teacher.config)
     _check_labels(args, labels, teacher, names, str(context.teacher))
@@ -69,10 +76,7 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
 
     measure = measure_teacher = None
     if args.eval_data:
-        held_out = load(args.eval_data, split="validation")
-        find_text_columns(held_out, columns, args.label_column, args.eval_data)
-        with in_eval_data():
-            expected = teachers_number[read_labels(held_out, args.label_column, labels.names, SINGLE).values]
+        expected = teachers_number[known]
         measure, measure_teacher = (
             evaluator(TokenizedDataset.from_texts(held_out, columns, expected, *reads), SINGLE, args.eval_batch_size)
             for reads in ((tokenizer, length), (its_tokenizer, its_length))
