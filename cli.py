@@ -241,7 +241,7 @@ def search(
     rebuild: Annotated[bool, Option("--rebuild", help="With an INDEX: build it again.")] = False,
     model: Annotated[str | None, Option(help="With an INDEX: the model that made it, if it has moved.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, Option("--json", help="Print one JSON object per query and line.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON; of --queries and typed queries an object per line.")] = False,
 ) -> None:
     """Find the passages that answer a query, in a folder of vectors or in --passages FILE.
 
@@ -269,11 +269,17 @@ def search(
             raise ValueError(f"--{misplaced[0]} needs a folder of vectors; {wanted}")
         searcher = Searcher(target, read_passages(passages, column), **options)
     given = queries or []
+    as_list, answers = as_json and bool(given) and queries_file is None, []
     batches: Iterator[list[str]] = (given[at : at + 1024] for at in range(0, len(given), 1024))
     for batch in batches if given else ([query] for query in _typed_queries()):
         for query, hits in zip(batch, searcher.search(batch, top_k)):
             answer = {"query": query, "hits": [hit._asdict() for hit in hits]}
-            typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))
+            if as_list:
+                answers.append(answer)
+            else:
+                typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))
+    if as_list:
+        typer.echo(json.dumps(answers, indent=2, ensure_ascii=False))
 
 
 def _in_lines(query: str, hits: list[Any]) -> str:

@@ -21,7 +21,7 @@ from minibert.data.questions import texts_of
 from minibert.data.tags import find_tag_columns, read_tags, read_words
 from minibert.evaluation.metrics import classification_metrics, tag_metrics
 from minibert.inference.answers import max_length_of
-from minibert.inference.load import load
+from minibert.inference.load import finite, load
 from minibert.inference.predict import (
     CLASSIFIER,
     TAGGER,
@@ -149,7 +149,7 @@ def retrieval(
     for query, answer in zip(queries, answers, strict=True):
         relevant.setdefault(query, set()).add(passages[answer])
     asked = list(relevant)[:limit]
-    evaluator = InformationRetrievalEvaluator(
+    evaluator = _CheckedRetrieval(
         queries={query: query for query in asked},
         corpus={number: passage for passage, number in passages.items()},
         relevant_docs=relevant,
@@ -181,7 +181,7 @@ def similarity(
     scores = read_labels(data, "score", problem_type=REGRESSION).values.tolist()
     if len(set(scores)) < 2:
         raise ValueError("Every row has the same score; give rows with different scores.")
-    evaluator = EmbeddingSimilarityEvaluator(
+    evaluator = _CheckedSimilarity(
         first,
         second,
         scores,
@@ -192,9 +192,8 @@ def similarity(
         write_csv=False,
     )
     measured = {"model": model, "untrained": untrained(model) if baselines else None}
-    # The correlation is undefined (nan) if all cosines are equal. Report 0 in this case.
-    systems = {
-        name: {"spearman": 0.0 if math.isnan(value := float(evaluator(system)["spearman_cosine"])) else value}
+    systems = {  # None where all cosines are equal: the correlation is undefined
+        name: {"spearman": None if math.isnan(value := float(evaluator(system)["spearman_cosine"])) else value}
         for name, system in measured.items()
         if system is not None
     }
@@ -259,8 +258,22 @@ def metrics_table(result: dict[str, Any]) -> str:
     names = list(result["systems"]["model"])
     lines = [f"{result['kind']}: {counts}", "".join([f"{'':12}", *(f"{name:>12}" for name in names)])]
     for system, metrics in result["systems"].items():
-        lines.append("".join([f"{system:12}", *(f"{metrics[name]:12.4f}" for name in names)]))
+        values = [metrics[name] for name in names]
+        shown = (f"{'undefined':>12}" if value is None else f"{value:12.4f}" for value in values)
+        lines.append("".join([f"{system:12}", *shown]))
     return "\n".join(lines)
+
+
+class _CheckedRetrieval(InformationRetrievalEvaluator):
+    def embed_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode texts, and refuse vectors that are not numbers."""
+        return finite(super().embed_inputs(*args, **kwargs))
+
+
+class _CheckedSimilarity(EmbeddingSimilarityEvaluator):
+    def embed_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode texts, and refuse vectors that are not numbers."""
+        return finite(super().embed_inputs(*args, **kwargs))
 
 
 def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

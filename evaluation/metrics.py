@@ -20,7 +20,7 @@ METRICS = {
 SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
-def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str = SINGLE) -> dict[str, float]:
+def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str = SINGLE) -> dict[str, float | None]:
     """Return the metrics of a problem type.
 
     ``logits`` have the shape (rows, classes), or (rows, 1) for regression. ``labels`` have the
@@ -30,14 +30,14 @@ def classification_metrics(logits: Tensor, labels: np.ndarray, problem_type: str
     - Multi-label: micro-F1, macro-F1 over all classes, the fraction of rows with exactly the
       right classes, and binary cross entropy. A class is predicted above a probability of 0.5.
     - Regression: Spearman's and Pearson's correlation, and the mean squared error. A
-      correlation is 0 if the logits or the labels are constant.
+      correlation is None, which means undefined, if the logits or the labels are constant.
     """
     if problem_type == REGRESSION:
         predicted = logits.squeeze(-1).double().numpy()
         varied = np.ptp(predicted) > 0 and np.ptp(labels) > 0
         return {
-            "spearman": float(spearmanr(labels, predicted).statistic) if varied else 0.0,
-            "pearson": float(pearsonr(labels, predicted).statistic) if varied else 0.0,
+            "spearman": float(spearmanr(labels, predicted).statistic) if varied else None,
+            "pearson": float(pearsonr(labels, predicted).statistic) if varied else None,
             "mse": float(mean_squared_error(labels, predicted)),
         }
     if problem_type == MULTI:

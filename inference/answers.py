@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
+from unicodedata import category
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert.data.questions import Window, choices_of, cut, find_choice_columns, texts_of, window_sizes
+from minibert.inference.load import finite
 
 MAX_ANSWER_LENGTH = 30  # tokens
-# Spans per row that share the probability with "no answer". Others have almost none.
+JOINERS = "\u00ad\u200c\u200d\u2060"  # soft hyphen, zero-width joiners and word joiner: invisible parts of a word
+# Spans per row that share the probability with "no answer". Further spans have almost none.
 _SPANS = 20
 # The number of batches whose rows are read at once.
 _BATCHES_AHEAD = 32
@@ -96,7 +99,7 @@ def choose_rows(
         logits = torch.empty(len(firsts), dtype=torch.float32, device="cpu")
         for numbers, inputs in padded_batches(model, tokenizer, encoded, batch_size):
             outputs = model(**{name: tensor.unsqueeze(1) for name, tensor in inputs.items()})  # (B, 1, L)
-            logits[numbers] = outputs.logits.float().cpu().squeeze(1)
+            logits[numbers] = finite(outputs.logits.float().cpu().squeeze(1))
         for row, scores in zip(asked, logits.split([len(row.choices) for row in asked]), strict=True):
             choice = int(scores.argmax())
             yield {"choice": choice, "text": row.choices[choice], "probabilities": scores.softmax(0).tolist()}
@@ -159,7 +162,7 @@ def find_spans(
     for numbers, inputs in padded_batches(model, tokenizer, encoded, batch_size):
         batch = [windows[number] for number in numbers]
         outputs = model(**inputs)
-        starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
+        starts, ends = finite(outputs.start_logits.float()), finite(outputs.end_logits.float())
         places = torch.arange(starts.shape[1])
         firsts = torch.tensor([window.first for window in batch])[:, None]
         lasts = firsts + torch.tensor([len(window.offsets) for window in batch])[:, None]
@@ -190,6 +193,8 @@ def _answer(
     start = end = best = 0
     if spans and null_score - spans[0][0] <= threshold:
         best, (_, start, end) = 1, spans[0]
+        while end < len(context) and (category(context[end])[0] == "M" or context[end] in JOINERS):
+            end += 1  # the marks of the last letter, which a tokenizer's normalizer may have taken away
     return {
         "text": context[start:end],
         "start": start,

@@ -2,10 +2,29 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import bm25s
 import numpy as np
+import regex
 import Stemmer
+from bm25s.stopwords import STOPWORDS_EN
+
+from minibert.inference.answers import JOINERS
+
+_LETTERS = regex.compile(rf"[\w\p{{M}}{JOINERS}]{{2,}}")
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of at least two letters in a text, so that equal words are equal strings.
+
+    >>> split_words("Ｃａｆｅ\u0301 a naïve soft\u00adware")
+    ['café', 'naïve', 'software']
+    """
+    return [word.translate(_INVISIBLE) for word in _LETTERS.findall(normalize("NFKC", text).lower())]
+
+
+_INVISIBLE = dict.fromkeys(map(ord, JOINERS))
 
 
 class WordIndex:
@@ -21,7 +40,8 @@ class WordIndex:
     @classmethod
     def build(cls, texts: Iterable[str], *, show_progress: bool = False) -> "WordIndex":
         """Index texts, which are numbered from 0. Memory grows with the number of words."""
-        tokenizer = bm25s.tokenization.Tokenizer(stemmer=Stemmer.Stemmer("english"), stopwords="english")
+        options = {"stemmer": Stemmer.Stemmer("english"), "stopwords": "english"}
+        tokenizer = bm25s.tokenization.Tokenizer(lower=False, splitter=split_words, **options)
         words = tokenizer.tokenize(
             texts, update_vocab=True, length=0, show_progress=False, return_as="tuple", allow_empty=False
         )
@@ -51,6 +71,7 @@ class WordIndex:
 
         An index is -1 if no further text shares a word with the query.
         """
-        words = bm25s.tokenize(list(queries), stemmer=self._stemmer, stopwords="english", return_ids=False, show_progress=False)
+        split = ([word for word in split_words(query) if word not in STOPWORDS_EN] for query in queries)
+        words = [self._stemmer.stemWords(query) for query in split]
         numbers, scores = self._index.retrieve(words, k=min(top_k, len(self)), show_progress=False)
         return scores, np.where(scores > 0, numbers, -1)

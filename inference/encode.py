@@ -30,7 +30,7 @@ from typing_extensions import Unpack
 from minibert.data.load import is_unicode
 from minibert.inference.batching import Batch, Tokenizer, check_texts, cut_windows, tokenizing_thread, turn
 from minibert.inference.cpu import choose_dtype, prepack, supports_half_copies
-from minibert.inference.load import load
+from minibert.inference.load import finite, load
 from minibert.modeling_minibert import MiniBertModel
 from minibert.packing_minibert import PREFERS_EXP2, Packing
 
@@ -291,7 +291,7 @@ class Encoder:
             return np.empty((0, self.dimension), dtype=np.float32)
         options: dict[str, Any] = {} if task is None else {"task": task}
         options |= {"prompt": prompt or "", "normalize_embeddings": self._normalize, "show_progress_bar": False}
-        return np.asarray(self.model.encode(list(texts), **options), dtype=np.float32)
+        return finite(np.asarray(self.model.encode(list(texts), **options), dtype=np.float32))
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
@@ -304,7 +304,7 @@ class Encoder:
         if self.normalized:
             vectors = F.normalize(vectors, dim=-1)
         trim_memory()
-        return vectors.cpu().numpy()
+        return finite(vectors.cpu().numpy())
 
     def _vectors(self, batch: Batch) -> Tensor:
         """Compute the pooled vectors (texts, C) of one batch."""

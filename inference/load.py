@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -17,7 +18,15 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import read_json
-from minibert.files.model_folder import check_paths, check_weights, code_files, opening, refuse_missing, weight_files
+from minibert.files.model_folder import (
+    check_paths,
+    check_weights,
+    code_files,
+    opening,
+    read_settings,
+    refuse_missing,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +38,15 @@ _DECIDING = (
     *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
 )
+# Keys of a pooling module in sentence-transformers 5 -> modes in 6.
+POOLING_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 _warned: set[Path] = set()  # folders for which a warning was logged
 
 
@@ -76,7 +94,7 @@ def load(
             mode = getattr(encoder.config, "pooling", "mean")
             modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode=mode), Normalize()]
             opened = SentenceTransformer(modules=modules, device=device, similarity_fn_name="cosine")
-    _check_complete(opened.transformers_model, folder)
+    check_complete(opened.transformers_model, folder)
     # A reference cycle with the card would keep the weights until a full collection.
     opened.model_card_data.model = cast(SentenceTransformer, weakref.proxy(opened))
     return opened
@@ -103,6 +121,20 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
             "code. If you trust it, pass trust_remote_code=True (--trust-remote-code)."
         )
     return folder
+
+
+def finite(values: Any) -> Any:
+    """Return ``values``, a tensor or an array, after checking that all of them are numbers.
+
+    Raises:
+        FloatingPointError: if any is NaN or infinite.
+    """
+    if not np.isfinite(values.cpu().numpy() if isinstance(values, torch.Tensor) else values).all():
+        raise FloatingPointError(
+            "The model computes NaN (not a number) or infinity, so its results mean nothing. Compute in float32, or save or "
+            "train the model again."
+        )
+    return values
 
 
 def find_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -153,18 +185,38 @@ def _compare_code(folder: Path) -> None:
         )
 
 
-def _check_complete(encoder: PreTrainedModel | None, folder: Path) -> None:
-    """Raise a ValueError if weights of a MiniBERT are missing. The pooler may be missing."""
-    if not isinstance(encoder, modeling_minibert.MiniBertModel):
+def pooling_mode(folder: Path) -> str | None:
+    """Return a model's pooling, such as ``"mean"``, or None if there are several or none."""
+    modules = read_json(folder / "modules.json") if (folder / "modules.json").exists() else []
+    for module in modules:
+        if str(module.get("type", "")).endswith("Pooling"):
+            settings = read_settings(folder / str(module["path"]) / "config.json")
+            modes = [POOLING_MODES.get(name, name) for name, on in settings.items() if on is True and "pooling_mode" in name]
+            return settings.get("pooling_mode") or (modes[0] if len(modes) == 1 else None)
+    return None
+
+
+def check_complete(model: PreTrainedModel | None, source: str | Path) -> None:
+    """Raise a ValueError if weights of the encoder are missing. The pooler may be missing.
+
+    ``source`` is the folder or Hub id of ``model``.
+    """
+    if model is None:
         return
+    encoder: Any = model.base_model
+    folder = encoder_folder(find_folder(source))
     stored: set[str] = set()
-    for file in weight_files(encoder_folder(folder)):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             names = weights.keys()
         stored |= {name.removeprefix(f"{encoder.base_model_prefix}.") for name in names}
-    if missing := [name for name in encoder.state_dict() if name not in stored and not name.startswith("pooler.")]:
+    missing = [name for name in encoder.state_dict() if name not in stored]
+    if missing and not isinstance(encoder, modeling_minibert.MiniBertModel):  # transformers also knows earlier names
+        options: dict[str, Any] = {"config": encoder.config, "device_map": "meta", "output_loading_info": True}
+        missing = sorted(type(encoder).from_pretrained(folder, **options)[1]["missing_keys"])
+    if missing := [name for name in missing if not name.startswith("pooler.")]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"The weights in {folder} lack {shown}; save or download the model again.")
+        raise ValueError(f"The weights in {source} lack {shown}; save or download the model again.")
 
 
 def fingerprint(model: Path) -> str:

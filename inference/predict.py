@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import regex
 import torch
 from datasets import Dataset
 from pyarrow import parquet
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from minibert.data.columns import pick_columns
+from minibert.data.files import read_lines
 from minibert.data.labels import MULTI, REGRESSION, SINGLE
 from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.questions import texts_of
@@ -37,6 +38,7 @@ from minibert.data.tags import TOKEN_COLUMNS, entity_spans, holds_entities, toke
 from minibert.files.disk import atomic_write
 from minibert.files.model_folder import opening
 from minibert.inference.answers import (
+    JOINERS,
     answer_rows,
     choice_columns_of,
     choose_rows,
@@ -44,7 +46,7 @@ from minibert.inference.answers import (
     padded_batches,
     rows_ahead,
 )
-from minibert.inference.load import encoder_folder, find_model
+from minibert.inference.load import encoder_folder, find_model, finite
 
 Row = Mapping[str, Any]
 
@@ -66,7 +68,10 @@ _TAGGED = [(name,) for name in (*TOKEN_COLUMNS, "text", "sentence")]
 _ASKED = ("question", "context")
 _ROWS_AT_ONCE = 1000
 # A word of raw text includes the marks inside it (U.S, AT&T, 3.5). Other marks are words.
-_WORD = re.compile(r"['’](?:s|re|ve|ll|d|m)\b|\w+(?:(?:[.&/@’'-](?!(?:s|re|ve|ll|d|m)\b)|(?<=\d)[,:](?=\d))\w+)*|[^\w\s]")
+_LETTER = rf"[\w\p{{M}}{JOINERS}]"
+_WORD = regex.compile(
+    rf"['’](?:s|re|ve|ll|d|m)\b|{_LETTER}+(?:(?:[.&/@’'-](?!(?:s|re|ve|ll|d|m)\b)|(?<=\d)[,:](?=\d)){_LETTER}+)*|\S"
+)
 
 
 def predict(
@@ -218,14 +223,10 @@ def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
 
 def _standard_input() -> Iterator[str]:
     """Yield the lines of standard input. Remove a byte order mark."""
-    number = 0
     try:
-        for number, line in enumerate(sys.stdin, start=1):
-            yield (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
+        yield from read_lines(sys.stdin.buffer)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"Standard input is not UTF-8 somewhere after line {number}; convert it, such as with iconv -t UTF-8."
-        ) from error
+        raise ValueError("Standard input is not UTF-8; convert it, such as with iconv -t UTF-8.") from error
 
 
 def _columns(found: list[str], wanted: Sequence[str] | None, usual: Sequence[Sequence[str]]) -> list[str]:
@@ -249,7 +250,7 @@ def compute_logits(
     """Return the logits of each input: (classes,), or (padded length, classes) for tokens."""
     logits: list[Any] = [None] * len(inputs["input_ids"])
     for numbers, tensors in padded_batches(model, tokenizer, inputs, batch_size):
-        for number, row in zip(numbers, model(**tensors).logits.float().cpu(), strict=True):
+        for number, row in zip(numbers, finite(model(**tensors).logits.float().cpu()), strict=True):
             logits[number] = row
     return logits
 

@@ -132,6 +132,7 @@ def encode_corpus(
     _check_apart(data, out)
     stream = open_stream(data, column, id_column=id_column, split=split)
     folder = find_model(model, trust_remote_code=options.get("trust_remote_code", False))
+    _check_similarity(folder, options.get("normalize", False))
     if options.get("prompt") is None and options.get("prompt_name") is None:
         options["prompt_name"] = _document_prompt(folder)
     asked = Manifest(
@@ -176,6 +177,18 @@ def _check_apart(data: str | Path | Dataset, out: Path) -> None:
     here, there = Path(data).resolve(), out.resolve()
     if here == there or (here.is_dir() and here in there.parents) or there in here.parents:
         raise ValueError(f"The output {out} overlaps with the input {data}; choose another folder.")
+
+
+def _check_similarity(folder: Path, normalize: bool) -> None:
+    """Refuse a model whose similarity is not that of a folder of vectors, which is searched by cosine."""
+    file = folder / "config_sentence_transformers.json"
+    name = (read_json(file).get("similarity_fn_name") if file.exists() else None) or "cosine"
+    modules = read_json(folder / "modules.json") if (folder / "modules.json").exists() else [{"type": "Normalize"}]
+    if name != "cosine" and not normalize and not any("Normalize" in module["type"] for module in modules):
+        raise ValueError(
+            f"{folder} compares vectors by {name}, and a folder of vectors is searched by cosine. Encode with --normalize, "
+            "where both give the same order, or search the file itself with minibert search --passages."
+        )
 
 
 def _document_prompt(folder: Path) -> str | None:
@@ -324,7 +337,7 @@ class _Job:
             shown = shorten(", ".join(others), 60)
             raise ValueError(f"{self.out} has files that are not vectors ({shown}); use an empty or new folder.")
         encoder, path = self.open_model(), self.stream.source["path"]
-        encoding = {**self.asked.encoding, "dtype": encoder.dtype}
+        encoding = {**self.asked.encoding, "dtype": encoder.dtype, "auto_dtype": self.asked.encoding["dtype"] == "auto"}
         self.manifest = replace(self.asked, encoding=encoding, dimension=encoder.dimension)
         self.manifest.normalized = encoder.normalized
         if self.manifest.precision == "int8":

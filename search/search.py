@@ -255,7 +255,7 @@ def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool
     """
     from minibert.inference.bm25 import WordIndex
 
-    home = index_folder(folder) / f"words-{sha256(' '.join(shards).encode()).hexdigest()[:16]}"
+    home = index_folder(folder) / f"words-2-{sha256(' '.join(shards).encode()).hexdigest()[:16]}"
     with contextlib.suppress(ValueError):  # reported below, under the lock: another process may be building
         return WordIndex.load(home)
     with index_lock(folder):

@@ -119,6 +119,28 @@ def read_manifest(folder: str | Path) -> Manifest:
         ) from error
 
 
+def _check_manifest(file: Path, manifest: Manifest) -> None:
+    """Refuse a manifest whose values contradict each other."""
+    rows = input_rows = 0
+    problem = ""
+    for number, shard in enumerate(manifest.shards):
+        expected = (shard_name(number), rows, input_rows)
+        if (shard.file, shard.first_row, shard.first_input_row) != expected or not 0 <= shard.rows <= shard.input_rows:
+            problem = problem or f"shards[{number}]={tuple(asdict(shard).values())} does not follow the shard before it"
+        rows, input_rows = rows + shard.rows, input_rows + shard.input_rows
+    if manifest.rows != rows:
+        problem = problem or f"rows={manifest.rows}, but its shards hold {rows}"
+    if manifest.precision not in PRECISIONS:
+        problem = problem or f"precision={manifest.precision!r}, which is none of {', '.join(PRECISIONS)}"
+    for name in ("dimension", "rows_per_shard"):
+        if getattr(manifest, name) < 1:
+            problem = problem or f"{name}={getattr(manifest, name)}, which is below 1"
+    if manifest.precision == "int8" and [len(some) for some in manifest.ranges or ()] != [manifest.dimension] * 2:
+        problem = problem or f"ranges that are not two lists of dimension={manifest.dimension} numbers"
+    if problem:
+        raise ValueError(f"{file} is damaged: it has {problem}. Encode into a new folder, or again with --force.")
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of ``folder``. Replace an earlier manifest."""
     with readable_os_errors(folder / MANIFEST, KEPT):
@@ -169,6 +191,7 @@ class VectorFolder:
         self.manifest = read_manifest(folder)
         self.shards = self.manifest.shards
         self.has_texts = bool(self.manifest.columns.get("kept"))
+        _check_manifest(self.folder / MANIFEST, self.manifest)
         for shard in self.shards:
             if not (self.folder / shard.file).exists():
                 raise FileNotFoundError(f"{folder} lacks {shard.file}; encode again to restore it.")
@@ -230,11 +253,18 @@ class VectorFolder:
         """Open a shard, and check the number and the width of its vectors."""
         file, width = self.folder / shard.file, self.manifest.width
         try:
-            with parquet.ParquetFile(file) as opened:
-                if (rows := opened.metadata.num_rows) != shard.rows:
-                    raise ValueError(f"{file} has {rows} rows, but should have {shard.rows}; encode again.")
-                if (found := opened.schema_arrow.field("vector").type.list_size) != width:
-                    raise ValueError(f"{file} has vectors of {found} numbers, not {width}; encode again.")
+            with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+                schema, vector = opened.schema_arrow, opened.schema_arrow.field("vector").type
+                for fact, found, expected in (
+                    ("rows", opened.metadata.num_rows, shard.rows),
+                    ("numbers per vector (dimension)", vector.list_size, width),
+                    ("numbers of this type (precision)", vector.value_type, PRECISIONS[self.manifest.precision]),
+                    ("a column of texts (columns.kept)", "text" in schema.names, self.has_texts),
+                ):
+                    if found != expected:
+                        raise ValueError(
+                            f"{file} disagrees with its manifest about {fact}: {found}, not {expected}; encode again."
+                        )
                 yield opened
         except (pa.ArrowInvalid, OSError) as error:
             if getattr(error, "errno", None) is not None:  # an error of the system, such as a missing permission
@@ -280,7 +310,8 @@ class ShardWriter:
         codecs = {"id": "zstd", "text": "zstd", "vector.list.element": "none"}
         with readable_os_errors(self.file, KEPT), contextlib.ExitStack() as stack:
             part = stack.enter_context(atomic_write(self.file))
-            writer = parquet.ParquetWriter(part, self.schema, compression=codecs, use_dictionary=False)
+            options: dict[str, Any] = {"use_dictionary": False, "write_page_checksum": True}
+            writer = parquet.ParquetWriter(part, self.schema, compression=codecs, **options)
             self._writer = stack.enter_context(writer)
             self._stack = stack.pop_all()
         return self
@@ -304,7 +335,10 @@ class ShardWriter:
 def shard_notes(file: Path) -> dict[str, Any] | None:
     """Return the metadata of a shard with the number of ``rows``, or None if it is damaged."""
     try:
-        metadata = parquet.read_metadata(file)
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+            metadata = opened.metadata
+            for _ in opened.iter_batches():
+                pass  # compares the checksum of every page
         return {**json.loads(metadata.metadata[_KEY]), "rows": metadata.num_rows}
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return None

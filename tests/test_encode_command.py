@@ -593,3 +593,70 @@ def test_passages_get_the_prompt_that_the_model_has_for_them(run, data, model, t
 def test_explain_says_what_was_chosen(run, data):
     shown = run(data, "--column", "text", "--explain").stdout
     assert "dtype: float32, as asked" in shown and "path: packed: no padding" in shown and "processes: 1, shards 1" in shown
+
+
+# What a folder of vectors says must be true
+
+
+def test_a_flipped_bit_in_a_shard_is_found(run, data, tmp_path, expected):
+    """The checksums of its pages are compared when a shard is read, and when a run is resumed."""
+    run(data, "--rows-per-shard", 5, "--keep-text")
+    shard = tmp_path / "out" / "part-00001.parquet"
+    good = shard.read_bytes()
+    for place in (len(good) // 3, len(good) // 2):
+        damaged = bytearray(good)
+        damaged[place] ^= 4
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match="part-00001.parquet is damaged .*checksum|part-00001.parquet is damaged"):
+            vectors_in(tmp_path / "out")
+        run(data, "--rows-per-shard", 5, "--keep-text")
+        np.testing.assert_allclose(vectors_in(tmp_path / "out"), expected, atol=1e-6)
+
+
+CONTRADICTIONS = {
+    "rows": 11,
+    "dimension": 15,
+    "precision": "float16",
+    "rows_per_shard": 0,
+    "shards": [["part-00001.parquet", 0, 12, 0, 12]],
+}
+
+
+@pytest.mark.parametrize("name", [*CONTRADICTIONS, "kept"])
+def test_a_manifest_that_contradicts_its_shards_is_refused(run, data, tmp_path, name):
+    run(data)
+    file = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    if name == "kept":
+        manifest["columns"]["kept"] = True
+    elif name == "shards":
+        manifest["shards"][0]["first_row"] = 1
+    else:
+        manifest[name] = CONTRADICTIONS[name]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=name):
+        vectors_in(tmp_path / "out")
+
+
+def test_a_resumed_run_keeps_the_dtype_that_auto_chose(data, tmp_path, model, monkeypatch):
+    asked, opened = [], module.Encoder
+    monkeypatch.setattr(module, "Encoder", lambda *a, **k: asked.append(k["dtype"]) or opened(*a, **k))
+    monkeypatch.setattr("minibert.inference.encode.choose_dtype", lambda *_: ("bfloat16", "measured"))
+    encode_corpus(model, data, tmp_path / "out", rows_per_shard=5)
+    chosen = read_manifest(tmp_path / "out").encoding
+    assert (chosen["dtype"], chosen["auto_dtype"]) == ("bfloat16", True)
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    monkeypatch.setattr("minibert.inference.encode.choose_dtype", lambda *_: ("float32", "measured"))
+    encode_corpus(model, data, tmp_path / "out", rows_per_shard=5)
+    assert asked == ["auto", "bfloat16"] and read_manifest(tmp_path / "out").encoding == chosen
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean", "manhattan"])
+def test_another_similarity_needs_normalized_vectors(data, tmp_path, model, similarity):
+    from sentence_transformers import SentenceTransformer
+
+    opened = SentenceTransformer(str(model), device="cpu", similarity_fn_name=similarity)
+    SentenceTransformer(modules=list(opened)[:2], similarity_fn_name=similarity).save(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=f"compares vectors by {similarity}, and a folder of vectors is searched by cosine"):
+        encode_corpus(tmp_path / "model", data, tmp_path / "out")
+    assert encode_corpus(tmp_path / "model", data, tmp_path / "out", normalize=True).written == 12

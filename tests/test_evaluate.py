@@ -182,9 +182,18 @@ def test_similarity_is_the_rank_correlation_of_the_cosines(encoder):
 
 
 @pytest.mark.filterwarnings("ignore:An input array is constant")
+@pytest.mark.parametrize("data", [PAIRS, {"sentence1": QUERIES, "sentence2": ANSWERS, "score": [0, 1, 2, 3]}])
+def test_a_model_that_computes_nan_gets_no_metrics(encoder, tmp_path, data):
+    folder = shutil.copytree(encoder, tmp_path / "broken")
+    bias = "layers.0.mlp.down.bias"
+    edit_weights(folder, **{bias: torch.full_like(read_weights(folder)[bias], float("nan"))})
+    with pytest.raises(FloatingPointError, match="The model computes NaN"):
+        evaluate(folder, Dataset.from_dict(data))
+
+
 def test_equal_cosines_correlate_with_nothing(encoder):
     data = Dataset.from_dict({"sentence1": ["a", "a"], "sentence2": ["list", "list"], "score": [0, 1]})
-    assert evaluate(encoder, data, baselines=False)["systems"] == {"model": {"spearman": 0.0}}
+    assert evaluate(encoder, data, baselines=False)["systems"] == {"model": {"spearman": None}}
 
 
 @pytest.mark.parametrize(

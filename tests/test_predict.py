@@ -309,3 +309,10 @@ def test_nonsense_is_one_sentence_and_status_2(model, classifier, tagger, comman
     done = command(kinds.get(arguments[0], lambda: arguments[0])(), *arguments[1:])
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("Error: ") == 1
     assert "Traceback" not in done.output and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "text", ["Mu\u0308ller n\u0e31mast\u0947 x\u200cy soft\u00adware", "\u0928\u092e\u0938\u094d\u0924\u0947 e\u0301"]
+)
+def test_a_word_keeps_its_marks_joiners_and_soft_hyphens(text):
+    assert [text[start:end] for start, end in module.split_words(text)] == text.split()
