@@ -242,6 +242,21 @@ def encode(
 
 
 @app.command()
+def exports(
+    model: Annotated[Path, typer.Option(help="Folder of a sentence-transformers model of the BERT family.", exists=True)],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("exports.json"),
+    work: Annotated[Path, typer.Option(help="Folder for the peers' environment.")] = Path("runs/benchmark-encode"),
+) -> None:
+    """Open a plain and an ONNX export in sentence-transformers 5 and optimum, and compare the vectors.
+
+    Example: python -m benchmarks exports --model all-MiniLM-L6-v2 --out exports.json
+    """
+    from benchmarks.exports import run
+
+    run(model, out, work)
+
+
+@app.command()
 def latency(
     model: Annotated[
         Path, typer.Option(exists=True, file_okay=False, help="Folder of a sentence-transformers model of the BERT family.")

@@ -36,16 +36,22 @@ _OURS = "SentenceTransformer.encode, MiniBERT, "
 REFERENCE = _TORCH + "float32"
 
 
+def peer_python(work: Path) -> Path:
+    """Return the interpreter of the environment of ``peers.txt``, which is made once."""
+    python = work / "peers" / "bin" / "python"
+    if not (work / "peers" / "complete").exists():
+        print(f"creating the environment of {PEERS.name} in {work / 'peers'} ...", flush=True)
+        venv.create(work / "peers", with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", PEERS], check=True)
+        (work / "peers" / "complete").touch()
+    return python
+
+
 class Peers:
     """The backends in the other environment, asked one at a time over a pipe."""
 
     def __init__(self, model: Path, work: Path, graphs: Path) -> None:
-        python = work / "peers" / "bin" / "python"
-        if not (work / "peers" / "complete").exists():
-            print(f"creating the environment of {PEERS.name} in {work / 'peers'} ...", flush=True)
-            venv.create(work / "peers", with_pip=True, clear=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", PEERS], check=True)
-            (work / "peers" / "complete").touch()
+        python = peer_python(work)
         script = Path(__file__).with_name("peer.py")
         self._process = subprocess.Popen(
             [python, script, model.resolve(), graphs.resolve()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from minibert.files.disk import read_json
 from minibert.files.model_folder import check_paths, check_weights, code_files, read_header, read_settings, weight_files
 from minibert.hub import folders, provenance
+from minibert.inference.load import pooling_mode
 
 # Ending of the class name in config.json -> name of the task on the Hub.
 _TASKS = {
@@ -173,7 +174,7 @@ def _pooling(folder: Path) -> dict[str, Any] | None:
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in folders.modules(folder)]
     if kinds[1:] not in (["Pooling"], ["Pooling", "Normalize"]):
         return None
-    mode = folders.pooling_mode(folder)
+    mode = pooling_mode(folder)
     prompt = read_settings(folder / "config_sentence_transformers.json").get("default_prompt_name")
     return {"mode": mode, "normalize": "Normalize" in kinds} if mode in ("mean", "cls") and not prompt else None
 

@@ -27,6 +27,7 @@ POSITIONS = "minibert.embeddings.position_embeddings.weight"
 CARRIED = (
     *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
     *("sentence_transformers", "sbert_ce_default_activation_function"),
+    "output_hidden_states",  # which modules such as WeightedLayerPooling read
 )
 # Fields that do not affect the outputs, or that a conversion sets itself.
 _DROPPED = (
@@ -94,10 +95,11 @@ def convert(
     raw = read_json(encoder / "config.json")
     family = _family(raw, encoder)
     checkpoint = folders.read_tensors(encoder)
+    folders.refuse_nan(checkpoint, encoder)
     family_config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)
-    config = _config(raw, family_config, family, kind, folder, wanted)
+    config = _config(raw, family_config, family, kind, wanted)
     tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
     found = _tensors(checkpoint, config, family_config, family, kind)
     tensors, unused = (rounded(part, wanted) for part in found)
@@ -108,8 +110,7 @@ def convert(
             folders.write_tensors(temporary / UNUSED, unused)
         config.save_pretrained(temporary)
         custom_object_save(empty(config, kind), temporary)  # the code that trust_remote_code=True runs
-        tokenizer.save_pretrained(temporary)
-        folders.name_tokenizer_class(temporary)
+        folders.write_tokenizer(tokenizer, temporary)
         folders.copy_modules(folder, temporary)
         differences = parity.differences(
             (folder, getattr(transformers, family.class_name + kind)),
@@ -191,7 +192,6 @@ def _config(
     family_config: PreTrainedConfig,
     family: Family,
     kind: str,
-    folder: Path,
     dtype: torch.dtype | None,
 ) -> MiniBertConfig:
     fields = {field: getattr(family_config, name) for field, name in family.fields.items()} | dict(family.fixed)
@@ -205,20 +205,14 @@ def _config(
         "position_embedding_type": "learned",
         "norm_position": "post",
         "scale_embeddings": False,
-        "pooling": _pooling(folder, kind, family),
+        # The pooler's, not the sentence's: a Pooling module alone decides the sentence vector.
+        "pooling": "mean" if kind == "Model" and family.model_type == "distilbert" else "cls",
         "architectures": [f"MiniBert{kind}"],
         "dtype": dtype or raw.get("dtype") or raw.get("torch_dtype"),
         # The family, and its fields that MiniBERT does not have. An export writes them back.
         "converted_from": {"model_type": family.model_type, **{name: raw[name] for name in sorted(raw) if name not in mapped}},
     }
     return MiniBertConfig(**fields, **carried)
-
-
-def _pooling(folder: Path, kind: str, family: Family) -> str:
-    """Return the pooling that the source model is used with: ``"cls"`` or ``"mean"``."""
-    if kind == "Model" and any("Pooling" in module["type"] for module in folders.modules(folder)):
-        return "cls" if folders.pooling_mode(folder) == "cls" else "mean"
-    return "mean" if kind == "Model" and family.model_type == "distilbert" else "cls"
 
 
 def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:

@@ -20,6 +20,9 @@ from minibert.files.model_folder import (
     read_settings,
     weight_files,
 )
+from minibert.inference.load import POOLING_MODES
+
+_RENAMED = {"word_embedding_dimension": "embedding_dimension", "in_word_embedding_dimension": "in_embedding_dimension"}
 
 
 def modules(folder: Path) -> list[dict[str, Any]]:
@@ -45,17 +48,41 @@ def encoder_folder(folder: Path) -> Path:
 
 
 def copy_modules(source: Path, target: Path) -> None:
-    """Copy sentence-transformers modules to ``target``, but not the transformer's files."""
+    """Copy sentence-transformers modules to ``target``, but not the transformer's files.
+
+    The written names and keys can be read by sentence-transformers 5.1 to 6.
+    """
     listed = modules(source)
     if not listed:
         return
-    for path in [module["path"] for module in listed[1:] if (source / module["path"]).is_dir()]:
-        shutil.copytree(source / path, target / path, ignore=shutil.ignore_patterns(*PICKLES))
+    for module in listed[1:]:
+        if (source / module["path"]).is_dir():
+            shutil.copytree(source / module["path"], target / module["path"], ignore=shutil.ignore_patterns(*PICKLES))
+        if (file := target / module["path"] / "config.json").exists():
+            write_json(file, _earlier_keys(read_settings(file)))
     first, listed[0]["path"] = source / listed[0]["path"], ""
+    for module in listed:
+        if module["type"].startswith("sentence_transformers."):
+            module["type"] = f"sentence_transformers.models.{module['type'].rpartition('.')[2]}"
     write_json(target / "modules.json", listed)
     for file in (*first.glob("sentence_*_config.json"), source / "config_sentence_transformers.json"):
         if file.exists():
             shutil.copy(file, target / file.name)
+    # Without this file, sentence-transformers 5.1 reads up to 512 tokens, whatever the tokenizer says.
+    if not any(target.glob("sentence_*_config.json")) or max_length(target) is None:
+        length = read_settings(target / "tokenizer_config.json").get("model_max_length")
+        write_json(target / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
+
+
+def _earlier_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a module with the keys of sentence-transformers 5."""
+    modes, wanted = settings.pop("pooling_mode", None), dict(settings)
+    for old, new in _RENAMED.items():
+        if new in wanted:
+            wanted[old] = wanted.pop(new)
+    for mode in [modes] if isinstance(modes, str) else modes or ():
+        wanted[next(key for key, name in POOLING_MODES.items() if name == mode)] = True
+    return {**({key: wanted.get(key, False) for key in POOLING_MODES} if modes else {}), **wanted}
 
 
 def max_length(folder: Path) -> int | None:
@@ -64,28 +91,27 @@ def max_length(folder: Path) -> int | None:
     return next(filter(None, (read_json(file).get("max_seq_length") for file in sorted(files))), None)
 
 
-def pooling_mode(folder: Path) -> str | None:
-    """Return a model's pooling, such as ``"mean"``, or None if there are several or none."""
-    for module in modules(folder):
-        if str(module.get("type", "")).endswith("Pooling"):
-            settings = read_settings(folder / module["path"] / "config.json")
-            earlier = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-            modes = [earlier.get(name, name) for name, on in settings.items() if on is True and "pooling_mode" in name]
-            return settings.get("pooling_mode") or (modes[0] if len(modes) == 1 else None)
-    return None
-
-
 def paths_in(folder: Path) -> list[str]:
     """Return the sorted paths of all files below ``folder``, relative to ``folder``."""
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
-def name_tokenizer_class(folder: Path) -> None:
-    """Change the class in tokenizer_config.json so that transformers 4 opens the tokenizer."""
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer so that transformers 4, and libraries that read ``vocab.txt``, open it."""
+    tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     settings = read_settings(file)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         write_json(file, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
+        tokenizer.backend_tokenizer.model.save(str(folder))
+
+
+def refuse_nan(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse weights that are not numbers, which no conversion can keep."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{folder} holds NaN (not a number) or infinity in {name}; download or train the model again.")
 
 
 def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minibert import modeling_minibert
+from minibert import MiniBertConfig, modeling_minibert
+from minibert.files.disk import write_json
 from minibert.files.installation import missing
 from minibert.hub import folders, parity
 from minibert.hub.convert import Report, full, open_tokenizer
@@ -58,9 +59,9 @@ def export_onnx(
     wrapped = _Graph(network, inputs, heads, pooled=kind != "Model" or has_pooler)
     with folders.new_folder(output_dir) as temporary:
         parameters = _write(wrapped, temporary / GRAPH)
-        settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key != "auto_map"}  # no code
-        (temporary / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        tokenizer.save_pretrained(temporary)
+        _write_config(config, temporary / "config.json")
+        folders.write_tokenizer(tokenizer, temporary)
+        folders.copy_modules(folder, temporary)
         batches = _batches(wrapped, tokenizer, config.max_position_embeddings)
         expected = _by_torch(wrapped, batches)
         differences = parity.compare(expected, _by_runtime(wrapped, batches, temporary / GRAPH))
@@ -79,6 +80,13 @@ def export_onnx(
         differences=differences,
         cosine_int8=cosine,
     )
+
+
+def _write_config(config: MiniBertConfig, file: Path) -> None:
+    """Write a configuration without code, of a model type that optimum knows by the same fields."""
+    settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key != "auto_map"}
+    architectures = [name.replace("MiniBert", "Bert") for name in settings.get("architectures") or ["BertModel"]]
+    write_json(file, {**settings, "model_type": "bert", "architectures": architectures, "exported_from": "minibert"})
 
 
 class _Graph(nn.Module):

@@ -93,7 +93,8 @@ def outputs(
 def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the text vectors of a sentence-transformers model, or {} for any other model."""
     kind = read_settings(folder / "config_sentence_transformers.json").get("model_type")
-    if not folders.modules(folder) or kind not in (None, "SentenceTransformer"):
+    pools = any(module["type"].endswith(".Pooling") for module in folders.modules(folder))
+    if not pools or kind not in (None, "SentenceTransformer"):
         return {}
     from sentence_transformers import SentenceTransformer
 

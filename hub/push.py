@@ -268,8 +268,7 @@ def build(
             _, config, _, _ = open_minibert(source, None)
             config.auto_map = dict(configuration_minibert.AUTO_MAP)
             config.save_pretrained(temporary)
-            open_tokenizer(weights, config, folders.max_length(source)).save_pretrained(temporary)
-            folders.name_tokenizer_class(temporary)
+            folders.write_tokenizer(open_tokenizer(weights, config, folders.max_length(source)), temporary)
             folders.copy_modules(source, temporary)
             for file in code_files():
                 shutil.copy(file, temporary)

@@ -273,7 +273,9 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
     if pad is not None and tokenizer.pad_token_id not in (None, pad):
         yield f"the tokenizer pads with {tokenizer.pad_token_id}, but the model has pad_token_id={pad}"
     positions = config.get("max_position_embeddings")
-    longest = min(length for length in (tokenizer.model_max_length, folders.max_length(folder)) if length)
+    longest = tokenizer.model_max_length
+    if longest > 10**9:  # not set
+        longest = folders.max_length(folder) or longest
     if positions and config.get("position_embedding_type") != "rotary" and longest > positions:
         yield f"the tokenizer allows {longest} tokens, but the model has max_position_embeddings={positions}"
 

@@ -147,7 +147,7 @@ def test_sentence_transformers_settings_are_kept(tmp_path):
     for prompt in (None, "query"):
         expected, found = (model.encode(texts, prompt_name=prompt, convert_to_tensor=True) for model in (theirs, ours))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert ours.transformers_model.config.pooling == "mean"  # what a stage that trains on goes by
+    assert ours.transformers_model.config.pooling == "cls"  # the pooler's; the Pooling module decides the sentence vector
     assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 12
 
 
@@ -377,3 +377,56 @@ def test_a_file_is_no_model(tmp_path):
     assert done.exit_code == 2 and list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
     words = "is a file; give the folder of a model, or the id (owner/name) of one on the Hub."
     assert done.stderr == f"Error: {tmp_path}/model.safetensors {words}\n"
+
+
+def test_a_source_with_nan_is_named(tmp_path):
+    save_family(tmp_path / "source")
+    edit_weights(tmp_path / "source", **{"pooler.dense.bias": torch.full((16,), float("nan"))})
+    with pytest.raises(ValueError, match=r"source holds NaN \(not a number\) or infinity in pooler.dense.bias"):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["search", "train", "plot"])
+def test_a_bert_that_lacks_weights_is_refused(tmp_path, command):
+    save_family(tmp_path / "bert")
+    edit_weights(tmp_path / "bert", **{"encoder.layer.1.output.dense.bias": None})
+    from minibert.inference.load import load
+    from minibert.plot.page import open_encoder
+    from minibert.train.arguments import ClassifyStage
+    from minibert.train.stage import StageContext, load_start
+
+    def start(folder):
+        args, context = ClassifyStage(kind="classify", data="x.csv"), StageContext(folder, 0, str(folder), str(folder))
+        return load_start(transformers.AutoModelForSequenceClassification, args, context)
+
+    use = {"search": load, "train": start, "plot": open_encoder}[command]
+    with pytest.raises(ValueError, match="lack encoder.layer.1.output.dense.bias"):
+        use(tmp_path / "bert")
+
+
+KEYS = {
+    "modules.json": "sentence_transformers.models.Pooling",
+    "1_Pooling/config.json": '"word_embedding_dimension"',
+    "sentence_bert_config.json": '"max_seq_length"',
+}
+
+
+def test_an_export_has_the_keys_that_older_libraries_read(tmp_path):
+    """benchmarks/exports.py opens such folders in sentence-transformers 5 and optimum."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    from minibert.hub.export import export
+
+    encoder = save_family(tmp_path / "bert")
+    modules = [Transformer(str(tmp_path / "bert")), Pooling(encoder.config.hidden_size, "mean")]
+    SentenceTransformer(modules=modules).save(str(tmp_path / "source"))
+    convert(tmp_path / "source", tmp_path / "minibert")
+    export(tmp_path / "minibert", tmp_path / "plain")
+    for folder in ("minibert", "plain"):
+        for name, key in KEYS.items():
+            assert key in (tmp_path / folder / name).read_text()
+    folders.write_tokenizer(minibert.train_wordpiece(["some words"], vocab_size=30), tmp_path)
+    assert "[CLS]" in (tmp_path / "vocab.txt").read_text().splitlines()
+    assert '"position_embedding_type": "absolute"' in (tmp_path / "plain" / "config.json").read_text()

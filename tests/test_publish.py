@@ -555,7 +555,7 @@ def test_folders_that_are_no_finished_model(building_hub, source, tmp_path, run)
     (folder / "checkpoints").rmdir()
     name, tensor = next(iter(read_weights(folder).items()))
     edit_weights(folder, **{name: tensor * float("nan")})
-    assert f"not finite: {name}" in run("push", folder, "ann/x", status=2).stderr
+    assert f"infinity in {name}" in run("push", folder, "ann/x", status=2).stderr
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors" in run("push", folder, "ann/x", status=2).stderr
     (folder / "config.json").unlink()
