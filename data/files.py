@@ -361,10 +361,11 @@ def _json_values(raw: list[Any], names: list[str]) -> Iterator[list[list[Any]]]:
 def _json_objects(path: Path) -> Iterator[list[dict[str, Any]]]:
     done = 0
     for rows in _json_rows(path):
-        parsed = [_parse(row) for row in rows]
-        for number, row in enumerate(parsed, start=done + 1):
+        parsed = []
+        for number, row in enumerate(map(_parse, rows), start=done + 1):
             if isinstance(row, Bad):
                 raise ValueError(f"{path}: row {number} {row.reason}. Correct it or remove the row.")
+            parsed.append(row)
         yield parsed
         done += len(rows)
 

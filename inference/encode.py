@@ -291,7 +291,8 @@ class Encoder:
             return np.empty((0, self.dimension), dtype=np.float32)
         options: dict[str, Any] = {} if task is None else {"task": task}
         options |= {"prompt": prompt or "", "normalize_embeddings": self._normalize, "show_progress_bar": False}
-        return finite(np.asarray(self.model.encode(list(texts), **options), dtype=np.float32))
+        vectors: np.ndarray = finite(np.asarray(self.model.encode(list(texts), **options), dtype=np.float32))
+        return vectors
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
@@ -304,7 +305,8 @@ class Encoder:
         if self.normalized:
             vectors = F.normalize(vectors, dim=-1)
         trim_memory()
-        return finite(vectors.cpu().numpy())
+        found: np.ndarray = finite(vectors.cpu().numpy())
+        return found
 
     def _vectors(self, batch: Batch) -> Tensor:
         """Compute the pooled vectors (texts, C) of one batch."""

@@ -20,7 +20,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
-from minibert.data.stream import Bad, Rows, Stream, open_stream
+from minibert.data.files import Bad
+from minibert.data.stream import Rows, Stream, open_stream
 from minibert.files.disk import exclusive_lock, read_json
 from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS

@@ -226,7 +226,7 @@ class Progress:
     loss_sum: float = 0.0
     tokens: int = 0  # since the last line of the log
     all_tokens: int = 0
-    evaluation: dict[str, float] = field(default_factory=dict)  # latest metrics
+    evaluation: dict[str, Any] = field(default_factory=dict)  # latest metrics
 
 
 class Meter:
@@ -359,7 +359,7 @@ def fit(
     rows: Any,
     args: LoopArguments,
     context: StageContext,
-    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    evaluate: Callable[[Any], dict[str, Any]] | None = None,
     metric: str | None = None,
 ) -> dict[str, Any]:
     """Train ``model``. Save the model, metrics and a log in the output folder of ``context``.
@@ -453,7 +453,7 @@ class _Run:
         self.best: dict[str, Any] | None = None
         self.saved_step: int | None = None
 
-    def train(self, evaluate: Callable[[nn.Module], dict[str, float]] | None) -> None:
+    def train(self, evaluate: Callable[[nn.Module], dict[str, Any]] | None) -> None:
         arguments, progress, accelerator = self.arguments, self.progress, self.accelerator
         loader = DataLoader(
             self.steps,
@@ -550,7 +550,7 @@ class _Run:
             f"step. Check these rows, lower learning_rate, or use precision: fp32. {saved}"
         )
 
-    def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
+    def evaluate(self, evaluate: Callable[[nn.Module], dict[str, Any]]) -> None:
         """Evaluate the model, and save the weights if they are the best so far."""
         self.checked_loss()
         with self.meter.timed("evaluation"), torch.no_grad():

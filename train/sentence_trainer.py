@@ -42,7 +42,7 @@ def train(
     loss: Any,
     args: EmbedStage,
     context: StageContext,
-    evaluate: Callable[[Any], dict[str, float]] | None,
+    evaluate: Callable[[Any], dict[str, Any]] | None,
 ) -> dict[str, Any]:
     """Train ``model`` on ``pairs``, and save the model in ``context.output_dir``.
 
@@ -137,12 +137,12 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
     rows = batches = total = 0
     mined = False
     for part in pairs.values() if isinstance(pairs, dict) else [pairs]:
-        options = {"batch_size": args.batch_size, "drop_last": False, "generator": torch.Generator(), "seed": seed}
-        sampler = NoDuplicatesBatchSampler(part, **options)
+        sampler = NoDuplicatesBatchSampler(part, args.batch_size, drop_last=False, generator=torch.Generator(), seed=seed)
+        every = args.batch_sampler != "no_duplicates"
         # The trainer takes as many batches as all rows would fill.
-        sizes = [len(batch) for batch in islice(sampler, len(sampler))] if args.batch_sampler == "no_duplicates" else []
-        rows, batches = rows + (sum(sizes) if sizes else len(part)), batches + (len(sizes) or len(sampler))
-        total, mined = total + len(part), mined or len(part.column_names) > 2
+        rows += len(part) if every else sum(len(batch) for batch in islice(sampler, len(sampler)))
+        batches, total = batches + len(sampler), total + len(part)
+        mined = mined or len(part.column_names) > 2
     found = {"rows_per_epoch": rows, "rows_left_out": total - rows, "mean_batch_size": round(rows / batches, 2)}
     if processes().is_main_process:
         logger.info(
@@ -208,7 +208,7 @@ class _StageCallback(ProgressCallback):
         self.eval_steps, self.metric, self.kept = args.eval_steps, args.metric_for_best, args.save_total_limit
         self.log_file, self.best_folder = output_dir / "log.jsonl", output_dir / "checkpoints" / "best"
         self.stop, self.interrupted = StopRequest(), 0
-        self.evaluation: dict[str, float] = {}
+        self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -303,7 +303,7 @@ class _StageCallback(ProgressCallback):
         """Return the seconds of training. Interrupted runs count as well."""
         return round(time.perf_counter() - self.start, 3)
 
-    def load_best(self) -> dict[str, float]:
+    def load_best(self) -> dict[str, Any]:
         """Load the best weights if they were saved, and return the metrics of the model."""
         if self.best is None:
             return self.evaluation

@@ -167,7 +167,7 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
 
 def evaluator(
     rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int
-) -> Callable[[nn.Module], dict[str, float]]:
+) -> Callable[[nn.Module], dict[str, Any]]:
     """Return a function that computes :func:`answer_metrics` of a model."""
     texts = [[text for _, text in row] for row in answers]
     rows = rows.select_columns(list(_TEXTS))

@@ -141,7 +141,7 @@ def evaluator(
     labels: np.ndarray,
     tokenizer: Any,
     batch_size: int,
-) -> Callable[[nn.Module], dict[str, float]]:
+) -> Callable[[nn.Module], dict[str, Any]]:
     """Return a function that computes :func:`choice_metrics` of a model."""
 
     def evaluate(model: Any) -> dict[str, float]:

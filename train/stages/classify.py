@@ -67,10 +67,10 @@ def find_text_columns(
     return columns
 
 
-def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
+def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, Any]]:
     """Return a function that measures a classifier. Processes divide the work."""
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
+    def evaluate(model: nn.Module) -> dict[str, Any]:
         numbers, logits = compute_outputs(model, rows, batch_size)
         return classification_metrics(torch.cat(logits), rows.labels[numbers], problem_type)
 

@@ -198,7 +198,7 @@ def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
     return MultipleNegativesRankingLoss(model, **options)
 
 
-def evaluator(pairs: Dataset, batch_size: int) -> Callable[[SentenceTransformer], dict[str, float]]:
+def evaluator(pairs: Dataset, batch_size: int) -> Callable[[SentenceTransformer], dict[str, Any]]:
     """Return a function that measures retrieval with the evaluation pairs."""
     queries, passages = list(pairs["anchor"]), list(pairs["positive"])
 

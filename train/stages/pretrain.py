@@ -256,7 +256,7 @@ class SentencePairs:
         return {**{name: torch.from_numpy(array) for name, array in batch.items()}, "next_sentence_label": follows}
 
 
-def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
+def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn.Module], dict[str, Any]]:
     """Return a function that measures a model. All calls mask the same words."""
 
     def evaluate(model: Any) -> dict[str, float]:

@@ -90,7 +90,7 @@ class TagRows(TokenizedDataset):
 
 def evaluator(
     rows: TagRows, expected: Sequence[Sequence[str]], names: Sequence[str], batch_size: int
-) -> Callable[[nn.Module], dict[str, float]]:
+) -> Callable[[nn.Module], dict[str, Any]]:
     """Return a function that measures a tagger on all words. Processes divide the work."""
     ends = np.cumsum([0, *map(len, expected)])
 

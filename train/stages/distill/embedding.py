@@ -239,10 +239,10 @@ def _encoder(model: SentenceTransformer, field: str) -> Any:
 
 def evaluator(
     held_out: Sequence[tuple[str, Dataset]], dims: Sequence[int], batch_size: int
-) -> Callable[[SentenceTransformer], dict[str, float]]:
+) -> Callable[[SentenceTransformer], dict[str, Any]]:
     """Return a function that measures a model, also with vectors truncated to ``dims``."""
 
-    def measure(model: SentenceTransformer) -> dict[str, float]:
+    def measure(model: SentenceTransformer) -> dict[str, Any]:
         metrics: dict[str, float | None] = {}
         for size in (None, *dims):
             scores, end = [], "" if size is None else f"_{size}d"

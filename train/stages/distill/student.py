@@ -112,8 +112,8 @@ def fit_student(
     args: Any,
     context: StageContext,
     rows: Any,
-    measure: Callable[[Any], dict[str, float]] | None,
-    measure_teacher: Callable[[Any], dict[str, float]] | None = None,
+    measure: Callable[[Any], dict[str, Any]] | None,
+    measure_teacher: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train the student of ``distillation`` with :func:`fit`.
 
@@ -134,7 +134,7 @@ def fit_student(
         teacher_metrics = (measure_teacher or measure)(distillation.teacher)
         choose_metric(args.metric_for_best, list(teacher_metrics))
 
-        def evaluate(trained: Any) -> dict[str, float]:
+        def evaluate(trained: Any) -> dict[str, Any]:
             return measure(trained.student)
 
     metrics = fit(distillation, tokenizer, rows, args, context, evaluate, args.metric_for_best)
