@@ -196,7 +196,8 @@ def _of_stage(folder: Path, model: str) -> Iterator[Evaluation]:
     for source in stage["data"]:
         name = source["path"] if source.get("split") is None else f"{source['path']} {source['split']}"
         if found := metrics.get(name):
-            baselines = dict(found["systems"])
+            systems = found["systems"].items()  # an undefined metric is None
+            baselines = {name: {key: value for key, value in of.items() if value is not None} for name, of in systems}
             rows = {key: value for key, value in found.items() if isinstance(value, int)}
             data = _source(source, environment, "validation")
             yield Evaluation(data=data, metrics=baselines.pop("model"), baselines=baselines, rows=rows)

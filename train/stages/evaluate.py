@@ -11,14 +11,14 @@ from minibert.train.stage import StageContext
 
 def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]:
     """Return a dictionary from the path of each data set to the metrics of the model."""
-    metrics = {}
     parts = [load([source], split="validation") for source in args.data]
     for source, data in zip(args.data, parts, strict=True):
         context.note_columns([source], data, {name: name for name in data.column_names})
     context.end_check()
-    for source, data in zip(args.data, parts, strict=True):
+    used, context.data = context.data, []  # kept with the metrics of each data set
+    metrics = {}
+    for source, data, columns in zip(args.data, parts, used, strict=True):
         name = source.path if source.split is None else f"{source.path} {source.split}"
-        metrics[name] = evaluate(
-            str(context.model), data, limit=args.limit, baselines=args.baselines, batch_size=args.batch_size
-        )
+        found = evaluate(str(context.model), data, limit=args.limit, baselines=args.baselines, batch_size=args.batch_size)
+        metrics[name] = {**found, "data": columns}
     return metrics
