@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, Features, config
+from datasets import ClassLabel, Dataset, Features, config
 from datasets.table import MemoryMappedTable
 from filelock import FileLock
 from pyarrow import parquet
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 512  # rows in memory
 _PEEK = 100  # rows that show the columns of a file without a schema
-_FORMAT = 1  # of the cached tables
+_FORMAT = 2  # of the cached tables
 _LEFT_OUT = b"left_out"  # key of the schema's metadata: column -> why it is not in the table
 _MIXED = "its values have no common type"
 Types = dict[str, Any]  # the Arrow type of each column; a string says why a column has none
@@ -113,8 +113,9 @@ def _common_schema(files: Sequence[Path]) -> pa.Schema:
     left_out = {name: kind for name, kind in found.items() if isinstance(kind, str)}
     features = _features(pa.schema([(name, kind) for name, kind in found.items() if name not in left_out]))
     for name in features if declared else ():  # names of classes survive where all files have the same
-        if all(some.get(name) == declared[0].get(name, some) for some in declared):
-            features[name] = declared[0][name]
+        known = declared[0].get(name)
+        if isinstance(known, ClassLabel) and all(some.get(name) == known for some in declared):
+            features[name] = known
     schema = features.arrow_schema
     return schema.with_metadata({**schema.metadata, _LEFT_OUT: json.dumps(left_out)})
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
-from minibert.data.load import as_dataset, load
+from minibert.data.load import as_dataset, load, text_columns
 from minibert.data.source import DataSource
 from minibert.data.stream import open_stream
 
@@ -97,6 +97,7 @@ def test_every_kind_of_string_is_text(tmp_path):
     )
     for name in table:
         assert texts(tmp_path / "rows.parquet", name) == values
+    assert text_columns(as_dataset(str(tmp_path / "rows.parquet"), split="train")) == list(table)
 
 
 def test_classes_survive_where_all_files_agree(tmp_path):
