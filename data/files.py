@@ -112,6 +112,7 @@ def _common_schema(files: Sequence[Path]) -> pa.Schema:
                 declared.append(_features(parquet.read_schema(file)))
     left_out = {name: kind for name, kind in found.items() if isinstance(kind, str)}
     features = _features(pa.schema([(name, kind) for name, kind in found.items() if name not in left_out]))
+    left_out |= {name: f"it holds {kind}" for name, kind in found.items() if name not in left_out and name not in features}
     for name in features if declared else ():  # names of classes survive where all files have the same
         known = declared[0].get(name)
         if isinstance(known, ClassLabel) and all(some.get(name) == known for some in declared):
@@ -240,6 +241,12 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.list_(_plain_type(kind.value_type))
     shorter = {pa.string_view(): pa.string(), pa.large_string(): pa.string(), pa.binary_view(): pa.binary()}
     return shorter.get(kind, kind)
+
+
+def _parquet_types(file: Path) -> Iterator[Types]:
+    schema = parquet.read_schema(file)
+    double = {name: "there is another column of its name" for name in schema.names if schema.names.count(name) > 1}
+    yield {**_types(schema), **double}
 
 
 def types_of_rows(rows: Iterable[dict[str, Any]]) -> Types:
@@ -450,7 +457,7 @@ READERS = {
     "parquet": Reader(
         lambda file: _types(parquet.read_schema(file)),
         _parquet_blocks,
-        lambda file: [_types(parquet.read_schema(file))],
+        _parquet_types,
         _parquet_tables,
     ),
     "json": Reader(_json_columns, _json_blocks, _json_types, _json_tables),

@@ -88,6 +88,18 @@ def test_a_column_without_a_type_is_left_out(tmp_path, caplog):
     assert all(f"column '{name}' is left out" in caplog.text for name in ("meta", "odd", "big"))
 
 
+def test_a_column_that_cannot_be_a_column_is_left_out(tmp_path, caplog):
+    pairs = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
+    parquet.write_table(
+        pa.table([["a"], ["b"], ["c"], pairs], names=["twice", "twice", "text", "pairs"]), tmp_path / "rows.parquet"
+    )
+    assert as_dataset(str(tmp_path / "rows.parquet"), split="train").column_names == ["text"]
+    assert (
+        "'twice' is left out, since there is another" in caplog.text
+        and "'pairs' is left out, since it holds map" in caplog.text
+    )
+
+
 def test_every_kind_of_string_is_text(tmp_path):
     values = ["a text", None, "another"]
     kinds = {"view": pa.string_view(), "large": pa.large_string(), "plain": pa.string()}
