@@ -131,7 +131,7 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
     batch.
 
     Raises:
-        ValueError: less than half of the rows are read, or most batches have one row, which
+        ValueError: if less than half of the rows are read, or every batch has one row, which
             has no negatives.
     """
     rows = batches = total = 0
@@ -149,7 +149,7 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
             "An epoch reads %d of %d rows in batches of %.1f rows on average; %d rows are left out.",
             *(rows, total, rows / batches, total - rows),
         )
-    if 2 * rows < total or (rows < 2 * batches and not mined):
+    if 2 * rows < total or (rows == batches and not mined):
         raise ValueError(
             f"An epoch would read only {rows} of {total} rows, in batches of {rows / batches:.1f} rows on average: equal "
             "queries or passages never share a batch, and a row needs others as negatives. Give more different pairs, or "
