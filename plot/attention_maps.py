@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from minibert.inference.answers import max_length_of
+from minibert.inference.load import finite
 from minibert.plot import page
 
 # Browsers are slow with more weights in a page, so heads are averaged.
@@ -149,7 +150,7 @@ def attention(
         recorded = encoder(**inputs, output_attentions=True).attentions
     if not recorded:
         raise ValueError(f"{model} has no layers that return attention weights; choose another model.")
-    weights = torch.cat(list(recorded)).float().numpy()  # (layers, heads, n, n)
+    weights = finite(torch.cat(list(recorded)).float()).numpy()  # (layers, heads, n, n)
     notes = []
     if (count := len(tokenizer(*pair, verbose=False)["input_ids"])) > limit:
         notes.append(f"Of {count} tokens, only {limit} are read. In a pair, the longer text is cut first.")

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from minibert.inference.answers import max_length_of
-from minibert.inference.load import load
+from minibert.inference.load import finite, load
 from minibert.plot import page
 
 # The maximum number of points with names, and of labels with their own colour and marker.
@@ -124,7 +124,7 @@ def embeddings(
     names = None if labels is None else [str(label) for label in labels]
     if tokens:
         return _tokens(model, texts, names, method, trust_remote_code)
-    vectors = load(model, device="cpu", trust_remote_code=trust_remote_code).encode(texts)
+    vectors = finite(load(model, device="cpu", trust_remote_code=trust_remote_code).encode(texts))
     return Embeddings(
         title=f"{len(texts):,} texts in {page.name_of(model)}",
         spaces=[Space("texts", *project(vectors, method))],
@@ -145,7 +145,7 @@ def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, metho
         if not output.hidden_states:
             raise ValueError(f"{model} has no transformer layers, so tokens have no vectors in context; draw texts instead.")
         before.append(output.hidden_states[0][0])  # (length, width)
-        after.append(output.last_hidden_state[0])
+        after.append(finite(output.last_hidden_state[0]))
         found = page.token_labels(tokenizer, inputs["input_ids"][0].tolist())
         names += found
         shown += [f"{token} (token {place} of: {page.plain(text, 200)})" for place, token in enumerate(found, start=1)]
@@ -239,7 +239,7 @@ def similarity(
         for number, text in enumerate(texts, start=1):
             page.check_text(text, f"Text {number} of the {which} list")
     opened = load(model, device="cpu", trust_remote_code=trust_remote_code)
-    values = opened.similarity(*(opened.encode(texts, convert_to_tensor=True) for texts in lists))
+    values = opened.similarity(*(finite(opened.encode(texts, convert_to_tensor=True)) for texts in lists))
     return Similarity(
         title=f"{str(opened.similarity_fn_name).capitalize()} similarities in {page.name_of(model)}",
         rows=lists[0],

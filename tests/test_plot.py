@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 import minibert
-from helpers import run_command, write_rows
+from helpers import edit_weights, read_weights, run_command, write_rows
 from minibert import MiniBertConfig, MiniBertModel, plot, train_word_level, train_wordpiece
 from minibert.inference.load import load
 from minibert.plot import attention_maps as plot_attention
@@ -385,6 +385,23 @@ def test_attention_reads_as_many_tokens_as_asked(models):
 
 
 # The command
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda model: plot.attention(model, TEXTS[0]),
+        lambda model: plot.embeddings(model, TEXTS),
+        lambda model: plot.embeddings(model, TEXTS, tokens=True),
+        lambda model: plot.similarity(model, TEXTS),
+    ],
+)
+def test_a_model_that_computes_nan_is_not_drawn(models, tmp_path, draw):
+    model = shutil.copytree(models / "minibert", tmp_path / "model")
+    name = next(name for name in read_weights(model) if name.endswith("word_embeddings.weight"))
+    edit_weights(model, **{name: torch.full_like(read_weights(model)[name], float("nan"))})
+    with pytest.raises(FloatingPointError, match="The model computes NaN"):
+        draw(model)
 
 
 @pytest.fixture
