@@ -162,12 +162,14 @@ def read_texts(args: DistillEmbeddingStage, context: StageContext) -> list[str]:
             found, args.text_columns, [found] if found else [], option="text_columns", where=source.path, columns=every
         )
         context.note_columns([source], dataset, {name: name for name in columns})
+        if context.only_check:  # the texts themselves are read once, when the stage runs
+            continue
         for batch in dataset.select_columns(columns).iter(1000):
             for column in columns:
                 for value in batch[column]:
                     parts = value.splitlines() if value and args.split_lines else [value or ""]
                     texts.update((part.strip(), None) for part in parts if part.strip())
-    if len(texts) < 2:
+    if len(texts) < 2 and not context.only_check:
         raise ValueError("Distillation compares texts with each other; give at least two different texts.")
     return list(texts)
 
