@@ -22,11 +22,11 @@ processes: each holds the complete model, and they share the data. Checkpoints a
 disks; a file that is missing or cut short is found and the checkpoint before it used, a flipped bit is not found. A loss that
 is not a number stops the run.
 
-Before the first stage trains, the data of all stages are read and checked. Each stage prints which columns it uses and the
-first row as it understands it; `metrics.json` records both as `data`. Data are files of the kinds `.parquet`, `.jsonl`, `.json`,
-`.csv`, `.tsv` and `.txt`, folders of them, data sets on the Hub, or a pipe. A name is never a pattern. A column has one type in
-all rows, and a column without one is left out with a warning. Columns of CSV may also be separated by semicolons or tabs, which
-is said; a quotation mark in TSV is a character.
+Before the first stage trains, the data of all stages are read and checked. Each stage prints which columns it uses
+and the first row as it understands it; `metrics.json` records both as `data`. Data are files of the kinds `.parquet`,
+`.jsonl`, `.json`, `.csv`, `.tsv` and `.txt`, folders of them, data sets on the Hub, or a pipe. A name is never a
+pattern. A column has one type in all rows, and a column without one is left out with a warning. Columns of CSV may
+also be separated by semicolons or tabs, which is said; a quotation mark in TSV is a character.
 
 This page is made by `python docs/fields.py` from the models that check a recipe.
 """
