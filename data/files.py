@@ -418,9 +418,9 @@ def _separator(path: Path, _: int) -> str:
     return ","
 
 
-def _csv_chunks(path: Path, **options: Any) -> Iterator[pd.DataFrame]:
+def _csv_chunks(path: Path, rows: int = 20 * _BLOCK, **options: Any) -> Iterator[pd.DataFrame]:
     # All columns are read: of some alone, pandas reports no row with too many values.
-    with pd.read_csv(path, chunksize=_BLOCK, **_csv_options(path), **options) as chunks:
+    with pd.read_csv(path, chunksize=rows, **_csv_options(path), **options) as chunks:
         while True:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # instead of dropping values beyond the last column
@@ -431,7 +431,7 @@ def _csv_chunks(path: Path, **options: Any) -> Iterator[pd.DataFrame]:
 
 
 def _csv_blocks(path: Path, names: list[str]) -> Iterator[Block]:
-    return ((len(chunk), _csv_values(chunk, names)) for chunk in _csv_chunks(path, dtype=object))
+    return ((len(chunk), _csv_values(chunk, names)) for chunk in _csv_chunks(path, _BLOCK, dtype=object))
 
 
 def _csv_values(chunk: pd.DataFrame, names: list[str]) -> Iterator[list[list[Any]]]:
