@@ -129,7 +129,7 @@ def finite(values: Any) -> Any:
     Raises:
         FloatingPointError: if any is NaN or infinite.
     """
-    if not np.isfinite(values.cpu().numpy() if isinstance(values, torch.Tensor) else values).all():
+    if not bool((values.isfinite() if isinstance(values, torch.Tensor) else np.isfinite(values)).all()):
         raise FloatingPointError(
             "The model computes NaN (not a number) or infinity, so its results mean nothing. Compute in float32, or save or "
             "train the model again."

@@ -12,7 +12,7 @@ from helpers import edit_weights, read_weights, run_command, save_model
 from minibert import MiniBertForSequenceClassification, train_word_level
 from minibert.evaluation import evaluate as module
 from minibert.evaluation.evaluate import evaluate, metrics_table, retrieval, untrained
-from minibert.inference.load import load
+from minibert.inference.load import finite, load
 
 ANSWERS = [
     "the cat sleeps on the sofa",
@@ -182,6 +182,15 @@ def test_similarity_is_the_rank_correlation_of_the_cosines(encoder):
 
 
 @pytest.mark.filterwarnings("ignore:An input array is constant")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_vectors_of_every_dtype_are_looked_at(dtype):
+    vectors = torch.ones(2, 3, dtype=dtype)
+    assert finite(vectors) is vectors
+    vectors[1, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="The model computes NaN"):
+        finite(vectors)
+
+
 @pytest.mark.parametrize("data", [PAIRS, {"sentence1": QUERIES, "sentence2": ANSWERS, "score": [0, 1, 2, 3]}])
 def test_a_model_that_computes_nan_gets_no_metrics(encoder, tmp_path, data):
     folder = shutil.copytree(encoder, tmp_path / "broken")

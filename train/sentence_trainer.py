@@ -239,10 +239,10 @@ class _StageCallback(ProgressCallback):
         # The usual progress bar would print a line on standard output.
         if not logs or "loss" not in logs:
             return
-        losses, steps = self.losses, state.global_step - self.losses.step
-        # The trainer's own mean begins anew where a run is resumed.
-        loss = (losses.total() - losses.logged) / max(1, steps)
-        losses.logged, losses.step = losses.total(), state.global_step
+        # The trainer's own mean starts again where a run is resumed.
+        losses, total = self.losses, self.losses.total()
+        loss = (total - losses.logged) / max(1, state.global_step - losses.step)
+        losses.logged, losses.step = total, state.global_step
         losses.since.zero_()
         rate, grad_norm = logs["learning_rate"], float(logs.get("grad_norm", 0.0))
         # With fp16, the gradient scaler skips steps with infinite gradients.
