@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from minibert.data.docstrings import load_pairs
 from minibert.data.files import SUFFIXES, kind_of, read_table, spooled
 from minibert.data.labels import is_text
 from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
+from minibert.files.disk import expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -213,8 +213,7 @@ def _by_split(root: Path, files: Sequence[Path], *, in_words: bool) -> dict[str,
 
 def local_path(source: DataSource) -> Path | None:
     """Return the local path of ``source``, or None if the source may be on the Hub."""
-    here = os.path.exists(source.path)  # libraries would expand a ~ in the name of a file
-    path = Path(os.path.abspath(source.path) if here and source.path.startswith("~") else os.path.expanduser(source.path))
+    path = expand_home(source.path)
     if path.exists() and source.config is not None:
         raise ValueError(
             f"{source.path} is a file or folder here, which has no configuration {source.config!r}; name it "

@@ -1,10 +1,11 @@
 """Describe the data sets of recipes and of the command line."""
 
-import os
 import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from minibert.files.disk import expand_home
 
 INSTALLED_DOCS = "installed-docs"
 _HUB_WITH_CONFIG = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
@@ -66,7 +67,7 @@ class DataSource(BaseModel):
     def _from_string(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        here = os.path.exists(value) or os.path.exists(os.path.expanduser(value))  # the name of a file may contain a colon
+        here = expand_home(value).exists()  # the name of a file may contain a colon
         match = None if here else _HUB_WITH_CONFIG.fullmatch(value)
         return {"path": match[1], "config": match[2]} if match else {"path": value}
 

@@ -79,7 +79,7 @@ def load_corpus(
         *(part._fingerprint for part in parts),
     ):
         key.update(repr(fact).encode())
-    root = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "minibert-corpus"
+    root = disk.expand_home(cache_dir) if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "minibert-corpus"
     folder = root / key.hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     corpus = TokenizedCorpus(folder, _tokenize(parts, tokenizer, sentence_delimiters, folder, workers or os.cpu_count() or 1))

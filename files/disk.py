@@ -88,6 +88,17 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return ``path`` with a leading ``~`` replaced by the home folder.
+
+    A file that has this very name comes first, and the name of an unknown user stays, for
+    which ``Path.expanduser`` raises a RuntimeError.
+    """
+    if os.path.exists(path) and str(path).startswith("~"):
+        return Path(os.path.abspath(path))  # otherwise, a library would expand it
+    return Path(os.path.expanduser(path))
+
+
 def sha256(file: Path) -> str:
     """Return the SHA-256 hash of a file as hexadecimal digits."""
     with file.open("rb") as content:

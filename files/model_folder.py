@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from minibert.files.disk import read_json
+from minibert.files.disk import expand_home, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -62,7 +62,7 @@ def check_model(folder: Path) -> None:
 
 def refuse_missing(model: str | Path, advice: str) -> NoReturn:
     """Raise FileNotFoundError for a missing model folder. The message ends with ``advice``."""
-    path = Path(model).expanduser()
+    path = expand_home(model)
     here = f"There is no model folder {model} (current folder: {Path.cwd()})"
     raise FileNotFoundError(f"{f'{model} is a file' if path.is_file() else here}; {advice}.")
 

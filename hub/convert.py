@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.dynamic_module_utils import custom_object_save
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.files.disk import read_json, write_json
+from minibert.files.disk import expand_home, read_json, write_json
 from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
 from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
@@ -123,7 +123,7 @@ def convert(
         )
         parity.check(differences, f"The MiniBERT made of {source}")
         # The card states the origin of the weights, except a local folder.
-        origin = {"base_model": None if Path(source).expanduser().exists() else str(source), "revision": revision}
+        origin = {"base_model": None if expand_home(source).exists() else str(source), "revision": revision}
         write_json(temporary / "conversion.json", {**origin, "differences": differences})
     return Report(
         source=str(source),

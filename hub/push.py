@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minibert import configuration_minibert
 from minibert.files import installation
-from minibert.files.disk import read_json, readable_os_errors, write_json, write_text
+from minibert.files.disk import expand_home, read_json, readable_os_errors, write_json, write_text
 from minibert.files.model_folder import WEIGHTS, code_files, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
@@ -229,7 +229,7 @@ def _prove_download(
 
 def model_folder(model: str | Path) -> Path:
     """Return the folder to publish. For a run, this is the folder of the last trained model."""
-    folder = Path(model).expanduser()
+    folder = expand_home(model)
     if not folder.is_dir():
         refuse_missing(model, "give the folder of a run, of a stage or of a model")
     unfinished = (folder / "checkpoints").is_dir()
@@ -308,7 +308,7 @@ def check_private(folder: Path, places: Iterable[Path]) -> None:
     begin = r"(?<![\w.:/])"  # matches before a path, but not before the path of a URL
     homes = rf"/(?:home|Users)|(?:/[\w.-]+)*/{re.escape(getpass.getuser())}|{re.escape(str(Path.home()))}"
     patterns = [rf"(?:{begin}(?:{homes})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]
-    roots = [place.expanduser().resolve() for place in places]
+    roots = [expand_home(place).resolve() for place in places]
     patterns += [re.escape(str(root)) + r"\b" for root in roots if len(root.parts) > 1]
     private = re.compile("|".join(patterns))
     found = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.files.disk import read_json, sha256
+from minibert.files.disk import expand_home, read_json, sha256
 from minibert.files.installation import version
 from minibert.files.model_folder import (
     check_paths,
@@ -93,7 +93,7 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
         ValueError: if the name is malformed, or the model on the Hub has no safetensors file.
         HubError: if the Hub refuses the request or cannot be reached.
     """
-    folder, commit = Path(model).expanduser(), None
+    folder, commit = expand_home(model), None
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "modules.json")):
             raise FileNotFoundError(

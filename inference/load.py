@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.files.disk import read_json
+from minibert.files.disk import expand_home, read_json
 from minibert.files.model_folder import (
     check_paths,
     check_weights,
@@ -139,7 +139,7 @@ def finite(values: Any) -> Any:
 
 def find_folder(model: str | Path, revision: str | None = None) -> Path:
     """Return ``model`` if it is a folder. Otherwise, download the model from the Hub."""
-    folder, name = Path(model).expanduser(), str(model)
+    folder, name = expand_home(model), str(model)
     if folder.is_dir():
         return folder
     if folder.exists() or name.count("/") > 1 or name.startswith(("/", ".", "~")):

@@ -2,7 +2,6 @@
 
 import html
 import io
-import os
 import textwrap
 import warnings
 from abc import ABC, abstractmethod
@@ -24,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from minibert.data.columns import pick_columns
 from minibert.data.files import kind_of
 from minibert.data.load import as_dataset, text_columns
-from minibert.files.disk import atomic_write
+from minibert.files.disk import atomic_write, expand_home
 from minibert.files.model_folder import opening
 from minibert.inference.load import check_complete, encoder_folder, find_model
 from minibert.inference.predict import check_output
@@ -322,7 +321,7 @@ class Picture(ABC):
 
     def save(self, out: str | Path, *, force: bool = False) -> Path:
         """Write the picture as a page (``.html``) or image (``.png``). Return the path."""
-        out = Path(out).expanduser()
+        out = expand_home(out)
         check_output(out, SUFFIXES, force=force)
         with atomic_write(out) as part:
             part.write_bytes(self.page().encode() if out.suffix == ".html" else self.image())
@@ -378,7 +377,7 @@ def read_texts(
     """
     name = given[0]
     known = "/" in name or bool(kind_of(Path(name)))
-    if len(given) > 1 or not (os.path.exists(os.path.expanduser(name)) or (known and " " not in name)):
+    if len(given) > 1 or not (expand_home(name).exists() or (known and " " not in name)):
         if column or label_column:
             raise ValueError("Texts have no columns; give a file, or leave out --column and --label-column.")
         return list(given), None

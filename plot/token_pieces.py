@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minibert.files.disk import read_json
+from minibert.files.disk import expand_home, read_json
 from minibert.inference.load import find_model
 from minibert.plot.page import check_text, plain, token_labels
 
@@ -81,7 +81,7 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
 
 
 def _open_tokenizer(model: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    folder = Path(model).expanduser()
+    folder = expand_home(model)
     if not (folder / "tokenizer_config.json").exists():  # the folder may hold only a tokenizer
         folder = find_model(model, trust_remote_code=trust_remote_code)
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):

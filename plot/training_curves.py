@@ -8,6 +8,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
+from minibert.files.disk import expand_home
 from minibert.plot import page
 
 LOG = "log.jsonl"
@@ -97,7 +98,7 @@ def training(runs: str | Path | Sequence[str | Path]) -> Training:
     paths = [runs] if isinstance(runs, str | Path) else list(runs)
     if not paths:
         raise ValueError("No run is given; give the folder of a run.")
-    logs = list(dict.fromkeys(log for path in paths for log in find_logs(Path(path).expanduser())))
+    logs = list(dict.fromkeys(log for path in paths for log in find_logs(expand_home(path))))
     names = _names(logs)
     read = [Run(name, read_log(log)) for name, log in zip(names, logs)]
     return Training(title="Training of " + (names[0] if len(names) == 1 else f"{len(names)} stages"), runs=read)

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -12,6 +13,8 @@ from pyarrow import parquet
 from minibert.data.load import as_dataset, load, text_columns
 from minibert.data.source import DataSource
 from minibert.data.stream import open_stream
+from minibert.files.disk import expand_home
+from minibert.inference.load import find_folder
 
 
 def texts(path, column="text"):
@@ -32,6 +35,13 @@ def test_a_name_is_never_a_pattern(name, tmp_path, monkeypatch):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("text\nof the named file\n")
     assert texts(name) == ["of the named file"]
+
+
+def test_the_name_of_an_unknown_user_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no model folder ~no-such-user"):
+        find_folder("~no-such-user")
+    assert expand_home("~").is_dir() and expand_home("~no-such-user/x") == Path("~no-such-user/x")
 
 
 def test_a_replaced_file_is_read_again(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minibert.files import installation
+from minibert.files.disk import expand_home
 from minibert.train.stage import StageContext
 
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "accelerate")
@@ -38,7 +39,7 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
         found["started_from"] = Path(start).name
     for name, key in (("model", "base_model"), ("teacher", "teacher")):
         origin = getattr(context, name)
-        if origin and not Path(origin).expanduser().exists():
+        if origin and not expand_home(origin).exists():
             found[key] = origin
     return found
 

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +55,7 @@ def run_recipe(
     """
     minibert.register()
     state = processes()
-    run_dir = Path(output_dir or recipe.output_dir or Path("runs") / recipe.name).expanduser()
+    run_dir = disk.expand_home(output_dir or recipe.output_dir or Path("runs") / recipe.name)
     _check_models(recipe)
     for stage in recipe.stages:  # report missing packages before the first stage trains
         _function(stage)
@@ -92,7 +91,7 @@ def _resolve(
     stage: Any, folder: Path, seed: int, model: str | None, tokenizer: str | None, folders: dict[str, str]
 ) -> StageContext:
     def named(name: str) -> str:  # the name of an earlier stage, or a folder or Hub id
-        return folders.get(name) or os.path.expanduser(name)
+        return folders.get(name) or str(disk.expand_home(name))
 
     own_seed = getattr(stage, "seed", None)
     teacher = named(stage.teacher) if isinstance(stage, DistillStage) else None
@@ -113,7 +112,7 @@ def _check_models(recipe: Recipe) -> None:
     kinds = {"model": "model", "teacher": "model", "tokenizer": "tokenizer"}
     asked = ((kind, getattr(stage, field, None)) for stage in recipe.stages for field, kind in kinds.items())
     for kind, name in dict.fromkeys((kind, name) for kind, name in asked if isinstance(name, str) and name not in names):
-        folder = Path(name).expanduser()
+        folder = disk.expand_home(name)
         if folder.is_dir():
             if kind == "model":
                 check_model(folder)
