@@ -32,10 +32,11 @@ from minibert.files.disk import atomic_write, sha256
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 512  # rows in memory
-_PEEK = 100  # rows that show the columns of a file without a schema
+BLOCK = 512  # rows in memory
+PEEK = 100  # rows that show the columns of a file without a schema
 _FORMAT = 2  # of the cached tables
 _LEFT_OUT = b"left_out"  # key of the schema's metadata: column -> why it is not in the table
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []  # copies of pipes, until the process ends
 _MIXED = "its values have no common type"
 Types = dict[str, Any]  # the Arrow type of each column; a string says why a column has none
 Block = tuple[int, Iterator[list[list[Any]]]]  # the number of rows, and the values of each column
@@ -182,9 +183,6 @@ def _copy_of_pipe(path: Path) -> Path:
     return copy.rename(copy.with_suffix(suffix))
 
 
-_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []  # copies of pipes, until the process ends
-
-
 @contextlib.contextmanager
 def plain_errors(file: Path) -> Iterator[None]:
     """Convert the errors of libraries about a damaged file into a ValueError with the file name."""
@@ -264,7 +262,7 @@ def _parquet_blocks(path: Path, names: list[str]) -> Iterator[Block]:
         if double := [name for name in names if file.schema_arrow.names.count(name) > 1]:
             raise ValueError(f"{path} has more than one column named {double[0]!r}; rename all but one.")
         for group in range(file.num_row_groups):
-            batches = file.iter_batches(_BLOCK, [group], names, use_threads=False)
+            batches = file.iter_batches(BLOCK, [group], names, use_threads=False)
             values = ([batch.column(name).to_pylist() for name in names] for batch in batches)
             yield file.metadata.row_group(group).num_rows, values
 
@@ -272,7 +270,7 @@ def _parquet_blocks(path: Path, names: list[str]) -> Iterator[Block]:
 def _parquet_tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     with parquet.ParquetFile(path) as file:
         names = [name for name in schema.names if name in file.schema_arrow.names]
-        for batch in file.iter_batches(_BLOCK, columns=names, use_threads=False):
+        for batch in file.iter_batches(BLOCK, columns=names, use_threads=False):
             columns = {name: batch.column(name) for name in names}
             missing = {name: pa.nulls(len(batch)) for name in schema.names if name not in columns}
             yield pa.table({**columns, **missing}).select(schema.names).cast(schema)
@@ -290,7 +288,7 @@ def read_lines(stream: Any) -> Iterator[str]:
 
 def _line_blocks(path: Path) -> Iterator[list[str]]:
     lines = read_lines(path.open("rb"))
-    while block := list(islice(lines, _BLOCK)):
+    while block := list(islice(lines, BLOCK)):
         yield block
 
 
@@ -317,11 +315,11 @@ def _samples(path: Path, sample_by: str) -> Iterator[pa.Table]:
 
 def _json_columns(path: Path) -> Types:
     rows = next(_json_rows(path), [])
-    parsed = map(_parse, rows[:_PEEK])
+    parsed = map(_parse, rows[:PEEK])
     columns = types_of_rows(row for row in parsed if isinstance(row, dict))
     if not columns:
         raise ValueError(
-            f"{path} holds no JSON objects in its first {_PEEK} rows; give one object per line, such as "
+            f"{path} holds no JSON objects in its first {PEEK} rows; give one object per line, such as "
             '{"text": "a text"}, or an array of objects.'
         )
     return columns
@@ -418,7 +416,7 @@ def _separator(path: Path, _: int) -> str:
     return ","
 
 
-def _csv_chunks(path: Path, rows: int = 20 * _BLOCK, **options: Any) -> Iterator[pd.DataFrame]:
+def _csv_chunks(path: Path, rows: int = 20 * BLOCK, **options: Any) -> Iterator[pd.DataFrame]:
     # All columns are read: of some alone, pandas reports no row with too many values.
     with pd.read_csv(path, chunksize=rows, **_csv_options(path), **options) as chunks:
         while True:
@@ -431,7 +429,7 @@ def _csv_chunks(path: Path, rows: int = 20 * _BLOCK, **options: Any) -> Iterator
 
 
 def _csv_blocks(path: Path, names: list[str]) -> Iterator[Block]:
-    return ((len(chunk), _csv_values(chunk, names)) for chunk in _csv_chunks(path, _BLOCK, dtype=object))
+    return ((len(chunk), _csv_values(chunk, names)) for chunk in _csv_chunks(path, BLOCK, dtype=object))
 
 
 def _csv_values(chunk: pd.DataFrame, names: list[str]) -> Iterator[list[list[Any]]]:

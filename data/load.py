@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from minibert.data.docstrings import load_pairs
 from minibert.data.files import SUFFIXES, kind_of, read_table, spooled
 from minibert.data.labels import is_text
-from minibert.data.source import INSTALLED_DOCS, DataSource, split_parts
+from minibert.data.source import INSTALLED_DOCS, DataSource, joined_paths, split_parts
 from minibert.files.disk import expand_home
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def check_columns(
     filled: bool = True,
 ) -> None:
     """Raise a ValueError for missing columns and, if ``filled`` is True, for missing values."""
-    where = " + ".join(source.path for source in sources)
+    where = joined_paths(sources)
     if missing := [name for name in wanted if name not in dataset.column_names]:
         raise ValueError(
             f"{where} has no column {', '.join(map(repr, missing))}; it has {', '.join(dataset.column_names)}. "

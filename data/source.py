@@ -1,6 +1,7 @@
 """Describe the data sets of recipes and of the command line."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -28,6 +29,11 @@ def split_parts(split: str) -> list[tuple[str, str]]:
             )
         parts.append((match[1], match[2] or ""))
     return parts
+
+
+def joined_paths(sources: Sequence["DataSource"]) -> str:
+    """Return the paths of ``sources``, joined for a message."""
+    return " + ".join(source.path for source in sources)
 
 
 class DataSource(BaseModel):

@@ -16,15 +16,13 @@ from datasets import Dataset, IterableDataset
 from pyarrow import parquet
 
 from minibert.data.columns import pick_columns
-from minibert.data.files import READERS, Bad, Block, kind_of, plain_errors, types_of_rows
+from minibert.data.files import BLOCK, PEEK, READERS, Bad, Block, kind_of, plain_errors, types_of_rows
 from minibert.data.load import SPLITS, as_dataset, find_files, is_unicode, local_path, open_hub_stream, source_named
 from minibert.data.source import INSTALLED_DOCS, split_parts
 from minibert.files.disk import sha256
 
 # The text column, if several columns hold strings: the first of these names.
 USUAL_COLUMNS = ("text", "passage", "answer", "sentence")
-_BLOCK = 512  # rows in memory
-_PEEK = 100  # rows that show the columns of a stream without a schema
 
 
 class Rows(NamedTuple):
@@ -192,7 +190,7 @@ def _id(value: Any, kind: pa.DataType) -> Any:
 
 
 def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any], list[_Part], list[str]]:
-    """Return :attr:`Stream.source`, the files, and the name and size of each file."""
+    """Return :attr:`Stream.source`, the files, and the name and digest of each file."""
     if isinstance(data, Dataset) or str(data) == INSTALLED_DOCS:
         table = as_dataset(data, split=split)
         source_id = {"path": "rows in memory" if data is table else str(data), "digest": table._fingerprint}
@@ -223,13 +221,13 @@ def digest(listing: Sequence[str]) -> str:
 def _table_columns(table: Dataset | IterableDataset) -> dict[str, pa.DataType]:
     if table.features is not None:
         return dict(zip(table.features, table.features.arrow_schema.types, strict=True))
-    return types_of_rows(table.take(_PEEK))
+    return types_of_rows(table.take(PEEK))
 
 
 def _table_blocks(table: Dataset | IterableDataset, names: list[str]) -> Iterator[Block]:
     # Arrow tables of a data set in memory are views. A stream without schema has no tables.
     table = table.select_columns(names).with_format("arrow" if isinstance(table, Dataset) else None)
-    for batch in table.iter(batch_size=_BLOCK):
+    for batch in table.iter(batch_size=BLOCK):
         yield len(batch[names[0]]), _table_values(batch, names)
 
 

@@ -25,7 +25,7 @@ from datasets import Dataset
 
 from minibert.data.columns import pick_columns
 from minibert.data.load import check_columns, load, text_columns
-from minibert.data.source import DataSource
+from minibert.data.source import DataSource, joined_paths
 from minibert.files import disk
 
 _VERSION = 2  # the format of the files in the cache
@@ -84,7 +84,7 @@ def load_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     corpus = TokenizedCorpus(folder, _tokenize(parts, tokenizer, sentence_delimiters, folder, workers or os.cpu_count() or 1))
     if not corpus.documents[-1]:
-        raise ValueError(f"{' + '.join(source.path for source in sources)} holds no text to train on; give texts with words.")
+        raise ValueError(f"{joined_paths(sources)} holds no text to train on; give texts with words.")
     return corpus
 
 

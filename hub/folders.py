@@ -20,9 +20,17 @@ from minibert.files.model_folder import (
     read_settings,
     weight_files,
 )
-from minibert.inference.load import POOLING_MODES
 
+# Keys in sentence-transformers 5 -> keys, or modes of pooling, in sentence-transformers 6.
 _RENAMED = {"word_embedding_dimension": "embedding_dimension", "in_word_embedding_dimension": "in_embedding_dimension"}
+_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 def modules(folder: Path) -> list[dict[str, Any]]:
@@ -81,8 +89,8 @@ def _earlier_keys(settings: dict[str, Any]) -> dict[str, Any]:
         if new in wanted:
             wanted[old] = wanted.pop(new)
     for mode in [modes] if isinstance(modes, str) else modes or ():
-        wanted[next(key for key, name in POOLING_MODES.items() if name == mode)] = True
-    return {**({key: wanted.get(key, False) for key in POOLING_MODES} if modes else {}), **wanted}
+        wanted[next(key for key, name in _MODES.items() if name == mode)] = True
+    return {**({key: wanted.get(key, False) for key in _MODES} if modes else {}), **wanted}
 
 
 def max_length(folder: Path) -> int | None:

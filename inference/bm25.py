@@ -12,19 +12,17 @@ from bm25s.stopwords import STOPWORDS_EN
 
 from minibert.inference.answers import JOINERS
 
+_INVISIBLE = dict.fromkeys(map(ord, JOINERS))
 _LETTERS = regex.compile(rf"[\w\p{{M}}{JOINERS}]{{2,}}")
 
 
-def split_words(text: str) -> list[str]:
+def comparable_words(text: str) -> list[str]:
     """Return the words of at least two letters in a text, so that equal words are equal strings.
 
-    >>> split_words("Ｃａｆｅ\u0301 a naïve soft\u00adware")
+    >>> comparable_words("Ｃａｆｅ\u0301 a naïve soft\u00adware")
     ['café', 'naïve', 'software']
     """
     return [word.translate(_INVISIBLE) for word in _LETTERS.findall(normalize("NFKC", text).lower())]
-
-
-_INVISIBLE = dict.fromkeys(map(ord, JOINERS))
 
 
 class WordIndex:
@@ -41,7 +39,7 @@ class WordIndex:
     def build(cls, texts: Iterable[str], *, show_progress: bool = False) -> "WordIndex":
         """Index texts, which are numbered from 0. Memory grows with the number of words."""
         options = {"stemmer": Stemmer.Stemmer("english"), "stopwords": "english"}
-        tokenizer = bm25s.tokenization.Tokenizer(lower=False, splitter=split_words, **options)
+        tokenizer = bm25s.tokenization.Tokenizer(lower=False, splitter=comparable_words, **options)
         words = tokenizer.tokenize(
             texts, update_vocab=True, length=0, show_progress=False, return_as="tuple", allow_empty=False
         )
@@ -71,7 +69,7 @@ class WordIndex:
 
         An index is -1 if no further text shares a word with the query.
         """
-        split = ([word for word in split_words(query) if word not in STOPWORDS_EN] for query in queries)
+        split = ([word for word in comparable_words(query) if word not in STOPWORDS_EN] for query in queries)
         words = [self._stemmer.stemWords(query) for query in split]
         numbers, scores = self._index.retrieve(words, k=min(top_k, len(self)), show_progress=False)
         return scores, np.where(scores > 0, numbers, -1)

@@ -23,7 +23,6 @@ from minibert.files.model_folder import (
     check_weights,
     code_files,
     opening,
-    read_settings,
     refuse_missing,
     weight_files,
 )
@@ -38,15 +37,6 @@ _DECIDING = (
     *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
 )
-# Keys of a pooling module in sentence-transformers 5 -> modes in 6.
-POOLING_MODES = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 _warned: set[Path] = set()  # folders for which a warning was logged
 
 
@@ -188,12 +178,9 @@ def _compare_code(folder: Path) -> None:
 def pooling_mode(folder: Path) -> str | None:
     """Return a model's pooling, such as ``"mean"``, or None if there are several or none."""
     modules = read_json(folder / "modules.json") if (folder / "modules.json").exists() else []
-    for module in modules:
-        if str(module.get("type", "")).endswith("Pooling"):
-            settings = read_settings(folder / str(module["path"]) / "config.json")
-            modes = [POOLING_MODES.get(name, name) for name, on in settings.items() if on is True and "pooling_mode" in name]
-            return settings.get("pooling_mode") or (modes[0] if len(modes) == 1 else None)
-    return None
+    paths = [str(module["path"]) for module in modules if str(module.get("type", "")).endswith(".Pooling")]
+    mode = Pooling.load(str(folder), subfolder=paths[0]).pooling_mode if paths else None
+    return mode if isinstance(mode, str) else None
 
 
 def check_complete(model: PreTrainedModel | None, source: str | Path) -> None:

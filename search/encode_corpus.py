@@ -23,6 +23,7 @@ from typing_extensions import Unpack
 from minibert.data.files import Bad
 from minibert.data.stream import Rows, Stream, open_stream
 from minibert.files.disk import exclusive_lock, read_json
+from minibert.files.model_folder import read_settings
 from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
 from minibert.inference.encode import Encoder, EncoderOptions
@@ -182,8 +183,7 @@ def _check_apart(data: str | Path | Dataset, out: Path) -> None:
 
 def _check_similarity(folder: Path, normalize: bool) -> None:
     """Refuse a model whose similarity is not that of a folder of vectors, which is searched by cosine."""
-    file = folder / "config_sentence_transformers.json"
-    name = (read_json(file).get("similarity_fn_name") if file.exists() else None) or "cosine"
+    name = read_settings(folder / "config_sentence_transformers.json").get("similarity_fn_name") or "cosine"
     modules = read_json(folder / "modules.json") if (folder / "modules.json").exists() else [{"type": "Normalize"}]
     if name != "cosine" and not normalize and not any("Normalize" in module["type"] for module in modules):
         raise ValueError(
@@ -194,8 +194,7 @@ def _check_similarity(folder: Path, normalize: bool) -> None:
 
 def _document_prompt(folder: Path) -> str | None:
     """Return the name of the model's prompt for passages, or None."""
-    file = folder / "config_sentence_transformers.json"
-    prompts = read_json(file).get("prompts") or {} if file.exists() else {}
+    prompts = read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
     name = next((name for name in ("document", "passage", "corpus") if name in prompts), None)
     return name if prompts.get(name) else None
 

@@ -119,26 +119,23 @@ def read_manifest(folder: str | Path) -> Manifest:
         ) from error
 
 
-def _check_manifest(file: Path, manifest: Manifest) -> None:
-    """Refuse a manifest whose values contradict each other."""
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """Yield the fields of a manifest that contradict its other fields."""
     rows = input_rows = 0
-    problem = ""
     for number, shard in enumerate(manifest.shards):
         expected = (shard_name(number), rows, input_rows)
         if (shard.file, shard.first_row, shard.first_input_row) != expected or not 0 <= shard.rows <= shard.input_rows:
-            problem = problem or f"shards[{number}]={tuple(asdict(shard).values())} does not follow the shard before it"
+            yield f"shards[{number}]={tuple(asdict(shard).values())}, which does not follow the shard before it"
         rows, input_rows = rows + shard.rows, input_rows + shard.input_rows
     if manifest.rows != rows:
-        problem = problem or f"rows={manifest.rows}, but its shards hold {rows}"
+        yield f"rows={manifest.rows}, but its shards hold {rows}"
     if manifest.precision not in PRECISIONS:
-        problem = problem or f"precision={manifest.precision!r}, which is none of {', '.join(PRECISIONS)}"
+        yield f"precision={manifest.precision!r}, which is none of {', '.join(PRECISIONS)}"
     for name in ("dimension", "rows_per_shard"):
         if getattr(manifest, name) < 1:
-            problem = problem or f"{name}={getattr(manifest, name)}, which is below 1"
+            yield f"{name}={getattr(manifest, name)}, which is below 1"
     if manifest.precision == "int8" and [len(some) for some in manifest.ranges or ()] != [manifest.dimension] * 2:
-        problem = problem or f"ranges that are not two lists of dimension={manifest.dimension} numbers"
-    if problem:
-        raise ValueError(f"{file} is damaged: it has {problem}. Encode into a new folder, or again with --force.")
+        yield f"ranges that are not two lists of dimension={manifest.dimension} numbers"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -191,7 +188,9 @@ class VectorFolder:
         self.manifest = read_manifest(folder)
         self.shards = self.manifest.shards
         self.has_texts = bool(self.manifest.columns.get("kept"))
-        _check_manifest(self.folder / MANIFEST, self.manifest)
+        if problem := next(_contradictions(self.manifest), None):
+            advice = "Encode into a new folder, or again with --force."
+            raise ValueError(f"{self.folder / MANIFEST} is damaged: it has {problem}. {advice}")
         for shard in self.shards:
             if not (self.folder / shard.file).exists():
                 raise FileNotFoundError(f"{folder} lacks {shard.file}; encode again to restore it.")

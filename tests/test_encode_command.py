@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from helpers import run_command, save_model
 from minibert import train_word_level
-from minibert.data import stream as stream_module
+from minibert.data import files as files_module
 from minibert.data.stream import open_stream
 from minibert.files.disk import exclusive_lock
 from minibert.inference import cpu
@@ -251,7 +251,7 @@ def test_ids_that_cannot_be_stored_are_bad_rows(tmp_path, ids, found):
     (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "x", "id": {value}}}\n' for value in ids))
     rows = next(open_stream(tmp_path / "in.jsonl", id_column="id").read())
     reasons = [
-        value.reason.removeprefix("has an id that ") if isinstance(value, stream_module.Bad) else value for value in rows.ids
+        value.reason.removeprefix("has an id that ") if isinstance(value, files_module.Bad) else value for value in rows.ids
     ]
     assert reasons == found
 
@@ -410,7 +410,7 @@ def test_every_missing_row_belongs_to_one_process():
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
 def test_only_wanted_rows_are_read_whatever_the_file(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(stream_module, "_BLOCK", 3)
+    monkeypatch.setattr(files_module, "BLOCK", 3)
     write(tmp_path / f"a.{suffix}", TEXTS[:7])
     write(tmp_path / f"b.{suffix}", TEXTS[7:])
     shards = planned(2, 12, done={0}, process=1, count=2).values()

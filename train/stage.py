@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from minibert.data.source import joined_paths
 from minibert.files.model_folder import opening
 from minibert.inference.load import check_complete
 from minibert.train.arguments import ModelStage, NewModel
@@ -39,7 +40,7 @@ class StageContext:
         """
         values = {role: first.get(role, rows[0][column]) for role, column in columns.items()}
         shown = {role: shorten(str(value), 80, placeholder=" …") for role, value in values.items()}
-        name = " + ".join(source.path for source in sources)
+        name = joined_paths(sources)
         self.data.append({"path": name, "rows": len(rows), "columns": dict(columns), "first_row": shown})
 
     def end_check(self) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from minibert.data.load import check_columns, load, text_columns
 from minibert.data.questions import Window, WindowSizes, cut, window_sizes
+from minibert.data.source import joined_paths
 from minibert.files.processes import processes
 from minibert.inference.answers import answer_rows
 from minibert.train.arguments import AnswerStage
@@ -61,7 +62,7 @@ def read_answers(rows: Dataset, sources: Sequence[Any]) -> list[Answers]:
     check_columns(rows, [*_TEXTS, "answers"], sources)
     if not_text := sorted(set(_TEXTS) - set(text_columns(rows))):
         raise ValueError(f"Column {', '.join(map(repr, not_text))} of {sources[0].path} does not hold text; give strings.")
-    where = " + ".join(source.path for source in sources)
+    where = joined_paths(sources)
     answers = []
     for number, (context, entry) in enumerate(zip(rows["context"], rows["answers"], strict=True), start=1):
         found: dict[str, Any] = entry if isinstance(entry, dict) else {}

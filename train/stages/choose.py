@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForMultipleChoice
 
 from minibert.data.load import check_columns, load
 from minibert.data.questions import Choices, choices_of, find_choice_columns
+from minibert.data.source import joined_paths
 from minibert.inference.answers import choose_rows
 from minibert.train.arguments import ChooseStage
 from minibert.train.loop import fit
@@ -65,7 +66,7 @@ def read_choices(
     for number, (row, label) in enumerate(zip(asked, rows[label_column], strict=True), start=1):
         count = len(row.choices)
         if (choice := read_label(label, count)) is None:
-            where = " + ".join(source.path for source in sources)
+            where = joined_paths(sources)
             raise ValueError(
                 f"Row {number} of {where} has {label_column}={label!r}; with {count} choices, it should be "
                 f"0 to {count - 1}, or A to {string.ascii_uppercase[min(count, 26) - 1]}."

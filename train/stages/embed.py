@@ -17,7 +17,7 @@ from sentence_transformers.util import mine_hard_negatives
 from transformers import AutoModel
 
 from minibert.data.load import check_columns, join, load, text_columns
-from minibert.data.source import DataSource
+from minibert.data.source import DataSource, joined_paths
 from minibert.data.text_pairs import make_pairs
 from minibert.data.tokenized_corpus import load_documents
 from minibert.evaluation.evaluate import retrieval
@@ -128,7 +128,7 @@ def _with_negatives(
 def pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSource]) -> list[str]:
     """Return the columns of queries and of passages: those the recipe names, else the only two, by their names."""
     named = [args.anchor_column, args.positive_column]
-    where = " + ".join(source.path for source in sources)
+    where = joined_paths(sources)
     advice = "Name them with anchor_column: and positive_column:."
     if scores := [name for name in SCORE_COLUMNS if name in dataset.column_names and name not in text_columns(dataset)]:
         raise ValueError(
