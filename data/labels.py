@@ -179,7 +179,8 @@ def _read_sets(
             f"Column {column!r} holds indicator lists such as {list(sets[0])!r}, with 0 or 1 for each class; give the "
             "classes of each row, such as [0, 2], or a column of 0 and 1 for each class."
         )
-    unique = [labels is not None and len(set(labels)) == len(labels) for labels in sets]
+    _refuse_first(sets, [labels is not None for labels in sets], column, "give its classes, or remove the row")
+    unique = [len(set(labels)) == len(labels) for labels in sets]
     _refuse_first(sets, unique, column, "a list names each class once; remove repetitions")
     classes, known = number_labels(sets, feature.feature, column, names)
     if not known:

@@ -264,16 +264,18 @@ def metrics_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _CheckedRetrieval(InformationRetrievalEvaluator):
+class _Finite:
+    """Make an evaluator of sentence-transformers refuse vectors that are not numbers."""
+
     def embed_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode texts, and refuse vectors that are not numbers."""
-        return finite(super().embed_inputs(*args, **kwargs))
+        """Return the vectors of texts. Raise FloatingPointError if any is NaN or infinite."""
+        return finite(super().embed_inputs(*args, **kwargs))  # type: ignore[misc]  # of the evaluator
 
 
-class _CheckedSimilarity(EmbeddingSimilarityEvaluator):
-    def embed_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode texts, and refuse vectors that are not numbers."""
-        return finite(super().embed_inputs(*args, **kwargs))
+class _CheckedRetrieval(_Finite, InformationRetrievalEvaluator): ...
+
+
+class _CheckedSimilarity(_Finite, EmbeddingSimilarityEvaluator): ...
 
 
 def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
