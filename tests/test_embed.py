@@ -179,6 +179,8 @@ COLUMNS = {
     "query": ({}, "its columns of strings are query"),
     "title,body,notes": ({"anchor_column": "notes", "positive_column": "title"}, ["notes", "title"]),
     "title,text": ({"anchor_column": "text"}, ["text", "title"]),
+    "question,answer": ({"anchor_column": "nope"}, "has no column 'nope'; it has question, answer"),
+    "passage,anchor": ({"positive_column": "passage"}, ["anchor", "passage"]),
     "query,answer,score": ({"anchor_column": "query", "positive_column": "answer"}, "has a column 'score', so not all of"),
     "premise,hypothesis,label": ({}, "has a column 'label', so not all of"),
 }

@@ -135,25 +135,26 @@ def pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSourc
             f"{where} has a column {scores[0]!r}, so not all of its pairs are positives. Give the pairs that belong together, "
             "without that column."
         )
+    given = [name for name in named if name]
+    check_columns(dataset, given, sources)
     found = [name for name in text_columns(dataset) if name != args.negative_column]
-    columns = [name for name in named if name]
-    if len(columns) < 2:
-        free = [name for name in found if name not in named]
-        if len(free) + len(columns) != 2:
-            raise ValueError(
-                f"{where} needs two columns of strings, queries and passages; its columns of strings are "
-                f"{', '.join(found) or 'none'}. {advice}"
-            )
-        columns = [args.anchor_column or next(name for name in free if name != args.positive_column)]
-        columns.append(args.positive_column or next(name for name in free if name != columns[0]))
-        queries = [name for name in free if name in QUERY_COLUMNS]
-        if not any(named) and len(queries) != 1:
+    free = [name for name in found if name not in given]
+    if len(given) == 2:
+        return given
+    if len(free) + len(given) != 2:
+        raise ValueError(
+            f"{where} needs two columns of strings, queries and passages; its columns of strings are "
+            f"{', '.join(found) or 'none'}. {advice}"
+        )
+    if given:
+        columns = [args.anchor_column or free[0], args.positive_column or free[0]]
+    else:
+        columns = sorted(free, key=lambda name: name not in QUERY_COLUMNS)  # the query first
+        if [name in QUERY_COLUMNS for name in columns] != [True, False]:
             raise ValueError(
                 f"The columns {' and '.join(free)} of {where} do not say which of them holds the queries (usual are "
                 f"{', '.join(QUERY_COLUMNS)}). {advice}"
             )
-        if not any(named) and queries != columns[:1]:
-            columns.reverse()
     check_columns(dataset, columns, sources)
     return columns
 
