@@ -179,7 +179,7 @@ def pooling_mode(folder: Path) -> str | None:
     """Return a model's pooling, such as ``"mean"``, or None if there are several or none."""
     modules = read_json(folder / "modules.json") if (folder / "modules.json").exists() else []
     paths = [str(module["path"]) for module in modules if str(module.get("type", "")).endswith(".Pooling")]
-    mode = Pooling.load(str(folder), subfolder=paths[0]).pooling_mode if paths else None
+    mode = Pooling.load_config(str(folder), subfolder=paths[0]).get("pooling_mode") if paths else None
     return mode if isinstance(mode, str) else None
 
 
