@@ -1,7 +1,7 @@
 """Read the rows of local files. All commands read files through this module, so a file has the same rows for all of them.
 
-``READERS`` has the functions for each kind of file. The commands that encode read blocks
-of the values of some columns. All other commands read tables of all columns.
+The commands that encode read blocks of the values of some columns. All other commands read
+tables of all columns.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import chain, islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ _FORMAT = 2  # of the cached tables
 _LEFT_OUT = b"left_out"  # key of the schema's metadata: column -> why it is not in the table
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []  # copies of pipes, until the process ends
 _MIXED = "its values have no common type"
+_PARSING = (pd.errors.ParserWarning, pd.errors.ParserError, pd.errors.EmptyDataError)
 Types = dict[str, Any]  # the Arrow type of each column; a string says why a column has none
 Block = tuple[int, Iterator[list[list[Any]]]]  # the number of rows, and the values of each column
 
@@ -46,22 +47,6 @@ class Bad(NamedTuple):
     """Mark a value that cannot be used. ``reason`` states why, for example "is empty"."""
 
     reason: str
-
-
-class Reader(NamedTuple):
-    """Read one kind of file.
-
-    Attributes:
-        columns: returns the types of the columns, as the first rows show them.
-        blocks: yields the values of the named columns, as they are written.
-        types: yields the types of all columns in each block.
-        tables: yields all columns of each block with the types of a schema.
-    """
-
-    columns: Callable[[Path], Types]
-    blocks: Callable[[Path, list[str]], Iterator[Block]]
-    types: Callable[[Path], Iterable[Types]]
-    tables: Callable[[Path, pa.Schema], Iterator[pa.Table]]
 
 
 def read_table(files: Sequence[Path], sample_by: str = "line") -> Dataset:
@@ -86,13 +71,12 @@ def read_table(files: Sequence[Path], sample_by: str = "line") -> Dataset:
 
 
 def _write_table(path: Path, files: Sequence[Path], sample_by: str) -> None:
-    reader, schema = READERS[kind_of(files[0])], _common_schema(files)
+    schema = _common_schema(files)
     bar = tqdm(desc=f"read {files[0].name}", unit=" rows", unit_scale=True, delay=2)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer, bar:
         for file in files:
             with plain_errors(file):
-                whole = kind_of(file) == "text" and sample_by != "line"
-                for table in _samples(file, sample_by) if whole else reader.tables(file, schema):
+                for table in _TABLES[kind_of(file)](file, schema, sample_by):
                     for column in table.columns:
                         column.validate(full=True)  # else bytes that are not UTF-8 would fail much later
                     writer.write_table(table)
@@ -101,19 +85,19 @@ def _write_table(path: Path, files: Sequence[Path], sample_by: str) -> None:
 
 def _common_schema(files: Sequence[Path]) -> pa.Schema:
     """Return the columns of ``files`` with types that hold the values of all rows."""
-    found: Types = {}
+    found: dict[str, dict[Any, None]] = {}  # the different types of each column
     declared: list[Features] = []
     for file in files:
-        reader = READERS[kind_of(file)]
         with plain_errors(file):
-            for types in reader.types(file):
+            for types in _TYPES[kind_of(file)](file):
                 for name, kind in types.items():
-                    found[name] = _common_type(found.get(name, kind), kind, file)
-            if reader is READERS["parquet"]:
+                    found.setdefault(name, {})[kind] = None
+            if kind_of(file) == "parquet":
                 declared.append(_features(parquet.read_schema(file)))
-    left_out = {name: kind for name, kind in found.items() if isinstance(kind, str)}
-    features = _features(pa.schema([(name, kind) for name, kind in found.items() if name not in left_out]))
-    left_out |= {name: f"it holds {kind}" for name, kind in found.items() if name not in left_out and name not in features}
+    common = {name: _common_type(list(kinds), files[0]) for name, kinds in found.items()}
+    features = _features(pa.schema([(name, kind) for name, kind in common.items() if not isinstance(kind, str)]))
+    left_out = {name: kind if isinstance(kind, str) else f"it holds {kind}" for name, kind in common.items()}
+    left_out = {name: reason for name, reason in left_out.items() if name not in features}
     for name in features if declared else ():  # names of classes survive where all files have the same
         known = declared[0].get(name)
         if isinstance(known, ClassLabel) and all(some.get(name) == known for some in declared):
@@ -127,17 +111,17 @@ def _features(schema: pa.Schema) -> Features:
     features = Features()
     for field in schema:
         with contextlib.suppress(TypeError, ValueError):
-            features[field.name] = Features.from_arrow_schema(pa.schema([field]))[field.name]
-    known = b"huggingface" in (schema.metadata or {})
-    return Features.from_arrow_schema(schema) if known and len(features) == len(schema) else features
+            features[field.name] = Features.from_arrow_schema(pa.schema([field], schema.metadata))[field.name]
+    return features
 
 
-def _common_type(left: Any, right: Any, file: Path) -> Any:
-    """Return the type of a column whose blocks have the types ``left`` and ``right``, or why it has none."""
-    if left == right or isinstance(left, str) or isinstance(right, str):
-        return left if isinstance(left, str) else right
+def _common_type(kinds: Sequence[Any], file: Path) -> Any:
+    """Return the type of a column whose blocks have the types ``kinds``, or why it has none."""
+    if reasons := [kind for kind in kinds if isinstance(kind, str)]:
+        return reasons[0]
     try:
-        return pa.unify_schemas([pa.schema([("", left)]), pa.schema([("", right)])], promote_options="permissive").field(0).type
+        schemas = [pa.schema([("", kind)]) for kind in kinds]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except pa.ArrowTypeError:
         return pa.string() if kind_of(file) == "csv" else _MIXED
 
@@ -146,7 +130,7 @@ def _common_type(left: Any, right: Any, file: Path) -> Any:
 
 
 def kind_of(file: Path) -> str:
-    """Return the key of ``READERS`` for a file, or an empty string for a suffix that is not read."""
+    """Return the kind of a file, or an empty string for a suffix that is not read."""
     return _KINDS.get(file.suffix.lower(), "")
 
 
@@ -186,48 +170,35 @@ def _copy_of_pipe(path: Path) -> Path:
 @contextlib.contextmanager
 def plain_errors(file: Path) -> Iterator[None]:
     """Convert the errors of libraries about a damaged file into a ValueError with the file name."""
-    parsing = (pd.errors.ParserWarning, pd.errors.ParserError, pd.errors.EmptyDataError)
     try:
         yield
-    except (OSError, UnicodeDecodeError, pa.ArrowInvalid, *parsing) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # pyarrow reports damage as an OSError without a number
+    except (OSError, UnicodeDecodeError, pa.ArrowInvalid, *_PARSING) as error:
+        if getattr(error, "errno", None) is not None:  # pyarrow reports damage as an OSError without a number
             raise
-        _refuse_other_encodings(file)
-        raise ValueError(_why_unreadable(file, error)) from error
-
-
-def _refuse_other_encodings(file: Path) -> None:
-    """Raise a ValueError for the first line that is not UTF-8. Read one line at a time."""
-    if kind_of(file) == "parquet":
-        return
-    with file.open("rb") as content:
-        for number, line in enumerate(content, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{file} is not UTF-8: line {number} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
-                ) from error
-
-
-def _why_unreadable(file: Path, error: BaseException) -> str:
-    if isinstance(error, pd.errors.ParserWarning):
-        return (
-            f"{file} has a row with more values than its first line has columns. Name every column "
-            "in the first line, or put texts that contain the separator in quotes."
-        )
-    reason = " ".join(str(error).split())
-    if isinstance(error, UnicodeDecodeError) or "Invalid UTF8" in reason:
-        return f"{file} holds a text that is not UTF-8. Repair it, or save it again."
-    if isinstance(error, pd.errors.EmptyDataError):
-        return f"{file} has no rows; give a file that holds data."
-    return f"{file} cannot be read as {file.suffix.lstrip('.')}: {reason.rstrip('.')}. Repair it, or save it again."
+        reason = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, pd.errors.ParserWarning):
+            problem = (
+                "has a row with more values than its first line has columns. Name every column "
+                "in the first line, or put texts that contain the separator in quotes."
+            )
+        elif isinstance(error, UnicodeDecodeError) and kind_of(file) != "parquet":
+            with file.open("rb") as lines:
+                number = next(n for n, line in enumerate(lines, start=1) if line.decode(errors="ignore").encode() != line)
+            problem = f"is not UTF-8: line {number} cannot be decoded. Convert the file, for example with iconv -t UTF-8."
+        elif isinstance(error, UnicodeDecodeError) or "Invalid UTF8" in reason:
+            problem = "holds a text that is not UTF-8. Repair it, or save it again."
+        elif isinstance(error, pd.errors.EmptyDataError):
+            problem = "has no rows; give a file that holds data."
+        else:
+            problem = f"cannot be read as {file.suffix.lstrip('.')}: {reason}. Repair it, or save it again."
+        raise ValueError(f"{file} {problem}") from error
 
 
 # ------------------------------------------------------------------------------------------------ kinds of file
 
 
-def _types(schema: pa.Schema) -> Types:
+def plain_types(schema: pa.Schema) -> Types:
+    """Return the usual types of the columns."""
     return {field.name: _plain_type(field.type) for field in schema}
 
 
@@ -244,7 +215,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 def _parquet_types(file: Path) -> Iterator[Types]:
     schema = parquet.read_schema(file)
     double = {name: "there is another column of its name" for name in schema.names if schema.names.count(name) > 1}
-    yield {**_types(schema), **double}
+    yield {**plain_types(schema), **double}
 
 
 def types_of_rows(rows: Iterable[dict[str, Any]]) -> Types:
@@ -267,13 +238,13 @@ def _parquet_blocks(path: Path, names: list[str]) -> Iterator[Block]:
             yield file.metadata.row_group(group).num_rows, values
 
 
-def _parquet_tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+def _parquet_tables(path: Path, schema: pa.Schema, _: str) -> Iterator[pa.Table]:
     with parquet.ParquetFile(path) as file:
-        names = [name for name in schema.names if name in file.schema_arrow.names]
+        present = set(file.schema_arrow.names)
+        names = [name for name in schema.names if name in present]
         for batch in file.iter_batches(BLOCK, columns=names, use_threads=False):
-            columns = {name: batch.column(name) for name in names}
-            missing = {name: pa.nulls(len(batch)) for name in schema.names if name not in columns}
-            yield pa.table({**columns, **missing}).select(schema.names).cast(schema)
+            columns = [batch[name] if name in present else pa.nulls(len(batch)) for name in schema.names]
+            yield pa.table(columns, schema.names).cast(schema)
 
 
 def read_lines(stream: Any) -> Iterator[str]:
@@ -286,31 +257,26 @@ def read_lines(stream: Any) -> Iterator[str]:
             yield line.removesuffix("\n")
 
 
-def _line_blocks(path: Path) -> Iterator[list[str]]:
-    lines = read_lines(path.open("rb"))
+def _in_blocks(lines: Iterator[str]) -> Iterator[list[str]]:
     while block := list(islice(lines, BLOCK)):
         yield block
 
 
+def _text_types(_: Path) -> Iterator[Types]:
+    yield {"text": pa.string()}
+
+
 def _text_blocks(path: Path, names: list[str]) -> Iterator[Block]:
-    return ((len(lines), iter([[lines] * len(names)])) for lines in _line_blocks(path))
+    return ((len(lines), iter([[lines] * len(names)])) for lines in _in_blocks(read_lines(path.open("rb"))))
 
 
-def _text_tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    return (pa.table([lines], schema=schema) for lines in _line_blocks(path))
-
-
-def _samples(path: Path, sample_by: str) -> Iterator[pa.Table]:
-    """Yield the paragraphs of a text file, which end at an empty line, or the complete text."""
-    whole: list[str] = []
-    for line in chain.from_iterable(_line_blocks(path)):
-        if line.strip() or sample_by == "document":
-            whole.append(line)
-        elif whole:
-            yield pa.table({"text": ["\n".join(whole)]})
-            whole = []
-    if whole:
-        yield pa.table({"text": ["\n".join(whole)]})
+def _text_tables(path: Path, schema: pa.Schema, sample_by: str) -> Iterator[pa.Table]:
+    """Yield the lines of a text file, the paragraphs, which end at an empty line, or the complete text."""
+    texts = read_lines(path.open("rb"))
+    if sample_by != "line":
+        groups = groupby(texts, key=lambda line: sample_by == "document" or bool(line.strip()))
+        texts = ("\n".join(lines) for filled, lines in groups if filled)
+    return (pa.table([block], schema=schema) for block in _in_blocks(texts))
 
 
 def _json_columns(path: Path) -> Types:
@@ -330,7 +296,7 @@ def _json_rows(path: Path) -> Iterator[list[Any]]:
     with path.open("rb") as file:
         is_array = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if not is_array:
-        for lines in _line_blocks(path):
+        for lines in _in_blocks(read_lines(path.open("rb"))):
             if rows := [line for line in lines if line.strip()]:
                 yield rows
         return
@@ -391,7 +357,7 @@ def _inferred(values: list[Any]) -> Any:
         return _MIXED
 
 
-def _json_tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+def _json_tables(path: Path, schema: pa.Schema, _: str) -> Iterator[pa.Table]:
     for rows in _json_objects(path):
         yield pa.table([pa.array([row.get(field.name) for row in rows], field.type) for field in schema], schema=schema)
 
@@ -429,38 +395,36 @@ def _csv_chunks(path: Path, rows: int = 20 * BLOCK, **options: Any) -> Iterator[
 
 
 def _csv_blocks(path: Path, names: list[str]) -> Iterator[Block]:
-    return ((len(chunk), _csv_values(chunk, names)) for chunk in _csv_chunks(path, BLOCK, dtype=object))
-
-
-def _csv_values(chunk: pd.DataFrame, names: list[str]) -> Iterator[list[list[Any]]]:
     """Yield the values of the columns as strings, with None for an empty value."""
-    yield [chunk[name].astype(object).where(chunk[name].notna(), None).tolist() for name in names]
+    for chunk in _csv_chunks(path, BLOCK, dtype=object):
+        yield len(chunk), iter([[chunk[name].astype(object).where(chunk[name].notna(), None).tolist() for name in names]])
 
 
 def _csv_types(path: Path) -> Iterator[Types]:
     for chunk in _csv_chunks(path):
         empty = {name: pa.null() if len(chunk) else pa.string() for name in chunk.columns if chunk[name].isna().all()}
-        yield {**_types(pa.Schema.from_pandas(chunk, preserve_index=False)), **empty}
+        yield {**plain_types(pa.Schema.from_pandas(chunk, preserve_index=False)), **empty}
 
 
-def _csv_tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    written = {field.name: object for field in schema if field.type == pa.string()}  # so that 007 stays 007
+def _csv_tables(path: Path, schema: pa.Schema, _: str) -> Iterator[pa.Table]:
+    written = {field.name: object for field in schema if field.type in (pa.string(), pa.null())}  # so that 007 stays 007
     for chunk in _csv_chunks(path, dtype=written):
-        columns = [pa.nulls(len(chunk)) if pa.types.is_null(kind) else chunk[name] for name, kind in _types(schema).items()]
-        yield pa.table([pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema)
+        every = chunk.reindex(columns=schema.names).astype(written)  # another file may have more columns
+        yield pa.Table.from_pandas(every, schema, preserve_index=False)
 
 
-_TEXT = {"text": pa.string()}
-READERS = {
-    "parquet": Reader(
-        lambda file: _types(parquet.read_schema(file)),
-        _parquet_blocks,
-        _parquet_types,
-        _parquet_tables,
-    ),
-    "json": Reader(_json_columns, _json_blocks, _json_types, _json_tables),
-    "csv": Reader(lambda file: next(_csv_types(file), {}), _csv_blocks, _csv_types, _csv_tables),
-    "text": Reader(lambda _: _TEXT, _text_blocks, lambda _: [_TEXT], _text_tables),
-}
+# Each kind has a function for the types of all columns in each block, one for all columns with
+# the types of a schema, and one for the values of the named columns, as they are written.
+_TYPES = {"parquet": _parquet_types, "json": _json_types, "csv": _csv_types, "text": _text_types}
+_TABLES = {"parquet": _parquet_tables, "json": _json_tables, "csv": _csv_tables, "text": _text_tables}
+BLOCKS = {"parquet": _parquet_blocks, "json": _json_blocks, "csv": _csv_blocks, "text": _text_blocks}
 _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 SUFFIXES = ", ".join(_KINDS)
+
+
+def first_types(file: Path) -> Types:
+    """Return the types of the columns, as the first rows show them."""
+    with plain_errors(file):
+        if kind_of(file) == "parquet":
+            return plain_types(parquet.read_schema(file))
+        return _json_columns(file) if kind_of(file) == "json" else next(_TYPES[kind_of(file)](file), {})

@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from pyarrow import parquet
 
 from minibert.data.columns import pick_columns
-from minibert.data.files import BLOCK, PEEK, READERS, Bad, Block, kind_of, plain_errors, types_of_rows
+from minibert.data.files import BLOCK, BLOCKS, PEEK, Bad, Block, first_types, kind_of, plain_errors, plain_types, types_of_rows
 from minibert.data.load import SPLITS, as_dataset, find_files, is_unicode, local_path, open_hub_stream, source_named
 from minibert.data.source import INSTALLED_DOCS, split_parts
 from minibert.files.disk import sha256
@@ -49,23 +49,15 @@ class _Part(NamedTuple):
     name: str
     content: Path | Dataset | IterableDataset
 
-    @property
-    def kind(self) -> str:
-        """Key of ``READERS``; empty for a data set."""
-        return kind_of(self.content) if isinstance(self.content, Path) else ""
-
     def columns(self) -> dict[str, Any]:
         """Return the types of the columns, as the first rows show them."""
-        if not isinstance(self.content, Path):
-            return _table_columns(self.content)
-        with plain_errors(self.content):
-            return READERS[self.kind].columns(self.content)
+        return first_types(self.content) if isinstance(self.content, Path) else _table_columns(self.content)
 
     def blocks(self, names: list[str]) -> Iterator[Block]:
         """Yield the values of the named columns in blocks."""
-        if not isinstance(self.content, Path):
-            return _table_blocks(self.content, names)
-        return READERS[self.kind].blocks(self.content, names)
+        if isinstance(self.content, Path):
+            return BLOCKS[kind_of(self.content)](self.content, names)
+        return _table_blocks(self.content, names)
 
 
 @dataclass
@@ -136,33 +128,28 @@ def open_stream(
     """
     source, parts, listing = _find_parts(data, split)
     columns = parts[0].columns()
-    strings = [name for name, kind in columns.items() if _is_string(kind)]
+    kinds = {kind_of(part.content) if isinstance(part.content, Path) else "" for part in parts}
+    strings = [name for name, kind in columns.items() if kind == pa.string()]
     usual = [(name,) for name in USUAL_COLUMNS]
     if column not in columns:  # rows without a text are reported one by one
         (column,) = pick_columns(strings, column and [column], usual, option="--column", columns=list(columns))
     if id_column is not None and id_column not in columns:
         raise ValueError(f"Column {id_column!r} is not in the data; the columns are {', '.join(columns)} (--id-column).")
     id_type = pa.int64() if id_column is None else columns[id_column]
-    if id_column is not None and parts[0].kind == "csv":
+    if id_column is not None and "csv" in kinds:
         id_type = pa.string()  # CSV values are kept as written, so that 007 stays 007
-    if not (pa.types.is_integer(id_type) or _is_string(id_type)):
+    if not (pa.types.is_integer(id_type) or id_type == pa.string()):
         kind = f"numbers with a fraction ({id_type})" if pa.types.is_floating(id_type) else id_type
         raise ValueError(f"Column {id_column!r} holds {kind}; ids are strings or whole numbers (--id-column).")
     rows: int | None = None
     if isinstance(parts[0].content, Dataset):
         rows = len(parts[0].content)
-    elif all(part.kind == "parquet" for part in parts):
+    elif kinds == {"parquet"}:
         rows = 0
         for part in parts:
             with plain_errors(part.content):
                 rows += parquet.read_metadata(part.content).num_rows
-    return Stream(source, column, id_column, pa.string() if _is_string(id_type) else pa.int64(), rows, parts, listing)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return Stream(source, column, id_column, pa.string() if id_type == pa.string() else pa.int64(), rows, parts, listing)
 
 
 def _text(value: Any) -> str | Bad:
@@ -220,17 +207,10 @@ def digest(listing: Sequence[str]) -> str:
 
 def _table_columns(table: Dataset | IterableDataset) -> dict[str, pa.DataType]:
     if table.features is not None:
-        return dict(zip(table.features, table.features.arrow_schema.types, strict=True))
+        return plain_types(table.features.arrow_schema)
     return types_of_rows(table.take(PEEK))
 
 
 def _table_blocks(table: Dataset | IterableDataset, names: list[str]) -> Iterator[Block]:
-    # Arrow tables of a data set in memory are views. A stream without schema has no tables.
-    table = table.select_columns(names).with_format("arrow" if isinstance(table, Dataset) else None)
-    for batch in table.iter(batch_size=BLOCK):
-        yield len(batch[names[0]]), _table_values(batch, names)
-
-
-def _table_values(batch: Any, names: list[str]) -> Iterator[list[list[Any]]]:
-    columns = batch.to_pydict() if isinstance(batch, pa.Table) else batch
-    yield [list(columns[name]) for name in names]
+    for batch in table.select_columns(names).with_format(None).iter(batch_size=BLOCK):
+        yield len(batch[names[0]]), iter([[list(batch[name]) for name in names]])

@@ -91,6 +91,18 @@ def test_a_column_has_one_type_in_all_rows(tmp_path):
     assert rows[2000] == {"text": "b", "score": 0.5, "list": [1], "more": {"a": None, "b": "x"}}
 
 
+def test_the_files_of_a_folder_may_have_different_columns(tmp_path):
+    for suffix, first, second in (
+        ("csv", "text,a,none\nx,1,\n", "text,b\ny,z\n"),
+        ("jsonl", '{"text": "x", "a": 1, "none": null}\n', '{"text": "y", "b": "z"}\n'),
+    ):
+        (tmp_path / suffix).mkdir()
+        (tmp_path / suffix / f"1.{suffix}").write_text(first)
+        (tmp_path / suffix / f"2.{suffix}").write_text(second)
+        rows = as_dataset(str(tmp_path / suffix), split="train").to_list()
+        assert rows == [{"text": "x", "a": 1, "none": None, "b": None}, {"text": "y", "a": None, "none": None, "b": "z"}]
+
+
 def test_a_column_without_a_type_is_left_out(tmp_path, caplog):
     rows = [{"text": "a", "meta": 1, "odd": "\ud800", "big": 2**70}, {"text": "b", "meta": "x", "odd": "y", "big": 1}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
