@@ -16,7 +16,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +54,8 @@ class Document(NamedTuple):
 def load_pairs(split: str = "train") -> Dataset:
     """Return the query-answer pairs of one split, in a fixed random order.
 
-    Args:
-        split: ``"train"`` or ``"validation"``. No module is in both splits.
-
-    Returns:
-        A data set with the string columns ``query``, ``answer`` and ``module``. An answer
-            begins with the name of the documented object.
+    ``split`` is ``train`` or ``validation``. No module is in both splits. The columns are
+    ``query`` and ``answer``. An answer begins with the name of the documented object.
     """
     rows = [{"query": title, "answer": f"{name}: {body}"} for _, name, title, body in _split(split)]
     return Dataset.from_list(rows)
@@ -102,11 +98,11 @@ def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ..
 @functools.lru_cache(maxsize=1)  # the stages of a recipe share the result
 def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
     """Return at most 40,000 different docstrings of the packages from :func:`find_roots`."""
+    found: list[Document] = []
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
-    progress = tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5)
-    found = itertools.chain.from_iterable(
-        read_documents(path, module_name(package, root, path)) for package, root, path in progress
-    )
+    for package, root, path in tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5):
+        names = [package, *path.relative_to(root).with_suffix("").parts]
+        found += read_documents(path, ".".join(name for name in names if name and name != "__init__"))
     return tuple(itertools.islice(without_repetition(found), MAX_PAIRS))
 
 
@@ -119,16 +115,6 @@ def source_files(root: Path) -> list[Path]:
         ]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(files)
-
-
-def module_name(package: str, root: Path, path: Path) -> str:
-    """Return the dotted import name of a source file.
-
-    >>> module_name("numpy", Path("/lib/numpy"), Path("/lib/numpy/linalg/__init__.py"))
-    'numpy.linalg'
-    """
-    parts = [package, *path.relative_to(root).with_suffix("").parts]
-    return ".".join(part for part in parts if part and part != "__init__")
 
 
 def is_held_out(module: str) -> bool:
@@ -234,13 +220,12 @@ def _is_prose(text: str) -> bool:
     return sum(character.isascii() and (character.isalpha() or character == " ") for character in text) > 0.75 * len(text)
 
 
-def without_repetition(documents: Iterable[Document]) -> Iterator[Document]:
+def without_repetition(documents: Sequence[Document]) -> Iterator[Document]:
     """Yield the documents, without copies of earlier documents.
 
     A document is left out if the title, the name or half of the six-word sequences occurred
     before, or if more than four documents have the same title.
     """
-    documents = list(documents)
     keys = [_words(document.title) for document in documents]
     uses = Counter(keys)
     seen: set[object] = set()

@@ -14,8 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from itertools import chain
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from datasets import Dataset
 
 from minibert.data.columns import pick_columns
-from minibert.data.load import check_columns, load, text_columns
+from minibert.data.load import load, text_columns
 from minibert.data.source import DataSource, joined_paths
 from minibert.files import disk
 
@@ -71,16 +70,10 @@ def load_corpus(
     ``workers`` is the number of processes, by default one for each CPU.
     """
     parts = [load_documents(source, split, text_column, sample_by) for source in sources]
-    key = hashlib.blake2b(digest_size=12)
-    for fact in (
-        _VERSION,
-        tokenizer.backend_tokenizer.to_str(),
-        sentence_delimiters,
-        *(part._fingerprint for part in parts),
-    ):
-        key.update(repr(fact).encode())
+    facts = [_VERSION, tokenizer.backend_tokenizer.to_str(), sentence_delimiters, *(part._fingerprint for part in parts)]
+    key = hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
     root = disk.expand_home(cache_dir) if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "minibert-corpus"
-    folder = root / key.hexdigest()
+    folder = root / key
     folder.mkdir(parents=True, exist_ok=True)
     corpus = TokenizedCorpus(folder, _tokenize(parts, tokenizer, sentence_delimiters, folder, workers or os.cpu_count() or 1))
     if not corpus.documents[-1]:
@@ -113,9 +106,8 @@ def load_documents(source: DataSource, split: str, column: str | None, sample_by
 
 def document_column(rows: Dataset, source: DataSource, column: str | None) -> str:
     """Return the column of documents: the given one, ``text``, or the only column of strings."""
-    where = {"where": source.path, "columns": rows.column_names, "option": "text_column"}
-    (column,) = pick_columns(text_columns(rows), column and [column], [("text",)], **where)
-    check_columns(rows, [column], [source], filled=False)
+    found, wanted = text_columns(rows), column and [column]
+    (column,) = pick_columns(found, wanted, [("text",)], option="text_column", where=source.path, columns=rows.column_names)
     return column
 
 
@@ -314,12 +306,11 @@ def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
             with disk.readable_os_errors(folder, kept), tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
                 complete = Path(temporary) / "complete"
                 complete.mkdir()
-                first = next(blocks)
-                dtypes = [part.dtype.str for part in first]
-                with ExitStack() as stack:
-                    files = [stack.enter_context((complete / str(number)).open("wb")) for number in range(len(first))]
-                    for block in chain([first], blocks):
-                        for file, part, dtype in zip(files, block, dtypes, strict=True):
+                dtypes: list[str] = []
+                for block in blocks:
+                    dtypes = dtypes or [part.dtype.str for part in block]
+                    for number, (part, dtype) in enumerate(zip(block, dtypes, strict=True)):
+                        with (complete / str(number)).open("ab") as file:
                             file.write(part.astype(dtype, copy=False).tobytes())
                 (complete / "dtypes.json").write_text(json.dumps(dtypes))
                 try:
