@@ -108,20 +108,18 @@ class Windows(NamedTuple):
 
     Attributes:
         ids: the token ids of each window.
-        types: the segment ids of each window, or None if the tokenizer has no segments.
         words: an int64 array (tokens,) for each window. At the first token of a word, the value
             is the index of the word. At all other tokens, the value is -1.
         rows: the index of the sentence of each window.
     """
 
     ids: list[list[int]]
-    types: list[list[int]] | None
     words: list[np.ndarray]
     rows: list[int]
 
 
 def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:
-    """Tokenize lists of words. Cut a long sentence into windows that overlap by a quarter.
+    """Tokenize words, and cut long sentences into windows that overlap by a quarter.
 
     If a word is in two windows, only the window with more context around the word counts. The
     unknown token replaces a word without tokens, such as a control character. A sentence
@@ -133,56 +131,32 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
     if room < 1:
         raise ValueError(f"max_length={max_length} leaves no room for words; give at least 8.")
     overlap = room // 4
-    windows = Windows([], [] if "token_type_ids" in tokenizer.model_input_names else None, [], [])
-    filled = [row for row, words in enumerate(sentences) if words]
-    if not filled:
-        return windows
+    windows = Windows([], [], [])
     space = " " if _differs_alone(tokenizer) else ""
-    spaced = [space + word for word in dict.fromkeys(word for words in sentences for word in words)]
-    ids = tokenizer(spaced, add_special_tokens=False)["input_ids"]
-    lost = {word for word, tokens in zip(spaced, ids, strict=True) if not tokens}
-    given = [[tokenizer.unk_token if space + word in lost else space + word for word in sentences[row]] for row in filled]
-    encoded = _encode(given, tokenizer, max_length, overlap)
-    of_window = encoded["overflow_to_sample_mapping"]
-    start, content = 0, np.empty(0, dtype=np.int64)
-    for number, sentence in enumerate(of_window):
-        goes_on = number > 0 and of_window[number - 1] == sentence
-        before = content[room - overlap - 1] if goes_on else -1
-        start = start + room - overlap if goes_on else 0
-        words = np.array([-1 if word is None else word for word in encoded.word_ids(number)], dtype=np.int64)
-        inside = words >= 0
-        content = words[inside]
-        places = start + np.arange(len(content))  # in the complete sentence
-        mine = content != np.concatenate([[before], content[:-1]])  # the first token of each word
-        if goes_on:
-            mine &= places >= start + overlap // 2
-        if number + 1 < len(of_window) and of_window[number + 1] == sentence:
-            mine &= places < start + room - overlap + overlap // 2
-        words[inside] = np.where(mine, content, -1)
-        if not mine.any():  # the window lies inside one long word
-            continue
-        windows.ids.append(encoded["input_ids"][number])
-        if windows.types is not None:
-            windows.types.append(encoded["token_type_ids"][number])
-        windows.words.append(words)
-        windows.rows.append(filled[sentence])
+    different = list(dict.fromkeys(["a", *(word for words in sentences for word in words)]))
+    # Words of a sentence are tokenized one by one, so each different word is tokenized only once.
+    encoded = tokenizer([[space + word] for word in different], is_split_into_words=True)
+    special = np.array([place is None for place in encoded.sequence_ids(0)])
+    head, tail = np.argmin(special), np.argmin(special[::-1])
+    before, after = encoded["input_ids"][0][:head], encoded["input_ids"][0][len(special) - tail :]
+    inside = (ids[head : len(ids) - tail] for ids in encoded["input_ids"])
+    tokens_of = {word: ids or [tokenizer.unk_token_id] for word, ids in zip(different, inside, strict=True)}
+    for row, words in enumerate(sentences):
+        tokens = [token for word in words for token in tokens_of[word]]
+        numbers = np.repeat(np.arange(len(words)), [len(tokens_of[word]) for word in words])
+        begins = np.diff(numbers, prepend=-1) > 0
+        for start in range(0, max(len(tokens) - overlap, 1), room - overlap):
+            here = slice(start, start + room)
+            mine = begins[here].copy()
+            if start:
+                mine[: overlap // 2] = False
+            if start + room < len(tokens):
+                mine[room - overlap + overlap // 2 :] = False
+            if mine.any():  # otherwise, the window lies inside one long word
+                windows.ids.append([*before, *tokens[here], *after])
+                windows.words.append(np.pad(np.where(mine, numbers[here], -1), (head, tail), constant_values=-1))
+                windows.rows.append(row)
     return windows
-
-
-def _encode(sentences: list[list[str]], tokenizer: Any, max_length: int, overlap: int) -> Any:
-    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # otherwise, the windows would start at the end
-    try:
-        return tokenizer(
-            sentences,
-            is_split_into_words=True,
-            truncation=True,
-            max_length=max_length,
-            stride=overlap,
-            return_overflowing_tokens=True,
-            return_attention_mask=False,
-        )
-    finally:
-        tokenizer.truncation_side = side
 
 
 def _differs_alone(tokenizer: Any) -> bool:

@@ -323,9 +323,8 @@ def tag_sentences(
     """Return the tags of all words in each sentence, and the probabilities of the tags."""
     names = class_names(model.config)
     windows = tokenize_windows(sentences, tokenizer, max_length_of(model, tokenizer))
-    inputs = {"input_ids": windows.ids, **({"token_type_ids": windows.types} if windows.types is not None else {})}
     tagged: list[tuple[list[str], list[float]]] = [([], []) for _ in sentences]
-    logits = compute_logits(model, tokenizer, inputs, batch_size) if windows.ids else []
+    logits = compute_logits(model, tokenizer, {"input_ids": windows.ids}, batch_size) if windows.ids else []
     # Each word belongs to one window. The windows are in order, and therefore the words.
     for row, words, values in zip(windows.rows, windows.words, logits, strict=True):
         best = values[: len(words)][torch.from_numpy(words >= 0)].softmax(-1).max(-1)

@@ -72,7 +72,7 @@ class TagRows(TokenizedDataset):
             for some in in_chunks(len(sentences)):
                 windows = tokenize_windows(sentences[some], tokenizer, max_length)
                 words.extend(windows.words)
-                yield windows.ids, windows.types
+                yield windows.ids, None
 
         made = cls(chunks(), tokenizer.pad_token_id)
         made.labels = np.full(len(made.ids), -100, dtype=np.int64)
