@@ -207,7 +207,7 @@ def _answer(
 def rows_ahead(rows: Iterable[Any], batch_size: int) -> Iterator[tuple[int, list[Any]]]:
     """Yield lists of rows, each with the number of its first row, counted from 1."""
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size} (--batch-size).")
     rows, first = iter(rows), 1
     while some := list(islice(rows, batch_size * _BATCHES_AHEAD)):
         yield first, some

@@ -67,6 +67,8 @@ _HEADS = {
 _TAGGED = [(name,) for name in (*TOKEN_COLUMNS, "text", "sentence")]
 _ASKED = ("question", "context")
 _ROWS_AT_ONCE = 1000
+# Values with the types of lists that may be empty. Other lists hold strings.
+_EMPTY = {"entities": [{"entity_group": "", "word": "", "start": 0, "end": 0, "score": 0.0}], "scores": [0.0]}
 # A word of raw text includes the marks inside it (U.S, AT&T, 3.5). Other marks are words.
 _LETTER = rf"[\w\p{{M}}{JOINERS}]"
 _WORD = regex.compile(
@@ -132,8 +134,6 @@ def predict(
         ValueError: if the model has none of these heads, or if a column is missing. During
             iteration, if a row has no text.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size} (--batch-size).")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, got {threshold} (--threshold).")
     rows, names, total = _read(data, split)  # before opening the model, which takes longer
@@ -211,9 +211,7 @@ def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
     """Return the rows, the column names, and the number of rows or None."""
     if isinstance(data, str | Path | Dataset) and str(data) != STANDARD_INPUT:
         dataset = as_dataset(data, split=split)
-        batches = dataset.iter(_ROWS_AT_ONCE)
-        rows = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
-        return rows, dataset.column_names, len(dataset)
+        return iter(dataset), dataset.column_names, len(dataset)
     lines = _standard_input() if str(data) == STANDARD_INPUT else iter(data)
     first = list(islice(lines, 1))
     given = ({"text": row} if isinstance(row, str) else row for row in chain(first, lines))
@@ -304,16 +302,20 @@ def _tag(
                 raise ValueError(
                     f"Row {number} has {value!r} in column {column!r}, not a text or a list of words; add it or remove the row."
                 )
-        places = [split_words(value) if isinstance(value, str) else None for value in given]
+        places = [split_words(value) if isinstance(value, str) else [(n, n + 1) for n in range(len(value))] for value in given]
         sentences = [
-            value if spans is None else [value[start:end] for start, end in spans]
+            [value[start:end] for start, end in spans] if isinstance(value, str) else value
             for value, spans in zip(given, places, strict=True)
         ]
         tagged = tag_sentences(model, tokenizer, sentences, batch_size=batch_size)
         for value, spans, words, (tags, scores) in zip(given, places, sentences, tagged, strict=True):
-            kinds = entity_spans(tags) if marks_entities else []
-            entities = [_entity(value, spans, kind, start, end, scores) for kind, start, end in kinds]
-            shown = {} if spans is None else {"words": words}
+            entities = []
+            for kind, first_word, end in entity_spans(tags) if marks_entities else []:
+                start, stop = spans[first_word][0], spans[end - 1][1]
+                word = value[start:stop] if isinstance(value, str) else " ".join(value[start:stop])
+                score = sum(scores[first_word:end]) / (end - first_word)
+                entities.append({"entity_group": kind, "word": word, "start": start, "end": stop, "score": score})
+            shown = {"words": words} if isinstance(value, str) else {}
             yield {**shown, "tags": tags, "scores": scores, "entities": entities}
 
 
@@ -343,30 +345,13 @@ def split_words(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in _WORD.finditer(text)]
 
 
-def _entity(
-    value: str | list[str],
-    spans: list[tuple[int, int]] | None,
-    kind: str,
-    first: int,
-    end: int,
-    scores: Sequence[float],
-) -> dict[str, Any]:
-    if spans is not None and isinstance(value, str):
-        start, stop = spans[first][0], spans[end - 1][1]
-        word = value[start:stop]
-    else:
-        start, stop, word = first, end, " ".join(value[first:end])
-    score = sum(scores[first:end]) / (end - first)
-    return {"entity_group": kind, "word": word, "start": start, "end": stop, "score": score}
-
-
 def in_a_line(prediction: Row) -> str:
     r"""Format a prediction as one line: the result, the probability (if any) and the text.
 
     >>> in_a_line({"text": "so  good", "label": "yes", "score": 0.91234, "probabilities": {"no": 0.08766, "yes": 0.91234}})
     'yes\t0.9123\tso good'
     """
-    row = dict(prediction)
+    row = {name: value for name, value in prediction.items() if name != "probabilities"}
     if "choice" in row:
         found = [str(row.pop("choice")), row.pop("text")]
     elif "value" in row:
@@ -378,19 +363,14 @@ def in_a_line(prediction: Row) -> str:
     elif "tags" in row:
         entities, tags, _ = row.pop("entities"), row.pop("tags"), row.pop("scores")
         words = row.pop("words") if "words" in row and len(row) > 1 else next(iter(row.values()))
-        tagged = zip(words, tags, strict=True)
-        spans = [f"{entity['entity_group']}: {entity['word']}" for entity in entities]
-        found = ["; ".join(spans) or "-"] if all(map(_is_iob, tags)) else [" ".join(f"{word}/{tag}" for word, tag in tagged)]
+        found = ["; ".join(f"{entity['entity_group']}: {entity['word']}" for entity in entities) or "-"]
+        if not entities and not set(tags) <= {"O"}:
+            found = [" ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))]
     else:
         found = [row.pop("text") or "-", f"{row.pop('score'):.4f}"]
         row = {"question": row["question"]}
-    given = [value for value in row.values() if isinstance(value, str)]
-    given += [" ".join(value) for value in row.values() if isinstance(value, list) and all(isinstance(x, str) for x in value)]
+    given = [value if isinstance(value, str) else " ".join(value) for value in row.values() if isinstance(value, str | list)]
     return "\t".join(" ".join(text.split()) for text in [*found, *given])
-
-
-def _is_iob(tag: str) -> bool:
-    return tag == "O" or tag.startswith(("B-", "I-"))
 
 
 def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force: bool) -> None:
@@ -415,7 +395,8 @@ def write(predictions: Iterable[Mapping[str, Any]], path: str | Path, *, force: 
     first = list(islice(rows, 1))
     with atomic_write(path) as part, contextlib.ExitStack() as files:
         if path.suffix == ".parquet":
-            schema = pa.schema([(name, _arrow_type(value, name)) for row in first for name, value in row.items()])
+            known = {name: _EMPTY.get(name, [""]) if value == [] else value for row in first for name, value in row.items()}
+            schema = pa.Table.from_pylist([known]).schema
             table = files.enter_context(parquet.ParquetWriter(part, schema, compression="zstd"))
         else:
             file = files.enter_context(part.open("w", encoding="utf-8", newline="" if path.suffix == ".csv" else None))
@@ -436,16 +417,3 @@ def write(predictions: Iterable[Mapping[str, Any]], path: str | Path, *, force: 
 
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-_ENTITY = {"entity_group": "", "word": "", "start": 0, "end": 0, "score": 0.0}
-
-
-def _arrow_type(value: Any, name: str = "") -> pa.DataType:
-    """Return the Arrow type of a value in the column ``name``."""
-    if isinstance(value, dict):
-        return pa.struct([(key, _arrow_type(inner, key)) for key, inner in value.items()])
-    if isinstance(value, list):
-        known = {"entities": _ENTITY, "scores": 0.0}
-        return pa.list_(_arrow_type(value[0] if value else known.get(name, "")))
-    return {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}.get(type(value), pa.string())
