@@ -68,7 +68,7 @@ def read_labels(
         if names and len(names) > 1:
             raise ValueError(f"Regression predicts one number, got the names {', '.join(names)}; remove labels:.")
         good = [isinstance(value, int | float) and math.isfinite(value) for value in values]
-        _refuse_first(values, good, column, "a finite number belongs there; correct the value or remove the row")
+        refuse_first(values, good, column, "a finite number belongs there; correct the value or remove the row")
         numbers = np.array(values, dtype=np.float32)
         return Labels(REGRESSION, numbers, list(names or [column]))
     if problem_type == MULTI:
@@ -154,7 +154,7 @@ def _name(label: Any, feature: Any) -> Any:
     return str(int(label) if isinstance(label, float) and label.is_integer() else label)
 
 
-def _refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
+def refuse_first(values: Sequence[Any], good: Any, column: str, advice: str) -> None:
     """Raise a ValueError for the first of ``values`` whose entry in ``good`` is False."""
     good = np.asarray(good, dtype=bool)
     if not good.all():
@@ -179,9 +179,9 @@ def _read_sets(
             f"Column {column!r} holds indicator lists such as {list(sets[0])!r}, with 0 or 1 for each class; give the "
             "classes of each row, such as [0, 2], or a column of 0 and 1 for each class."
         )
-    _refuse_first(sets, [labels is not None for labels in sets], column, "give its classes, or remove the row")
+    refuse_first(sets, [labels is not None for labels in sets], column, "give its classes, or remove the row")
     unique = [len(set(labels)) == len(labels) for labels in sets]
-    _refuse_first(sets, unique, column, "a list names each class once; remove repetitions")
+    refuse_first(sets, unique, column, "a list names each class once; remove repetitions")
     classes, known = number_labels(sets, feature.feature, column, names)
     if not known:
         raise ValueError(f"Column {column!r} has no class in any row; give at least one.")
@@ -198,6 +198,6 @@ def _read_flags(rows: Dataset, columns: Sequence[str], names: Sequence[str] | No
     for number, column in enumerate(columns):
         flags = rows[column][:]
         good = [flag in (0, 1) for flag in flags]
-        _refuse_first(flags, good, column, "each column of labels must hold 0 or 1")
+        refuse_first(flags, good, column, "each column of labels must hold 0 or 1")
         values[:, number] = flags
     return Labels(MULTI, values, list(names or columns))

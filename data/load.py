@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from minibert.data.columns import pick_columns
 from minibert.data.docstrings import load_pairs
 from minibert.data.files import SUFFIXES, kind_of, read_table, spooled
 from minibert.data.labels import is_text
@@ -125,6 +126,13 @@ def text_columns(dataset: Dataset) -> list[str]:
     return [name for name, feature in dataset.features.items() if is_text(feature)]
 
 
+def text_column(rows: Dataset, wanted: str | None, usual: Sequence[str], *, option: str, where: str = "the data") -> str:
+    """Return the column ``wanted``, or the first usual column of strings, or the only column of strings."""
+    names, every = [(name,) for name in usual], rows.column_names
+    (column,) = pick_columns(text_columns(rows), wanted and [wanted], names, option=option, where=where, columns=every)
+    return column
+
+
 def _load_one(source: DataSource, split: str, sample_by: str) -> Dataset:
     if source.path == INSTALLED_DOCS:
         dataset = load_pairs(source.split or split)
@@ -222,18 +230,16 @@ def local_path(source: DataSource) -> Path | None:
     if path.exists():
         return spooled(path)
     missing = f"There is no file or folder {source.path} (looked from {Path.cwd()})"
-    try:
-        validate_repo_id(source.path)
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{missing}; correct the path.") from error
-    if kind_of(path):
-        raise FileNotFoundError(f"{missing}; correct the path.")
-    if "/" in source.path and path.parent.is_dir():
+    if "/" in source.path and path.parent.is_dir() and not kind_of(path):
         raise FileNotFoundError(
             f"{missing}, but there is a folder {path.parent}; fix the path. If you mean the data set "
             "on the Hub, run from a directory without a folder of that name."
         )
-    return None
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(source.path)
+        if not kind_of(path):
+            return None
+    raise FileNotFoundError(f"{missing}; correct the path.")
 
 
 @contextlib.contextmanager

@@ -168,12 +168,10 @@ def _id(value: Any, kind: pa.DataType) -> Any:
     if value is None:
         return Bad("has no id")
     if kind == pa.string():
-        if not isinstance(value, str):
-            return Bad("has an id that is not a string")
-        return value if is_unicode(value) else Bad("has an id that is not valid Unicode")
-    if not isinstance(value, int) or isinstance(value, bool):
-        return Bad("has an id that is not a whole number")
-    return value if -(2**63) <= value < 2**63 else Bad("has an id that is not between -2**63 and 2**63 - 1")
+        known = isinstance(value, str) and is_unicode(value)
+        return value if known else Bad("has an id that is not a string of valid Unicode")
+    known = type(value) is int and -(2**63) <= value < 2**63
+    return value if known else Bad("has an id that is not a whole number between -2**63 and 2**63 - 1")
 
 
 def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any], list[_Part], list[str]]:

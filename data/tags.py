@@ -1,13 +1,14 @@
 """Read sentences of tagged words, and tokenize the sentences."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 
 from minibert.data.columns import pick_columns
-from minibert.data.labels import is_list, is_text, number_labels
+from minibert.data.labels import is_list, is_text, number_labels, refuse_first
 
 # Usual names of the column of words, and of the column of tags.
 TOKEN_COLUMNS = ("tokens", "words")
@@ -53,9 +54,8 @@ def read_words(rows: Dataset, column: str) -> list[list[str]]:
     if not (is_list(feature) and is_text(feature.feature)):
         raise ValueError(f"Column {column!r} holds {feature}; tagging needs a list of words in every row.")
     sentences: list[list[str]] = rows[column][:]
-    for row, words in enumerate(sentences, start=1):
-        if words is None or None in words:
-            raise ValueError(f"Row {row} has {column}={words!r}; no word may be missing. Correct the row.")
+    complete = [words is not None and None not in words for words in sentences]
+    refuse_first(sentences, complete, column, "no word may be missing. Correct the row")
     return sentences
 
 
@@ -91,15 +91,12 @@ def read_tags(
 
 def _check_iob2(sentences: list[list[str]], column: str) -> None:
     for row, tags in enumerate(sentences, start=1):
-        if wrong := [tag for tag in tags if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) < 3)]:
-            raise ValueError(
-                f"Row {row} has the tag {wrong[0]!r} in {column!r}, which is not IOB2 (O, B-…, I-…); convert the tags."
-            )
-        for _, start, _ in entity_spans(tags):
-            if tags[start].startswith("I-"):
+        for number, (before, tag) in enumerate(pairwise(["O", *tags]), start=1):
+            begins = tag.startswith("B-") or (tag.startswith("I-") and before in (tag, f"B-{tag[2:]}"))
+            if tag != "O" and not (begins and tag[2:]):
                 raise ValueError(
-                    f"Row {row} has {tags[start]!r} at word {start + 1}, but no entity of this type before it. "
-                    "In IOB2, every entity starts with B-. Correct the row, or convert IOB1 tags to IOB2."
+                    f"Row {row} has {tag!r} at word {number} in {column!r}, which is not IOB2: every entity starts with B-, "
+                    "and I- continues an entity of the same type. Correct the row, or convert IOB1 tags to IOB2."
                 )
 
 

@@ -22,8 +22,7 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
-from minibert.data.columns import pick_columns
-from minibert.data.load import load, text_columns
+from minibert.data.load import load, text_column
 from minibert.data.source import DataSource, joined_paths
 from minibert.files import disk
 
@@ -106,9 +105,7 @@ def load_documents(source: DataSource, split: str, column: str | None, sample_by
 
 def document_column(rows: Dataset, source: DataSource, column: str | None) -> str:
     """Return the column of documents: the given one, ``text``, or the only column of strings."""
-    found, wanted = text_columns(rows), column and [column]
-    (column,) = pick_columns(found, wanted, [("text",)], option="text_column", where=source.path, columns=rows.column_names)
-    return column
+    return text_column(rows, column, ["text"], option="text_column", where=source.path)
 
 
 def _token_lists(batch: dict[str, list[str | None]], tokenizer: Any, delimiters: str | None) -> dict[str, list[Any]]:

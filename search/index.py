@@ -212,8 +212,6 @@ def open_index(
     rows = len(folder)
     if not rows:
         raise ValueError(f"{folder.folder} holds no vectors; encode an input with texts, or wait for a shard.")
-    if folder.manifest.precision == "int8" and not folder.manifest.ranges:
-        raise ValueError(f"The manifest of {folder.folder} lacks the ranges of int8 vectors; encode again.")
     with_lists = rows > EXACT_ROWS and not exact
     if with_lists:
         import faiss  # noqa: F401  # fails before the vectors are copied

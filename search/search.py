@@ -18,8 +18,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
-from minibert.data.columns import pick_columns
-from minibert.data.load import as_dataset, is_unicode, text_columns
+from minibert.data.load import as_dataset, is_unicode, text_column
+from minibert.data.stream import USUAL_COLUMNS
 from minibert.files.disk import readable_os_errors
 from minibert.inference.encode import Encoder
 from minibert.inference.load import find_model, fingerprint
@@ -62,9 +62,7 @@ def read_passages(data: str | Path | Dataset, column: str | None = None) -> list
             ``answer`` and ``sentence`` that exists, or else the only column of strings.
     """
     data = as_dataset(data, split="train")
-    usual = [["text"], ["passage"], ["answer"], ["sentence"]]
-    wanted = None if column is None else [column]
-    (column,) = pick_columns(text_columns(data), wanted, usual, option="--column", columns=data.column_names)
+    column = text_column(data, column, USUAL_COLUMNS, option="--column")
     passages = list(dict.fromkeys(text for text in data[column] if text and not text.isspace()))
     if not passages:
         raise ValueError(f"Every passage in column {column!r} is blank; give a file that holds texts.")
@@ -79,9 +77,7 @@ def read_queries(data: str | Path | Dataset) -> list[str]:
     ValueError.
     """
     data = as_dataset(data, split="train")
-    found, usual = text_columns(data), [["query"], ["question"], ["text"]]
-    where, columns = "the queries", data.column_names
-    (column,) = pick_columns(found, None, usual, option="query", where=where, columns=columns)
+    column = text_column(data, None, ["query", "question", "text"], option="query", where="the queries")
     queries = [query or "" for query in data[column]]
     check_queries(queries)
     return queries

@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from sentence_transformers.util import quantize_embeddings
 
 from minibert.files.disk import atomic_write, readable_os_errors, write_json
@@ -70,13 +70,13 @@ class Manifest:
 
     model: str
     fingerprint: str
-    dimension: int
-    precision: str
+    dimension: Annotated[int, Field(ge=1)]
+    precision: Annotated[str, Field(pattern=f"^({'|'.join(PRECISIONS)})$")]
     normalized: bool
     source: dict[str, Any]
     columns: dict[str, Any]
     encoding: dict[str, Any]
-    rows_per_shard: int
+    rows_per_shard: Annotated[int, Field(ge=1)]
     rows: int = 0
     skipped: int = 0
     skipped_rows: list[list[Any]] = field(default_factory=list)
@@ -129,11 +129,6 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         rows, input_rows = rows + shard.rows, input_rows + shard.input_rows
     if manifest.rows != rows:
         yield f"rows={manifest.rows}, but its shards hold {rows}"
-    if manifest.precision not in PRECISIONS:
-        yield f"precision={manifest.precision!r}, which is none of {', '.join(PRECISIONS)}"
-    for name in ("dimension", "rows_per_shard"):
-        if getattr(manifest, name) < 1:
-            yield f"{name}={getattr(manifest, name)}, which is below 1"
     if manifest.precision == "int8" and [len(some) for some in manifest.ranges or ()] != [manifest.dimension] * 2:
         yield f"ranges that are not two lists of dimension={manifest.dimension} numbers"
 
@@ -339,9 +334,7 @@ def shard_notes(file: Path) -> dict[str, Any] | None:
             for _ in opened.iter_batches():
                 pass  # compares the checksum of every page
         return {**json.loads(metadata.metadata[_KEY]), "rows": metadata.num_rows}
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError):
-        return None
-    except OSError as error:
-        if error.errno is not None:  # an error of the system, not of the file
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if getattr(error, "errno", None) is not None:  # an error of the system, not of the file
             raise
         return None

@@ -242,18 +242,19 @@ def test_half_a_pair_of_surrogates_is_a_bad_row(run, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "found"),
     [
-        (["1", "true", "1.5", "-9223372036854775808"], [1, "is not a whole number", "is not a whole number", -(2**63)]),
-        (["1", "9223372036854775808", str(2**70)], [1, *["is not between -2**63 and 2**63 - 1"] * 2]),
-        (['"a"', '"\\udfff"', "1"], ["a", "is not valid Unicode", "is not a string"]),
+        (["1", "true", "1.5", "-9223372036854775808"], [1, "whole number", "whole number", -(2**63)]),
+        (["1", "9223372036854775808", str(2**70)], [1, "whole number", "whole number"]),
+        (['"a"', '"\\udfff"', "1"], ["a", "string of valid Unicode", "string of valid Unicode"]),
     ],
 )
 def test_ids_that_cannot_be_stored_are_bad_rows(tmp_path, ids, found):
     (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "x", "id": {value}}}\n' for value in ids))
     rows = next(open_stream(tmp_path / "in.jsonl", id_column="id").read())
-    reasons = [
-        value.reason.removeprefix("has an id that ") if isinstance(value, files_module.Bad) else value for value in rows.ids
-    ]
-    assert reasons == found
+    for value, expected in zip(rows.ids, found, strict=True):
+        if isinstance(value, files_module.Bad):
+            assert value.reason.startswith(f"has an id that is not a {expected}")
+        else:
+            assert value == expected
 
 
 def test_ids_of_csv_are_strings_as_they_are_written(run, tmp_path):

@@ -24,6 +24,7 @@ from minibert.search.vectors import (
     quantize,
     shard_name,
     to_float,
+    write_manifest,
 )
 
 ROWS, WIDTH = 1200, 15  # an odd width: codes take the dimensions by pairs
@@ -446,5 +447,6 @@ def test_an_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 def test_int8_without_ranges_is_refused(tmp_path):
     folder = write_vectors(tmp_path / "vectors", clustered(10, 1), precision="int8")
     folder.manifest.ranges = None
-    with pytest.raises(ValueError, match="lacks the ranges"):
-        open_index(folder)
+    write_manifest(folder.folder, folder.manifest)
+    with pytest.raises(ValueError, match="it has ranges that are not two lists of dimension"):
+        VectorFolder(folder.folder)

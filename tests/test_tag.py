@@ -215,7 +215,7 @@ def test_entities_need_type_and_both_ends():
 
 def test_an_entity_that_starts_without_b_is_refused():
     rows = Dataset.from_dict({"tokens": [["a"] * 3], "tags": [["O", "I-PER", "I-PER"]]})
-    with pytest.raises(ValueError, match=r"Row 1 has 'I-PER' at word 2, .* or convert IOB1 tags to IOB2"):
+    with pytest.raises(ValueError, match=r"Row 1 has 'I-PER' at word 2 .* or convert IOB1 tags to IOB2"):
         read_tags(rows, "tags", rows["tokens"])
     assert entity_spans(["I-PER", "I-LOC", "O", "I-LOC"]) == [("PER", 0, 1), ("LOC", 1, 2), ("LOC", 3, 4)]
 
@@ -239,11 +239,11 @@ def test_lists_of_wide_offsets_are_lists():
     ("columns", "changes", "message"),
     [
         ({"tokens": [["a"], ["a", "b"]], "tags": [["O"], ["O"]]}, {}, r"Row 2 has 2 words but 1 tags in 'tags'"),
-        ({"tokens": [["a"], ["b"]], "tags": [["B-X"], ["L-X"]]}, {}, r"Row 2 has the tag 'L-X' in 'tags', which is not IOB2"),
+        ({"tokens": [["a"], ["b"]], "tags": [["B-X"], ["L-X"]]}, {}, r"Row 2 has 'L-X' at word 1 in 'tags', which is not IOB2"),
         (
             {"tokens": [["a", "b"], ["a", "b"]], "tags": [["B-X", "O"], ["O", "I-X"]]},
             {},
-            r"Row 2 has 'I-X' at word 2, but no entity of this type before it",
+            r"Row 2 has 'I-X' at word 2 in 'tags', which is not IOB2: every entity starts with B-",
         ),
         ({"tokens": [["a"], ["b"]], "tags": [["B-X"], ["B-Y"]]}, {"labels": ["O", "B-X"]}, r"Row 2 has the label 'B-Y' in"),
         (
