@@ -37,6 +37,12 @@ PEEK = 100  # rows that show the columns of a file without a schema
 _FORMAT = 2  # of the cached tables
 _LEFT_OUT = b"left_out"  # key of the schema's metadata: column -> why it is not in the table
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []  # copies of pipes, until the process ends
+_SHOWN = {  # how the rows in a pipe begin
+    ".parquet": rb"PAR1",
+    ".jsonl": rb"[{\[]",
+    ".tsv": rb"\w+(\t\w+)+([\r\n]|\Z)",
+    ".csv": rb"(\w+([,;]\w+)+|text)([\r\n]|\Z)",
+}
 _MIXED = "its values have no common type"
 _PARSING = (pd.errors.ParserWarning, pd.errors.ParserError, pd.errors.EmptyDataError)
 Types = dict[str, Any]  # the Arrow type of each column; a string says why a column has none
@@ -154,15 +160,7 @@ def _copy_of_pipe(path: Path) -> Path:
         shutil.copyfileobj(pipe, file)
     with copy.open("rb") as file:
         first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    line = re.split(rb"[\r\n]", first)[0]
-    if first.startswith(b"PAR1"):
-        suffix = ".parquet"
-    elif first.startswith((b"{", b"[")):
-        suffix = ".jsonl"
-    elif re.fullmatch(rb"\w+(\t\w+)+", line):
-        suffix = ".tsv"
-    else:
-        suffix = ".csv" if re.fullmatch(rb"\w+([,;]\w+)+|text", line) else ".txt"
+    suffix = next((suffix for suffix, pattern in _SHOWN.items() if re.match(pattern, first)), ".txt")
     logger.warning("%s is a pipe; its rows are read as those of a %s file.", path, suffix)
     return copy.rename(copy.with_suffix(suffix))
 
@@ -309,15 +307,10 @@ def _json_rows(path: Path) -> Iterator[list[Any]]:
 
 
 def _parse(row: Any) -> dict[str, Any] | Bad:
-    if isinstance(row, str):
-        try:
-            row = json.loads(row)
-        except json.JSONDecodeError:
-            row = None
-        except RecursionError:
-            return Bad("is nested too deeply")
-        except ValueError:  # Python does not convert numbers of thousands of digits
-            return Bad("holds a number of too many digits")
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+    except (ValueError, RecursionError) as error:
+        return Bad(f"is not a JSON object that can be read ({error})")
     return row if isinstance(row, dict) else Bad("is not a JSON object")
 
 
@@ -362,14 +355,6 @@ def _json_tables(path: Path, schema: pa.Schema, _: str) -> Iterator[pa.Table]:
         yield pa.table([pa.array([row.get(field.name) for row in rows], field.type) for field in schema], schema=schema)
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Return how pandas reads a file: texts such as "NA" stay texts, and no column becomes an index."""
-    options = {"keep_default_na": False, "na_values": [""], "index_col": False, "low_memory": False, "encoding": "utf-8-sig"}
-    if path.suffix.lower() == ".tsv":  # a quotation mark in TSV is a character, as GLUE and others publish it
-        return {**options, "sep": "\t", "quoting": csv.QUOTE_NONE}
-    return {**options, "sep": _separator(path, path.stat().st_mtime_ns)}
-
-
 @cache
 def _separator(path: Path, _: int) -> str:
     """Return the separator of a CSV file: the comma, or the semicolon or tab of a first line without a comma."""
@@ -383,8 +368,14 @@ def _separator(path: Path, _: int) -> str:
 
 
 def _csv_chunks(path: Path, rows: int = 20 * BLOCK, **options: Any) -> Iterator[pd.DataFrame]:
+    """Yield blocks of rows. Texts such as "NA" stay texts, and no column becomes an index."""
+    if path.suffix.lower() == ".tsv":  # a quotation mark in TSV is a character, as GLUE and others publish it
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    else:
+        options["sep"] = _separator(path, path.stat().st_mtime_ns)
+    options |= {"keep_default_na": False, "na_values": [""], "index_col": False, "low_memory": False, "encoding": "utf-8-sig"}
     # All columns are read: of some alone, pandas reports no row with too many values.
-    with pd.read_csv(path, chunksize=rows, **_csv_options(path), **options) as chunks:
+    with pd.read_csv(path, chunksize=rows, **options) as chunks:
         while True:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # instead of dropping values beyond the last column

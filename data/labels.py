@@ -21,17 +21,13 @@ _NUMBERS = ("int", "uint", "float", "bool")
 class Labels(NamedTuple):
     """Store the labels of all rows.
 
-    Attributes:
-        problem_type: ``single_label_classification``, ``multi_label_classification`` or
-            ``regression``.
-        values: for single-label, int64 class numbers (rows,). For multi-label, float32 zeros
-            and ones (rows, classes). For regression, float32 numbers (rows,).
-        names: the names of the classes in order. For regression, the name of the label.
+    For single-label, ``values`` are int64 class numbers (rows,). For multi-label, they are
+    float32 zeros and ones (rows, classes). For regression, they are float32 numbers (rows,).
     """
 
-    problem_type: str
+    problem_type: str  # one of PROBLEM_TYPES
     values: np.ndarray
-    names: list[str]
+    names: list[str]  # of the classes in order; for regression, the name of the label
 
     def first(self) -> Any:
         """Return the class name, the list of class names or the number of the first row."""

@@ -158,12 +158,11 @@ def _load_local(path: Path, split: str | None, default_split: str, sample_by: st
     groups = find_files(path, [name for name, _ in parts], "split:", None if split else SPLITS.values())
     if len({kind_of(file) for group in groups.values() for file in group}) > 1:
         raise ValueError(f"{path} contains several file formats; give one file, or a folder per format.")
-    # ``datasets`` refuses some characters that the name of a split in a folder may have.
-    keys = {name: f"split{number}" for number, name in enumerate(groups)}
-    tables = {keys[name]: read_table(group, sample_by) for name, group in groups.items()}
-    wanted = ReadInstruction.from_spec("+".join(keys[name] + rows for name, rows in parts))
-    slices = wanted.to_absolute({key: len(table) for key, table in tables.items()})
-    chosen = [tables[part.splitname].select(range(part.from_, part.to) if part.to > part.from_ else []) for part in slices]
+    tables = {name: read_table(group, sample_by) for name, group in groups.items()}
+    chosen = []
+    for name, rows in parts:  # ``datasets`` refuses some characters that the name of a split in a folder may have
+        (part,) = ReadInstruction.from_spec(f"split{rows}").to_absolute({"split": len(tables[name])})
+        chosen.append(tables[name].select(range(part.from_, part.to) if part.to > part.from_ else []))
     return chosen[0] if len(chosen) == 1 else join(chosen)
 
 

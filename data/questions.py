@@ -20,36 +20,21 @@ _warned: set[int] = set()  # the values of max_question_length in logged warning
 
 
 class WindowSizes(NamedTuple):
-    """Configure how a long context is cut into overlapping windows. All sizes are in tokens.
+    """Configure how a long context is cut into overlapping windows. All sizes are in tokens."""
 
-    Attributes:
-        max_length: the maximum length of a window, including question and special tokens.
-        doc_stride: the number of context tokens that two neighbouring windows share.
-        max_question_length: the maximum length of a question. A longer question is cut.
-    """
-
-    max_length: int
-    doc_stride: int
-    max_question_length: int
+    max_length: int  # of a window, with question and special tokens
+    doc_stride: int  # the number of context tokens that two neighbouring windows share
+    max_question_length: int  # a longer question is cut
 
 
 class Window(NamedTuple):
-    """Store the tokens of ``[CLS] question [SEP] part of the context [SEP]``.
+    """Store the tokens of ``[CLS] question [SEP] part of the context [SEP]``."""
 
-    Attributes:
-        row: the index of the question, from 0.
-        input_ids: (tokens,) int32 token ids.
-        token_type_ids: (tokens,) int32 segment ids, or None if the tokenizer has no segments.
-        first: the position in ``input_ids`` of the first context token.
-        offsets: (context tokens, 2) int32. Each row is the start and the end of a token, in
-            characters of the context.
-    """
-
-    row: int
-    input_ids: np.ndarray
-    token_type_ids: np.ndarray | None
-    first: int
-    offsets: np.ndarray
+    row: int  # the index of the question, from 0
+    input_ids: np.ndarray  # (tokens,) int32
+    token_type_ids: np.ndarray | None  # (tokens,) int32, or None if the tokenizer has no segments
+    first: int  # the position in input_ids of the first context token
+    offsets: np.ndarray  # (context tokens, 2) int32: the start and end of each token, in characters of the context
 
 
 def window_sizes(
@@ -126,11 +111,10 @@ def texts_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], first: int
     """Yield the texts in columns ``names`` of each row. Errors number rows from ``first``."""
     for number, row in enumerate(rows, start=first):
         for name in names:
-            if name not in row:
-                raise ValueError(f"Row {number} has no column {name!r}; it has {', '.join(row)}. Add the column.")
-            if not isinstance(row[name], str):
+            if not isinstance(row.get(name), str):
                 raise ValueError(
-                    f"Row {number} has {row[name]!r} in column {name!r}, not a text; add a text or remove the row."
+                    f"Row {number} has {row.get(name)!r} in column {name!r}, not a text; its columns are {', '.join(row)}. "
+                    "Add a text or remove the row."
                 )
         yield tuple(row[name] for name in names)
 

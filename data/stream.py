@@ -26,21 +26,13 @@ USUAL_COLUMNS = ("text", "passage", "answer", "sentence")
 
 
 class Rows(NamedTuple):
-    """Store consecutive rows of the data.
+    """Store consecutive rows of the data."""
 
-    Attributes:
-        first: the number of the first row in the complete data, from 0.
-        texts: the values of the text column.
-        ids: the values of the id column, or None without an id column.
-        part: the name of the file that contains the rows.
-        first_in_part: the number of the first row in the file ``part``, from 0.
-    """
-
-    first: int
+    first: int  # the number of the first row in the complete data, from 0
     texts: list[str | Bad]
-    ids: list[Any] | None
-    part: str
-    first_in_part: int
+    ids: list[Any] | None  # the values of the id column, or None without an id column
+    part: str  # the name of the file that contains the rows
+    first_in_part: int  # the number of the first row in this file, from 0
 
 
 class _Part(NamedTuple):
@@ -51,34 +43,31 @@ class _Part(NamedTuple):
 
     def columns(self) -> dict[str, Any]:
         """Return the types of the columns, as the first rows show them."""
-        return first_types(self.content) if isinstance(self.content, Path) else _table_columns(self.content)
+        if isinstance(self.content, Path):
+            return first_types(self.content)
+        features = self.content.features
+        return types_of_rows(self.content.take(PEEK)) if features is None else plain_types(features.arrow_schema)
 
     def blocks(self, names: list[str]) -> Iterator[Block]:
         """Yield the values of the named columns in blocks."""
         if isinstance(self.content, Path):
-            return BLOCKS[kind_of(self.content)](self.content, names)
-        return _table_blocks(self.content, names)
+            yield from BLOCKS[kind_of(self.content)](self.content, names)
+            return
+        for batch in self.content.select_columns(names).with_format(None).iter(batch_size=BLOCK):
+            yield len(batch[names[0]]), iter([[list(batch[name]) for name in names]])
 
 
 @dataclass
 class Stream:
-    """Read the rows of an opened data set in order.
+    """Read the rows of an opened data set in order."""
 
-    Attributes:
-        source: a dictionary that identifies the data. The entry ``path`` names the data.
-        column: the name of the text column.
-        id_column: the name of the id column, or None.
-        id_type: the Arrow type of the ids.
-        rows: the number of rows, or None if the number is known only after reading all rows.
-    """
-
-    source: dict[str, Any]
-    column: str
+    source: dict[str, Any]  # identifies the data; the entry "path" names it
+    column: str  # the text column
     id_column: str | None
     id_type: pa.DataType
-    rows: int | None
+    rows: int | None  # None if the number is known only after reading all rows
     parts: list[_Part] = field(repr=False)
-    listing: list[str] = field(repr=False)
+    listing: list[str] = field(repr=False)  # the name and digest of each file
 
     def begins_with(self, source: dict[str, Any]) -> bool:
         """Return True if this stream starts with the files in ``source``, an earlier input."""
@@ -201,14 +190,3 @@ def _find_parts(data: str | Path | Dataset, split: str) -> tuple[dict[str, Any],
 def digest(listing: Sequence[str]) -> str:
     """Return the SHA-256 of ``listing``, a list of file names with digests of the contents."""
     return hashlib.sha256("".join(listing).encode()).hexdigest()
-
-
-def _table_columns(table: Dataset | IterableDataset) -> dict[str, pa.DataType]:
-    if table.features is not None:
-        return plain_types(table.features.arrow_schema)
-    return types_of_rows(table.take(PEEK))
-
-
-def _table_blocks(table: Dataset | IterableDataset, names: list[str]) -> Iterator[Block]:
-    for batch in table.select_columns(names).with_format(None).iter(batch_size=BLOCK):
-        yield len(batch[names[0]]), iter([[list(batch[name]) for name in names]])

@@ -75,10 +75,8 @@ def read_tags(
             f"Column {column!r} holds {feature}; tagging needs a list of tags in every row: strings, "
             "or numbers with their names in order (labels: [O, B-…, …])."
         )
-    for row, (tags, row_words) in enumerate(zip(sentences, words, strict=True), start=1):
-        if tags is None or len(tags) != len(row_words):
-            found = "none" if tags is None else len(tags)
-            raise ValueError(f"Row {row} has {len(row_words)} words but {found} tags in {column!r}; every word needs a tag.")
+    complete = [tags is not None and len(tags) == len(given) for tags, given in zip(sentences, words, strict=True)]
+    refuse_first(sentences, complete, column, "every word of the row needs a tag")
     numbers, known = number_labels(sentences, inner, column, names)
     tagged = [[known[number] for number in row] for row in numbers]
     if holds_entities(known):
@@ -101,18 +99,11 @@ def _check_iob2(sentences: list[list[str]], column: str) -> None:
 
 
 class Windows(NamedTuple):
-    """Store tokenized sentences. A long sentence is cut into several overlapping windows.
+    """Store tokenized sentences. A long sentence is cut into several overlapping windows."""
 
-    Attributes:
-        ids: the token ids of each window.
-        words: an int64 array (tokens,) for each window. At the first token of a word, the value
-            is the index of the word. At all other tokens, the value is -1.
-        rows: the index of the sentence of each window.
-    """
-
-    ids: list[list[int]]
-    words: list[np.ndarray]
-    rows: list[int]
+    ids: list[list[int]]  # the token ids of each window
+    words: list[np.ndarray]  # (tokens,) int64 for each window: the index of the word at its first token, else -1
+    rows: list[int]  # the index of the sentence of each window
 
 
 def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> Windows:

@@ -61,24 +61,15 @@ class IndexedShard:
 
 @dataclass(frozen=True)
 class Lists:
-    """Describe the FAISS index of the first ``rows`` vectors, and the settings of a search.
+    """Describe the FAISS index of the first ``rows`` vectors, and the settings of a search."""
 
-    Attributes:
-        sha256: the SHA-256 of the index file.
-        trained_rows: the number of vectors in the folder when the centroids were trained.
-        lists: the number of lists into which FAISS divides the vectors.
-        probes: the number of lists that a search reads.
-        candidates: the number of vectors to compare with the query for each result.
-        recall: the fraction of the 10 nearest vectors that a search finds.
-    """
-
-    sha256: str
+    sha256: str  # of the index file
     rows: int
-    trained_rows: int
-    lists: int
-    probes: int
-    candidates: int
-    recall: float
+    trained_rows: int  # the number of vectors in the folder when the centroids were trained
+    lists: int  # the number of lists into which FAISS divides the vectors
+    probes: int  # the number of lists that a search reads
+    candidates: int  # the number of vectors to compare with the query for each result
+    recall: float  # the fraction of the 10 nearest vectors that a search finds
 
 
 @dataclass(frozen=True)
@@ -256,8 +247,9 @@ def _open_existing(folder: VectorFolder, exact: bool) -> VectorIndex | None:
         index = VectorIndex(folder, state, exact=exact)
     except (OSError, ValueError) as error:
         raise ValueError(f"The index in {home} was not finished, or is damaged.") from error
-    unchanged = all(_is_unchanged(folder, *pair) for pair in zip(state.shards, folder.shards))
-    if len(state.shards) > len(folder.shards) or not unchanged:
+    if len(state.shards) > len(folder.shards) or not all(
+        _is_unchanged(folder, *pair) for pair in zip(state.shards, folder.shards)
+    ):
         raise ValueError(f"The vectors in {folder.folder} have changed since they were indexed.")
     return index
 

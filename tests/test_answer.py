@@ -436,5 +436,5 @@ def test_refuses_data_of_another_kind_and_sizes_without_room(answer, tokenizer):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD] * 69 + [{**GOOD, "context": None}], batch_size=2))
     with pytest.raises(ValueError, match=r"batch_size must be at least 1, got 0"):
         list(answer_rows(Oracle({}, {}), tokenizer, [GOOD], batch_size=0))
-    with pytest.raises(ValueError, match=r"Row 1 has no column 'question'; it has text"):
+    with pytest.raises(ValueError, match=r"Row 1 has None in column 'question', not a text; its columns are text"):
         list(answer_rows(Oracle({}, {}), tokenizer, [{"text": "rome"}]))

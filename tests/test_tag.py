@@ -238,7 +238,11 @@ def test_lists_of_wide_offsets_are_lists():
 @pytest.mark.parametrize(
     ("columns", "changes", "message"),
     [
-        ({"tokens": [["a"], ["a", "b"]], "tags": [["O"], ["O"]]}, {}, r"Row 2 has 2 words but 1 tags in 'tags'"),
+        (
+            {"tokens": [["a"], ["a", "b"]], "tags": [["O"], ["O"]]},
+            {},
+            r"Row 2 has tags=\['O'\]; every word of the row needs a tag",
+        ),
         ({"tokens": [["a"], ["b"]], "tags": [["B-X"], ["L-X"]]}, {}, r"Row 2 has 'L-X' at word 1 in 'tags', which is not IOB2"),
         (
             {"tokens": [["a", "b"], ["a", "b"]], "tags": [["B-X", "O"], ["O", "I-X"]]},
@@ -255,7 +259,7 @@ def test_lists_of_wide_offsets_are_lists():
         ({"tokens": [["a"]], "tags": [["O"]]}, {"labels": ["O", "O"]}, r"labels\n.* O is given more than once"),
         ({"tokens": [["a"], None], "tags": [["O"], ["O"]]}, {}, r"Row 2 has tokens=None; no word may be missing"),
         ({"tokens": [["a"], ["a", None]], "tags": [["O"], ["O", "O"]]}, {}, r"Row 2 has tokens=\['a', None\]"),
-        ({"tokens": [["a"], ["b"]], "tags": [["O"], None]}, {}, r"Row 2 has 1 words but none tags in 'tags'"),
+        ({"tokens": [["a"], ["b"]], "tags": [["O"], None]}, {}, r"Row 2 has tags=None; every word of the row needs a tag"),
         ({"tokens": ["a", "b"], "tags": [["O"], ["O"]]}, {}, r"'tokens' holds .*; tagging needs a list of words"),
         ({"tokens": [["a"], ["b"]], "tags": ["O", "O"]}, {}, r"'tags' holds .*; tagging needs a list of tags"),
         (
