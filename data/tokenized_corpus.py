@@ -98,14 +98,9 @@ def load_documents(source: DataSource, split: str, column: str | None, sample_by
     ``column`` is the column to read. The default is ``text`` or the only column of strings.
     """
     rows = load([source], split=split, sample_by=sample_by)
-    column = document_column(rows, source, column)
+    column = text_column(rows, column, ["text"], option="text_column", where=source.path)
     rows = rows.select_columns([column])
     return rows if column == "text" else rows.rename_column(column, "text")
-
-
-def document_column(rows: Dataset, source: DataSource, column: str | None) -> str:
-    """Return the column of documents: the given one, ``text``, or the only column of strings."""
-    return text_column(rows, column, ["text"], option="text_column", where=source.path)
 
 
 def _token_lists(batch: dict[str, list[str | None]], tokenizer: Any, delimiters: str | None) -> dict[str, list[Any]]:

@@ -5,7 +5,7 @@ The metrics come from the evaluators of sentence-transformers, from bm25s and fr
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,12 @@ def evaluate(
         raise ValueError("The data has no rows; give a file or split that holds data.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit} (--limit).")
+    first_rows = data if limit is None else data.select(range(min(limit, len(data))))
     if not isinstance(model, SentenceTransformer):
         opened = open_with_head(model, heads=[CLASSIFIER, TAGGER], device=device, trust_remote_code=trust_remote_code)
         if opened:
             measure = classification if head_of(opened[0].config) == CLASSIFIER else tagging
-            return measure(*opened, _first_rows(data, limit), batch_size=batch_size)
+            return measure(*opened, first_rows, batch_size=batch_size)
     columns = set(data.column_names)
     pair = next((pair for pair in RETRIEVAL_COLUMNS if columns.issuperset(pair)), None)
     if not pair and not columns.issuperset(SIMILARITY_COLUMNS):
@@ -124,7 +125,7 @@ def evaluate(
     how: dict[str, Any] = {"baselines": baselines, "batch_size": batch_size, "show_progress": show_progress}
     if pair:
         return retrieval(encoder, *_texts(data, pair), limit=limit, **how)
-    return similarity(encoder, _first_rows(data, limit), **how)
+    return similarity(encoder, first_rows, **how)
 
 
 def retrieval(
@@ -161,8 +162,7 @@ def retrieval(
     )
     systems = {"model": _retrieval_metrics(evaluator(model), f"{model.similarity_fn_name}_")}
     if baselines:
-        hits = _bm25_hits(asked, list(passages), top_k=100)
-        of_bm25 = evaluator.compute_metrics(list(hits))
+        of_bm25 = evaluator.compute_metrics(_bm25_hits(asked, list(passages), top_k=100))
         flat = {name.replace("@k", f"@{k}"): value for name, by_k in of_bm25.items() for k, value in by_k.items()}
         systems["bm25"] = _retrieval_metrics(flat)
         if blank := untrained(model):
@@ -282,31 +282,24 @@ def _retrieval_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, f
     return {name: float(metrics[prefix + name]) for name in ("recall@1", "recall@10", "recall@100", "mrr@10", "ndcg@10")}
 
 
-def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield a list of the best passages for each query, found with BM25."""
+def _bm25_hits(queries: list[str], passages: list[str], *, top_k: int) -> list[Any]:
+    """Return the list of the best passages for each query, found with BM25."""
     from minibert.inference.bm25 import WordIndex  # slow to import, and used only here
 
     try:
         index = WordIndex.build(passages)
     except ValueError:
-        yield from ([] for _ in queries)
-        return
-    for scores, numbers in zip(*(found.tolist() for found in index.search(queries, top_k)), strict=True):
-        yield [
-            {"corpus_id": str(number), "score": score}
-            for number, score in zip(numbers, scores, strict=True)
-            if number >= 0  # a passage that shares no word has the number -1
-        ]
+        return [[] for _ in queries]
+    scores, numbers = index.search(queries, top_k)
+    found = (zip(*query, strict=True) for query in zip(numbers.tolist(), scores.tolist(), strict=True))
+    # A passage that shares no word has the number -1.
+    return [[{"corpus_id": str(number), "score": score} for number, score in query if number >= 0] for query in found]
 
 
 def _texts(data: Dataset, names: Sequence[str]) -> list[list[str]]:
     """Return the list of texts of each column in ``names``."""
     rows = texts_of(data.select_columns(list(names)), names)
     return list(map(list, zip(*rows, strict=True)))
-
-
-def _first_rows(data: Dataset, limit: int | None) -> Dataset:
-    return data if limit is None else data.select(range(min(limit, len(data))))
 
 
 def _name_columns(data: Dataset) -> str:

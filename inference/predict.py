@@ -52,18 +52,13 @@ Row = Mapping[str, Any]
 
 STANDARD_INPUT = "-"
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")
-CLASSIFIER, TAGGER, ANSWERER, CHOOSER = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-)
 _HEADS = {
-    CLASSIFIER: AutoModelForSequenceClassification,
-    TAGGER: AutoModelForTokenClassification,
-    ANSWERER: AutoModelForQuestionAnswering,
-    CHOOSER: AutoModelForMultipleChoice,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForMultipleChoice": AutoModelForMultipleChoice,
 }
+CLASSIFIER, TAGGER, ANSWERER, CHOOSER = _HEADS
 _TAGGED = [(name,) for name in (*TOKEN_COLUMNS, "text", "sentence")]
 _ASKED = ("question", "context")
 _ROWS_AT_ONCE = 1000

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, groupby, islice, pairwise, tee
 from pathlib import Path
 from textwrap import shorten
@@ -54,17 +55,12 @@ _NO_END = 2**62  # no input has this row
 
 
 class Summary(NamedTuple):
-    """Store the result of :func:`encode_corpus`: the ``manifest`` and statistics of the call.
-
-    ``written`` is the number of vectors that all processes wrote in this call. ``seconds`` is
-    the time for encoding. ``decisions`` explains the choices of the encoder and how the
-    processes shared the work.
-    """
+    """Store the result of :func:`encode_corpus`."""
 
     manifest: Manifest
-    written: int
-    seconds: float
-    decisions: dict[str, str]
+    written: int  # the number of vectors that all processes wrote in this call
+    seconds: float  # the time for encoding
+    decisions: dict[str, str]  # the choices of the encoder, and how the processes shared the work
 
 
 def encode_corpus(
@@ -157,18 +153,17 @@ def encode_corpus(
     out.mkdir(parents=True, exist_ok=True)
     lock = exclusive_lock(out, "encoding into", kept=KEPT)
     with lock if job.state.is_main_process else contextlib.nullcontext():
-        encoder = job.prepare(append=append, force=force)
+        job.prepare(append=append, force=force)
         if job.manifest.complete:
             return Summary(job.manifest, 0, 0.0, {})
         started, before = time.perf_counter(), sum(notes["rows"] for notes in job.notes.values())
-        encoder = encoder or job.open_model()
-        job.write(encoder)
+        job.write()
         job.finish()
         shards = len(job.manifest.shards)
         shared = f"{count}, shards {shards}"
         if shards < count:
             shared += f"; {count - shards} had nothing to do, smaller --rows-per-shard would change that"
-        decisions = {**encoder.decisions, "processes": shared}
+        decisions = {**job.encoder.decisions, "processes": shared}
         return Summary(job.manifest, job.manifest.rows - before, time.perf_counter() - started, decisions)
 
 
@@ -245,17 +240,13 @@ def missing_shards(
 
 
 class _Window(NamedTuple):
-    """Store rows of one shard that are encoded together.
-
-    ``notes`` is the metadata to store in the shard. ``last`` is True if no rows of the shard
-    follow.
-    """
+    """Store rows of one shard that are encoded together."""
 
     shard: int
     texts: list[str]
     ids: list[Any]
-    notes: dict[str, Any]
-    last: bool
+    notes: dict[str, Any]  # the metadata to store in the shard
+    last: bool  # no rows of the shard follow
 
 
 @dataclass
@@ -274,20 +265,22 @@ class _Job:
     def __post_init__(self) -> None:
         self.state, self.manifest = processes(), self.asked
 
-    def open_model(self) -> Encoder:
-        """Open the model. All processes use the dtype in the manifest."""
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Return the opened model. All processes use the dtype in the manifest."""
         options: EncoderOptions = {**self.options, "dtype": self.manifest.encoding["dtype"]}
         if self.state.num_processes > 1:
             options["device"] = options.get("device") or str(self.state.device)
         # Without float16 copies, vectors do not depend on the bounds of the shards.
         return Encoder(self.model, query_copies=False, **options)
 
-    def prepare(self, *, append: bool, force: bool) -> Encoder | None:
-        """Prepare the output folder in the main process. Return an opened encoder, or None."""
-        encoder, refusal = None, None
+    def prepare(self, *, append: bool, force: bool) -> None:
+        """Prepare the output folder in the main process, and share its manifest with the others."""
+        refusal = None
         if self.state.is_main_process:
             try:
-                encoder = None if self._resume(append, force) else self._begin()
+                if not self._resume(append, force):
+                    self._begin()
             except (ValueError, OSError) as error:
                 refusal = error
         agreed = [None if refusal or not self.state.is_main_process else (self.manifest, self.notes)]
@@ -297,7 +290,6 @@ class _Job:
         if agreed[0] is None:
             raise ValueError("The first process could not begin; see its error above.")
         self.manifest, self.notes = agreed[0]
-        return encoder
 
     def _resume(self, append: bool, force: bool) -> bool:
         """Return True to complete the vectors in the folder, or False to write new vectors."""
@@ -330,25 +322,23 @@ class _Job:
         write_manifest(self.out, manifest)
         return True
 
-    def _begin(self) -> Encoder:
-        """Check the model and the first rows, delete old vectors, and return the encoder."""
+    def _begin(self) -> None:
+        """Check the model and the first rows, and delete old vectors."""
         others = sorted(file.name for file in self.out.iterdir() if not file.name.startswith("."))
         if others and MANIFEST not in others:
             shown = shorten(", ".join(others), 60)
             raise ValueError(f"{self.out} has files that are not vectors ({shown}); use an empty or new folder.")
-        encoder, path = self.open_model(), self.stream.source["path"]
-        encoding = {**self.asked.encoding, "dtype": encoder.dtype, "auto_dtype": self.asked.encoding["dtype"] == "auto"}
-        self.manifest = replace(self.asked, encoding=encoding, dimension=encoder.dimension)
-        self.manifest.normalized = encoder.normalized
+        encoder, asked = self.encoder, self.asked.encoding
+        encoding = {**asked, "dtype": encoder.dtype, "auto_dtype": asked["dtype"] == "auto"}
+        self.manifest = replace(self.asked, encoding=encoding, dimension=encoder.dimension, normalized=encoder.normalized)
         if self.manifest.precision == "int8":
-            self.manifest.ranges = self._calibrate(encoder)
+            self.manifest.ranges = self._calibrate()
         first = next(iter(self.stream.read()), None)
         if first is None:
-            raise ValueError(f"{path} has no rows; give a file or split that holds data.")
+            raise ValueError(f"{self.stream.source['path']} has no rows; give a file or split that holds data.")
         list(self._usable(first, {"skipped": 0, "skipped_rows": []}))  # raises an error for a bad row
         remove_vectors(self.out)
         write_manifest(self.out, self.manifest)
-        return encoder
 
     def _find_shards(self) -> None:
         """Read the metadata of complete shards, and delete incomplete or damaged shards."""
@@ -363,11 +353,11 @@ class _Job:
             self.manifest.complete = False
         self._list_shards()
 
-    def _calibrate(self, encoder: Encoder) -> list[list[float]]:
+    def _calibrate(self) -> list[list[float]]:
         """Return the lowest and the highest value to store as int8, for each dimension."""
         rows = chain.from_iterable(block.texts for block in self.stream.read())
         texts = islice((text for text in rows if isinstance(text, str)), _CALIBRATION)
-        vectors = encoder.encode(list(texts))
+        vectors = self.encoder.encode(list(texts))
         if not len(vectors):
             path, column = self.stream.source["path"], self.stream.column
             raise ValueError(f"{path} has no text in column {column!r}; choose another column (--column).")
@@ -375,10 +365,10 @@ class _Job:
         margin = _MARGIN * (high - low)
         return [(low - margin).tolist(), (high + margin).tolist()]
 
-    def write(self, encoder: Encoder) -> None:
+    def write(self) -> None:
         """Encode and write the shards of this process."""
         windows, copies = tee(self._windows())
-        pairs = zip(windows, encoder.windows(window.texts for window in copies), strict=False)
+        pairs = zip(windows, self.encoder.windows(window.texts for window in copies), strict=False)
         count = self.state.num_processes
         done = sum(notes["input_rows"] for notes in self.notes.values()) // count
         total = None if self.stream.rows is None else self.stream.rows // count
@@ -399,8 +389,7 @@ class _Job:
     def _windows(self) -> Iterator[_Window]:
         """Yield groups of rows for this process to encode. A group belongs to one shard."""
         place = self.state.process_index, self.state.num_processes
-        missing = missing_shards(self.manifest, set(self.notes), *place)
-        shards, copies = tee(missing)
+        shards, copies = tee(missing_shards(self.manifest, set(self.notes), *place))
         shard, rows = next(shards)
         texts: list[str] = []
         ids: list[Any] = []

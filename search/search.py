@@ -38,18 +38,12 @@ _FUSION = 60
 
 
 class Hit(NamedTuple):
-    """Represent a passage that a search has found.
+    """Represent a passage that a search has found."""
 
-    ``number`` is the number of the passage, from 0. ``score`` is the similarity to the query,
-    or the result of :func:`fuse` in a hybrid search. ``passage`` is the text, or None if the
-    folder of vectors has no texts. ``id`` is the id in the folder, or None for a passage in
-    memory.
-    """
-
-    number: int
-    score: float
-    passage: str | None
-    id: Any = None
+    number: int  # of the passage, from 0
+    score: float  # the similarity to the query, or the result of fuse() in a hybrid search
+    passage: str | None  # None if the folder of vectors has no texts
+    id: Any = None  # in the folder; None for a passage in memory
 
 
 def read_passages(data: str | Path | Dataset, column: str | None = None) -> list[str]:

@@ -29,15 +29,11 @@ _KEY = b"minibert"
 
 @dataclass(frozen=True)
 class Shard:
-    """Describe a shard of ``rows`` vectors, which are numbered from ``first_row``.
-
-    The vectors come from ``input_rows`` rows of the input, starting at ``first_input_row``.
-    ``rows`` is smaller than ``input_rows`` if some rows were skipped.
-    """
+    """Describe a shard of vectors and the rows of the input that they come from."""
 
     file: str
-    first_row: int
-    rows: int
+    first_row: int  # the number of its first vector
+    rows: int  # the number of vectors: fewer than input_rows if some rows were skipped
     first_input_row: int
     input_rows: int
 

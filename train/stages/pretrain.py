@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
-from minibert.data.load import load
-from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, document_column, load_corpus
+from minibert.data.load import load, text_column
+from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, load_corpus
 from minibert.files.processes import processes
 from minibert.train.arguments import DistillPretrainingStage, MaskedWordArguments, PhaseArguments, PretrainStage
 from minibert.train.loop import Phase, fit, seed_everything
@@ -53,7 +53,8 @@ def check_documents(args: PretrainStage | DistillPretrainingStage, context: Stag
     for split, sources in (("train", args.data), ("validation", args.eval_data or [])):
         for source in sources:
             rows = load([source], split=split, sample_by=args.sample_by)
-            context.note_columns([source], rows, {"text": document_column(rows, source, args.text_column)})
+            column = text_column(rows, args.text_column, ["text"], option="text_column", where=source.path)
+            context.note_columns([source], rows, {"text": column})
     context.end_check()
 
 
