@@ -388,7 +388,8 @@ def _csv_chunks(path: Path, rows: int = 20 * BLOCK, **options: Any) -> Iterator[
 def _csv_blocks(path: Path, names: list[str]) -> Iterator[Block]:
     """Yield the values of the columns as strings, with None for an empty value."""
     for chunk in _csv_chunks(path, BLOCK, dtype=object):
-        yield len(chunk), iter([[chunk[name].astype(object).where(chunk[name].notna(), None).tolist() for name in names]])
+        wanted = (chunk[name].astype(object).where(chunk[name].notna(), None).tolist() for name in names)
+        yield len(chunk), (list(columns) for columns in [wanted])
 
 
 def _csv_types(path: Path) -> Iterator[Types]:
@@ -399,9 +400,11 @@ def _csv_types(path: Path) -> Iterator[Types]:
 
 def _csv_tables(path: Path, schema: pa.Schema, _: str) -> Iterator[pa.Table]:
     written = {field.name: object for field in schema if field.type in (pa.string(), pa.null())}  # so that 007 stays 007
+    fields = list(zip(schema.names, schema.types, strict=True))
     for chunk in _csv_chunks(path, dtype=written):
-        every = chunk.reindex(columns=schema.names).astype(written)  # another file may have more columns
-        yield pa.Table.from_pandas(every, schema, preserve_index=False)
+        missing = pa.nulls(len(chunk))  # in a column that only another file has
+        columns = [pa.array(chunk[name], kind) if name in chunk else missing.cast(kind) for name, kind in fields]
+        yield pa.table(columns, schema=schema)
 
 
 # Each kind has a function for the types of all columns in each block, one for all columns with

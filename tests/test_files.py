@@ -93,7 +93,7 @@ def test_a_column_has_one_type_in_all_rows(tmp_path):
 
 def test_the_files_of_a_folder_may_have_different_columns(tmp_path):
     for suffix, first, second in (
-        ("csv", "text,a,none\nx,1,\n", "text,b\ny,z\n"),
+        ("csv", "text,a,none\nx,1,\n", "b,text\nz,y\n"),
         ("jsonl", '{"text": "x", "a": 1, "none": null}\n', '{"text": "y", "b": "z"}\n'),
     ):
         (tmp_path / suffix).mkdir()
