@@ -142,13 +142,13 @@ def open_stream(
 
 
 def _text(value: Any) -> str | Bad:
-    if isinstance(value, str):
-        if not value or value.isspace():
-            return Bad("is empty")
-        return value if is_unicode(value) else Bad("is not valid Unicode")
     if isinstance(value, Bad):
         return value
-    return Bad("has no text") if value is None else Bad(f"is of type {type(value).__name__}, not a string")
+    if not isinstance(value, str):
+        return Bad("has no text" if value is None else f"is of type {type(value).__name__}, not a string")
+    if not value or value.isspace():
+        return Bad("is empty")
+    return value if is_unicode(value) else Bad("is not valid Unicode")
 
 
 def _id(value: Any, kind: pa.DataType) -> Any:

@@ -156,8 +156,7 @@ def find_spans(
     spans: list[dict[tuple[int, int], float]] = [{} for _ in range(rows)]
     nulls = [math.inf] * rows
     encoded = {"input_ids": [window.input_ids.tolist() for window in windows]}
-    types = [window.token_type_ids.tolist() for window in windows if window.token_type_ids is not None]
-    if types:
+    if types := [window.token_type_ids.tolist() for window in windows if window.token_type_ids is not None]:
         encoded["token_type_ids"] = types
     for numbers, inputs in padded_batches(model, tokenizer, encoded, batch_size):
         batch = [windows[number] for number in numbers]

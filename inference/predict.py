@@ -208,10 +208,10 @@ def _read(data: Any, split: str) -> tuple[Iterator[Row], list[str], int | None]:
         dataset = as_dataset(data, split=split)
         return iter(dataset), dataset.column_names, len(dataset)
     lines = _standard_input() if str(data) == STANDARD_INPUT else iter(data)
-    first = list(islice(lines, 1))
-    given = ({"text": row} if isinstance(row, str) else row for row in chain(first, lines))
-    names = [] if not first else ["text"] if isinstance(first[0], str) else list(first[0])
-    return given, names, len(data) if isinstance(data, Sequence) and not isinstance(data, str) else None
+    given = ({"text": row} if isinstance(row, str) else row for row in lines)
+    first = list(islice(given, 1))
+    total = len(data) if isinstance(data, Sequence) and not isinstance(data, str) else None
+    return chain(first, given), list(first[0]) if first else [], total
 
 
 def _standard_input() -> Iterator[str]:

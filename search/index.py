@@ -133,14 +133,9 @@ class VectorIndex:
             top_k: the number of rows to return for each query.
         """
         queries = normalize(np.ascontiguousarray(queries, dtype=np.float32))
-        top_k, lists = min(top_k, len(self)), self.state.lists
-        found = []
-        for start in range(0, len(queries), _QUERIES):
-            some = queries[start : start + _QUERIES]
-            if self._faiss is None or lists is None:
-                found.append(self._exact(some, top_k))
-            else:
-                found.append(self._by_lists(some, top_k, lists))
+        top_k, lists = min(top_k, len(self)), None if self._faiss is None else self.state.lists
+        blocks = (queries[start : start + _QUERIES] for start in range(0, len(queries), _QUERIES))
+        found = [self._by_lists(some, top_k, lists) if lists else self._exact(some, top_k) for some in blocks]
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -365,8 +360,7 @@ class Sample:
     def _neighbours(self, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return the best 10 scores of each query, without the score of the query with itself."""
         scores = np.where(rows == self.rows[:, None], -np.inf, scores)
-        best: np.ndarray = -np.sort(-scores, axis=1)[:, :NEIGHBOURS]
-        return best
+        return np.asarray(-np.sort(-scores, axis=1)[:, :NEIGHBOURS])
 
     def recall(self, settings: Lists) -> float:
         """Return the fraction of the nearest vectors that a search with ``settings`` finds."""

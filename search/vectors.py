@@ -151,12 +151,10 @@ def to_float(stored: np.ndarray, manifest: Manifest) -> np.ndarray:
     """
     if manifest.precision == "binary":
         bits = np.unpackbits((stored.astype(np.int16) + 128).astype(np.uint8), axis=1, count=manifest.dimension)
-        signs: np.ndarray = (bits.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(manifest.dimension))
-        return signs
+        return np.asarray((bits.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(manifest.dimension)))
     if manifest.precision == "int8":
         low, high = np.array(manifest.ranges, dtype=np.float32)
-        middles: np.ndarray = (stored.astype(np.float32) + 128.5) * ((high - low) / 255) + low
-        return middles
+        return np.asarray((stored.astype(np.float32) + 128.5) * ((high - low) / 255) + low)
     return stored.astype(np.float32, copy=False)
 
 
