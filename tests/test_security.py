@@ -213,7 +213,7 @@ def test_a_module_class_from_elsewhere_is_not_imported_without_the_flag(model, t
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 def test_kernels_from_the_hub_are_not_asked_for(model, key):
     edit_json(model / "config.json", **{key: "evil/kernels"})
-    with pytest.raises(ValueError, match=f"sets {key} to 'evil/kernels'"):
+    with pytest.raises(ValueError, match=f"sets '{key}' to 'evil/kernels'"):
         find_model(model)
 
 
@@ -245,14 +245,16 @@ def test_code_outside_of_the_folder_is_refused(model, code, file):
         check_paths(model)
 
 
-def test_usual_code_names_pass(model):
+def test_code_of_another_repository_needs_the_flag(model):
     names = {
         "AutoModel": "modeling_a.B",
         "AutoConfig": "owner/name.v1--configuration_a.C",
         "AutoTokenizer": ["tokenization_a.D", None],
     }
     edit_json(model / "config.json", auto_map=names)
-    check_paths(model)
+    with pytest.raises(ValueError, match="'owner/name.v1--configuration_a.C' in its auto_map, which is code of another"):
+        check_paths(model)
+    check_paths(model, trust_remote_code=True)
 
 
 @pytest.mark.parametrize(
