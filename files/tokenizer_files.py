@@ -23,7 +23,7 @@ _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MODELS = ("WordPiece", "BPE", "Unigram", "WordLevel")
 # Parts that are cheap for any text and have no settings that could end the process.
 _PARTS = (
-    *("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Prepend", "Strip", "StripAccents"),
+    *("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents"),
     *("BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Punctuation", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
     *("BertProcessing", "RobertaProcessing", "TemplateProcessing", "Sequence"),
     *("BPEDecoder", "ByteFallback", "Fuse", "WordPiece"),
@@ -37,7 +37,7 @@ try:
 except ImportError:  # Windows
     pass
 from tokenizers import Tokenizer
-for text in ("", "A short text, 42!", "a" * 2000, "\\u00e9\\u4e2d " * 500):
+for text in ("", "A short text, 42!", "a" * 2000 + "!", "\\u00e9\\u4e2d " * 500):
     Tokenizer.from_file(sys.argv[1]).encode(text)
 """
 
@@ -105,10 +105,12 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _is_usual(part: dict[str, Any]) -> bool:
-    pattern = part.get("pattern")
-    return part["type"] in _PARTS or (
-        part["type"] in ("Replace", "Split") and isinstance(pattern, dict) and "String" in pattern
-    )
+    """Return True for a step that takes time and memory in proportion to the text."""
+    pattern, content = part.get("pattern"), part.get("content", "")
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    if part["type"] == "Replace":
+        return isinstance(text, str) and isinstance(content, str) and len(content) <= len(text)
+    return part["type"] in _PARTS or (part["type"] == "Split" and isinstance(text, str))
 
 
 @lru_cache(maxsize=64)  # a command opens the same tokenizer several times
@@ -116,11 +118,8 @@ def _try(file: Path, size: int, changed: int) -> None:
     """Open a tokenizer in a process with limits. Refuse the tokenizer if the process fails."""
     code = _OPEN.format(memory=_MEMORY, seconds=_SECONDS)
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", code, file], capture_output=True, text=True, errors="replace", timeout=2 * _SECONDS
-        )
+        failed = subprocess.run([sys.executable, "-I", "-c", code, file], capture_output=True, timeout=2 * _SECONDS).returncode
     except subprocess.TimeoutExpired:
-        refuse(file, f"could not be read within {2 * _SECONDS} seconds")
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        refuse(file, f"could not be read with {_MEMORY / 2**30:.0f} GiB of memory in {_SECONDS} seconds ({short(last[0])})")
+        failed = True
+    if failed:
+        refuse(file, f"could not be read with {_MEMORY / 2**30:.0f} GiB of memory in {_SECONDS} seconds")
