@@ -31,8 +31,8 @@ CARRIED = (
 )
 # Fields that do not affect the outputs, or that a conversion sets itself.
 _DROPPED = (
-    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels"),
-    *("_attn_implementation_internal", "gradient_checkpointing"),
+    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "num_labels"),
+    *("_attn_implementation_internal", "gradient_checkpointing", *folders.OF_A_MACHINE),
 )
 
 

@@ -84,7 +84,8 @@ def export_onnx(
 
 def _write_config(config: MiniBertConfig, file: Path) -> None:
     """Write a configuration without code, of a model type that optimum knows by the same fields."""
-    settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key != "auto_map"}
+    dropped = ("auto_map", *folders.OF_A_MACHINE)
+    settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key not in dropped}
     architectures = [name.replace("MiniBert", "Bert") for name in settings.get("architectures") or ["BertModel"]]
     write_json(file, {**settings, "model_type": "bert", "architectures": architectures, "exported_from": "minibert"})
 
@@ -146,6 +147,8 @@ def _write(graph: _Graph, file: Path) -> int:
             verbose=False,
         )
     assert program is not None
+    for part in (program.model.graph, *program.model.graph.all_nodes()):
+        part.metadata_props.clear()  # contain stack traces, with paths of this machine
     count = sum(parameter.numel() for parameter in graph.parameters())
     program.save(file, external_data=count * 4 > _LARGEST_FILE)
     return count

@@ -2,6 +2,7 @@
 
 import filecmp
 import getpass
+import json
 import re
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from minibert import configuration_minibert
 from minibert.files import installation
-from minibert.files.disk import expand_home, read_json, readable_os_errors, write_json, write_text
+from minibert.files.disk import expand_home, read_json, readable_os_errors, write_text
 from minibert.files.model_folder import WEIGHTS, code_files, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
@@ -31,9 +32,6 @@ from minibert.hub.remote import Change, ask, commit, compare, connect, download,
 TOLERANCE = 1e-6
 SHARD_SIZE = "5GB"
 CODE_LICENCE = "LICENSE.minibert"
-# Fields of the configuration that describe the publisher's machine. They are removed.
-_OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
-_TEXTS = (".json", ".txt", ".md", ".yaml", ".py", ".jinja")
 
 
 @dataclass
@@ -278,10 +276,7 @@ def build(
                 licence = next(Path(str(file.locate())) for file in files if file.name == "LICENSE")
             shutil.copy(licence, temporary / CODE_LICENCE)
         _write_weights(weights, temporary, dtype, max_shard_size)
-        for file in (temporary / "config.json", temporary / "tokenizer_config.json"):
-            known = read_json(file) if file.exists() else {}
-            known |= {"dtype": dtype} if dtype and file.name == "config.json" else {}
-            write_json(file, {name: value for name, value in known.items() if name not in _OF_THIS_MACHINE})
+        folders.set_fields(temporary / "config.json", **({"dtype": dtype} if dtype else {}))
         if (source / "LICENSE").exists():  # the licence of the weights
             shutil.copy(source / "LICENSE", temporary / "LICENSE")
         write_text(temporary / "README.md", build_card(temporary, repo_id, origin=source, **fields))
@@ -304,18 +299,26 @@ def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size
 
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:
-    """Raise ValueError if a text file contains a home directory or a path in ``places``."""
+    """Raise ValueError if a file contains a home directory or a path in ``places``."""
     begin = r"(?<![\w.:/])"  # matches before a path, but not before the path of a URL
     homes = rf"/(?:home|Users)|(?:/[\w.-]+)*/{re.escape(getpass.getuser())}|{re.escape(str(Path.home()))}"
     patterns = [rf"(?:{begin}(?:{homes})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]
     roots = [expand_home(place).resolve() for place in places]
     patterns += [re.escape(str(root)) + r"\b" for root in roots if len(root.parts) > 1]
     private = re.compile("|".join(patterns))
-    found = []
-    for path in folders.paths_in(folder):
-        if path.endswith(_TEXTS) and (match := private.search((folder / path).read_text(encoding="utf-8"))):
-            found.append(f"{path} contains {match[0]}")
+    found = [
+        f"{path} contains {match[0]}" for path in folders.paths_in(folder) if (match := private.search(_text(folder / path)))
+    ]
     if found:
         raise ValueError(
             f"The published files would show paths of this machine: {'; '.join(found)}; remove them from the model's files."
         )
+
+
+def _text(file: Path) -> str:
+    """Return the text in a file. Of weights, this is the header."""
+    if file.suffix == ".json":
+        return json.dumps(read_json(file), ensure_ascii=False)  # a path may be escaped in the file
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little") if file.suffix == ".safetensors" else -1
+        return content.read(length).decode("utf-8", "replace")

@@ -236,7 +236,7 @@ def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
     (run / "2-embed" / "checkpoints" / "step-1" / "optimizer.safetensors").write_bytes(b"")
     assert publish.model_folder(run) == run / "2-embed"
     build(run / "2-embed", tmp_path / "built")
-    assert "path: mine.csv" in (tmp_path / "built" / "recipe.yaml").read_text()
+    assert "path: local data 1" in (tmp_path / "built" / "recipe.yaml").read_text()
     assert not [path for path in (tmp_path / "built").rglob("*") if "checkpoint" in str(path) or path.name == "log.jsonl"]
 
 
