@@ -25,13 +25,15 @@ _Local = dict[tuple[str, str | None], str]
 
 
 class Source(BaseModel):
-    """Describe a data source. Local data have a number instead of their path."""
+    """Describe a data source. Local data have a number instead of their path.
+
+    ``revision`` is the commit of a data set on the Hub, and None for local data.
+    """
 
     path: str
     config: str | None = None
     split: str | None = None
     revision: str | None = None
-    on_hub: bool = False
 
 
 class Stage(BaseModel):
@@ -81,33 +83,26 @@ def read(folder: Path) -> Record:
     if not (folder / "stage.json").exists() or not (run / RECIPE).exists():
         origin = read_settings(folder / "conversion.json").get("base_model")
         return _published(folder) or Record(**found, base_model=origin)
-    recipe, local = read_recipe(run / RECIPE), _Local()
-    stages = {f"{number}-{stage['name']}": stage for number, stage in enumerate(recipe["stages"], start=1)}
-    environments = {name: read_settings(run / name / "environment.json") for name in stages}
-    names = {stage["name"] for stage in stages.values()}
-    public = [_public(stage, environments[name], names, local) for name, stage in stages.items()]
+    recipe = read_recipe(run / RECIPE)
+    private = {f"{number}-{stage['name']}": stage for number, stage in enumerate(recipe["stages"], start=1)}
+    environments = {name: read_settings(run / name / "environment.json") for name in private}
+    names, local = {stage["name"] for stage in private.values()}, _Local()
+    stages = {name: _public(stage, environments[name], names, local) for name, stage in private.items()}
     path = [folder.name]
     while (before := environments[path[0]].get("started_from")) in stages.keys() - set(path):
         path.insert(0, before)
-    evaluations = list(_of_training(stages[folder.name], metrics, environment, local))
+    evaluations = list(_of_training(stages[folder.name], metrics))
     for name, stage in stages.items():
         if stage["kind"] == "evaluate" and environments[name].get("started_from") == folder.name:
-            evaluations += _of_stage(stage, read_settings(run / name / "metrics.json"), environments[name], local)
+            evaluations += _of_stage(private[name], stage, read_settings(run / name / "metrics.json"))
     return Record(
         **found,
-        stages=[
-            Stage(
-                kind=stages[name]["kind"],
-                name=stages[name]["name"],
-                data=[_source(source, environments[name], local) for source in stages[name].get("data") or []],
-            )
-            for name in path
-        ],
+        stages=[Stage.model_validate(stages[name]) for name in path],
         evaluations=_merged(evaluations),
         base_model=next(filter(None, (environments[name].get("base_model") for name in path)), None),
         new_weights=any(isinstance(stages[name].get("model"), dict) for name in path),
         teacher=environment.get("teacher"),
-        recipe=to_yaml({**{key: value for key, value in recipe.items() if key not in _DROPPED}, "stages": public}),
+        recipe=to_yaml({**recipe, "stages": list(stages.values())}),
     )
 
 
@@ -136,7 +131,7 @@ def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
 def datasets(record: Record) -> list[str]:
     """Return the Hub ids of the data sets that the model was trained on."""
     sources = [source for stage in record.stages if stage.kind != "tokenizer" for source in stage.data]
-    return list(dict.fromkeys(source.path for source in sources if source.on_hub))
+    return list(dict.fromkeys(source.path for source in sources if source.revision))
 
 
 def _weights(folder: Path) -> dict[str, str]:
@@ -158,44 +153,24 @@ def _published(folder: Path) -> Record | None:
     return record
 
 
-def _source(source: dict[str, Any], environment: dict[str, Any], local: _Local) -> Source:
-    """Describe a source of a stage. Only the names of data sets that came from the Hub are kept."""
-    path, split = source["path"], source.get("split")
-    commit = environment.get("datasets", {}).get(path)
-    if commit or path == INSTALLED_DOCS:
-        return Source(path=path, config=source.get("config"), split=split, revision=commit, on_hub=bool(commit))
-    if split and not {name for name, _ in split_parts(split)} <= _SPLITS:
-        return Source(path=local.setdefault((path, split), f"local data {len(local) + 1}"))
-    return Source(path=local.setdefault((path, None), f"local data {len(local) + 1}"), split=split)
-
-
-def _evaluated(source: dict[str, Any], environment: dict[str, Any], local: _Local) -> Source:
-    return _source({**source, "split": source.get("split") or "validation"}, environment, local)
-
-
-def _of_training(
-    stage: dict[str, Any], metrics: dict[str, Any], environment: dict[str, Any], local: _Local
-) -> Iterator[Evaluation]:
+def _of_training(stage: dict[str, Any], metrics: dict[str, Any]) -> Iterator[Evaluation]:
     measured = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
     measured = {name: value for name, value in measured.items() if isinstance(value, int | float)}
-    sources = [_evaluated(source, environment, local) for source in stage.get("eval_data") or []]
+    sources = [Source.model_validate(source) for source in stage.get("eval_data", [])]
     if measured and sources:
         joined = Source(path=" + ".join(source.path for source in sources))
         yield Evaluation(data=joined if len(sources) > 1 else sources[0], metrics=measured)
 
 
-def _of_stage(
-    stage: dict[str, Any], metrics: dict[str, Any], environment: dict[str, Any], local: _Local
-) -> Iterator[Evaluation]:
-    """Yield the results of an ``evaluate`` stage."""
-    for source in stage["data"]:
+def _of_stage(private: dict[str, Any], stage: dict[str, Any], metrics: dict[str, Any]) -> Iterator[Evaluation]:
+    """Yield the results of an ``evaluate`` stage. Its metrics have the ``private`` names of the data."""
+    for source, public in zip(private["data"], stage["data"], strict=True):
         name = source["path"] if source.get("split") is None else f"{source['path']} {source['split']}"
         if found := metrics.get(name):
             systems = found["systems"].items()  # an undefined metric is None
             baselines = {name: {key: value for key, value in of.items() if value is not None} for name, of in systems}
             rows = {key: value for key, value in found.items() if isinstance(value, int)}
-            data = _evaluated(source, environment, local)
-            yield Evaluation(data=data, metrics=baselines.pop("model"), baselines=baselines, rows=rows)
+            yield Evaluation(data=public, metrics=baselines.pop("model"), baselines=baselines, rows=rows)
 
 
 def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
@@ -211,13 +186,25 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
 def _public(stage: dict[str, Any], environment: dict[str, Any], names: set[str], local: _Local) -> dict[str, Any]:
     """Return a stage of a recipe without unset fields and local paths. ``names`` are of stages."""
     kept = {field: value for field, value in stage.items() if field not in _DROPPED and value is not None}
-    on_hub = {environment.get(field) for field in ("base_model", "teacher", "tokenizer")}
+    from_hub = {environment.get(field) for field in ("base_model", "teacher", "tokenizer")}
     for field in kept.keys() & set(_MODELS):
-        if isinstance(kept[field], str) and kept[field] not in names | on_hub:
+        if isinstance(kept[field], str) and kept[field] not in names | from_hub:
             kept[field] = "local tokenizer" if field == "tokenizer" else "local model"
-    for field in kept.keys() & {"data", "eval_data"}:
-        sources = [
-            {**source, **_source(source, environment, local).model_dump(include={"path", "split"})} for source in kept[field]
-        ]
+    commits = environment.get("datasets", {})
+    for field in sorted(kept.keys() & {"data", "eval_data"}):
+        default = "validation" if field == "eval_data" or stage["kind"] == "evaluate" else None
+        sources = [{**source, **_public_source(source, commits, local, default)} for source in kept[field]]
         kept[field] = [{name: value for name, value in source.items() if value is not None} for source in sources]
     return kept
+
+
+def _public_source(source: dict[str, Any], commits: dict[str, str], local: _Local, default: str | None) -> dict[str, Any]:
+    """Return the fields of a source that are published. Only data sets that came from the Hub keep their name."""
+    path, split = source["path"], source.get("split")
+    commit = commits.get(path)
+    if commit or path == INSTALLED_DOCS:
+        return {"split": split or default, "revision": commit}
+    if split and not {name for name, _ in split_parts(split)} <= _SPLITS:
+        return {"path": local.setdefault((path, split), f"local data {len(local) + 1}"), "split": None}
+    name = local.setdefault((path, None), f"local data {len(local) + 1}")
+    return {"path": name, "split": split or default, "revision": None}
