@@ -1,8 +1,6 @@
 """Check the files, weights, code and card of a model, and open the model in a fresh process."""
 
 import difflib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -106,15 +104,10 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
             refuse_missing(model, "give the folder of a model, or owner/name[@revision] on the Hub")
         repo_id, revision = split_name(str(model))
         commit, fetched, files = fetch(repo_id, revision, token)
-        with tempfile.TemporaryDirectory(prefix="minibert-") as place:
-            plain = Path(place, "model")
-            shutil.copytree(fetched, plain)
-            here = {path for path in files if (plain / path).exists()}
-            damaged = [path for path in here if not same(plain / path, files[path])]
-            others = sorted(files.keys() - here)
-            checks = checks_of(plain, trust=trust_remote_code, opens=True, other_files=others)
-        if damaged:
-            text = f"{', '.join(sorted(damaged))} in {fetched} differs from the Hub; delete this folder and run again."
+        paths = folders.paths_in(fetched)
+        checks = checks_of(fetched, trust=trust_remote_code, opens=True, other_files=sorted(files.keys() - set(paths)))
+        if damaged := [path for path in paths if path in files and not same(fetched / path, files[path])]:
+            text = f"{', '.join(damaged)} in {fetched} differs from the Hub; delete this folder and run again."
             checks.insert(0, Check("download", "failed", text))
     return Verification(str(model), commit, checks, all(check.state == "ok" for check in checks))
 

@@ -306,7 +306,6 @@ def test_cards_of_others_pass():
         ("# A model\n", "has no metadata"),
         ("---\na: [\n---\n", "cannot be read"),
         ("---\n- a\n---\n", "cannot be read"),
-        (card_of(pipeline_tag="embedding"), "pipeline_tag='embedding' should be one of feature-extraction, fill-mask"),
         ("---\nlanguage: no\n---\n", "language=False should be"),  # YAML takes the code of Norwegian for a refusal
         (card_of(**{"model-index": "a"}), "cannot be read"),
     ],

@@ -202,8 +202,8 @@ def test_vocabulary_and_missing_parts(folder, opened):
     found = failures(folder, opens=True)
     assert "There is no tokenizer" in found["opens"] and not opened
     assert found["card"] == "The model card README.md is missing; minibert hub push writes a card."
-    (folder / "README.md").write_text("---\npipeline_tag: flying\n---\n")
-    assert "pipeline_tag='flying'" in failures(folder)["card"]
+    (folder / "README.md").write_text("---\nlicense: My Own\n---\n")
+    assert "license='My Own'" in failures(folder)["card"]
 
 
 # Code
