@@ -14,7 +14,7 @@ from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import expand_home, read_json, write_json
 from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
-from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
+from minibert.hub.families import FAMILIES, POOLED, Family
 from minibert.inference.load import find_folder
 
 # File with the tensors of the source that a MiniBERT does not use. They keep their names, so
@@ -151,8 +151,6 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
     possible = f"Families that can be converted: {', '.join(FAMILIES)}."
     if model_type == MiniBertConfig.model_type:
         raise ValueError(f"{folder} is a MiniBERT already; use it without conversion.")
-    if model_type in REFUSED:
-        raise ValueError(f"MiniBERT cannot represent {model_type} exactly: {REFUSED[model_type]}. {possible}")
     if raw.get("is_encoder_decoder") or model_type not in FAMILIES:
         raise ValueError(f"{folder} is of the family {model_type}, which cannot be converted. {possible}")
     if "auto_map" in raw:

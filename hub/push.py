@@ -9,20 +9,18 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, save_torch_state_dict
 from rich.filesize import decimal
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minibert import configuration_minibert
 from minibert.files import installation
 from minibert.files.disk import expand_home, read_json, readable_os_errors, write_text
-from minibert.files.model_folder import WEIGHTS, code_files, refuse_missing
+from minibert.files.model_folder import code_files, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
 from minibert.hub.convert import UNUSED, checked_dtype, open_tokenizer, rounded
@@ -99,7 +97,15 @@ def push(
         Mismatch: if a fresh process computes other outputs. The message says what was uploaded.
         HubError: if the Hub refuses the request or cannot be reached.
     """
-    _check_arguments(repo_id, revision, create_pr, dtype, max_shard_size)
+    if at := split_name(repo_id)[1]:
+        raise ValueError(f"{repo_id!r} contains a revision; give the branch with --revision {at} instead.")
+    if create_pr and revision:
+        raise ValueError("A pull request always targets main; leave out --revision or --create-pr.")
+    if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)[\w.-]+(/[\w.-]+)*", revision):
+        raise ValueError(f"--revision={revision} is not a valid branch name; use a name such as v1 or dev.")
+    checked_dtype(dtype)
+    if not re.search("[1-9]", max_shard_size):
+        raise ValueError(f"--max-shard-size={max_shard_size} is not a size; use a size such as 500MB or 5GB.")
     api = connect(token, writing_to=None if dry_run else repo_id)
     source = model_folder(model)
     with tempfile.TemporaryDirectory(prefix="minibert-") as place:
@@ -140,24 +146,6 @@ def push(
         _prove_download(api, folder, done, request, expected)
         report("Downloaded the commit into an empty cache, and checked it again.")
     return done
-
-
-def _check_arguments(
-    repo_id: str,
-    revision: str | None,
-    create_pr: bool,
-    dtype: str | None,
-    max_shard_size: str,
-) -> None:
-    if at := split_name(repo_id)[1]:
-        raise ValueError(f"{repo_id!r} contains a revision; give the branch with --revision {at} instead.")
-    if create_pr and revision:
-        raise ValueError("A pull request always targets main; leave out --revision or --create-pr.")
-    if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)[\w.-]+(/[\w.-]+)*", revision):
-        raise ValueError(f"--revision={revision} is not a valid branch name; use a name such as v1 or dev.")
-    checked_dtype(dtype)
-    if not re.search("[1-9]", max_shard_size):
-        raise ValueError(f"--max-shard-size={max_shard_size} is not a size; use a size such as 500MB or 5GB.")
 
 
 def _compare(
@@ -270,12 +258,12 @@ def build(
             folders.copy_modules(source, temporary)
             for file in code_files():
                 shutil.copy(file, temporary)
-            licence = code_files()[0].with_name("LICENSE")
-            if not licence.exists():  # installed from a wheel
-                files = distribution(installation.NAME).files or ()
-                licence = next(Path(str(file.locate())) for file in files if file.name == "LICENSE")
-            shutil.copy(licence, temporary / CODE_LICENCE)
-        _write_weights(weights, temporary, dtype, max_shard_size)
+            shutil.copy(installation.ROOT / "LICENSE", temporary / CODE_LICENCE)
+        tensors = rounded(folders.read_tensors(weights), checked_dtype(dtype))
+        with readable_os_errors(temporary, "nothing was sent"):
+            save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
+        if (weights / UNUSED).exists():
+            folders.write_tensors(temporary / UNUSED, rounded(folders.read_tensors(weights, UNUSED), checked_dtype(dtype)))
         folders.set_fields(temporary / "config.json", **({"dtype": dtype} if dtype else {}))
         if (source / "LICENSE").exists():  # the licence of the weights
             shutil.copy(source / "LICENSE", temporary / "LICENSE")
@@ -284,18 +272,6 @@ def build(
         check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
         if failed := [check for check in verify.checks_of(temporary) if check.state == "failed"]:
             raise ValueError(f"{source} cannot be published: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
-
-
-def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size: str) -> None:
-    """Write the weights of ``source`` in ``dtype``, and tensors kept from a conversion."""
-
-    def read(name: str = WEIGHTS) -> dict[str, Tensor]:
-        return rounded(folders.read_tensors(source, name), checked_dtype(dtype))
-
-    with readable_os_errors(target, "nothing was sent"):
-        save_torch_state_dict(read(), target, max_shard_size=max_shard_size)
-        if (source / UNUSED).exists():
-            save_file(read(UNUSED), target / UNUSED, {"format": "pt"})
 
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HTTPError,
     OfflineModeIsEnabled,
@@ -49,7 +48,6 @@ _SENTENCES = {
     RevisionNotFoundError: "{repo_id} has no branch, tag or commit {revision}; use another, or leave it out.",
     RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name at "
     "{endpoint}, or use another login (`hf auth login` or HF_TOKEN).",
-    EntryNotFoundError: "{repo_id} changed while {what} it; run the command again.",
 }
 _Result = TypeVar("_Result")
 
@@ -258,6 +256,8 @@ def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, P
     folder = download(api, repo_id, revision)
     if info is not None and folder.name != info.sha:
         raise HubError(f"{repo_id} changed while downloading it; run the command again.")
+    if damaged := [path for path in paths_in(folder) if path in files and not same(folder / path, files[path])]:
+        raise ValueError(f"{', '.join(damaged)} of {repo_id} arrived damaged; delete {folder}, then run the command again.")
     return folder.name, folder, files
 
 

@@ -30,7 +30,7 @@ from minibert.hub import folders, isolated, parity
 from minibert.hub.card import check_card, longest_text, vector_dimension
 from minibert.hub.convert import TOKENIZERS, empty, full
 from minibert.hub.families import CLASSES
-from minibert.hub.remote import fetch, same, split_name
+from minibert.hub.remote import fetch, split_name
 
 _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 
@@ -88,27 +88,23 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
 
     Raises:
         FileNotFoundError: if the folder does not exist or is not a model folder.
-        ValueError: if the name is malformed, or the model on the Hub has no safetensors file.
+        ValueError: if the name is malformed, or the model on the Hub has no safetensors file or
+            arrived damaged.
         HubError: if the Hub refuses the request or cannot be reached.
     """
-    folder, commit = expand_home(model), None
-    if folder.is_dir():
-        if not any((folder / name).exists() for name in ("config.json", "modules.json")):
-            raise FileNotFoundError(
-                f"{folder} is not a model folder: it contains no config.json. For a run, give the folder of a stage."
-            )
-        checks = checks_of(folder, trust=trust_remote_code, opens=True)
-    else:
+    folder, commit, others = expand_home(model), None, []
+    if not folder.is_dir():
         name = str(model).partition("@")[0]
         if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
             refuse_missing(model, "give the folder of a model, or owner/name[@revision] on the Hub")
         repo_id, revision = split_name(str(model))
-        commit, fetched, files = fetch(repo_id, revision, token)
-        paths = folders.paths_in(fetched)
-        checks = checks_of(fetched, trust=trust_remote_code, opens=True, other_files=sorted(files.keys() - set(paths)))
-        if damaged := [path for path in paths if path in files and not same(fetched / path, files[path])]:
-            text = f"{', '.join(damaged)} in {fetched} differs from the Hub; delete this folder and run again."
-            checks.insert(0, Check("download", "failed", text))
+        commit, folder, files = fetch(repo_id, revision, token)
+        others = sorted(files.keys() - set(folders.paths_in(folder)))
+    elif not any((folder / name).exists() for name in ("config.json", "modules.json")):
+        raise FileNotFoundError(
+            f"{folder} is not a model folder: it contains no config.json. For a run, give the folder of a stage."
+        )
+    checks = checks_of(folder, trust=trust_remote_code, opens=True, other_files=others)
     return Verification(str(model), commit, checks, all(check.state == "ok" for check in checks))
 
 
