@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from minibert.files.disk import read_json
-from minibert.files.model_folder import check_paths, check_weights, code_files, read_header, read_settings, weight_files
+from minibert.files.model_folder import check_weights, code_files, read_header, read_settings, weight_files
 from minibert.hub import folders, provenance
 from minibert.inference.load import pooling_mode
 
@@ -52,7 +52,6 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"
     validate_repo_id(repo_id)
-    check_paths(folder)
     encoder, modules = folders.encoder_folder(folder), folders.modules(folder)
     config: dict[str, Any] = read_json(encoder / "config.json")
     check_weights(encoder)
@@ -66,32 +65,33 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
     task = "sentence-similarity" if modules else task
     title = repo_id.split("/")[-1]
     results = list(_results(record, task))
+    trained = [source for stage in record.stages if stage.kind != "tokenizer" for source in stage.data]
     tags = [str(config.get("model_type"))]
     tags += ["feature-extraction"] * bool(modules) + ["custom_code"] * ("auto_map" in config)
     found = {
         "library_name": "sentence-transformers" if modules else "transformers",
         "pipeline_tag": task,
-        "datasets": provenance.datasets(record) or None,
+        "datasets": list(dict.fromkeys(source.path for source in trained if source.revision)) or None,
         "base_model": record.base_model,
         **fields,
         "tags": list(dict.fromkeys([*tags, *_listed(fields.get("tags", []))])),
     }
     data = ModelCardData(**found, model_name=title if results else None, eval_results=results or None)
     template = (resources.files("minibert.hub") / "card.md").read_text(encoding="utf-8")
-    card = ModelCard.from_template(
-        data,
-        template_str=template,
-        title=title,
-        name=json.dumps(repo_id),
-        task=task,
-        architecture=architecture,
-        pooling=_pooling(folder),
-        dimension=vector_dimension(folder) if modules else None,
-        labels=list(map(_cell, config.get("id2label", {}).values())) if task.endswith("-classification") else [],
-        **_content(folder, encoder, config, record),
+    return str(
+        ModelCard.from_template(
+            data,
+            template_str=template,
+            title=title,
+            name=json.dumps(repo_id),
+            task=task,
+            architecture=architecture,
+            pooling=_pooling(folder),
+            dimension=vector_dimension(folder) if modules else None,
+            labels=list(map(_cell, config.get("id2label", {}).values())) if task.endswith("-classification") else [],
+            **_content(folder, encoder, config, record),
+        )
     )
-    check_card(str(card))
-    return str(card)
 
 
 def vector_dimension(folder: Path) -> int:

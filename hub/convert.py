@@ -95,7 +95,6 @@ def convert(
     raw = read_json(encoder / "config.json")
     family = _family(raw, encoder)
     checkpoint = folders.read_tensors(encoder)
-    folders.refuse_nan(checkpoint, encoder)
     family_config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)

@@ -84,7 +84,6 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
     if getattr(modeling_minibert, named, None) is None:
         raise ValueError(f"{folder} has the class {named}, which MiniBERT does not have; correct its config.json.")
     checkpoint = folders.read_tensors(encoder)
-    folders.refuse_nan(checkpoint, encoder)
     return folder, MiniBertConfig.from_pretrained(encoder), named.removeprefix("MiniBert"), checkpoint
 
 

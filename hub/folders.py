@@ -123,21 +123,17 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def refuse_nan(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuse weights that are not numbers, which no conversion can keep."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{folder} holds NaN (not a number) or infinity in {name}; download or train the model again.")
-
-
 def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Return the tensors of the model in ``folder``, or of its file ``name``."""
+    """Return the tensors of the model in ``folder``, or of its file ``name``. Refuse NaN and infinity."""
     if name == WEIGHTS:
         check_weights(folder)
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder) if name == WEIGHTS else [folder / name]:
         read_header(file)
         tensors |= load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise ValueError(f"{folder} holds NaN (not a number) or infinity in {name}; download or train the model again.")
     return dict(sorted(tensors.items()))
 
 

@@ -68,7 +68,11 @@ def export_onnx(
         parity.check(differences, f"The graph made of {model}")
         cosine = None
         if quantize:
-            _quantize(temporary / GRAPH, temporary / QUANTIZED)
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            with parity.quiet():
+                # One scale per row is far more accurate than one scale per matrix.
+                quantize_dynamic(temporary / GRAPH, temporary / QUANTIZED, weight_type=QuantType.QInt8, per_channel=True)
             cosine = _cosines(expected, _by_runtime(wrapped, batches, temporary / QUANTIZED))
     return Report(
         source=str(model),
@@ -147,8 +151,8 @@ def _write(graph: _Graph, file: Path) -> int:
             verbose=False,
         )
     assert program is not None
-    for part in (program.model.graph, *program.model.graph.all_nodes()):
-        part.metadata_props.clear()  # contain stack traces, with paths of this machine
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # contain stack traces, with paths of this machine
     count = sum(parameter.numel() for parameter in graph.parameters())
     program.save(file, external_data=count * 4 > _LARGEST_FILE)
     return count
@@ -199,14 +203,6 @@ def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> 
         return [torch.from_numpy(value) for value in session.run(graph.outputs, feed)]
 
     return _named(graph, batches, compute)
-
-
-def _quantize(source: Path, target: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with parity.quiet():
-        # One scale per row is far more accurate than one scale per matrix.
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:

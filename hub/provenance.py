@@ -17,9 +17,6 @@ _METRICS = ("train_rows", "train_tokens", "steps", "epochs", "train_seconds")
 _ENVIRONMENT = ("accelerator", "processor", "cores", "processes", "versions")
 # Usual names of splits. Another split of a local folder is named after its files.
 _SPLITS = {"train", "validation", "test"}
-# Fields of a recipe that may contain the path of a model, and fields that are not published.
-_MODELS = ("model", "teacher", "tokenizer")
-_DROPPED = ("cache_dir", "output_dir")
 # (path, split) of local data -> the name that is published instead.
 _Local = dict[tuple[str, str | None], str]
 
@@ -128,12 +125,6 @@ def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
         write_json(folder / RECORD, {"weights": _weights(folder), **kept})
 
 
-def datasets(record: Record) -> list[str]:
-    """Return the Hub ids of the data sets that the model was trained on."""
-    sources = [source for stage in record.stages if stage.kind != "tokenizer" for source in stage.data]
-    return list(dict.fromkeys(source.path for source in sources if source.revision))
-
-
 def _weights(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
 
@@ -185,9 +176,9 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 def _public(stage: dict[str, Any], environment: dict[str, Any], names: set[str], local: _Local) -> dict[str, Any]:
     """Return a stage of a recipe without unset fields and local paths. ``names`` are of stages."""
-    kept = {field: value for field, value in stage.items() if field not in _DROPPED and value is not None}
+    kept = {field: value for field, value in stage.items() if field != "cache_dir" and value is not None}
     from_hub = {environment.get(field) for field in ("base_model", "teacher", "tokenizer")}
-    for field in kept.keys() & set(_MODELS):
+    for field in kept.keys() & {"model", "teacher", "tokenizer"}:
         if isinstance(kept[field], str) and kept[field] not in names | from_hub:
             kept[field] = "local tokenizer" if field == "tokenizer" else "local model"
     commits = environment.get("datasets", {})

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from minibert.files.model_folder import PICKLES, check_paths, check_weights
+from minibert.files.model_folder import PICKLES, check_model
 from minibert.hub import folders, verify
 from minibert.hub.remote import fetch, split_name
 
@@ -47,8 +47,7 @@ def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pull
     with folders.new_folder(output_dir) as temporary:
         # The cache contains links, and may contain pickles that other programs downloaded.
         shutil.copytree(fetched, temporary, ignore=shutil.ignore_patterns(*PICKLES), dirs_exist_ok=True)
-        check_paths(temporary)
-        check_weights(folders.encoder_folder(temporary))
+        check_model(temporary)
         sizes = {path: (temporary / path).stat().st_size for path in folders.paths_in(temporary)}
         code = verify.code_of(temporary)
     return Pulled(repo_id, commit, str(output_dir), sizes, code.files, code.state, sorted(set(remote) - set(sizes)))

@@ -43,12 +43,6 @@ _ADVICE = {
     412: _CHANGED,
     429: ", because of too many requests; run the command again {later}",
 }
-_SENTENCES = {
-    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and the cache lacks a part of {repo_id}; unset the variable.",
-    RevisionNotFoundError: "{repo_id} has no branch, tag or commit {revision}; use another, or leave it out.",
-    RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name at "
-    "{endpoint}, or use another login (`hf auth login` or HF_TOKEN).",
-}
 _Result = TypeVar("_Result")
 
 
@@ -136,10 +130,15 @@ def _retry_after(error: HfHubHTTPError) -> float | None:
 
 
 def _sentence(error: BaseException, what: str, repo_id: str, revision: str | None) -> str:
-    for kind, text in _SENTENCES.items():
-        if isinstance(error, kind):
-            names = {"what": what, "repo_id": repo_id, "revision": revision or "main"}
-            return text.format(**names, endpoint=constants.ENDPOINT)
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set, and the cache lacks a part of {repo_id}; unset the variable."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no branch, tag or commit {revision or 'main'}; use another, or leave it out."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"The Hub has no model {repo_id} that this login may see; check the name at {constants.ENDPOINT}, or use "
+            "another login (`hf auth login` or HF_TOKEN)."
+        )
     if isinstance(error, HfHubHTTPError):
         status, seconds = error.response.status_code, _retry_after(error)
         said = " ".join((error.server_message or "").split()).rstrip(".")

@@ -127,7 +127,7 @@ def test_weights_that_are_cut_short(folder):
         ({"layers.0.attention.query.weight": torch.ones(32, 31)}, r"query.weight is [32, 31], not [32, 32]"),
         (
             {"layers.0.attention.query.weight": torch.full((32, 32), float("inf"))},
-            "not finite: layers.0.attention.query.weight",
+            "infinity in layers.0.attention.query.weight",
         ),
         ({"layers.9.attention.query.weight": torch.ones(32, 32)}, "unknown: layers.9.attention.query.weight"),
     ],
