@@ -1,8 +1,8 @@
 """Publish a model: build and check a folder, upload it in one commit, check the download."""
 
 import filecmp
-import getpass
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -276,9 +276,9 @@ def build(
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:
     """Raise ValueError if a file contains a home directory or a path in ``places``."""
-    begin = r"(?<![\w.:/])"  # matches before a path, but not before the path of a URL
-    homes = rf"/(?:home|Users)|(?:/[\w.-]+)*/{re.escape(getpass.getuser())}|{re.escape(str(Path.home()))}"
-    patterns = [rf"(?:{begin}(?:{homes})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]
+    users = "|".join(re.escape(name) for name in ("home", "Users", os.environ.get("USER"), expand_home("~").name) if name)
+    # Matches before a path, but not before the path of a URL.
+    patterns = [rf"(?:(?<![\w.:/])(?:/[\w.-]+)*/(?:{users})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]
     roots = [expand_home(place).resolve() for place in places]
     patterns += [re.escape(str(root)) + r"\b" for root in roots if len(root.parts) > 1]
     private = re.compile("|".join(patterns))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT, edit_json, save_family, save_trained, write_recipe, write_rows
+from minibert.hub import provenance
 from minibert.hub.convert import convert
 from minibert.hub.export import export
 from minibert.hub.push import build
@@ -36,7 +37,7 @@ def outputs(tmp_path_factory):
         monkeypatch.chdir(planted["work"])
         run = _train(planted["home"])
         Path("models").mkdir()
-        save_family(Path("models/umbrella"), "bert", "Model", add_pooling_layer=True)
+        save_family(Path("models/umbrella"))
         shutil.copytree(run / "2-embed", "models/trained")
         for name in ("config.json", "tokenizer_config.json"):
             for model in ("umbrella", "trained"):
@@ -113,3 +114,23 @@ def test_no_file_holds_a_planted_name(outputs):
         if names := [name for name in planted if name.encode() in data or name in text]:
             found[file.relative_to(out).as_posix()] = names
     assert not found
+
+
+def test_names_on_the_hub_stay():
+    data = [{"path": "ann/data"}, {"path": "installed-docs"}, {"path": "clients/acme", "split": "train[:9]"}]
+    stage = {
+        "kind": "distill",
+        "name": "small",
+        "model": "ann/bert",
+        "teacher": "first",
+        "tokenizer": "clients/acme",
+        "data": data,
+    }
+    made = {"base_model": "ann/bert", "datasets": {"ann/data": "c" * 40}}
+    public = provenance._public(stage, made, {"first", "small"}, {})
+    assert [public[name] for name in ("model", "teacher", "tokenizer")] == ["ann/bert", "first", "local tokenizer"]
+    assert public["data"] == [
+        {"path": "ann/data", "revision": "c" * 40},
+        {"path": "installed-docs"},
+        {"path": "local data 1", "split": "train[:9]"},
+    ]
