@@ -48,9 +48,9 @@ def code_files() -> tuple[Path, ...]:
     return tuple(Path(file) for file in sorted([spec.origin, *get_relative_import_files(spec.origin)]))
 
 
-def check_model(folder: Path) -> None:
+def check_model(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Run all checks of this module on a model folder. Call it before opening the model."""
-    check_paths(folder)
+    check_paths(folder, trust_remote_code=trust_remote_code)
     check_weights(encoder_folder(folder))
 
 

@@ -14,7 +14,7 @@ from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import expand_home, read_json, write_json
 from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
-from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
+from minibert.hub.families import FAMILIES, POOLED, Family
 from minibert.inference.load import find_folder, open_config, open_tokenizer
 
 # File with the tensors of the source that a MiniBERT does not use. They keep their names, so
@@ -31,8 +31,8 @@ CARRIED = (
 )
 # Fields that do not affect the outputs, or that a conversion sets itself.
 _DROPPED = (
-    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels"),
-    *("_attn_implementation_internal", "gradient_checkpointing"),
+    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "num_labels"),
+    *("_attn_implementation_internal", "gradient_checkpointing", *folders.OF_A_MACHINE),
 )
 
 
@@ -95,7 +95,6 @@ def convert(
     raw = read_json(encoder / "config.json")
     family = _family(raw, encoder)
     checkpoint = folders.read_tensors(encoder)
-    folders.refuse_nan(checkpoint, encoder)
     family_config = open_config(encoder)
     kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)
@@ -151,8 +150,6 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
     possible = f"Families that can be converted: {', '.join(FAMILIES)}."
     if model_type == MiniBertConfig.model_type:
         raise ValueError(f"{folder} is a MiniBERT already; use it without conversion.")
-    if model_type in REFUSED:
-        raise ValueError(f"MiniBERT cannot represent {model_type} exactly: {REFUSED[model_type]}. {possible}")
     if raw.get("is_encoder_decoder") or model_type not in FAMILIES:
         raise ValueError(f"{folder} is of the family {model_type}, which cannot be converted. {possible}")
     if "auto_map" in raw:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.files.disk import read_json, write_json
+from minibert.files.disk import read_json
 from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
 from minibert.hub.convert import CARRIED, POSITIONS, UNUSED, Report, empty, fitting_tokenizer, full
@@ -49,8 +49,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
         parameters = folders.write_tensors(temporary / WEIGHTS, tensors)
         family_config.save_pretrained(temporary)
         # Other libraries, such as CTranslate2, ask for the field, although it has its default.
-        settings = read_json(temporary / "config.json")
-        write_json(temporary / "config.json", {**settings, "position_embedding_type": "absolute"})
+        folders.set_fields(temporary / "config.json", position_embedding_type="absolute")
         folders.write_tokenizer(tokenizer, temporary)
         folders.copy_modules(folder, temporary)
         differences = parity.differences(
@@ -85,7 +84,6 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
     if getattr(modeling_minibert, named, None) is None:
         raise ValueError(f"{folder} has the class {named}, which MiniBERT does not have; correct its config.json.")
     checkpoint = folders.read_tensors(encoder)
-    folders.refuse_nan(checkpoint, encoder)
     return folder, cast(MiniBertConfig, open_config(encoder)), named.removeprefix("MiniBert"), checkpoint
 
 

@@ -24,6 +24,9 @@ _MODES = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
+# Settings that say where files were on the machine of an author.
+OF_A_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
+
 
 def modules(folder: Path) -> list[dict[str, Any]]:
     """Return the modules in modules.json, or [] if the model has no such file.
@@ -94,32 +97,33 @@ def paths_in(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
+def set_fields(file: Path, **fields: Any) -> None:
+    """Set fields of a JSON file, and drop those that describe the machine of an author."""
+    settings = {**read_settings(file), **fields}
+    write_json(file, {name: value for name, value in settings.items() if name not in OF_A_MACHINE})
+
+
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save a tokenizer so that transformers 4, and libraries that read ``vocab.txt``, open it."""
     tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    settings = read_settings(file)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        write_json(file, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    known = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
+    renamed = {"tokenizer_class": "PreTrainedTokenizerFast"} if known == "TokenizersBackend" else {}
+    set_fields(folder / "tokenizer_config.json", **renamed)
     if type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
         tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def refuse_nan(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuse weights that are not numbers, which no conversion can keep."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{folder} holds NaN (not a number) or infinity in {name}; download or train the model again.")
-
-
 def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Return the tensors of the model in ``folder``, or of its file ``name``."""
+    """Return the tensors of the model in ``folder``, or of its file ``name``. Refuse NaN and infinity."""
     if name == WEIGHTS:
         check_weights(folder)
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder) if name == WEIGHTS else [folder / name]:
         read_header(file)
         tensors |= load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise ValueError(f"{folder} holds NaN (not a number) or infinity in {name}; download or train the model again.")
     return dict(sorted(tensors.items()))
 
 

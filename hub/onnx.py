@@ -69,7 +69,11 @@ def export_onnx(
         parity.check(differences, f"The graph made of {model}")
         cosine = None
         if quantize:
-            _quantize(temporary / GRAPH, temporary / QUANTIZED)
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            with parity.quiet():
+                # One scale per row is far more accurate than one scale per matrix.
+                quantize_dynamic(temporary / GRAPH, temporary / QUANTIZED, weight_type=QuantType.QInt8, per_channel=True)
             cosine = _cosines(expected, _by_runtime(wrapped, batches, temporary / QUANTIZED))
     return Report(
         source=str(model),
@@ -85,7 +89,8 @@ def export_onnx(
 
 def _write_config(config: MiniBertConfig, file: Path) -> None:
     """Write a configuration without code, of a model type that optimum knows by the same fields."""
-    settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key != "auto_map"}
+    dropped = ("auto_map", *folders.OF_A_MACHINE)
+    settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key not in dropped}
     architectures = [name.replace("MiniBert", "Bert") for name in settings.get("architectures") or ["BertModel"]]
     write_json(file, {**settings, "model_type": "bert", "architectures": architectures, "exported_from": "minibert"})
 
@@ -145,6 +150,8 @@ def _write(graph: _Graph, file: Path) -> int:
             verbose=False,
         )
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # contain stack traces, with paths of this machine
     count = sum(parameter.numel() for parameter in graph.parameters())
     program.save(file, external_data=count * 4 > _LARGEST_FILE)
     return count
@@ -195,14 +202,6 @@ def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> 
         return [torch.from_numpy(value) for value in session.run(graph.outputs, feed)]
 
     return _named(graph, batches, compute)
-
-
-def _quantize(source: Path, target: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with parity.quiet():
-        # One scale per row is far more accurate than one scale per matrix.
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:

@@ -226,7 +226,6 @@ def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mpnet"}, "cannot represent mpnet exactly: its attention adds relative positions"),
         ({"model_type": "gpt2"}, "family gpt2, which cannot be converted. Families that can be converted: bert, distilbert"),
         ({"model_type": "minibert"}, "is a MiniBERT already"),
         ({"architectures": ["BertForNextSentencePrediction"]}, "class BertForNextSentencePrediction cannot be converted"),

@@ -236,7 +236,7 @@ def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
     (run / "2-embed" / "checkpoints" / "step-1" / "optimizer.safetensors").write_bytes(b"")
     assert publish.model_folder(run) == run / "2-embed"
     build(run / "2-embed", tmp_path / "built")
-    assert "path: mine.csv" in (tmp_path / "built" / "recipe.yaml").read_text()
+    assert "path: local data 1" in (tmp_path / "built" / "recipe.yaml").read_text()
     assert not [path for path in (tmp_path / "built").rglob("*") if "checkpoint" in str(path) or path.name == "log.jsonl"]
 
 
@@ -249,12 +249,19 @@ def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
     ],
 )
 def test_places_of_this_machine_are_not_published(source, tmp_path, file, text):
-    folder = tmp_path / "source"
-    shutil.copytree(source, folder)
+    folder = shutil.copytree(source, tmp_path / "söurce")  # escaped in JSON
     edit_json(folder / file, where=text.format(place=folder))
     with pytest.raises(ValueError, match=f"would show paths of this machine: {file} contains"):
         build(folder, tmp_path / "built")
     assert not (tmp_path / "built").exists()
+
+
+def test_headers_of_weights_are_searched_too(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("USER", "planted")
+    folder = shutil.copytree(source, tmp_path / "source")
+    save_file({"a": torch.ones(1)}, folder / "1_Pooling" / "a.safetensors", {"made": "in /data/planted/models"})
+    with pytest.raises(ValueError, match="1_Pooling/a.safetensors contains /data/planted/models;"):
+        build(folder, tmp_path / "built")
 
 
 def test_paths_that_the_libraries_record_are_dropped(source, tmp_path):
