@@ -258,6 +258,7 @@ def build(
     **fields: Any,
 ) -> None:
     """Write all files of a published model into the new folder ``target``. See :func:`push`."""
+    refuse_links(source)
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
         weights, plain = folders.encoder_folder(source), Path(place, "bert")
         if as_bert:
@@ -283,12 +284,25 @@ def build(
             known |= {"dtype": dtype} if dtype and file.name == "config.json" else {}
             write_json(file, {name: value for name, value in known.items() if name not in _OF_THIS_MACHINE})
         if (source / "LICENSE").exists():  # the licence of the weights
-            shutil.copy(source / "LICENSE", temporary / "LICENSE")
+            shutil.copy(source / "LICENSE", temporary)
         write_text(temporary / "README.md", build_card(temporary, repo_id, origin=source, **fields))
         provenance.write(provenance.read(source), temporary, fields)
         check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
         if failed := [check for check in verify.checks_of(temporary) if check.state == "failed"]:
             raise ValueError(f"{source} cannot be published: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
+
+
+def refuse_links(source: Path) -> None:
+    """Raise ValueError if a file to publish, which :func:`check_paths` does not check, is a link.
+
+    The links of the Hub's cache, from a snapshot to a blob, are allowed.
+    """
+    templates = source / "additional_chat_templates"  # published with the tokenizer
+    snapshot = source.resolve()
+    for file in (source / "LICENSE", source / provenance.RECIPE, templates, *templates.glob("*")):
+        cached = snapshot.parent.name == "snapshots" and file.resolve().parent == snapshot.parents[1] / "blobs"
+        if file.is_symlink() and not cached:
+            raise ValueError(f"{file} is a link to {file.resolve()}; to publish this file, copy it into the folder.")
 
 
 def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size: str) -> None:

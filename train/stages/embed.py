@@ -1,6 +1,5 @@
 """Train sentence embeddings on pairs with sentence-transformers (the ``embed`` stage)."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -187,7 +186,7 @@ def sentence_model(
         transformer = Transformer(str(start), model_kwargs=trusting, processor_kwargs=trusting, config_kwargs=trusting)
     state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(start)
+        checkpoint.delete(start)
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
     return SentenceTransformer(modules=modules + [Normalize()] * normalize, **{"similarity_fn_name": "cosine"} | options)
 
