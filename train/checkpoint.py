@@ -29,7 +29,6 @@ _OURS = (
     *("hparams.yml", ".*.part", ".lock"),
 )
 
-delete = partial(disk.delete, ours=_OURS)
 exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 
@@ -50,6 +49,15 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             disk.sync(target.parent)
         finally:
             disk.delete(temporary)
+
+
+def delete(folder: Path) -> None:
+    """Delete the files in ``folder`` that training wrote. Other files stay, with a warning."""
+    try:
+        listed = list(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        listed = []
+    disk.delete(folder, [*_OURS, *(Path(name).name for name in listed)])
 
 
 def write_manifest(folder: Path) -> None:
