@@ -57,6 +57,7 @@ _ADVICE = {
     errno.EFBIG: "Use a disk that allows larger files, or raise the limit (ulimit -f), then try again.",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or choose another path."),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "Correct the path."),
+    errno.ENOTEMPTY: "Move its files to another folder, then try again.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), then try again.",
 }
 
