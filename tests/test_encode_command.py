@@ -535,6 +535,15 @@ def test_force_goes_on_with_a_run_of_the_same(run, data, tmp_path):
     assert json.loads(run(data, *options, "--force", "--json").stdout)["written"] == 12 and not killed.exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_a_manifest_of_another_program_stays(run, data, tmp_path, options):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text('{"name": "my site"}')
+    done = run(data, "--column", "text", *options)
+    assert done.exit_code == 2 and "manifest.json" in done.stderr
+    assert (tmp_path / "out" / "manifest.json").read_text() == '{"name": "my site"}'
+
+
 def test_a_manifest_without_a_shard_means_nothing(run, tmp_path):
     file = tmp_path / "in.txt"
     file.write_text("\n".join(TEXTS[:2]) + "\n")

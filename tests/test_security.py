@@ -509,9 +509,11 @@ def test_the_cache_of_rows_has_no_links(tmp_path, secret, monkeypatch, place):
     as_dataset(str(tmp_path / "rows.txt"), split="train")
     (table,) = (tmp_path / "cache" / "minibert-rows").glob("*.arrow")
     link = tmp_path / "cache" / "minibert-rows" / place.format(table.name)
-    shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
-    link.symlink_to(secret)
-    with pytest.raises((ValueError, FileExistsError), match=r"is a link|File exists"):
+    if place == ".":
+        shutil.move(link, tmp_path / "elsewhere")
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "elsewhere" if place == "." else secret)
+    with pytest.raises(ValueError, match="is a link"):
         as_dataset(str(tmp_path / "rows.txt"), split="train")
 
 
