@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from minibert.files.terminal import Formatter, printable
+from minibert.files.terminal import Record, printable
 
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train, use and share a compact BERT-like text encoder.", add_completion=False, **_PLAIN)
@@ -125,7 +125,7 @@ def _command(
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, debug: bool, **options: Any) -> None:
-            _escape_logs()
+            logging.setLogRecordFactory(Record)
             with nullcontext() if debug else plain_errors(interrupted, extra):
                 function(**options)
 
@@ -136,12 +136,6 @@ def _command(
         return function
 
     return add
-
-
-def _escape_logs() -> None:
-    """Escape warnings, which logging prints to standard error where it has no handler."""
-    if logging.lastResort:
-        logging.lastResort.setFormatter(Formatter())
 
 
 def print_json(value: Any) -> None:
@@ -176,8 +170,7 @@ def _root(
 def _report_progress(bars: bool = True) -> None:
     """Log this package's progress to standard error, and hide the logs of libraries."""
     logger = logging.getLogger("minibert")
-    logger.handlers, logger.propagate = [handler := logging.StreamHandler()], False
-    handler.setFormatter(Formatter())
+    logger.handlers, logger.propagate = [logging.StreamHandler()], False
     logger.setLevel(logging.INFO)
     _silence_libraries(bars=bars)
 
@@ -186,13 +179,13 @@ def _silence_libraries(bars: bool = False) -> None:
     """Hide the logs and progress bars of libraries. ``bars`` keeps bars of ``datasets``."""
     from datasets import disable_progress_bars
     from datasets.utils.logging import CRITICAL, set_verbosity
-    from transformers.utils import logging as of_transformers
+    from transformers.utils import logging
 
     if not bars:
         disable_progress_bars()
     set_verbosity(CRITICAL)
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 @_command(

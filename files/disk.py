@@ -1,7 +1,4 @@
-"""Read and write text, JSON and YAML files, with locks, atomic writes and readable errors.
-
-Files of this package are not written through links, and only files that it wrote are deleted.
-"""
+"""Read, write and delete files of this package, with locks, atomic writes and readable errors."""
 
 import contextlib
 import json
@@ -70,18 +67,18 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a new, empty file, and rename it to ``path`` unless the ``with`` block fails."""
-    for killed in leftovers(path.parent, re.escape(path.name)):
+def atomic_write(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Yield a new file or folder, and rename it to ``path`` unless the ``with`` block fails."""
+    for killed in () if folder else leftovers(path.parent, re.escape(path.name)):
         delete(killed)
     part = temporary_path(path)
-    part.touch(exist_ok=False)
+    part.mkdir(parents=True) if folder else part.touch(exist_ok=False)
     try:
         yield part
         sync(part)
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        delete(part)
 
 
 def temporary_path(path: Path) -> Path:
@@ -91,7 +88,7 @@ def temporary_path(path: Path) -> Path:
 
 def leftovers(folder: Path, names: str = ".+") -> list[Path]:
     """Return what killed processes left at temporary paths. ``names`` is a regular expression."""
-    return [path for path in folder.iterdir() if re.fullmatch(rf"\.{names}\.[0-9a-f]{{8}}\.part", path.name)]
+    return [path for path in folder.glob(".*.part") if re.fullmatch(rf"\.{names}\.[0-9a-f]{{8}}\.part", path.name)]
 
 
 def delete(path: Path, ours: Sequence[str] = ("*",)) -> None:

@@ -18,9 +18,9 @@ def printable(text: str, kept: str = "\n\t") -> str:
     return _HIDDEN.sub(lambda found: found[0] if found[0] in kept else f"\\u{ord(found[0]):04x}", text)
 
 
-class Formatter(logging.Formatter):
-    """Format log records without characters that control a terminal."""
+class Record(logging.LogRecord):
+    """Keep a log message of this package or of a library without such characters."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as text."""
-        return printable(super().format(record))
+    def getMessage(self) -> str:
+        """Return the escaped message."""
+        return printable(super().getMessage())

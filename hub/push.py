@@ -293,15 +293,11 @@ def build(
 
 
 def refuse_links(source: Path) -> None:
-    """Raise ValueError if a file to publish, which :func:`check_paths` does not check, is a link.
-
-    The links of the Hub's cache, from a snapshot to a blob, are allowed.
-    """
-    templates = source / "additional_chat_templates"  # published with the tokenizer
-    snapshot = source.resolve()
+    """Raise ValueError if a file that is published unread is a link out of the Hub's cache."""
+    templates, snapshots = source / "additional_chat_templates", source.resolve().parent
+    blobs = snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
     for file in (source / "LICENSE", source / provenance.RECIPE, templates, *templates.glob("*")):
-        cached = snapshot.parent.name == "snapshots" and file.resolve().parent == snapshot.parents[1] / "blobs"
-        if file.is_symlink() and not cached:
+        if file.is_symlink() and file.resolve().parent != blobs:
             raise ValueError(f"{file} is a link to {file.resolve()}; to publish this file, copy it into the folder.")
 
 

@@ -18,7 +18,7 @@ from sentence_transformers.util import semantic_search
 
 from minibert.data.columns import pick_columns
 from minibert.data.load import as_dataset, is_unicode, text_columns
-from minibert.files.disk import delete, leftovers, readable_os_errors, temporary_path
+from minibert.files.disk import atomic_write, delete, leftovers, readable_os_errors
 from minibert.inference.encode import Encoder
 from minibert.inference.load import find_model, fingerprint
 from minibert.search.index import KEPT, index_folder, index_lock, open_index
@@ -266,13 +266,7 @@ def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool
             delete(earlier, ("*.index.npy", "*.index.json"))
         rows = (range(shard.first_row, shard.first_row + shard.rows) for shard in folder.shards)
         built = WordIndex.build(chain.from_iterable(map(folder.texts, rows)), show_progress=show_progress)
-        temporary = temporary_path(home)
-        try:
-            with readable_os_errors(home, KEPT):
-                temporary.mkdir()
-                built.save(temporary)
-                temporary.replace(home)
-        finally:
-            delete(temporary)
+        with readable_os_errors(home, KEPT), atomic_write(home, folder=True) as temporary:
+            built.save(temporary)
         logger.info("BM25 index of %s texts.", f"{len(folder):,}")
         return WordIndex.load(home)

@@ -567,5 +567,5 @@ def test_rows_in_logs_are_escaped(tmp_path):
     done = run_command("train", tokenizer_recipe(tmp_path), "--output-dir", tmp_path / "run")
     assert done.exit_code == 0 and "First row" in done.stderr
     assert not HIDDEN.search("\n".join(line for line in done.stderr.splitlines() if "First row" in line))
-    record = logging.LogRecord("minibert", logging.WARNING, "", 0, "%s", (HOSTILE,), None)
+    record = logging.getLogger("transformers").makeRecord("transformers", logging.WARNING, "", 0, "%s", (HOSTILE,), None)
     assert not HIDDEN.search(logging.lastResort.format(record))

@@ -34,21 +34,15 @@ exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Write a new folder with ``fill``, and then replace ``target`` by the new folder."""
-    temporary = disk.temporary_path(target)
+    retired = disk.temporary_path(target)
     with readable_os_errors(target):
-        try:
-            temporary.mkdir(parents=True)
+        with disk.atomic_write(target, folder=True) as temporary:
             fill(temporary)
             write_manifest(temporary)
             if target.exists():  # a rename cannot replace a folder with files
-                os.replace(target, retired := disk.temporary_path(target))
-                os.replace(temporary, target)
-                delete(retired)
-            else:
-                os.replace(temporary, target)
-            disk.sync(target.parent)
-        finally:
-            disk.delete(temporary)
+                os.replace(target, retired)
+        delete(retired)
+        disk.sync(target.parent)
 
 
 def delete(folder: Path) -> None:
@@ -117,7 +111,7 @@ def rotate(root: Path, keep: int, newest: Path, kind: str = "step") -> None:
 
 def clear_leftovers(root: Path) -> None:
     """Delete the incomplete folders that killed processes left in ``root``."""
-    for folder in disk.leftovers(root) if root.exists() else ():
+    for folder in disk.leftovers(root):
         delete(folder)
 
 
