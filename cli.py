@@ -804,6 +804,7 @@ def quickstart(
     from minibert.hub.isolated import compute
     from minibert.hub.push import prove
     from minibert.hub.verify import request_for
+    from minibert.inference.load import weight_arguments
     from minibert.search.search import Searcher, check_queries
     from minibert.train.recipe import load_recipe
     from minibert.train.run import read_metrics, run_recipe
@@ -822,7 +823,7 @@ def quickstart(
     echo(f"\nReading {len(passages):,} passages to search ...", err=True)
     searcher = Searcher(folder, passages, show_progress=True)
     request = request_for(folder)
-    here, _ = compute(replace(request, trust=False))  # here the installed classes open the model
+    here, _ = compute(replace(request, arguments=weight_arguments(False)))  # here the installed classes open the model
     _, difference = prove(request, here, str(folder))
     echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
     for question, hits in zip(questions, searcher.search(questions, top_k=3), strict=True):

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -123,12 +124,27 @@ def read_json(file: Path) -> Any:
     """Return the content of a JSON file in a model folder. Raise a ValueError above 64 MB."""
     if not file.exists():
         raise FileNotFoundError(f"{file.parent} is not a model folder: it contains no {file.name}; give another folder.")
+    check_regular(file)
     if file.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{file} is larger than {_JSON_LIMIT:,} bytes; save or download the model again.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model, or {} if the file does not exist."""
+    found = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (it is not a JSON object); save or download the model again.")
+    return found
+
+
+def check_regular(file: Path) -> None:
+    """Raise ValueError if ``file`` is a pipe, a device or a folder. Reading a pipe would wait."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file} is not a regular file but a pipe, a device or a folder; replace it by a file.")
 
 
 def expand_home(path: str | Path) -> Path:

@@ -17,8 +17,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-from minibert.files.disk import read_json
-from minibert.files.model_folder import check_paths, check_weights, code_files, read_header, read_settings, weight_files
+from minibert.files.disk import read_json, read_settings
+from minibert.files.model_folder import check_paths, check_weights, code_files, read_header, weight_files
 from minibert.hub import folders, provenance
 from minibert.inference.load import pooling_mode
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from minibert import MiniBertConfig, modeling_minibert
@@ -15,7 +15,7 @@ from minibert.files.disk import expand_home, read_json, write_json
 from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
 from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
-from minibert.inference.load import find_folder
+from minibert.inference.load import find_folder, open_config, open_tokenizer
 
 # File with the tensors of the source that a MiniBERT does not use. They keep their names, so
 # that an export can write them back.
@@ -96,11 +96,11 @@ def convert(
     family = _family(raw, encoder)
     checkpoint = folders.read_tensors(encoder)
     folders.refuse_nan(checkpoint, encoder)
-    family_config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+    family_config = open_config(encoder)
     kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)
     config = _config(raw, family_config, family, kind, wanted)
-    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
     found = _tensors(checkpoint, config, family_config, family, kind)
     tensors, unused = (rounded(part, wanted) for part in found)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in tensors}
@@ -215,15 +215,12 @@ def _config(
     return MiniBertConfig(**fields, **carried)
 
 
-def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
+def fitting_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
     """Load the tokenizer in ``folder`` with a maximum length that suits the model."""
     # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in folder.glob(name)):
         raise FileNotFoundError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise FileNotFoundError(f"The tokenizer in {folder} cannot be opened ({error}); save it again.") from error
+    tokenizer: Any = open_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer in {folder} has {len(tokenizer)} entries, but the model's embeddings have only "

@@ -13,16 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minibert.files import disk
-from minibert.files.disk import exclusive_lock, read_json, readable_os_errors, write_json
-from minibert.files.model_folder import (
-    PICKLES,
-    WEIGHTS,
-    check_paths,
-    check_weights,
-    read_header,
-    read_settings,
-    weight_files,
-)
+from minibert.files.disk import exclusive_lock, read_json, read_settings, readable_os_errors, write_json
+from minibert.files.model_folder import PICKLES, WEIGHTS, check_paths, check_weights, module_list, read_header, weight_files
 
 # Keys in sentence-transformers 5 -> keys, or modes of pooling, in sentence-transformers 6.
 _RENAMED = {"word_embedding_dimension": "embedding_dimension", "in_word_embedding_dimension": "in_embedding_dimension"}
@@ -43,11 +35,9 @@ def modules(folder: Path) -> list[dict[str, Any]]:
         ValueError: if the first module is not a transformer, or a module's path leads out of
             ``folder``.
     """
-    check_paths(folder)
-    if not (folder / "modules.json").exists():
-        return []
-    listed: list[dict[str, Any]] = read_json(folder / "modules.json")
-    if not str(listed[0].get("type", "")).endswith("Transformer"):
+    check_paths(folder, trust_remote_code=True)  # whoever opens the model looks at its settings and code
+    listed = module_list(folder)
+    if listed and not str(listed[0].get("type", "")).endswith("Transformer"):
         raise ValueError(f"{folder / 'modules.json'} must begin with a Transformer; use another model.")
     return listed
 

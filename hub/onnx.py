@@ -12,8 +12,9 @@ from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import write_json
 from minibert.files.installation import missing
 from minibert.hub import folders, parity
-from minibert.hub.convert import Report, full, open_tokenizer
+from minibert.hub.convert import Report, fitting_tokenizer, full
 from minibert.hub.export import open_minibert
+from minibert.inference.load import load, open_weights
 
 GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
 # Bytes. An ONNX file has at most 2 GB, so larger weights go into a second file.
@@ -49,10 +50,10 @@ def export_onnx(
         raise ValueError(missing(f"Export to ONNX needs {', '.join(lacking)}", "export"))
     folder, config, kind, checkpoint = open_minibert(model, revision)
     encoder = folders.encoder_folder(folder)
-    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in checkpoint}
     with parity.quiet():
-        network = getattr(modeling_minibert, f"MiniBert{kind}").from_pretrained(encoder, dtype=torch.float32).eval()
+        network = open_weights(getattr(modeling_minibert, f"MiniBert{kind}"), encoder, dtype=torch.float32).eval()
         heads = _heads(folder)
     segments = config.type_vocab_size > 0 and "token_type_ids" in tokenizer.model_input_names
     inputs = ["input_ids", "attention_mask", *["token_type_ids"] * segments]
@@ -124,9 +125,7 @@ def _heads(folder: Path) -> list[nn.Module]:
     """Return the sentence-transformers modules that follow the transformer."""
     if not folders.modules(folder):
         return []
-    from sentence_transformers import SentenceTransformer
-
-    return list(SentenceTransformer(str(folder), device="cpu", trust_remote_code=False).float().eval())[1:]
+    return list(load(folder, device="cpu").float().eval())[1:]
 
 
 def _write(graph: _Graph, file: Path) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from minibert.files.disk import YamlLoader, sha256, to_yaml, write_json, write_text
-from minibert.files.model_folder import read_settings
+from minibert.files.disk import YamlLoader, read_settings, sha256, to_yaml, write_json, write_text
 
 # The files of a published model's record. The record of a run is read from its stages.
 RECORD, RECIPE = "record.json", "recipe.yaml"

@@ -50,7 +50,7 @@ def pull(name: str, output_dir: str | Path, *, token: str | None = None) -> Pull
         files = {path: temporary / path for path in folders.paths_in(temporary)}
         if damaged := [path for path, file in files.items() if path in remote and not same(file, remote[path])]:
             raise ValueError(f"{', '.join(damaged)} of {repo_id} arrived damaged; delete {fetched}, then pull again.")
-        check_paths(temporary)
+        check_paths(temporary, trust_remote_code=True)  # nothing is opened
         check_weights(folders.encoder_folder(temporary))
         sizes = {path: file.stat().st_size for path, file in files.items()}
         code = verify.code_of(temporary)

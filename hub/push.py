@@ -24,9 +24,10 @@ from minibert.files.disk import expand_home, read_json, readable_os_errors, writ
 from minibert.files.model_folder import WEIGHTS, code_files, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
-from minibert.hub.convert import UNUSED, checked_dtype, open_tokenizer, rounded
+from minibert.hub.convert import UNUSED, checked_dtype, fitting_tokenizer, rounded
 from minibert.hub.export import export, open_minibert
 from minibert.hub.remote import Change, ask, commit, compare, connect, download, files_of, look_up, split_name
+from minibert.inference.load import weight_arguments
 
 TOLERANCE = 1e-6
 SHARD_SIZE = "5GB"
@@ -113,7 +114,7 @@ def push(
         request = verify.request_for(folder)
         here = folder if as_bert else source
         transformer = str(folders.encoder_folder(here))
-        own = replace(request, model=str(here), transformer=transformer, trust=False, dtype=dtype)
+        own = replace(request, model=str(here), transformer=transformer, arguments=weight_arguments(False, dtype=dtype))
         with parity.quiet():
             expected, _ = isolated.compute(own)
         prove_here = partial(prove, request, expected, f"The folder built from {source}")
@@ -269,7 +270,7 @@ def build(
             _, config, _, _ = open_minibert(source, None)
             config.auto_map = dict(configuration_minibert.AUTO_MAP)
             config.save_pretrained(temporary)
-            folders.write_tokenizer(open_tokenizer(weights, config, folders.max_length(source)), temporary)
+            folders.write_tokenizer(fitting_tokenizer(weights, config, folders.max_length(source)), temporary)
             folders.copy_modules(source, temporary)
             for file in code_files():
                 shutil.copy(file, temporary)

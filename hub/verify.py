@@ -13,26 +13,18 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.files.disk import expand_home, read_json, sha256
+from minibert.files.disk import expand_home, read_json, read_settings, sha256
 from minibert.files.installation import version
-from minibert.files.model_folder import (
-    check_paths,
-    check_weights,
-    code_files,
-    opening,
-    pickles,
-    read_header,
-    read_settings,
-    refuse_missing,
-)
+from minibert.files.model_folder import check_paths, check_weights, code_files, pickles, read_header, refuse_missing
 from minibert.hub import folders, isolated, parity
 from minibert.hub.card import check_card, longest_text, vector_dimension
 from minibert.hub.convert import TOKENIZERS, empty, full
 from minibert.hub.families import CLASSES
 from minibert.hub.remote import fetch, same, split_name
+from minibert.inference.load import open_tokenizer, open_weights, weight_arguments
 
 _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 
@@ -138,7 +130,7 @@ def checks_of(
         "weights": (lambda: _weights(folder), ("files",)),
         "code": (lambda: _judge(code_of(folder), folder, trust), ("files",)),
         "card": (lambda: _card(folder), ()),
-        "opens": (lambda: _opens(folder), ("files", "weights", "code")),
+        "opens": (lambda: _opens(folder, trust), ("files", "weights", "code")),
     }
     if not opens:
         del looks["opens"]
@@ -160,7 +152,7 @@ def checks_of(
 
 
 def _files(folder: Path, other_files: Sequence[str]) -> str:
-    check_paths(folder)
+    check_paths(folder, trust_remote_code=True)  # code is another check
     present = folders.paths_in(folder)
     if found := pickles([*present, *other_files]):
         raise ValueError(f"{', '.join(found)} can run code when opened; delete these files, since safetensors suffice.")
@@ -195,11 +187,8 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
 
 def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict[str, Tensor]) -> dict[str, list[str]]:
     """Return problem -> names of the tensors that do not fit ``model_class``."""
-    with parity.quiet(), opening(encoder):
-        opened: Any = model_class.from_pretrained(  # returns a pair, unlike its annotation
-            encoder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
-        )
-    network, loaded = opened
+    with parity.quiet():
+        network, loaded = open_weights(model_class, encoder, output_loading_info=True, ignore_mismatched_sizes=True)
     pooler = "pooler." if "For" not in model_class.__name__ else "no such"  # a bare encoder may lack the pooler
     unknown: set[str] = set()
     if isinstance(network.config, MiniBertConfig):  # a checkpoint may contain tensors of other heads
@@ -237,7 +226,8 @@ def _card(folder: Path) -> str:
     return "README.md has valid metadata."
 
 
-def _opens(folder: Path) -> str:
+def _opens(folder: Path, trust: bool) -> str:
+    check_paths(folder, trust_remote_code=trust)
     if problems := "; ".join(_tokenizer_problems(folder)):
         raise ValueError(f"{problems}; save the model's own tokenizer into its folder.")
     try:
@@ -266,7 +256,7 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
     if not any(file for name in TOKENIZERS for file in encoder.glob(name)):
         yield "There is no tokenizer (tokenizer.json)"
         return
-    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+    tokenizer = open_tokenizer(encoder)
     rows, pad = int(config.get("vocab_size", 0)), config.get("pad_token_id")
     if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         yield f"the tokenizer's highest id is {highest}, but the model has vocab_size={rows}"
@@ -291,7 +281,7 @@ def request_for(folder: Path) -> isolated.Request:
         transformer=str(encoder.resolve()) if encoder != folder else None,
         heads=list(dict.fromkeys(["AutoModel", head])),
         embeds=bool(folders.modules(folder)),
-        trust="auto_map" in config,
+        arguments=weight_arguments("auto_map" in config),
         max_length=min(64, longest_text(folder) or 64),
     )
 

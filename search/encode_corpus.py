@@ -22,8 +22,7 @@ from typing_extensions import Unpack
 
 from minibert.data.files import Bad
 from minibert.data.stream import Rows, Stream, open_stream
-from minibert.files.disk import exclusive_lock, read_json
-from minibert.files.model_folder import read_settings
+from minibert.files.disk import exclusive_lock, read_json, read_settings
 from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
 from minibert.inference.encode import Encoder, EncoderOptions

@@ -169,7 +169,7 @@ isolated._main()
 
 
 def test_the_fresh_process_cannot_import_the_package(tmp_path):
-    request = {"model": "m", "heads": [], "embeds": False, "trust": False, "max_length": 8}
+    request = {"model": "m", "heads": [], "embeds": False, "arguments": {}, "max_length": 8}
     code = [sys.executable, "-c", IMPORTER, isolated.__file__]
     done = subprocess.run(code, input=json.dumps(request), capture_output=True, text=True)
     assert done.returncode == 1
@@ -267,7 +267,7 @@ def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
     ("file", "text"),
     [
         ("config_sentence_transformers.json", "{place}/data"),
-        ("1_Pooling/config.json", "/home/somebody/x"),
+        ("config_sentence_transformers.json", "/home/somebody/x"),
         ("config_sentence_transformers.json", "C:\\\\Users\\\\somebody"),
     ],
 )

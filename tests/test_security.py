@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as kinds_of
 
 from helpers import edit_json, run_command, save_model, write_recipe, write_vectors
 from minibert import cli, train_wordpiece
@@ -222,8 +224,115 @@ def test_a_module_class_from_elsewhere_is_not_imported_without_the_flag(model, t
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 def test_kernels_from_the_hub_are_not_asked_for(model, key):
     edit_json(model / "config.json", **{key: "evil/kernels"})
-    with pytest.raises(ValueError, match=f"sets {key} to 'evil/kernels'"):
+    with pytest.raises(ValueError, match=f"sets '{key}' to 'evil/kernels'"):
         find_model(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "why"),
+    [
+        ("sentence_bert_config.json", {"model_kwargs": {"use_safetensors": False}}, "'use_safetensors' to False"),
+        ("sentence_bert_config.json", {"model_args": {"weights_only": False}}, "'weights_only' to False"),
+        ("sentence_bert_config.json", {"model_kwargs": {"attn_implementation": "evil/kernels"}}, "'attn_implementation' to"),
+        ("sentence_bert_config.json", {"config_kwargs": {"num_hidden_layers": 9**9}}, "'num_hidden_layers' to 387420489"),
+        ("sentence_bert_config.json", {"processor_kwargs": {"tokenizer_file": "/etc/passwd"}}, "'tokenizer_file' to"),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"padding": "max_length"}}}, "'text' to"),
+        ("sentence_bert_config.json", {"modality_config": {"text": {"method": "save_pretrained"}}}, "'method' to"),
+        ("sentence_bert_config.json", {"max_seq_length": True}, "'max_seq_length' to True"),
+        ("1_Dense/config.json", {"activation_function": "os.system"}, "'activation_function' to 'os.system'"),
+        ("1_Dense/config.json", {"\x1b[31m": 1}, "'.x1b.31m' to 1"),
+        ("1_Dense/config.json", {"in_features": 10**6, "out_features": 10**6}, "a module of more than 67,108,864 numbers"),
+        ("config.json", {"transformers_weights": "pytorch_model.bin"}, "other weights than model.safetensors"),
+        ("config.json", {"parts": [{"_attn_implementation": {"": "evil/kernels"}}]}, "code from the Hub"),
+        ("config.json", {"quantization_config": {"quant_method": "no-such"}}, "weights of a package that is not installed"),
+        ("config.json", {"auto_map": {"AutoModel": "evil/code--modeling.Evil"}}, "code of another repository"),
+        ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, "a file that may be outside of the folder"),
+        ("processor_config.json", {"auto_map": {"AutoProcessor": "evil/code--a.B"}}, "code of another repository"),
+        ("adapter_config.json", {"base_model_name_or_path": "evil/base"}, "an adapter"),
+        ("config_sentence_transformers.json", {"prompts": {"query": "x" * 20_000}}, "prompts of more than 10,000 characters"),
+        ("config_sentence_transformers.json", {"prompts": ["query"]}, "prompts that are not texts by name"),
+    ],
+)
+def test_settings_that_load_other_things_are_refused_by_name(model, tmp_path, file, settings, why):
+    as_sentence_transformer(model, "1_Dense", kind="sentence_transformers.base.modules.dense.Dense")
+    (model / "1_Dense" / "config.json").write_text('{"in_features": 8, "out_features": 4}')
+    (model / file).write_text(
+        json.dumps({**json.loads((model / file).read_text() if (model / file).exists() else "{}"), **settings})
+    )
+    doors = all_doors(model, tmp_path)
+    for door in ("find_model", "load", "train"):
+        with pytest.raises(ValueError, match=why):
+            doors[door]()
+
+
+def test_known_settings_of_known_modules_pass(tmp_path):
+    """Every kind of module that the checks know, with the settings that the library itself saves."""
+    tokenizer = train_wordpiece(["a text of a few words"] * 3, vocab_size=34, model_max_length=16, show_progress=False)
+    encoder = save_model(tmp_path / "encoder", tokenizer, hidden_size=8, num_attention_heads=2)
+    kinds = [kinds_of.WeightedLayerPooling(8, 2, 0), kinds_of.LSTM(8, 4), kinds_of.CNN(8, 4), kinds_of.Pooling(12, "mean")]
+    kinds += [kinds_of.Dense(12, 6), kinds_of.LayerNorm(6), kinds_of.Dropout(0.1), kinds_of.Normalize()]
+    modules = [kinds_of.Transformer(str(encoder), config_kwargs={"output_hidden_states": True}), *kinds]
+    SentenceTransformer(modules=modules, prompts={"query": "ask: "}).save_pretrained(str(tmp_path / "model"))
+    check_model(tmp_path / "model")
+    edit_json(tmp_path / "model" / "sentence_bert_config.json", model_args={"add_pooling_layer": False}, max_seq_length=None)
+    check_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"padding": {"strategy": {"Fixed": 10**9}}}, "sets padding.strategy to 1000000000, but the model reads up to 16"),
+        ({"padding": {"pad_to_multiple_of": 0}}, "sets padding.pad_to_multiple_of to 0"),
+        ({"padding": {"pad_id": 2**31}}, "the token id 2147483648"),
+        ({"truncation": {"max_length": -1}}, "sets truncation.max_length to -1"),
+        ({"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9}}, "max_input_chars_per_word"),
+        ({"model": {"type": "WordPiece", "vocab": {"a": 34}}}, "the token id 34, but the model has 34 tokens"),
+        ({"model": 3}, "is not the file of a tokenizer"),
+        ({"added_tokens": [{"id": -1, "content": "x"}]}, "the token id -1"),
+        ({"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 99], "cls": ["[CLS]", 2]}}, "the token id 99"),
+        # These are tried in a process of their own: damaged, an exponential search, a text that grows tenfold five times.
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "could not be read with 2 GiB"),
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}},
+            "2 GiB",
+        ),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": 9 * [{"type": "Replace", "pattern": {"String": "a"}, "content": 10 * "a"}],
+                }
+            },
+            "could not be read with 2 GiB",
+        ),
+    ],
+)
+def test_tokenizers_that_would_end_the_process_are_refused(model, settings, why):
+    edit_json(model / "tokenizer.json", **settings)
+    with pytest.raises(ValueError, match=f"tokenizer.json .*{why}"):
+        find_model(model)
+
+
+def test_an_unusual_tokenizer_that_works_passes(model):
+    edit_json(model / "tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": " +"}, "content": " "})
+    load(model, device="cpu").encode(["a  text"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "modules.json", "tokenizer.json", "README.md"])
+def test_pipes_are_refused_at_once(model, tmp_path, name):
+    as_sentence_transformer(model, "1_Pooling")
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    for door in ("find_model", "load", "train"):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+            all_doors(model, tmp_path)[door]()
+
+
+def test_any_error_of_a_library_is_a_sentence(model):
+    edit_json(model / "config.json", layer_norm_eps=None, hidden_act="no such")
+    with pytest.raises(ValueError, match=r"cannot be opened|hidden_act") as caught:
+        load(model, device="cpu")
+    assert "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- names
@@ -254,14 +363,16 @@ def test_code_outside_of_the_folder_is_refused(model, code, file):
         check_paths(model)
 
 
-def test_usual_code_names_pass(model):
+def test_code_of_another_repository_needs_the_flag(model):
     names = {
         "AutoModel": "modeling_a.B",
         "AutoConfig": "owner/name.v1--configuration_a.C",
         "AutoTokenizer": ["tokenization_a.D", None],
     }
     edit_json(model / "config.json", auto_map=names)
-    check_paths(model)
+    with pytest.raises(ValueError, match="'owner/name.v1--configuration_a.C' in its auto_map, which is code of another"):
+        check_paths(model)
+    check_paths(model, trust_remote_code=True)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +437,9 @@ def test_a_link_to_the_folder_itself_and_other_links_beside_the_model_are_the_us
         ("type_vocab_size", 10**12),
         ("num_labels", 10**11),
         ("num_labels", 10**1000),
+        ("num_hidden_groups", 10**7),
+        ("num_feedforward_networks", 10**7),
+        ("part", {"num_hidden_layers": 10**9}),
     ],
 )
 def test_a_configuration_far_larger_than_its_weights_is_refused_before_it_is_built(model, field, value):

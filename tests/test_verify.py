@@ -196,7 +196,7 @@ def test_vocabulary_and_missing_parts(folder, opened):
     state = read_weights(folder)
     edit_json(folder / "config.json", vocab_size=20)
     edit_weights(folder, **{"embeddings.word_embeddings.weight": state["embeddings.word_embeddings.weight"][:20].clone()})
-    assert "the tokenizer's highest id is 25, but the model has vocab_size=20" in failures(folder, opens=True)["opens"]
+    assert "has the token id 20, but the model has 20 tokens" in failures(folder, opens=True)["weights"]
     (folder / "tokenizer.json").unlink()
     (folder / "README.md").unlink()
     found = failures(folder, opens=True)
@@ -295,7 +295,12 @@ def test_the_request_follows_the_model(folder, words, opened):
     verify.verify(folder)
     verify.verify(words)
     embeds, masked = opened
-    assert (embeds.heads, embeds.embeds, embeds.trust, embeds.max_length) == (["AutoModel"], True, True, 24)
+    assert (embeds.heads, embeds.embeds, embeds.arguments["trust_remote_code"], embeds.max_length) == (
+        ["AutoModel"],
+        True,
+        True,
+        24,
+    )
     assert (masked.heads, masked.embeds) == (["AutoModel", "AutoModelForMaskedLM"], False)
 
 
