@@ -81,6 +81,7 @@ def load_corpus(
         key.update(repr(fact).encode())
     root = disk.expand_home(cache_dir) if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "minibert-corpus"
     folder = root / key.hexdigest()
+    disk.refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
     corpus = TokenizedCorpus(folder, _tokenize(parts, tokenizer, sentence_delimiters, folder, workers or os.cpu_count() or 1))
     if not corpus.documents[-1]:
@@ -308,6 +309,7 @@ def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
     Each block is a tuple with the next values of every array. The first block determines the
     dtypes.
     """
+    disk.refuse_link(folder)
     with closing(blocks):
         if not folder.exists():
             kept = "the text is tokenized and cut again"

@@ -48,9 +48,9 @@ def check_tokenizer(folder: Path) -> None:
     Lengths and ids must fit the sizes in ``config.json``, if there is one.
     """
     file = folder / "tokenizer.json"
-    settings = read_settings(file)
-    if not settings:
+    if not file.exists():
         return
+    settings = read_settings(file)
     config = read_settings(folder / "config.json")
     sizes = [config.get(name) for name in ("max_position_embeddings", "vocab_size")]
     positions, rows = (size if type(size) is int and size > 0 else None for size in sizes)
@@ -59,8 +59,7 @@ def check_tokenizer(folder: Path) -> None:
     if wrong := [number for number in _ids(settings) if not 0 <= number < limit]:
         refuse(file, f"has the token id {short(wrong[0])}, but the model has {limit:,} tokens", "use the model's own tokenizer")
     parts = list(_parts([settings.get(name) for name in _STEPS]))
-    model = settings.get("model")
-    usual = isinstance(model, dict) and model.get("type") in _MODELS and all(_is_usual(part) for part in parts)
+    usual = settings["model"].get("type") in _MODELS and all(_is_usual(part) for part in parts)
     found = file.stat()
     if not usual or found.st_size > _LARGE:
         _try(file, found.st_size, found.st_mtime_ns)
@@ -68,7 +67,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def _check_lengths(file: Path, settings: dict[str, Any], limit: int) -> None:
     truncation, padding, model = (settings.get(name) or {} for name in ("truncation", "padding", "model"))
-    if not all(isinstance(part, dict) for part in (truncation, padding, model)):
+    if not model or not all(isinstance(part, dict) for part in (truncation, padding, model)):
         refuse(file, "is not the file of a tokenizer", "save or download it again")
     strategy = padding.get("strategy")
     lengths = {
@@ -84,7 +83,7 @@ def _check_lengths(file: Path, settings: dict[str, Any], limit: int) -> None:
 
 def _ids(settings: dict[str, Any]) -> Iterator[int]:
     """Yield the token ids in the file. A list of tokens stands for the ids of its places."""
-    vocab = settings["model"].get("vocab") if settings.get("model") else None
+    vocab = settings["model"].get("vocab")
     found = [*vocab.values()] if isinstance(vocab, dict) else [len(vocab) - 1] if isinstance(vocab, list) else []
     found += [token.get("id") for token in settings.get("added_tokens") or [] if isinstance(token, dict)]
     found.append((settings.get("padding") or {}).get("pad_id"))

@@ -1,15 +1,18 @@
 """Read model folders and their weights, and write new model folders atomically."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minibert.files import disk
 from minibert.files.disk import exclusive_lock, read_json, read_settings, readable_os_errors, write_json
 from minibert.files.model_folder import PICKLES, WEIGHTS, check_paths, check_weights, module_list, read_header, weight_files
 
@@ -139,23 +142,22 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``target``, or deleted after an error."""
     check_output(target)
-    place = target.with_name(f".{target.name}.part")
-    place.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = partial(exclusive_lock, doing="writing", kept="nothing was written")
+    for killed in disk.leftovers(target.parent, re.escape(target.name)):
+        with lock(killed):  # fails while another process writes
+            disk.delete(killed)
+    place = disk.temporary_path(target)
     temporary = place / target.name
+    temporary.mkdir(parents=True)
     try:
-        with exclusive_lock(place, "writing", kept="nothing was written"):
-            shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed process
-            temporary.mkdir()
-            try:
-                yield temporary
-                if target.exists():
-                    target.rmdir()
-                os.replace(temporary, target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with lock(place):
+            yield temporary
+            if target.exists():
+                target.rmdir()
+            os.replace(temporary, target)
     finally:
-        with suppress(OSError):  # the folder contains the lock of another process
-            place.rmdir()
+        disk.delete(place)
 
 
 def check_output(target: Path) -> None:

@@ -245,6 +245,7 @@ def build(
     **fields: Any,
 ) -> None:
     """Write all files of a published model into the new folder ``target``. See :func:`push`."""
+    refuse_links(source)
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
         weights, plain = folders.encoder_folder(source), Path(place, "bert")
         if as_bert:
@@ -267,12 +268,21 @@ def build(
             folders.write_tensors(temporary / UNUSED, rounded(folders.read_tensors(weights, UNUSED), checked_dtype(dtype)))
         folders.set_fields(temporary / "config.json", **({"dtype": dtype} if dtype else {}))
         if (source / "LICENSE").exists():  # the licence of the weights
-            shutil.copy(source / "LICENSE", temporary / "LICENSE")
+            shutil.copy(source / "LICENSE", temporary)
         write_text(temporary / "README.md", build_card(temporary, repo_id, origin=source, **fields))
         provenance.write(provenance.read(source), temporary, fields)
         check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
         if failed := [check for check in verify.checks_of(temporary) if check.state == "failed"]:
             raise ValueError(f"{source} cannot be published: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
+
+
+def refuse_links(source: Path) -> None:
+    """Raise ValueError if a file that is published unread is a link out of the Hub's cache."""
+    templates, snapshots = source / "additional_chat_templates", source.resolve().parent
+    blobs = snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
+    for file in (source / "LICENSE", source / provenance.RECIPE, templates, *templates.glob("*")):
+        if file.is_symlink() and file.resolve().parent != blobs:
+            raise ValueError(f"{file} is a link to {file.resolve()}; to publish this file, copy it into the folder.")
 
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:

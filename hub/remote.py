@@ -26,6 +26,7 @@ from rich.filesize import decimal
 from minibert.files.disk import sha256
 from minibert.files.installation import version
 from minibert.files.model_folder import pickles
+from minibert.files.terminal import printable
 from minibert.hub.folders import paths_in
 
 # The only files that are downloaded. Pickles are never downloaded.
@@ -277,7 +278,7 @@ class Change:
         'changed  config.json  900 bytes -> 1.0 kB'
         """
         sizes = [decimal(size) for size in (self.before, self.after) if size is not None]
-        return f"{self.kind:7}  {self.path}  {' -> '.join(sizes)}"
+        return f"{self.kind:7}  {printable(self.path, kept='')}  {' -> '.join(sizes)}"
 
 
 def files_of(info: ModelInfo) -> dict[str, RepoSibling]:

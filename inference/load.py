@@ -7,7 +7,6 @@ that nothing in a model's folder can replace them.
 import filecmp
 import hashlib
 import logging
-import shutil
 import weakref
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.files.disk import expand_home, read_json, read_settings
+from minibert.files.disk import delete, expand_home, read_json, read_settings
 from minibert.files.model_folder import (
     check_paths,
     check_weights,
@@ -164,7 +163,7 @@ def embedder(encoder: Any, tokenizer: Any, start: Path, pooling: Any, normalize:
         transformer = _transformer(start, False)
     state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(start)
+        delete(start, ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja"))
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
     return SentenceTransformer(modules=modules + [Normalize()] * normalize, **{"similarity_fn_name": "cosine"} | options)
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -395,7 +396,7 @@ def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force
     """Raise an error if ``path`` cannot be written. An existing file requires ``force``."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
-    if path.is_dir() or (path.exists() and not force):
+    if path.is_dir() or (os.path.lexists(path) and not force):
         raise FileExistsError(f"{path} exists already; choose another name, or replace it with --force.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into; create it first.")

@@ -222,6 +222,29 @@ def test_the_owners_licence_travels_with_the_model(source, tmp_path):
         assert (tmp_path / str(as_bert) / "LICENSE").read_text() == "Every reader may use this model."
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "recipe.yaml", "additional_chat_templates", "additional_chat_templates/a.jinja"])
+@pytest.mark.parametrize("as_bert", [False, True])
+def test_a_link_is_not_published(source, tmp_path, name, as_bert):
+    own, secret = shutil.copytree(source, tmp_path / "own"), tmp_path / "secret"
+    secret.mkdir() if name.endswith("templates") else secret.write_text("a password")
+    (own / name).parent.mkdir(exist_ok=True)
+    (own / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{name} is a link to {secret}"):
+        build(own, tmp_path / "built", as_bert=as_bert)
+    assert not (tmp_path / "built").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_published(source, tmp_path):
+    blobs, snapshot = tmp_path / "models--ann--name" / "blobs", tmp_path / "models--ann--name" / "snapshots" / "0123abc"
+    shutil.copytree(source, blobs)
+    (blobs / "LICENSE").write_text("Every reader may use this model.")
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    build(snapshot, tmp_path / "built")
+    assert (tmp_path / "built" / "LICENSE").read_text() == "Every reader may use this model."
+
+
 def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(source, run / "2-embed")

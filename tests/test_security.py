@@ -1,10 +1,14 @@
 """Hostile models: none of their code runs, nothing eats memory, and no file outside of their folder is read unasked."""
 
 import copy
+import doctest
 import json
+import logging
 import os
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +16,16 @@ from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as kinds_of
 
-from helpers import edit_json, save_model
-from minibert import train_wordpiece
+from helpers import edit_json, run_command, save_model, write_recipe, write_vectors
+from minibert import cli, train_wordpiece
+from minibert.data.load import as_dataset
+from minibert.files import disk, terminal
 from minibert.files.model_folder import check_model, check_paths, read_header
 from minibert.hub import folders
 from minibert.inference.load import find_model, load
+from minibert.search.index import open_index
+from minibert.search.vectors import remove_vectors, shard_name
+from minibert.train import checkpoint
 from minibert.train.recipe import load_recipe
 from minibert.train.run import run_recipe
 
@@ -451,3 +460,226 @@ def test_damaged_json_is_a_sentence(model, name, content):
     with pytest.raises((ValueError, OSError)) as caught:
         check_model(model)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ what we write and delete
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A file of the user's that must not change."""
+    (tmp_path / "secret").write_text("mine")
+    yield tmp_path / "secret"
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    return write_vectors(tmp_path / "vectors", np.eye(4, dtype=np.float32), ["cat", "dog", "fish", "bird"])
+
+
+def test_a_lock_is_no_link_and_no_file_of_the_users(tmp_path, secret):
+    lock = tmp_path / ".lock"
+    lock.symlink_to(secret)
+    with pytest.raises(ValueError, match=".lock is a link"), disk.exclusive_lock(tmp_path, "writing", kept=""):
+        pass
+    lock.unlink()
+    lock.write_text("of another program")
+    with disk.exclusive_lock(tmp_path, "writing", kept=""):
+        pass
+    assert lock.read_text() == "of another program"
+
+
+def test_temporary_files_are_new_unpredictable_and_cleared(tmp_path, secret, monkeypatch):
+    (tmp_path / ".out.txt.part").symlink_to(secret)
+    (tmp_path / ".out.txt.0123abcd.part").write_text("of a killed process")
+    (tmp_path / ".out.txt.notes.part").write_text("of the user")
+    names = set()
+    for _ in range(2):
+        with disk.atomic_write(tmp_path / "out.txt") as part:
+            names.add(part.name)
+            part.write_text("new")
+    assert len(names) == 2 and (tmp_path / "out.txt").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"secret", "out.txt", ".out.txt.part", ".out.txt.notes.part"}
+    monkeypatch.setattr(disk.secrets, "token_hex", lambda _: "0123abcd")
+    (tmp_path / ".out.txt.0123abcd.part").symlink_to(secret)
+    with pytest.raises(FileExistsError):
+        disk.write_text(tmp_path / "out.txt", "other")
+
+
+def test_a_result_replaces_a_link_only_if_it_may(model, tmp_path, secret):
+    (tmp_path / "texts.txt").write_text("a text\n")
+    for target in (secret, tmp_path / "missing"):
+        (tmp_path / "out.csv").symlink_to(target)
+        assert run_command("predict", model, tmp_path / "texts.txt", "--out", tmp_path / "out.csv").exit_code == 2
+        assert run_command("predict", model, tmp_path / "texts.txt", "--out", tmp_path / "out.csv", "--force").exit_code == 0
+        assert not (tmp_path / "missing").exists()
+        (tmp_path / "out.csv").unlink()
+
+
+@pytest.mark.parametrize("name", ["index", "index/vectors.bin", "index/lists.faiss", "index/.lock", "index/words-2-x"])
+def test_an_index_has_no_links(vectors, secret, name):
+    link = vectors.folder / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(secret.parent if name == "index" else secret)
+    before = set(secret.parent.iterdir())
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        open_index(vectors)
+    assert set(secret.parent.iterdir()) == before
+
+
+def test_an_index_leaves_the_files_of_others(vectors):
+    from minibert.search.search import _open_words
+
+    notes = [
+        vectors.folder / "index" / name for name in ("notes.md", "words-of-mine/notes.md", "words-2-" + "0" * 16 + "/notes.md")
+    ]
+    for file in notes:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("notes")
+    open_index(vectors, rebuild=True)
+    _open_words(vectors, ["a"], False)
+    _open_words(vectors, ["b"], False)
+    assert all(file.read_text() == "notes" for file in notes)
+    assert len(list(vectors.folder.glob("index/words-2-*/params.index.json"))) == 1
+
+
+def test_only_shards_of_ours_are_deleted(vectors):
+    others = ["part-7.parquet", "part-000001.parquet", "part-00001-copy.parquet", ".part-x.parquet.part", "notes.md"]
+    for name in (*others, f".{shard_name(9)}.0123abcd.part"):
+        (vectors.folder / name).write_text("notes")
+    remove_vectors(vectors.folder)
+    assert sorted(path.name for path in vectors.folder.iterdir()) == sorted(others)
+
+
+def test_a_new_folder_leaves_what_has_the_name_of_an_earlier_temporary_folder(tmp_path, secret):
+    (tmp_path / ".out.part" / "out").mkdir(parents=True)
+    (tmp_path / ".out.part" / "out" / "notes.md").write_text("notes")
+    (tmp_path / ".out.0123abcd.part" / "out").mkdir(parents=True)
+    with folders.new_folder(tmp_path / "out") as temporary:
+        (temporary / "model").write_text("model")
+    assert (tmp_path / ".out.part" / "out" / "notes.md").exists() and not (tmp_path / ".out.0123abcd.part").exists()
+
+
+def test_checkpoints_go_by_the_names_of_their_files(tmp_path, secret, caplog):
+    for step in (1, 2):
+        checkpoint.write_folder(tmp_path / f"step-{step:08d}", lambda folder: (folder / "state.json").write_text("{}"))
+    (tmp_path / "step-00000001" / "notes.md").write_text("notes")
+    (tmp_path / "step-00000001" / "secret").symlink_to(secret)
+    (tmp_path / "notes.tmp-1").mkdir()
+    (tmp_path / "step-00000000").symlink_to(tmp_path / "notes.tmp-1")
+    checkpoint.rotate(tmp_path, 1, newest=tmp_path / "step-00000002")
+    checkpoint.clear_leftovers(tmp_path)
+    assert (tmp_path / "notes.tmp-1").exists() and (tmp_path / "step-00000000").is_symlink()
+    assert {path.name for path in (tmp_path / "step-00000001").iterdir()} == {"notes.md", "secret"}
+    assert "step-00000001 stays" in caplog.text
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was(monkeypatch):
+    """The command train sends the package's log to a standard error that is closed when the command ends."""
+    logger = logging.getLogger("minibert")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+
+
+def tokenizer_recipe(folder, **changes):
+    (folder / "texts.txt").write_text("\x1b[2Ja text of\x9b some words\n" * 3)
+    stage = {"kind": "tokenizer", "data": str(folder / "texts.txt"), "vocab_size": 30, **changes}
+    return write_recipe(folder, stage)
+
+
+def test_a_stage_leaves_the_files_of_others(tmp_path):
+    run = tmp_path / "run"
+    for size in (30, 32):
+        run_recipe(load_recipe(tokenizer_recipe(tmp_path, vocab_size=size)), output_dir=run, force=True)
+        (run / "1-tokenizer" / "notes.md").write_text("notes")
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "1-tokenizer", "1-tokenizer.replaced"}
+    assert [path.name for path in (run / "1-tokenizer.replaced").iterdir()] == ["notes.md"]
+    done = run_command("train", tokenizer_recipe(tmp_path, vocab_size=34), "--output-dir", run, "--force")
+    assert done.exit_code == 2 and "1-tokenizer.replaced'. Move its files" in done.stderr
+    (run / "1-tokenizer" / "stage.json").unlink()  # as if the stage had not been finished
+    run_recipe(load_recipe(tokenizer_recipe(tmp_path, vocab_size=34)), output_dir=run, force=True)
+    assert (run / "1-tokenizer" / "notes.md").exists()
+
+
+@pytest.mark.parametrize("name", ["1-tokenizer", "1-tokenizer/tokenizer.json", "1-tokenizer/checkpoints"])
+def test_a_stage_has_no_links(tmp_path, secret, name):
+    link = tmp_path / "run" / name
+    run_recipe(load_recipe(tokenizer_recipe(tmp_path)), output_dir=tmp_path / "run")
+    (tmp_path / "run" / "1-tokenizer" / "stage.json").unlink()
+    if name == "1-tokenizer":
+        shutil.move(link, tmp_path / "elsewhere")
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "elsewhere" if name == "1-tokenizer" else secret)
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        run_recipe(load_recipe(tokenizer_recipe(tmp_path)), output_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", [".", "{}", "{}.lock"])
+def test_the_cache_of_rows_has_no_links(tmp_path, secret, monkeypatch, place):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.txt").write_text("a text\n")
+    as_dataset(str(tmp_path / "rows.txt"), split="train")
+    (table,) = (tmp_path / "cache" / "minibert-rows").glob("*.arrow")
+    link = tmp_path / "cache" / "minibert-rows" / place.format(table.name)
+    if place == ".":
+        shutil.move(link, tmp_path / "elsewhere")
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "elsewhere" if place == "." else secret)
+    with pytest.raises(ValueError, match="is a link"):
+        as_dataset(str(tmp_path / "rows.txt"), split="train")
+
+
+# ----------------------------------------------------------------------------------------------------- what a terminal gets
+
+HOSTILE = "\x1b]0;x\x07\x1b[2J\x7f\x9b31m\u202egood"
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def test_control_characters_are_escaped_and_json_keeps_its_value():
+    assert not doctest.testmod(terminal).failed
+    every = "".join(map(chr, [*range(0xA1), *range(0x2020, 0x2070), 0xD800]))
+    shown = terminal.printable(every)
+    assert not HIDDEN.search(shown) and shown.encode() and "\t\n" in shown and "\xa0" in shown
+    assert json.loads(terminal.printable(json.dumps(every, ensure_ascii=False))) == every
+    assert "\n" not in terminal.printable("a\nb", kept="")
+
+
+def test_commands_print_only_through_the_function_that_escapes():
+    source = Path(cli.__file__).read_text(encoding="utf-8")
+    assert source.count("typer.echo(") == 1 and not re.search(r"\b(print|secho|stdout\.write)\(", source)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_labels_and_texts_are_escaped(model, tmp_path, options):
+    edit_json(model / "config.json", id2label={"0": HOSTILE, "1": HOSTILE + "1"}, label2id={HOSTILE: 0, HOSTILE + "1": 1})
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": HOSTILE}) + "\n")
+    done = run_command("predict", model, tmp_path / "texts.jsonl", *options)
+    assert done.exit_code == 0 and "good" in done.stdout and not HIDDEN.search(done.stdout)
+    assert not options or json.loads(done.stdout)["text"] == HOSTILE
+
+
+def test_names_in_errors_are_escaped(model, tmp_path):
+    evil = model.rename(tmp_path / HOSTILE.replace("/", ""))
+    edit_json(evil / "config.json", auto_map=f"{HOSTILE} name")
+    done = run_command("hub", "verify", evil)
+    assert done.exit_code == 1 and not HIDDEN.search(done.output)
+    (tmp_path / "texts.txt").write_text("a text\n")
+    done = run_command("predict", tmp_path / f"{HOSTILE}2", tmp_path / "texts.txt")
+    assert done.exit_code == 2 and "\\u001b" in done.stderr and not HIDDEN.search(done.output)
+
+
+def test_code_in_a_diff_is_escaped(model):
+    with (model / "modeling_minibert.py").open("a") as code:
+        code.write(f"# {HOSTILE}\n")
+    done = run_command("hub", "verify", model)
+    assert "+# \\u001b]0;x" in done.stdout and not HIDDEN.search(done.stdout)
+
+
+def test_rows_in_logs_are_escaped(tmp_path):
+    done = run_command("train", tokenizer_recipe(tmp_path), "--output-dir", tmp_path / "run")
+    assert done.exit_code == 0 and "First row" in done.stderr
+    assert not HIDDEN.search("\n".join(line for line in done.stderr.splitlines() if "First row" in line))
+    record = logging.getLogger("transformers").makeRecord("transformers", logging.WARNING, "", 0, "%s", (HOSTILE,), None)
+    assert not HIDDEN.search(logging.lastResort.format(record))
