@@ -4,6 +4,7 @@ import errno
 import functools
 import inspect
 import json
+import logging
 import re
 import shlex
 import sys
@@ -15,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
+
+from minibert.files.terminal import Record, printable
 
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train, use and share a compact BERT-like text encoder.", add_completion=False, **_PLAIN)
@@ -36,6 +39,11 @@ RunFolder = Annotated[Path | None, Option(help="Folder of the run; the default i
 RunAgain = Annotated[bool, Option("--force", help="Run changed stages, and those after them, again.")]
 
 
+def echo(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print ``text``, in which the characters that control a terminal are escaped."""
+    typer.echo(printable(str(text)), err=err, nl=nl)
+
+
 def main() -> None:
     """Run the ``minibert`` command.
 
@@ -49,6 +57,7 @@ _ADVICE = {
     errno.EFBIG: "Use a disk that allows larger files, or raise the limit (ulimit -f), then try again.",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or choose another path."),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "Correct the path."),
+    errno.ENOTEMPTY: "Move its files to another folder, then try again.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), then try again.",
 }
 
@@ -93,13 +102,13 @@ def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         advice = interrupted.format(command=f"minibert {shlex.join(sys.argv[1:])}")
-        typer.echo(f"\n{str(stop) or 'Interrupted.'} {advice}", err=True)
+        echo(f"\n{str(stop) or 'Interrupted.'} {advice}", err=True)
         raise typer.Exit(130) from None
     except Exception as error:  # importing the classes of user errors here would slow every --help
         # Typer ends quietly when the reader of standard output has closed the pipe.
         if isinstance(error, BrokenPipeError) or (sentence := _sentence(error, extra)) is None:
             raise
-        typer.echo(f"Error: {sentence}", err=True)
+        echo(f"Error: {sentence}", err=True)
         # An ArithmeticError is a loss that is not finite, or different outputs of two models
         # that should be equal.
         raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
@@ -116,6 +125,7 @@ def _command(
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, debug: bool, **options: Any) -> None:
+            logging.setLogRecordFactory(Record)
             with nullcontext() if debug else plain_errors(interrupted, extra):
                 function(**options)
 
@@ -130,14 +140,14 @@ def _command(
 
 def print_json(value: Any) -> None:
     """Print ``value`` on standard output as one JSON object."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _version(wanted: bool) -> None:
     if wanted:
         from minibert.files import installation
 
-        typer.echo(f"minibert {installation.version()}")
+        echo(f"minibert {installation.version()}")
         _name_foreign()
         raise typer.Exit
 
@@ -147,7 +157,7 @@ def _name_foreign() -> None:
     from minibert.files.installation import foreign
 
     if warning := foreign():
-        typer.echo(f"Warning: {warning}", err=True)
+        echo(f"Warning: {warning}", err=True)
 
 
 @app.callback()
@@ -159,8 +169,6 @@ def _root(
 
 def _report_progress(bars: bool = True) -> None:
     """Log this package's progress to standard error, and hide the logs of libraries."""
-    import logging
-
     logger = logging.getLogger("minibert")
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
     logger.setLevel(logging.INFO)
@@ -212,13 +220,13 @@ def train(
     for stage, metrics in stages.items():
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
         short = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in numbers.items()}
-        typer.echo(f"{stage}: {', '.join(f'{name} {value}' for name, value in short.items())}")
+        echo(f"{stage}: {', '.join(f'{name} {value}' for name, value in short.items())}")
         for name, result in metrics.items():
             if isinstance(result, dict) and "systems" in result:
                 from minibert.evaluation.evaluate import metrics_table  # needs more extras than training
 
-                typer.echo(f"{name}\n{metrics_table(result)}")
-    typer.echo(f"The run is in {run_dir}.")
+                echo(f"{name}\n{metrics_table(result)}")
+    echo(f"The run is in {run_dir}.")
 
 
 @_command(
@@ -277,9 +285,9 @@ def search(
             if as_list:
                 answers.append(answer)
             else:
-                typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))
+                echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))
     if as_list:
-        typer.echo(json.dumps(answers, indent=2, ensure_ascii=False))
+        echo(json.dumps(answers, indent=2, ensure_ascii=False))
 
 
 def _in_lines(query: str, hits: list[Any]) -> str:
@@ -296,7 +304,7 @@ def _typed_queries() -> Iterator[str]:
     """Yield queries from standard input, one per line, until an empty line or end of input."""
     while True:
         if sys.stdin.isatty():
-            typer.echo("Query (empty to leave): ", nl=False, err=True)
+            echo("Query (empty to leave): ", nl=False, err=True)
         if not (query := sys.stdin.readline().strip()):
             return
         yield query
@@ -358,19 +366,19 @@ def encode(
         return
     if explain:
         for name, choice in done.decisions.items():
-            typer.echo(f"{name}: {choice}")
+            echo(f"{name}: {choice}")
     if done.written:
         rate = done.written / done.seconds
-        typer.echo(f"{done.written:,} vectors were written in {done.seconds:,.1f} s, {rate:,.0f} per second.")
+        echo(f"{done.written:,} vectors were written in {done.seconds:,.1f} s, {rate:,.0f} per second.")
     else:
-        typer.echo("Nothing was left to do." if manifest.rows else "No row could be used.")
+        echo("Nothing was left to do." if manifest.rows else "No row could be used.")
     if manifest.skipped:
         first = ", ".join(f"{row} ({reason})" for row, reason in manifest.skipped_rows[:5])
         more = f" and {manifest.skipped - 5:,} more" if manifest.skipped > 5 else ""
-        typer.echo(f"{manifest.skipped:,} rows were skipped: {first}{more}.")
+        echo(f"{manifest.skipped:,} rows were skipped: {first}{more}.")
     size = f"{manifest.dimension} dimensions in {manifest.precision}"
-    typer.echo(f"{manifest.rows:,} vectors of {size}, in {shards:,} shard{'' if shards == 1 else 's'}.")
-    typer.echo(f"The vectors are in {out}.")
+    echo(f"{manifest.rows:,} vectors of {size}, in {shards:,} shard{'' if shards == 1 else 's'}.")
+    echo(f"The vectors are in {out}.")
 
 
 @_command(app, "Example:  minibert evaluate runs/tinybert/3-embed questions.parquet --limit 1500 --json")
@@ -407,7 +415,7 @@ def evaluate(
     if as_json:
         print_json({"model": model, "data": data, **result})
     else:
-        typer.echo(metrics_table(result))
+        echo(metrics_table(result))
 
 
 @_command(
@@ -449,10 +457,10 @@ def predict(
         show_progress=sys.stderr.isatty(),
     )
     if out is not None:
-        typer.echo(f"{write(predictions, out, force=force):,} rows are in {out}.", err=True)
+        echo(f"{write(predictions, out, force=force):,} rows are in {out}.", err=True)
         return
     for row in predictions:
-        typer.echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
+        echo(json.dumps(row, ensure_ascii=False) if as_json else in_a_line(row))
 
 
 hub = typer.Typer(help="Convert models of the BERT family to MiniBERT, and back; publish, fetch and check models.", **_PLAIN)
@@ -463,16 +471,14 @@ def _report(report: Any, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report))
         return
-    typer.echo(f"{report.source} is now a {report.architecture} in {report.output}")
-    typer.echo(f"{report.tensors} tensors with {report.parameters:,} parameters")
+    echo(f"{report.source} is now a {report.architecture} in {report.output}")
+    echo(f"{report.tensors} tensors with {report.parameters:,} parameters")
     if report.unused:
-        typer.echo(f"not used by this model: {', '.join(report.unused)}")
+        echo(f"not used by this model: {', '.join(report.unused)}")
     for name, difference in report.differences.items():
-        typer.echo(f"largest difference of {name}: {difference:.1e}")
+        echo(f"largest difference of {name}: {difference:.1e}")
     if report.cosine_int8 is not None:
-        typer.echo(
-            "cosine of int8 with the exact vectors: {lowest:.4f} at least, {mean:.4f} on average".format(**report.cosine_int8)
-        )
+        echo("cosine of int8 with the exact vectors: {lowest:.4f} at least, {mean:.4f} on average".format(**report.cosine_int8))
 
 
 @_command(hub, "Example:  minibert hub convert sentence-transformers/all-MiniLM-L6-v2 minilm")
@@ -563,7 +569,7 @@ def push(
         max_shard_size=max_shard_size,
         dry_run=dry_run,
         force=force,
-        report=lambda text: typer.echo(text, err=True),
+        report=lambda text: echo(text, err=True),
         **card,
     )
     if as_json:
@@ -571,15 +577,15 @@ def push(
         return
     if done.commit is None:  # a dry run
         for path, size in done.files.items():
-            typer.echo(f"{decimal(size):>12}  {path}")
-        typer.echo(f"\n{done.card}")
+            echo(f"{decimal(size):>12}  {printable(path, kept='')}")
+        echo(f"\n{done.card}")
     for change in done.changes:
-        typer.echo(change.text)
-    typer.echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
+        echo(change.text)
+    echo(f"opened without minibert: {', '.join(done.opened)}; largest difference {done.difference:.1e}")
     if done.commit is not None:
-        typer.echo(f"{done.repo_id} is at commit {done.commit}")
+        echo(f"{done.repo_id} is at commit {done.commit}")
     if done.pull_request:
-        typer.echo(f"pull request: {done.pull_request}")
+        echo(f"pull request: {done.pull_request}")
 
 
 @_command(
@@ -602,15 +608,15 @@ def pull(
     if as_json:
         print_json(asdict(done))
         return
-    typer.echo(f"{done.repo_id} at commit {done.commit} is in {done.output}")
-    typer.echo(f"{len(done.files)} files, {decimal(sum(done.files.values()))}")
+    echo(f"{done.repo_id} at commit {done.commit} is in {done.output}")
+    echo(f"{len(done.files)} files, {decimal(sum(done.files.values()))}")
     for path, digest in done.code.items():
-        typer.echo(f"sha256 {digest}  {path}")
+        echo(f"sha256 {digest}  {printable(path, kept='')}")
     installed = f"that of the installed minibert {installation.version()}"
     changed = f"its code is not {installed}; minibert hub verify shows the differences"
-    typer.echo({"installed": f"its code is {installed}", "none": "it has no code", "changed": changed}[done.code_is])
+    echo({"installed": f"its code is {installed}", "none": "it has no code", "changed": changed}[done.code_is])
     if done.left_out:
-        typer.echo(f"left out: {', '.join(done.left_out)}")
+        echo(f"left out: {printable(', '.join(done.left_out), kept='')}")
 
 
 @_command(hub, "Example:  minibert hub verify ann/tinybert@v1 --json")
@@ -631,11 +637,11 @@ def verify(
         print_json(asdict(found))
     else:
         if found.commit:
-            typer.echo(f"{model} is at commit {found.commit}")
+            echo(f"{model} is at commit {found.commit}")
         for check in found.checks:
-            typer.echo(f"{check.state:7}  {check.name}: {check.text}")
+            echo(f"{check.state:7}  {check.name}: {check.text}")
             if check.detail:
-                typer.echo(check.detail)
+                echo(check.detail)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -659,8 +665,8 @@ def _draw(out: Path, force: bool, draw: Callable[[], Any]) -> None:
     check_output(out, SUFFIXES, force=force)
     picture = draw()
     for note in picture.notes:
-        typer.echo(note, err=True)
-    typer.echo(f"The picture is in {picture.save(out, force=force)}.", err=True)
+        echo(note, err=True)
+    echo(f"The picture is in {picture.save(out, force=force)}.", err=True)
 
 
 @_command(plot, 'Example:  minibert plot attention minilm "The cat sat on the mat because it was tired." --out cat.html')
@@ -763,7 +769,7 @@ def tokens(
     if as_json:
         print_json({"model": model, "text": text, "tokens": [asdict(token) for token in found.tokens]})
     else:
-        typer.echo(found)
+        echo(found)
 
 
 _EXAMPLE_QUESTIONS = (
@@ -798,6 +804,7 @@ def quickstart(
     from minibert.hub.isolated import compute
     from minibert.hub.push import prove
     from minibert.hub.verify import request_for
+    from minibert.inference.load import weight_arguments
     from minibert.search.search import Searcher, check_queries
     from minibert.train.recipe import load_recipe
     from minibert.train.run import read_metrics, run_recipe
@@ -807,20 +814,20 @@ def quickstart(
     _report_progress()
     run_dir = run_recipe(load_recipe("quickstart", overrides or []), output_dir=output_dir, force=force)
     folder = run_dir / "2-embed"
-    typer.echo("\nHeld-out modules, each summary against all descriptions:")
+    echo("\nHeld-out modules, each summary against all descriptions:")
     for metrics in read_metrics(run_dir)["evaluate"].values():
-        typer.echo(metrics_table(metrics))
+        echo(metrics_table(metrics))
 
     questions = [*_EXAMPLE_QUESTIONS, *(queries or [])]
     passages = load_passages()["text"]
-    typer.echo(f"\nReading {len(passages):,} passages to search ...", err=True)
+    echo(f"\nReading {len(passages):,} passages to search ...", err=True)
     searcher = Searcher(folder, passages, show_progress=True)
     request = request_for(folder)
-    here, _ = compute(replace(request, trust=False))  # here the installed classes open the model
+    here, _ = compute(replace(request, arguments=weight_arguments(False)))  # here the installed classes open the model
     _, difference = prove(request, here, str(folder))
-    typer.echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
+    echo(f"\nReloaded by sentence-transformers in a fresh process: vectors differ by at most {difference:.1e}.")
     for question, hits in zip(questions, searcher.search(questions, top_k=3), strict=True):
-        typer.echo(f"\n{_in_lines(question, hits)}", nl=False)
-    typer.echo(f"\nThe model is in {folder}. Search your own text: minibert search {folder} --passages FILE")
+        echo(f"\n{_in_lines(question, hits)}", nl=False)
+    echo(f"\nThe model is in {folder}. Search your own text: minibert search {folder} --passages FILE")
     for query in _typed_queries() if not queries and sys.stdin.isatty() else ():
-        typer.echo(_in_lines(query, searcher.search([query], top_k=3)[0]))
+        echo(_in_lines(query, searcher.search([query], top_k=3)[0]))

@@ -93,7 +93,7 @@ def _survive(work: Path, processes: int, kills: int, seed: int) -> dict[str, Any
         except subprocess.TimeoutExpired:
             _kill(child)
         newest, problems = checkpoint.latest_valid(parts / STAGE / "checkpoints")
-        earlier, leftovers = leftovers, set((parts / STAGE / "checkpoints").glob("*.tmp-*"))
+        earlier, leftovers = leftovers, set((parts / STAGE / "checkpoints").glob(".*.part"))
         killed.append(
             {
                 "seconds": round(seconds, 2),

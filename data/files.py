@@ -28,7 +28,8 @@ from filelock import FileLock
 from pyarrow import parquet
 from tqdm.auto import tqdm
 
-from minibert.files.disk import atomic_write, sha256
+from minibert.files.disk import atomic_write, refuse_link, sha256
+from minibert.files.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ def read_table(files: Sequence[Path], sample_by: str = "line") -> Dataset:
     key = hashlib.sha256(repr((_FORMAT, sample_by, contents)).encode()).hexdigest()
     target = Path(config.HF_DATASETS_CACHE) / "minibert-rows" / f"{key[:32]}.arrow"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    for place in (target.parent, target, lock := target.with_suffix(".arrow.lock")):
+        refuse_link(place)
+    with FileLock(lock):
         if not target.exists():
             with atomic_write(target) as part:
                 _write_table(part, files, sample_by)
@@ -78,7 +81,7 @@ def read_table(files: Sequence[Path], sample_by: str = "line") -> Dataset:
 
 def _write_table(path: Path, files: Sequence[Path], sample_by: str) -> None:
     schema = _common_schema(files)
-    bar = tqdm(desc=f"read {files[0].name}", unit=" rows", unit_scale=True, delay=2)
+    bar = tqdm(desc=f"read {printable(files[0].name)}", unit=" rows", unit_scale=True, delay=2)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer, bar:
         for file in files:
             with plain_errors(file):

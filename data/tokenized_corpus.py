@@ -73,6 +73,7 @@ def load_corpus(
     key = hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
     root = disk.expand_home(cache_dir) if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "minibert-corpus"
     folder = root / key
+    disk.refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
     corpus = TokenizedCorpus(folder, _tokenize(parts, tokenizer, sentence_delimiters, folder, workers or os.cpu_count() or 1))
     if not corpus.documents[-1]:
@@ -292,6 +293,7 @@ def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
     Each block is a tuple with the next values of every array. The first block determines the
     dtypes.
     """
+    disk.refuse_link(folder)
     with closing(blocks):
         if not folder.exists():
             kept = "the text is tokenized and cut again"

@@ -1,10 +1,14 @@
-"""Read and write text, JSON and YAML files, with locks, atomic writes and readable errors."""
+"""Read, write and delete files of this package, with locks, atomic writes and readable errors."""
 
 import contextlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,15 @@ from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 
+logger = logging.getLogger(__name__)
+
 _JSON_LIMIT = 64_000_000  # bytes
+
+
+def refuse_link(path: Path) -> None:
+    """Raise ValueError if ``path``, a place for files of this package, is a link."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and minibert writes its own files through no link; delete the link.")
 
 
 @contextlib.contextmanager
@@ -24,7 +36,8 @@ def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -
     instead. In error messages, ``doing`` describes the activity of the processes, such as
     ``"training in"``, and ``kept`` states which data is not lost after a disk error.
     """
-    lock = FileLock(folder / ".lock")
+    refuse_link(file := folder / ".lock")
+    lock = FileLock(file)
     try:
         with readable_os_errors(folder, kept):
             lock.acquire(timeout=-1 if wait else 0)
@@ -34,7 +47,8 @@ def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -
         yield
     finally:
         # Delete the file before the release. Afterwards it could be another process's lock.
-        (folder / ".lock").unlink(missing_ok=True)
+        if file.exists() and not file.stat().st_size:  # a file with content is the user's
+            file.unlink()
         lock.release()
 
 
@@ -54,15 +68,45 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, and rename it to ``path`` unless the ``with`` block fails."""
-    part = path.with_name(f".{path.name}.part")
+def atomic_write(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Yield a new file or folder, and rename it to ``path`` unless the ``with`` block fails."""
+    for killed in () if folder else leftovers(path.parent, re.escape(path.name)):
+        delete(killed)
+    part = temporary_path(path)
+    part.mkdir(parents=True) if folder else part.touch(exist_ok=False)
     try:
         yield part
         sync(part)
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        delete(part)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return an unpredictable path beside ``path``, for a file or folder to rename to ``path``."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def leftovers(folder: Path, names: str = ".+") -> list[Path]:
+    """Return what killed processes left at temporary paths. ``names`` is a regular expression."""
+    return [path for path in folder.glob(".*.part") if re.fullmatch(rf"\.{names}\.[0-9a-f]{{8}}\.part", path.name)]
+
+
+def delete(path: Path, ours: Sequence[str] = ("*",)) -> None:
+    """Delete a file, or the files in a folder whose names match the patterns ``ours``.
+
+    Other files stay, with a warning. Links are not followed. ``path`` may be missing.
+    """
+    if path.is_file() and not path.is_symlink():
+        path.unlink(missing_ok=True)
+    for folder, _, files in os.walk(path, topdown=False) if not path.is_symlink() else ():
+        for name in files:
+            if any(fnmatchcase(name, pattern) for pattern in ours):
+                Path(folder, name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder holds other files
+            os.rmdir(folder)
+    if os.path.lexists(path):
+        logger.warning("%s stays, because minibert did not write all that it holds.", path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,12 +124,27 @@ def read_json(file: Path) -> Any:
     """Return the content of a JSON file in a model folder. Raise a ValueError above 64 MB."""
     if not file.exists():
         raise FileNotFoundError(f"{file.parent} is not a model folder: it contains no {file.name}; give another folder.")
+    check_regular(file)
     if file.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{file} is larger than {_JSON_LIMIT:,} bytes; save or download the model again.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); save or download the model again.") from error
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model, or {} if the file does not exist."""
+    found = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (it is not a JSON object); save or download the model again.")
+    return found
+
+
+def check_regular(file: Path) -> None:
+    """Raise ValueError if ``file`` is a pipe, a device or a folder. Reading a pipe would wait."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file} is not a regular file but a pipe, a device or a folder; replace it by a file.")
 
 
 def expand_home(path: str | Path) -> Path:

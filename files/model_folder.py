@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import re
-import stat
 import threading
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -19,7 +18,8 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from minibert.files.disk import expand_home, read_json
+from minibert.files.disk import check_regular, expand_home, read_json, read_settings
+from minibert.files.model_settings import check_code, check_modules, check_size, short
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -31,17 +31,11 @@ PICKLES = (
 
 # Bytes. safetensors allows 100 MB, but a parsed header needs many times as much memory.
 HEADER_LIMIT = 16_000_000
-# A configuration may describe _SHARED times as many numbers as the weights contain, since
-# layers can share weights. Up to _SMALL numbers are always allowed.
-_SHARED = 16
-_SMALL = 2**28
 # Suffixes of the files that libraries read when they open a model. A link with such a suffix
 # could lead to any file of this machine.
-_READ = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
+_READ = (".json", ".jinja", ".md", ".model", ".py", ".safetensors", ".txt")
 # One lock per process id. A forked child would wait forever for a lock that the parent holds.
 _LOCKS: dict[int, threading.RLock] = {}
-# module.Class, optionally after a folder, and optionally after owner/name-- on the Hub.
-_CODE = re.compile(r"(?:[\w.-]+/[\w.-]+--)?(?:\w+/)*\w+\.\w+")
 
 
 @cache
@@ -54,10 +48,10 @@ def code_files() -> tuple[Path, ...]:
     return tuple(Path(file) for file in sorted([spec.origin, *get_relative_import_files(spec.origin)]))
 
 
-def check_model(folder: Path) -> None:
+def check_model(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Run all checks of this module on a model folder. Call it before opening the model."""
-    check_paths(folder)
-    check_weights(folder / next(_module_paths(folder)) if (folder / "modules.json").exists() else folder)
+    check_paths(folder, trust_remote_code=trust_remote_code)
+    check_weights(encoder_folder(folder))
 
 
 def refuse_missing(model: str | Path, advice: str) -> NoReturn:
@@ -74,8 +68,7 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
     ValueError.
     """
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise SafetensorError("it is not a regular file")  # reading a pipe would wait for ever
+        check_regular(file)
         with file.open("rb") as content:
             length = int.from_bytes(content.read(8), "little")
         if length > HEADER_LIMIT:
@@ -99,7 +92,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder / INDEX} lists no weights; save or download the model again.")
     for name in names.values():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX} lists {_short(name)}, which is not a safetensors file; save the model again.")
+            raise ValueError(f"{folder / INDEX} lists {short(name)}, which is not a safetensors file; save the model again.")
         _check_name(folder / INDEX, name)
     return [folder / name for name in sorted(set(names.values()))]
 
@@ -119,27 +112,7 @@ def check_weights(folder: Path) -> None:
         if not file.exists():
             raise FileNotFoundError(f"{folder} lacks {file.name}, a part of the weights; copy or download the model again.")
         stored += sum(math.prod(shape) for _, shape in read_header(file).values())
-    _check_size(folder / "config.json", stored)
-
-
-def _check_size(file: Path, stored: int) -> None:
-    """Raise ValueError if ``file`` describes far more than ``stored`` parameters."""
-    config = read_settings(file)
-
-    def size(*names: str) -> int:
-        return max([0, *(config[name] for name in names if type(config.get(name)) is int)])
-
-    width, layers = size("hidden_size", "dim", "d_model"), size("num_hidden_layers", "n_layers", "num_layers", "n_layer")
-    inner, labels = size("intermediate_size", "hidden_dim", "d_ff"), size("num_labels")
-    tables = size("vocab_size") + size("max_position_embeddings") + size("type_vocab_size")
-    # Layers and labels take memory even where the width is zero.
-    described = layers * (4 * width * width + 3 * width * inner + 10_000) + tables * width + labels * (width + 100)
-    if described > max(_SHARED * stored, _SMALL):
-        digits = int(described.bit_length() * math.log10(2))  # the number itself may be too long to print
-        raise ValueError(
-            f"{file} describes a model of about 10^{digits} parameters, but the weights contain {stored:,}; save "
-            "or download the model again."
-        )
+    check_size(folder / "config.json", stored)
 
 
 def pickles(paths: Iterable[str]) -> list[str]:
@@ -160,63 +133,51 @@ def refuse_pickles(folder: Path, names: list[str], opener: str = "AutoModel") ->
     )
 
 
-def check_paths(folder: Path) -> None:
-    """Raise ValueError if a path, a link or a setting leads out of the model folder.
+def check_paths(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise ValueError if a path, a link or a setting of a model leads out of its folder.
 
-    Links within one repository of the Hub's cache are allowed.
+    Files that libraries read must be regular files, and settings must be known. With
+    ``trust_remote_code``, modules and settings of the model's own code are allowed. Links
+    within one repository of the Hub's cache are allowed.
     """
-    modules = [folder / path for path in _module_paths(folder)] if (folder / "modules.json").exists() else [folder]
-    _check_links(folder, modules)
-    for place in dict.fromkeys((folder, modules[0])):
-        for name in ("config.json", "tokenizer_config.json"):
-            _check_code(place / name)
-    weight_files(modules[0])
-    for place in modules[1:]:
-        if place in (folder, modules[0]) or weight_files(place):
+    listed = module_list(folder)
+    places = [folder / module["path"] for module in listed] or [folder]
+    _check_links(folder, places)
+    for place in dict.fromkeys((folder, places[0])):
+        check_code(place, trust_remote_code=trust_remote_code)
+    check_modules(folder, listed, trust_remote_code=trust_remote_code)
+    weight_files(places[0])
+    for place in places[1:]:
+        if place in (folder, places[0]) or weight_files(place):
             continue
         if found := pickles(file.relative_to(folder).as_posix() for file in place.glob("*")):
             refuse_pickles(folder, found, "SentenceTransformer")
 
 
-def _module_paths(folder: Path) -> Iterator[str]:
+def module_list(folder: Path) -> list[dict[str, Any]]:
+    """Return the modules in modules.json, or [] if there is no such file.
+
+    Raises:
+        ValueError: if the file lists no modules, or a path that leads out of ``folder``.
+    """
     file = folder / "modules.json"
+    if not file.exists():
+        return []
     listed = read_json(file)
     if not isinstance(listed, list) or not listed or not all(isinstance(module, dict) for module in listed):
         raise ValueError(f"{file} does not list a model's modules; save or download the model again.")
     for module in listed:
-        path = module.get("path")
-        if not isinstance(path, str):
+        if not isinstance(module.get("path"), str):
             raise ValueError(f"{file} lists a module without a path; save or download the model again.")
-        _check_name(file, path)
-        yield path
-
-
-def _check_code(file: Path) -> None:
-    """Raise ValueError if ``file`` loads kernels from the Hub or has an invalid ``auto_map``."""
-    settings = read_settings(file)
-    for key, value in settings.items():
-        named = value.values() if isinstance(value, dict) else [value]
-        if key.endswith(("_implementation", "_implementation_internal")) and any("/" in str(name) for name in named):
-            raise ValueError(
-                f"{file} sets {key} to {_short(value)}. Opening the model would run this code from the Hub; delete this line."
-            )
-    found = settings.get("auto_map") or {}
-    if not isinstance(found, dict | list):
-        raise ValueError(f"{file} has an auto_map that is not a mapping; save or download the model again.")
-    for value in found.values() if isinstance(found, dict) else found:
-        for code in value if isinstance(value, list) else [value]:
-            if code is not None and not (isinstance(code, str) and _CODE.fullmatch(code)):
-                raise ValueError(
-                    f"{file} has {_short(code)} in its auto_map, which is not module.Class of a file "
-                    "in the folder; do not use this model, or ask its author."
-                )
+        _check_name(file, module["path"])
+    return listed
 
 
 def _check_name(file: Path, name: str) -> None:
     parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
     if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or "\0" in name:
         raise ValueError(
-            f"{file} refers to {_short(name)}, which is outside of the folder; do not use this model, or ask its author."
+            f"{file} refers to {short(name)}, which is outside of the folder; do not use this model, or ask its author."
         )
 
 
@@ -232,6 +193,8 @@ def _check_links(folder: Path, modules: list[Path]) -> None:
             raise ValueError(
                 f"{file} is a link to {target}, outside of the folder; if you trust this file, copy it into the folder."
             )
+        if file.exists() and not (file.is_dir() and file.suffix not in _READ):
+            check_regular(file)
 
 
 def _files_to_read(folder: Path, modules: list[Path]) -> Iterator[Path]:
@@ -245,33 +208,31 @@ def _files_to_read(folder: Path, modules: list[Path]) -> Iterator[Path]:
                 yield from (Path(found, name) for name in (*folders, *files))
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a model, or {} if the file does not exist."""
-    found = read_json(file) if file.exists() else {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (it is not a JSON object); save or download the model again.")
-    return found
-
-
-def _short(value: Any) -> str:
-    """Return the untrusted ``value`` as short, escaped text for an error message."""
-    text = ascii(value[:80] if isinstance(value, str) else value[:8] if isinstance(value, list) else value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def encoder_folder(folder: Path) -> Path:
+    """Return the folder of the transformer, which may be a subfolder of ``folder``."""
+    if listed := module_list(folder):
+        return folder / listed[0]["path"]
+    if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
+        raise FileNotFoundError(f"{folder} is not a model folder; give one of its folders {', '.join(stages)}.")
+    return folder
 
 
 @contextlib.contextmanager
 def opening(model: str | Path) -> Iterator[None]:
     """Let one thread at a time open a model in the ``with`` block.
 
-    transformers cannot open models in several threads at once. If the weights do not have the
-    shapes in ``config.json``, raise a ValueError.
+    transformers cannot open models in several threads at once. Libraries raise any exception
+    for settings and weights that do not fit. Such an exception becomes a ValueError with one
+    sentence.
     """
     try:
         with _LOCKS.setdefault(os.getpid(), threading.RLock()):
             yield
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(
-            f"The weights in {model} do not have the shapes in config.json; save or download the model again."
-        ) from error
+    except (ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the tokenizers library panics with an exception that is no Exception
+        if "ignore_mismatched_sizes" in str(error):
+            why = "its weights do not have the shapes in config.json"
+        else:
+            why = short(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise ValueError(f"{model} cannot be opened ({why}); save or download the model again.") from error

@@ -14,11 +14,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-from minibert.files.disk import read_json
-from minibert.files.model_folder import check_paths, check_weights, code_files, read_header, read_settings, weight_files
+from minibert.files.disk import read_json, read_settings
+from minibert.files.model_folder import check_weights, code_files, read_header, weight_files
 from minibert.hub import folders, provenance
 from minibert.inference.load import pooling_mode
 
@@ -31,11 +30,6 @@ _TASKS = {
     "ForQuestionAnswering": "question-answering",
     "ForMultipleChoice": "multiple-choice",
 }
-_TEXT_TASKS = (
-    *("feature-extraction", "fill-mask", "multiple-choice", "question-answering", "sentence-similarity", "summarization"),
-    *("table-question-answering", "text-classification", "text-generation", "text-ranking", "token-classification"),
-    *("translation", "zero-shot-classification"),
-)
 _ID = r"[\w.-]+(/[\w.-]+)?"
 # Fields that the publisher may set -> (pattern of a valid text, description for messages).
 FIELDS = {
@@ -46,11 +40,6 @@ FIELDS = {
     "datasets": (_ID, "ids of data sets on the Hub, such as owner/name"),
     "base_model": (_ID, "ids of models on the Hub, such as owner/name"),
     "tags": (r".+", "words"),
-}
-# Fields whose values are read from the model's files.
-_FOUND = {
-    "library_name": (r"[\w.-]+", "the name of a library, such as sentence-transformers"),
-    "pipeline_tag": ("|".join(_TEXT_TASKS), f"one of {', '.join(_TEXT_TASKS)}"),
 }
 
 
@@ -63,7 +52,6 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"
     validate_repo_id(repo_id)
-    check_paths(folder)
     encoder, modules = folders.encoder_folder(folder), folders.modules(folder)
     config: dict[str, Any] = read_json(encoder / "config.json")
     check_weights(encoder)
@@ -77,32 +65,33 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
     task = "sentence-similarity" if modules else task
     title = repo_id.split("/")[-1]
     results = list(_results(record, task))
+    trained = [source for stage in record.stages if stage.kind != "tokenizer" for source in stage.data]
     tags = [str(config.get("model_type"))]
     tags += ["feature-extraction"] * bool(modules) + ["custom_code"] * ("auto_map" in config)
     found = {
         "library_name": "sentence-transformers" if modules else "transformers",
         "pipeline_tag": task,
-        "datasets": provenance.datasets(record) or None,
+        "datasets": list(dict.fromkeys(source.path for source in trained if source.revision)) or None,
         "base_model": record.base_model,
         **fields,
         "tags": list(dict.fromkeys([*tags, *_listed(fields.get("tags", []))])),
     }
     data = ModelCardData(**found, model_name=title if results else None, eval_results=results or None)
     template = (resources.files("minibert.hub") / "card.md").read_text(encoding="utf-8")
-    card = ModelCard.from_template(
-        data,
-        template_str=template,
-        title=title,
-        name=json.dumps(repo_id),
-        task=task,
-        architecture=architecture,
-        pooling=_pooling(folder),
-        dimension=vector_dimension(folder) if modules else None,
-        labels=list(map(_cell, config.get("id2label", {}).values())) if task.endswith("-classification") else [],
-        **_content(folder, encoder, config, record),
+    return str(
+        ModelCard.from_template(
+            data,
+            template_str=template,
+            title=title,
+            name=json.dumps(repo_id),
+            task=task,
+            architecture=architecture,
+            pooling=_pooling(folder),
+            dimension=vector_dimension(folder) if modules else None,
+            labels=list(map(_cell, config.get("id2label", {}).values())) if task.endswith("-classification") else [],
+            **_content(folder, encoder, config, record),
+        )
     )
-    check_card(str(card))
-    return str(card)
 
 
 def vector_dimension(folder: Path) -> int:
@@ -198,20 +187,18 @@ def _results(record: provenance.Record, task: str) -> Iterator[EvalResult]:
 
 def check_card(text: str) -> None:
     """Raise ValueError if the metadata in ``text``, the content of a README.md, is invalid."""
-    block = REGEX_YAML_BLOCK.search(text)
-    if not block:
-        raise ValueError("The card has no metadata: README.md must begin with YAML between two '---' lines.")
     try:
-        data = yaml.safe_load(block[2])
-        ModelCard(text)  # reads the results in model-index too
+        data = ModelCard(text).data.to_dict()  # reads the results in model-index too
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"The card's metadata cannot be read; correct it: {' '.join(str(error).split())}.") from error
+    if not data:
+        raise ValueError("The card has no metadata: README.md must begin with YAML between two '---' lines.")
     _check_fields(data)
 
 
 def _check_fields(data: dict[str, Any]) -> None:
     problems = []
-    for name, (pattern, words) in (FIELDS | _FOUND).items():
+    for name, (pattern, words) in FIELDS.items():
         texts = _listed(data.get(name))
         valid = [text for text in texts if isinstance(text, str) and re.fullmatch(pattern, text)]
         if name in data and (not texts or len(valid) < len(texts)):

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import expand_home, read_json, write_json
 from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
-from minibert.hub.families import FAMILIES, POOLED, REFUSED, Family
-from minibert.inference.load import find_folder
+from minibert.hub.families import FAMILIES, POOLED, Family
+from minibert.inference.load import find_folder, open_config, open_tokenizer
 
 # File with the tensors of the source that a MiniBERT does not use. They keep their names, so
 # that an export can write them back.
@@ -31,8 +31,8 @@ CARRIED = (
 )
 # Fields that do not affect the outputs, or that a conversion sets itself.
 _DROPPED = (
-    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_labels"),
-    *("_attn_implementation_internal", "gradient_checkpointing"),
+    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "num_labels"),
+    *("_attn_implementation_internal", "gradient_checkpointing", *folders.OF_A_MACHINE),
 )
 
 
@@ -95,12 +95,11 @@ def convert(
     raw = read_json(encoder / "config.json")
     family = _family(raw, encoder)
     checkpoint = folders.read_tensors(encoder)
-    folders.refuse_nan(checkpoint, encoder)
-    family_config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+    family_config = open_config(encoder)
     kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)
     config = _config(raw, family_config, family, kind, wanted)
-    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
     found = _tensors(checkpoint, config, family_config, family, kind)
     tensors, unused = (rounded(part, wanted) for part in found)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in tensors}
@@ -151,8 +150,6 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
     possible = f"Families that can be converted: {', '.join(FAMILIES)}."
     if model_type == MiniBertConfig.model_type:
         raise ValueError(f"{folder} is a MiniBERT already; use it without conversion.")
-    if model_type in REFUSED:
-        raise ValueError(f"MiniBERT cannot represent {model_type} exactly: {REFUSED[model_type]}. {possible}")
     if raw.get("is_encoder_decoder") or model_type not in FAMILIES:
         raise ValueError(f"{folder} is of the family {model_type}, which cannot be converted. {possible}")
     if "auto_map" in raw:
@@ -215,15 +212,12 @@ def _config(
     return MiniBertConfig(**fields, **carried)
 
 
-def open_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
+def fitting_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
     """Load the tokenizer in ``folder`` with a maximum length that suits the model."""
     # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in folder.glob(name)):
         raise FileNotFoundError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise FileNotFoundError(f"The tokenizer in {folder} cannot be opened ({error}); save it again.") from error
+    tokenizer: Any = open_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer in {folder} has {len(tokenizer)} entries, but the model's embeddings have only "

@@ -1,7 +1,7 @@
 """Export a MiniBERT as a plain transformers model with the same outputs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.files.disk import read_json, write_json
+from minibert.files.disk import read_json
 from minibert.files.model_folder import WEIGHTS
 from minibert.hub import folders, parity
-from minibert.hub.convert import CARRIED, POSITIONS, UNUSED, Report, empty, full, open_tokenizer
+from minibert.hub.convert import CARRIED, POSITIONS, UNUSED, Report, empty, fitting_tokenizer, full
 from minibert.hub.families import FAMILIES, POOLED, Family
-from minibert.inference.load import find_folder
+from minibert.inference.load import find_folder, open_config
 from minibert.modeling_minibert import sinusoidal_table
 
 _SEGMENTS = "minibert.embeddings.token_type_embeddings.weight"
@@ -42,15 +42,14 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
     encoder = folders.encoder_folder(folder)
     family = _family(config, kind)
     family_config = _config(config, family, kind)
-    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
     tensors, unused = _tensors(checkpoint, encoder, config, family_config, family, kind)
     pooled = kind == "Model" and any("pooler" in name for name in tensors)
     with folders.new_folder(output_dir) as temporary:
         parameters = folders.write_tensors(temporary / WEIGHTS, tensors)
         family_config.save_pretrained(temporary)
         # Other libraries, such as CTranslate2, ask for the field, although it has its default.
-        settings = read_json(temporary / "config.json")
-        write_json(temporary / "config.json", {**settings, "position_embedding_type": "absolute"})
+        folders.set_fields(temporary / "config.json", position_embedding_type="absolute")
         folders.write_tokenizer(tokenizer, temporary)
         folders.copy_modules(folder, temporary)
         differences = parity.differences(
@@ -85,8 +84,7 @@ def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBe
     if getattr(modeling_minibert, named, None) is None:
         raise ValueError(f"{folder} has the class {named}, which MiniBERT does not have; correct its config.json.")
     checkpoint = folders.read_tensors(encoder)
-    folders.refuse_nan(checkpoint, encoder)
-    return folder, MiniBertConfig.from_pretrained(encoder), named.removeprefix("MiniBert"), checkpoint
+    return folder, cast(MiniBertConfig, open_config(encoder)), named.removeprefix("MiniBert"), checkpoint
 
 
 def _family(config: MiniBertConfig, kind: str) -> Family:

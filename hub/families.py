@@ -183,27 +183,3 @@ FAMILIES = {
         _roberta("camembert", "Camembert"),
     )
 }
-
-# Families that look convertible, and the reason why they are not.
-REFUSED = {
-    "albert": "all its layers share one set of weights, and its embeddings are narrower",
-    "big_bird": "its attention is sparse",
-    "deberta": "its attention depends on relative positions",
-    "deberta-v2": "its attention depends on relative positions",
-    "electra": "its embeddings are projected to the width of the layers, and its heads have unsupported activations",
-    "ernie": "it adds embeddings of tasks",
-    "esm": "it has rotary positions and norms of its own",
-    "funnel": "it shortens the sequence from layer to layer",
-    "longformer": "its attention is local",
-    "mobilebert": "its layers have bottlenecks",
-    "modernbert": "its attention is local in most layers, and its norms have no bias",
-    "mpnet": "its attention adds relative positions that all layers share",
-    "nomic_bert": "it has rotary positions and gated layers with norms after the sum",
-    "rembert": "its embeddings have another width than its layers",
-    "roberta-prelayernorm": "its embeddings are normalised before layers that normalise their inputs",
-    "roformer": "its rotary positions rotate pairs of neighbouring numbers",
-    "squeezebert": "its layers are grouped convolutions",
-    "xlm": "it adds embeddings of languages",
-    "xlm-roberta-xl": "its norms come before the blocks",
-    "xlnet": "its attention depends on relative positions",
-}

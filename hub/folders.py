@@ -1,25 +1,20 @@
 """Read model folders and their weights, and write new model folders atomically."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minibert.files.disk import exclusive_lock, read_json, readable_os_errors, write_json
-from minibert.files.model_folder import (
-    PICKLES,
-    WEIGHTS,
-    check_paths,
-    check_weights,
-    read_header,
-    read_settings,
-    weight_files,
-)
+from minibert.files import disk
+from minibert.files.disk import exclusive_lock, read_json, read_settings, readable_os_errors, write_json
+from minibert.files.model_folder import PICKLES, WEIGHTS, check_paths, check_weights, module_list, read_header, weight_files
 
 # Keys in sentence-transformers 5 -> keys, or modes of pooling, in sentence-transformers 6.
 _RENAMED = {"word_embedding_dimension": "embedding_dimension", "in_word_embedding_dimension": "in_embedding_dimension"}
@@ -32,6 +27,9 @@ _MODES = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
+# Settings that say where files were on the machine of an author.
+OF_A_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
+
 
 def modules(folder: Path) -> list[dict[str, Any]]:
     """Return the modules in modules.json, or [] if the model has no such file.
@@ -40,11 +38,9 @@ def modules(folder: Path) -> list[dict[str, Any]]:
         ValueError: if the first module is not a transformer, or a module's path leads out of
             ``folder``.
     """
-    check_paths(folder)
-    if not (folder / "modules.json").exists():
-        return []
-    listed: list[dict[str, Any]] = read_json(folder / "modules.json")
-    if not str(listed[0].get("type", "")).endswith("Transformer"):
+    check_paths(folder, trust_remote_code=True)  # whoever opens the model looks at its settings and code
+    listed = module_list(folder)
+    if listed and not str(listed[0].get("type", "")).endswith("Transformer"):
         raise ValueError(f"{folder / 'modules.json'} must begin with a Transformer; use another model.")
     return listed
 
@@ -104,32 +100,33 @@ def paths_in(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
+def set_fields(file: Path, **fields: Any) -> None:
+    """Set fields of a JSON file, and drop those that describe the machine of an author."""
+    settings = {**read_settings(file), **fields}
+    write_json(file, {name: value for name, value in settings.items() if name not in OF_A_MACHINE})
+
+
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save a tokenizer so that transformers 4, and libraries that read ``vocab.txt``, open it."""
     tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    settings = read_settings(file)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        write_json(file, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    known = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
+    renamed = {"tokenizer_class": "PreTrainedTokenizerFast"} if known == "TokenizersBackend" else {}
+    set_fields(folder / "tokenizer_config.json", **renamed)
     if type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
         tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def refuse_nan(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuse weights that are not numbers, which no conversion can keep."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{folder} holds NaN (not a number) or infinity in {name}; download or train the model again.")
-
-
 def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Return the tensors of the model in ``folder``, or of its file ``name``."""
+    """Return the tensors of the model in ``folder``, or of its file ``name``. Refuse NaN and infinity."""
     if name == WEIGHTS:
         check_weights(folder)
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder) if name == WEIGHTS else [folder / name]:
         read_header(file)
         tensors |= load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise ValueError(f"{folder} holds NaN (not a number) or infinity in {name}; download or train the model again.")
     return dict(sorted(tensors.items()))
 
 
@@ -145,23 +142,22 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``target``, or deleted after an error."""
     check_output(target)
-    place = target.with_name(f".{target.name}.part")
-    place.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = partial(exclusive_lock, doing="writing", kept="nothing was written")
+    for killed in disk.leftovers(target.parent, re.escape(target.name)):
+        with lock(killed):  # fails while another process writes
+            disk.delete(killed)
+    place = disk.temporary_path(target)
     temporary = place / target.name
+    temporary.mkdir(parents=True)
     try:
-        with exclusive_lock(place, "writing", kept="nothing was written"):
-            shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed process
-            temporary.mkdir()
-            try:
-                yield temporary
-                if target.exists():
-                    target.rmdir()
-                os.replace(temporary, target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with lock(place):
+            yield temporary
+            if target.exists():
+                target.rmdir()
+            os.replace(temporary, target)
     finally:
-        with suppress(OSError):  # the folder contains the lock of another process
-            place.rmdir()
+        disk.delete(place)
 
 
 def check_output(target: Path) -> None:

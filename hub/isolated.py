@@ -41,21 +41,19 @@ class Request:
         model: folder of the model, or id of a model in the Hub's cache.
         heads: names of the ``Auto*`` classes that open the model.
         embeds: whether sentence-transformers opens the model too.
-        trust: whether the model's own code may run.
+        arguments: arguments of ``from_pretrained``, see ``inference.load.weight_arguments``.
         max_length: maximum length of the texts in tokens.
         revision: commit of a model in the Hub's cache.
         transformer: folder with the transformer's files. The default is ``model``.
-        dtype: dtype of the weights. The default is the dtype in the model's configuration.
     """
 
     model: str
     heads: list[str]
     embeds: bool
-    trust: bool
+    arguments: dict[str, Any]
     max_length: int
     revision: str | None = None
     transformer: str | None = None
-    dtype: str | None = None
 
 
 def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
@@ -64,14 +62,14 @@ def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
     import transformers
 
     encoder = request.transformer or request.model
-    common: dict[str, Any] = {"trust_remote_code": request.trust}
+    common: dict[str, Any] = {"trust_remote_code": request.arguments["trust_remote_code"]}
     common |= {"revision": request.revision} if request.revision else {}
-    precise = {"dtype": request.dtype} if request.dtype else {}
+    weights = {**request.arguments, **common}
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, **common)
     found: dict[str, Any] = {}
     opened = [f"AutoTokenizer ({type(tokenizer).__name__})"]
     for head in request.heads:
-        model = getattr(transformers, head).from_pretrained(encoder, **common, **precise).eval()
+        model = getattr(transformers, head).from_pretrained(encoder, **weights).eval()
         opened.append(f"{head} ({type(model).__name__})")
         found |= {f"{head}.{name}": value for name, value in _outputs(model, tokenizer, request.max_length).items()}
         task, text = TASKS.get(head), TEXTS[0]
@@ -85,7 +83,7 @@ def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
     if request.embeds:
         from sentence_transformers import SentenceTransformer
 
-        embedder = SentenceTransformer(request.model, device="cpu", model_kwargs=precise, **common)
+        embedder = SentenceTransformer(request.model, device="cpu", model_kwargs=request.arguments, **common)
         embedder.max_seq_length = min(embedder.max_seq_length or request.max_length, request.max_length)
         vectors = embedder.encode(TEXTS, convert_to_tensor=True, show_progress_bar=False)
         found["SentenceTransformer.encode"] = vectors.float().contiguous()

@@ -12,8 +12,9 @@ from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import write_json
 from minibert.files.installation import missing
 from minibert.hub import folders, parity
-from minibert.hub.convert import Report, full, open_tokenizer
+from minibert.hub.convert import Report, fitting_tokenizer, full
 from minibert.hub.export import open_minibert
+from minibert.inference.load import load, open_weights
 
 GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
 # Bytes. An ONNX file has at most 2 GB, so larger weights go into a second file.
@@ -49,10 +50,10 @@ def export_onnx(
         raise ValueError(missing(f"Export to ONNX needs {', '.join(lacking)}", "export"))
     folder, config, kind, checkpoint = open_minibert(model, revision)
     encoder = folders.encoder_folder(folder)
-    tokenizer = open_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in checkpoint}
     with parity.quiet():
-        network = getattr(modeling_minibert, f"MiniBert{kind}").from_pretrained(encoder, dtype=torch.float32).eval()
+        network = open_weights(getattr(modeling_minibert, f"MiniBert{kind}"), encoder, dtype=torch.float32).eval()
         heads = _heads(folder)
     segments = config.type_vocab_size > 0 and "token_type_ids" in tokenizer.model_input_names
     inputs = ["input_ids", "attention_mask", *["token_type_ids"] * segments]
@@ -68,7 +69,11 @@ def export_onnx(
         parity.check(differences, f"The graph made of {model}")
         cosine = None
         if quantize:
-            _quantize(temporary / GRAPH, temporary / QUANTIZED)
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            with parity.quiet():
+                # One scale per row is far more accurate than one scale per matrix.
+                quantize_dynamic(temporary / GRAPH, temporary / QUANTIZED, weight_type=QuantType.QInt8, per_channel=True)
             cosine = _cosines(expected, _by_runtime(wrapped, batches, temporary / QUANTIZED))
     return Report(
         source=str(model),
@@ -84,7 +89,8 @@ def export_onnx(
 
 def _write_config(config: MiniBertConfig, file: Path) -> None:
     """Write a configuration without code, of a model type that optimum knows by the same fields."""
-    settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key != "auto_map"}
+    dropped = ("auto_map", *folders.OF_A_MACHINE)
+    settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key not in dropped}
     architectures = [name.replace("MiniBert", "Bert") for name in settings.get("architectures") or ["BertModel"]]
     write_json(file, {**settings, "model_type": "bert", "architectures": architectures, "exported_from": "minibert"})
 
@@ -124,9 +130,7 @@ def _heads(folder: Path) -> list[nn.Module]:
     """Return the sentence-transformers modules that follow the transformer."""
     if not folders.modules(folder):
         return []
-    from sentence_transformers import SentenceTransformer
-
-    return list(SentenceTransformer(str(folder), device="cpu", trust_remote_code=False).float().eval())[1:]
+    return list(load(folder, device="cpu").float().eval())[1:]
 
 
 def _write(graph: _Graph, file: Path) -> int:
@@ -146,6 +150,8 @@ def _write(graph: _Graph, file: Path) -> int:
             verbose=False,
         )
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # contain stack traces, with paths of this machine
     count = sum(parameter.numel() for parameter in graph.parameters())
     program.save(file, external_data=count * 4 > _LARGEST_FILE)
     return count
@@ -196,14 +202,6 @@ def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> 
         return [torch.from_numpy(value) for value in session.run(graph.outputs, feed)]
 
     return _named(graph, batches, compute)
-
-
-def _quantize(source: Path, target: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with parity.quiet():
-        # One scale per row is far more accurate than one scale per matrix.
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from minibert.files.model_folder import opening, read_settings
+from minibert.files.disk import read_settings
 from minibert.hub import folders
 from minibert.hub.isolated import TEXTS
+from minibert.inference.load import load, open_weights
 
 TOLERANCE = 1e-4
 LONG = "The quick brown fox jumps over the lazy dog, and 12 others sleep. " * 800
@@ -96,12 +97,7 @@ def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     pools = any(module["type"].endswith(".Pooling") for module in folders.modules(folder))
     if not pools or kind not in (None, "SentenceTransformer"):
         return {}
-    from sentence_transformers import SentenceTransformer
-
-    with opening(folder):
-        model = SentenceTransformer(
-            str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": dtype or torch.float32}
-        ).float()
+    model = load(folder, device="cpu", dtype=dtype or torch.float32).float()
     vectors = model.encode([*TEXTS, LONG], convert_to_tensor=True, show_progress_bar=False)
     return {"sentence_embedding": vectors.float()}
 
@@ -126,8 +122,7 @@ def differences(
     found = []
     for folder, model_class in (source, result):
         with quiet():
-            with opening(folder):
-                model = model_class.from_pretrained(folders.encoder_folder(folder), dtype=dtype or torch.float32).float().eval()
+            model = open_weights(model_class, folder, dtype=dtype or torch.float32).float().eval()
             computed = outputs(model, inputs, segments=segments, pooled=pooled)
             del model
             computed |= embeddings(folder, dtype)

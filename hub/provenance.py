@@ -1,35 +1,35 @@
 """Read and write the record of a model: recipe, data, metrics and training machine."""
 
-import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from minibert.files.disk import YamlLoader, sha256, to_yaml, write_json, write_text
-from minibert.files.model_folder import read_settings
+from minibert.data.source import INSTALLED_DOCS, split_parts
+from minibert.files.disk import YamlLoader, read_settings, sha256, to_yaml, write_json, write_text
 
 # The files of a published model's record. The record of a run is read from its stages.
 RECORD, RECIPE = "record.json", "recipe.yaml"
 _METRICS = ("train_rows", "train_tokens", "steps", "epochs", "train_seconds")
 _ENVIRONMENT = ("accelerator", "processor", "cores", "processes", "versions")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DATA_FILES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt")
-# Fields of a recipe that contain a path or an id on the Hub, and fields that are not published.
-_NAMES = ("path", "model", "teacher", "tokenizer")
-_DROPPED = ("cache_dir", "output_dir")
+# Usual names of splits. Another split of a local folder is named after its files.
+_SPLITS = {"train", "validation", "test"}
+# (path, split) of local data -> the name that is published instead.
+_Local = dict[tuple[str, str | None], str]
 
 
 class Source(BaseModel):
-    """Describe a data source: an id on the Hub, or a file name without its folders."""
+    """Describe a data source. Local data have a number instead of their path.
+
+    ``revision`` is the commit of a data set on the Hub, and None for local data.
+    """
 
     path: str
     config: str | None = None
     split: str | None = None
     revision: str | None = None
-    on_hub: bool = False
 
 
 class Stage(BaseModel):
@@ -80,31 +80,25 @@ def read(folder: Path) -> Record:
         origin = read_settings(folder / "conversion.json").get("base_model")
         return _published(folder) or Record(**found, base_model=origin)
     recipe = read_recipe(run / RECIPE)
-    path = [folder]
-    while name := read_settings(path[0] / "environment.json").get("started_from"):
-        if (before := run / str(name)) in path:
-            break
+    private = {f"{number}-{stage['name']}": stage for number, stage in enumerate(recipe["stages"], start=1)}
+    environments = {name: read_settings(run / name / "environment.json") for name in private}
+    names, local = {stage["name"] for stage in private.values()}, _Local()
+    stages = {name: _public(stage, environments[name], names, local) for name, stage in private.items()}
+    path = [folder.name]
+    while (before := environments[path[0]].get("started_from")) in stages.keys() - set(path):
         path.insert(0, before)
-    stages = [read_settings(place / "stage.json") for place in path]
-    environments = [read_settings(place / "environment.json") for place in path]
-    evaluations = list(_of_training(stages[-1], metrics, environment))
-    for place in sorted(run.glob("*/stage.json")):
-        evaluations += _of_stage(place.parent, folder.name)
+    evaluations = list(_of_training(stages[folder.name], metrics))
+    for name, stage in stages.items():
+        if stage["kind"] == "evaluate" and environments[name].get("started_from") == folder.name:
+            evaluations += _of_stage(private[name], stage, read_settings(run / name / "metrics.json"))
     return Record(
         **found,
-        stages=[
-            Stage(
-                kind=stage["kind"],
-                name=stage["name"],
-                data=[_source(source, made) for source in stage.get("data") or []],
-            )
-            for stage, made in zip(stages, environments, strict=True)
-        ],
+        stages=[Stage.model_validate(stages[name]) for name in path],
         evaluations=_merged(evaluations),
-        base_model=next(filter(None, (made.get("base_model") for made in environments)), None),
-        new_weights=any(isinstance(stage.get("model"), dict) for stage in stages),
+        base_model=next(filter(None, (environments[name].get("base_model") for name in path)), None),
+        new_weights=any(isinstance(stages[name].get("model"), dict) for name in path),
         teacher=environment.get("teacher"),
-        recipe=to_yaml(_public(recipe, {stage["name"] for stage in recipe["stages"]})),
+        recipe=to_yaml({**recipe, "stages": list(stages.values())}),
     )
 
 
@@ -130,24 +124,6 @@ def write(record: Record, folder: Path, fields: dict[str, Any]) -> None:
         write_json(folder / RECORD, {"weights": _weights(folder), **kept})
 
 
-def datasets(record: Record) -> list[str]:
-    """Return the Hub ids of the data sets that the model was trained on."""
-    sources = [source for stage in record.stages if stage.kind != "tokenizer" for source in stage.data]
-    return list(dict.fromkeys(source.path for source in sources if source.on_hub))
-
-
-def public_name(name: str, *, on_hub: bool = False) -> str:
-    """Return an id on the Hub unchanged, and a path without its folders.
-
-    >>> public_name("../private/data/reviews.csv"), public_name("sentence-transformers/all-nli")
-    ('reviews.csv', 'sentence-transformers/all-nli')
-    """
-    is_id = _HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(_DATA_FILES)
-    if on_hub or (is_id and not Path(name).exists()):
-        return name
-    return PurePosixPath(PureWindowsPath(name).as_posix()).name or "local data"
-
-
 def _weights(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
 
@@ -167,40 +143,24 @@ def _published(folder: Path) -> Record | None:
     return record
 
 
-def _source(source: dict[str, Any], environment: dict[str, Any], split: str | None = None) -> Source:
-    commit = environment.get("datasets", {}).get(source["path"])
-    return Source(
-        path=public_name(source["path"], on_hub=commit is not None),
-        config=source.get("config"),
-        split=source.get("split") or split,
-        revision=commit or source.get("revision"),
-        on_hub=commit is not None,
-    )
-
-
-def _of_training(stage: dict[str, Any], metrics: dict[str, Any], environment: dict[str, Any]) -> Iterator[Evaluation]:
+def _of_training(stage: dict[str, Any], metrics: dict[str, Any]) -> Iterator[Evaluation]:
     measured = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
     measured = {name: value for name, value in measured.items() if isinstance(value, int | float)}
-    sources = [_source(source, environment, "validation") for source in stage.get("eval_data") or []]
+    sources = [Source.model_validate(source) for source in stage.get("eval_data", [])]
     if measured and sources:
         joined = Source(path=" + ".join(source.path for source in sources))
         yield Evaluation(data=joined if len(sources) > 1 else sources[0], metrics=measured)
 
 
-def _of_stage(folder: Path, model: str) -> Iterator[Evaluation]:
-    """Yield the results in ``folder`` if it belongs to an evaluation of the stage ``model``."""
-    stage, environment = read_settings(folder / "stage.json"), read_settings(folder / "environment.json")
-    if stage["kind"] != "evaluate" or environment.get("started_from") != model:
-        return
-    metrics = read_settings(folder / "metrics.json")
-    for source in stage["data"]:
+def _of_stage(private: dict[str, Any], stage: dict[str, Any], metrics: dict[str, Any]) -> Iterator[Evaluation]:
+    """Yield the results of an ``evaluate`` stage. Its metrics have the ``private`` names of the data."""
+    for source, public in zip(private["data"], stage["data"], strict=True):
         name = source["path"] if source.get("split") is None else f"{source['path']} {source['split']}"
         if found := metrics.get(name):
             systems = found["systems"].items()  # an undefined metric is None
             baselines = {name: {key: value for key, value in of.items() if value is not None} for name, of in systems}
             rows = {key: value for key, value in found.items() if isinstance(value, int)}
-            data = _source(source, environment, "validation")
-            yield Evaluation(data=data, metrics=baselines.pop("model"), baselines=baselines, rows=rows)
+            yield Evaluation(data=public, metrics=baselines.pop("model"), baselines=baselines, rows=rows)
 
 
 def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
@@ -213,11 +173,28 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
     return list(found.values())
 
 
-def _public(value: Any, stages: set[str], key: str = "") -> Any:
-    """Return a part of a recipe without unset fields and local paths."""
-    if isinstance(value, dict):
-        kept = {name: inner for name, inner in value.items() if name not in _DROPPED and inner is not None}
-        return {name: _public(inner, stages, name) for name, inner in kept.items()}
-    if isinstance(value, list):
-        return [_public(inner, stages, key) for inner in value]
-    return public_name(value) if isinstance(value, str) and key in _NAMES and value not in stages else value
+def _public(stage: dict[str, Any], environment: dict[str, Any], names: set[str], local: _Local) -> dict[str, Any]:
+    """Return a stage of a recipe without unset fields and local paths. ``names`` are of stages."""
+    kept = {field: value for field, value in stage.items() if field != "cache_dir" and value is not None}
+    from_hub = {environment.get(field) for field in ("base_model", "teacher", "tokenizer")}
+    for field in kept.keys() & {"model", "teacher", "tokenizer"}:
+        if isinstance(kept[field], str) and kept[field] not in names | from_hub:
+            kept[field] = "local tokenizer" if field == "tokenizer" else "local model"
+    commits = environment.get("datasets", {})
+    for field in sorted(kept.keys() & {"data", "eval_data"}):
+        default = "validation" if field == "eval_data" or stage["kind"] == "evaluate" else None
+        sources = [{**source, **_public_source(source, commits, local, default)} for source in kept[field]]
+        kept[field] = [{name: value for name, value in source.items() if value is not None} for source in sources]
+    return kept
+
+
+def _public_source(source: dict[str, Any], commits: dict[str, str], local: _Local, default: str | None) -> dict[str, Any]:
+    """Return the fields of a source that are published. Only data sets that came from the Hub keep their name."""
+    path, split = source["path"], source.get("split")
+    commit = commits.get(path)
+    if commit or path == INSTALLED_DOCS:
+        return {"split": split or default, "revision": commit}
+    if split and not {name for name, _ in split_parts(split)} <= _SPLITS:
+        return {"path": local.setdefault((path, split), f"local data {len(local) + 1}"), "split": None}
+    name = local.setdefault((path, None), f"local data {len(local) + 1}")
+    return {"path": name, "split": split or default, "revision": None}

@@ -1,39 +1,36 @@
 """Publish a model: build and check a folder, upload it in one commit, check the download."""
 
 import filecmp
-import getpass
+import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, save_torch_state_dict
 from rich.filesize import decimal
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minibert import configuration_minibert
 from minibert.files import installation
-from minibert.files.disk import expand_home, read_json, readable_os_errors, write_json, write_text
-from minibert.files.model_folder import WEIGHTS, code_files, refuse_missing
+from minibert.files.disk import expand_home, read_json, readable_os_errors, write_text
+from minibert.files.model_folder import code_files, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
-from minibert.hub.convert import UNUSED, checked_dtype, open_tokenizer, rounded
+from minibert.hub.convert import UNUSED, checked_dtype, fitting_tokenizer, rounded
 from minibert.hub.export import export, open_minibert
 from minibert.hub.remote import Change, ask, commit, compare, connect, download, files_of, look_up, split_name
+from minibert.inference.load import weight_arguments
 
 TOLERANCE = 1e-6
 SHARD_SIZE = "5GB"
 CODE_LICENCE = "LICENSE.minibert"
-# Fields of the configuration that describe the publisher's machine. They are removed.
-_OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
-_TEXTS = (".json", ".txt", ".md", ".yaml", ".py", ".jinja")
 
 
 @dataclass
@@ -101,7 +98,15 @@ def push(
         Mismatch: if a fresh process computes other outputs. The message says what was uploaded.
         HubError: if the Hub refuses the request or cannot be reached.
     """
-    _check_arguments(repo_id, revision, create_pr, dtype, max_shard_size)
+    if at := split_name(repo_id)[1]:
+        raise ValueError(f"{repo_id!r} contains a revision; give the branch with --revision {at} instead.")
+    if create_pr and revision:
+        raise ValueError("A pull request always targets main; leave out --revision or --create-pr.")
+    if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)[\w.-]+(/[\w.-]+)*", revision):
+        raise ValueError(f"--revision={revision} is not a valid branch name; use a name such as v1 or dev.")
+    checked_dtype(dtype)
+    if not re.search("[1-9]", max_shard_size):
+        raise ValueError(f"--max-shard-size={max_shard_size} is not a size; use a size such as 500MB or 5GB.")
     api = connect(token, writing_to=None if dry_run else repo_id)
     source = model_folder(model)
     with tempfile.TemporaryDirectory(prefix="minibert-") as place:
@@ -113,7 +118,7 @@ def push(
         request = verify.request_for(folder)
         here = folder if as_bert else source
         transformer = str(folders.encoder_folder(here))
-        own = replace(request, model=str(here), transformer=transformer, trust=False, dtype=dtype)
+        own = replace(request, model=str(here), transformer=transformer, arguments=weight_arguments(False, dtype=dtype))
         with parity.quiet():
             expected, _ = isolated.compute(own)
         prove_here = partial(prove, request, expected, f"The folder built from {source}")
@@ -142,24 +147,6 @@ def push(
         _prove_download(api, folder, done, request, expected)
         report("Downloaded the commit into an empty cache, and checked it again.")
     return done
-
-
-def _check_arguments(
-    repo_id: str,
-    revision: str | None,
-    create_pr: bool,
-    dtype: str | None,
-    max_shard_size: str,
-) -> None:
-    if at := split_name(repo_id)[1]:
-        raise ValueError(f"{repo_id!r} contains a revision; give the branch with --revision {at} instead.")
-    if create_pr and revision:
-        raise ValueError("A pull request always targets main; leave out --revision or --create-pr.")
-    if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)[\w.-]+(/[\w.-]+)*", revision):
-        raise ValueError(f"--revision={revision} is not a valid branch name; use a name such as v1 or dev.")
-    checked_dtype(dtype)
-    if not re.search("[1-9]", max_shard_size):
-        raise ValueError(f"--max-shard-size={max_shard_size} is not a size; use a size such as 500MB or 5GB.")
 
 
 def _compare(
@@ -258,6 +245,7 @@ def build(
     **fields: Any,
 ) -> None:
     """Write all files of a published model into the new folder ``target``. See :func:`push`."""
+    refuse_links(source)
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
         weights, plain = folders.encoder_folder(source), Path(place, "bert")
         if as_bert:
@@ -268,22 +256,19 @@ def build(
             _, config, _, _ = open_minibert(source, None)
             config.auto_map = dict(configuration_minibert.AUTO_MAP)
             config.save_pretrained(temporary)
-            folders.write_tokenizer(open_tokenizer(weights, config, folders.max_length(source)), temporary)
+            folders.write_tokenizer(fitting_tokenizer(weights, config, folders.max_length(source)), temporary)
             folders.copy_modules(source, temporary)
             for file in code_files():
                 shutil.copy(file, temporary)
-            licence = code_files()[0].with_name("LICENSE")
-            if not licence.exists():  # installed from a wheel
-                files = distribution(installation.NAME).files or ()
-                licence = next(Path(str(file.locate())) for file in files if file.name == "LICENSE")
-            shutil.copy(licence, temporary / CODE_LICENCE)
-        _write_weights(weights, temporary, dtype, max_shard_size)
-        for file in (temporary / "config.json", temporary / "tokenizer_config.json"):
-            known = read_json(file) if file.exists() else {}
-            known |= {"dtype": dtype} if dtype and file.name == "config.json" else {}
-            write_json(file, {name: value for name, value in known.items() if name not in _OF_THIS_MACHINE})
+            shutil.copy(installation.ROOT / "LICENSE", temporary / CODE_LICENCE)
+        tensors = rounded(folders.read_tensors(weights), checked_dtype(dtype))
+        with readable_os_errors(temporary, "nothing was sent"):
+            save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
+        if (weights / UNUSED).exists():
+            folders.write_tensors(temporary / UNUSED, rounded(folders.read_tensors(weights, UNUSED), checked_dtype(dtype)))
+        folders.set_fields(temporary / "config.json", **({"dtype": dtype} if dtype else {}))
         if (source / "LICENSE").exists():  # the licence of the weights
-            shutil.copy(source / "LICENSE", temporary / "LICENSE")
+            shutil.copy(source / "LICENSE", temporary)
         write_text(temporary / "README.md", build_card(temporary, repo_id, origin=source, **fields))
         provenance.write(provenance.read(source), temporary, fields)
         check_private(temporary, [source, source.parent, temporary, Path(place), Path.cwd()])
@@ -291,31 +276,36 @@ def build(
             raise ValueError(f"{source} cannot be published: {'; '.join(f'{check.name}: {check.text}' for check in failed)}")
 
 
-def _write_weights(source: Path, target: Path, dtype: str | None, max_shard_size: str) -> None:
-    """Write the weights of ``source`` in ``dtype``, and tensors kept from a conversion."""
-
-    def read(name: str = WEIGHTS) -> dict[str, Tensor]:
-        return rounded(folders.read_tensors(source, name), checked_dtype(dtype))
-
-    with readable_os_errors(target, "nothing was sent"):
-        save_torch_state_dict(read(), target, max_shard_size=max_shard_size)
-        if (source / UNUSED).exists():
-            save_file(read(UNUSED), target / UNUSED, {"format": "pt"})
+def refuse_links(source: Path) -> None:
+    """Raise ValueError if a file that is published unread is a link out of the Hub's cache."""
+    templates, snapshots = source / "additional_chat_templates", source.resolve().parent
+    blobs = snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
+    for file in (source / "LICENSE", source / provenance.RECIPE, templates, *templates.glob("*")):
+        if file.is_symlink() and file.resolve().parent != blobs:
+            raise ValueError(f"{file} is a link to {file.resolve()}; to publish this file, copy it into the folder.")
 
 
 def check_private(folder: Path, places: Iterable[Path]) -> None:
-    """Raise ValueError if a text file contains a home directory or a path in ``places``."""
-    begin = r"(?<![\w.:/])"  # matches before a path, but not before the path of a URL
-    homes = rf"/(?:home|Users)|(?:/[\w.-]+)*/{re.escape(getpass.getuser())}|{re.escape(str(Path.home()))}"
-    patterns = [rf"(?:{begin}(?:{homes})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]
+    """Raise ValueError if a file contains a home directory or a path in ``places``."""
+    users = "|".join(re.escape(name) for name in ("home", "Users", os.environ.get("USER"), expand_home("~").name) if name)
+    # Matches before a path, but not before the path of a URL.
+    patterns = [rf"(?:(?<![\w.:/])(?:/[\w.-]+)*/(?:{users})|[A-Za-z]:[/\\]+Users)[/\\]+[\w.-]+"]
     roots = [expand_home(place).resolve() for place in places]
     patterns += [re.escape(str(root)) + r"\b" for root in roots if len(root.parts) > 1]
     private = re.compile("|".join(patterns))
-    found = []
-    for path in folders.paths_in(folder):
-        if path.endswith(_TEXTS) and (match := private.search((folder / path).read_text(encoding="utf-8"))):
-            found.append(f"{path} contains {match[0]}")
+    found = [
+        f"{path} contains {match[0]}" for path in folders.paths_in(folder) if (match := private.search(_text(folder / path)))
+    ]
     if found:
         raise ValueError(
             f"The published files would show paths of this machine: {'; '.join(found)}; remove them from the model's files."
         )
+
+
+def _text(file: Path) -> str:
+    """Return the text in a file. Of weights, this is the header."""
+    if file.suffix == ".json":
+        return json.dumps(read_json(file), ensure_ascii=False)  # a path may be escaped in the file
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little") if file.suffix == ".safetensors" else -1
+        return content.read(length).decode("utf-8", "replace")

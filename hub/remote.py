@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HTTPError,
     OfflineModeIsEnabled,
@@ -27,6 +26,7 @@ from rich.filesize import decimal
 from minibert.files.disk import sha256
 from minibert.files.installation import version
 from minibert.files.model_folder import pickles
+from minibert.files.terminal import printable
 from minibert.hub.folders import paths_in
 
 # The only files that are downloaded. Pickles are never downloaded.
@@ -43,13 +43,6 @@ _ADVICE = {
     409: _CHANGED,
     412: _CHANGED,
     429: ", because of too many requests; run the command again {later}",
-}
-_SENTENCES = {
-    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and the cache lacks a part of {repo_id}; unset the variable.",
-    RevisionNotFoundError: "{repo_id} has no branch, tag or commit {revision}; use another, or leave it out.",
-    RepositoryNotFoundError: "The Hub has no model {repo_id} that this login may see; check the name at "
-    "{endpoint}, or use another login (`hf auth login` or HF_TOKEN).",
-    EntryNotFoundError: "{repo_id} changed while {what} it; run the command again.",
 }
 _Result = TypeVar("_Result")
 
@@ -138,10 +131,15 @@ def _retry_after(error: HfHubHTTPError) -> float | None:
 
 
 def _sentence(error: BaseException, what: str, repo_id: str, revision: str | None) -> str:
-    for kind, text in _SENTENCES.items():
-        if isinstance(error, kind):
-            names = {"what": what, "repo_id": repo_id, "revision": revision or "main"}
-            return text.format(**names, endpoint=constants.ENDPOINT)
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set, and the cache lacks a part of {repo_id}; unset the variable."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no branch, tag or commit {revision or 'main'}; use another, or leave it out."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"The Hub has no model {repo_id} that this login may see; check the name at {constants.ENDPOINT}, or use "
+            "another login (`hf auth login` or HF_TOKEN)."
+        )
     if isinstance(error, HfHubHTTPError):
         status, seconds = error.response.status_code, _retry_after(error)
         said = " ".join((error.server_message or "").split()).rstrip(".")
@@ -258,6 +256,8 @@ def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, P
     folder = download(api, repo_id, revision)
     if info is not None and folder.name != info.sha:
         raise HubError(f"{repo_id} changed while downloading it; run the command again.")
+    if damaged := [path for path in paths_in(folder) if path in files and not same(folder / path, files[path])]:
+        raise ValueError(f"{', '.join(damaged)} of {repo_id} arrived damaged; delete {folder}, then run the command again.")
     return folder.name, folder, files
 
 
@@ -278,7 +278,7 @@ class Change:
         'changed  config.json  900 bytes -> 1.0 kB'
         """
         sizes = [decimal(size) for size in (self.before, self.after) if size is not None]
-        return f"{self.kind:7}  {self.path}  {' -> '.join(sizes)}"
+        return f"{self.kind:7}  {printable(self.path, kept='')}  {' -> '.join(sizes)}"
 
 
 def files_of(info: ModelInfo) -> dict[str, RepoSibling]:

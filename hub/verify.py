@@ -1,8 +1,6 @@
 """Check the files, weights, code and card of a model, and open the model in a fresh process."""
 
 import difflib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,26 +11,18 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
-from minibert.files.disk import expand_home, read_json, sha256
+from minibert.files.disk import expand_home, read_json, read_settings, sha256
 from minibert.files.installation import version
-from minibert.files.model_folder import (
-    check_paths,
-    check_weights,
-    code_files,
-    opening,
-    pickles,
-    read_header,
-    read_settings,
-    refuse_missing,
-)
+from minibert.files.model_folder import check_paths, code_files, pickles, read_header, refuse_missing
 from minibert.hub import folders, isolated, parity
 from minibert.hub.card import check_card, longest_text, vector_dimension
 from minibert.hub.convert import TOKENIZERS, empty, full
 from minibert.hub.families import CLASSES
-from minibert.hub.remote import fetch, same, split_name
+from minibert.hub.remote import fetch, split_name
+from minibert.inference.load import open_tokenizer, open_weights, weight_arguments
 
 _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 
@@ -90,32 +80,23 @@ def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | N
 
     Raises:
         FileNotFoundError: if the folder does not exist or is not a model folder.
-        ValueError: if the name is malformed, or the model on the Hub has no safetensors file.
+        ValueError: if the name is malformed, or the model on the Hub has no safetensors file or
+            arrived damaged.
         HubError: if the Hub refuses the request or cannot be reached.
     """
-    folder, commit = expand_home(model), None
-    if folder.is_dir():
-        if not any((folder / name).exists() for name in ("config.json", "modules.json")):
-            raise FileNotFoundError(
-                f"{folder} is not a model folder: it contains no config.json. For a run, give the folder of a stage."
-            )
-        checks = checks_of(folder, trust=trust_remote_code, opens=True)
-    else:
+    folder, commit, others = expand_home(model), None, []
+    if not folder.is_dir():
         name = str(model).partition("@")[0]
         if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
             refuse_missing(model, "give the folder of a model, or owner/name[@revision] on the Hub")
         repo_id, revision = split_name(str(model))
-        commit, fetched, files = fetch(repo_id, revision, token)
-        with tempfile.TemporaryDirectory(prefix="minibert-") as place:
-            plain = Path(place, "model")
-            shutil.copytree(fetched, plain)
-            here = {path for path in files if (plain / path).exists()}
-            damaged = [path for path in here if not same(plain / path, files[path])]
-            others = sorted(files.keys() - here)
-            checks = checks_of(plain, trust=trust_remote_code, opens=True, other_files=others)
-        if damaged:
-            text = f"{', '.join(sorted(damaged))} in {fetched} differs from the Hub; delete this folder and run again."
-            checks.insert(0, Check("download", "failed", text))
+        commit, folder, files = fetch(repo_id, revision, token)
+        others = sorted(files.keys() - set(folders.paths_in(folder)))
+    elif not any((folder / name).exists() for name in ("config.json", "modules.json")):
+        raise FileNotFoundError(
+            f"{folder} is not a model folder: it contains no config.json. For a run, give the folder of a stage."
+        )
+    checks = checks_of(folder, trust=trust_remote_code, opens=True, other_files=others)
     return Verification(str(model), commit, checks, all(check.state == "ok" for check in checks))
 
 
@@ -138,7 +119,7 @@ def checks_of(
         "weights": (lambda: _weights(folder), ("files",)),
         "code": (lambda: _judge(code_of(folder), folder, trust), ("files",)),
         "card": (lambda: _card(folder), ()),
-        "opens": (lambda: _opens(folder), ("files", "weights", "code")),
+        "opens": (lambda: _opens(folder, trust), ("files", "weights", "code")),
     }
     if not opens:
         del looks["opens"]
@@ -160,7 +141,7 @@ def checks_of(
 
 
 def _files(folder: Path, other_files: Sequence[str]) -> str:
-    check_paths(folder)
+    check_paths(folder, trust_remote_code=True)  # code is another check
     present = folders.paths_in(folder)
     if found := pickles([*present, *other_files]):
         raise ValueError(f"{', '.join(found)} can run code when opened; delete these files, since safetensors suffice.")
@@ -169,13 +150,11 @@ def _files(folder: Path, other_files: Sequence[str]) -> str:
 
 def _weights(folder: Path) -> str:
     encoder = folders.encoder_folder(folder)
-    check_weights(encoder)
     for file in folder.rglob("*.safetensors"):
         read_header(file)
     checkpoint = folders.read_tensors(encoder)
     model_class = _model_class(read_json(encoder / "config.json"))
     problems = _misfits(encoder, model_class, checkpoint) if model_class else {}
-    problems["not finite"] = [name for name, value in checkpoint.items() if not torch.isfinite(value.float()).all()]
     if found := "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names):
         raise ValueError(f"The weights do not match config.json; {found}. Save the model again.")
     shapes = "of the expected shapes" if model_class else "(only the model's own code knows the expected shapes)"
@@ -195,11 +174,8 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
 
 def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict[str, Tensor]) -> dict[str, list[str]]:
     """Return problem -> names of the tensors that do not fit ``model_class``."""
-    with parity.quiet(), opening(encoder):
-        opened: Any = model_class.from_pretrained(  # returns a pair, unlike its annotation
-            encoder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
-        )
-    network, loaded = opened
+    with parity.quiet():
+        network, loaded = open_weights(model_class, encoder, output_loading_info=True, ignore_mismatched_sizes=True)
     pooler = "pooler." if "For" not in model_class.__name__ else "no such"  # a bare encoder may lack the pooler
     unknown: set[str] = set()
     if isinstance(network.config, MiniBertConfig):  # a checkpoint may contain tensors of other heads
@@ -237,7 +213,8 @@ def _card(folder: Path) -> str:
     return "README.md has valid metadata."
 
 
-def _opens(folder: Path) -> str:
+def _opens(folder: Path, trust: bool) -> str:
+    check_paths(folder, trust_remote_code=trust)
     if problems := "; ".join(_tokenizer_problems(folder)):
         raise ValueError(f"{problems}; save the model's own tokenizer into its folder.")
     try:
@@ -266,7 +243,7 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
     if not any(file for name in TOKENIZERS for file in encoder.glob(name)):
         yield "There is no tokenizer (tokenizer.json)"
         return
-    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+    tokenizer = open_tokenizer(encoder)
     rows, pad = int(config.get("vocab_size", 0)), config.get("pad_token_id")
     if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         yield f"the tokenizer's highest id is {highest}, but the model has vocab_size={rows}"
@@ -291,7 +268,7 @@ def request_for(folder: Path) -> isolated.Request:
         transformer=str(encoder.resolve()) if encoder != folder else None,
         heads=list(dict.fromkeys(["AutoModel", head])),
         embeds=bool(folders.modules(folder)),
-        trust="auto_map" in config,
+        arguments=weight_arguments("auto_map" in config),
         max_length=min(64, longest_text(folder) or 64),
     )
 

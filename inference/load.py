@@ -1,4 +1,8 @@
-"""Open a trained model with sentence-transformers, after checking the files of the model."""
+"""Open models, tokenizers and configurations, after checking the files of the model.
+
+All opening goes through this module. It alone decides which arguments the libraries get, so
+that nothing in a model's folder can replace them.
+"""
 
 import filecmp
 import hashlib
@@ -14,18 +18,21 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert import MiniBertConfig, modeling_minibert
-from minibert.files.disk import expand_home, read_json
+from minibert.files.disk import delete, expand_home, read_json, read_settings
 from minibert.files.model_folder import (
     check_paths,
     check_weights,
     code_files,
+    encoder_folder,
     opening,
     refuse_missing,
     weight_files,
 )
+from minibert.files.processes import processes
+from minibert.files.tokenizer_files import check_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -74,20 +81,114 @@ def load(
             configuration. Also if the model needs code that is not trusted.
     """
     folder = find_model(model, trust_remote_code=trust_remote_code)
-    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    model_kwargs = kwargs if dtype is None else {**kwargs, "dtype": dtype}
     with opening(folder):
         if (folder / "modules.json").exists():
-            opened = SentenceTransformer(str(folder), device=device, model_kwargs=model_kwargs, **kwargs)
+            weights = weight_arguments(trust_remote_code, dtype=dtype)
+            opened = SentenceTransformer(str(folder), device=device, model_kwargs=weights, trust_remote_code=trust_remote_code)
         else:
-            encoder = Transformer(str(folder), model_kwargs=model_kwargs, processor_kwargs=kwargs, config_kwargs=kwargs)
+            encoder = _transformer(folder, trust_remote_code, dtype)
             mode = getattr(encoder.config, "pooling", "mean")
             modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode=mode), Normalize()]
             opened = SentenceTransformer(modules=modules, device=device, similarity_fn_name="cosine")
     check_complete(opened.transformers_model, folder)
+    positions = getattr(opened[0].config, "max_position_embeddings", None)
+    if positions and getattr(opened[0].config, "position_embedding_type", None) != "rotary":
+        opened.max_seq_length = min(opened.max_seq_length or positions, positions)
     # A reference cycle with the card would keep the weights until a full collection.
     opened.model_card_data.model = cast(SentenceTransformer, weakref.proxy(opened))
     return opened
+
+
+def open_config(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration of ``model``, a folder or an id on the Hub."""
+    folder = _checked(model, trust_remote_code)
+    with opening(folder):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return config
+
+
+def open_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of ``model``, which may be a folder with only a tokenizer."""
+    folder = _checked(model, trust_remote_code)
+    with opening(folder):
+        # Without trust_remote_code=False, transformers would ask a question on the terminal.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def open_weights(
+    model_class: Any,
+    model: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    **changes: Any,
+) -> Any:
+    """Open ``model`` as ``model_class``, such as ``AutoModel``.
+
+    ``changes`` are other arguments of ``from_pretrained``, or fields of the configuration. With
+    ``output_loading_info=True``, a pair of the model and a report is returned.
+    """
+    folder = _checked(model, trust_remote_code)
+    check_weights(folder)
+    arguments = weight_arguments(trust_remote_code, dtype=dtype, attn_implementation=attn_implementation)
+    with opening(folder):
+        return model_class.from_pretrained(folder, **changes, **arguments)
+
+
+def weight_arguments(
+    trust_remote_code: bool, *, dtype: str | torch.dtype | None = None, attn_implementation: str | None = None
+) -> dict[str, Any]:
+    """Return arguments of ``from_pretrained`` with which no pickle is read, and no code runs unless trusted."""
+    return {
+        **({"dtype": dtype} if dtype else {}),
+        "use_safetensors": True,
+        "weights_only": True,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": attn_implementation,
+    }
+
+
+def embedder(encoder: Any, tokenizer: Any, start: Path, pooling: Any, normalize: bool, **options: Any) -> SentenceTransformer:
+    """Return a sentence-transformers model of ``encoder``, pooling and optional normalization.
+
+    ``start`` is a temporary folder. ``options`` are passed to :class:`SentenceTransformer`.
+    """
+    state = processes()
+    if state.is_main_process:
+        encoder.save_pretrained(start)
+        tokenizer.save_pretrained(start)
+    state.wait_for_everyone()
+    with opening(start):
+        transformer = _transformer(start, False)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        delete(start, ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja"))
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
+    return SentenceTransformer(modules=modules + [Normalize()] * normalize, **{"similarity_fn_name": "cosine"} | options)
+
+
+def _transformer(folder: Path, trust_remote_code: bool, dtype: str | torch.dtype | None = None) -> Transformer:
+    trusting = {"trust_remote_code": trust_remote_code}
+    weights = weight_arguments(trust_remote_code, dtype=dtype)
+    module: Transformer = Transformer(str(folder), model_kwargs=weights, processor_kwargs=trusting, config_kwargs=trusting)
+    return module
+
+
+def _checked(model: str | Path, trust_remote_code: bool) -> Path:
+    """Find a model, check its settings, tokenizer and links, and return the folder of the transformer."""
+    folder = find_folder(model)
+    check_paths(folder, trust_remote_code=trust_remote_code)
+    encoder = encoder_folder(folder)
+    check_tokenizer(encoder)
+    # For a known model type, the installed class is used, not the code in the folder.
+    config = read_settings(encoder / "config.json")
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+        raise ValueError(
+            f"{folder} contains its own Python code, which would run when the model is opened. Read the "
+            "code. If you trust it, pass trust_remote_code=True (--trust-remote-code)."
+        )
+    return encoder
 
 
 def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
@@ -96,20 +197,12 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     Raises: the same errors as :func:`load`.
     """
     folder = find_folder(model)
-    check_paths(folder)
-    encoder = encoder_folder(folder)
-    config = read_json(encoder / "config.json")
+    encoder = _checked(folder, trust_remote_code)
     check_weights(encoder)
     if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save it in this folder.")
-    if config.get("model_type") == MiniBertConfig.model_type:
+    if read_json(encoder / "config.json").get("model_type") == MiniBertConfig.model_type:
         _compare_code(encoder)
-    # For a known model type, the installed class is used, not the code in the folder.
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
-        raise ValueError(
-            f"{folder} contains its own Python code, which would run when the model is opened. Read the "
-            "code. If you trust it, pass trust_remote_code=True (--trust-remote-code)."
-        )
     return folder
 
 
@@ -145,15 +238,6 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"{here}, and the Hub did not send a model of this name ({reason}); check the name.") from error
-
-
-def encoder_folder(folder: Path) -> Path:
-    """Return the folder of the transformer, which may be a subfolder of ``folder``."""
-    if (folder / "modules.json").exists():
-        return folder / str(read_json(folder / "modules.json")[0]["path"])
-    if not (folder / "config.json").exists() and (stages := sorted(file.parent.name for file in folder.glob("*/config.json"))):
-        raise FileNotFoundError(f"{folder} is not a model folder; give one of its folders {', '.join(stages)}.")
-    return folder
 
 
 def _compare_code(folder: Path) -> None:
@@ -199,8 +283,8 @@ def check_complete(model: PreTrainedModel | None, source: str | Path) -> None:
         stored |= {name.removeprefix(f"{encoder.base_model_prefix}.") for name in names}
     missing = [name for name in encoder.state_dict() if name not in stored]
     if missing and not isinstance(encoder, modeling_minibert.MiniBertModel):  # transformers also knows earlier names
-        options: dict[str, Any] = {"config": encoder.config, "device_map": "meta", "output_loading_info": True}
-        missing = sorted(type(encoder).from_pretrained(folder, **options)[1]["missing_keys"])
+        report = open_weights(type(encoder), folder, config=encoder.config, device_map="meta", output_loading_info=True)[1]
+        missing = sorted(report["missing_keys"])
     if missing := [name for name in missing if not name.startswith("pooler.")]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"The weights in {source} lack {shown}; save or download the model again.")

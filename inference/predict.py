@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,12 +20,10 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,7 +35,7 @@ from minibert.data.load import TEXT_COLUMNS, as_dataset
 from minibert.data.questions import texts_of
 from minibert.data.tags import TOKEN_COLUMNS, entity_spans, holds_entities, tokenize_windows
 from minibert.files.disk import atomic_write
-from minibert.files.model_folder import opening
+from minibert.files.model_folder import encoder_folder
 from minibert.inference.answers import (
     JOINERS,
     answer_rows,
@@ -46,7 +45,7 @@ from minibert.inference.answers import (
     padded_batches,
     rows_ahead,
 )
-from minibert.inference.load import encoder_folder, find_model, finite
+from minibert.inference.load import find_model, finite, open_config, open_tokenizer, open_weights
 
 Row = Mapping[str, Any]
 
@@ -174,16 +173,15 @@ def open_with_head(
     supports.
     """
     folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
-    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    head = head_of(AutoConfig.from_pretrained(folder, **kwargs))
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    head = head_of(open_config(folder, **trust))
     if head is None or head not in (heads or _HEADS):
         return None
-    with opening(folder):
-        opened, found = _HEADS[head].from_pretrained(folder, output_loading_info=True, **kwargs)
+    opened, found = open_weights(_HEADS[head], folder, output_loading_info=True, **trust)
     if missing := sorted(found["missing_keys"]):  # these weights would be random
         what = "classifier" if head == CLASSIFIER else "head"
         raise ValueError(f"The weights in {folder} lack {', '.join(missing[:3])} of the {what}; save it again.")
-    return opened.to(device or get_device_name()).eval(), AutoTokenizer.from_pretrained(folder, **kwargs)
+    return opened.to(device or get_device_name()).eval(), open_tokenizer(folder, **trust)
 
 
 def problem_type_of(config: Any) -> str:
@@ -372,7 +370,7 @@ def check_output(path: Path, suffixes: Sequence[str] = OUTPUT_SUFFIXES, *, force
     """Raise an error if ``path`` cannot be written. An existing file requires ``force``."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} cannot be written: its name must end in one of {', '.join(suffixes)}.")
-    if path.is_dir() or (path.exists() and not force):
+    if path.is_dir() or (os.path.lexists(path) and not force):
         raise FileExistsError(f"{path} exists already; choose another name, or replace it with --force.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into; create it first.")

@@ -18,14 +18,14 @@ from datasets import ClassLabel
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert.data.columns import pick_columns
 from minibert.data.files import kind_of
 from minibert.data.load import as_dataset, text_columns
 from minibert.files.disk import atomic_write, expand_home
-from minibert.files.model_folder import opening
-from minibert.inference.load import check_complete, encoder_folder, find_model
+from minibert.files.model_folder import encoder_folder
+from minibert.inference.load import check_complete, find_model, open_tokenizer, open_weights
 from minibert.inference.predict import check_output
 
 SUFFIXES = (".html", ".png")
@@ -418,10 +418,9 @@ def open_encoder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the encoder of ``model`` on the CPU, without a head, and the tokenizer."""
     folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
-    with opening(folder):
-        encoder = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+    encoder = open_weights(AutoModel, folder, trust_remote_code=trust_remote_code, **kwargs)
     check_complete(encoder, folder)
-    return encoder.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return encoder.eval(), open_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def name_of(model: str | Path) -> str:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from minibert.files.disk import expand_home, read_json
-from minibert.inference.load import find_model
+from minibert.files.disk import expand_home
+from minibert.inference.load import find_model, open_tokenizer
 from minibert.plot.page import check_text, plain, token_labels
 
 
@@ -84,7 +84,4 @@ def _open_tokenizer(model: str | Path, trust_remote_code: bool) -> PreTrainedTok
     folder = expand_home(model)
     if not (folder / "tokenizer_config.json").exists():  # the folder may hold only a tokenizer
         folder = find_model(model, trust_remote_code=trust_remote_code)
-    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
-        if (folder / name).exists():
-            read_json(folder / name)  # names a damaged file, unlike transformers
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return open_tokenizer(folder, trust_remote_code=trust_remote_code)

@@ -23,8 +23,7 @@ from typing_extensions import Unpack
 
 from minibert.data.files import Bad
 from minibert.data.stream import Rows, Stream, open_stream
-from minibert.files.disk import exclusive_lock, read_json
-from minibert.files.model_folder import read_settings
+from minibert.files.disk import exclusive_lock, read_json, read_settings
 from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
 from minibert.inference.encode import Encoder, EncoderOptions
@@ -293,14 +292,16 @@ class _Job:
 
     def _resume(self, append: bool, force: bool) -> bool:
         """Return True to complete the vectors in the folder, or False to write new vectors."""
-        if not shard_files(self.out) or not (self.out / MANIFEST).exists():
-            return False  # an earlier run ended before its first shard
+        if not (self.out / MANIFEST).exists():
+            return False
         try:
             manifest = read_manifest(self.out)
         except ValueError:
-            if force:
+            if force and shard_files(self.out):  # without a shard, the file may be another program's
                 return False
             raise
+        if not shard_files(self.out):  # an earlier run ended before its first shard
+            return False
         differences = _differences(manifest, self.asked)
         if force and (differences or manifest.complete):
             return False

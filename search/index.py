@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from sklearn.preprocessing import normalize
 from tqdm.auto import tqdm
 
-from minibert.files.disk import atomic_write, exclusive_lock, readable_os_errors, sha256, sync, write_json
+from minibert.files.disk import atomic_write, exclusive_lock, readable_os_errors, refuse_link, sha256, sync, write_json
 from minibert.search.vectors import Shard, VectorFolder, to_float
 
 logger = logging.getLogger(__name__)
@@ -176,8 +176,11 @@ class VectorIndex:
 
 
 def index_folder(folder: VectorFolder) -> Path:
-    """Return the folder that contains the index of a folder of vectors."""
-    return folder.folder / "index"
+    """Return the folder that contains the index of a folder of vectors. It has no links."""
+    home = folder.folder / "index"
+    for path in (home, *home.glob("*")):
+        refuse_link(path)
+    return home
 
 
 def open_index(

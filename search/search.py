@@ -2,13 +2,11 @@
 
 import contextlib
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +18,7 @@ from sentence_transformers.util import semantic_search
 
 from minibert.data.load import as_dataset, is_unicode, text_column
 from minibert.data.stream import USUAL_COLUMNS
-from minibert.files.disk import readable_os_errors
+from minibert.files.disk import atomic_write, delete, leftovers, readable_os_errors
 from minibert.inference.encode import Encoder
 from minibert.inference.load import find_model, fingerprint
 from minibert.search.index import KEPT, index_folder, index_lock, open_index
@@ -254,12 +252,11 @@ def _open_words(folder: VectorFolder, shards: Sequence[str], show_progress: bool
         except ValueError as error:
             if home.exists():
                 logger.warning("%s The word index is built again.", error)
-        for earlier in home.parent.glob("words-*"):
-            shutil.rmtree(earlier)
+        for earlier in (*home.parent.glob(f"words-2-{'[0-9a-f]' * 16}"), *leftovers(home.parent, "words-2-.+")):
+            delete(earlier, ("*.index.npy", "*.index.json"))
         rows = (range(shard.first_row, shard.first_row + shard.rows) for shard in folder.shards)
         built = WordIndex.build(chain.from_iterable(map(folder.texts, rows)), show_progress=show_progress)
-        with readable_os_errors(home, KEPT), TemporaryDirectory(prefix="words-", dir=home.parent) as temporary:
-            built.save(Path(temporary) / "index")
-            (Path(temporary) / "index").replace(home)
+        with readable_os_errors(home, KEPT), atomic_write(home, folder=True) as temporary:
+            built.save(temporary)
         logger.info("BM25 index of %s texts.", f"{len(folder):,}")
         return WordIndex.load(home)

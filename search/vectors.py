@@ -7,6 +7,7 @@ fixed-size list). If texts are stored, the shards also have the column ``text``.
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +19,10 @@ from pyarrow import parquet
 from pydantic import Field, TypeAdapter, ValidationError
 from sentence_transformers.util import quantize_embeddings
 
-from minibert.files.disk import atomic_write, readable_os_errors, write_json
+from minibert.files.disk import atomic_write, delete, leftovers, readable_os_errors, write_json
 
 MANIFEST = "manifest.json"
+_SHARD = r"part-(\d{5}|[1-9]\d{5,})\.parquet"  # names that shard_name returns
 PRECISIONS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "binary": pa.int8()}
 KEPT = "the shards before it are complete"
 # The key of the metadata in a shard, from which a manifest can be restored.
@@ -268,16 +270,15 @@ def shard_name(number: int) -> str:
 
 def shard_files(folder: Path) -> dict[int, Path]:
     """Return a dictionary from shard number to file for all shards in ``folder``."""
-    found = {file.stem.removeprefix("part-"): file for file in folder.glob("part-*.parquet")}
-    return {int(number): file for number, file in found.items() if number.isdecimal()}
+    found = {file: re.fullmatch(_SHARD, file.name) for file in folder.glob("part-*.parquet")}
+    return {int(name[1]): file for file, name in found.items() if name}
 
 
 def remove_vectors(folder: Path) -> None:
     """Delete the manifest and all shards, complete or incomplete. Keep all other files."""
     # Delete the manifest last: other files in a folder without manifest are never deleted.
-    shards = [*shard_files(folder).values(), *folder.glob(".part-*.parquet.part")]
-    for file in (*shards, folder / MANIFEST):
-        file.unlink(missing_ok=True)
+    for file in (*shard_files(folder).values(), *leftovers(folder, _SHARD), folder / MANIFEST):
+        delete(file)
 
 
 class ShardWriter:

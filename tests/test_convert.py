@@ -226,7 +226,6 @@ def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mpnet"}, "cannot represent mpnet exactly: its attention adds relative positions"),
         ({"model_type": "gpt2"}, "family gpt2, which cannot be converted. Families that can be converted: bert, distilbert"),
         ({"model_type": "minibert"}, "is a MiniBERT already"),
         ({"architectures": ["BertForNextSentencePrediction"]}, "class BertForNextSentencePrediction cannot be converted"),
@@ -235,7 +234,7 @@ def test_memory_stays_below_a_third_more_than_the_checkpoint(tmp_path):
         ({"is_decoder": True, "add_cross_attention": True}, "is_decoder=True, add_cross_attention=True"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads={"),
         ({"embedding_size": 16}, "embedding_size=16"),
-        ({"vocab_size": 10}, "The tokenizer in .* has .. entries, but the model's embeddings have only 10"),
+        ({"vocab_size": 10}, "tokenizer.json has the token id 10, but the model has 10 tokens"),
         ({"num_hidden_layers": 3}, "missing: bert.encoder.layer.2.attention.self.query.weight"),
         ({"num_hidden_layers": 1}, "BertModel; unknown: bert.encoder.layer.1.attention.output.LayerNorm.bias, "),
         (
@@ -363,7 +362,7 @@ with new_folder(Path(sys.argv[1])) as temporary:
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_stops_the_next(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")])
-    assert done.returncode == -signal.SIGKILL and [path.name for path in tmp_path.iterdir()] == [".out.part"]
+    assert done.returncode == -signal.SIGKILL and [path.match(".out.*.part") for path in tmp_path.iterdir()] == [True]
     with folders.new_folder(tmp_path / "out") as temporary:
         assert not list(temporary.iterdir())
         with pytest.raises(ValueError, match="Another process is writing"), folders.new_folder(tmp_path / "out"):

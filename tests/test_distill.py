@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from helpers import read_rows, read_weights, write_recipe
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
+from minibert.inference.load import embedder
 from minibert.train.arguments import OBJECTIVES, Recipe
 from minibert.train.loop import StopRequest
 from minibert.train.recipe import load_recipe
@@ -22,7 +23,6 @@ from minibert.train.stage import StageContext
 from minibert.train.stages.distill import embedding, pretraining, task
 from minibert.train.stages.distill import student as student_module
 from minibert.train.stages.distill import teacher as teacher_module
-from minibert.train.stages.embed import sentence_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 FRUITS = ("apple", "pear", "plum", "fig", "lime", "kiwi")
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
         model.save_pretrained(folder / kind)
         tokenizer.save_pretrained(folder / kind)
     encoder = MiniBertModel(config)
-    sentence_model(encoder, tokenizer, folder / "start", "mean", True).save_pretrained(str(folder / "embedding"))
+    embedder(encoder, tokenizer, folder / "start", "mean", True).save_pretrained(str(folder / "embedding"))
     return folder
 
 
@@ -254,7 +254,7 @@ def test_a_student_comes_to_the_vectors_of_its_teacher(run, folder, tmp_path):
 def test_cached_vectors_give_the_gradients_of_computed_ones(folder):
     student, teacher = (SentenceTransformer(str(folder / "embedding"), device="cpu") for _ in range(2))
     student = student_module.from_layers(student[0].auto_model, arguments(folder, "embedding"), None)
-    student = sentence_model(student, teacher.tokenizer, folder / "other-start", "mean", True, device="cpu")
+    student = embedder(student, teacher.tokenizer, folder / "other-start", "mean", True, device="cpu")
     student.eval()  # no dropout
     inputs = dict(student.tokenizer(TEXTS[:6], padding=True, return_tensors="pt"))
     gradients, args = [], arguments(folder, "embedding")

@@ -152,11 +152,11 @@ def test_a_run_killed_while_it_saves_its_result_trains_no_further(run, tmp_path,
     monkeypatch.undo()
     checkpoints = tmp_path / "broken" / "checkpoints"
     assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-10"]
-    (checkpoints / "final.tmp-1").mkdir()
+    (checkpoints / ".final.0123abcd.part").mkdir()
     resumed = run("broken", save_total_limit=1, warmup_ratio=1.0)
     assert {**resumed, "train_seconds": 0} == {**whole, "train_seconds": 0}
     torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
-    assert not (checkpoints / "final.tmp-1").exists()
+    assert not (checkpoints / ".final.0123abcd.part").exists()
 
 
 @pytest.mark.parametrize("rows", ["same,{0}", "{0},same"])

@@ -314,7 +314,7 @@ def test_a_half_written_shard_is_made_again(run, data, tmp_path):
     good = contents(out)
     (out / shard_name(1)).write_bytes(good[shard_name(1)][:-9])
     (out / shard_name(2)).unlink()
-    (out / f".{shard_name(2)}.part").write_bytes(b"half")
+    (out / f".{shard_name(2)}.0123abcd.part").write_bytes(b"half")
     done = run(data, *options, "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["written"] == 8
     assert contents(out) == good
@@ -532,9 +532,18 @@ def test_force_goes_on_with_a_run_of_the_same(run, data, tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     assert json.loads(run(data, *options, "--force", "--json").stdout)["written"] == 4
-    killed = tmp_path / "out" / ".part-00009.parquet.part"
+    killed = tmp_path / "out" / ".part-00009.parquet.0123abcd.part"
     killed.write_bytes(b"half")
     assert json.loads(run(data, *options, "--force", "--json").stdout)["written"] == 12 and not killed.exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_a_manifest_of_another_program_stays(run, data, tmp_path, options):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text('{"name": "my site"}')
+    done = run(data, "--column", "text", *options)
+    assert done.exit_code == 2 and "manifest.json" in done.stderr
+    assert (tmp_path / "out" / "manifest.json").read_text() == '{"name": "my site"}'
 
 
 def test_a_manifest_without_a_shard_means_nothing(run, tmp_path):

@@ -440,7 +440,7 @@ MOMENTS = {  # a command, the function in which it is interrupted, the call of i
     "hub convert bert out": ("minibert.hub.parity:differences", 1, "Nothing was written"),
     "hub export model out": ("minibert.hub.parity:differences", 1, "Nothing was written"),
     "hub push model ann/other": ("minibert.hub.push:build", 1, "push again to complete it"),
-    "hub pull ann/model out": ("minibert.hub.pull:check_paths", 1, "pull again to complete it"),
+    "hub pull ann/model out": ("minibert.hub.pull:check_model", 1, "pull again to complete it"),
     "hub verify model": ("minibert.hub.verify:checks_of", 1, "Nothing was written"),
 }
 

@@ -246,7 +246,7 @@ def _remove(name):
 def _half_built(folder):
     """As a process killed while it wrote the lists leaves it."""
     (index_folder(folder) / "index.json").unlink()
-    (index_folder(folder) / ".lists.faiss.part").write_bytes(b"half")
+    (index_folder(folder) / ".lists.faiss.0123abcd.part").write_bytes(b"half")
 
 
 def _change_byte(name):

@@ -405,11 +405,11 @@ def test_leftovers_of_a_kill_while_writing_are_no_checkpoints(tmp_path):
     with pytest.raises(Crash):
         fit(tmp_path, make=crashing_after(9))
     folder = tmp_path / "checkpoints/step-00000004"
-    shutil.copytree(folder, tmp_path / "checkpoints/step-00000006.tmp-123")
-    shutil.copytree(folder, tmp_path / "checkpoints/step-00000004.tmp-123.retired")
+    shutil.copytree(folder, tmp_path / "checkpoints/.step-00000006.0123abcd.part")
+    shutil.copytree(folder, tmp_path / "checkpoints/.step-00000004.0123abcd.part")
     assert checkpoint.latest_valid(tmp_path / "checkpoints") == (folder, {})
     fit(tmp_path)
-    assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
+    assert not list((tmp_path / "checkpoints").glob(".*.part"))
 
 
 @contextlib.contextmanager
@@ -667,7 +667,7 @@ def test_killed_at_random_moments_the_result_is_bit_identical(tmp_path, processe
     assert reached == sorted(reached) and reached[-1], reached
     assert start.finish(run("parts")) == [0] * processes
     assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
-    assert not list((tmp_path / "parts/checkpoints").glob("*.tmp*"))
+    assert not list((tmp_path / "parts/checkpoints").glob(".*.part"))
 
 
 @pytest.mark.skipif(not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="not glibc")

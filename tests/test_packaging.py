@@ -133,6 +133,20 @@ def test_the_rule_of_imports_can_fail(tmp_path, monkeypatch, where, line):
     assert wrong_imports(path)
 
 
+def opens_models(path: Path) -> bool:
+    """Whether a file calls a library that opens a model, a tokenizer or a configuration."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
+    loads = any(isinstance(call, ast.Attribute) and ast.unparse(call) in ("torch.load", "Transformer.load") for call in calls)
+    return loads or bool(names & {"from_pretrained", "SentenceTransformer", "CrossEncoder", "Transformer"})
+
+
+def test_models_are_opened_in_one_module():
+    """The script for processes without the package gets its arguments from that module."""
+    found = {path.relative_to(ROOT).as_posix() for path in FILES if opens_models(path)}
+    assert found == {"inference/load.py", "hub/isolated.py"}
+
+
 def test_modules_call_each_other_by_full_name():
     relative = {path.stem for path in FILES if any(level for level, _, _ in imports(path))}
     assert relative == set(CHECKPOINT) - {"configuration_minibert", "kernels_minibert"}

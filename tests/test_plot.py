@@ -280,6 +280,15 @@ def test_a_page_needs_no_network_and_holds_no_tags_of_texts(pictures, name):
     assert "<b>cat" not in page[: page.find("<script")] + page[page.rfind("Plotly.newPlot(") :]
 
 
+def test_names_of_metrics_and_runs_are_no_tags(tmp_path):
+    run = tmp_path / "<b>cat<i>"
+    run.mkdir()
+    write_rows(run / "log.jsonl", [{"step": 1, f"eval_{EVIL}": 0.5, "%{x}<b>cat</b>": 1.0, "seconds": 1.0}])
+    page = plot.training(run).page()
+    shown = page[: page.find("<script")] + page[page.rfind("Plotly.newPlot(") :]
+    assert "&lt;b&gt;cat" in shown and "<b>cat" not in shown and "\\u003cb\\u003ecat" not in shown
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_page_and_image_show_the_same_data(pictures, name):
     picture = pictures[name]

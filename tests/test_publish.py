@@ -169,7 +169,7 @@ isolated._main()
 
 
 def test_the_fresh_process_cannot_import_the_package(tmp_path):
-    request = {"model": "m", "heads": [], "embeds": False, "trust": False, "max_length": 8}
+    request = {"model": "m", "heads": [], "embeds": False, "arguments": {}, "max_length": 8}
     code = [sys.executable, "-c", IMPORTER, isolated.__file__]
     done = subprocess.run(code, input=json.dumps(request), capture_output=True, text=True)
     assert done.returncode == 1
@@ -222,6 +222,29 @@ def test_the_owners_licence_travels_with_the_model(source, tmp_path):
         assert (tmp_path / str(as_bert) / "LICENSE").read_text() == "Every reader may use this model."
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "recipe.yaml", "additional_chat_templates", "additional_chat_templates/a.jinja"])
+@pytest.mark.parametrize("as_bert", [False, True])
+def test_a_link_is_not_published(source, tmp_path, name, as_bert):
+    own, secret = shutil.copytree(source, tmp_path / "own"), tmp_path / "secret"
+    secret.mkdir() if name.endswith("templates") else secret.write_text("a password")
+    (own / name).parent.mkdir(exist_ok=True)
+    (own / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{name} is a link to {secret}"):
+        build(own, tmp_path / "built", as_bert=as_bert)
+    assert not (tmp_path / "built").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_published(source, tmp_path):
+    blobs, snapshot = tmp_path / "models--ann--name" / "blobs", tmp_path / "models--ann--name" / "snapshots" / "0123abc"
+    shutil.copytree(source, blobs)
+    (blobs / "LICENSE").write_text("Every reader may use this model.")
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    build(snapshot, tmp_path / "built")
+    assert (tmp_path / "built" / "LICENSE").read_text() == "Every reader may use this model."
+
+
 def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(source, run / "2-embed")
@@ -236,7 +259,7 @@ def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
     (run / "2-embed" / "checkpoints" / "step-1" / "optimizer.safetensors").write_bytes(b"")
     assert publish.model_folder(run) == run / "2-embed"
     build(run / "2-embed", tmp_path / "built")
-    assert "path: mine.csv" in (tmp_path / "built" / "recipe.yaml").read_text()
+    assert "path: local data 1" in (tmp_path / "built" / "recipe.yaml").read_text()
     assert not [path for path in (tmp_path / "built").rglob("*") if "checkpoint" in str(path) or path.name == "log.jsonl"]
 
 
@@ -244,17 +267,24 @@ def test_a_run_gives_its_last_model_and_its_recipe(source, tmp_path):
     ("file", "text"),
     [
         ("config_sentence_transformers.json", "{place}/data"),
-        ("1_Pooling/config.json", "/home/somebody/x"),
+        ("config_sentence_transformers.json", "/home/somebody/x"),
         ("config_sentence_transformers.json", "C:\\\\Users\\\\somebody"),
     ],
 )
 def test_places_of_this_machine_are_not_published(source, tmp_path, file, text):
-    folder = tmp_path / "source"
-    shutil.copytree(source, folder)
+    folder = shutil.copytree(source, tmp_path / "söurce")  # escaped in JSON
     edit_json(folder / file, where=text.format(place=folder))
     with pytest.raises(ValueError, match=f"would show paths of this machine: {file} contains"):
         build(folder, tmp_path / "built")
     assert not (tmp_path / "built").exists()
+
+
+def test_headers_of_weights_are_searched_too(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("USER", "planted")
+    folder = shutil.copytree(source, tmp_path / "source")
+    save_file({"a": torch.ones(1)}, folder / "1_Pooling" / "a.safetensors", {"made": "in /data/planted/models"})
+    with pytest.raises(ValueError, match="1_Pooling/a.safetensors contains /data/planted/models;"):
+        build(folder, tmp_path / "built")
 
 
 def test_paths_that_the_libraries_record_are_dropped(source, tmp_path):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from helpers import edit_json, edit_weights, run_command, save_model, write_vectors
 from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
-from minibert.inference import bm25
+from minibert.inference import bm25, cpu
 from minibert.inference.load import fingerprint, load
 from minibert.search.search import FolderSearcher, Searcher, read_passages, read_queries
 from minibert.search.vectors import VectorFolder, write_manifest
@@ -62,7 +62,15 @@ def write_passages(folder, model, passages, *, keep=True, **fields):
     return write_vectors(folder, vectors, texts, **fields).folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def in_float32():
+    """On a processor with AMX, scores would be of bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "bfloat16_is_faster", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
 def vectors_once(saved, tmp_path_factory):
     return write_passages(tmp_path_factory.mktemp("vectors") / "passages", saved, PASSAGES, ids=["a", "b", "c", "d"])
 

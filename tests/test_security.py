@@ -1,20 +1,31 @@
 """Hostile models: none of their code runs, nothing eats memory, and no file outside of their folder is read unasked."""
 
 import copy
+import doctest
 import json
+import logging
 import os
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as kinds_of
 
-from helpers import edit_json, save_model
-from minibert import train_wordpiece
+from helpers import edit_json, run_command, save_model, write_recipe, write_vectors
+from minibert import cli, train_wordpiece
+from minibert.data.load import as_dataset
+from minibert.files import disk, terminal
 from minibert.files.model_folder import check_model, check_paths, read_header
 from minibert.hub import folders
 from minibert.inference.load import find_model, load
+from minibert.search.index import open_index
+from minibert.search.vectors import remove_vectors, shard_name
+from minibert.train import checkpoint
 from minibert.train.recipe import load_recipe
 from minibert.train.run import run_recipe
 
@@ -213,8 +224,115 @@ def test_a_module_class_from_elsewhere_is_not_imported_without_the_flag(model, t
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 def test_kernels_from_the_hub_are_not_asked_for(model, key):
     edit_json(model / "config.json", **{key: "evil/kernels"})
-    with pytest.raises(ValueError, match=f"sets {key} to 'evil/kernels'"):
+    with pytest.raises(ValueError, match=f"sets '{key}' to 'evil/kernels'"):
         find_model(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "why"),
+    [
+        ("sentence_bert_config.json", {"model_kwargs": {"use_safetensors": False}}, "'use_safetensors' to False"),
+        ("sentence_bert_config.json", {"model_args": {"weights_only": False}}, "'weights_only' to False"),
+        ("sentence_bert_config.json", {"model_kwargs": {"attn_implementation": "evil/kernels"}}, "'attn_implementation' to"),
+        ("sentence_bert_config.json", {"config_kwargs": {"num_hidden_layers": 9**9}}, "'num_hidden_layers' to 387420489"),
+        ("sentence_bert_config.json", {"processor_kwargs": {"tokenizer_file": "/etc/passwd"}}, "'tokenizer_file' to"),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"padding": "max_length"}}}, "'text' to"),
+        ("sentence_bert_config.json", {"modality_config": {"text": {"method": "save_pretrained"}}}, "'method' to"),
+        ("sentence_bert_config.json", {"max_seq_length": True}, "'max_seq_length' to True"),
+        ("1_Dense/config.json", {"activation_function": "os.system"}, "'activation_function' to 'os.system'"),
+        ("1_Dense/config.json", {"\x1b[31m": 1}, "'.x1b.31m' to 1"),
+        ("1_Dense/config.json", {"in_features": 10**6, "out_features": 10**6}, "a module of more than 67,108,864 numbers"),
+        ("config.json", {"transformers_weights": "pytorch_model.bin"}, "other weights than model.safetensors"),
+        ("config.json", {"parts": [{"_attn_implementation": {"": "evil/kernels"}}]}, "code from the Hub"),
+        ("config.json", {"quantization_config": {"quant_method": "no-such"}}, "weights of a package that is not installed"),
+        ("config.json", {"auto_map": {"AutoModel": "evil/code--modeling.Evil"}}, "code of another repository"),
+        ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, "a file that may be outside of the folder"),
+        ("processor_config.json", {"auto_map": {"AutoProcessor": "evil/code--a.B"}}, "code of another repository"),
+        ("adapter_config.json", {"base_model_name_or_path": "evil/base"}, "an adapter"),
+        ("config_sentence_transformers.json", {"prompts": {"query": "x" * 20_000}}, "prompts of more than 10,000 characters"),
+        ("config_sentence_transformers.json", {"prompts": ["query"]}, "prompts that are not texts by name"),
+    ],
+)
+def test_settings_that_load_other_things_are_refused_by_name(model, tmp_path, file, settings, why):
+    as_sentence_transformer(model, "1_Dense", kind="sentence_transformers.base.modules.dense.Dense")
+    (model / "1_Dense" / "config.json").write_text('{"in_features": 8, "out_features": 4}')
+    (model / file).write_text(
+        json.dumps({**json.loads((model / file).read_text() if (model / file).exists() else "{}"), **settings})
+    )
+    doors = all_doors(model, tmp_path)
+    for door in ("find_model", "load", "train"):
+        with pytest.raises(ValueError, match=why):
+            doors[door]()
+
+
+def test_known_settings_of_known_modules_pass(tmp_path):
+    """Every kind of module that the checks know, with the settings that the library itself saves."""
+    tokenizer = train_wordpiece(["a text of a few words"] * 3, vocab_size=34, model_max_length=16, show_progress=False)
+    encoder = save_model(tmp_path / "encoder", tokenizer, hidden_size=8, num_attention_heads=2)
+    kinds = [kinds_of.WeightedLayerPooling(8, 2, 0), kinds_of.LSTM(8, 4), kinds_of.CNN(8, 4), kinds_of.Pooling(12, "mean")]
+    kinds += [kinds_of.Dense(12, 6), kinds_of.LayerNorm(6), kinds_of.Dropout(0.1), kinds_of.Normalize()]
+    modules = [kinds_of.Transformer(str(encoder), config_kwargs={"output_hidden_states": True}), *kinds]
+    SentenceTransformer(modules=modules, prompts={"query": "ask: "}).save_pretrained(str(tmp_path / "model"))
+    check_model(tmp_path / "model")
+    edit_json(tmp_path / "model" / "sentence_bert_config.json", model_args={"add_pooling_layer": False}, max_seq_length=None)
+    check_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"padding": {"strategy": {"Fixed": 10**9}}}, "sets padding.strategy to 1000000000, but the model reads up to 16"),
+        ({"padding": {"pad_to_multiple_of": 0}}, "sets padding.pad_to_multiple_of to 0"),
+        ({"padding": {"pad_id": 2**31}}, "the token id 2147483648"),
+        ({"truncation": {"max_length": -1}}, "sets truncation.max_length to -1"),
+        ({"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9}}, "max_input_chars_per_word"),
+        ({"model": {"type": "WordPiece", "vocab": {"a": 34}}}, "the token id 34, but the model has 34 tokens"),
+        ({"model": 3}, "is not the file of a tokenizer"),
+        ({"added_tokens": [{"id": -1, "content": "x"}]}, "the token id -1"),
+        ({"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 99], "cls": ["[CLS]", 2]}}, "the token id 99"),
+        # These are tried in a process of their own: damaged, an exponential search, a text that grows tenfold five times.
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "could not be read with 2 GiB"),
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}},
+            "2 GiB",
+        ),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": 9 * [{"type": "Replace", "pattern": {"String": "a"}, "content": 10 * "a"}],
+                }
+            },
+            "could not be read with 2 GiB",
+        ),
+    ],
+)
+def test_tokenizers_that_would_end_the_process_are_refused(model, settings, why):
+    edit_json(model / "tokenizer.json", **settings)
+    with pytest.raises(ValueError, match=f"tokenizer.json .*{why}"):
+        find_model(model)
+
+
+def test_an_unusual_tokenizer_that_works_passes(model):
+    edit_json(model / "tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": " +"}, "content": " "})
+    load(model, device="cpu").encode(["a  text"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "modules.json", "tokenizer.json", "README.md"])
+def test_pipes_are_refused_at_once(model, tmp_path, name):
+    as_sentence_transformer(model, "1_Pooling")
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    for door in ("find_model", "load", "train"):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+            all_doors(model, tmp_path)[door]()
+
+
+def test_any_error_of_a_library_is_a_sentence(model):
+    edit_json(model / "config.json", layer_norm_eps=None, hidden_act="no such")
+    with pytest.raises(ValueError, match=r"cannot be opened|hidden_act") as caught:
+        load(model, device="cpu")
+    assert "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- names
@@ -245,14 +363,16 @@ def test_code_outside_of_the_folder_is_refused(model, code, file):
         check_paths(model)
 
 
-def test_usual_code_names_pass(model):
+def test_code_of_another_repository_needs_the_flag(model):
     names = {
         "AutoModel": "modeling_a.B",
         "AutoConfig": "owner/name.v1--configuration_a.C",
         "AutoTokenizer": ["tokenization_a.D", None],
     }
     edit_json(model / "config.json", auto_map=names)
-    check_paths(model)
+    with pytest.raises(ValueError, match="'owner/name.v1--configuration_a.C' in its auto_map, which is code of another"):
+        check_paths(model)
+    check_paths(model, trust_remote_code=True)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +437,9 @@ def test_a_link_to_the_folder_itself_and_other_links_beside_the_model_are_the_us
         ("type_vocab_size", 10**12),
         ("num_labels", 10**11),
         ("num_labels", 10**1000),
+        ("num_hidden_groups", 10**7),
+        ("num_feedforward_networks", 10**7),
+        ("part", {"num_hidden_layers": 10**9}),
     ],
 )
 def test_a_configuration_far_larger_than_its_weights_is_refused_before_it_is_built(model, field, value):
@@ -337,3 +460,226 @@ def test_damaged_json_is_a_sentence(model, name, content):
     with pytest.raises((ValueError, OSError)) as caught:
         check_model(model)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ what we write and delete
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A file of the user's that must not change."""
+    (tmp_path / "secret").write_text("mine")
+    yield tmp_path / "secret"
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    return write_vectors(tmp_path / "vectors", np.eye(4, dtype=np.float32), ["cat", "dog", "fish", "bird"])
+
+
+def test_a_lock_is_no_link_and_no_file_of_the_users(tmp_path, secret):
+    lock = tmp_path / ".lock"
+    lock.symlink_to(secret)
+    with pytest.raises(ValueError, match=".lock is a link"), disk.exclusive_lock(tmp_path, "writing", kept=""):
+        pass
+    lock.unlink()
+    lock.write_text("of another program")
+    with disk.exclusive_lock(tmp_path, "writing", kept=""):
+        pass
+    assert lock.read_text() == "of another program"
+
+
+def test_temporary_files_are_new_unpredictable_and_cleared(tmp_path, secret, monkeypatch):
+    (tmp_path / ".out.txt.part").symlink_to(secret)
+    (tmp_path / ".out.txt.0123abcd.part").write_text("of a killed process")
+    (tmp_path / ".out.txt.notes.part").write_text("of the user")
+    names = set()
+    for _ in range(2):
+        with disk.atomic_write(tmp_path / "out.txt") as part:
+            names.add(part.name)
+            part.write_text("new")
+    assert len(names) == 2 and (tmp_path / "out.txt").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"secret", "out.txt", ".out.txt.part", ".out.txt.notes.part"}
+    monkeypatch.setattr(disk.secrets, "token_hex", lambda _: "0123abcd")
+    (tmp_path / ".out.txt.0123abcd.part").symlink_to(secret)
+    with pytest.raises(FileExistsError):
+        disk.write_text(tmp_path / "out.txt", "other")
+
+
+def test_a_result_replaces_a_link_only_if_it_may(model, tmp_path, secret):
+    (tmp_path / "texts.txt").write_text("a text\n")
+    for target in (secret, tmp_path / "missing"):
+        (tmp_path / "out.csv").symlink_to(target)
+        assert run_command("predict", model, tmp_path / "texts.txt", "--out", tmp_path / "out.csv").exit_code == 2
+        assert run_command("predict", model, tmp_path / "texts.txt", "--out", tmp_path / "out.csv", "--force").exit_code == 0
+        assert not (tmp_path / "missing").exists()
+        (tmp_path / "out.csv").unlink()
+
+
+@pytest.mark.parametrize("name", ["index", "index/vectors.bin", "index/lists.faiss", "index/.lock", "index/words-2-x"])
+def test_an_index_has_no_links(vectors, secret, name):
+    link = vectors.folder / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(secret.parent if name == "index" else secret)
+    before = set(secret.parent.iterdir())
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        open_index(vectors)
+    assert set(secret.parent.iterdir()) == before
+
+
+def test_an_index_leaves_the_files_of_others(vectors):
+    from minibert.search.search import _open_words
+
+    notes = [
+        vectors.folder / "index" / name for name in ("notes.md", "words-of-mine/notes.md", "words-2-" + "0" * 16 + "/notes.md")
+    ]
+    for file in notes:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("notes")
+    open_index(vectors, rebuild=True)
+    _open_words(vectors, ["a"], False)
+    _open_words(vectors, ["b"], False)
+    assert all(file.read_text() == "notes" for file in notes)
+    assert len(list(vectors.folder.glob("index/words-2-*/params.index.json"))) == 1
+
+
+def test_only_shards_of_ours_are_deleted(vectors):
+    others = ["part-7.parquet", "part-000001.parquet", "part-00001-copy.parquet", ".part-x.parquet.part", "notes.md"]
+    for name in (*others, f".{shard_name(9)}.0123abcd.part"):
+        (vectors.folder / name).write_text("notes")
+    remove_vectors(vectors.folder)
+    assert sorted(path.name for path in vectors.folder.iterdir()) == sorted(others)
+
+
+def test_a_new_folder_leaves_what_has_the_name_of_an_earlier_temporary_folder(tmp_path, secret):
+    (tmp_path / ".out.part" / "out").mkdir(parents=True)
+    (tmp_path / ".out.part" / "out" / "notes.md").write_text("notes")
+    (tmp_path / ".out.0123abcd.part" / "out").mkdir(parents=True)
+    with folders.new_folder(tmp_path / "out") as temporary:
+        (temporary / "model").write_text("model")
+    assert (tmp_path / ".out.part" / "out" / "notes.md").exists() and not (tmp_path / ".out.0123abcd.part").exists()
+
+
+def test_checkpoints_go_by_the_names_of_their_files(tmp_path, secret, caplog):
+    for step in (1, 2):
+        checkpoint.write_folder(tmp_path / f"step-{step:08d}", lambda folder: (folder / "state.json").write_text("{}"))
+    (tmp_path / "step-00000001" / "notes.md").write_text("notes")
+    (tmp_path / "step-00000001" / "secret").symlink_to(secret)
+    (tmp_path / "notes.tmp-1").mkdir()
+    (tmp_path / "step-00000000").symlink_to(tmp_path / "notes.tmp-1")
+    checkpoint.rotate(tmp_path, 1, newest=tmp_path / "step-00000002")
+    checkpoint.clear_leftovers(tmp_path)
+    assert (tmp_path / "notes.tmp-1").exists() and (tmp_path / "step-00000000").is_symlink()
+    assert {path.name for path in (tmp_path / "step-00000001").iterdir()} == {"notes.md", "secret"}
+    assert "step-00000001 stays" in caplog.text
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was(monkeypatch):
+    """The command train sends the package's log to a standard error that is closed when the command ends."""
+    logger = logging.getLogger("minibert")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+
+
+def tokenizer_recipe(folder, **changes):
+    (folder / "texts.txt").write_text("\x1b[2Ja text of\x9b some words\n" * 3)
+    stage = {"kind": "tokenizer", "data": str(folder / "texts.txt"), "vocab_size": 30, **changes}
+    return write_recipe(folder, stage)
+
+
+def test_a_stage_leaves_the_files_of_others(tmp_path):
+    run = tmp_path / "run"
+    for size in (30, 32):
+        run_recipe(load_recipe(tokenizer_recipe(tmp_path, vocab_size=size)), output_dir=run, force=True)
+        (run / "1-tokenizer" / "notes.md").write_text("notes")
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "1-tokenizer", "1-tokenizer.replaced"}
+    assert [path.name for path in (run / "1-tokenizer.replaced").iterdir()] == ["notes.md"]
+    done = run_command("train", tokenizer_recipe(tmp_path, vocab_size=34), "--output-dir", run, "--force")
+    assert done.exit_code == 2 and "1-tokenizer.replaced'. Move its files" in done.stderr
+    (run / "1-tokenizer" / "stage.json").unlink()  # as if the stage had not been finished
+    run_recipe(load_recipe(tokenizer_recipe(tmp_path, vocab_size=34)), output_dir=run, force=True)
+    assert (run / "1-tokenizer" / "notes.md").exists()
+
+
+@pytest.mark.parametrize("name", ["1-tokenizer", "1-tokenizer/tokenizer.json", "1-tokenizer/checkpoints"])
+def test_a_stage_has_no_links(tmp_path, secret, name):
+    link = tmp_path / "run" / name
+    run_recipe(load_recipe(tokenizer_recipe(tmp_path)), output_dir=tmp_path / "run")
+    (tmp_path / "run" / "1-tokenizer" / "stage.json").unlink()
+    if name == "1-tokenizer":
+        shutil.move(link, tmp_path / "elsewhere")
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "elsewhere" if name == "1-tokenizer" else secret)
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        run_recipe(load_recipe(tokenizer_recipe(tmp_path)), output_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", [".", "{}", "{}.lock"])
+def test_the_cache_of_rows_has_no_links(tmp_path, secret, monkeypatch, place):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.txt").write_text("a text\n")
+    as_dataset(str(tmp_path / "rows.txt"), split="train")
+    (table,) = (tmp_path / "cache" / "minibert-rows").glob("*.arrow")
+    link = tmp_path / "cache" / "minibert-rows" / place.format(table.name)
+    if place == ".":
+        shutil.move(link, tmp_path / "elsewhere")
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "elsewhere" if place == "." else secret)
+    with pytest.raises(ValueError, match="is a link"):
+        as_dataset(str(tmp_path / "rows.txt"), split="train")
+
+
+# ----------------------------------------------------------------------------------------------------- what a terminal gets
+
+HOSTILE = "\x1b]0;x\x07\x1b[2J\x7f\x9b31m\u202egood"
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def test_control_characters_are_escaped_and_json_keeps_its_value():
+    assert not doctest.testmod(terminal).failed
+    every = "".join(map(chr, [*range(0xA1), *range(0x2020, 0x2070), 0xD800]))
+    shown = terminal.printable(every)
+    assert not HIDDEN.search(shown) and shown.encode() and "\t\n" in shown and "\xa0" in shown
+    assert json.loads(terminal.printable(json.dumps(every, ensure_ascii=False))) == every
+    assert "\n" not in terminal.printable("a\nb", kept="")
+
+
+def test_commands_print_only_through_the_function_that_escapes():
+    source = Path(cli.__file__).read_text(encoding="utf-8")
+    assert source.count("typer.echo(") == 1 and not re.search(r"\b(print|secho|stdout\.write)\(", source)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_labels_and_texts_are_escaped(model, tmp_path, options):
+    edit_json(model / "config.json", id2label={"0": HOSTILE, "1": HOSTILE + "1"}, label2id={HOSTILE: 0, HOSTILE + "1": 1})
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": HOSTILE}) + "\n")
+    done = run_command("predict", model, tmp_path / "texts.jsonl", *options)
+    assert done.exit_code == 0 and "good" in done.stdout and not HIDDEN.search(done.stdout)
+    assert not options or json.loads(done.stdout)["text"] == HOSTILE
+
+
+def test_names_in_errors_are_escaped(model, tmp_path):
+    evil = model.rename(tmp_path / HOSTILE.replace("/", ""))
+    edit_json(evil / "config.json", auto_map=f"{HOSTILE} name")
+    done = run_command("hub", "verify", evil)
+    assert done.exit_code == 1 and not HIDDEN.search(done.output)
+    (tmp_path / "texts.txt").write_text("a text\n")
+    done = run_command("predict", tmp_path / f"{HOSTILE}2", tmp_path / "texts.txt")
+    assert done.exit_code == 2 and "\\u001b" in done.stderr and not HIDDEN.search(done.output)
+
+
+def test_code_in_a_diff_is_escaped(model):
+    with (model / "modeling_minibert.py").open("a") as code:
+        code.write(f"# {HOSTILE}\n")
+    done = run_command("hub", "verify", model)
+    assert "+# \\u001b]0;x" in done.stdout and not HIDDEN.search(done.stdout)
+
+
+def test_rows_in_logs_are_escaped(tmp_path):
+    done = run_command("train", tokenizer_recipe(tmp_path), "--output-dir", tmp_path / "run")
+    assert done.exit_code == 0 and "First row" in done.stderr
+    assert not HIDDEN.search("\n".join(line for line in done.stderr.splitlines() if "First row" in line))
+    record = logging.getLogger("transformers").makeRecord("transformers", logging.WARNING, "", 0, "%s", (HOSTILE,), None)
+    assert not HIDDEN.search(logging.lastResort.format(record))

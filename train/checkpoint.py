@@ -2,12 +2,11 @@
 
 A checkpoint is a folder such as ``step-00000120``. The file ``manifest.json`` has the sizes of
 all files in the folder. The sizes reveal missing and truncated files, but not changed bytes.
-The name of an incomplete checkpoint contains ``.tmp``.
+The name of an incomplete checkpoint is that of a temporary folder (``files.disk``).
 """
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,31 +14,44 @@ from pathlib import Path
 from minibert.files import disk
 
 MANIFEST = "manifest.json"
-_TEMPORARY = ".tmp"
 _KEPT = "files saved earlier are not changed"
 
 readable_os_errors = partial(disk.readable_os_errors, kept=_KEPT)
+# The names of all files that training and its libraries write into the folder of a stage.
+_OURS = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "*_minibert.py", "modules.json"),
+    *("config.json", "generation_config.json", "sentence_*_config.json", "config_sentence_transformers.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+    *("stage.json", "environment.json", "metrics.json", "log.jsonl", "manifest.json", "state.json", "best.json"),
+    *("losses.json", "trainer_state.json", "training_args.bin", "optimizer.safetensors", "optimizer.pt", "scheduler.pt"),
+    *("scaler.pt", "rng_state*.pth", "teacher-*.npy", "data-*.arrow", "dataset_info.json", "events.out.tfevents.*"),
+    *("hparams.yml", ".*.part", ".lock"),
+)
+
 exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Write a new folder with ``fill``, and then replace ``target`` by the new folder."""
-    temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
+    retired = disk.temporary_path(target)
     with readable_os_errors(target):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        with disk.atomic_write(target, folder=True) as temporary:
             fill(temporary)
             write_manifest(temporary)
             if target.exists():  # a rename cannot replace a folder with files
-                os.replace(target, retired := temporary.with_name(f"{temporary.name}.retired"))
-                os.replace(temporary, target)
-                shutil.rmtree(retired)
-            else:
-                os.replace(temporary, target)
-            disk.sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                os.replace(target, retired)
+        delete(retired)
+        disk.sync(target.parent)
+
+
+def delete(folder: Path) -> None:
+    """Delete the files in ``folder`` that training wrote. Other files stay, with a warning."""
+    try:
+        listed = list(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        listed = []
+    disk.delete(folder, [*_OURS, *(Path(name).name for name in listed)])
 
 
 def write_manifest(folder: Path) -> None:
@@ -83,9 +95,9 @@ def move_files(source: Path, target: Path) -> None:
             if path.name == MANIFEST:
                 continue
             if path.is_dir():  # a rename cannot replace a folder with files
-                shutil.rmtree(target / path.name, ignore_errors=True)
+                delete(target / path.name)
             os.replace(path, target / path.name)
-        shutil.rmtree(source)
+        delete(source)
         disk.sync(target)
 
 
@@ -94,13 +106,13 @@ def rotate(root: Path, keep: int, newest: Path, kind: str = "step") -> None:
     folders = _steps(root, kind)
     position = folders.index(newest) + 1
     for folder in (*folders[: max(0, position - keep)], *folders[position:]):
-        shutil.rmtree(folder)
+        delete(folder)
 
 
 def clear_leftovers(root: Path) -> None:
     """Delete the incomplete folders that killed processes left in ``root``."""
-    for folder in root.glob(f"*{_TEMPORARY}-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in disk.leftovers(root):
+        delete(folder)
 
 
 def _steps(root: Path, kind: str) -> list[Path]:

@@ -37,7 +37,8 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
     start = context.model or own_tokenizer
     if start and Path(start).parent == context.output_dir.parent:
         found["started_from"] = Path(start).name
-    for name, key in (("model", "base_model"), ("teacher", "teacher")):
+    # Only names on the Hub are recorded, so that publishing can tell them from local paths.
+    for name, key in (("model", "base_model"), ("teacher", "teacher"), ("tokenizer", "tokenizer")):
         origin = getattr(context, name)
         if origin and not expand_home(origin).exists():
             found[key] = origin

@@ -12,9 +12,9 @@ from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
 from minibert.files.processes import processes
+from minibert.inference.load import open_config
 from minibert.train.stage import StageContext
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # other tensors of a batch are for the loss
@@ -158,7 +158,7 @@ def head_changes(context: StageContext, names: Sequence[str]) -> dict[str, Any]:
         "label2id": {name: at for at, name in enumerate(names)},
     }
     if context.model is not None:
-        start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
+        start = open_config(context.model)
         # A new head replaces a head with another number of classes.
         changes["ignore_mismatched_sizes"] = start.num_labels != len(names)
     return changes

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def run_recipe(
             model = str(folder)
     if state.is_main_process:
         for folder in run_dir.glob("[0-9]*-*.replaced"):
-            shutil.rmtree(folder, ignore_errors=True)
+            checkpoint.delete(folder)
     return run_dir
 
 
@@ -171,7 +170,9 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
     state.wait_for_everyone()  # every process has checked that the stage is not finished
     if state.is_main_process:
         if not resume:
-            shutil.rmtree(context.output_dir, ignore_errors=True)
+            checkpoint.delete(context.output_dir)
+        for path in (context.output_dir, *context.output_dir.rglob("*")):
+            disk.refuse_link(path)
         context.output_dir.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
     if state.is_main_process or not alone:
@@ -211,7 +212,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
                 f"Choose another --output-dir, or use --force to run stage {changes[0][0]} and all later "
                 "stages again (this replaces the folders of these stages)."
             )
-    elif run_dir.exists() and (not run_dir.is_dir() or any(path.name != ".recipe.yaml.part" for path in run_dir.iterdir())):
+    elif run_dir.exists() and (not run_dir.is_dir() or any(path not in disk.leftovers(run_dir) for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     again = changes[0][0] if changes else len(recipe.stages) + 1  # first stage to run again
     for number, stage in enumerate(recipe.stages, start=1):
@@ -234,10 +235,10 @@ def _set_aside(folder: Path) -> None:
     """Rename the folder of a finished stage to ``*.replaced``. Delete an unfinished folder."""
     if (folder / "stage.json").exists():
         replaced = folder.with_name(f"{folder.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
+        checkpoint.delete(replaced)
         folder.rename(replaced)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        checkpoint.delete(folder)
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:

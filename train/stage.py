@@ -10,8 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from minibert.data.source import joined_paths
-from minibert.files.model_folder import opening
-from minibert.inference.load import check_complete
+from minibert.inference.load import check_complete, open_config, open_tokenizer, open_weights
 from minibert.train.arguments import ModelStage, NewModel
 
 logger = logging.getLogger(__name__)
@@ -55,15 +54,7 @@ class DataChecked(Exception):
 
 def load_tokenizer(context: StageContext) -> Any:
     """Load the tokenizer of a stage. Raise ValueError if it cannot be opened."""
-    from transformers import AutoTokenizer
-
-    # Without trust_remote_code=False, a checkpoint with code asks a question on the terminal.
-    try:
-        return AutoTokenizer.from_pretrained(context.tokenizer, trust_remote_code=False)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{context.tokenizer} has no valid tokenizer ({str(error).splitlines()[0]}); save it again."
-        ) from error
+    return open_tokenizer(str(context.tokenizer))
 
 
 def load_start(auto_class: Any, args: Any, context: StageContext, **changes: Any) -> tuple[Any, Any, int]:
@@ -79,7 +70,7 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
 
     ``changes`` are configuration fields that the stage sets, such as ``num_labels``.
     """
-    from transformers import AutoConfig, set_seed
+    from transformers import set_seed
 
     set_seed(context.seed)
     dropout = getattr(args, "dropout", None)
@@ -90,14 +81,13 @@ def load_model(auto_class: Any, args: ModelStage, context: StageContext, tokeniz
         model = auto_class.from_config(config)
     else:
         if dropout is not None:
-            config = AutoConfig.from_pretrained(str(context.model), trust_remote_code=False)
+            config = open_config(str(context.model))
             if not hasattr(config, "hidden_dropout_prob"):
                 raise ValueError(
                     f"dropout={dropout} cannot be set: {context.model} is a {config.model_type} model, "
                     "which has no hidden_dropout_prob; remove dropout from the recipe."
                 )
-        with opening(str(context.model)):
-            model = auto_class.from_pretrained(context.model, trust_remote_code=False, use_safetensors=True, **changes)
+        model = open_weights(auto_class, str(context.model), **changes)
         check_complete(model, str(context.model))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(

@@ -8,12 +8,13 @@ import numpy as np
 from datasets import Dataset
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMultipleChoice
+from transformers import AutoModelForMultipleChoice
 
 from minibert.data.load import check_columns, load
 from minibert.data.questions import Choices, choices_of, find_choice_columns
 from minibert.data.source import joined_paths
 from minibert.inference.answers import choose_rows
+from minibert.inference.load import open_config
 from minibert.train.arguments import ChooseStage
 from minibert.train.loop import fit
 from minibert.train.rows import TokenizedDataset, results_of
@@ -37,7 +38,7 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
     # The head has one score per choice. The problem type of an earlier classifier is not used.
     changes: dict[str, Any] = {"num_labels": 1, "problem_type": None}
     if context.model is not None:
-        start = AutoConfig.from_pretrained(context.model, trust_remote_code=False)
+        start = open_config(context.model)
         # The head of a classifier has the same name but another shape. Create a new head.
         architecture = (start.architectures or [""])[0]
         changes["ignore_mismatched_sizes"] = not architecture.endswith("ForMultipleChoice")

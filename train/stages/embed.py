@@ -1,6 +1,5 @@
 """Train sentence embeddings on pairs with sentence-transformers (the ``embed`` stage)."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from sentence_transformers.util import mine_hard_negatives
 from transformers import AutoModel
 
@@ -21,9 +19,8 @@ from minibert.data.source import DataSource, joined_paths
 from minibert.data.text_pairs import make_pairs
 from minibert.data.tokenized_corpus import load_documents
 from minibert.evaluation.evaluate import retrieval
-from minibert.files.model_folder import opening
 from minibert.files.processes import processes
-from minibert.inference.load import find_folder, pooling_mode
+from minibert.inference.load import embedder, find_folder, pooling_mode
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
 from minibert.train.loop import checkpoint_activations, in_precision
@@ -164,32 +161,10 @@ def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransfor
     # The configuration's pooling is that of the pooler. It stays, so that a classifier can still be exported as BERT.
     start = pooling_mode(find_folder(context.model)) if context.model else None
     pooling = args.pooling or start or getattr(encoder.config, "pooling", "mean")
-    model = sentence_model(encoder, tokenizer, context.output_dir / ".start", pooling, args.normalize)
+    model = embedder(encoder, tokenizer, context.output_dir / ".start", pooling, args.normalize)
     if args.gradient_checkpointing:
         checkpoint_activations(model[0].auto_model)
     return model
-
-
-def sentence_model(
-    encoder: Any, tokenizer: Any, start: Path, pooling: Any, normalize: bool, **options: Any
-) -> SentenceTransformer:
-    """Return a sentence-transformers model of ``encoder``, pooling and optional normalization.
-
-    ``start`` is a temporary folder. ``options`` are passed to :class:`SentenceTransformer`.
-    """
-    state = processes()
-    if state.is_main_process:
-        encoder.save_pretrained(start)
-        tokenizer.save_pretrained(start)
-    state.wait_for_everyone()
-    trusting = {"trust_remote_code": False}
-    with opening(start):
-        transformer = Transformer(str(start), model_kwargs=trusting, processor_kwargs=trusting, config_kwargs=trusting)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        shutil.rmtree(start)
-    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
-    return SentenceTransformer(modules=modules + [Normalize()] * normalize, **{"similarity_fn_name": "cosine"} | options)
 
 
 def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:

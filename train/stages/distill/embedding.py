@@ -20,16 +20,15 @@ from minibert.data.columns import pick_columns
 from minibert.data.load import load, text_columns
 from minibert.data.source import DataSource
 from minibert.evaluation.evaluate import evaluate
-from minibert.files.model_folder import opening
 from minibert.files.processes import processes
-from minibert.inference.load import check_complete
+from minibert.inference.load import embedder
+from minibert.inference.load import load as load_embedder
 from minibert.train.arguments import DistillEmbeddingStage
 from minibert.train.loop import in_precision
 from minibert.train.rows import TokenizedDataset
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.distill.student import Distillation, cosine_distance, fit_student, from_layers
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
-from minibert.train.stages.embed import sentence_model
 
 # The score is the mean of these metrics over the data sets.
 _MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10"}
@@ -124,10 +123,7 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
     texts = read_texts(args, context)
     held_out = [(name, load([source], split="validation")) for name, source in _named(args.eval_data or [])]
     context.end_check()
-    with opening(str(context.teacher)):
-        opened = SentenceTransformer(str(context.teacher), trust_remote_code=False, model_kwargs={"use_safetensors": True})
-    check_complete(opened.transformers_model, str(context.teacher))
-    teacher: SentenceTransformer = freeze(opened)
+    teacher: SentenceTransformer = freeze(load_embedder(str(context.teacher)))
     student, length = _student(args, context, teacher)
     # The teacher reads at most as many tokens as the student.
     teacher.max_seq_length = min(length, teacher.max_seq_length or length)
@@ -198,7 +194,7 @@ def _student(
         length = min(length, teacher.max_seq_length)
     tokenizer.model_max_length = length
     pooling = args.pooling or next((module.pooling_mode for module in teacher if isinstance(module, Pooling)), None)
-    student = sentence_model(
+    student = embedder(
         encoder.float(),
         tokenizer,
         context.output_dir / ".start",

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM
 from transformers.utils import ModelOutput
 
+from minibert.inference.load import open_config, open_tokenizer
 from minibert.train.arguments import DistillPretrainingStage
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
 from minibert.train.stages.distill.student import (
@@ -51,10 +52,10 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
     """Train a language model on a teacher's outputs. Return metrics of both models."""
     check_documents(args, context)
     source = str(context.teacher)
-    refuse_unpacked(AutoConfig.from_pretrained(source, trust_remote_code=False), f"The teacher {source}")
+    refuse_unpacked(open_config(source), f"The teacher {source}")
     teacher = load_teacher(AutoModelForMaskedLM, source, "a model that predicts masked words")
     tokenizer = load_tokenizer(context)
-    if not same_tokens(tokenizer, AutoTokenizer.from_pretrained(source, trust_remote_code=False)):
+    if not same_tokens(tokenizer, open_tokenizer(source)):
         raise ValueError(
             f"objective: pretraining needs equal vocabularies, but the teacher {source} and "
             f"{context.tokenizer} have different tokenizers. Set tokenizer: to the teacher, or use "

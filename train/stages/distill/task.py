@@ -6,11 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import ModelOutput
 
 from minibert.data.labels import SINGLE, read_labels
 from minibert.data.load import load
+from minibert.inference.load import open_tokenizer
 from minibert.inference.predict import class_names
 from minibert.train.arguments import DistillTaskStage
 from minibert.train.rows import TokenizedDataset, head_changes, in_eval_data
@@ -58,7 +59,7 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     tokenizer.model_max_length = length = sequence_length(args.max_length, student.config, tokenizer)
 
     # The teacher has its own tokenizer, and reads at most as many tokens as the student.
-    its_tokenizer = AutoTokenizer.from_pretrained(context.teacher, trust_remote_code=False)
+    its_tokenizer = open_tokenizer(str(context.teacher))
     its_length = min(length, sequence_length(None, teacher.config, its_tokenizer))
     rows = read = TokenizedDataset.from_texts(train, columns, teachers_number[labels.values], tokenizer, length)
     if its_length != length or not same_tokens(tokenizer, its_tokenizer):

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minibert.files.disk import atomic_write
-from minibert.files.model_folder import opening
 from minibert.files.processes import processes
+from minibert.inference.load import open_weights
 from minibert.train.checkpoint import readable_os_errors
 from minibert.train.rows import TokenizedDataset
 
@@ -23,10 +23,7 @@ ROWS_PER_FILE = 65536
 
 def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedModel:
     """Load a frozen teacher. Raise ValueError with ``description`` if weights are missing."""
-    with opening(source):
-        teacher, report = auto_class.from_pretrained(
-            source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+    teacher, report = open_weights(auto_class, source, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{source} is not {description}: the weights {', '.join(missing[:3])}"
