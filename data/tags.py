@@ -120,15 +120,18 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
         raise ValueError(f"max_length={max_length} leaves no room for words; give at least 8.")
     overlap = room // 4
     windows = Windows([], [], [])
-    space = " " if _differs_alone(tokenizer) else ""
+    # In vocabularies such as that of GPT-2, a word has other tokens alone than inside a text.
+    inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    space = " " if list(inside[1:]) != list(alone[1:]) else ""
     different = list(dict.fromkeys(["a", *(word for words in sentences for word in words)]))
     # Words of a sentence are tokenized one by one, so each different word is tokenized only once.
     encoded = tokenizer([[space + word] for word in different], is_split_into_words=True)
     special = np.array([place is None for place in encoded.sequence_ids(0)])
     head, tail = np.argmin(special), np.argmin(special[::-1])
     before, after = encoded["input_ids"][0][:head], encoded["input_ids"][0][len(special) - tail :]
-    inside = (ids[head : len(ids) - tail] for ids in encoded["input_ids"])
-    tokens_of = {word: ids or [tokenizer.unk_token_id] for word, ids in zip(different, inside, strict=True)}
+    pieces = (ids[head : len(ids) - tail] for ids in encoded["input_ids"])
+    tokens_of = {word: ids or [tokenizer.unk_token_id] for word, ids in zip(different, pieces, strict=True)}
     for row, words in enumerate(sentences):
         tokens = [token for word in words for token in tokens_of[word]]
         numbers = np.repeat(np.arange(len(words)), [len(tokens_of[word]) for word in words])
@@ -145,10 +148,3 @@ def tokenize_windows(sentences: Sequence[Sequence[str]], tokenizer: Any, max_len
                 windows.words.append(np.pad(np.where(mine, numbers[here], -1), (head, tail), constant_values=-1))
                 windows.rows.append(row)
     return windows
-
-
-def _differs_alone(tokenizer: Any) -> bool:
-    """Return True if a word has different tokens alone and inside a text, as in GPT-2."""
-    inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
-    alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    return list(inside[1:]) != list(alone[1:])
