@@ -384,7 +384,11 @@ DATA = [  # a command that reads data, the problem, and words of the sentence
     ("encode model {} out", data_no_json, "Row 1 of torn.jsonl is not a JSON "),
     ("encode model {} out", data_damaged, "damaged.parquet cannot be read as parquet: .*. Repair it, or save it again"),
     ("evaluate model {}", data_without_rows, "header.csv has no rows; give a file (or split )?that holds data"),
-    ("predict model {} --out out.jsonl", data_no_json, "torn.jsonl: row . is not a JSON object. Correct it or remove the row"),
+    (
+        "predict model {} --out out.jsonl",
+        data_no_json,
+        r"torn.jsonl: row . is not a JSON object .* Correct it or remove the row",
+    ),
     (
         "plot embeddings model {} --out out.html",
         data_no_table,
