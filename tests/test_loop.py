@@ -371,7 +371,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, undi
     caplog.clear()
     fit(tmp_path / "parts")
     assert f"Checkpoint {newest} is damaged" in caplog.text and word in caplog.text
-    assert "Resuming at step 6" in caplog.text
+    assert "step-00000006" in caplog.text
     assert_same(read_weights(tmp_path / "parts"), read_weights(undisturbed))
 
 

@@ -6,13 +6,22 @@ The name of an incomplete checkpoint contains ``.tmp``.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file, save_model
+from torch import nn
 
 from minibert.files import disk
+from minibert.files.processes import processes
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp"
@@ -20,6 +29,59 @@ _KEPT = "files saved earlier are not changed"
 
 readable_os_errors = partial(disk.readable_os_errors, kept=_KEPT)
 exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
+
+
+def save(root: Path, step: int, model: nn.Module, states: dict[str, Any], optimizer: Any = None, keep: int = 1) -> None:
+    """Write the weights of ``model`` and the JSON files ``states`` to ``step-<step>`` in ``root``.
+
+    Without ``optimizer``, the folder is ``best-<step>``. The last ``keep`` folders stay. Every
+    process must call this function, and the main process writes.
+    """
+    kind = "step" if optimizer else "best"
+
+    def fill(folder: Path) -> None:
+        save_model(model, str(folder / "model.safetensors"))
+        if optimizer:
+            entries = optimizer.state_dict()["state"].items()
+            tensors = {f"{number}.{key}": value.cpu() for number, entry in entries for key, value in entry.items()}
+            save_file(tensors, folder / "optimizer.safetensors")
+        for name, state in states.items():
+            disk.write_json(folder / name, state)
+
+    if processes().is_main_process:
+        write_folder(folder := root / f"{kind}-{step:08d}", fill)
+        rotate(root, keep, newest=folder, kind=kind)
+    processes().wait_for_everyone()  # a process that ends earlier would make torchrun stop the others
+
+
+def load_optimizer(folder: Path, optimizer: Any) -> None:
+    """Load the state of ``optimizer``, except its learning rates, from a checkpoint."""
+    state = {**optimizer.state_dict(), "state": {}}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        number, _, name = key.partition(".")
+        state["state"].setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict(state)
+
+
+def newest(root: Path) -> tuple[Path | None, Path | None]:
+    """Return the newest valid checkpoint and the best weights. Log warnings about damaged ones.
+
+    Every process must call this function.
+    """
+    found: list[Any] = [None]
+    if processes().is_main_process:
+        clear_leftovers(root)
+        found = [(latest_valid(root), latest_valid(root, kind="best"))]
+    # All processes use this result, because some might not see every file yet.
+    (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
+    if processes().is_main_process:
+        for problem in (*problems.values(), *best_problems.values()):
+            logger.warning("%s This checkpoint is skipped.", problem)
+        if folder:
+            logger.warning("Resuming from %s.", folder)
+        elif problems:
+            logger.warning("No checkpoint in %s is valid; the run starts from the beginning.", root)
+    return folder, best
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -29,8 +28,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, send_to_device
-from safetensors.torch import load_file, load_model, save_file, save_model
+from accelerate.utils import send_to_device
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -568,69 +567,32 @@ class _Run:
             return
         if self.best is None or self.sign * metrics[name] > self.sign * self.best["metrics"][name]:
             self.best = {"identity": self.identity, "step": step, "metrics": metrics}
-            self._write(self.root / f"best-{step:08d}", self.best)
+            checkpoint.save(self.root, step, self.accelerator.unwrap_model(self.model), {"state.json": self.best})
 
     def save(self) -> None:
         """Save a checkpoint of the current step, and delete old checkpoints."""
         self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.meter.seconds()
         self.meter.loss_sum.fill_(self.progress.loss_sum)  # so that a resumed run logs the same loss
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        folder = self.root / f"step-{self.progress.step:08d}"
-        self._write(folder, {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler})
-        if self.accelerator.is_main_process:
-            checkpoint.rotate(self.root, self.arguments.save_total_limit, newest=folder)
+        state = {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler}
+        model, step, keep = self.accelerator.unwrap_model(self.model), self.progress.step, self.arguments.save_total_limit
+        checkpoint.save(self.root, step, model, {"state.json": state}, optimizer=self.optimizer, keep=keep)
         self.saved_step = self.progress.step
 
-    def _write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights and ``state`` to ``folder``. In ``step-*``, also write the optimizer."""
-        if not self.accelerator.is_main_process:
-            return
-        best = folder.name.startswith("best-")
-
-        def fill(temporary: Path) -> None:
-            save_model(self.accelerator.unwrap_model(self.model), str(temporary / "model.safetensors"))
-            if not best:
-                entries = self.optimizer.state_dict()["state"].items()
-                tensors = {f"{number}.{key}": value.cpu() for number, entry in entries for key, value in entry.items()}
-                save_file(tensors, temporary / "optimizer.safetensors")
-            write_json(temporary / "state.json", state)
-
-        checkpoint.write_folder(folder, fill)
-        for other in self.root.glob("best-????????") if best else ():
-            if other != folder:
-                shutil.rmtree(other)
-
     def resume(self) -> None:
-        """Load the latest valid checkpoint, if any. Log warnings about damaged checkpoints."""
-        found: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            checkpoint.clear_leftovers(self.root)
-            found = [(checkpoint.latest_valid(self.root), checkpoint.latest_valid(self.root, kind="best"))]
-        # All processes use this result, because some might not see every file yet.
-        (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
-        if self.accelerator.is_main_process:
-            for problem in (*problems.values(), *best_problems.values()):
-                logger.warning("%s This checkpoint is skipped.", problem)
-            if problems and not folder:
-                logger.warning("No checkpoint in %s is valid; the run starts from the beginning.", self.root)
+        """Load the latest valid checkpoint, if any."""
+        folder, best = checkpoint.newest(self.root)
         if best:
             self.best = self._state(best)
         if not folder:
             return
         state = self._state(folder)
         load_model(self.accelerator.unwrap_model(self.model), folder / "model.safetensors")
-        optimizer_state = self.optimizer.state_dict()
-        optimizer_state["state"] = {}
-        for key, tensor in load_file(folder / "optimizer.safetensors").items():
-            number, _, name = key.partition(".")
-            optimizer_state["state"].setdefault(int(number), {})[name] = tensor
-        self.optimizer.load_state_dict(optimizer_state)
+        checkpoint.load_optimizer(folder, self.optimizer)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.saved_step = self.progress.step
-        if self.accelerator.is_main_process:
-            logger.warning("Resuming at step %d of %d from %s.", self.progress.step, self.total, folder)
 
     def _state(self, folder: Path) -> dict[str, Any]:
         """Read the state of a checkpoint. Raise ValueError if arguments or data changed."""
