@@ -497,24 +497,6 @@ def poisoned_model(finite_gradient):
     return model
 
 
-def test_the_share_outside_of_steps_is_that_of_data_and_files(tmp_path):
-    """Bounds by sleeping: making a batch counts as outside, a forward pass does not, evaluation counts nowhere."""
-    pause, batches = 0.05, 8
-
-    def slowly(*_):
-        time.sleep(pause)
-
-    data = fit(tmp_path / "data", make=lambda rows: (slowly(), collate(rows))[1], epochs=1)
-    assert data["share_outside_step"] * data["train_seconds"] > 0.9 * batches * pause
-    model = tiny_model()
-    model.register_forward_pre_hook(slowly)
-    steps = fit(tmp_path / "steps", model, evaluate=lambda _: slowly() or {"loss": 0.0}, eval_steps=1, epochs=1)
-    assert (1 - steps["share_outside_step"]) * steps["train_seconds"] > 0.9 * batches * pause
-    assert steps["share_outside_step"] < data["share_outside_step"]
-    again = fit(tmp_path / "steps", evaluate=lambda _: {"loss": 0.0}, eval_steps=1, epochs=1)
-    assert again["share_outside_step"] == 0.0  # there was nothing left to do
-
-
 @pytest.mark.parametrize("finite_gradient", [False, True])
 def test_a_loss_that_is_not_finite_stops_with_step_rate_and_rows(tmp_path, finite_gradient):
     bad = next(step for step in range(4) if 11 in loop.rows_of_step(step, rows=ROWS, rows_per_step=8, seed=7))

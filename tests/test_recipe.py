@@ -127,11 +127,6 @@ def test_stages_that_do_not_fit(write, stages, message):
         load_recipe(write(*stages))
 
 
-def test_sharding_by_hand_is_refused_with_what_shares_the_data(write):
-    with pytest.raises(ValueError, match=r"stage 2 \(classify\): fsdp is not supported; .* run torchrun --nproc_per_node N -m"):
-        load_recipe(write(TOKENIZER, {**CLASSIFY, "fsdp": True}))
-
-
 @pytest.mark.parametrize("text", ["", "- a", "name: [", "just words"])
 def test_not_a_recipe(tmp_path, text):
     path = tmp_path / "recipe.yaml"

@@ -137,16 +137,6 @@ class LoopArguments(Arguments):
             raise ValueError("warmup_steps and warmup_ratio are both set; remove one of the two fields.")
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_fsdp(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "fsdp" in value:
-            raise ValueError(
-                "fsdp is not supported; remove the field. To train on several devices, run torchrun "
-                "--nproc_per_node N -m minibert train RECIPE. Each process then has a copy of the model."
-            )
-        return value
-
 
 class TrainStage(ModelStage, LoopArguments):
     """Represent a stage that trains a model on data."""

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -237,8 +236,6 @@ class Meter:
         self.grad_norm = torch.zeros((), device=accelerator.device)
         self.first_bad = torch.tensor(-1, device=accelerator.device)
         self.start = time.perf_counter() - progress.seconds
-        self.first_seconds = progress.seconds
-        self.spent: defaultdict[str, float] = defaultdict(float)  # seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
         """Count a step, and remember the first step whose loss or gradient is not finite."""
@@ -253,27 +250,12 @@ class Meter:
 
     def read(self) -> tuple[float, int]:
         """Return the sum of losses, and the first step with a loss that is not finite, or -1."""
-        with self.timed("steps"):
-            sums = torch.stack([self.loss_sum.double(), self.first_bad.double()])[None]
-            if self.accelerator.num_processes > 1:
-                sums = self.accelerator.gather(sums)
-            return sums[:, 0].mean().item(), int(sums[:, 1].max())
+        sums = self.accelerator.gather(torch.stack([self.loss_sum.double(), self.first_bad.double()])[None])
+        return sums[:, 0].mean().item(), int(sums[:, 1].max())
 
     def seconds(self) -> float:
         """Return the seconds of training without evaluation. Interrupted runs count as well."""
-        return time.perf_counter() - self.start - self.spent["evaluation"]
-
-    def share_outside(self) -> float:
-        """Return the fraction of the training time that is not spent in optimizer steps."""
-        steps = self.spent["steps"]
-        return max(0.0, 1 - steps / max(1e-9, self.seconds() - self.first_seconds)) if steps else 0.0
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds that the ``with`` block takes to ``spent[name]``."""
-        start = time.perf_counter()
-        yield
-        self.spent[name] += time.perf_counter() - start
+        return time.perf_counter() - self.start
 
     def line(self, loss_sum: float, rate: float, per_epoch: int) -> dict[str, float]:
         """Return the metrics for a log line, and reset the sums of losses and tokens."""
@@ -475,9 +457,7 @@ class _Run:
         with stop.listening(), bar:
             for batch in loader:
                 rate = self.rate(progress.step)
-                with self.meter.timed("steps"):
-                    loss, grad_norm = self.optimizer_step(batch, rate)
-                self.meter.add(loss, grad_norm, batch.tokens)
+                self.meter.add(*self.optimizer_step(batch, rate), batch.tokens)
                 bar.update()
                 if logging_now := self._due(arguments.log_steps):
                     self.log.write(line := self.meter.line(self.checked_loss(), rate, self.steps.per_epoch))
@@ -492,16 +472,13 @@ class _Run:
                     self.save()
                 if stopping and progress.step < self.total:
                     raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
-        self.share_outside = self.meter.share_outside()
 
     def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor]:
         """Update the weights, and return the loss and the gradient norm before clipping."""
         accelerator, processes = self.accelerator, self.accelerator.num_processes
         seed_everything(self.seed, self.progress.step, accelerator.process_index, 1)
         sums = torch.tensor([float(sum(batch.terms)), float(sum(batch.rows))], device=accelerator.device)
-        if processes > 1:
-            sums = accelerator.reduce(sums)
-        all_terms, all_rows = sums
+        all_terms, all_rows = accelerator.reduce(sums)
         total = torch.zeros((), device=accelerator.device)
         parts = zip(batch.batches, batch.terms, batch.rows, strict=True)
         for number, (inputs, terms, rows) in enumerate(parts, start=1):
@@ -552,8 +529,10 @@ class _Run:
     def evaluate(self, evaluate: Callable[[nn.Module], dict[str, Any]]) -> None:
         """Evaluate the model, and save the weights if they are the best so far."""
         self.checked_loss()
-        with self.meter.timed("evaluation"), torch.no_grad():
+        start = time.perf_counter()
+        with torch.no_grad():
             metrics = evaluate(self.accelerator.unwrap_model(self.model).eval())
+        self.meter.start += time.perf_counter() - start  # does not count as training
         self.model.train()
         step, name = self.progress.step, self.metric_for_best
         self.progress.evaluation = metrics
@@ -627,7 +606,6 @@ class _Run:
             "train_seconds": round(progress.seconds, 3),
             "train_tokens": progress.all_tokens,
             "tokens_per_second": round(progress.all_tokens / max(1e-9, progress.seconds), 1),
-            "share_outside_step": round(self.share_outside, 4),
             "parameters": sum(parameter.numel() for parameter in bare.parameters()),
         }
         if accelerator.is_main_process:

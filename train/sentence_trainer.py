@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,17 @@ from accelerate.utils import broadcast_object_list, gather, reduce
 from safetensors.torch import load_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerState
 
 from minibert.files.disk import read_json
 from minibert.files.processes import processes
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
-from minibert.train.loop import Log, StopRequest, keep_memory, seed_everything
+from minibert.train.loop import Log, StopRequest, keep_memory, learning_rate, seed_everything
 from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
-
-# Schedules that have another name in transformers.
-_SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
 
 def train(
@@ -102,10 +101,6 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
         adam_beta1=args.adam_betas[0],
         adam_beta2=args.adam_betas[1],
         adam_epsilon=args.adam_epsilon,
-        # Values below 1 are a share of all steps, but 1 is a single step.
-        warmup_steps=args.warmup_steps or min(args.warmup_ratio, 1 - 1e-9),
-        lr_scheduler_type=_SCHEDULERS.get(args.schedule, args.schedule),
-        lr_scheduler_kwargs={"num_decay_steps": args.decay_ratio, "decay_type": "1-sqrt"} if args.schedule == "wsd" else {},
         max_grad_norm=args.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),  # otherwise the trainer refuses bf16 without a GPU
         bf16=args.precision == "bf16",
@@ -168,7 +163,7 @@ class _Trainer(SentenceTransformerTrainer):
     lr_scheduler: Any
 
     def _save_checkpoint(self, *_: Any) -> None:
-        self._tr_loss = processes_mean(self._tr_loss)
+        self._tr_loss = reduce(self._tr_loss, reduction="mean")
         scaler = self.accelerator.scaler
         state = {
             "losses": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged],
@@ -198,12 +193,14 @@ class _Trainer(SentenceTransformerTrainer):
         """Do nothing. Every step sets its own seed."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the scheduler. For wsd, convert the decay ratio to a number of steps."""
-        options = self.args.lr_scheduler_kwargs
-        if isinstance(options, dict) and "num_decay_steps" in options:  # still a share of all steps
-            decay = max(1, round(options["num_decay_steps"] * num_training_steps))
-            self.args.lr_scheduler_kwargs = {**options, "num_decay_steps": decay}
-        return super().create_scheduler(num_training_steps, optimizer)
+        """Create the schedule of the training loop."""
+        args, total = self.stage.arguments, num_training_steps
+        warmup = args.warmup_steps or int(args.warmup_ratio * total)
+        share = partial(
+            learning_rate, peak=1.0, warmup=warmup, total=total, schedule=args.schedule, decay_ratio=args.decay_ratio
+        )
+        self.lr_scheduler = LambdaLR(self.optimizer, share)
+        return self.lr_scheduler
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Do nothing. The model card is written when the model is published."""
@@ -293,8 +290,3 @@ class _StageCallback(ProgressCallback):
         processes().wait_for_everyone()
         load_model(self.trainer.model, self.root / f"best-{self.best['step']:08d}" / "model.safetensors")
         return {**self.best["metrics"], "best_step": self.best["step"]}
-
-
-def processes_mean(value: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``value`` over the processes."""
-    return reduce(value.clone(), reduction="mean") if processes().num_processes > 1 else value
