@@ -144,14 +144,13 @@ def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] 
             figure.update_scenes(**axes, aspectmode="cube", camera=camera, annotations=texts, **place)
             continue
         figure.layout.annotations += tuple({**text, "xref": f"x{at + 1}", "yref": f"y{at + 1}"} for text in texts)
-        figure.update_xaxes(title={"text": panel.axes[0], "standoff": 5}, **place)
-        figure.update_yaxes(title_text=panel.axes[1], **place)
         if panel.frame:
             figure.update_xaxes(visible=False, fixedrange=True, range=panel.frame[0], **place)
             figure.update_yaxes(visible=False, fixedrange=True, range=panel.frame[1], **place)
         elif kind == "heatmap":
-            figure.update_xaxes(type="category", **_labels(panel.columns, 48), **place)
-            figure.update_yaxes(type="category", autorange="reversed", **_labels(panel.rows, 170), **place)
+            title = {"text": panel.axes[0], "standoff": 5}
+            figure.update_xaxes(type="category", title=title, **_labels(panel.columns, 48), **place)
+            figure.update_yaxes(type="category", title=panel.axes[1], autorange="reversed", **_labels(panel.rows, 170), **place)
         else:
             figure.update_xaxes(matches="x", **place)
     named: dict[str, Any] = {}

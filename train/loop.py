@@ -221,58 +221,10 @@ class Progress:
     seconds: float = 0.0
     logged_step: int = 0
     logged_seconds: float = 0.0
-    loss_sum: float = 0.0
+    loss_sum: float = 0.0  # since the last line of the log
     tokens: int = 0  # since the last line of the log
     all_tokens: int = 0
     evaluation: dict[str, Any] = field(default_factory=dict)  # latest metrics
-
-
-class Meter:
-    """Count the steps, tokens and seconds of a run, and sum the losses."""
-
-    def __init__(self, accelerator: Accelerator, progress: Progress):
-        self.accelerator, self.progress = accelerator, progress
-        self.loss_sum = torch.tensor(progress.loss_sum, device=accelerator.device)
-        self.grad_norm = torch.zeros((), device=accelerator.device)
-        self.first_bad = torch.tensor(-1, device=accelerator.device)
-        self.start = time.perf_counter() - progress.seconds
-
-    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
-        """Count a step, and remember the first step whose loss or gradient is not finite."""
-        # With float16, the scaler skips a step whose gradients overflow.
-        finite = torch.isfinite(loss if self.accelerator.scaler else loss + grad_norm)
-        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, self.progress.step)
-        self.loss_sum += loss
-        self.grad_norm = grad_norm
-        self.progress.step += 1
-        self.progress.tokens += tokens
-        self.progress.all_tokens += tokens * self.accelerator.num_processes
-
-    def read(self) -> tuple[float, int]:
-        """Return the sum of losses, and the first step with a loss that is not finite, or -1."""
-        sums = self.accelerator.gather(torch.stack([self.loss_sum.double(), self.first_bad.double()])[None])
-        return sums[:, 0].mean().item(), int(sums[:, 1].max())
-
-    def seconds(self) -> float:
-        """Return the seconds of training without evaluation. Interrupted runs count as well."""
-        return time.perf_counter() - self.start
-
-    def line(self, loss_sum: float, rate: float, per_epoch: int) -> dict[str, float]:
-        """Return the metrics for a log line, and reset the sums of losses and tokens."""
-        progress, now = self.progress, self.seconds()
-        tokens = progress.tokens * self.accelerator.num_processes
-        line = {
-            "step": progress.step,
-            "epoch": round(progress.step / per_epoch, 4),
-            "loss": loss_sum / (progress.step - progress.logged_step),
-            "learning_rate": rate,
-            "grad_norm": float(self.grad_norm),
-            "tokens_per_second": round(tokens / max(1e-9, now - progress.logged_seconds), 1),
-            "seconds": round(now, 3),
-        }
-        progress.logged_step, progress.logged_seconds, progress.tokens = progress.step, now, 0
-        self.loss_sum.zero_()
-        return line
 
 
 class Log:
@@ -443,7 +395,10 @@ class _Run:
             num_workers=arguments.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        self.meter, self.log = Meter(accelerator, progress), Log(accelerator, self.output_dir / "log.jsonl", progress.step)
+        self.log = Log(accelerator, self.output_dir / "log.jsonl", progress.step)
+        self.loss_sum = torch.tensor(progress.loss_sum, device=accelerator.device)
+        self.first_bad = torch.tensor(-1, device=accelerator.device)  # first step whose loss or gradient is not finite
+        self.start = time.perf_counter() - progress.seconds
         self.model.train()
         bar = tqdm(
             total=self.total,
@@ -457,11 +412,17 @@ class _Run:
         with stop.listening(), bar:
             for batch in loader:
                 rate = self.rate(progress.step)
-                self.meter.add(*self.optimizer_step(batch, rate), batch.tokens)
+                loss, grad_norm = self.optimizer_step(batch, rate)
+                # With float16, the scaler skips a step whose gradients overflow.
+                finite = torch.isfinite(loss if accelerator.scaler else loss + grad_norm)
+                self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, progress.step)
+                self.loss_sum += loss
+                progress.step += 1
+                progress.tokens += batch.tokens
+                progress.all_tokens += batch.tokens * accelerator.num_processes
                 bar.update()
                 if logging_now := self._due(arguments.log_steps):
-                    self.log.write(line := self.meter.line(self.checked_loss(), rate, self.steps.per_epoch))
-                    bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{self.write_line(rate, grad_norm):.4f}", refresh=False)
                 if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
                     self.evaluate(evaluate)
                 stopping = stop.number
@@ -510,9 +471,33 @@ class _Run:
             decay_ratio=self.arguments.decay_ratio,
         )
 
+    def seconds(self) -> float:
+        """Return the seconds of training without evaluation. Interrupted runs count as well."""
+        return time.perf_counter() - self.start
+
+    def write_line(self, rate: float, grad_norm: Tensor) -> float:
+        """Write a line of the log, and return the mean loss since the last line."""
+        progress, now = self.progress, self.seconds()
+        tokens = progress.tokens * self.accelerator.num_processes
+        loss = self.checked_loss() / (progress.step - progress.logged_step)
+        line = {
+            "step": progress.step,
+            "epoch": round(progress.step / self.steps.per_epoch, 4),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": float(grad_norm),
+            "tokens_per_second": round(tokens / max(1e-9, now - progress.logged_seconds), 1),
+            "seconds": round(now, 3),
+        }
+        self.log.write(line)
+        progress.logged_step, progress.logged_seconds, progress.tokens = progress.step, now, 0
+        self.loss_sum.zero_()
+        return loss
+
     def checked_loss(self) -> float:
         """Return the sum of losses, or raise FloatingPointError if a loss is not finite."""
-        loss_sum, bad = self.meter.read()
+        sums = self.accelerator.gather(torch.stack([self.loss_sum.double(), self.first_bad.double()])[None])
+        loss_sum, bad = float(sums[:, 0].mean()), int(sums[:, 1].max())
         if bad < 0:
             return loss_sum
         rows = self.steps.row_ids(bad).tolist()
@@ -532,7 +517,7 @@ class _Run:
         start = time.perf_counter()
         with torch.no_grad():
             metrics = evaluate(self.accelerator.unwrap_model(self.model).eval())
-        self.meter.start += time.perf_counter() - start  # does not count as training
+        self.start += time.perf_counter() - start  # does not count as training
         self.model.train()
         step, name = self.progress.step, self.metric_for_best
         self.progress.evaluation = metrics
@@ -550,8 +535,8 @@ class _Run:
 
     def save(self) -> None:
         """Save a checkpoint of the current step, and delete old checkpoints."""
-        self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.meter.seconds()
-        self.meter.loss_sum.fill_(self.progress.loss_sum)  # so that a resumed run logs the same loss
+        self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.seconds()
+        self.loss_sum.fill_(self.progress.loss_sum)  # so that a resumed run logs the same loss
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         state = {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler}
         model, step, keep = self.accelerator.unwrap_model(self.model), self.progress.step, self.arguments.save_total_limit
