@@ -18,14 +18,12 @@ from datasets import ClassLabel
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from minibert.data.columns import pick_columns
 from minibert.data.files import kind_of
 from minibert.data.load import as_dataset, text_columns
 from minibert.files.disk import atomic_write, expand_home
-from minibert.files.model_folder import opening
-from minibert.inference.load import check_complete, encoder_folder, find_model
 from minibert.inference.predict import check_output
 
 SUFFIXES = (".html", ".png")
@@ -410,17 +408,6 @@ def ticks(count: int, most: int) -> list[int]:
     [0, 2, 4, 6]
     """
     return list(range(0, count, max(1, -(-count // most))))
-
-
-def open_encoder(
-    model: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the encoder of ``model`` on the CPU, without a head, and the tokenizer."""
-    folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
-    with opening(folder):
-        encoder = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
-    check_complete(encoder, folder)
-    return encoder.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def name_of(model: str | Path) -> str:

@@ -135,7 +135,9 @@ def embeddings(
 
 
 def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, method: str, trust_remote_code: bool) -> Embeddings:
-    encoder, tokenizer = page.open_encoder(model, trust_remote_code=trust_remote_code)
+    opened = load(model, device="cpu", trust_remote_code=trust_remote_code)
+    encoder: Any = opened.transformers_model
+    tokenizer = opened.tokenizer
     limit = max_length_of(encoder, tokenizer)
     before, after, names, shown, kinds = [], [], [], [], []
     for number, text in enumerate(texts):
