@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device
+from accelerate.utils import gather, send_to_device
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -272,6 +272,15 @@ class StopRequest:
         elif now - self.asked > 1:  # torchrun repeats the terminal's signal to its children
             raise KeyboardInterrupt
 
+    def agreed(self, logged: bool) -> int:
+        """Return the signal that any process received, or 0.
+
+        Several processes only look at logged steps, where they wait for each other anyway.
+        """
+        if processes().num_processes == 1:
+            return self.number
+        return int(gather(torch.tensor([self.number], device=processes().device)).max()) if logged else 0
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals in the ``with`` block. Outside the main thread, do nothing."""
@@ -425,11 +434,7 @@ class _Run:
                     bar.set_postfix(loss=f"{self.write_line(rate, grad_norm):.4f}", refresh=False)
                 if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
                     self.evaluate(evaluate)
-                stopping = stop.number
-                if accelerator.num_processes > 1:  # processes wait for each other at logged steps anyway
-                    number = torch.tensor([stopping], device=accelerator.device)
-                    stopping = int(accelerator.gather(number).max()) if logging_now else 0
-                if stopping or self._due(arguments.save_steps or self.steps.per_epoch):
+                if (stopping := stop.agreed(logging_now)) or self._due(arguments.save_steps or self.steps.per_epoch):
                     self.save()
                 if stopping and progress.step < self.total:
                     raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)

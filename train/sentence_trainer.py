@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather, reduce
+from accelerate.utils import broadcast_object_list, reduce
 from safetensors.torch import load_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
@@ -260,11 +260,7 @@ class _StageCallback(ProgressCallback):
         due = state.global_step % every == 0 if every else float(state.epoch).is_integer()
         if self.evaluate and (due or last):
             self.measure(state)
-        number = self.stop.number
-        if processes().num_processes > 1:  # processes wait for each other at logged steps anyway
-            if state.global_step % args.logging_steps:
-                return
-            number = int(gather(torch.tensor([number], device=args.device)).max())
+        number = self.stop.agreed(state.global_step % args.logging_steps == 0)
         if number and not last:
             self.interrupted = number
             control.should_save = control.should_training_stop = True

@@ -50,9 +50,7 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
         "max_answer_length": args.max_answer_length,
         "null_threshold": threshold,
     }
-    evaluate = None
-    if args.eval_data:
-        evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
+    evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size) if args.eval_data else None
     rows = window_rows(train, answers, tokenizer, sizes)
     return fit(model, tokenizer, rows, args, context, evaluate, args.metric_for_best)
 

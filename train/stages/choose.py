@@ -48,11 +48,8 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
         "text_columns": columns[0],
         "choice_columns": columns[1],
     }
-
-    evaluate = None
-    if args.eval_data:
-        evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
-    rows = ChoiceRows.from_choices(asked, labels, tokenizer, max_length)
+    evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size) if args.eval_data else None
+    rows = ChoiceRows(asked, labels, tokenizer, max_length)
     return fit(model, tokenizer, rows, args, context, evaluate, args.metric_for_best)
 
 
@@ -109,23 +106,14 @@ class ChoiceRows:
         choices: number of choices of each question.
     """
 
-    def __init__(self, pairs: TokenizedDataset, choices: int):
-        self.pairs, self.choices, self.fingerprint = pairs, choices, pairs.fingerprint
-
-    @classmethod
-    def from_choices(
-        cls,
-        asked: Sequence[Choices],
-        labels: np.ndarray,
-        tokenizer: Any,
-        max_length: int,
-    ) -> "ChoiceRows":
+    def __init__(self, asked: Sequence[Choices], labels: np.ndarray, tokenizer: Any, max_length: int):
         """Tokenize each question with each choice. The longer text of a pair is cut first."""
         firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         texts = Dataset.from_dict({"first": firsts, "second": seconds})
-        choices = len(texts) // len(labels)
-        repeated = np.repeat(labels, choices)
-        return cls(TokenizedDataset.from_texts(texts, ("first", "second"), repeated, tokenizer, max_length), choices)
+        self.choices = len(texts) // len(labels)
+        repeated = np.repeat(labels, self.choices)
+        self.pairs = TokenizedDataset.from_texts(texts, ("first", "second"), repeated, tokenizer, max_length)
+        self.fingerprint = self.pairs.fingerprint
 
     def __len__(self) -> int:
         return len(self.pairs) // self.choices
