@@ -49,8 +49,10 @@ def save(root: Path, step: int, model: nn.Module, states: dict[str, Any], optimi
             disk.write_json(folder / name, state)
 
     if processes().is_main_process:
-        write_folder(folder := root / f"{kind}-{step:08d}", fill)
-        rotate(root, keep, newest=folder, kind=kind)
+        write_folder(written := root / f"{kind}-{step:08d}", fill)
+        position = (folders := _steps(root, kind)).index(written) + 1
+        for folder in (*folders[: max(0, position - keep)], *folders[position:]):  # later ones are damaged
+            shutil.rmtree(folder)
     processes().wait_for_everyone()  # a process that ends earlier would make torchrun stop the others
 
 
@@ -70,7 +72,8 @@ def newest(root: Path) -> tuple[Path | None, Path | None]:
     """
     found: list[Any] = [None]
     if processes().is_main_process:
-        clear_leftovers(root)
+        for folder in root.glob(f"*{_TEMPORARY}-*"):  # of killed processes
+            shutil.rmtree(folder, ignore_errors=True)
         found = [(latest_valid(root), latest_valid(root, kind="best"))]
     # All processes use this result, because some might not see every file yet.
     (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
@@ -85,14 +88,22 @@ def newest(root: Path) -> tuple[Path | None, Path | None]:
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Write a new folder with ``fill``, and then replace ``target`` by the new folder."""
+    """Write a new folder with ``fill``, and then replace ``target`` by the new folder.
+
+    The folder gets a manifest. All files are synced to the disk before the folder gets its name.
+    """
     temporary = target.with_name(f"{target.name}{_TEMPORARY}-{os.getpid()}")
     with readable_os_errors(target):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             fill(temporary)
-            write_manifest(temporary)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            for path in files:
+                disk.sync(path)
+            sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
+            disk.write_json(temporary / MANIFEST, sizes)
+            disk.sync(temporary)
             if target.exists():  # a rename cannot replace a folder with files
                 os.replace(target, retired := temporary.with_name(f"{temporary.name}.retired"))
                 os.replace(temporary, target)
@@ -102,15 +113,6 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             disk.sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_manifest(folder: Path) -> None:
-    """Sync all files of ``folder`` to disk, and write the file sizes to ``manifest.json``."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    for path in files:
-        disk.sync(path)
-    disk.write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
-    disk.sync(folder)
 
 
 def find_corruption(folder: Path) -> str | None:
@@ -151,23 +153,5 @@ def move_files(source: Path, target: Path) -> None:
         disk.sync(target)
 
 
-def rotate(root: Path, keep: int, newest: Path, kind: str = "step") -> None:
-    """Delete all checkpoints except ``newest`` and the last ``keep - 1`` before ``newest``."""
-    folders = _steps(root, kind)
-    position = folders.index(newest) + 1
-    for folder in (*folders[: max(0, position - keep)], *folders[position:]):
-        shutil.rmtree(folder)
-
-
-def clear_leftovers(root: Path) -> None:
-    """Delete the incomplete folders that killed processes left in ``root``."""
-    for folder in root.glob(f"*{_TEMPORARY}-*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _steps(root: Path, kind: str) -> list[Path]:
-    numbers = {path: path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*")}
-    return sorted(
-        (path for path, number in numbers.items() if number.isdecimal()),
-        key=lambda path: int(numbers[path]),
-    )
+    return sorted(root.glob(f"{kind}-{'[0-9]' * 8}"))
