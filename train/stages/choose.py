@@ -1,13 +1,14 @@
 """Fine-tune models for multiple choice (the ``choose`` stage)."""
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from sklearn.metrics import accuracy_score
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForMultipleChoice
 
 from minibert.data.load import check_columns, load
@@ -48,7 +49,9 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
         "text_columns": columns[0],
         "choice_columns": columns[1],
     }
-    evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size) if args.eval_data else None
+    evaluate = None
+    if args.eval_data:
+        evaluate = partial(measure, rows=held_out, labels=expected, tokenizer=tokenizer, batch_size=args.eval_batch_size)
     rows = ChoiceRows(asked, labels, tokenizer, max_length)
     return fit(model, tokenizer, rows, args, context, evaluate, args.metric_for_best)
 
@@ -125,19 +128,10 @@ class ChoiceRows:
         return {**{name: tensor.unflatten(0, (len(rows), self.choices)) for name, tensor in batch.items()}, "labels": labels}
 
 
-def evaluator(
-    rows: Dataset,
-    labels: np.ndarray,
-    tokenizer: Any,
-    batch_size: int,
-) -> Callable[[nn.Module], dict[str, Any]]:
-    """Return a function that computes :func:`choice_metrics` of a model."""
-
-    def evaluate(model: Any) -> dict[str, float]:
-        results = results_of(rows, lambda mine: choose_rows(model, tokenizer, mine, batch_size=batch_size))
-        return choice_metrics([result["probabilities"] for result in results], labels)
-
-    return evaluate
+def measure(model: Any, rows: Dataset, labels: np.ndarray, tokenizer: Any, batch_size: int) -> dict[str, float]:
+    """Return :func:`choice_metrics` of a model."""
+    results = results_of(rows, lambda mine: choose_rows(model, tokenizer, mine, batch_size=batch_size))
+    return choice_metrics([result["probabilities"] for result in results], labels)
 
 
 def choice_metrics(probabilities: Sequence[Sequence[float]], labels: Sequence[int] | np.ndarray) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Fine-tune classifiers of texts or text pairs (the ``classify`` stage)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     evaluate = None
     if held_out:
         evaluated = TokenizedDataset.from_texts(held_out[0], columns, held_out[1], tokenizer, max_length)
-        evaluate = evaluator(evaluated, labels.problem_type, args.eval_batch_size)
+        evaluate = partial(measure, rows=evaluated, problem_type=labels.problem_type, batch_size=args.eval_batch_size)
     rows = TokenizedDataset.from_texts(train, columns, labels.values, tokenizer, max_length)
     return fit(model, tokenizer, rows, args, context, evaluate, metric)
 
@@ -72,11 +73,7 @@ def find_text_columns(
     return columns
 
 
-def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, Any]]:
-    """Return a function that measures a classifier. Processes divide the work."""
-
-    def evaluate(model: nn.Module) -> dict[str, Any]:
-        numbers, logits = compute_outputs(model, rows, batch_size)
-        return classification_metrics(torch.cat(logits), rows.labels[numbers], problem_type)
-
-    return evaluate
+def measure(model: nn.Module, rows: TokenizedDataset, problem_type: str, batch_size: int) -> dict[str, Any]:
+    """Return the metrics of a classifier. Processes divide the work."""
+    numbers, logits = compute_outputs(model, rows, batch_size)
+    return classification_metrics(torch.cat(logits), rows.labels[numbers], problem_type)

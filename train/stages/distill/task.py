@@ -1,5 +1,6 @@
 """Train a classifier on labels and on the logits of a teacher."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from minibert.inference.predict import class_names
 from minibert.train.arguments import DistillTaskStage
 from minibert.train.rows import TokenizedDataset, head_changes
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.classify import evaluator, read_data
+from minibert.train.stages.classify import measure as measure_classifier
+from minibert.train.stages.classify import read_data
 from minibert.train.stages.distill.student import Distillation, fit_student, from_layers, soft_divergence
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, load_teacher, same_tokens
 
@@ -68,7 +70,12 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     if held_out:
         rows_held_out, expected = held_out[0], teachers_number[held_out[1]]
         measure, measure_teacher = (
-            evaluator(TokenizedDataset.from_texts(rows_held_out, columns, expected, *reads), SINGLE, args.eval_batch_size)
+            partial(
+                measure_classifier,
+                rows=TokenizedDataset.from_texts(rows_held_out, columns, expected, *reads),
+                problem_type=SINGLE,
+                batch_size=args.eval_batch_size,
+            )
             for reads in ((tokenizer, length), (its_tokenizer, its_length))
         )
     taught = TaughtRows(rows, "teacher_logits", logits, key)
