@@ -307,7 +307,7 @@ def fit(
     """Train ``model``. Save the model, metrics and a log in the output folder of ``context``.
 
     Training continues from the latest valid checkpoint in the folder. Under torchrun, every
-    process must call this function.
+    process must call this function. The result is the content of ``metrics.json``.
 
     Args:
         model: a model that computes its own loss.
@@ -317,9 +317,6 @@ def fit(
         context: folder and seed of the stage.
         evaluate: function that returns the metrics of the model. Every process calls it.
         metric: metric that selects the weights to keep. If None, keep the last weights.
-
-    Returns:
-        The content of ``metrics.json``.
     """
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):

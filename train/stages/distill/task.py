@@ -69,13 +69,9 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     measure = measure_teacher = None
     if held_out:
         rows_held_out, expected = held_out[0], teachers_number[held_out[1]]
+        evaluate = partial(measure_classifier, problem_type=SINGLE, batch_size=args.eval_batch_size)
         measure, measure_teacher = (
-            partial(
-                measure_classifier,
-                rows=TokenizedDataset.from_texts(rows_held_out, columns, expected, *reads),
-                problem_type=SINGLE,
-                batch_size=args.eval_batch_size,
-            )
+            partial(evaluate, rows=TokenizedDataset.from_texts(rows_held_out, columns, expected, *reads))
             for reads in ((tokenizer, length), (its_tokenizer, its_length))
         )
     taught = TaughtRows(rows, "teacher_logits", logits, key)
