@@ -431,7 +431,9 @@ def test_refusals(run, tmp_path, text, fields, message):
         run(**{"data": str(tmp_path / "wrong.csv")} | fields)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(run, tmp_path):
+@pytest.mark.parametrize("log_steps", [1, 100])
+def test_a_loss_that_is_not_a_number_stops_the_run(run, tmp_path, log_steps):
     with pytest.raises(FloatingPointError, match="learning rate 1e\\+3.*Lower learning_rate"):
-        run(learning_rate=1e30, max_grad_norm=0, schedule="constant")
+        run(learning_rate=1e30, max_grad_norm=0, schedule="constant", log_steps=log_steps)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
     assert not (tmp_path / "run" / "model.safetensors").exists()

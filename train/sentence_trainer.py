@@ -164,6 +164,7 @@ class _Trainer(SentenceTransformerTrainer):
 
     def _save_checkpoint(self, *_: Any) -> None:
         self._tr_loss = reduce(self._tr_loss, reduction="mean")
+        self.stage.check_finite(self._tr_loss.item(), self.state, self.lr_scheduler.get_last_lr()[0])
         scaler = self.accelerator.scaler
         state = {
             "losses": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged],
@@ -241,16 +242,19 @@ class _StageCallback(ProgressCallback):
             return
         loss, rate, grad_norm = logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0))
         # With fp16, the gradient scaler skips steps with infinite gradients.
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or args.fp16)):
-            raise FloatingPointError(
-                f"The loss is {loss} and its gradient norm is {grad_norm} near step "
-                f"{state.global_step} of {state.max_steps}, learning rate {rate:.3g}. Lower learning_rate, "
-                "or use precision: fp32. Checkpoints of earlier steps are not changed."
-            )
+        self.check_finite(loss + (0.0 if args.fp16 else grad_norm), state, rate)
         if self.training_bar is not None:
             self.training_bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         line = {"step": state.global_step, "epoch": round(state.epoch, 4), "loss": loss, "learning_rate": rate}
         self.log.write({**line, "grad_norm": grad_norm, "seconds": self.seconds()})
+
+    def check_finite(self, loss: float, state: Any, rate: float) -> None:
+        """Raise FloatingPointError if the loss, with the norm of its gradient, is not finite."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss or its gradient is not finite near step {state.global_step} of {state.max_steps}, learning rate "
+                f"{rate:.3g}. Lower learning_rate, or use precision: fp32. Checkpoints of earlier steps are not changed."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control)  # type: ignore[no-untyped-call]
@@ -283,6 +287,5 @@ class _StageCallback(ProgressCallback):
         """Load the best weights if they were saved, and return the metrics of the model."""
         if self.best is None:
             return self.evaluation
-        processes().wait_for_everyone()
         load_model(self.trainer.model, self.root / f"best-{self.best['step']:08d}" / "model.safetensors")
         return {**self.best["metrics"], "best_step": self.best["step"]}
