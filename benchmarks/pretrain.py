@@ -59,12 +59,10 @@ def run(
         "bert fp32 (Trainer's default)": lambda: _theirs(texts, tokenizer, work, preset, length, batch, steps, False, seed),
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    outside: list[float] = []
     for _ in range(repeats):
         for name, side in sides.items():
             figures = side()
             rates[name].append(figures["tokens_per_second"])
-            outside += [figures["share_outside_step"]] if name == "minibert bf16" else []
             print(f"{name:32} {figures['tokens_per_second']:10.0f} tokens/s", flush=True)
     two = [_two_processes(corpus, work, preset, length, batch, steps, seed) for _ in range(repeats)]
 
@@ -79,13 +77,12 @@ def run(
         "ratio_to_bert_bf16": ratio("minibert bf16", "bert bf16"),
         "ratio_fp32_to_bert_fp32": ratio("minibert fp32", "bert fp32 (Trainer's default)"),
         "ratio_bf16_to_bert_default": ratio("minibert bf16", "bert fp32 (Trainer's default)"),
-        "share_outside_step": outside,
         "two_processes_one_thread_each": two,
         "ratio_two_processes_to_one": round(statistics.median(two) / statistics.median(rates["minibert bf16"]), 3),
     }
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for name, value in results.items():
-        if name.startswith(("ratio", "share", "two")):
+        if name.startswith(("ratio", "two")):
             print(f"{name}: {value}")
 
 
@@ -124,8 +121,8 @@ def _ours(corpus: Path, work: Path, preset: str, length: int, batch: int, steps:
     folder = work / "minibert"
     shutil.rmtree(folder, ignore_errors=True)
     stage = PretrainStage.model_validate(_stage(corpus, work, preset, length, batch, steps, precision))
-    metrics = pretrain(stage, StageContext(folder, seed, tokenizer=str(work / "tokenizer")))
-    return {"tokens_per_second": _rate(folder / "log.jsonl"), "share_outside_step": metrics["share_outside_step"]}
+    pretrain(stage, StageContext(folder, seed, tokenizer=str(work / "tokenizer")))
+    return {"tokens_per_second": _rate(folder / "log.jsonl")}
 
 
 def _rate(log: Path, processes: int = 1) -> float:
@@ -204,7 +201,7 @@ def _theirs(
         callbacks=[clock],
     ).train()
     seconds = clock.times[-1] - clock.times[WARM_UP - 1]
-    return {"tokens_per_second": (len(clock.times) - WARM_UP) * batch * length / seconds, "share_outside_step": 0.0}
+    return {"tokens_per_second": (len(clock.times) - WARM_UP) * batch * length / seconds}
 
 
 __all__ = ["run"]

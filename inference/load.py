@@ -101,7 +101,7 @@ def load(
 
 def open_config(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the configuration of ``model``, a folder or an id on the Hub."""
-    folder = _checked(model, trust_remote_code)
+    folder = checked_folder(model, trust_remote_code)
     with opening(folder):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return config
@@ -109,7 +109,7 @@ def open_config(model: str | Path, *, trust_remote_code: bool = False) -> PreTra
 
 def open_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of ``model``, which may be a folder with only a tokenizer."""
-    folder = _checked(model, trust_remote_code)
+    folder = checked_folder(model, trust_remote_code)
     with opening(folder):
         # Without trust_remote_code=False, transformers would ask a question on the terminal.
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -129,7 +129,7 @@ def open_weights(
     ``changes`` are other arguments of ``from_pretrained``, or fields of the configuration. With
     ``output_loading_info=True``, a pair of the model and a report is returned.
     """
-    folder = _checked(model, trust_remote_code)
+    folder = checked_folder(model, trust_remote_code)
     check_weights(folder)
     arguments = weight_arguments(trust_remote_code, dtype=dtype, attn_implementation=attn_implementation)
     with opening(folder):
@@ -175,8 +175,11 @@ def _transformer(folder: Path, trust_remote_code: bool, dtype: str | torch.dtype
     return module
 
 
-def _checked(model: str | Path, trust_remote_code: bool) -> Path:
-    """Find a model, check its settings, tokenizer and links, and return the folder of the transformer."""
+def checked_folder(model: str | Path, trust_remote_code: bool = False) -> Path:
+    """Find a model, check its settings, tokenizer and links, and return the folder of the transformer.
+
+    Raises: the same errors as :func:`load`. The weights are not checked.
+    """
     folder = find_folder(model)
     check_paths(folder, trust_remote_code=trust_remote_code)
     encoder = encoder_folder(folder)
@@ -185,8 +188,8 @@ def _checked(model: str | Path, trust_remote_code: bool) -> Path:
     config = read_settings(encoder / "config.json")
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(
-            f"{folder} contains its own Python code, which would run when the model is opened. Read the "
-            "code. If you trust it, pass trust_remote_code=True (--trust-remote-code)."
+            f"{folder} contains its own Python code, which would run when the model is opened. Training never runs it. "
+            "Other commands do if you read the code, trust it, and pass --trust-remote-code (trust_remote_code=True)."
         )
     return encoder
 
@@ -197,7 +200,7 @@ def find_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     Raises: the same errors as :func:`load`.
     """
     folder = find_folder(model)
-    encoder = _checked(folder, trust_remote_code)
+    encoder = checked_folder(folder, trust_remote_code)
     check_weights(encoder)
     if not any(file for name in _TOKENIZERS for file in encoder.glob(name)):
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json); save it in this folder.")

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from minibert.inference.answers import max_length_of
-from minibert.inference.load import finite
+from minibert.inference.load import finite, load
 from minibert.plot import page
 
 # Browsers are slow with more weights in a page, so heads are averaged.
@@ -143,7 +143,10 @@ def attention(
     if second is not None:
         page.check_text(second, "The second text")
     pair = (text,) if second is None else (text, second)
-    encoder, tokenizer = page.open_encoder(model, trust_remote_code=trust_remote_code, attn_implementation="eager")
+    opened = load(model, device="cpu", trust_remote_code=trust_remote_code)
+    encoder: Any = opened.transformers_model
+    tokenizer = opened.tokenizer
+    encoder.set_attn_implementation("eager")
     limit = min(max_length_of(encoder, tokenizer), max_tokens or sys.maxsize)
     inputs = tokenizer(*pair, truncation=True, max_length=limit, return_tensors="pt")
     with torch.inference_mode():

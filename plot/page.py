@@ -18,14 +18,12 @@ from datasets import ClassLabel
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from minibert.data.columns import pick_columns
 from minibert.data.files import kind_of
 from minibert.data.load import as_dataset, text_columns
 from minibert.files.disk import atomic_write, expand_home
-from minibert.files.model_folder import encoder_folder
-from minibert.inference.load import check_complete, find_model, open_tokenizer, open_weights
 from minibert.inference.predict import check_output
 
 SUFFIXES = (".html", ".png")
@@ -144,14 +142,13 @@ def page_figure(panels: Sequence[Panel], menus: Mapping[str, Mapping[str, Any]] 
             figure.update_scenes(**axes, aspectmode="cube", camera=camera, annotations=texts, **place)
             continue
         figure.layout.annotations += tuple({**text, "xref": f"x{at + 1}", "yref": f"y{at + 1}"} for text in texts)
-        figure.update_xaxes(title={"text": panel.axes[0], "standoff": 5}, **place)
-        figure.update_yaxes(title_text=panel.axes[1], **place)
         if panel.frame:
             figure.update_xaxes(visible=False, fixedrange=True, range=panel.frame[0], **place)
             figure.update_yaxes(visible=False, fixedrange=True, range=panel.frame[1], **place)
         elif kind == "heatmap":
-            figure.update_xaxes(type="category", **_labels(panel.columns, 48), **place)
-            figure.update_yaxes(type="category", autorange="reversed", **_labels(panel.rows, 170), **place)
+            title = {"text": panel.axes[0], "standoff": 5}
+            figure.update_xaxes(type="category", title=title, **_labels(panel.columns, 48), **place)
+            figure.update_yaxes(type="category", title=panel.axes[1], autorange="reversed", **_labels(panel.rows, 170), **place)
         else:
             figure.update_xaxes(matches="x", **place)
     named: dict[str, Any] = {}
@@ -411,16 +408,6 @@ def ticks(count: int, most: int) -> list[int]:
     [0, 2, 4, 6]
     """
     return list(range(0, count, max(1, -(-count // most))))
-
-
-def open_encoder(
-    model: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the encoder of ``model`` on the CPU, without a head, and the tokenizer."""
-    folder = encoder_folder(find_model(model, trust_remote_code=trust_remote_code))
-    encoder = open_weights(AutoModel, folder, trust_remote_code=trust_remote_code, **kwargs)
-    check_complete(encoder, folder)
-    return encoder.eval(), open_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def name_of(model: str | Path) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import plotly.graph_objects as go
-from matplotlib.figure import Figure
 
 from minibert.files.disk import expand_home
 from minibert.plot import page
@@ -66,7 +65,8 @@ class Training(page.Picture):
                     trace.line = {"color": page.COLOURS[number % len(page.COLOURS)], "dash": style, "width": 1.5}
                     trace.marker.size = 5
                     traces.append(trace)
-            panels.append(page.Panel(title=title + (" (dotted: evaluation)" if len(keys) > 1 else ""), traces=traces))
+            title += " (dotted: evaluation)" if len(keys) > 1 else ""
+            panels.append(page.Panel(title=title, axes=(axis, ""), traces=traces))
         return panels
 
     def interactive(self) -> go.Figure:
@@ -75,13 +75,6 @@ class Training(page.Picture):
         axes = [axis for axis, key in AXES.items() if all(key in line for line in lines)]
         choices = {axis: {"x": [trace.x for panel in self.panels(axis) for trace in panel.traces]} for axis in axes}
         return page.page_figure(self.panels(), {"axis": choices})
-
-    def draw(self) -> Figure:
-        """Return a matplotlib figure, with the training step on the x axis."""
-        figure = super().draw()
-        for axes in figure.axes[-2:]:
-            axes.set_xlabel("step")
-        return figure
 
 
 def training(runs: str | Path | Sequence[str | Path]) -> Training:

@@ -109,8 +109,6 @@ def embeddings(
             method is unknown.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts:
-        raise ValueError("No texts are given; give three or more.")
     for number, text in enumerate(texts, start=1):
         page.check_text(text, f"Text {number}")
     if labels is not None and len(labels) != len(texts):
@@ -119,7 +117,7 @@ def embeddings(
         raise ValueError(f"method must be one of pca, tsne, umap, got {method!r} (--method).")
     if method == "umap" and find_spec("umap") is None:
         raise ValueError("method umap needs the package umap-learn; pip install umap-learn, or use --method pca.")
-    if not tokens and len(texts) < 3:
+    if len(texts) < (1 if tokens else 3):
         raise ValueError(f"{len(texts)} text(s) are too few; give three or more, or show tokens (--tokens).")
     names = None if labels is None else [str(label) for label in labels]
     if tokens:
@@ -135,7 +133,9 @@ def embeddings(
 
 
 def _tokens(model: str | Path, texts: list[str], labels: list[str] | None, method: str, trust_remote_code: bool) -> Embeddings:
-    encoder, tokenizer = page.open_encoder(model, trust_remote_code=trust_remote_code)
+    opened = load(model, device="cpu", trust_remote_code=trust_remote_code)
+    encoder: Any = opened.transformers_model
+    tokenizer = opened.tokenizer
     limit = max_length_of(encoder, tokenizer)
     before, after, names, shown, kinds = [], [], [], [], []
     for number, text in enumerate(texts):

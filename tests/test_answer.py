@@ -345,7 +345,6 @@ def test_processes_share_the_evaluation(trained, monkeypatch):
     answers = [list(zip(row["answer_start"], row["text"])) for row in rows["answers"]]
     model = AutoModelForQuestionAnswering.from_pretrained(trained / "1-answer", trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(trained / "1-answer", trust_remote_code=False)
-    evaluate = stage.evaluator(rows, answers, tokenizer, batch_size=3)
     shares = []
 
     def gather(share):  # here the processes come one after the other, and only the last one sees what all computed
@@ -358,8 +357,8 @@ def test_processes_share_the_evaluation(trained, monkeypatch):
         monkeypatch.setattr(rows_module, "processes", lambda state=state: state)
         if index < 2:
             with pytest.raises(KeyError):
-                evaluate(model)
-    assert evaluate(model)["f1"] == 1.0
+                stage.measure(model, rows, answers, tokenizer, batch_size=3)
+    assert stage.measure(model, rows, answers, tokenizer, batch_size=3)["f1"] == 1.0
     assert [len(share) for share in shares] == [7, 7, 6]
 
 

@@ -128,14 +128,14 @@ def test_rows_of_different_numbers_of_choices_are_predicted_and_choices_do_not_i
 def test_batches_hold_every_choice_of_their_rows(tokenizer):
     rows = list(choices_of(questions(5), (["question"], ["choices"])))
     labels = np.array([row["label"] for row in questions(5)])
-    made = stage.ChoiceRows.from_choices(rows, labels, tokenizer, 24)
+    made = stage.ChoiceRows(rows, labels, tokenizer, 24)
     assert len(made) == 5
     batch = made.collate(np.array([3, 1]))
     pairs = [pair for number in (3, 1) for pair in rows[number].pairs]
     expected = tokenizer(*map(list, zip(*pairs)), padding=True, return_tensors="pt")
     assert all(torch.equal(batch[name], expected[name].view(2, 3, -1)) for name in expected)
     assert batch["labels"].tolist() == labels[[3, 1]].tolist()
-    other = stage.ChoiceRows.from_choices(rows, (labels + 1) % 3, tokenizer, 24)
+    other = stage.ChoiceRows(rows, (labels + 1) % 3, tokenizer, 24)
     assert made.fingerprint != other.fingerprint
 
 

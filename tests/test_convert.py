@@ -391,7 +391,7 @@ def test_a_bert_that_lacks_weights_is_refused(tmp_path, command):
     save_family(tmp_path / "bert")
     edit_weights(tmp_path / "bert", **{"encoder.layer.1.output.dense.bias": None})
     from minibert.inference.load import load
-    from minibert.plot.page import open_encoder
+    from minibert.plot import attention
     from minibert.train.arguments import ClassifyStage
     from minibert.train.stage import StageContext, load_start
 
@@ -399,7 +399,7 @@ def test_a_bert_that_lacks_weights_is_refused(tmp_path, command):
         args, context = ClassifyStage(kind="classify", data="x.csv"), StageContext(folder, 0, str(folder), str(folder))
         return load_start(transformers.AutoModelForSequenceClassification, args, context)
 
-    use = {"search": load, "train": start, "plot": open_encoder}[command]
+    use = {"search": load, "train": start, "plot": lambda folder: attention(folder, "a text")}[command]
     with pytest.raises(ValueError, match="lack encoder.layer.1.output.dense.bias"):
         use(tmp_path / "bert")
 

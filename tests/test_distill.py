@@ -18,7 +18,7 @@ from minibert.inference.load import embedder
 from minibert.train.arguments import OBJECTIVES, Recipe
 from minibert.train.loop import StopRequest
 from minibert.train.recipe import load_recipe
-from minibert.train.run import _function, _resolve
+from minibert.train.run import _contexts, _function
 from minibert.train.stage import StageContext
 from minibert.train.stages.distill import embedding, pretraining, task
 from minibert.train.stages.distill import student as student_module
@@ -92,7 +92,8 @@ def run(folder, tmp_path):
 
     def run(objective, name="run", **fields):
         args = arguments(folder, objective, **fields)
-        context = _resolve(args, tmp_path / name, 3, None, None, {})
+        (context,) = _contexts(Recipe.model_construct(stages=[args], seed=3), tmp_path)
+        context.output_dir = tmp_path / name
         context.output_dir.mkdir(exist_ok=True)
         return _function(args)(args, context)
 
@@ -494,15 +495,16 @@ def test_contradicting_fields(tmp_path, fields, message):
 
 
 def test_a_recipe_resolves_teacher_student_and_tokenizer(tmp_path):
-    def context(tokenizer=None, **fields):
-        values = {"kind": "distill", "objective": "task", "data": "x", "teacher": "big", **fields}
-        stage = OBJECTIVES["task"].model_validate(values)
-        return _resolve(stage, tmp_path, 1, "before", tokenizer, {"big": "runs/1-big"})
+    def context(**fields):
+        earlier = [{"kind": "classify", "name": name, "data": "x", "model": "start"} for name in ("big", "before")]
+        stage = {"kind": "distill", "objective": "task", "data": "x", "teacher": "big", **fields}
+        return _contexts(Recipe.model_validate({"name": "a", "seed": 1, "stages": [*earlier, stage]}), tmp_path)[-1]
 
-    assert context(student_layers=2) == StageContext(tmp_path, 1, "runs/1-big", "runs/1-big", "runs/1-big")
-    assert context(model=STUDENT) == StageContext(tmp_path, 1, None, "runs/1-big", "runs/1-big")
+    folder, big, before = tmp_path / "3-distill", str(tmp_path / "1-big"), str(tmp_path / "2-before")
+    assert context(student_layers=2) == StageContext(folder, 1, big, big, big)
+    assert context(model=STUDENT) == StageContext(folder, 1, None, big, big)
     assert context(model=STUDENT, tokenizer="words").tokenizer == "words"
-    assert context() == StageContext(tmp_path, 1, "before", "before", "runs/1-big")
+    assert context() == StageContext(folder, 1, before, before, big)
     stage = {"kind": "distill", "objective": "task", "data": "x", "teacher": "big"}
     assert Recipe.model_validate({"name": "a", "stages": [{**stage, "student_layers": 3}]})
     assert Recipe.model_validate({"name": "a", "stages": [{**stage, "model": STUDENT}]})

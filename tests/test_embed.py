@@ -4,7 +4,9 @@ import contextlib
 import itertools
 import json
 import logging
+import pickle
 import signal
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,12 +110,13 @@ def test_the_model_opens_in_a_process_without_the_package(run, tmp_path):
         (4, {}),  # inside an epoch
         (6, {}),  # at the end of one
         (4, {"one_source_per_batch": True, "hard_negatives": 1, "max_steps": 12, "batch_size": 2}),
+        (8, {"batch_sampler": "batch_sampler", "schedule": "wsd", "precision": "bf16", "log_steps": 5}),
     ],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, step, more):
     fields = {"eval_data": str(folder / "pairs.csv"), "gradient_accumulation_steps": 2, "epochs": 4, **more}
     monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
-    if more:
+    if "one_source_per_batch" in more:
         fields["data"] = [str(folder / "pairs.csv")] * 2
     whole = run("whole", **fields)
     original = sentence_trainer._StageCallback.on_step_end
@@ -143,7 +146,7 @@ def test_a_run_killed_while_it_saves_its_result_trains_no_further(run, tmp_path,
     """The only checkpoint that is kept is of the last step, and names of dead processes disappear."""
     whole = run("whole", save_total_limit=1, warmup_ratio=1.0, trackers=["tensorboard"])
     assert [line["learning_rate"] for line in read_rows(tmp_path / "whole" / "log.jsonl")] == pytest.approx(
-        [1e-2 * step / 10 for step in range(10)]
+        [1e-2 * step / 10 for step in range(1, 11)]
     )
     assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
     monkeypatch.setattr(sentence_trainer.checkpoint, "move_files", lambda *_: 1 / 0)
@@ -151,12 +154,53 @@ def test_a_run_killed_while_it_saves_its_result_trains_no_further(run, tmp_path,
         run("broken", save_total_limit=1, warmup_ratio=1.0)
     monkeypatch.undo()
     checkpoints = tmp_path / "broken" / "checkpoints"
-    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-10"]
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000010"]
     (checkpoints / ".final.0123abcd.part").mkdir()
     resumed = run("broken", save_total_limit=1, warmup_ratio=1.0)
     assert {**resumed, "train_seconds": 0} == {**whole, "train_seconds": 0}
     torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
     assert not (checkpoints / ".final.0123abcd.part").exists()
+
+
+class _Trap:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_checkpoints_hold_no_pickles_and_none_is_opened(run, tmp_path, monkeypatch):
+    whole = run("whole", epochs=4)
+    original = sentence_trainer._StageCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            self.stop.number = signal.SIGTERM
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(sentence_trainer._StageCallback, "on_step_end", interrupt)
+    with pytest.raises(SystemExit):
+        run("broken", epochs=4)
+    monkeypatch.undo()
+    newest = tmp_path / "broken" / "checkpoints" / "step-00000007"
+    names = {"model.safetensors", "optimizer.safetensors", "state.json", "trainer_state.json", "manifest.json"}
+    assert {path.name for path in newest.iterdir()} == names
+    for path in newest.iterdir():
+        assert not path.read_bytes().startswith((b"PK", b"\x80"))
+    marker = tmp_path / "opened"
+    for name in ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth") + (
+        "training_args.bin",
+        "pytorch_model.bin",
+    ):
+        torch.save(_Trap(marker), newest / name)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(newest / "optimizer.pt", weights_only=True)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: marker.touch())
+    resumed = run("broken", epochs=4)
+    assert not marker.exists()
+    assert {**resumed, "train_seconds": 0} == {**whole, "train_seconds": 0}
+    torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("rows", ["same,{0}", "{0},same"])
@@ -201,13 +245,13 @@ def test_columns_are_not_guessed(header, fields, expected):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, tmp_path, caplog):
     run("whole")
     run("broken")
-    newest = tmp_path / "broken" / "checkpoints" / "checkpoint-10"
-    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-1])
+    newest = tmp_path / "broken" / "checkpoints" / "step-00000010"
+    (newest / "optimizer.safetensors").write_bytes((newest / "optimizer.safetensors").read_bytes()[:-1])
     with caplog.at_level(logging.WARNING, logger="minibert"):
         run("broken")
-    assert f"{newest} is damaged: optimizer.pt" in caplog.text
+    assert f"{newest} is damaged: optimizer.safetensors" in caplog.text
     assert "Resuming from" in caplog.text
-    assert "checkpoint-8" in caplog.text
+    assert "step-00000008" in caplog.text
     torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
 
 
@@ -220,8 +264,9 @@ def test_the_best_weights_are_kept(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module, "retrieval", retrieval)
     metrics = run(epochs=4, eval_data=str(folder / "pairs.csv"), save_steps=5, save_total_limit=4)
     assert (metrics["eval_mrr@10"], metrics["best_step"]) == (0.9, 10)
-    kept = read_weights(tmp_path / "run" / "checkpoints" / "checkpoint-10")
-    torch.testing.assert_close(read_weights(tmp_path / "run"), kept, atol=0, rtol=0)
+    kept = read_weights(tmp_path / "run" / "checkpoints" / "step-00000010")
+    final = {f"0.model.{name}": tensor for name, tensor in read_weights(tmp_path / "run").items()}
+    torch.testing.assert_close(final, kept, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +431,9 @@ def test_refusals(run, tmp_path, text, fields, message):
         run(**{"data": str(tmp_path / "wrong.csv")} | fields)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(run, tmp_path):
+@pytest.mark.parametrize("log_steps", [1, 100])
+def test_a_loss_that_is_not_a_number_stops_the_run(run, tmp_path, log_steps):
     with pytest.raises(FloatingPointError, match="learning rate 1e\\+3.*Lower learning_rate"):
-        run(learning_rate=1e30, max_grad_norm=0, schedule="constant")
+        run(learning_rate=1e30, max_grad_norm=0, schedule="constant", log_steps=log_steps)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -304,7 +304,7 @@ MODELS = [  # a command that opens the model (or bert), the problem, and words o
     ("search vectors cat", empty_weights, AGAIN),
     ("encode model texts.txt out", only_a_pickle, "only as a pickle .*if you trust it, save it as safetensors first"),
     ("encode model texts.txt out", larger_than_memory, "not enough memory.*smaller"),
-    ("evaluate model labels.csv", own_code, "contains its own Python code, .*Read the code. If you trust it"),
+    ("evaluate model labels.csv", own_code, "contains its own Python code, .*Training never runs it"),
     ("predict model texts.txt --out out.jsonl", closed, "Permission denied: .*model.safetensors.*permissions"),
     ("plot attention model 'the cat sleeps' --out out.html", larger_than_memory, "not enough memory.*smaller"),
     ("plot embeddings model texts.txt --out out.html", absurd_header, AGAIN),

@@ -352,7 +352,7 @@ def test_a_place_that_cannot_be_written_is_refused(pictures, tmp_path):
         (lambda m: plot.attention(m / "minibert", "the cat", layer=3), "no layer 3; its layers are 1 to 2"),
         (lambda m: plot.attention(m / "minibert", "the cat", head=0), "no head 0; its heads are 1 to 4"),
         (lambda m: plot.attention(m / "minibert", "the cat", max_tokens=2), "max_tokens must be at least 4.* got 2"),
-        (lambda m: plot.embeddings(m / "minibert", []), "No texts are given"),
+        (lambda m: plot.embeddings(m / "minibert", []), "0 text.s. are too few"),
         (lambda m: plot.embeddings(m / "minibert", ["a", "", "b"]), "Text 2 is empty"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, labels=["a"]), "4 text.s. need as many labels, got 1"),
         (lambda m: plot.embeddings(m / "minibert", TEXTS, method="mds"), "must be one of pca, tsne, umap, got 'mds'"),

@@ -127,11 +127,6 @@ def test_stages_that_do_not_fit(write, stages, message):
         load_recipe(write(*stages))
 
 
-def test_sharding_by_hand_is_refused_with_what_shares_the_data(write):
-    with pytest.raises(ValueError, match=r"stage 2 \(classify\): fsdp is not supported; .* run torchrun --nproc_per_node N -m"):
-        load_recipe(write(TOKENIZER, {**CLASSIFY, "fsdp": True}))
-
-
 @pytest.mark.parametrize("text", ["", "- a", "name: [", "just words"])
 def test_not_a_recipe(tmp_path, text):
     path = tmp_path / "recipe.yaml"
@@ -247,7 +242,7 @@ def test_a_home_folder_is_understood_everywhere(write, calls, tmp_path, monkeypa
     assert run_recipe(recipe) == tmp_path / "runs" / "toy"
     ((_, context),) = calls
     assert (context.model, context.tokenizer) == (str(tmp_path / "encoder"), str(tmp_path / "vocabulary"))
-    with pytest.raises(FileNotFoundError, match="no tokenizer folder ~/nosuch"):
+    with pytest.raises(FileNotFoundError, match="no model folder ~/nosuch"):
         run_recipe(load_recipe(write({**CLASSIFY, "tokenizer": "~/nosuch"}, name="other")))
 
 

@@ -179,7 +179,7 @@ def _half_json(folder):
         (_pickle, "only as a pickle .pytorch_model.bin."),
         (_shard, "lacks model-00001-of-00002.safetensors"),
         (_half_json, "config.json is damaged"),
-        (_edit_config(model_type="other", auto_map={"AutoModel": "code.Model"}), "pass trust_remote_code=True"),
+        (_edit_config(model_type="other", auto_map={"AutoModel": "code.Model"}), "pass --trust-remote-code"),
         (_edit_config(hidden_size=16), "do not have the shapes in config.json"),
         (
             lambda folder: edit_weights(folder, **{"final_norm.weight": None}),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as kinds_of
@@ -568,8 +569,10 @@ def test_checkpoints_go_by_the_names_of_their_files(tmp_path, secret, caplog):
     (tmp_path / "step-00000001" / "secret").symlink_to(secret)
     (tmp_path / "notes.tmp-1").mkdir()
     (tmp_path / "step-00000000").symlink_to(tmp_path / "notes.tmp-1")
-    checkpoint.rotate(tmp_path, 1, newest=tmp_path / "step-00000002")
-    checkpoint.clear_leftovers(tmp_path)
+    (tmp_path / ".step-00000003.0123abcd.part").mkdir()
+    checkpoint.save(tmp_path, 2, torch.nn.Linear(1, 1), {"state.json": {}}, torch.optim.SGD([torch.zeros(1)]))
+    checkpoint.newest(tmp_path)
+    assert not (tmp_path / ".step-00000003.0123abcd.part").exists()
     assert (tmp_path / "notes.tmp-1").exists() and (tmp_path / "step-00000000").is_symlink()
     assert {path.name for path in (tmp_path / "step-00000001").iterdir()} == {"notes.md", "secret"}
     assert "step-00000001 stays" in caplog.text

@@ -21,7 +21,7 @@ from minibert.train.recipe import load_recipe
 from minibert.train.rows import compute_outputs
 from minibert.train.run import read_metrics, run_recipe
 from minibert.train.stage import StageContext
-from minibert.train.stages.tag import TagRows, evaluator
+from minibert.train.stages.tag import TagRows, measure
 from minibert.train.stages.tag import tag as tag_stage
 
 NAMES, PLACES, OTHER = ("ann", "bob", "cid"), ("rome", "oslo", "lima"), ("saw", "in", "and", "left")
@@ -180,7 +180,7 @@ def test_the_evaluation_computes_what_the_loss_does(pieces):
     rows = TagRows.from_words([["abc", "a", "b"], ["bcd"], ["a", "ab"]], tags, ["x", "y"], pieces, 24)
     batch = rows.collate(np.arange(3))
     with torch.no_grad():
-        metrics = evaluator(rows, tags, ["x", "y"], batch_size=2)(model)
+        metrics = measure(model, rows, tags, ["x", "y"], batch_size=2)
         assert metrics["loss"] == pytest.approx(float(model(**batch).loss), abs=1e-6)
         numbers, logits = compute_outputs(model, rows, 2)
     assert sorted(numbers.tolist()) == [0, 1, 2] and [len(part) for part in logits] == [2, 1]

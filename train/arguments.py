@@ -1,6 +1,5 @@
 """Define and validate the fields of a recipe. Each kind of stage has its own pydantic model."""
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
@@ -136,16 +135,6 @@ class LoopArguments(Arguments):
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both set; remove one of the two fields.")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_fsdp(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "fsdp" in value:
-            raise ValueError(
-                "fsdp is not supported; remove the field. To train on several devices, run torchrun "
-                "--nproc_per_node N -m minibert train RECIPE. Each process then has a copy of the model."
-            )
-        return value
 
 
 class TrainStage(ModelStage, LoopArguments):
@@ -510,27 +499,24 @@ class Recipe(Arguments):
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> "Recipe":
-        problems = list(_misfits(self.stages))
+        problems: list[str] = []
+        names: set[str] = set()
+        has_tokenizer = has_model = False
+        for number, stage in enumerate(self.stages, start=1):
+            where = f"Stage {number} ({stage.name})"
+            if stage.name in names:
+                problems.append(f"{where} has the same name as an earlier stage; set name: to another name.")
+            names.add(stage.name)
+            if isinstance(stage, TokenizerStage):
+                has_tokenizer = True
+                continue
+            taught = isinstance(stage, DistillStage)  # can use the teacher's layers and tokenizer
+            if stage.model is None and not has_model and not (taught and stage.student_layers):
+                layers = " or student_layers: 3" if taught else ""
+                problems.append(f"{where} has no model; give model: {{preset: search-8x768}}, a folder or a Hub id{layers}.")
+            if isinstance(stage.model, NewModel) and not has_tokenizer and stage.tokenizer is None and not taught:
+                problems.append(f"{where} has new weights but no tokenizer; add a tokenizer stage, or set tokenizer:.")
+            has_model = has_model or not isinstance(stage, EvaluateStage)
         if problems:
             raise ValueError(" ".join(problems))
         return self
-
-
-def _misfits(stages: list[Any]) -> Iterator[str]:
-    names: set[str] = set()
-    has_tokenizer = has_model = False
-    for number, stage in enumerate(stages, start=1):
-        where = f"Stage {number} ({stage.name})"
-        if stage.name in names:
-            yield f"{where} has the same name as an earlier stage; set name: to another name."
-        names.add(stage.name)
-        if isinstance(stage, TokenizerStage):
-            has_tokenizer = True
-            continue
-        taught = isinstance(stage, DistillStage)  # can use the teacher's layers and tokenizer
-        if stage.model is None and not has_model and not (taught and stage.student_layers):
-            layers = " or student_layers: 3" if taught else ""
-            yield f"{where} has no model; give model: {{preset: search-8x768}}, a folder or a Hub id{layers}."
-        if isinstance(stage.model, NewModel) and not has_tokenizer and stage.tokenizer is None and not taught:
-            yield f"{where} has new weights but no tokenizer; add a tokenizer stage, or set tokenizer:."
-        has_model = has_model or not isinstance(stage, EvaluateStage)

@@ -6,12 +6,21 @@ The name of an incomplete checkpoint is that of a temporary folder (``files.disk
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file, save_model
+from torch import nn
 
 from minibert.files import disk
+from minibert.files.processes import processes
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _KEPT = "files saved earlier are not changed"
@@ -24,21 +33,84 @@ _OURS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
     *("stage.json", "environment.json", "metrics.json", "log.jsonl", "manifest.json", "state.json", "best.json"),
-    *("losses.json", "trainer_state.json", "training_args.bin", "optimizer.safetensors", "optimizer.pt", "scheduler.pt"),
-    *("scaler.pt", "rng_state*.pth", "teacher-*.npy", "data-*.arrow", "dataset_info.json", "events.out.tfevents.*"),
-    *("hparams.yml", ".*.part", ".lock"),
+    *("trainer_state.json", "optimizer.safetensors", "teacher-*.npy", "data-*.arrow", "dataset_info.json"),
+    *("events.out.tfevents.*", "hparams.yml", ".*.part", ".lock"),
 )
 
 exclusive_lock = partial(disk.exclusive_lock, doing="training in", kept=_KEPT)
 
 
+def save(root: Path, step: int, model: nn.Module, states: dict[str, Any], optimizer: Any = None, keep: int = 1) -> None:
+    """Write the weights of ``model`` and the JSON files ``states`` to ``step-<step>`` in ``root``.
+
+    Without ``optimizer``, the folder is ``best-<step>``. The last ``keep`` folders stay. Every
+    process must call this function, and the main process writes.
+    """
+    kind = "step" if optimizer else "best"
+
+    def fill(folder: Path) -> None:
+        save_model(model, str(folder / "model.safetensors"))
+        if optimizer:
+            entries = optimizer.state_dict()["state"].items()
+            tensors = {f"{number}.{key}": value.cpu() for number, entry in entries for key, value in entry.items()}
+            save_file(tensors, folder / "optimizer.safetensors")
+        for name, state in states.items():
+            disk.write_json(folder / name, state)
+
+    if processes().is_main_process:
+        write_folder(written := root / f"{kind}-{step:08d}", fill)
+        position = (folders := _steps(root, kind)).index(written) + 1
+        for folder in (*folders[: max(0, position - keep)], *folders[position:]):  # later ones are damaged
+            delete(folder)
+    processes().wait_for_everyone()  # a process that ends earlier would make torchrun stop the others
+
+
+def load_optimizer(folder: Path, optimizer: Any) -> None:
+    """Load the state of ``optimizer``, except its learning rates, from a checkpoint."""
+    state = {**optimizer.state_dict(), "state": {}}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        number, _, name = key.partition(".")
+        state["state"].setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict(state)
+
+
+def newest(root: Path) -> tuple[Path | None, Path | None]:
+    """Return the newest valid checkpoint and the best weights. Log warnings about damaged ones.
+
+    Every process must call this function.
+    """
+    found: list[Any] = [None]
+    if processes().is_main_process:
+        for folder in disk.leftovers(root):  # of killed processes
+            delete(folder)
+        found = [(latest_valid(root), latest_valid(root, kind="best"))]
+    # All processes use this result, because some might not see every file yet.
+    (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
+    if processes().is_main_process:
+        for problem in (*problems.values(), *best_problems.values()):
+            logger.warning("%s This checkpoint is skipped.", problem)
+        if folder:
+            logger.warning("Resuming from %s.", folder)
+        elif problems:
+            logger.warning("No checkpoint in %s is valid; the run starts from the beginning.", root)
+    return folder, best
+
+
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Write a new folder with ``fill``, and then replace ``target`` by the new folder."""
+    """Write a new folder with ``fill``, and then replace ``target`` by the new folder.
+
+    The folder gets a manifest. All files are synced to the disk before the folder gets its name.
+    """
     retired = disk.temporary_path(target)
     with readable_os_errors(target):
         with disk.atomic_write(target, folder=True) as temporary:
             fill(temporary)
-            write_manifest(temporary)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            for path in files:
+                disk.sync(path)
+            sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
+            disk.write_json(temporary / MANIFEST, sizes)
+            disk.sync(temporary)
             if target.exists():  # a rename cannot replace a folder with files
                 os.replace(target, retired)
         delete(retired)
@@ -52,15 +124,6 @@ def delete(folder: Path) -> None:
     except (OSError, ValueError, TypeError):
         listed = []
     disk.delete(folder, [*_OURS, *(Path(name).name for name in listed)])
-
-
-def write_manifest(folder: Path) -> None:
-    """Sync all files of ``folder`` to disk, and write the file sizes to ``manifest.json``."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    for path in files:
-        disk.sync(path)
-    disk.write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
-    disk.sync(folder)
 
 
 def find_corruption(folder: Path) -> str | None:
@@ -101,23 +164,5 @@ def move_files(source: Path, target: Path) -> None:
         disk.sync(target)
 
 
-def rotate(root: Path, keep: int, newest: Path, kind: str = "step") -> None:
-    """Delete all checkpoints except ``newest`` and the last ``keep - 1`` before ``newest``."""
-    folders = _steps(root, kind)
-    position = folders.index(newest) + 1
-    for folder in (*folders[: max(0, position - keep)], *folders[position:]):
-        delete(folder)
-
-
-def clear_leftovers(root: Path) -> None:
-    """Delete the incomplete folders that killed processes left in ``root``."""
-    for folder in disk.leftovers(root):
-        delete(folder)
-
-
 def _steps(root: Path, kind: str) -> list[Path]:
-    numbers = {path: path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*")}
-    return sorted(
-        (path for path, number in numbers.items() if number.isdecimal()),
-        key=lambda path: int(numbers[path]),
-    )
+    return sorted(root.glob(f"{kind}-{'[0-9]' * 8}"))

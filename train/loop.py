@@ -11,12 +11,10 @@ import json
 import logging
 import math
 import random
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -29,8 +27,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, send_to_device
-from safetensors.torch import load_file, load_model, save_file, save_model
+from accelerate.utils import gather, send_to_device
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -223,75 +221,10 @@ class Progress:
     seconds: float = 0.0
     logged_step: int = 0
     logged_seconds: float = 0.0
-    loss_sum: float = 0.0
+    loss_sum: float = 0.0  # since the last line of the log
     tokens: int = 0  # since the last line of the log
     all_tokens: int = 0
     evaluation: dict[str, Any] = field(default_factory=dict)  # latest metrics
-
-
-class Meter:
-    """Count the steps, tokens and seconds of a run, and sum the losses."""
-
-    def __init__(self, accelerator: Accelerator, progress: Progress):
-        self.accelerator, self.progress = accelerator, progress
-        self.loss_sum = torch.tensor(progress.loss_sum, device=accelerator.device)
-        self.grad_norm = torch.zeros((), device=accelerator.device)
-        self.first_bad = torch.tensor(-1, device=accelerator.device)
-        self.start = time.perf_counter() - progress.seconds
-        self.first_seconds = progress.seconds
-        self.spent: defaultdict[str, float] = defaultdict(float)  # seconds
-
-    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
-        """Count a step, and remember the first step whose loss or gradient is not finite."""
-        # With float16, the scaler skips a step whose gradients overflow.
-        finite = torch.isfinite(loss if self.accelerator.scaler else loss + grad_norm)
-        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, self.progress.step)
-        self.loss_sum += loss
-        self.grad_norm = grad_norm
-        self.progress.step += 1
-        self.progress.tokens += tokens
-        self.progress.all_tokens += tokens * self.accelerator.num_processes
-
-    def read(self) -> tuple[float, int]:
-        """Return the sum of losses, and the first step with a loss that is not finite, or -1."""
-        with self.timed("steps"):
-            sums = torch.stack([self.loss_sum.double(), self.first_bad.double()])[None]
-            if self.accelerator.num_processes > 1:
-                sums = self.accelerator.gather(sums)
-            return sums[:, 0].mean().item(), int(sums[:, 1].max())
-
-    def seconds(self) -> float:
-        """Return the seconds of training without evaluation. Interrupted runs count as well."""
-        return time.perf_counter() - self.start - self.spent["evaluation"]
-
-    def share_outside(self) -> float:
-        """Return the fraction of the training time that is not spent in optimizer steps."""
-        steps = self.spent["steps"]
-        return max(0.0, 1 - steps / max(1e-9, self.seconds() - self.first_seconds)) if steps else 0.0
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds that the ``with`` block takes to ``spent[name]``."""
-        start = time.perf_counter()
-        yield
-        self.spent[name] += time.perf_counter() - start
-
-    def line(self, loss_sum: float, rate: float, per_epoch: int) -> dict[str, float]:
-        """Return the metrics for a log line, and reset the sums of losses and tokens."""
-        progress, now = self.progress, self.seconds()
-        tokens = progress.tokens * self.accelerator.num_processes
-        line = {
-            "step": progress.step,
-            "epoch": round(progress.step / per_epoch, 4),
-            "loss": loss_sum / (progress.step - progress.logged_step),
-            "learning_rate": rate,
-            "grad_norm": float(self.grad_norm),
-            "tokens_per_second": round(tokens / max(1e-9, now - progress.logged_seconds), 1),
-            "seconds": round(now, 3),
-        }
-        progress.logged_step, progress.logged_seconds, progress.tokens = progress.step, now, 0
-        self.loss_sum.zero_()
-        return line
 
 
 class Log:
@@ -339,6 +272,15 @@ class StopRequest:
         elif now - self.asked > 1:  # torchrun repeats the terminal's signal to its children
             raise KeyboardInterrupt
 
+    def agreed(self, logged: bool) -> int:
+        """Return the signal that any process received, or 0.
+
+        Several processes only look at logged steps, where they wait for each other anyway.
+        """
+        if processes().num_processes == 1:
+            return self.number
+        return int(gather(torch.tensor([self.number], device=processes().device)).max()) if logged else 0
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals in the ``with`` block. Outside the main thread, do nothing."""
@@ -365,7 +307,7 @@ def fit(
     """Train ``model``. Save the model, metrics and a log in the output folder of ``context``.
 
     Training continues from the latest valid checkpoint in the folder. Under torchrun, every
-    process must call this function.
+    process must call this function. The result is the content of ``metrics.json``.
 
     Args:
         model: a model that computes its own loss.
@@ -375,9 +317,6 @@ def fit(
         context: folder and seed of the stage.
         evaluate: function that returns the metrics of the model. Every process calls it.
         metric: metric that selects the weights to keep. If None, keep the last weights.
-
-    Returns:
-        The content of ``metrics.json``.
     """
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
@@ -462,7 +401,10 @@ class _Run:
             num_workers=arguments.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        self.meter, self.log = Meter(accelerator, progress), Log(accelerator, self.output_dir / "log.jsonl", progress.step)
+        self.log = Log(accelerator, self.output_dir / "log.jsonl", progress.step)
+        self.loss_sum = torch.tensor(progress.loss_sum, device=accelerator.device)
+        self.first_bad = torch.tensor(-1, device=accelerator.device)  # first step whose loss or gradient is not finite
+        self.start = time.perf_counter() - progress.seconds
         self.model.train()
         bar = tqdm(
             total=self.total,
@@ -476,33 +418,30 @@ class _Run:
         with stop.listening(), bar:
             for batch in loader:
                 rate = self.rate(progress.step)
-                with self.meter.timed("steps"):
-                    loss, grad_norm = self.optimizer_step(batch, rate)
-                self.meter.add(loss, grad_norm, batch.tokens)
+                loss, grad_norm = self.optimizer_step(batch, rate)
+                # With float16, the scaler skips a step whose gradients overflow.
+                finite = torch.isfinite(loss if accelerator.scaler else loss + grad_norm)
+                self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, progress.step)
+                self.loss_sum += loss
+                progress.step += 1
+                progress.tokens += batch.tokens
+                progress.all_tokens += batch.tokens * accelerator.num_processes
                 bar.update()
                 if logging_now := self._due(arguments.log_steps):
-                    self.log.write(line := self.meter.line(self.checked_loss(), rate, self.steps.per_epoch))
-                    bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{self.write_line(rate, grad_norm):.4f}", refresh=False)
                 if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
                     self.evaluate(evaluate)
-                stopping = stop.number
-                if accelerator.num_processes > 1:  # processes wait for each other at logged steps anyway
-                    number = torch.tensor([stopping], device=accelerator.device)
-                    stopping = int(accelerator.gather(number).max()) if logging_now else 0
-                if stopping or self._due(arguments.save_steps or self.steps.per_epoch):
+                if (stopping := stop.agreed(logging_now)) or self._due(arguments.save_steps or self.steps.per_epoch):
                     self.save()
                 if stopping and progress.step < self.total:
                     raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
-        self.share_outside = self.meter.share_outside()
 
     def optimizer_step(self, batch: StepBatch, rate: float) -> tuple[Tensor, Tensor]:
         """Update the weights, and return the loss and the gradient norm before clipping."""
         accelerator, processes = self.accelerator, self.accelerator.num_processes
         seed_everything(self.seed, self.progress.step, accelerator.process_index, 1)
         sums = torch.tensor([float(sum(batch.terms)), float(sum(batch.rows))], device=accelerator.device)
-        if processes > 1:
-            sums = accelerator.reduce(sums)
-        all_terms, all_rows = sums
+        all_terms, all_rows = accelerator.reduce(sums)
         total = torch.zeros((), device=accelerator.device)
         parts = zip(batch.batches, batch.terms, batch.rows, strict=True)
         for number, (inputs, terms, rows) in enumerate(parts, start=1):
@@ -534,9 +473,33 @@ class _Run:
             decay_ratio=self.arguments.decay_ratio,
         )
 
+    def seconds(self) -> float:
+        """Return the seconds of training without evaluation. Interrupted runs count as well."""
+        return time.perf_counter() - self.start
+
+    def write_line(self, rate: float, grad_norm: Tensor) -> float:
+        """Write a line of the log, and return the mean loss since the last line."""
+        progress, now = self.progress, self.seconds()
+        tokens = progress.tokens * self.accelerator.num_processes
+        loss = self.checked_loss() / (progress.step - progress.logged_step)
+        line = {
+            "step": progress.step,
+            "epoch": round(progress.step / self.steps.per_epoch, 4),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": float(grad_norm),
+            "tokens_per_second": round(tokens / max(1e-9, now - progress.logged_seconds), 1),
+            "seconds": round(now, 3),
+        }
+        self.log.write(line)
+        progress.logged_step, progress.logged_seconds, progress.tokens = progress.step, now, 0
+        self.loss_sum.zero_()
+        return loss
+
     def checked_loss(self) -> float:
         """Return the sum of losses, or raise FloatingPointError if a loss is not finite."""
-        loss_sum, bad = self.meter.read()
+        sums = self.accelerator.gather(torch.stack([self.loss_sum.double(), self.first_bad.double()])[None])
+        loss_sum, bad = float(sums[:, 0].mean()), int(sums[:, 1].max())
         if bad < 0:
             return loss_sum
         rows = self.steps.row_ids(bad).tolist()
@@ -553,8 +516,10 @@ class _Run:
     def evaluate(self, evaluate: Callable[[nn.Module], dict[str, Any]]) -> None:
         """Evaluate the model, and save the weights if they are the best so far."""
         self.checked_loss()
-        with self.meter.timed("evaluation"), torch.no_grad():
+        start = time.perf_counter()
+        with torch.no_grad():
             metrics = evaluate(self.accelerator.unwrap_model(self.model).eval())
+        self.start += time.perf_counter() - start  # does not count as training
         self.model.train()
         step, name = self.progress.step, self.metric_for_best
         self.progress.evaluation = metrics
@@ -568,69 +533,32 @@ class _Run:
             return
         if self.best is None or self.sign * metrics[name] > self.sign * self.best["metrics"][name]:
             self.best = {"identity": self.identity, "step": step, "metrics": metrics}
-            self._write(self.root / f"best-{step:08d}", self.best)
+            checkpoint.save(self.root, step, self.accelerator.unwrap_model(self.model), {"state.json": self.best})
 
     def save(self) -> None:
         """Save a checkpoint of the current step, and delete old checkpoints."""
-        self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.meter.seconds()
-        self.meter.loss_sum.fill_(self.progress.loss_sum)  # so that a resumed run logs the same loss
+        self.progress.loss_sum, self.progress.seconds = self.checked_loss(), self.seconds()
+        self.loss_sum.fill_(self.progress.loss_sum)  # so that a resumed run logs the same loss
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        folder = self.root / f"step-{self.progress.step:08d}"
-        self._write(folder, {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler})
-        if self.accelerator.is_main_process:
-            checkpoint.rotate(self.root, self.arguments.save_total_limit, newest=folder)
+        state = {"identity": self.identity, "progress": asdict(self.progress), "scaler": scaler}
+        model, step, keep = self.accelerator.unwrap_model(self.model), self.progress.step, self.arguments.save_total_limit
+        checkpoint.save(self.root, step, model, {"state.json": state}, optimizer=self.optimizer, keep=keep)
         self.saved_step = self.progress.step
 
-    def _write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights and ``state`` to ``folder``. In ``step-*``, also write the optimizer."""
-        if not self.accelerator.is_main_process:
-            return
-        best = folder.name.startswith("best-")
-
-        def fill(temporary: Path) -> None:
-            save_model(self.accelerator.unwrap_model(self.model), str(temporary / "model.safetensors"))
-            if not best:
-                entries = self.optimizer.state_dict()["state"].items()
-                tensors = {f"{number}.{key}": value.cpu() for number, entry in entries for key, value in entry.items()}
-                save_file(tensors, temporary / "optimizer.safetensors")
-            write_json(temporary / "state.json", state)
-
-        checkpoint.write_folder(folder, fill)
-        for other in self.root.glob("best-????????") if best else ():
-            if other != folder:
-                shutil.rmtree(other)
-
     def resume(self) -> None:
-        """Load the latest valid checkpoint, if any. Log warnings about damaged checkpoints."""
-        found: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            checkpoint.clear_leftovers(self.root)
-            found = [(checkpoint.latest_valid(self.root), checkpoint.latest_valid(self.root, kind="best"))]
-        # All processes use this result, because some might not see every file yet.
-        (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
-        if self.accelerator.is_main_process:
-            for problem in (*problems.values(), *best_problems.values()):
-                logger.warning("%s This checkpoint is skipped.", problem)
-            if problems and not folder:
-                logger.warning("No checkpoint in %s is valid; the run starts from the beginning.", self.root)
+        """Load the latest valid checkpoint, if any."""
+        folder, best = checkpoint.newest(self.root)
         if best:
             self.best = self._state(best)
         if not folder:
             return
         state = self._state(folder)
         load_model(self.accelerator.unwrap_model(self.model), folder / "model.safetensors")
-        optimizer_state = self.optimizer.state_dict()
-        optimizer_state["state"] = {}
-        for key, tensor in load_file(folder / "optimizer.safetensors").items():
-            number, _, name = key.partition(".")
-            optimizer_state["state"].setdefault(int(number), {})[name] = tensor
-        self.optimizer.load_state_dict(optimizer_state)
+        checkpoint.load_optimizer(folder, self.optimizer)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.saved_step = self.progress.step
-        if self.accelerator.is_main_process:
-            logger.warning("Resuming at step %d of %d from %s.", self.progress.step, self.total, folder)
 
     def _state(self, folder: Path) -> dict[str, Any]:
         """Read the state of a checkpoint. Raise ValueError if arguments or data changed."""
@@ -665,7 +593,6 @@ class _Run:
             "train_seconds": round(progress.seconds, 3),
             "train_tokens": progress.all_tokens,
             "tokens_per_second": round(progress.all_tokens / max(1e-9, progress.seconds), 1),
-            "share_outside_step": round(self.share_outside, 4),
             "parameters": sum(parameter.numel() for parameter in bare.parameters()),
         }
         if accelerator.is_main_process:

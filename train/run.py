@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
-from transformers import CONFIG_MAPPING
 
 import minibert
 from minibert.files import disk
-from minibert.files.model_folder import check_model
+from minibert.files.model_folder import check_weights
 from minibert.files.processes import processes
+from minibert.inference.load import checked_folder
 from minibert.train import checkpoint
 from minibert.train.arguments import DistillStage, EvaluateStage, LoopArguments, NewModel, Recipe, TokenizerStage
 from minibert.train.environment import describe
@@ -58,98 +58,74 @@ def run_recipe(
     _check_models(recipe)
     for stage in recipe.stages:  # report missing packages before the first stage trains
         _function(stage)
+    contexts = _contexts(recipe, run_dir)
     if state.is_main_process:
-        _check_data(recipe, run_dir, force)
+        _check_data(recipe, contexts, run_dir, force)
         _open_run(run_dir, recipe, force)
     state.wait_for_everyone()
-    model = tokenizer = None
-    folders: dict[str, str] = {}
-    for number, stage in enumerate(recipe.stages, start=1):
-        folder = _stage_folder(run_dir, number, stage.name)
-        if isinstance(stage, TokenizerStage):
-            tokenizer = str(folder)
-            context = StageContext(folder, recipe.seed)
-        else:
-            context = _resolve(stage, folder, recipe.seed, model, tokenizer, folders)
-        finished = (folder / "stage.json").exists()
+    for number, (stage, context) in enumerate(zip(recipe.stages, contexts, strict=True), start=1):
+        finished = (context.output_dir / "stage.json").exists()
         if state.is_main_process:
-            done = "already finished, skipped" if finished else str(folder)
-            logger.info("Stage %d of %d, %s: %s", number, len(recipe.stages), stage.name, done)
+            done = "already finished, skipped" if finished else str(context.output_dir)
+            logger.info("Stage %d of %d, %s: %s", number, len(contexts), stage.name, done)
         if not finished:
             _run_stage(stage, context, state, resume=resume)
-        folders[stage.name] = str(folder)
-        if not isinstance(stage, TokenizerStage | EvaluateStage):
-            model = str(folder)
     if state.is_main_process:
         for folder in run_dir.glob("[0-9]*-*.replaced"):
             checkpoint.delete(folder)
     return run_dir
 
 
-def _resolve(
-    stage: Any, folder: Path, seed: int, model: str | None, tokenizer: str | None, folders: dict[str, str]
-) -> StageContext:
+def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
+    """Return the folder, seed, model and tokenizer of each stage."""
+    folders: dict[str, str] = {}
+
     def named(name: str) -> str:  # the name of an earlier stage, or a folder or Hub id
         return folders.get(name) or str(disk.expand_home(name))
 
-    own_seed = getattr(stage, "seed", None)
-    teacher = named(stage.teacher) if isinstance(stage, DistillStage) else None
-    if teacher and stage.student_layers:
-        model = teacher
-    elif stage.model is not None:
-        model = None if isinstance(stage.model, NewModel) else named(stage.model)
-    if stage.tokenizer:
-        tokenizer = named(stage.tokenizer)
-    else:
-        tokenizer = model or tokenizer or teacher
-    return StageContext(folder, seed if own_seed is None else own_seed, model, tokenizer, teacher)
+    contexts = []
+    model = tokenizer = None  # of earlier stages
+    for number, stage in enumerate(recipe.stages, start=1):
+        seed = getattr(stage, "seed", None)
+        context = StageContext(_stage_folder(run_dir, number, stage.name), recipe.seed if seed is None else seed)
+        contexts.append(context)
+        if isinstance(stage, TokenizerStage):
+            tokenizer = str(context.output_dir)
+        else:
+            context.teacher = named(stage.teacher) if isinstance(stage, DistillStage) else None
+            if context.teacher and stage.student_layers:
+                context.model = context.teacher
+            elif not isinstance(stage.model, NewModel):
+                context.model = named(stage.model) if stage.model else model
+            context.tokenizer = named(stage.tokenizer) if stage.tokenizer else context.model or tokenizer or context.teacher
+            model = model if isinstance(stage, EvaluateStage) else str(context.output_dir)
+        folders[stage.name] = str(context.output_dir)
+    return contexts
 
 
 def _check_models(recipe: Recipe) -> None:
     """Raise an error for models and tokenizers that cannot be used."""
     names = {stage.name for stage in recipe.stages}
-    kinds = {"model": "model", "teacher": "model", "tokenizer": "tokenizer"}
-    asked = ((kind, getattr(stage, field, None)) for stage in recipe.stages for field, kind in kinds.items())
-    for kind, name in dict.fromkeys((kind, name) for kind, name in asked if isinstance(name, str) and name not in names):
-        folder = disk.expand_home(name)
-        if folder.is_dir():
-            if kind == "model":
-                check_model(folder)
-            _check_code(folder)
-        elif folder.exists():
-            raise NotADirectoryError(f"{name} is a file; give the folder of a {kind}, or the Hub id (owner/name).")
-        elif name.count("/") > 1 or name.startswith(("/", ".", "~")) or ("/" in name and folder.parent.is_dir()):
-            raise FileNotFoundError(
-                f"There is no {kind} folder {name} (looked from {Path.cwd()}); give a folder, the Hub id "
-                f"(owner/name) of a {kind}, or the name of an earlier stage."
-            )
+    for field in ("model", "teacher", "tokenizer"):
+        asked = {name for stage in recipe.stages if isinstance(name := getattr(stage, field, None), str)}
+        for name in sorted(asked - names):
+            folder = checked_folder(name)
+            if field != "tokenizer":
+                check_weights(folder)
 
 
-def _check_code(folder: Path) -> None:
-    if not (folder / "config.json").exists():  # the stage that opens the folder reports the missing file
-        return
-    config = disk.read_json(folder / "config.json")
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{folder} contains its own Python code, which training never runs; start from a model whose "
-            "class is part of transformers or minibert."
-        )
-
-
-def _check_data(recipe: Recipe, run_dir: Path, force: bool) -> None:
+def _check_data(recipe: Recipe, contexts: list[StageContext], run_dir: Path, force: bool) -> None:
     """Read and check the data of all stages that will run, and print the columns that they use."""
     if not run_dir.exists():
         run_dir.mkdir(parents=True)  # an error of the disk shows before data are read
     try:
-        for number, stage in enumerate(recipe.stages, start=1):
-            folder = _stage_folder(run_dir, number, stage.name)
-            if (folder / "stage.json").exists() and not force:
+        for stage, context in zip(recipe.stages, contexts, strict=True):
+            if (context.output_dir / "stage.json").exists() and not force:
                 continue
-            seed = getattr(stage, "seed", None)
-            context = StageContext(folder, recipe.seed if seed is None else seed, only_check=True)
+            checked = StageContext(context.output_dir, context.seed, only_check=True)
             with contextlib.suppress(DataChecked):
-                _function(stage)(stage, context)
-            for used in context.data:
+                _function(stage)(stage, checked)
+            for used in checked.data:
                 shown = "; ".join(f"{use} ({used['columns'][use]}): {value}" for use, value in used["first_row"].items())
                 logger.info("%s reads %s rows of %s. First row: %s", stage.name, f"{used['rows']:,}", used["path"], shown)
     finally:

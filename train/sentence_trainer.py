@@ -4,36 +4,33 @@ As in other stages, training saves a checkpoint on Ctrl-C and SIGTERM, resumes o
 checkpoints, keeps the best weights and writes ``log.jsonl``.
 """
 
-import json
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, reduce
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerState
 
-from minibert.files.disk import read_json, write_json
+from minibert.files.disk import read_json
 from minibert.files.processes import processes
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
-from minibert.train.loop import Log, StopRequest, keep_memory
+from minibert.train.loop import Log, StopRequest, keep_memory, learning_rate, seed_everything
 from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
-
-# Schedules that have another name in transformers.
-_SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
 
 def train(
@@ -57,16 +54,20 @@ def train(
     read = check_batches(pairs, args, context.seed)
     trainer = _Trainer(model=model, args=trainer_arguments(args, context), train_dataset=pairs, loss=loss)
     trainer.remove_callback(ProgressCallback)
-    callback = _StageCallback(trainer, model, args, context.output_dir, evaluate)
+    callback = trainer.stage = _StageCallback(trainer, args, context.output_dir, evaluate)
     trainer.add_callback(callback)
-    found = _latest_checkpoint(context.output_dir / "checkpoints")
-    state = TrainerState.load_from_json(f"{found}/trainer_state.json") if found else trainer.state
+    found, best = checkpoint.newest(callback.root)
+    state = trainer.state
+    if found:
+        state = TrainerState.load_from_json(f"{found}/trainer_state.json")
+        callback.saved = read_json(found / "state.json")
+        callback.best = read_json(best / "state.json") if best else None
     if found and state.global_step >= state.max_steps:  # killed while it saved the result
         trainer._load_from_checkpoint(found)
         callback.restore(state)
     else:
         with callback.stop.listening():
-            trainer.train(resume_from_checkpoint=found)
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
         state = trainer.state
     if callback.interrupted:
         message = f"Stopped at step {state.global_step} of {state.max_steps}, after saving a checkpoint."
@@ -76,7 +77,7 @@ def train(
         "epochs": round(state.epoch or 0.0, 4),
         **callback.load_best(),
         **read,
-        "train_loss": callback.losses.total() / max(1, state.global_step),
+        "train_loss": trainer._total_loss_scalar / max(1, state.global_step),
         "train_seconds": callback.seconds(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
@@ -100,10 +101,6 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
         adam_beta1=args.adam_betas[0],
         adam_beta2=args.adam_betas[1],
         adam_epsilon=args.adam_epsilon,
-        # Values below 1 are a share of all steps, but 1 is a single step.
-        warmup_steps=args.warmup_steps or min(args.warmup_ratio, 1 - 1e-9),
-        lr_scheduler_type=_SCHEDULERS.get(args.schedule, args.schedule),
-        lr_scheduler_kwargs={"num_decay_steps": args.decay_ratio, "decay_type": "1-sqrt"} if args.schedule == "wsd" else {},
         max_grad_norm=args.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),  # otherwise the trainer refuses bf16 without a GPU
         bf16=args.precision == "bf16",
@@ -158,41 +155,53 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
     return found
 
 
-@dataclass
-class Losses:
-    """Sum the loss of all steps, also over resumed runs.
-
-    Attributes:
-        logged: the sum up to the last line of the log.
-        since: the sum of the steps after that line, on the device.
-        step: the step of that line.
-    """
-
-    since: torch.Tensor
-    logged: float = 0.0
-    step: int = 0
-
-    def total(self) -> float:
-        """Return the sum of the losses of all steps, averaged over the processes."""
-        return self.logged + float(processes_mean(self.since))
-
-
 class _Trainer(SentenceTransformerTrainer):
-    losses: Losses
+    """Save and load checkpoints as the training loop does, because the trainer's own have pickles."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Train on a batch, and add its loss to the sum."""
-        loss = super().training_step(*args, **kwargs)
-        self.losses.since += loss
-        return loss
+    stage: "_StageCallback"
+    optimizer: Any
+    lr_scheduler: Any
+
+    def _save_checkpoint(self, *_: Any) -> None:
+        self._tr_loss = reduce(self._tr_loss, reduction="mean")
+        self.stage.check_finite(self._tr_loss.item(), self.state, self.lr_scheduler.get_last_lr()[0])
+        scaler = self.accelerator.scaler
+        state = {
+            "losses": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged],
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "seconds": self.stage.seconds(),
+            "evaluation": self.stage.evaluation,
+        }
+        files = {"trainer_state.json": asdict(self.state), "state.json": state}
+        step, keep = self.state.global_step, self.stage.arguments.save_total_limit
+        checkpoint.save(self.stage.root, step, self.model, files, optimizer=self.optimizer, keep=keep)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model: Any = None) -> None:
+        load_model(self.model, Path(resume_from_checkpoint) / "model.safetensors")
+
+    def _load_optimizer_and_scheduler(self, folder: Any) -> None:
+        checkpoint.load_optimizer(Path(folder), self.optimizer)
+        self.lr_scheduler.load_state_dict(self.stage.saved["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_scaler(self, _: Any) -> None:
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(self.stage.saved["scaler"])
+
+    def _load_rng_state(self, _: Any) -> None:
+        """Do nothing. Every step sets its own seed."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the scheduler. For wsd, convert the decay ratio to a number of steps."""
-        options = self.args.lr_scheduler_kwargs
-        if isinstance(options, dict) and "num_decay_steps" in options:  # still a share of all steps
-            decay = max(1, round(options["num_decay_steps"] * num_training_steps))
-            self.args.lr_scheduler_kwargs = {**options, "num_decay_steps": decay}
-        return super().create_scheduler(num_training_steps, optimizer)
+        """Create the schedule of the training loop."""
+        args, total = self.stage.arguments, num_training_steps
+        warmup = args.warmup_steps or int(args.warmup_ratio * total)
+        share = partial(
+            learning_rate, peak=1.0, warmup=warmup, total=total, schedule=args.schedule, decay_ratio=args.decay_ratio
+        )
+        self.lr_scheduler = LambdaLR(self.optimizer, share)
+        return self.lr_scheduler
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Do nothing. The model card is written when the model is published."""
@@ -201,13 +210,13 @@ class _Trainer(SentenceTransformerTrainer):
 class _StageCallback(ProgressCallback):
     """Evaluate and log during training, keep the best weights, and stop after Ctrl-C."""
 
-    def __init__(self, trainer: _Trainer, model: Any, args: EmbedStage, output_dir: Path, evaluate: Any):
+    def __init__(self, trainer: _Trainer, args: EmbedStage, output_dir: Path, evaluate: Any):
         super().__init__()
-        self.accelerator, self.model, self.evaluate = trainer.accelerator, model, evaluate
-        self.losses = trainer.losses = Losses(torch.zeros((), device=trainer.accelerator.device))
-        self.eval_steps, self.metric, self.kept = args.eval_steps, args.metric_for_best, args.save_total_limit
-        self.log_file, self.best_folder = output_dir / "log.jsonl", output_dir / "checkpoints" / "best"
+        self.trainer, self.arguments, self.evaluate = trainer, args, evaluate
+        self.start = time.perf_counter()
+        self.log_file, self.root = output_dir / "log.jsonl", output_dir / "checkpoints"
         self.stop, self.interrupted = StopRequest(), 0
+        self.saved: dict[str, Any] = {"losses": [0.0, 0.0, 0], "seconds": 0.0, "evaluation": {}}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] | None = None
 
@@ -216,88 +225,59 @@ class _StageCallback(ProgressCallback):
         self.restore(state)
 
     def restore(self, state: Any) -> None:
-        """Continue the log, the sums and the best weights at the step of ``state``."""
-        saved = self.best_folder.parent / f"checkpoint-{state.global_step}" / "losses.json"
-        if state.global_step and saved.exists():
-            found = read_json(saved)
-            self.losses.logged, self.losses.step = found["logged"], found["step"]
-            self.losses.since.fill_(found["since"])
-        self.log = Log(self.accelerator, self.log_file, state.global_step)
-        lines = self.log_file.read_text(encoding="utf-8").splitlines() if processes().is_main_process else []
-        seconds = 0.0
-        for line in map(json.loads, lines):
-            seconds = max(seconds, line.get("seconds", 0.0))
-            metrics = {name: value for name, value in line.items() if name.startswith("eval_")}
-            self.evaluation = metrics or self.evaluation
-        self.start = time.perf_counter() - seconds
-        # Metrics of a later step belong to a lost checkpoint and are measured again.
-        if state.global_step and self.best_folder.exists() and checkpoint.find_corruption(self.best_folder) is None:
-            best = read_json(self.best_folder / "best.json")
-            self.best = best if best["step"] <= state.global_step else None
+        """Continue the log and the sums of losses and seconds where the checkpoint was saved."""
+        trainer = self.trainer
+        loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = self.saved["losses"]
+        trainer._tr_loss = torch.tensor(loss, device=trainer.accelerator.device)
+        self.evaluation = self.saved["evaluation"]
+        self.log = Log(trainer.accelerator, self.log_file, state.global_step)
+        self.start = time.perf_counter() - self.saved["seconds"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seed_everything(args.seed, state.global_step, processes().process_index)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         # The usual progress bar would print a line on standard output.
         if not logs or "loss" not in logs:
             return
-        # The trainer's own mean starts again where a run is resumed.
-        losses, total = self.losses, self.losses.total()
-        loss = (total - losses.logged) / max(1, state.global_step - losses.step)
-        losses.logged, losses.step = total, state.global_step
-        losses.since.zero_()
-        rate, grad_norm = logs["learning_rate"], float(logs.get("grad_norm", 0.0))
+        loss, rate, grad_norm = logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0))
         # With fp16, the gradient scaler skips steps with infinite gradients.
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or args.fp16)):
-            raise FloatingPointError(
-                f"The loss is {loss} and its gradient norm is {grad_norm} near step "
-                f"{state.global_step} of {state.max_steps}, learning rate {rate:.3g}. Lower learning_rate, "
-                "or use precision: fp32. Checkpoints of earlier steps are not changed."
-            )
+        self.check_finite(loss + (0.0 if args.fp16 else grad_norm), state, rate)
         if self.training_bar is not None:
             self.training_bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         line = {"step": state.global_step, "epoch": round(state.epoch, 4), "loss": loss, "learning_rate": rate}
         self.log.write({**line, "grad_norm": grad_norm, "seconds": self.seconds()})
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        since = float(processes_mean(self.losses.since))
-        processes().wait_for_everyone()  # each process writes part of the checkpoint
-        if processes().is_main_process:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / "losses.json", {"logged": self.losses.logged, "since": since, "step": self.losses.step})
-            checkpoint.write_manifest(folder)
-            checkpoint.rotate(folder.parent, self.kept, newest=folder, kind="checkpoint")
+    def check_finite(self, loss: float, state: Any, rate: float) -> None:
+        """Raise FloatingPointError if the loss, with the norm of its gradient, is not finite."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss or its gradient is not finite near step {state.global_step} of {state.max_steps}, learning rate "
+                f"{rate:.3g}. Lower learning_rate, or use precision: fp32. Checkpoints of earlier steps are not changed."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control)  # type: ignore[no-untyped-call]
         last = state.global_step >= state.max_steps
-        due = state.global_step % self.eval_steps == 0 if self.eval_steps else float(state.epoch).is_integer()
+        control.should_log |= last
+        every = self.arguments.eval_steps
+        due = state.global_step % every == 0 if every else float(state.epoch).is_integer()
         if self.evaluate and (due or last):
             self.measure(state)
-        number = self.stop.number
-        if processes().num_processes > 1:  # processes wait for each other at logged steps anyway
-            if state.global_step % args.logging_steps:
-                return
-            number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+        number = self.stop.agreed(state.global_step % args.logging_steps == 0)
         if number and not last:
             self.interrupted = number
             control.should_save = control.should_training_stop = True
 
     def measure(self, state: Any) -> None:
         """Evaluate the model, and save the weights if they are the best so far."""
-        main = processes().is_main_process
-        (metrics,) = broadcast_object_list([self.evaluate(self.model) if main else None])
+        (metrics,) = broadcast_object_list([self.evaluate(self.trainer.model) if processes().is_main_process else None])
         self.evaluation = {f"eval_{name}": value for name, value in metrics.items()}
         self.log.write({"step": state.global_step, "epoch": round(state.epoch, 4), **self.evaluation})
-        name = f"eval_{self.metric}"
-        if self.metric is None or (self.best and self.evaluation[name] <= self.best["metrics"][name]):
-            return
-        self.best = {"step": state.global_step, "metrics": self.evaluation}
-
-        def fill(folder: Path) -> None:
-            save_model(self.model, str(folder / "model.safetensors"))
-            write_json(folder / "best.json", self.best)
-
-        if main:
-            checkpoint.write_folder(self.best_folder, fill)
+        metric = self.arguments.metric_for_best
+        if metric and (not self.best or metrics[metric] > self.best["metrics"][f"eval_{metric}"]):
+            self.best = {"step": state.global_step, "metrics": self.evaluation}
+            checkpoint.save(self.root, state.global_step, self.trainer.model, {"state.json": self.best})
 
     def seconds(self) -> float:
         """Return the seconds of training. Interrupted runs count as well."""
@@ -307,28 +287,5 @@ class _StageCallback(ProgressCallback):
         """Load the best weights if they were saved, and return the metrics of the model."""
         if self.best is None:
             return self.evaluation
-        processes().wait_for_everyone()
-        load_model(self.model, self.best_folder / "model.safetensors")
+        load_model(self.trainer.model, self.root / f"best-{self.best['step']:08d}" / "model.safetensors")
         return {**self.best["metrics"], "best_step": self.best["step"]}
-
-
-def processes_mean(value: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``value`` over the processes."""
-    return reduce(value.clone(), reduction="mean") if processes().num_processes > 1 else value
-
-
-def _latest_checkpoint(root: Path) -> str | None:
-    """Return the newest valid checkpoint in ``root``. Delete newer, damaged checkpoints."""
-    state = processes()
-    if state.is_main_process:
-        checkpoint.clear_leftovers(root)
-    found, problems = checkpoint.latest_valid(root, "checkpoint")
-    state.wait_for_everyone()  # every process looks before a folder is deleted
-    if state.is_main_process:
-        for folder, problem in problems.items():
-            logger.warning("%s This checkpoint is deleted.", problem)
-            shutil.rmtree(folder)
-        if found:
-            logger.warning("Resuming from %s.", found)
-    state.wait_for_everyone()
-    return str(found) if found else None

@@ -1,13 +1,14 @@
 """Fine-tune models for extractive question answering (the ``answer`` stage)."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.text import squad
 from transformers import AutoModelForQuestionAnswering
 
@@ -52,7 +53,7 @@ def answer(args: AnswerStage, context: StageContext) -> dict[str, Any]:
     }
     evaluate = None
     if args.eval_data:
-        evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
+        evaluate = partial(measure, rows=held_out, answers=expected, tokenizer=tokenizer, batch_size=args.eval_batch_size)
     rows = window_rows(train, answers, tokenizer, sizes)
     return fit(model, tokenizer, rows, args, context, evaluate, args.metric_for_best)
 
@@ -166,18 +167,11 @@ def find_tokens(windows: Sequence[Window], start: int, end: int) -> list[tuple[i
     ]
 
 
-def evaluator(
-    rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int
-) -> Callable[[nn.Module], dict[str, Any]]:
-    """Return a function that computes :func:`answer_metrics` of a model."""
-    texts = [[text for _, text in row] for row in answers]
-    rows = rows.select_columns(list(_TEXTS))
-
-    def evaluate(model: Any) -> dict[str, float]:
-        results = results_of(rows, lambda mine: answer_rows(model, tokenizer, mine, batch_size=batch_size))
-        return answer_metrics([result["text"] for result in results], texts)
-
-    return evaluate
+def measure(model: Any, rows: Dataset, answers: Sequence[Answers], tokenizer: Any, batch_size: int) -> dict[str, float]:
+    """Return :func:`answer_metrics` of a model."""
+    asked = rows.select_columns(list(_TEXTS))
+    results = results_of(asked, lambda mine: answer_rows(model, tokenizer, mine, batch_size=batch_size))
+    return answer_metrics([result["text"] for result in results], [[text for _, text in row] for row in answers])
 
 
 def answer_metrics(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """Fine-tune models for multiple choice (the ``choose`` stage)."""
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from sklearn.metrics import accuracy_score
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForMultipleChoice
 
 from minibert.data.load import check_columns, load
@@ -49,11 +50,10 @@ def choose(args: ChooseStage, context: StageContext) -> dict[str, Any]:
         "text_columns": columns[0],
         "choice_columns": columns[1],
     }
-
     evaluate = None
     if args.eval_data:
-        evaluate = evaluator(held_out, expected, tokenizer, args.eval_batch_size)
-    rows = ChoiceRows.from_choices(asked, labels, tokenizer, max_length)
+        evaluate = partial(measure, rows=held_out, labels=expected, tokenizer=tokenizer, batch_size=args.eval_batch_size)
+    rows = ChoiceRows(asked, labels, tokenizer, max_length)
     return fit(model, tokenizer, rows, args, context, evaluate, args.metric_for_best)
 
 
@@ -110,23 +110,14 @@ class ChoiceRows:
         choices: number of choices of each question.
     """
 
-    def __init__(self, pairs: TokenizedDataset, choices: int):
-        self.pairs, self.choices, self.fingerprint = pairs, choices, pairs.fingerprint
-
-    @classmethod
-    def from_choices(
-        cls,
-        asked: Sequence[Choices],
-        labels: np.ndarray,
-        tokenizer: Any,
-        max_length: int,
-    ) -> "ChoiceRows":
+    def __init__(self, asked: Sequence[Choices], labels: np.ndarray, tokenizer: Any, max_length: int):
         """Tokenize each question with each choice. The longer text of a pair is cut first."""
         firsts, seconds = zip(*(pair for row in asked for pair in row.pairs), strict=True)
         texts = Dataset.from_dict({"first": firsts, "second": seconds})
-        choices = len(texts) // len(labels)
-        repeated = np.repeat(labels, choices)
-        return cls(TokenizedDataset.from_texts(texts, ("first", "second"), repeated, tokenizer, max_length), choices)
+        self.choices = len(texts) // len(labels)
+        repeated = np.repeat(labels, self.choices)
+        self.pairs = TokenizedDataset.from_texts(texts, ("first", "second"), repeated, tokenizer, max_length)
+        self.fingerprint = self.pairs.fingerprint
 
     def __len__(self) -> int:
         return len(self.pairs) // self.choices
@@ -138,19 +129,10 @@ class ChoiceRows:
         return {**{name: tensor.unflatten(0, (len(rows), self.choices)) for name, tensor in batch.items()}, "labels": labels}
 
 
-def evaluator(
-    rows: Dataset,
-    labels: np.ndarray,
-    tokenizer: Any,
-    batch_size: int,
-) -> Callable[[nn.Module], dict[str, Any]]:
-    """Return a function that computes :func:`choice_metrics` of a model."""
-
-    def evaluate(model: Any) -> dict[str, float]:
-        results = results_of(rows, lambda mine: choose_rows(model, tokenizer, mine, batch_size=batch_size))
-        return choice_metrics([result["probabilities"] for result in results], labels)
-
-    return evaluate
+def measure(model: Any, rows: Dataset, labels: np.ndarray, tokenizer: Any, batch_size: int) -> dict[str, float]:
+    """Return :func:`choice_metrics` of a model."""
+    results = results_of(rows, lambda mine: choose_rows(model, tokenizer, mine, batch_size=batch_size))
+    return choice_metrics([result["probabilities"] for result in results], labels)
 
 
 def choice_metrics(probabilities: Sequence[Sequence[float]], labels: Sequence[int] | np.ndarray) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """Fine-tune classifiers of texts or text pairs (the ``classify`` stage)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
@@ -12,7 +14,7 @@ from minibert.data.columns import pick_columns
 from minibert.data.labels import Labels, read_labels
 from minibert.data.load import TEXT_COLUMNS, check_columns, load, text_columns
 from minibert.evaluation.metrics import METRICS, classification_metrics
-from minibert.train.arguments import ClassifyStage
+from minibert.train.arguments import ClassifyStage, DistillTaskStage
 from minibert.train.loop import fit
 from minibert.train.rows import TokenizedDataset, choose_metric, compute_outputs, head_changes, in_eval_data
 from minibert.train.stage import StageContext, load_start
@@ -20,16 +22,7 @@ from minibert.train.stage import StageContext, load_start
 
 def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     """Fine-tune a classifier, and return training and classification metrics."""
-    train = load(args.data, split="train")
-    columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
-    labels = read_labels(train, args.label_column, args.labels, args.problem_type)
-    note_texts(args, context, train, columns, labels)
-    if args.eval_data:
-        held_out = load(args.eval_data, split="validation")
-        find_text_columns(held_out, columns, args.label_column, args.eval_data)
-        with in_eval_data():
-            expected = read_labels(held_out, args.label_column, labels.names, labels.problem_type)
-    context.end_check()
+    train, columns, labels, held_out = read_data(args, context, args.problem_type)
     metric = choose_metric(args.metric_for_best, METRICS[labels.problem_type])
 
     tokenizer, model, max_length = load_start(
@@ -42,17 +35,30 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     model.config.text_columns = columns  # prediction reads them from config.json
 
     evaluate = None
-    if args.eval_data:
-        evaluated = TokenizedDataset.from_texts(held_out, columns, expected.values, tokenizer, max_length)
-        evaluate = evaluator(evaluated, labels.problem_type, args.eval_batch_size)
+    if held_out:
+        evaluated = TokenizedDataset.from_texts(held_out[0], columns, held_out[1], tokenizer, max_length)
+        evaluate = partial(measure, rows=evaluated, problem_type=labels.problem_type, batch_size=args.eval_batch_size)
     rows = TokenizedDataset.from_texts(train, columns, labels.values, tokenizer, max_length)
     return fit(model, tokenizer, rows, args, context, evaluate, metric)
 
 
-def note_texts(args: Any, context: StageContext, rows: Dataset, columns: Sequence[str], labels: Labels) -> None:
-    """Record the columns of texts and labels, and the first row with the names of its classes."""
+def read_data(
+    args: ClassifyStage | DistillTaskStage, context: StageContext, problem_type: str | None = None
+) -> tuple[Dataset, list[str], Labels, tuple[Dataset, np.ndarray] | None]:
+    """Return the training data, its text columns and labels, and the evaluation data with labels."""
+    train = load(args.data, split="train")
+    columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
+    labels = read_labels(train, args.label_column, args.labels, problem_type)
     single = {"label": args.label_column} if isinstance(args.label_column, str) else {}
-    context.note_columns(args.data, rows, {name: name for name in columns} | single, label=labels.first())
+    context.note_columns(args.data, train, {name: name for name in columns} | single, label=labels.first())
+    held_out = None
+    if args.eval_data:
+        rows = load(args.eval_data, split="validation")
+        find_text_columns(rows, columns, args.label_column, args.eval_data)
+        with in_eval_data():
+            held_out = rows, read_labels(rows, args.label_column, labels.names, labels.problem_type).values
+    context.end_check()
+    return train, columns, labels, held_out
 
 
 def find_text_columns(
@@ -67,11 +73,7 @@ def find_text_columns(
     return columns
 
 
-def evaluator(rows: TokenizedDataset, problem_type: str, batch_size: int) -> Callable[[nn.Module], dict[str, Any]]:
-    """Return a function that measures a classifier. Processes divide the work."""
-
-    def evaluate(model: nn.Module) -> dict[str, Any]:
-        numbers, logits = compute_outputs(model, rows, batch_size)
-        return classification_metrics(torch.cat(logits), rows.labels[numbers], problem_type)
-
-    return evaluate
+def measure(model: nn.Module, rows: TokenizedDataset, problem_type: str, batch_size: int) -> dict[str, Any]:
+    """Return the metrics of a classifier. Processes divide the work."""
+    numbers, logits = compute_outputs(model, rows, batch_size)
+    return classification_metrics(torch.cat(logits), rows.labels[numbers], problem_type)

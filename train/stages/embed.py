@@ -1,6 +1,6 @@
 """Train sentence embeddings on pairs with sentence-transformers (the ``embed`` stage)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
         columns = pair_columns(args, held_out, args.eval_data)
         held_out = held_out.select_columns(columns).rename_columns(dict(zip(columns, ("anchor", "positive"), strict=True)))
     context.end_check()
-    evaluate = evaluator(held_out, args.eval_batch_size) if held_out else None
+    evaluate = partial(measure, pairs=held_out, batch_size=args.eval_batch_size) if held_out else None
     model = _starting_model(args, context)
     sources = _with_negatives(sources, model, args, context.output_dir / "negatives")
     pairs = sources if args.one_source_per_batch else join(list(sources.values()))
@@ -174,12 +174,7 @@ def _loss(args: EmbedStage, model: SentenceTransformer) -> Any:
     return MultipleNegativesRankingLoss(model, **options)
 
 
-def evaluator(pairs: Dataset, batch_size: int) -> Callable[[SentenceTransformer], dict[str, Any]]:
-    """Return a function that measures retrieval with the evaluation pairs."""
-    queries, passages = list(pairs["anchor"]), list(pairs["positive"])
-
-    def evaluate(model: SentenceTransformer) -> dict[str, float]:
-        found = retrieval(model, queries, passages, baselines=False, batch_size=batch_size)
-        return dict(found["systems"]["model"])
-
-    return evaluate
+def measure(model: SentenceTransformer, pairs: Dataset, batch_size: int) -> dict[str, float]:
+    """Return the metrics of retrieval with the evaluation pairs."""
+    found = retrieval(model, list(pairs["anchor"]), list(pairs["positive"]), baselines=False, batch_size=batch_size)
+    return dict(found["systems"]["model"])

@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object, send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
@@ -44,7 +44,9 @@ def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
         rate = phase.learning_rate or args.learning_rate
         rows = rows_of(corpus, length, masking)
         parts.append(Phase(rows, phase.batch_size or args.batch_size, rate, phase.share))
-    evaluate = evaluator(rows_of(held_out[0], max(lengths), masking), args.eval_batch_size) if held_out else None
+    evaluate = None
+    if held_out:
+        evaluate = partial(measure, rows=rows_of(held_out[0], max(lengths), masking), batch_size=args.eval_batch_size)
     return fit(model, tokenizer, parts, args, context, evaluate, args.metric_for_best)
 
 
@@ -257,30 +259,26 @@ class SentencePairs:
         return {**{name: torch.from_numpy(array) for name, array in batch.items()}, "next_sentence_label": follows}
 
 
-def evaluator(rows: PackedRows | SentencePairs, batch_size: int) -> Callable[[nn.Module], dict[str, Any]]:
-    """Return a function that measures a model. All calls mask the same words."""
-
-    def evaluate(model: Any) -> dict[str, float]:
-        state = processes()
-        numbers = range(state.process_index, math.ceil(len(rows) / batch_size), state.num_processes)
-        sums = np.zeros(5)  # loss, right words, words; right pairs, pairs
-        for number in tqdm(numbers, desc="evaluate", leave=False, disable=not state.is_main_process):
-            seed_everything(0, number)
-            chosen_rows = np.arange(number * batch_size, min(len(rows), (number + 1) * batch_size))
-            batch = send_to_device(rows.collate(chosen_rows), state.device)
-            labels, follows = batch.pop("labels"), batch.pop("next_sentence_label", None)
-            output = model.minibert(**batch)
-            chosen = labels != -100
-            for states, expected in zip(output.last_hidden_state[chosen].split(1024), labels[chosen].split(1024), strict=True):
-                logits = model.lm_head(states)
-                loss = F.cross_entropy(logits, expected, reduction="sum")
-                sums[:3] += [float(loss), int((logits.argmax(-1) == expected).sum()), len(expected)]
-            if follows is not None:
-                right = model.next_sentence(output.pooler_output).argmax(-1) == follows
-                sums[3:] += [int(right.sum()), len(follows)]
-        sums = np.sum(gather_object([sums]), axis=0)
-        loss = sums[0] / sums[2]
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 100.0)), "masked_accuracy": sums[1] / sums[2]}
-        return metrics | ({"next_sentence_accuracy": sums[3] / sums[4]} if sums[4] else {})
-
-    return evaluate
+def measure(model: Any, rows: PackedRows | SentencePairs, batch_size: int) -> dict[str, float]:
+    """Return the metrics of a model. All calls mask the same words."""
+    state = processes()
+    numbers = range(state.process_index, math.ceil(len(rows) / batch_size), state.num_processes)
+    sums = np.zeros(5)  # loss, right words, words; right pairs, pairs
+    for number in tqdm(numbers, desc="evaluate", leave=False, disable=not state.is_main_process):
+        seed_everything(0, number)
+        chosen_rows = np.arange(number * batch_size, min(len(rows), (number + 1) * batch_size))
+        batch = send_to_device(rows.collate(chosen_rows), state.device)
+        labels, follows = batch.pop("labels"), batch.pop("next_sentence_label", None)
+        output = model.minibert(**batch)
+        chosen = labels != -100
+        for states, expected in zip(output.last_hidden_state[chosen].split(1024), labels[chosen].split(1024), strict=True):
+            logits = model.lm_head(states)
+            loss = F.cross_entropy(logits, expected, reduction="sum")
+            sums[:3] += [float(loss), int((logits.argmax(-1) == expected).sum()), len(expected)]
+        if follows is not None:
+            right = model.next_sentence(output.pooler_output).argmax(-1) == follows
+            sums[3:] += [int(right.sum()), len(follows)]
+    sums = np.sum(gather_object([sums]), axis=0)
+    loss = sums[0] / sums[2]
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 100.0)), "masked_accuracy": sums[1] / sums[2]}
+    return metrics | ({"next_sentence_accuracy": sums[3] / sums[4]} if sums[4] else {})

@@ -1,7 +1,8 @@
 """Fine-tune taggers of words (the ``tag`` stage). The first token of a word has the tag."""
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, pairwise
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
     evaluate = None
     if args.eval_data:
         evaluated = TagRows.from_words(held_out_sentences, expected, names, tokenizer, max_length)
-        evaluate = evaluator(evaluated, expected, names, args.eval_batch_size)
+        evaluate = partial(measure, rows=evaluated, expected=expected, names=names, batch_size=args.eval_batch_size)
     rows = TagRows.from_words(sentences, tags, names, tokenizer, max_length)
     return fit(model, tokenizer, rows, args, context, evaluate, metric)
 
@@ -88,24 +89,19 @@ class TagRows(TokenizedDataset):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def evaluator(
-    rows: TagRows, expected: Sequence[Sequence[str]], names: Sequence[str], batch_size: int
-) -> Callable[[nn.Module], dict[str, Any]]:
-    """Return a function that measures a tagger on all words. Processes divide the work."""
-    ends = np.cumsum([0, *map(len, expected)])
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        numbers, logits = compute_outputs(model, rows, batch_size)
-        of_tokens = torch.empty(len(rows.labels), len(names), dtype=torch.float32, device="cpu")
-        done = 0
-        for part in logits:  # (windows, longest, tags)
-            _, mask, taken = rows.pad(numbers[done : done + len(part)])
-            of_tokens[torch.from_numpy(taken)] = part[torch.from_numpy(mask)]
-            done += len(part)
-        labelled = torch.from_numpy(rows.labels >= 0)
-        found = [names[number] for number in of_tokens[labelled].argmax(-1).tolist()]
-        metrics = tag_metrics(expected, [found[start:end] for start, end in pairwise(ends)])
-        loss = nn.functional.cross_entropy(of_tokens[labelled], torch.from_numpy(rows.labels)[labelled])
-        return {**metrics, "loss": float(loss)}
-
-    return evaluate
+def measure(
+    model: nn.Module, rows: TagRows, expected: Sequence[Sequence[str]], names: Sequence[str], batch_size: int
+) -> dict[str, float]:
+    """Return the metrics of a tagger on all words. Processes divide the work."""
+    numbers, logits = compute_outputs(model, rows, batch_size)
+    of_tokens = torch.empty(len(rows.labels), len(names), dtype=torch.float32, device="cpu")
+    done = 0
+    for part in logits:  # (windows, longest, tags)
+        _, mask, taken = rows.pad(numbers[done : done + len(part)])
+        of_tokens[torch.from_numpy(taken)] = part[torch.from_numpy(mask)]
+        done += len(part)
+    labelled = torch.from_numpy(rows.labels >= 0)
+    found = iter(of_tokens[labelled].argmax(-1).tolist())
+    metrics = tag_metrics(expected, [[names[next(found)] for _ in tags] for tags in expected])
+    loss = nn.functional.cross_entropy(of_tokens[labelled], torch.from_numpy(rows.labels)[labelled])
+    return {**metrics, "loss": float(loss)}

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,14 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
     vectors = (
         None if args.hidden_weight else cached_teacher_outputs(context.output_dir / "checkpoints", key, len(texts), compute)
     )
-    measure = evaluator(held_out, args.matryoshka_dims or (), args.eval_batch_size) if held_out else None
+    dims = args.matryoshka_dims or ()
+    measured = partial(measure, held_out=held_out, dims=dims, batch_size=args.eval_batch_size) if held_out else None
     prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""  # encode() adds it
     prompted = Dataset.from_dict({"text": [prompt + text for text in texts]})
     rows = TokenizedDataset.from_texts(prompted, ["text"], np.zeros(len(texts)), student.tokenizer, length)
     taught = TaughtRows(rows, "teacher_vectors", vectors, key)
     distillation = EmbeddingDistillation(args, student, teacher)
-    metrics = fit_student(distillation, student.tokenizer, args, context, taught, measure)
+    metrics = fit_student(distillation, student.tokenizer, args, context, taught, measured)
     return {**metrics, "train_texts": len(texts)}
 
 
@@ -235,23 +237,19 @@ def _encoder(model: SentenceTransformer, field: str) -> Any:
     return encoder
 
 
-def evaluator(
-    held_out: Sequence[tuple[str, Dataset]], dims: Sequence[int], batch_size: int
-) -> Callable[[SentenceTransformer], dict[str, Any]]:
-    """Return a function that measures a model, also with vectors truncated to ``dims``."""
-
-    def measure(model: SentenceTransformer) -> dict[str, Any]:
-        metrics: dict[str, float | None] = {}
-        for size in (None, *dims):
-            scores, end = [], "" if size is None else f"_{size}d"
-            with model.truncate_embeddings(size):
-                for name, data in held_out:
-                    found = evaluate(model, data, baselines=False, batch_size=batch_size)
-                    values = found["systems"]["model"]
-                    start = f"{name}_" if len(held_out) > 1 else ""
-                    metrics |= {f"{start}{metric}{end}": value for metric, value in values.items()}
-                    scores.append(values[_MAIN_METRIC[found["kind"]]])
-            metrics[f"score{end}"] = None if None in scores else sum(scores) / len(scores)
-        return metrics
-
-    return measure
+def measure(
+    model: SentenceTransformer, held_out: Sequence[tuple[str, Dataset]], dims: Sequence[int], batch_size: int
+) -> dict[str, Any]:
+    """Return the metrics of a model, also with vectors truncated to ``dims``."""
+    metrics: dict[str, float | None] = {}
+    for size in (None, *dims):
+        scores, end = [], "" if size is None else f"_{size}d"
+        with model.truncate_embeddings(size):
+            for name, data in held_out:
+                found = evaluate(model, data, baselines=False, batch_size=batch_size)
+                values = found["systems"]["model"]
+                start = f"{name}_" if len(held_out) > 1 else ""
+                metrics |= {f"{start}{metric}{end}": value for metric, value in values.items()}
+                scores.append(values[_MAIN_METRIC[found["kind"]]])
+        metrics[f"score{end}"] = None if None in scores else sum(scores) / len(scores)
+    return metrics

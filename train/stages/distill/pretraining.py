@@ -1,5 +1,6 @@
 """Train a language model with the three losses of DistilBERT."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from minibert.train.stages.distill.student import (
     soft_divergence,
 )
 from minibert.train.stages.distill.teacher import fingerprint, load_teacher, same_tokens
-from minibert.train.stages.pretrain import Masking, PackedRows, check_documents, corpora, evaluator, refuse_unpacked
+from minibert.train.stages.pretrain import Masking, PackedRows, check_documents, corpora, measure, refuse_unpacked
 
 
 class MaskedLMDistillation(Distillation):
@@ -86,6 +87,8 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
     rows = PackedRows(corpus, length, masking)
     # A run must not resume with another teacher.
     rows.fingerprint = f"{rows.fingerprint}-{fingerprint(teacher)}"
-    measure = evaluator(PackedRows(held_out[0], length, masking), args.eval_batch_size) if held_out else None
+    evaluate = None
+    if held_out:
+        evaluate = partial(measure, rows=PackedRows(held_out[0], length, masking), batch_size=args.eval_batch_size)
     distillation = MaskedLMDistillation(args, student, teacher)
-    return fit_student(distillation, tokenizer, args, context, rows, measure)
+    return fit_student(distillation, tokenizer, args, context, rows, evaluate)

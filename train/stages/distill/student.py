@@ -115,19 +115,10 @@ def fit_student(
     measure: Callable[[Any], dict[str, Any]] | None,
     measure_teacher: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train the student of ``distillation`` with :func:`fit`.
+    """Train the student of ``distillation`` with :func:`fit`, and return the metrics of both models.
 
-    Args:
-        distillation: the student with its loss and the teacher.
-        tokenizer: tokenizer that is saved with the student.
-        args: arguments of the stage.
-        context: folder and seed of the stage.
-        rows: training data.
-        measure: function that returns the metrics of a model, or None without evaluation data.
-        measure_teacher: function that measures the teacher. The default is ``measure``.
-
-    Returns:
-        Metrics and numbers of parameters. Names of teacher metrics begin with ``teacher_``.
+    ``measure_teacher`` measures the teacher. The default is ``measure``, which is None without
+    evaluation data. Names of teacher metrics begin with ``teacher_``.
     """
     evaluate, teacher_metrics = None, {}
     if measure is not None:

@@ -1,5 +1,6 @@
 """Train a classifier on labels and on the logits of a teacher."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,14 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import ModelOutput
 
-from minibert.data.labels import SINGLE, read_labels
-from minibert.data.load import load
+from minibert.data.labels import SINGLE
 from minibert.inference.load import open_tokenizer
 from minibert.inference.predict import class_names
 from minibert.train.arguments import DistillTaskStage
-from minibert.train.rows import TokenizedDataset, head_changes, in_eval_data
+from minibert.train.rows import TokenizedDataset, head_changes
 from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.classify import evaluator, find_text_columns, note_texts
+from minibert.train.stages.classify import measure as measure_classifier
+from minibert.train.stages.classify import read_data
 from minibert.train.stages.distill.student import Distillation, fit_student, from_layers, soft_divergence
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, load_teacher, same_tokens
 
@@ -34,16 +35,7 @@ class TaskDistillation(Distillation):
 
 def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any]:
     """Train a classifier on labels and a teacher's logits. Return metrics of both models."""
-    train = load(args.data, split="train")
-    columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
-    labels = read_labels(train, args.label_column, args.labels)
-    note_texts(args, context, train, columns, labels)
-    if args.eval_data:
-        held_out = load(args.eval_data, split="validation")
-        find_text_columns(held_out, columns, args.label_column, args.eval_data)
-        with in_eval_data():
-            known = read_labels(held_out, args.label_column, labels.names, SINGLE).values
-    context.end_check()
+    train, columns, labels, held_out = read_data(args, context)
     teacher = load_teacher(AutoModelForSequenceClassification, str(context.teacher), "a classifier")
     names = class_names(teacher.config)
     _check_labels(args, labels, teacher, names, str(context.teacher))
@@ -76,10 +68,11 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     logits = cached_teacher_outputs(context.output_dir / "checkpoints", key, len(read), compute)
 
     measure = measure_teacher = None
-    if args.eval_data:
-        expected = teachers_number[known]
+    if held_out:
+        rows_held_out, expected = held_out[0], teachers_number[held_out[1]]
+        evaluate = partial(measure_classifier, problem_type=SINGLE, batch_size=args.eval_batch_size)
         measure, measure_teacher = (
-            evaluator(TokenizedDataset.from_texts(held_out, columns, expected, *reads), SINGLE, args.eval_batch_size)
+            partial(evaluate, rows=TokenizedDataset.from_texts(rows_held_out, columns, expected, *reads))
             for reads in ((tokenizer, length), (its_tokenizer, its_length))
         )
     taught = TaughtRows(rows, "teacher_logits", logits, key)

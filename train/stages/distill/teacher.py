@@ -63,16 +63,8 @@ def cached_teacher_outputs(
     """Compute a teacher's outputs for all rows, or read them from ``folder``.
 
     Processes divide the work and must use the same ``folder``. A resumed run reuses complete
-    files.
-
-    Args:
-        folder: folder of the cache.
-        key: string in the file names. A different teacher or different inputs need another key.
-        rows: number of rows.
-        compute: function that returns the outputs (rows, C) of a range of rows.
-
-    Returns:
-        Memory-mapped float32 arrays (rows, C). An array has at most ``ROWS_PER_FILE`` rows.
+    files. A different teacher or different inputs need another ``key``, which is in the names
+    of the files. The result is memory-mapped float32 arrays of ``ROWS_PER_FILE`` rows.
     """
     state = processes()
     paths = [folder / f"teacher-{key}-{start:010d}.npy" for start in range(0, rows, ROWS_PER_FILE)]
@@ -92,13 +84,10 @@ def cached_teacher_outputs(
 
 
 class TaughtRows:
-    """Store rows of tokens with the teacher's outputs for each row.
+    """Store rows of tokens with the teacher's outputs, which the student gets as argument ``name``.
 
-    Args:
-        rows: tokenized rows.
-        name: argument of the student that receives the outputs.
-        outputs: result of :func:`cached_teacher_outputs`. None if the teacher runs at every step.
-        teacher: hash of the teacher. A run resumes only with the same teacher.
+    ``outputs`` is None if the teacher runs at every step. A run resumes only with the same hash
+    ``teacher``.
     """
 
     def __init__(self, rows: TokenizedDataset, name: str, outputs: list[np.ndarray] | None, teacher: str):
