@@ -53,6 +53,7 @@ class EncoderOptions(TypedDict, total=False):
     prompt_name: str | None
     device: str | None
     trust_remote_code: bool
+    deterministic: bool
 
 
 def encode(
@@ -83,6 +84,9 @@ def encode(
         device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
             available.
         trust_remote_code: run Python code that comes with the model.
+        deterministic: compute each text alone, so that its vector is the same, bit for bit,
+            whatever other texts are encoded. This takes longer, most of all for short texts
+            (docs/reliability.md).
 
     Example::
 
@@ -139,12 +143,15 @@ class Encoder:
         prompt_name: str | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
+        deterministic: bool = False,
         query_copies: bool = True,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} (--dtype).")
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens} (--batch-tokens).")
+        if deterministic and batch_tokens not in (None, 1):
+            raise ValueError(f"batch_tokens={batch_tokens} and deterministic=True are both given, but a text is computed alone.")
         if prompt is not None and prompt_name is not None:
             raise ValueError("prompt and prompt_name are both given; give only one (--prompt, --prompt-name).")
         if prompt is not None and not is_unicode(prompt):
@@ -165,14 +172,14 @@ class Encoder:
         assert dimension is not None  # sentence-embedding models have a dimension
         self.dimension = dimension
         usual = _CPU_TOKENS if self.model.device.type == "cpu" else _GPU_TOKENS
-        self.batch_tokens = batch_tokens or usual
+        self.batch_tokens = 1 if deterministic else batch_tokens or usual  # a longer text is a batch of its own
         if self.packed:
             encoder = _encoder_of(self.model)
             self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config)
             owned = self.model is not model  # do not change a model that the caller opened
             if owned:
                 encoder.pooler = None  # the vectors are pooled from the hidden states
-            half_copies = query_copies and dtype == "auto" and supports_half_copies(getattr(torch, self.dtype))
+            half_copies = query_copies and not deterministic and dtype == "auto" and supports_half_copies(getattr(torch, self.dtype))
             if owned and prepack(encoder, half_copies=half_copies):
                 self.decisions["matrices"] = "prepacked for oneDNN" + ("; for a query in float16" if half_copies else "")
             if self.model.device.type == "cpu" and self.dtype == "bfloat16" and PREFERS_EXP2:
@@ -291,6 +298,7 @@ class Encoder:
             return np.empty((0, self.dimension), dtype=np.float32)
         options: dict[str, Any] = {} if task is None else {"task": task}
         options |= {"prompt": prompt or "", "normalize_embeddings": self._normalize, "show_progress_bar": False}
+        options |= {"batch_size": 1} if self.batch_tokens == 1 else {}
         vectors: np.ndarray = finite(np.asarray(self.model.encode(list(texts), **options), dtype=np.float32))
         return vectors
 

@@ -113,6 +113,16 @@ def test_batches_of_any_size_give_the_same(folders):
         np.testing.assert_allclose(encode(model, TEXTS, batch_tokens=batch_tokens), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["search-8x768", "bert"])
+def test_a_text_has_the_same_bits_in_any_company_if_that_is_asked(folders, name):
+    encoder = Encoder(folders / name, dtype="float32", deterministic=True)
+    together = encoder.encode(TEXTS)
+    for row, text in enumerate(TEXTS):
+        assert np.array_equal(encoder.encode([text])[0], together[row])
+        assert np.array_equal(encoder.encode([TEXTS[-1], text, *TEXTS[:3]])[1], together[row])
+    np.testing.assert_allclose(together, encode(folders / name, TEXTS, dtype="float32"), atol=1e-5)
+
+
 def test_prompts_are_put_before_texts(folders):
     model = assemble(folders / "search-8x768")
     model.prompts = {"query": "two dogs "}
@@ -522,6 +532,7 @@ def test_the_faster_numbers_are_chosen_and_said(monkeypatch, half, expected):
         (["a", None], {}, "Text 1 is NoneType, not a string: None"),
         (["a"], {"dtype": "int8"}, "dtype='int8' is unknown; use one of auto, float32"),
         (["a"], {"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+        (["a"], {"batch_tokens": 64, "deterministic": True}, "batch_tokens=64 and deterministic=True are both given"),
         (["a"] * 4096 + [None], {}, "Text 4096 is NoneType"),  # the first of a window
         (["a"] * 5000 + [None], {}, "Text 5000 is NoneType"),
         (["a", "\ud800"], {}, r"Text 1 holds a lone surrogate, which is not a character: '.*ud800'; decode the text"),
