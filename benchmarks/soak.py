@@ -1,62 +1,68 @@
-"""Encoding for hours: does memory grow, do files stay open, and do several threads with one model get the same vectors?
+"""Encoding for a long time in many threads: does memory grow, do files stay open, are vectors those of one thread?
 
-Rounds of mixed input go through the two ways that texts become vectors: :class:`Encoder` in this process, which lives as long
-as the soak, and ``encode_corpus`` into a folder. Texts differ from round to round, so that nothing can hide in a cache; a few
-stay, and must have the vectors of the first round in the last one.
+Threads encode with one :class:`Encoder` all the time. Meanwhile the main thread opens, converts and searches models, and
+encodes a corpus into a folder. Texts differ from round to round, so that nothing can hide in a cache; a few stay, and must
+have the same vectors always.
 """
 
 import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from transformers import BertConfig, BertModel
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.machine import describe
 from minibert import MiniBertConfig, MiniBertModel, train_wordpiece
+from minibert.hub.convert import convert
 from minibert.inference.encode import Encoder
 from minibert.search.encode_corpus import encode_corpus
+from minibert.search.search import FolderSearcher, Searcher
 
 _SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
 _ODD = ("", " ", "\x00\x1b[0m", "🙂" * 300, "中文 " * 50, "a" * 20_000, "[SEP] [MASK]", "e\u0301\u200d\ufeff", "\t\r\n")
-_TOLERANCE = 1e-5
 
 
 def run(out: Path, work: Path, *, minutes: float, model: str | None, texts: int, threads: int, every: float, seed: int) -> None:
     """Encode for ``minutes``, note memory and open files every ``every`` seconds, print and write ``out``.
 
     Raises:
-        SystemExit: with status 1 when vectors changed, differed between threads, or files were left open.
+        SystemExit: with status 1 when vectors changed, files were left open, or a signal did not end the work.
     """
     work.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     disable_progress_bar()
     folder = Path(model) if model else _small_model(work / "model", rng)
+    bert = _small_bert(work / "bert", folder)
     encoder = Encoder(folder, dtype="float32")
     fixed = list(_mixed(rng, 64))
     expected = encoder.encode(fixed)
-    process, begin, samples, rounds, encoded = psutil.Process(), time.monotonic(), [], 0, 0
-    worst: dict[str, float] = {"threads": 0.0, "last_and_first": 0.0}
+    process, begin, samples, rounds = psutil.Process(), time.monotonic(), [], 0
+    stop, differences, encoded = threading.Event(), [0.0] * threads, [0] * threads
+    arguments = (encoder, fixed, expected, stop, differences, encoded)
+    for number in range(threads):
+        threading.Thread(target=_encode_until, args=(number, *arguments), daemon=True).start()
     while not rounds or time.monotonic() - begin < 60 * minutes:
-        batch = list(_mixed(rng, texts))
-        encoder.encode(batch)
-        _to_folder(work, folder, batch)
-        worst["threads"] = max(worst["threads"], _among_threads(encoder, fixed, expected, threads))
-        worst["last_and_first"] = max(worst["last_and_first"], _difference(encoder.encode(fixed), expected))
-        rounds, encoded = rounds + 1, encoded + 2 * texts + (threads + 1) * len(fixed)
+        _meanwhile(work, folder, bert, list(_mixed(rng, texts)))
+        rounds += 1
         if not samples or time.monotonic() - begin - samples[-1]["seconds"] >= every:
             samples.append(_sample(process, begin))
             print(
                 "{seconds:>8,.0f} s  {megabytes:>8,.1f} MB  {files:>4} files  {threads:>3} threads".format(**samples[-1]),
                 flush=True,
             )
+    stop.set()
     samples.append(_sample(process, begin))
     results = {
         "benchmark": "soak",
@@ -64,31 +70,80 @@ def run(out: Path, work: Path, *, minutes: float, model: str | None, texts: int,
         "options": {"minutes": minutes, "model": model or "nano", "texts": texts, "threads": threads, "seed": seed},
         "malloc_arena_max": os.environ.get("MALLOC_ARENA_MAX"),  # read by glibc when the process starts
         "rounds": rounds,
-        "texts_encoded": encoded,
-        "largest_differences": worst,
+        "texts_encoded": sum(encoded),
+        "largest_difference": max(differences),
         **trend(samples),
+        "seconds_to_end": {} if minutes < 1 else {name: _seconds_to_end(name, work) for name in ("SIGINT", "SIGTERM")},
         "samples": samples,
     }
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in results.items() if key not in ("machine", "samples")}, indent=1))
-    if max(worst.values()) > _TOLERANCE or results["files_growth"] > 0:
+    if max(differences) > 0 or results["files_growth"] > 0 or any(value > 2 for value in results["seconds_to_end"].values()):
         raise SystemExit(1)
 
 
-def trend(samples: list[dict[str, float]]) -> dict[str, float]:
-    """Growth once the first fifth is over, in which allocators and pools fill: of files, and of memory as a straight line.
+def _encode_until(
+    number: int,
+    encoder: Encoder,
+    texts: list[str],
+    expected: np.ndarray,
+    stop: threading.Event,
+    differences: list[float],
+    encoded: list[int],
+) -> None:
+    """Encode fixed texts and new ones, until ``stop`` is set. Note the largest difference from ``expected``."""
+    rng = random.Random(number)
+    while not stop.is_set():
+        found = encoder.encode(texts)
+        differences[number] = max(differences[number], _difference(found, expected))
+        encoder.encode(new := list(_mixed(rng, 64)))
+        encoded[number] += len(texts) + len(new)
 
-    >>> line = [{"seconds": 3600.0 * hour, "megabytes": 500.0 + hour, "files": 7, "threads": 3} for hour in range(11)]
+
+def _meanwhile(work: Path, folder: Path, bert: Path, texts: list[str]) -> None:
+    """Encode a corpus into a folder and search it, convert a model, open the result and search with it."""
+    _to_folder(work, folder, texts)
+    FolderSearcher(work / "vectors", trust_remote_code=False).search(["a query", "another"], top_k=3)
+    shutil.rmtree(work / "converted", ignore_errors=True)
+    convert(bert, work / "converted")
+    Searcher(work / "converted", [text for text in texts if text.strip()][:50]).search(["a query"], top_k=3)
+
+
+def _seconds_to_end(name: str, work: Path) -> float:
+    """Start a soak, send it a signal in the middle, and return the seconds until it has ended."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "soak",
+        "--minutes",
+        "0.5",
+        "--work",
+        work / name,
+        "--out",
+        work / f"{name}.json",
+    ]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(25)
+    child.send_signal(getattr(signal, name))
+    start = time.monotonic()
+    child.wait(timeout=60)
+    return round(time.monotonic() - start, 2)
+
+
+def trend(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Growth of open files, and of memory: its mean in the last two minutes by that of minutes 2 to 4.
+
+    >>> line = [{"seconds": 30.0 * at, "megabytes": 500.0 + at, "files": 7, "threads": 3} for at in range(21)]
     >>> trend(line)
-    {'files_growth': 0, 'megabytes_growth': 8.0, 'megabytes_per_hour': 1.0}
+    {'files_growth': 0, 'memory_growth': 1.024}
     """
-    settled = samples[len(samples) // 5 :]
-    seconds, memory = np.array([[sample["seconds"], sample["megabytes"]] for sample in settled]).T
-    slope = np.polyfit(seconds, memory, 1)[0] * 3600 if np.ptp(seconds) > 0 else 0.0
+    first = [sample for sample in samples if 120 <= sample["seconds"] <= 240] or samples[:1]
+    last = [sample for sample in samples if sample["seconds"] >= samples[-1]["seconds"] - 120]
+    memory = [float(np.mean([sample["megabytes"] for sample in part])) for part in (first, last)]
     return {
-        "files_growth": settled[-1]["files"] - settled[0]["files"],
-        "megabytes_growth": round(float(memory[-1] - memory[0]), 1),
-        "megabytes_per_hour": round(float(slope), 2),
+        "files_growth": int(last[-1]["files"] - first[0]["files"]),
+        "memory_growth": round(memory[1] / memory[0], 3),
     }
 
 
@@ -118,17 +173,6 @@ def _to_folder(work: Path, model: Path, texts: list[str]) -> None:
     encode_corpus(model, file, vectors, dtype="float32", rows_per_shard=max(1, len(texts) // 4))
 
 
-def _among_threads(encoder: Encoder, texts: list[str], expected: np.ndarray, threads: int) -> float:
-    """Largest difference from ``expected`` when ``threads`` encode at once with one model, each in an order of its own."""
-
-    def encode(number: int) -> float:
-        order = np.random.default_rng(number).permutation(len(texts))
-        return _difference(encoder.encode([texts[row] for row in order]), expected[order])
-
-    with ThreadPoolExecutor(threads) as pool:
-        return max(pool.map(encode, range(threads)))
-
-
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("inf")
 
@@ -143,4 +187,13 @@ def _small_model(folder: Path, rng: random.Random) -> Path:
     torch.manual_seed(0)
     MiniBertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _small_bert(folder: Path, tokenizer: Path) -> Path:
+    shutil.copytree(
+        tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.py", "config.json"), dirs_exist_ok=True
+    )
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    BertModel(BertConfig(vocab_size=4000, **size)).save_pretrained(folder)
     return folder
