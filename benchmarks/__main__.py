@@ -428,16 +428,16 @@ def scale(
 def soak(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("soak.json"),
     work: Annotated[Path, typer.Option(help="Folder for texts and vectors.")] = Path("runs/benchmark-soak"),
-    minutes: Annotated[float, typer.Option(min=0, help="How long; at least one round is run.")] = 120,
+    minutes: Annotated[float, typer.Option(min=0, help="How long; at least one round is run.")] = 10,
     model: Annotated[str | None, typer.Option(help="Model folder; the default is a new one, 2 layers of width 128.")] = None,
     texts: Annotated[int, typer.Option(min=1, help="New texts in a round.")] = 500,
     threads: Annotated[int, typer.Option(min=1, help="Threads that use the model at once.")] = 8,
     every: Annotated[float, typer.Option(min=0, help="Seconds between two samples of memory and open files.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
 ) -> None:
-    """Encode mixed texts for hours: memory, open files, and vectors from several threads at once.
+    """Encode in many threads while models are opened, converted and searched: memory, open files, vectors, signals.
 
-    Example: python -m benchmarks soak --minutes 120
+    Example: python -m benchmarks soak
     """
     from benchmarks.soak import run
 

@@ -51,18 +51,23 @@ def run(out: Path, work: Path, *, minutes: float, model: str | None, texts: int,
     process, begin, samples, rounds = psutil.Process(), time.monotonic(), [], 0
     stop, differences, encoded = threading.Event(), [0.0] * threads, [0] * threads
     arguments = (encoder, fixed, expected, stop, differences, encoded)
-    for number in range(threads):
-        threading.Thread(target=_encode_until, args=(number, *arguments), daemon=True).start()
-    while not rounds or time.monotonic() - begin < 60 * minutes:
-        _meanwhile(work, folder, bert, list(_mixed(rng, texts)))
-        rounds += 1
-        if not samples or time.monotonic() - begin - samples[-1]["seconds"] >= every:
-            samples.append(_sample(process, begin))
-            print(
-                "{seconds:>8,.0f} s  {megabytes:>8,.1f} MB  {files:>4} files  {threads:>3} threads".format(**samples[-1]),
-                flush=True,
-            )
-    stop.set()
+    workers = [threading.Thread(target=_encode_until, args=(number, *arguments)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        while not rounds or time.monotonic() - begin < 60 * minutes:
+            _meanwhile(work, folder, bert, list(_mixed(rng, texts)))
+            rounds += 1
+            if not samples or time.monotonic() - begin - samples[-1]["seconds"] >= every:
+                samples.append(now := _sample(process, begin))
+                print(
+                    "{seconds:>8,.0f} s  {megabytes:>8,.1f} MB  {files:>4} files  {threads:>3} threads".format(**now),
+                    flush=True,
+                )
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
     samples.append(_sample(process, begin))
     results = {
         "benchmark": "soak",
@@ -78,7 +83,7 @@ def run(out: Path, work: Path, *, minutes: float, model: str | None, texts: int,
     }
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in results.items() if key not in ("machine", "samples")}, indent=1))
-    if max(differences) > 0 or results["files_growth"] > 0 or any(value > 2 for value in results["seconds_to_end"].values()):
+    if max(differences) or results["files_growth"] > 0 or max(results["seconds_to_end"].values(), default=0) > 2:
         raise SystemExit(1)
 
 
