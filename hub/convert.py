@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import expand_home, read_json, write_json
-from minibert.files.model_folder import WEIGHTS
+from minibert.files.model_folder import WEIGHTS, encoder_folder
 from minibert.hub import folders, parity
 from minibert.hub.families import FAMILIES, POOLED, Family
 from minibert.inference.load import find_folder, open_config, open_tokenizer
@@ -91,7 +91,7 @@ def convert(
     folders.check_output(output_dir)
     wanted = checked_dtype(dtype)
     folder = find_folder(source, revision)
-    encoder = folders.encoder_folder(folder)
+    encoder = folders.checked_encoder(folder)
     raw = read_json(encoder / "config.json")
     family = _family(raw, encoder)
     checkpoint = folders.read_tensors(encoder)
@@ -99,7 +99,7 @@ def convert(
     kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)
     config = _config(raw, family_config, family, kind, wanted)
-    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(folder, config)
     found = _tensors(checkpoint, config, family_config, family, kind)
     tensors, unused = (rounded(part, wanted) for part in found)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in tensors}
@@ -212,18 +212,19 @@ def _config(
     return MiniBertConfig(**fields, **carried)
 
 
-def fitting_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """Load the tokenizer in ``folder`` with a maximum length that suits the model."""
+def fitting_tokenizer(folder: Path, config: MiniBertConfig) -> Any:
+    """Load the tokenizer of the model in ``folder`` with a maximum length that suits the model."""
+    encoder = encoder_folder(folder)
     # Without any of these files, transformers returns an empty tokenizer.
-    if not any(file for name in TOKENIZERS for file in folder.glob(name)):
-        raise FileNotFoundError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
-    tokenizer: Any = open_tokenizer(folder)
+    if not any(file for name in TOKENIZERS for file in encoder.glob(name)):
+        raise FileNotFoundError(f"{encoder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
+    tokenizer: Any = open_tokenizer(encoder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer in {folder} has {len(tokenizer)} entries, but the model's embeddings have only "
+            f"The tokenizer in {encoder} has {len(tokenizer)} entries, but the model's embeddings have only "
             f"{config.vocab_size}; use the model's own tokenizer, or call resize_token_embeddings first."
         )
-    tokenizer.model_max_length = min(max_length or tokenizer.model_max_length, config.max_position_embeddings)
+    tokenizer.model_max_length = min(folders.max_length(folder) or tokenizer.model_max_length, config.max_position_embeddings)
     return tokenizer
 
 

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import read_json
-from minibert.files.model_folder import WEIGHTS
+from minibert.files.model_folder import WEIGHTS, encoder_folder
 from minibert.hub import folders, parity
 from minibert.hub.convert import CARRIED, POSITIONS, UNUSED, Report, empty, fitting_tokenizer, full
 from minibert.hub.families import FAMILIES, POOLED, Family
@@ -39,11 +39,10 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
     folder, config, kind, checkpoint = open_minibert(model, revision)
-    encoder = folders.encoder_folder(folder)
     family = _family(config, kind)
     family_config = _config(config, family, kind)
-    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
-    tensors, unused = _tensors(checkpoint, encoder, config, family_config, family, kind)
+    tokenizer = fitting_tokenizer(folder, config)
+    tensors, unused = _tensors(checkpoint, encoder_folder(folder), config, family_config, family, kind)
     pooled = kind == "Model" and any("pooler" in name for name in tensors)
     with folders.new_folder(output_dir) as temporary:
         parameters = folders.write_tensors(temporary / WEIGHTS, tensors)
@@ -76,7 +75,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, dict[str, Tensor]]:
     """Return a MiniBERT's folder, configuration, class name without "MiniBert", and tensors."""
     folder = find_folder(model, revision)
-    encoder = folders.encoder_folder(folder)
+    encoder = folders.checked_encoder(folder)
     raw = read_json(encoder / "config.json")
     if raw.get("model_type") != MiniBertConfig.model_type:
         raise ValueError(f"{folder} is a {raw.get('model_type')} model; only a MiniBERT can be exported.")

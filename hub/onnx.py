@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import write_json
 from minibert.files.installation import missing
+from minibert.files.model_folder import encoder_folder, module_list
 from minibert.hub import folders, parity
 from minibert.hub.convert import Report, fitting_tokenizer, full
 from minibert.hub.export import open_minibert
@@ -49,12 +50,14 @@ def export_onnx(
     if lacking := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise ValueError(missing(f"Export to ONNX needs {', '.join(lacking)}", "export"))
     folder, config, kind, checkpoint = open_minibert(model, revision)
-    encoder = folders.encoder_folder(folder)
-    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(folder, config)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in checkpoint}
     with parity.quiet():
-        network = open_weights(getattr(modeling_minibert, f"MiniBert{kind}"), encoder, dtype=torch.float32).eval()
-        heads = _heads(folder)
+        network = open_weights(
+            getattr(modeling_minibert, f"MiniBert{kind}"), encoder_folder(folder), dtype=torch.float32
+        ).eval()
+        # The sentence-transformers modules that follow the transformer.
+        heads = list(load(folder, device="cpu").float().eval())[1:] if module_list(folder) else []
     segments = config.type_vocab_size > 0 and "token_type_ids" in tokenizer.model_input_names
     inputs = ["input_ids", "attention_mask", *["token_type_ids"] * segments]
     wrapped = _Graph(network, inputs, heads, pooled=kind != "Model" or has_pooler)
@@ -124,13 +127,6 @@ class _Graph(nn.Module):
                 features = module(features)
             found["sentence_embedding"] = features["sentence_embedding"]
         return tuple(found[name] for name in self.outputs)
-
-
-def _heads(folder: Path) -> list[nn.Module]:
-    """Return the sentence-transformers modules that follow the transformer."""
-    if not folders.modules(folder):
-        return []
-    return list(load(folder, device="cpu").float().eval())[1:]
 
 
 def _write(graph: _Graph, file: Path) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minibert.files.disk import read_settings
-from minibert.hub import folders
+from minibert.files.model_folder import module_list
 from minibert.hub.isolated import TEXTS
 from minibert.inference.load import load, open_weights
 
@@ -94,7 +94,7 @@ def outputs(
 def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the text vectors of a sentence-transformers model, or {} for any other model."""
     kind = read_settings(folder / "config_sentence_transformers.json").get("model_type")
-    pools = any(module["type"].endswith(".Pooling") for module in folders.modules(folder))
+    pools = any(module["type"].endswith(".Pooling") for module in module_list(folder))
     if not pools or kind not in (None, "SentenceTransformer"):
         return {}
     model = load(folder, device="cpu", dtype=dtype or torch.float32).float()

@@ -20,7 +20,7 @@ from torch import Tensor
 from minibert import configuration_minibert
 from minibert.files import installation
 from minibert.files.disk import expand_home, read_json, readable_os_errors, write_text
-from minibert.files.model_folder import code_files, refuse_missing
+from minibert.files.model_folder import code_files, encoder_folder, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
 from minibert.hub.convert import UNUSED, checked_dtype, fitting_tokenizer, rounded
@@ -117,7 +117,7 @@ def push(
         report(f"Built from {source}: {len(files)} files, {decimal(sum(files.values()))}.")
         request = verify.request_for(folder)
         here = folder if as_bert else source
-        transformer = str(folders.encoder_folder(here))
+        transformer = str(encoder_folder(here))
         own = replace(request, model=str(here), transformer=transformer, arguments=weight_arguments(False, dtype=dtype))
         with parity.quiet():
             expected, _ = isolated.compute(own)
@@ -247,7 +247,7 @@ def build(
     """Write all files of a published model into the new folder ``target``. See :func:`push`."""
     refuse_links(source)
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
-        weights, plain = folders.encoder_folder(source), Path(place, "bert")
+        weights, plain = folders.checked_encoder(source), Path(place, "bert")
         if as_bert:
             export(source, plain)
             shutil.copytree(plain, temporary, dirs_exist_ok=True)
@@ -256,7 +256,7 @@ def build(
             _, config, _, _ = open_minibert(source, None)
             config.auto_map = dict(configuration_minibert.AUTO_MAP)
             config.save_pretrained(temporary)
-            folders.write_tokenizer(fitting_tokenizer(weights, config, folders.max_length(source)), temporary)
+            folders.write_tokenizer(fitting_tokenizer(source, config), temporary)
             folders.copy_modules(source, temporary)
             for file in code_files():
                 shutil.copy(file, temporary)

@@ -134,7 +134,7 @@ def all_doors(folder, tmp_path):
     return {
         "find_model": lambda: find_model(folder),
         "load": lambda: load(folder, device="cpu"),
-        "checkpoint": lambda: folders.read_tensors(folders.encoder_folder(folder)),
+        "checkpoint": lambda: folders.read_tensors(folders.checked_encoder(folder)),
         "train": lambda: run_recipe(load_recipe(recipe), output_dir=tmp_path / "run"),
     }
 
@@ -349,7 +349,7 @@ def test_modules_outside_of_the_folder_are_refused(model, path):
         changed = copy.deepcopy(listed)
         changed[place]["path"] = path
         (model / "modules.json").write_text(json.dumps(changed))
-        for check in (check_paths, find_model, folders.modules):
+        for check in (check_paths, find_model, folders.checked_encoder):
             with pytest.raises(ValueError, match="outside of the folder|a module without a path"):
                 check(model)
 
