@@ -15,8 +15,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minibert.data.columns import pick_columns
 from minibert.data.labels import REGRESSION, read_labels
-from minibert.data.load import TEXT_COLUMNS, as_dataset
+from minibert.data.load import TEXT_COLUMNS, as_dataset, text_columns
 from minibert.data.questions import texts_of
 from minibert.data.tags import find_tag_columns, read_tags, read_words
 from minibert.evaluation.metrics import classification_metrics, tag_metrics
@@ -68,22 +69,14 @@ def evaluate(
       passage, anchor and positive). Each query is compared with all different answers in
       ``data``. Every answer that occurs in a row with the query is relevant.
 
-    Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
-            model.
-        data: a file, a folder with a file per split, a Hub data set (owner/name or
-            owner/name:config), or an opened data set.
-        split: the split of a folder or Hub data set. A file or an opened data set is used
-            completely.
-        limit: evaluate only this number of queries (or rows), from the start. Each query is
-            still compared with the answers of all rows.
-        baselines: for an embedding model, also evaluate a copy with random weights and, for
-            retrieval, BM25.
-        batch_size: the number of texts to compute at once.
-        device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
-            available.
-        trust_remote_code: run Python code that comes with the model.
-        show_progress: show a progress bar on standard error.
+    ``model`` is a folder, the id of a model on the Hub, or an opened sentence-transformers model.
+    ``data`` is a file, a folder with a file per split, a Hub data set (owner/name or
+    owner/name:config), or an opened data set. A file or an opened data set is used completely,
+    whatever ``split`` is.
+
+    With ``limit``, evaluate only this number of queries (or rows), from the start. Each query is
+    still compared with the answers of all rows. With ``baselines``, also evaluate an embedding
+    model's copy with random weights and, for retrieval, BM25.
 
     Example::
 
@@ -213,10 +206,8 @@ def classification(
     column = SIMILARITY_COLUMNS[2] if numbers else LABEL_COLUMN
     if column not in data.column_names:
         raise ValueError(f"{_name_columns(data)}, and no column {column!r}; rename the column of the true labels.")
-    names = next((names for names in TEXT_COLUMNS if set(names) <= set(data.column_names)), None)
-    if names is None:
-        wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
-        raise ValueError(f"{_name_columns(data)}, and no text to classify; the data must have {wanted}.")
+    texts = [name for name in text_columns(data) if name != column]
+    names = pick_columns(texts, None, TEXT_COLUMNS, option="rename the columns", columns=data.column_names)
     labels = read_labels(data, column, class_names(model.config), problem_type).values
     encoded = tokenizer(*_texts(data, names), truncation=True, max_length=max_length_of(model, tokenizer))
     logits = torch.stack(compute_logits(model.eval(), tokenizer, encoded, batch_size))

@@ -68,13 +68,9 @@ def convert(
 ) -> Report:
     """Convert a BERT-family model into a MiniBERT, and write the MiniBERT into a new folder.
 
-    Args:
-        source: folder of a transformers or sentence-transformers model, or the model's id on
-            the Hub.
-        output_dir: new folder for the MiniBERT.
-        dtype: dtype of the written weights, such as ``"bfloat16"``. By default every tensor
-            keeps its dtype.
-        revision: branch, tag or commit of a model on the Hub.
+    ``source`` is the folder of a transformers or sentence-transformers model, or the model's id on
+    the Hub, where ``revision`` is a branch, tag or commit. By default every tensor keeps its
+    dtype.
 
     Example::
 
@@ -114,13 +110,13 @@ def convert(
         differences = parity.differences(
             (folder, getattr(transformers, family.class_name + kind)),
             (temporary, getattr(modeling_minibert, f"MiniBert{kind}")),
+            f"The MiniBERT made of {source}",
             tokenizer,
             max_length=config.max_position_embeddings,
             segments=config.type_vocab_size,
             dtype=wanted,
             pooled=has_pooler and config.pooling == "cls" and kind not in POOLED,
         )
-        parity.check(differences, f"The MiniBERT made of {source}")
         # The card states the origin of the weights, except a local folder.
         origin = {"base_model": None if expand_home(source).exists() else str(source), "revision": revision}
         write_json(temporary / "conversion.json", {**origin, "differences": differences})

@@ -29,13 +29,8 @@ def export_onnx(
 
     Batch size, length and number of choices are dynamic. The outputs of a sentence-transformers
     model are ``last_hidden_state`` and ``sentence_embedding``. The outputs of a model with a
-    head are its logits.
-
-    Args:
-        model: folder of the model, or its id on the Hub.
-        output_dir: new folder for the result.
-        quantize: ``"int8"`` also writes ``model_int8.onnx``, whose matrices are 8-bit integers.
-        revision: branch, tag or commit of a model on the Hub.
+    head are its logits. ``quantize="int8"`` also writes ``model_int8.onnx``, whose matrices are
+    8-bit integers.
 
     Raises:
         FileNotFoundError: if the model, its weights or its tokenizer are missing.
@@ -67,9 +62,10 @@ def export_onnx(
         folders.write_tokenizer(tokenizer, temporary)
         folders.copy_modules(folder, temporary)
         batches = _batches(wrapped, tokenizer, config.max_position_embeddings)
-        expected = _by_torch(wrapped, batches)
-        differences = parity.compare(expected, _by_runtime(wrapped, batches, temporary / GRAPH))
-        parity.check(differences, f"The graph made of {model}")
+        with torch.inference_mode():
+            expected = _named(wrapped, batches, lambda batch: [value.clone() for value in wrapped(*batch.values())])
+        found = _by_runtime(wrapped, batches, temporary / GRAPH)
+        differences = parity.compare(expected, found, f"The graph made of {model}")
         cosine = None
         if quantize:
             from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -101,11 +97,8 @@ def _write_config(config: MiniBertConfig, file: Path) -> None:
 class _Graph(nn.Module):
     """Wrap a model so that it takes inputs by position and returns outputs as a tuple.
 
-    Args:
-        model: the MiniBERT to wrap.
-        inputs: names of the inputs, in order.
-        heads: sentence-transformers modules that follow the transformer.
-        pooled: whether ``pooler_output`` is an output.
+    ``heads`` are the sentence-transformers modules that follow the transformer. If ``pooled`` is
+    False, ``pooler_output`` is not an output.
     """
 
     def __init__(self, model: Any, inputs: list[str], heads: list[nn.Module], pooled: bool):
@@ -181,11 +174,6 @@ def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dic
             per_token = not graph.choices and value.shape[:2] == mask.shape and name != "sentence_embedding"
             found[f"{name} {number}"] = value[mask] if per_token else value
     return found
-
-
-def _by_torch(graph: _Graph, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    with torch.inference_mode():
-        return _named(graph, batches, lambda batch: [value.clone() for value in graph(*batch.values())])
 
 
 def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> dict[str, Tensor]:

@@ -35,15 +35,11 @@ CODE_LICENCE = "LICENSE.minibert"
 
 @dataclass
 class Published:
-    """Store the result of :func:`push`.
+    """Store the result of :func:`push`. ``files`` maps paths to sizes in bytes.
 
-    Attributes:
-        files: path -> size in bytes.
-        opened: classes and libraries with which a fresh process opened the model.
-        difference: largest difference between outputs of the fresh process and this process.
-        changes: changes of files in the commit. Empty if the Hub already had all files.
-        commit: hash of the commit that contains the model, or None after a dry run.
-        pull_request: address of the pull request, if there is one.
+    ``opened`` are the classes and libraries with which a fresh process opened the model, and
+    ``difference`` is the largest difference between its outputs and those of this process.
+    ``changes`` is empty if the Hub already had all files.
     """
 
     source: str
@@ -53,7 +49,7 @@ class Published:
     opened: list[str] = field(default_factory=list)
     difference: float = 0.0
     changes: list[Change] = field(default_factory=list)
-    commit: str | None = None
+    commit: str | None = None  # after a dry run
     pull_request: str | None = None
 
 
@@ -75,21 +71,15 @@ def push(
 ) -> Published:
     """Publish ``model`` on the Hub as ``repo_id``. Unchanged files are not uploaded again.
 
-    Args:
-        model: folder of a MiniBERT or of a run. For a run, its last model is published.
-        repo_id: ``USER/NAME`` on the Hub.
-        private: whether to create the repository as private.
-        revision: branch to write to. A missing branch is created. The default is main.
-        create_pr: whether to open a pull request instead of writing to the branch.
-        dtype: dtype of the weights, such as ``"bfloat16"``. By default the weights keep their
-            dtype.
-        as_bert: whether to publish an equivalent plain BERT model, which needs no code.
-        max_shard_size: size limit for a file of weights, such as ``"500MB"``.
-        dry_run: whether to build and check the folder without uploading it.
-        force: whether to replace or remove existing files of the repository.
-        token: access token of the Hub. The default is HF_TOKEN, or the stored login.
-        report: function that is called with a sentence after every step.
-        fields: metadata of the card, such as ``license="mit"``.
+    ``model`` is the folder of a MiniBERT or of a run, whose last model is published. ``revision``
+    is the branch to write to, which is created if it is missing, by default main. With
+    ``create_pr``, open a pull request instead. ``force`` replaces and removes files that the
+    repository has already. ``dry_run`` builds and checks the folder without uploading it.
+
+    By default the weights keep their ``dtype``. ``max_shard_size`` is the limit for a file of
+    weights, such as ``"500MB"``. ``as_bert`` publishes an equivalent plain BERT, which needs no
+    code. ``fields`` are metadata of the card, such as ``license="mit"``. ``report`` is called with
+    a sentence after every step. The default of ``token`` is HF_TOKEN, or the stored login.
 
     Raises:
         FileNotFoundError: if the model is missing or its training is not finished.

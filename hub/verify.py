@@ -80,11 +80,8 @@ class Code:
 def verify(model: str | Path, *, trust_remote_code: bool = False, token: str | None = None) -> Verification:
     """Check a model folder, or the model ``USER/NAME[@REVISION]`` on the Hub.
 
-    Args:
-        model: model folder, or name of a model on the Hub.
-        trust_remote_code: whether a fresh process may run code that differs from the installed
-            version.
-        token: access token of the Hub. The default is HF_TOKEN, or the stored login.
+    With ``trust_remote_code``, a fresh process may run code that differs from the installed
+    version. The default of ``token`` is HF_TOKEN, or the stored login.
 
     Raises:
         FileNotFoundError: if the folder does not exist or is not a model folder.

@@ -94,12 +94,7 @@ def check_texts(texts: Sequence[str], first: int) -> None:
 
 
 class Tokenizer:
-    """Tokenize texts into batches with the fast tokenizer of a model.
-
-    Args:
-        tokenizer: a ``PreTrainedTokenizerFast``.
-        config: the configuration of the model, which may limit the length of a text.
-    """
+    """Tokenize texts into batches with a fast tokenizer. ``config`` may limit the length of a text."""
 
     def __init__(self, tokenizer: Any, config: Any) -> None:
         self.tokenizer = tokenizer

@@ -198,10 +198,6 @@ class Encoder:
         """Return the precision of the computation, such as ``"float32"``."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
-    def explain(self) -> str:
-        """Return the choices of the encoder and the reasons, one line for each option."""
-        return "\n".join(f"{name}: {choice}" for name, choice in self.decisions.items())
-
     def encode(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
         """Encode ``texts`` into a float32 array (texts, dimension), in the order of the texts.
 

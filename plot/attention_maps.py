@@ -117,15 +117,9 @@ def attention(
 ) -> Attention:
     """Show the attention weights of ``model``, as ``output_attentions=True`` returns them.
 
-    Args:
-        model: a model folder, or the id (owner/name) of a model on the Hub.
-        text: the text that the model reads.
-        second: the second text of a pair.
-        layer: show only this layer, counted from 1.
-        head: show only this head, counted from 1.
-        max_tokens: the maximum number of tokens, at least 4. The limit of the model applies as
-            well.
-        trust_remote_code: run Python code that comes with a model other than MiniBERT.
+    ``model`` is a folder, or the id of a model on the Hub. ``second`` is the second text of a pair.
+    ``layer`` and ``head`` count from 1, and show one layer or head only. ``max_tokens``, at least 4,
+    cuts the texts below the limit of the model.
 
     Example::
 

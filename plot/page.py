@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minibert.data.columns import pick_columns
 from minibert.data.files import kind_of
-from minibert.data.load import as_dataset, text_columns
+from minibert.data.load import as_dataset, text_column
 from minibert.files.disk import atomic_write, expand_home
 from minibert.inference.predict import check_output
 
@@ -379,15 +379,12 @@ def read_texts(
             raise ValueError("Texts have no columns; give a file, or leave out --column and --label-column.")
         return list(given), None
     rows = as_dataset(name, split=split)
-    every = rows.column_names
     if label_column is not None:
-        pick_columns(every, [label_column], [], option="--label-column", where=name)
-    elif "label" in every:
+        pick_columns(rows.column_names, [label_column], [], option="--label-column", where=name)
+    elif "label" in rows.column_names:
         label_column = "label"
-    texts = [found for found in text_columns(rows) if found != label_column or found == column]
-    usual = [["text"], ["sentence"], ["passage"], ["query"], ["sentence1"]]
-    wanted = None if column is None else [column]
-    (column,) = pick_columns(texts, wanted, usual, option="--column", where=name, columns=every)
+    texts = rows if column or not label_column else rows.remove_columns(label_column)
+    column = text_column(texts, column, ("text", "sentence", "passage", "query", "sentence1"), option="--column", where=name)
     rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=column)
     if not len(rows):
         raise ValueError(f"Every text in column {column!r} of {name} is blank; choose a column with words.")

@@ -87,16 +87,12 @@ def embeddings(
 ) -> Embeddings:
     """Show texts or tokens as points in three dimensions.
 
-    Args:
-        model: a model folder, or the id (owner/name) of a model on the Hub.
-        texts: three or more texts, or at least one text if ``tokens`` is True.
-        labels: a label for each text, which determines the colour. By default, tokens have the
-            colour of their text.
-        tokens: show two diagrams of the tokens, before the first layer and after the last
-            layer.
-        method: the projection: ``pca`` (principal components), ``tsne``, or ``umap`` (requires
-            umap-learn). ``pca`` does not change vectors of three dimensions.
-        trust_remote_code: run Python code that comes with a model other than MiniBERT.
+    ``model`` is a folder, or the id of a model on the Hub. With ``tokens``, show the tokens of one
+    or more texts in two diagrams, before the first and after the last layer. Otherwise, show
+    three or more texts. Each text may have a label, which determines the colour.
+
+    The projection ``method`` is ``pca`` (principal components), ``tsne``, or ``umap`` (requires
+    umap-learn). ``pca`` does not change vectors of three dimensions.
 
     Example::
 

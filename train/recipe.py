@@ -20,10 +20,8 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErr
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply overrides and validate the result.
 
-    Args:
-        path: a YAML file, or the name of a bundled recipe such as ``"tinybert"``.
-        overrides: strings such as ``"stage.field=value"`` or ``"field=value"``. The values are
-            parsed as YAML.
+    ``path`` is a YAML file, or the name of a bundled recipe such as ``"tinybert"``. Overrides are
+    strings such as ``"stage.field=value"`` or ``"field=value"``, whose values are YAML.
 
     Raises:
         FileNotFoundError: if the recipe does not exist.

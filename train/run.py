@@ -31,19 +31,13 @@ def run_recipe(
     recipe: Recipe,
     *,
     output_dir: str | Path | None = None,
-    resume: bool = True,
     force: bool = False,
 ) -> Path:
     """Run the stages of ``recipe`` in order. Under torchrun, call this in every process.
 
-    Args:
-        recipe: a recipe from :func:`load_recipe`.
-        output_dir: folder of the run. The default is ``output_dir`` of the recipe, or
-            ``runs/<name>`` if the recipe has none.
-        resume: continue an interrupted stage from its last checkpoint. If False, the stage starts
-            from the beginning.
-        force: if arguments of a stage have changed, run this stage and all later stages again.
-            Finished results stay in ``N-name.replaced`` until the run is finished.
+    The default of ``output_dir`` is that of the recipe, or ``runs/<name>`` if the recipe has none.
+    If arguments of a stage have changed, ``force`` runs this stage and all later stages again.
+    Finished results stay in ``N-name.replaced`` until the run is finished.
 
     Returns:
         The folder of the run, with ``recipe.yaml`` and one folder per stage.
@@ -69,7 +63,7 @@ def run_recipe(
             done = "already finished, skipped" if finished else str(context.output_dir)
             logger.info("Stage %d of %d, %s: %s", number, len(contexts), stage.name, done)
         if not finished:
-            _run_stage(stage, context, state, resume=resume)
+            _run_stage(stage, context, state)
     if state.is_main_process:
         for folder in run_dir.glob("[0-9]*-*.replaced"):
             checkpoint.delete(folder)
@@ -141,12 +135,10 @@ def _function(stage: Any) -> Callable[[Any, StageContext], dict[str, Any]]:
     return function
 
 
-def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -> None:
+def _run_stage(stage: Any, context: StageContext, state: Any) -> None:
     alone = stage.kind in _ALONE
     state.wait_for_everyone()  # every process has checked that the stage is not finished
     if state.is_main_process:
-        if not resume:
-            checkpoint.delete(context.output_dir)
         for path in (context.output_dir, *context.output_dir.rglob("*")):
             disk.refuse_link(path)
         context.output_dir.mkdir(parents=True, exist_ok=True)
@@ -201,20 +193,14 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
             if folder.exists():
                 locks.enter_context(checkpoint.exclusive_lock(folder))  # fails while another run uses it
         for folder in replaced:
-            _set_aside(folder)
+            if (folder / "stage.json").exists():  # a finished stage is kept until the run is finished
+                checkpoint.delete(folder.with_name(f"{folder.name}.replaced"))
+                folder.rename(folder.with_name(f"{folder.name}.replaced"))
+            else:
+                checkpoint.delete(folder)
     run_dir.mkdir(parents=True, exist_ok=True)
     stages = [_dump(stage) for stage in recipe.stages]
     disk.write_text(record, disk.to_yaml({"name": recipe.name, "seed": recipe.seed, "stages": stages}))
-
-
-def _set_aside(folder: Path) -> None:
-    """Rename the folder of a finished stage to ``*.replaced``. Delete an unfinished folder."""
-    if (folder / "stage.json").exists():
-        replaced = folder.with_name(f"{folder.name}.replaced")
-        checkpoint.delete(replaced)
-        folder.rename(replaced)
-    else:
-        checkpoint.delete(folder)
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:

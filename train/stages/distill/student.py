@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minibert.train.arguments import DistillStage
 from minibert.train.loop import checkpoint_activations, fit
 from minibert.train.rows import choose_metric
-from minibert.train.stage import StageContext
+from minibert.train.stage import StageContext, load_model
 
 
 def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
@@ -38,6 +38,15 @@ def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
             f"to {available - 1}. Choose existing layers."
         )
     return numbers
+
+
+def load_student(
+    auto_class: Any, teacher: Any, args: DistillStage, context: StageContext, tokenizer: Any, **changes: Any
+) -> Any:
+    """Return a student with layers of ``teacher``, or the model of the stage, in float32."""
+    if args.student_layers:
+        return from_layers(teacher, args, context.teacher).float()
+    return load_model(auto_class, args, context, tokenizer, **changes).float()
 
 
 def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
