@@ -87,11 +87,6 @@ def evaluate(
         A dictionary with ``kind`` (the task), the number of rows, and ``systems``. The entry
             ``systems`` maps ``model``, ``bm25`` and ``untrained`` to a dictionary of metrics.
             Metrics lie between 0 and 1, except correlations and the mean squared error.
-
-    Raises:
-        FileNotFoundError: if the model or the data is neither a local path nor on the Hub.
-        ValueError: if the data cannot be read, lacks a column or a value, or has labels that
-            the model does not know.
     """
     data = as_dataset(data, split=split)
     if not len(data):

@@ -64,25 +64,16 @@ def encode(
 ) -> np.ndarray:
     """Encode texts into a float32 array (texts, dimension), or one text into (dimension,).
 
-    Memory use does not grow with the number of texts, apart from the result.
+    ``model`` is a folder, the id of a model on the Hub, or an opened sentence-transformers model.
+    Memory use does not grow with the number of texts, apart from the result. ``batch_tokens`` is
+    the number of tokens to compute at once.
 
-    Args:
-        model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
-            model.
-        texts: a sequence of texts, or a single text.
-        show_progress: show a progress bar on standard error.
-        batch_tokens: the number of tokens to compute at once. The default depends on the
-            device.
-        dtype: the precision of the computation: ``float32``, ``bfloat16``, ``float16`` or
-            ``auto``. ``auto`` chooses bfloat16 on a GPU that supports it, and on a CPU that
-            multiplies at least a quarter faster in bfloat16. Otherwise, ``auto`` chooses
-            float32. For an opened model, ``auto`` keeps the dtype of the model.
-        normalize: scale vectors to length 1, even if the model does not normalize.
-        prompt: a text to put before every text.
-        prompt_name: the name of one of the model's prompts, as an alternative to ``prompt``.
-        device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
-            available.
-        trust_remote_code: run Python code that comes with the model.
+    ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto``. ``auto`` chooses bfloat16 on a
+    GPU that supports it, and on a CPU that multiplies at least a quarter faster in bfloat16.
+    Otherwise, ``auto`` chooses float32. For an opened model, ``auto`` keeps the model's dtype.
+
+    ``normalize`` scales vectors to length 1, even if the model does not. ``prompt`` is a text to
+    put before every text. ``prompt_name`` is the name of one of the model's prompts instead.
 
     Example::
 

@@ -125,11 +125,6 @@ def attention(
 
         picture = plot.attention("runs/quickstart/2-embed", "read a table from a file")
         picture.save("attention.html", force=True)
-
-    Raises:
-        FileNotFoundError: if the model does not exist.
-        ValueError: if a text is empty, the model does not have the layer or the head, or the
-            model has no attention weights.
     """
     if max_tokens is not None and max_tokens < 4:
         raise ValueError(f"max_tokens must be at least 4 to include words, got {max_tokens} (--max-tokens).")

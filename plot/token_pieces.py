@@ -58,10 +58,6 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
     Example::
 
         print(plot.tokens("runs/quickstart/2-embed", "uncommonness"))
-
-    Raises:
-        FileNotFoundError: if the model does not exist.
-        ValueError: if the text is empty.
     """
     check_text(text)
     folder = expand_home(model)

@@ -83,10 +83,6 @@ def training(runs: str | Path | Sequence[str | Path]) -> Training:
     Example::
 
         plot.training(["runs/quickstart", "runs/mine"]).save("training.html", force=True)
-
-    Raises:
-        FileNotFoundError: if a run does not exist or contains no log.jsonl.
-        ValueError: if no run is given, or if a log is empty or has a damaged line.
     """
     paths = [runs] if isinstance(runs, str | Path) else list(runs)
     if not paths:

@@ -98,11 +98,6 @@ def embeddings(
 
         picture = plot.embeddings("runs/quickstart/2-embed", open("notes.txt").read().splitlines())
         picture.save("embeddings.html", force=True)
-
-    Raises:
-        FileNotFoundError: if the model does not exist.
-        ValueError: if a text is empty, the labels do not fit, there are too few points, or the
-            method is unknown.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     for number, text in enumerate(texts, start=1):
@@ -223,10 +218,6 @@ def similarity(
 
         picture = plot.similarity("runs/quickstart/2-embed", ["sort a list", "read a file"])
         picture.save("similarity.html", force=True)
-
-    Raises:
-        FileNotFoundError: if the model does not exist.
-        ValueError: if a list or a text is empty.
     """
     lists = [[texts] if isinstance(texts, str) else list(texts) for texts in (rows, rows if columns is None else columns)]
     for which, texts in zip(("first", "second"), lists):

@@ -22,10 +22,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     ``path`` is a YAML file, or the name of a bundled recipe such as ``"tinybert"``. Overrides are
     strings such as ``"stage.field=value"`` or ``"field=value"``, whose values are YAML.
-
-    Raises:
-        FileNotFoundError: if the recipe does not exist.
-        ValueError: if the recipe is not valid. The message lists all problems.
+    The error of an invalid recipe lists all problems.
     """
     raw = _read_yaml(path)
     if not isinstance(raw, dict):

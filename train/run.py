@@ -38,13 +38,7 @@ def run_recipe(
     The default of ``output_dir`` is that of the recipe, or ``runs/<name>`` if the recipe has none.
     If arguments of a stage have changed, ``force`` runs this stage and all later stages again.
     Finished results stay in ``N-name.replaced`` until the run is finished.
-
-    Returns:
-        The folder of the run, with ``recipe.yaml`` and one folder per stage.
-
-    Raises:
-        ValueError: if the folder is not a run of this recipe, or if arguments have changed and
-            ``force`` is False.
+    Return the folder of the run, with ``recipe.yaml`` and one folder per stage.
     """
     minibert.register()
     state = processes()
