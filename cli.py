@@ -151,7 +151,7 @@ def _version(wanted: bool) -> None:
 
 
 def _name_foreign() -> None:
-    """Print a warning to standard error if another project named ``minibert`` is installed."""
+    """Warn if another project named ``minibert`` is installed."""
     from minibert.files.installation import foreign
 
     if warning := foreign():
@@ -166,7 +166,7 @@ def _root(
 
 
 def _report_progress(bars: bool = True) -> None:
-    """Log this package's progress to standard error, and hide the logs of libraries."""
+    """Log the progress of this package, and hide the logs of libraries."""
     logger = logging.getLogger("minibert")
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
     logger.setLevel(logging.INFO)
@@ -299,7 +299,7 @@ def _in_lines(query: str, hits: list[Any]) -> str:
 
 
 def _typed_queries() -> Iterator[str]:
-    """Yield queries from standard input, one per line, until an empty line or end of input."""
+    """Yield lines of standard input, until an empty line or the end."""
     while True:
         if sys.stdin.isatty():
             echo("Query (empty to leave): ", nl=False, err=True)
@@ -653,7 +653,7 @@ TextColumn = Annotated[str | None, Option(help="Column of texts, where a file ha
 
 
 def _draw(out: Path, force: bool, draw: Callable[[], Any]) -> None:
-    """Check that ``out`` can be written, and save the picture that ``draw`` returns."""
+    """Save the picture that ``draw`` returns. Check ``out`` first."""
     from minibert.inference.predict import check_output
     from minibert.plot.page import SUFFIXES
 

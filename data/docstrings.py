@@ -86,7 +86,7 @@ def _split(split: str) -> list[Document]:
 
 
 def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ...]:
-    """Return names and folders of installed packages. The standard library is named ``""``."""
+    """Return names (``""`` for the standard library) and folders of installed packages."""
     roots = [("", Path(sysconfig.get_path("stdlib")))]
     for package in packages:
         spec = importlib.machinery.PathFinder.find_spec(package)
@@ -97,7 +97,7 @@ def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ..
 
 @functools.lru_cache(maxsize=1)  # the stages of a recipe share the result
 def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
-    """Return at most 40,000 different docstrings of the packages from :func:`find_roots`."""
+    """Return the different docstrings of the packages from :func:`find_roots`."""
     found: list[Document] = []
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
     for package, root, path in tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5):

@@ -95,7 +95,7 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
 
 
 def vector_dimension(folder: Path) -> int:
-    """Return the dimension of a model's text vectors, read from its configuration files."""
+    """Return the dimension of text vectors, read from configuration files."""
     for module in reversed(module_list(folder)[1:]):
         settings = read_settings(folder / module["path"] / "config.json")
         for name in ("out_features", "embedding_dimension", "word_embedding_dimension"):
@@ -117,7 +117,7 @@ def longest_text(folder: Path) -> int | None:
 
 
 def _content(folder: Path, encoder: Path, config: dict[str, Any], record: provenance.Record) -> dict[str, Any]:
-    """Return the values that describe the model's files in the template of the card."""
+    """Return the values of the card that describe the model's files."""
     tensors = [tensor for file in weight_files(encoder) for tensor in read_header(file).values()]
     settings, tokenizer = (read_settings(encoder / name) for name in ("tokenizer_config.json", "tokenizer.json"))
     normalizer = json.dumps(tokenizer.get("normalizer"))
@@ -159,7 +159,7 @@ def _cell(value: Any) -> str:
 
 
 def _pooling(folder: Path) -> dict[str, Any] | None:
-    """Return the pooling settings for the card's torch example, or None to omit the example."""
+    """Return the pooling settings of the torch example, or None to omit it."""
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in module_list(folder)]
     if kinds[1:] not in (["Pooling"], ["Pooling", "Normalize"]):
         return None
@@ -186,7 +186,7 @@ def _results(record: provenance.Record, task: str) -> Iterator[EvalResult]:
 
 
 def check_card(text: str) -> None:
-    """Raise ValueError if the metadata in ``text``, the content of a README.md, is invalid."""
+    """Raise ValueError if the metadata in a README.md is invalid."""
     try:
         data = ModelCard(text).data.to_dict()  # reads the results in model-index too
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:

@@ -141,7 +141,7 @@ def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _family(raw: dict[str, Any], folder: Path) -> Family:
-    """Return the family in a config.json. Raise ValueError if MiniBERT does not support it."""
+    """Return the family in a config.json, if MiniBERT supports it."""
     model_type = raw.get("model_type")
     possible = f"Families that can be converted: {', '.join(FAMILIES)}."
     if model_type == MiniBertConfig.model_type:
@@ -154,7 +154,7 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
 
 
 def _kind(raw: dict[str, Any], family: Family) -> str:
-    """Return the checkpoint's class name without the family name, such as ``"ForMaskedLM"``."""
+    """Return the end of the checkpoint's class name, such as ``"ForMaskedLM"``."""
     known = [f"{family.class_name}{kind}" for kind in family.classes]
     named: str = (raw.get("architectures") or known[:1])[0]
     if named not in known:
@@ -209,7 +209,7 @@ def _config(
 
 
 def fitting_tokenizer(folder: Path, config: MiniBertConfig) -> Any:
-    """Load the tokenizer of the model in ``folder`` with a maximum length that suits the model."""
+    """Load the tokenizer of a model with a maximum length that suits the model."""
     encoder = encoder_folder(folder)
     # Without any of these files, transformers returns an empty tokenizer.
     if not any(file for name in TOKENIZERS for file in encoder.glob(name)):
@@ -243,7 +243,7 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the MiniBERT's tensors, and the tensors of the source that MiniBERT does not use.
+    """Return the MiniBERT's tensors, and those of the source that it does not use.
 
     Set ``config.tie_word_embeddings`` to False if tied tensors differ in the source.
     """
@@ -298,7 +298,7 @@ def rounded(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
-    """Return MiniBERT's name for a tensor that ``kind`` does not use, or None if unknown."""
+    """Return MiniBERT's name for a tensor of another class, or None if unknown."""
     target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
     # Encoder tensors that the configuration does not describe are unknown too, for example an
     # additional layer.
@@ -307,7 +307,7 @@ def _of_another_class(name: str, kind: str, family: Family) -> str | None:
 
 
 def _plain(name: str, family: Family) -> str:
-    """Replace an outdated name (``LayerNorm.gamma``), and add the prefix of models with a head."""
+    """Replace an outdated name, and add the prefix of models with a head."""
     for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
         name = name.replace(old, new)
     bare = name.startswith(("embeddings.", "encoder.", "transformer.", "pooler."))

@@ -47,7 +47,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
     with folders.new_folder(output_dir) as temporary:
         parameters = folders.write_tensors(temporary / WEIGHTS, tensors)
         family_config.save_pretrained(temporary)
-        # Other libraries, such as CTranslate2, ask for the field, although it has its default.
+        # Libraries such as CTranslate2 ask for this field, although it has its default.
         folders.set_fields(temporary / "config.json", position_embedding_type="absolute")
         folders.write_tokenizer(tokenizer, temporary)
         folders.copy_modules(folder, temporary)
@@ -73,7 +73,7 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 
 
 def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, dict[str, Tensor]]:
-    """Return a MiniBERT's folder, configuration, class name without "MiniBert", and tensors."""
+    """Return a MiniBERT's folder, configuration, end of its class name, and tensors."""
     folder = find_folder(model, revision)
     encoder = folders.checked_encoder(folder)
     raw = read_json(encoder / "config.json")
@@ -135,7 +135,7 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the exported model's tensors, and names of tensors that cannot be exported."""
+    """Return the exported tensors, and names of tensors that cannot be exported."""
     tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
     expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
     stored = {full(name, kind): name for name in checkpoint}

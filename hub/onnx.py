@@ -87,7 +87,7 @@ def export_onnx(
 
 
 def _write_config(config: MiniBertConfig, file: Path) -> None:
-    """Write a configuration without code, of a model type that optimum knows by the same fields."""
+    """Write a configuration without code, of a model type that optimum knows."""
     dropped = ("auto_map", *folders.OF_A_MACHINE)
     settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key not in dropped}
     architectures = [name.replace("MiniBert", "Bert") for name in settings.get("architectures") or ["BertModel"]]
@@ -147,7 +147,7 @@ def _write(graph: _Graph, file: Path) -> int:
 
 
 def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Tensor]]:
-    """Return test batches: the built-in texts, and random token ids in several shapes."""
+    """Return the built-in texts, and random token ids in several shapes."""
     longest = min(tokenizer.model_max_length, positions)
     found = [{name: batch[name] for name in graph.inputs} for batch in parity.batches(tokenizer, longest)]
     generator = torch.Generator().manual_seed(0)
@@ -166,7 +166,7 @@ def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Te
 
 
 def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dict[str, Tensor]:
-    """Return the outputs of ``compute`` for all batches by name, without padding tokens."""
+    """Return the outputs for all batches by name, without padding tokens."""
     found = {}
     for number, batch in enumerate(batches):
         mask = batch["attention_mask"].bool()
@@ -189,7 +189,7 @@ def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> 
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Return the lowest and the mean cosine similarity between exact and quantized vectors."""
+    """Return the lowest and the mean cosine of exact and quantized vectors."""
     name = "sentence_embedding" if any(key.startswith("sentence_embedding") for key in exact) else next(iter(exact)).split()[0]
     pairs = [(exact[f"{name} {number}"], found[f"{name} {number}"]) for number in range(3)]
     cosines = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])

@@ -205,7 +205,7 @@ def _prove_download(
 
 
 def model_folder(model: str | Path) -> Path:
-    """Return the folder to publish. For a run, this is the folder of the last trained model."""
+    """Return the folder to publish, which is that of the last model of a run."""
     folder = expand_home(model)
     if not folder.is_dir():
         refuse_missing(model, "give the folder of a run, of a stage or of a model")
@@ -234,7 +234,7 @@ def build(
     max_shard_size: str = SHARD_SIZE,
     **fields: Any,
 ) -> None:
-    """Write all files of a published model into the new folder ``target``. See :func:`push`."""
+    """Write all files of a published model into ``target``. See :func:`push`."""
     refuse_links(source)
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
         weights, plain = folders.checked_encoder(source), Path(place, "bert")
@@ -267,7 +267,7 @@ def build(
 
 
 def refuse_links(source: Path) -> None:
-    """Raise ValueError if a file that is published unread is a link out of the Hub's cache."""
+    """Refuse links out of the Hub's cache among files that are published unread."""
     templates, snapshots = source / "additional_chat_templates", source.resolve().parent
     blobs = snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
     for file in (source / "LICENSE", source / provenance.RECIPE, templates, *templates.glob("*")):

@@ -1,4 +1,4 @@
-"""Check the files, weights, code and card of a model, and open the model in a fresh process."""
+"""Check the files, weights, code and card of a model, and open it in a fresh process."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +51,7 @@ class Check:
 
 @dataclass
 class Verification:
-    """Store the results of all checks of a model. ``commit`` is None for a local folder."""
+    """Store the results of all checks. ``commit`` is None for a local folder."""
 
     model: str
     commit: str | None

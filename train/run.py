@@ -198,7 +198,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
 
 
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
-    """Yield the stage number and a description of each change to a stage that has started."""
+    """Yield the stage number and the text of each change to a started stage."""
     for number, before in enumerate(old["stages"], start=1):
         if not _stage_folder(run_dir, number, before["name"]).exists():
             continue
@@ -241,7 +241,7 @@ def _read_record(record: Path) -> dict[str, Any]:
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
-    """Return a dictionary from names of stages to metrics, for the finished stages of a run."""
+    """Return the metrics of the finished stages of a run, by name."""
     metrics = {}
     for number, stage in enumerate(_read_record(Path(run_dir) / "recipe.yaml")["stages"], start=1):
         folder = _stage_folder(Path(run_dir), number, stage["name"])

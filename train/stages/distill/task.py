@@ -78,7 +78,7 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
 
 
 def _check_labels(args: DistillTaskStage, labels: Any, teacher: Any, names: list[str], source: str) -> None:
-    """Raise ValueError if rows have several labels, or if the teacher has different classes."""
+    """Refuse rows with several labels, and a teacher with different classes."""
     if labels.problem_type != SINGLE or teacher.config.problem_type not in (None, SINGLE):
         raise ValueError(
             "objective: task needs one label per row and a teacher for such labels, but column "
