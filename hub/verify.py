@@ -263,7 +263,7 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
 
 
 def request_for(folder: Path) -> isolated.Request:
-    """Return a request to open ``folder`` with ``AutoModel`` and the class of the head."""
+    """Return a request to open ``folder`` with ``AutoModel`` and its head."""
     encoder = encoder_folder(folder)
     config = read_json(encoder / "config.json")
     named = (config.get("architectures") or ["Model"])[0]
@@ -296,7 +296,7 @@ def code_of(folder: Path) -> Code:
 
 
 def _foreign_names(folder: Path, encoder: Path) -> list[str]:
-    """Return the settings that import code from outside of minibert and known libraries."""
+    """Return the settings that import unknown code."""
     config = read_json(encoder / "config.json")
     found = []
     known = configuration_minibert.AUTO_MAP

@@ -190,7 +190,7 @@ class Encoder:
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def encode(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
-        """Encode ``texts`` into a float32 array (texts, dimension), in the order of the texts.
+        """Encode ``texts`` into a float32 array (texts, dimension), in order.
 
         Raises:
             ValueError: if a text is not a string or contains a lone surrogate.
@@ -283,7 +283,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        """Compute the vectors (count, dimension) of texts. A text without tokens gets zeros."""
+        """Compute vectors (count, dimension). A text without tokens gets zeros."""
         device = self.model.device
         vectors = torch.zeros(count, self.dimension, dtype=torch.float32, device=device)
         for batch in batches:
@@ -346,7 +346,7 @@ def _encoder_of(model: SentenceTransformer) -> Any:
 
 
 def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
-    """Return the prompt that sentence-transformers would put before every text, or None."""
+    """Return the prompt before every text, or None."""
     if prompt is not None:
         return prompt
     if name is not None and name not in model.prompts:
@@ -357,7 +357,7 @@ def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | Non
 
 
 def _why_not_packed(model: SentenceTransformer, prompt: str | None) -> str | None:
-    """Return the reason why ``model`` cannot encode without padding, or None if it can."""
+    """Return why ``model`` cannot encode without padding, or None if it can."""
     transformer, *rest = list(model)
     if not isinstance(transformer, Transformer) or not isinstance(transformer.auto_model, MiniBertModel):
         return "the model is not a MiniBERT (minibert hub convert makes one of a BERT)"

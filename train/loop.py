@@ -177,7 +177,7 @@ class Steps(Dataset[StepBatch]):
         self.ends = [round(share * total) for share in shares / shares[-1]]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Return the index of the phase of ``step``, and the index of ``step`` in the phase."""
+        """Return the number of the phase of ``step``, and its place in the phase."""
         number = next((at for at, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
         return number, step - (self.ends[number - 1] if number else 0)
 
@@ -198,7 +198,7 @@ class Steps(Dataset[StepBatch]):
             # A process without rows takes a row of weight 0, because others wait for gradients.
             batch = phase.rows.collate(mine if len(mine) else rows[:1])
             batches.append(batch)
-            # Each label except -100 is a term of the loss. In a batch without labels, each row is a term.
+            # A term of the loss is a label except -100, or a row if there are no labels.
             count = int((batch["labels"] != -100).sum()) if "labels" in batch else len(mine)
             terms.append(count if len(mine) else 0)
             counts.append(len(mine))
@@ -463,7 +463,7 @@ class _Run:
         )
 
     def seconds(self) -> float:
-        """Return the seconds of training without evaluation. Interrupted runs count as well."""
+        """Return the seconds of training without evaluation, also of earlier runs."""
         return time.perf_counter() - self.start
 
     def write_line(self, rate: float, grad_norm: Tensor) -> float:
@@ -625,7 +625,7 @@ def check_precision(precision: str) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Enable gradient checkpointing, which recomputes activations in the backward pass."""
+    """Recompute activations in the backward pass."""
     # transformers renamed this method. Older versions have only the second name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -58,7 +58,7 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 def _override(raw: dict[str, Any], override: str) -> str | None:
-    """Apply an override to the recipe ``raw``. Return a message about an invalid override."""
+    """Apply an override to the recipe ``raw``, or return what is wrong with it."""
     target, equals, text = override.partition("=")
     if not equals or not target:
         return f"override {override!r} does not have the form stage.field=value."

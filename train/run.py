@@ -1,4 +1,4 @@
-"""Run the stages of a recipe in order. Skip finished stages and resume an interrupted stage."""
+"""Run the stages of a recipe in order. Skip or resume those of an earlier run."""
 
 import contextlib
 import importlib
@@ -23,7 +23,7 @@ from minibert.train.stage import DataChecked, StageContext
 
 logger = logging.getLogger(__name__)
 
-# Functions of stages that only the main process runs. Other functions are named like the kind.
+# Functions that only the main process runs. Other functions are named like the kind.
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
 
@@ -103,7 +103,7 @@ def _check_models(recipe: Recipe) -> None:
 
 
 def _check_data(recipe: Recipe, contexts: list[StageContext], run_dir: Path, force: bool) -> None:
-    """Read and check the data of all stages that will run, and print the columns that they use."""
+    """Check the data of all stages that will run, and print the columns that they use."""
     if not run_dir.exists():
         run_dir.mkdir(parents=True)  # an error of the disk shows before data are read
     try:
