@@ -217,7 +217,8 @@ def title_and_body(docstring: str) -> tuple[str, str]:
 
 
 def _is_prose(text: str) -> bool:
-    return sum(character.isascii() and (character.isalpha() or character == " ") for character in text) > 0.75 * len(text)
+    letters = re.findall("[A-Za-z ]", text)
+    return len(letters) > 0.75 * len(text)
 
 
 def without_repetition(documents: Sequence[Document]) -> Iterator[Document]:
@@ -232,7 +233,8 @@ def without_repetition(documents: Sequence[Document]) -> Iterator[Document]:
     for document, key in zip(documents, keys, strict=True):
         words = _words(document.body)
         runs = {hash(words[start : start + _RUN]) for start in range(max(1, len(words) - _RUN + 1))}
-        if uses[key] <= 4 and key not in seen and document.name not in seen and len(runs & seen) < 0.5 * len(runs):
+        new = key not in seen and document.name not in seen
+        if new and uses[key] <= 4 and len(runs & seen) < 0.5 * len(runs):
             seen |= {key, document.name}
             yield document
         seen |= runs

@@ -112,7 +112,8 @@ def longest_text(folder: Path) -> int | None:
     lengths = [folders.max_length(folder), read_settings(encoder / "tokenizer_config.json").get("model_max_length")]
     if config.get("position_embedding_type") != "rotary" and config.get("max_position_embeddings"):
         numbered_from_pad = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
-        lengths.append(config["max_position_embeddings"] - (config.get("pad_token_id", 1) + 1 if numbered_from_pad else 0))
+        unused = config.get("pad_token_id", 1) + 1 if numbered_from_pad else 0
+        lengths.append(config["max_position_embeddings"] - unused)
     return min((int(length) for length in lengths if length and length < 1e9), default=None)
 
 

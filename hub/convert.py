@@ -294,7 +294,9 @@ def _tensors(
 
 def rounded(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Cast floating-point tensors to ``dtype``. If ``dtype`` is None, change nothing."""
-    return {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in tensors.items()}
+    if dtype is None:
+        return tensors
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:

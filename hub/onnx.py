@@ -190,7 +190,8 @@ def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
     """Return the lowest and the mean cosine of exact and quantized vectors."""
-    name = "sentence_embedding" if any(key.startswith("sentence_embedding") for key in exact) else next(iter(exact)).split()[0]
+    names = [key.split()[0] for key in exact]
+    name = "sentence_embedding" if "sentence_embedding" in names else names[0]
     pairs = [(exact[f"{name} {number}"], found[f"{name} {number}"]) for number in range(3)]
     cosines = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])
     return {"lowest": float(cosines.min()), "mean": float(cosines.mean())}

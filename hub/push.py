@@ -255,7 +255,8 @@ def build(
         with readable_os_errors(temporary, "nothing was sent"):
             save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
         if (weights / UNUSED).exists():
-            folders.write_tensors(temporary / UNUSED, rounded(folders.read_tensors(weights, UNUSED), checked_dtype(dtype)))
+            unused = folders.read_tensors(weights, UNUSED)
+            folders.write_tensors(temporary / UNUSED, rounded(unused, checked_dtype(dtype)))
         folders.set_fields(temporary / "config.json", **({"dtype": dtype} if dtype else {}))
         if (source / "LICENSE").exists():  # the licence of the weights
             shutil.copy(source / "LICENSE", temporary)

@@ -174,7 +174,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
                 f"Choose another --output-dir, or use --force to run stage {changes[0][0]} and all later "
                 "stages again (this replaces the folders of these stages)."
             )
-    elif run_dir.exists() and (not run_dir.is_dir() or any(path not in disk.leftovers(run_dir) for path in run_dir.iterdir())):
+    elif run_dir.exists() and (not run_dir.is_dir() or {*run_dir.iterdir()} - {*disk.leftovers(run_dir)}):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     again = changes[0][0] if changes else len(recipe.stages) + 1  # first stage to run again
     for number, stage in enumerate(recipe.stages, start=1):

@@ -43,7 +43,8 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     if args.eval_data:
         held_out = load(args.eval_data, split="validation")
         columns = pair_columns(args, held_out, args.eval_data)
-        held_out = held_out.select_columns(columns).rename_columns(dict(zip(columns, ("anchor", "positive"), strict=True)))
+        names = dict(zip(columns, ("anchor", "positive"), strict=True))
+        held_out = held_out.select_columns(columns).rename_columns(names)
     context.end_check()
     evaluate = partial(measure, pairs=held_out, batch_size=args.eval_batch_size) if held_out else None
     model = _starting_model(args, context)

@@ -257,7 +257,8 @@ class SentencePairs:
         ids[real], labels[real] = masking(ids[real], rng)
         batch = {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": segments, "labels": labels}
         follows = torch.tensor([follows for *_, follows in pairs])
-        return {**{name: torch.from_numpy(array) for name, array in batch.items()}, "next_sentence_label": follows}
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return {**tensors, "next_sentence_label": follows}
 
 
 def measure(model: Any, rows: PackedRows | SentencePairs, batch_size: int) -> dict[str, float]:
