@@ -354,6 +354,14 @@ def test_modules_outside_of_the_folder_are_refused(model, path):
                 check(model)
 
 
+def test_a_model_that_begins_with_another_module_is_not_published(model):
+    as_sentence_transformer(model, "1_Pooling")
+    listed = json.loads((model / "modules.json").read_text())
+    (model / "modules.json").write_text(json.dumps(listed[::-1]))
+    with pytest.raises(ValueError, match="must begin with a Transformer"):
+        folders.checked_encoder(model)
+
+
 @pytest.mark.parametrize(
     "code", ["../evil.Evil", "/tmp/evil.Evil", "..evil.Evil", "evil", "a.b.Evil", "evil.Evil\n", 3, {"a": "b"}]
 )
