@@ -93,10 +93,8 @@ def _sentence(error: BaseException, extra: str) -> str | None:
 def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
     """Print an error of the input or of the system as one sentence, and exit.
 
-    Args:
-        interrupted: message for the user after Ctrl-C.
-        extra: pip extra to recommend if a module is missing. An empty string means the extra
-            that contains the module.
+    ``interrupted`` is the message after Ctrl-C. If a module is missing, recommend the pip extra
+    ``extra``, or without it the extra that contains the module.
     """
     try:
         yield
@@ -153,7 +151,7 @@ def _version(wanted: bool) -> None:
 
 
 def _name_foreign() -> None:
-    """Print a warning to standard error if another project named ``minibert`` is installed."""
+    """Warn if another project named ``minibert`` is installed."""
     from minibert.files.installation import foreign
 
     if warning := foreign():
@@ -168,7 +166,7 @@ def _root(
 
 
 def _report_progress(bars: bool = True) -> None:
-    """Log this package's progress to standard error, and hide the logs of libraries."""
+    """Log the progress of this package, and hide the logs of libraries."""
     logger = logging.getLogger("minibert")
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
     logger.setLevel(logging.INFO)
@@ -287,7 +285,7 @@ def search(
             else:
                 echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_lines(query, hits))
     if as_list:
-        echo(json.dumps(answers, indent=2, ensure_ascii=False))
+        print_json(answers)
 
 
 def _in_lines(query: str, hits: list[Any]) -> str:
@@ -301,7 +299,7 @@ def _in_lines(query: str, hits: list[Any]) -> str:
 
 
 def _typed_queries() -> Iterator[str]:
-    """Yield queries from standard input, one per line, until an empty line or end of input."""
+    """Yield lines of standard input, until an empty line or the end."""
     while True:
         if sys.stdin.isatty():
             echo("Query (empty to leave): ", nl=False, err=True)
@@ -601,7 +599,6 @@ def pull(
     """Download one commit of a model, and print hashes of the model's code. No code is run."""
     from rich.filesize import decimal
 
-    from minibert.files import installation
     from minibert.hub.pull import pull as pull_model
 
     done = pull_model(name, output_dir)
@@ -612,9 +609,8 @@ def pull(
     echo(f"{len(done.files)} files, {decimal(sum(done.files.values()))}")
     for path, digest in done.code.items():
         echo(f"sha256 {digest}  {printable(path, kept='')}")
-    installed = f"that of the installed minibert {installation.version()}"
-    changed = f"its code is not {installed}; minibert hub verify shows the differences"
-    echo({"installed": f"its code is {installed}", "none": "it has no code", "changed": changed}[done.code_is])
+    changed = "its code is not that of the installed minibert; minibert hub verify shows the differences"
+    echo({"installed": "its code is that of the installed minibert", "none": "it has no code"}.get(done.code_is, changed))
     if done.left_out:
         echo(f"left out: {printable(', '.join(done.left_out), kept='')}")
 
@@ -657,7 +653,7 @@ TextColumn = Annotated[str | None, Option(help="Column of texts, where a file ha
 
 
 def _draw(out: Path, force: bool, draw: Callable[[], Any]) -> None:
-    """Check that ``out`` can be written, and save the picture that ``draw`` returns."""
+    """Save the picture that ``draw`` returns. Check ``out`` first."""
     from minibert.inference.predict import check_output
     from minibert.plot.page import SUFFIXES
 

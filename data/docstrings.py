@@ -86,7 +86,7 @@ def _split(split: str) -> list[Document]:
 
 
 def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ...]:
-    """Return names and folders of installed packages. The standard library is named ``""``."""
+    """Return names (``""`` for the standard library) and folders of installed packages."""
     roots = [("", Path(sysconfig.get_path("stdlib")))]
     for package in packages:
         spec = importlib.machinery.PathFinder.find_spec(package)
@@ -97,7 +97,7 @@ def find_roots(packages: Iterable[str] = PACKAGES) -> tuple[tuple[str, Path], ..
 
 @functools.lru_cache(maxsize=1)  # the stages of a recipe share the result
 def collect(roots: tuple[tuple[str, Path], ...]) -> tuple[Document, ...]:
-    """Return at most 40,000 different docstrings of the packages from :func:`find_roots`."""
+    """Return the different docstrings of the packages from :func:`find_roots`."""
     found: list[Document] = []
     files = [(package, root, path) for package, root in roots for path in source_files(root)]
     for package, root, path in tqdm(files, desc="Reading installed documentation", unit="file", mininterval=0.5):
@@ -217,7 +217,8 @@ def title_and_body(docstring: str) -> tuple[str, str]:
 
 
 def _is_prose(text: str) -> bool:
-    return sum(character.isascii() and (character.isalpha() or character == " ") for character in text) > 0.75 * len(text)
+    letters = re.findall("[A-Za-z ]", text)
+    return len(letters) > 0.75 * len(text)
 
 
 def without_repetition(documents: Sequence[Document]) -> Iterator[Document]:
@@ -232,7 +233,8 @@ def without_repetition(documents: Sequence[Document]) -> Iterator[Document]:
     for document, key in zip(documents, keys, strict=True):
         words = _words(document.body)
         runs = {hash(words[start : start + _RUN]) for start in range(max(1, len(words) - _RUN + 1))}
-        if uses[key] <= 4 and key not in seen and document.name not in seen and len(runs & seen) < 0.5 * len(runs):
+        new = key not in seen and document.name not in seen
+        if new and uses[key] <= 4 and len(runs & seen) < 0.5 * len(runs):
             seen |= {key, document.name}
             yield document
         seen |= runs

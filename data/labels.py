@@ -7,11 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
-SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
-    "single_label_classification",
-    "multi_label_classification",
-    "regression",
-)
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 # Above this number, there must not be more numbered classes than rows.
 _CLASSES_OF_FEW_ROWS = 1000
@@ -25,7 +21,7 @@ class Labels(NamedTuple):
     float32 zeros and ones (rows, classes). For regression, they are float32 numbers (rows,).
     """
 
-    problem_type: str  # one of PROBLEM_TYPES
+    problem_type: str  # SINGLE, MULTI or REGRESSION
     values: np.ndarray
     names: list[str]  # of the classes in order; for regression, the name of the label
 

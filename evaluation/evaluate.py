@@ -15,8 +15,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minibert.data.columns import pick_columns
 from minibert.data.labels import REGRESSION, read_labels
-from minibert.data.load import TEXT_COLUMNS, as_dataset
+from minibert.data.load import TEXT_COLUMNS, as_dataset, text_columns
 from minibert.data.questions import texts_of
 from minibert.data.tags import find_tag_columns, read_tags, read_words
 from minibert.evaluation.metrics import classification_metrics, tag_metrics
@@ -213,10 +214,8 @@ def classification(
     column = SIMILARITY_COLUMNS[2] if numbers else LABEL_COLUMN
     if column not in data.column_names:
         raise ValueError(f"{_name_columns(data)}, and no column {column!r}; rename the column of the true labels.")
-    names = next((names for names in TEXT_COLUMNS if set(names) <= set(data.column_names)), None)
-    if names is None:
-        wanted = ", ".join(" + ".join(names) for names in TEXT_COLUMNS)
-        raise ValueError(f"{_name_columns(data)}, and no text to classify; the data must have {wanted}.")
+    texts = [name for name in text_columns(data) if name != column]
+    names = pick_columns(texts, None, TEXT_COLUMNS, option="rename the columns", columns=data.column_names)
     labels = read_labels(data, column, class_names(model.config), problem_type).values
     encoded = tokenizer(*_texts(data, names), truncation=True, max_length=max_length_of(model, tokenizer))
     logits = torch.stack(compute_logits(model.eval(), tokenizer, encoded, batch_size))

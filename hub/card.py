@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from minibert.files.disk import read_json, read_settings
-from minibert.files.model_folder import check_weights, code_files, read_header, weight_files
+from minibert.files.model_folder import check_weights, code_files, encoder_folder, module_list, read_header, weight_files
 from minibert.hub import folders, provenance
 from minibert.inference.load import pooling_mode
 
@@ -52,7 +52,7 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
     """
     folder, repo_id = Path(folder), repo_id or "USER/NAME"
     validate_repo_id(repo_id)
-    encoder, modules = folders.encoder_folder(folder), folders.modules(folder)
+    encoder, modules = folders.checked_encoder(folder), module_list(folder)
     config: dict[str, Any] = read_json(encoder / "config.json")
     check_weights(encoder)
     record = provenance.read(Path(origin or folder))
@@ -95,29 +95,30 @@ def build_card(folder: str | Path, repo_id: str | None, *, origin: str | Path | 
 
 
 def vector_dimension(folder: Path) -> int:
-    """Return the dimension of a model's text vectors, read from its configuration files."""
-    for module in reversed(folders.modules(folder)[1:]):
+    """Return the dimension of text vectors, read from configuration files."""
+    for module in reversed(module_list(folder)[1:]):
         settings = read_settings(folder / module["path"] / "config.json")
         for name in ("out_features", "embedding_dimension", "word_embedding_dimension"):
             if name in settings:
                 return int(settings[name])
-    config = read_json(folders.encoder_folder(folder) / "config.json")
+    config = read_json(encoder_folder(folder) / "config.json")
     return int(config.get("hidden_size") or config.get("dim") or 0)
 
 
 def longest_text(folder: Path) -> int | None:
     """Return a model's maximum sequence length in tokens, or None if it is unlimited."""
-    encoder = folders.encoder_folder(folder)
+    encoder = encoder_folder(folder)
     config = read_settings(encoder / "config.json")
     lengths = [folders.max_length(folder), read_settings(encoder / "tokenizer_config.json").get("model_max_length")]
     if config.get("position_embedding_type") != "rotary" and config.get("max_position_embeddings"):
         numbered_from_pad = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
-        lengths.append(config["max_position_embeddings"] - (config.get("pad_token_id", 1) + 1 if numbered_from_pad else 0))
+        unused = config.get("pad_token_id", 1) + 1 if numbered_from_pad else 0
+        lengths.append(config["max_position_embeddings"] - unused)
     return min((int(length) for length in lengths if length and length < 1e9), default=None)
 
 
 def _content(folder: Path, encoder: Path, config: dict[str, Any], record: provenance.Record) -> dict[str, Any]:
-    """Return the values that describe the model's files in the template of the card."""
+    """Return the values of the card that describe the model's files."""
     tensors = [tensor for file in weight_files(encoder) for tensor in read_header(file).values()]
     settings, tokenizer = (read_settings(encoder / name) for name in ("tokenizer_config.json", "tokenizer.json"))
     normalizer = json.dumps(tokenizer.get("normalizer"))
@@ -159,8 +160,8 @@ def _cell(value: Any) -> str:
 
 
 def _pooling(folder: Path) -> dict[str, Any] | None:
-    """Return the pooling settings for the card's torch example, or None to omit the example."""
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in folders.modules(folder)]
+    """Return the pooling settings of the torch example, or None to omit it."""
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in module_list(folder)]
     if kinds[1:] not in (["Pooling"], ["Pooling", "Normalize"]):
         return None
     mode = pooling_mode(folder)
@@ -186,7 +187,7 @@ def _results(record: provenance.Record, task: str) -> Iterator[EvalResult]:
 
 
 def check_card(text: str) -> None:
-    """Raise ValueError if the metadata in ``text``, the content of a README.md, is invalid."""
+    """Raise ValueError if the metadata in a README.md is invalid."""
     try:
         data = ModelCard(text).data.to_dict()  # reads the results in model-index too
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:

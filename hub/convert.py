@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import expand_home, read_json, write_json
-from minibert.files.model_folder import WEIGHTS
+from minibert.files.model_folder import WEIGHTS, encoder_folder
 from minibert.hub import folders, parity
 from minibert.hub.families import FAMILIES, POOLED, Family
 from minibert.inference.load import find_folder, open_config, open_tokenizer
@@ -91,7 +91,7 @@ def convert(
     folders.check_output(output_dir)
     wanted = checked_dtype(dtype)
     folder = find_folder(source, revision)
-    encoder = folders.encoder_folder(folder)
+    encoder = folders.checked_encoder(folder)
     raw = read_json(encoder / "config.json")
     family = _family(raw, encoder)
     checkpoint = folders.read_tensors(encoder)
@@ -99,7 +99,7 @@ def convert(
     kind = _kind(raw, family)
     _check_config(raw, family_config, family, kind, encoder)
     config = _config(raw, family_config, family, kind, wanted)
-    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(folder, config)
     found = _tensors(checkpoint, config, family_config, family, kind)
     tensors, unused = (rounded(part, wanted) for part in found)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in tensors}
@@ -114,13 +114,13 @@ def convert(
         differences = parity.differences(
             (folder, getattr(transformers, family.class_name + kind)),
             (temporary, getattr(modeling_minibert, f"MiniBert{kind}")),
+            f"The MiniBERT made of {source}",
             tokenizer,
             max_length=config.max_position_embeddings,
             segments=config.type_vocab_size,
             dtype=wanted,
             pooled=has_pooler and config.pooling == "cls" and kind not in POOLED,
         )
-        parity.check(differences, f"The MiniBERT made of {source}")
         # The card states the origin of the weights, except a local folder.
         origin = {"base_model": None if expand_home(source).exists() else str(source), "revision": revision}
         write_json(temporary / "conversion.json", {**origin, "differences": differences})
@@ -145,7 +145,7 @@ def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _family(raw: dict[str, Any], folder: Path) -> Family:
-    """Return the family in a config.json. Raise ValueError if MiniBERT does not support it."""
+    """Return the family in a config.json, if MiniBERT supports it."""
     model_type = raw.get("model_type")
     possible = f"Families that can be converted: {', '.join(FAMILIES)}."
     if model_type == MiniBertConfig.model_type:
@@ -158,7 +158,7 @@ def _family(raw: dict[str, Any], folder: Path) -> Family:
 
 
 def _kind(raw: dict[str, Any], family: Family) -> str:
-    """Return the checkpoint's class name without the family name, such as ``"ForMaskedLM"``."""
+    """Return the end of the checkpoint's class name, such as ``"ForMaskedLM"``."""
     known = [f"{family.class_name}{kind}" for kind in family.classes]
     named: str = (raw.get("architectures") or known[:1])[0]
     if named not in known:
@@ -212,18 +212,19 @@ def _config(
     return MiniBertConfig(**fields, **carried)
 
 
-def fitting_tokenizer(folder: Path, config: MiniBertConfig, max_length: int | None) -> Any:
-    """Load the tokenizer in ``folder`` with a maximum length that suits the model."""
+def fitting_tokenizer(folder: Path, config: MiniBertConfig) -> Any:
+    """Load the tokenizer of a model with a maximum length that suits the model."""
+    encoder = encoder_folder(folder)
     # Without any of these files, transformers returns an empty tokenizer.
-    if not any(file for name in TOKENIZERS for file in folder.glob(name)):
-        raise FileNotFoundError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
-    tokenizer: Any = open_tokenizer(folder)
+    if not any(file for name in TOKENIZERS for file in encoder.glob(name)):
+        raise FileNotFoundError(f"{encoder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there.")
+    tokenizer: Any = open_tokenizer(encoder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer in {folder} has {len(tokenizer)} entries, but the model's embeddings have only "
+            f"The tokenizer in {encoder} has {len(tokenizer)} entries, but the model's embeddings have only "
             f"{config.vocab_size}; use the model's own tokenizer, or call resize_token_embeddings first."
         )
-    tokenizer.model_max_length = min(max_length or tokenizer.model_max_length, config.max_position_embeddings)
+    tokenizer.model_max_length = min(folders.max_length(folder) or tokenizer.model_max_length, config.max_position_embeddings)
     return tokenizer
 
 
@@ -246,7 +247,7 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the MiniBERT's tensors, and the tensors of the source that MiniBERT does not use.
+    """Return the MiniBERT's tensors, and those of the source that it does not use.
 
     Set ``config.tie_word_embeddings`` to False if tied tensors differ in the source.
     """
@@ -297,11 +298,13 @@ def _tensors(
 
 def rounded(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Cast floating-point tensors to ``dtype``. If ``dtype`` is None, change nothing."""
-    return {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in tensors.items()}
+    if dtype is None:
+        return tensors
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def _of_another_class(name: str, kind: str, family: Family) -> str | None:
-    """Return MiniBERT's name for a tensor that ``kind`` does not use, or None if unknown."""
+    """Return MiniBERT's name for a tensor of another class, or None if unknown."""
     target = next((found for other in (kind, *family.classes) if (found := family.minibert_name(name, other))), None)
     # Encoder tensors that the configuration does not describe are unknown too, for example an
     # additional layer.
@@ -310,7 +313,7 @@ def _of_another_class(name: str, kind: str, family: Family) -> str | None:
 
 
 def _plain(name: str, family: Family) -> str:
-    """Replace an outdated name (``LayerNorm.gamma``), and add the prefix of models with a head."""
+    """Replace an outdated name, and add the prefix of models with a head."""
     for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
         name = name.replace(old, new)
     bare = name.startswith(("embeddings.", "encoder.", "transformer.", "pooler."))

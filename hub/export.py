@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import read_json
-from minibert.files.model_folder import WEIGHTS
+from minibert.files.model_folder import WEIGHTS, encoder_folder
 from minibert.hub import folders, parity
 from minibert.hub.convert import CARRIED, POSITIONS, UNUSED, Report, empty, fitting_tokenizer, full
 from minibert.hub.families import FAMILIES, POOLED, Family
@@ -39,28 +39,27 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
     output_dir = Path(output_dir)
     folders.check_output(output_dir)
     folder, config, kind, checkpoint = open_minibert(model, revision)
-    encoder = folders.encoder_folder(folder)
     family = _family(config, kind)
     family_config = _config(config, family, kind)
-    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
-    tensors, unused = _tensors(checkpoint, encoder, config, family_config, family, kind)
+    tokenizer = fitting_tokenizer(folder, config)
+    tensors, unused = _tensors(checkpoint, encoder_folder(folder), config, family_config, family, kind)
     pooled = kind == "Model" and any("pooler" in name for name in tensors)
     with folders.new_folder(output_dir) as temporary:
         parameters = folders.write_tensors(temporary / WEIGHTS, tensors)
         family_config.save_pretrained(temporary)
-        # Other libraries, such as CTranslate2, ask for the field, although it has its default.
+        # Libraries such as CTranslate2 ask for this field, although it has its default.
         folders.set_fields(temporary / "config.json", position_embedding_type="absolute")
         folders.write_tokenizer(tokenizer, temporary)
         folders.copy_modules(folder, temporary)
         differences = parity.differences(
             (folder, getattr(modeling_minibert, f"MiniBert{kind}")),
             (temporary, getattr(transformers, family.class_name + kind)),
+            f"The {family.model_type} made of {model}",
             tokenizer,
             max_length=config.max_position_embeddings,
             segments=getattr(family_config, "type_vocab_size", 0),
             pooled=pooled and config.pooling == "cls" and config.pooler_act == "tanh",
         )
-        parity.check(differences, f"The {family.model_type} made of {model}")
     return Report(
         source=str(model),
         output=str(output_dir),
@@ -74,9 +73,9 @@ def export(model: str | Path, output_dir: str | Path, *, revision: str | None = 
 
 
 def open_minibert(model: str | Path, revision: str | None) -> tuple[Path, MiniBertConfig, str, dict[str, Tensor]]:
-    """Return a MiniBERT's folder, configuration, class name without "MiniBert", and tensors."""
+    """Return a MiniBERT's folder, configuration, end of its class name, and tensors."""
     folder = find_folder(model, revision)
-    encoder = folders.encoder_folder(folder)
+    encoder = folders.checked_encoder(folder)
     raw = read_json(encoder / "config.json")
     if raw.get("model_type") != MiniBertConfig.model_type:
         raise ValueError(f"{folder} is a {raw.get('model_type')} model; only a MiniBERT can be exported.")
@@ -136,7 +135,7 @@ def _tensors(
     family: Family,
     kind: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the exported model's tensors, and names of tensors that cannot be exported."""
+    """Return the exported tensors, and names of tensors that cannot be exported."""
     tied = modeling_minibert.MiniBertMaskedLMBase._tied_weights_keys if config.tie_word_embeddings else {}
     expected = {full(name, kind) for name in empty(config, kind).state_dict()} - set(tied)
     stored = {full(name, kind): name for name in checkpoint}

@@ -122,21 +122,15 @@ class Family:
 
         >>> FAMILIES["roberta"].family_name("minibert.layers.3.mlp.up.bias", "ForMaskedLM")
         'roberta.encoder.layer.3.intermediate.dense.bias'
-        >>> FAMILIES["roberta"].family_name("layers.3.mlp.up.bias", "Model")
-        'encoder.layer.3.intermediate.dense.bias'
         """
-        bare = kind == "Model" and not key.startswith("minibert.")
-        found = _renamed(f"minibert.{key}" if bare else key, {**self.modules, **self.of_class.get(kind, {})})
-        found = found and found.replace("{prefix}", self.prefix)
-        return found.removeprefix(f"{self.prefix}.") if found and bare else found
+        found = _renamed(key, {**self.modules, **self.of_class.get(kind, {})})
+        return found and found.replace("{prefix}", self.prefix)
 
     def minibert_name(self, key: str, kind: str) -> str | None:
         """Return MiniBERT's name for the family's parameter ``key``, or None."""
-        bare = kind == "Model" and not key.startswith(f"{self.prefix}.")
         modules = {**self.modules, **self.of_class.get(kind, {})}
         inverse = {name.replace("{prefix}", self.prefix): module for module, name in modules.items()}
-        found = _renamed(f"{self.prefix}.{key}" if bare else key, inverse)
-        return found.removeprefix("minibert.") if found and bare else found
+        return _renamed(key, inverse)
 
 
 def _renamed(key: str, modules: Mapping[str, str]) -> str | None:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from minibert.files import disk
 from minibert.files.disk import exclusive_lock, read_json, read_settings, readable_os_errors, write_json
-from minibert.files.model_folder import PICKLES, WEIGHTS, check_paths, check_weights, module_list, read_header, weight_files
+from minibert.files.model_folder import (
+    PICKLES,
+    check_paths,
+    check_weights,
+    encoder_folder,
+    module_list,
+    read_header,
+    weight_files,
+)
 
 # Keys in sentence-transformers 5 -> keys, or modes of pooling, in sentence-transformers 6.
 _RENAMED = {"word_embedding_dimension": "embedding_dimension", "in_word_embedding_dimension": "in_embedding_dimension"}
@@ -31,24 +39,12 @@ _MODES = {
 OF_A_MACHINE = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
 
 
-def modules(folder: Path) -> list[dict[str, Any]]:
-    """Return the modules in modules.json, or [] if the model has no such file.
-
-    Raises:
-        ValueError: if the first module is not a transformer, or a module's path leads out of
-            ``folder``.
-    """
-    check_paths(folder, trust_remote_code=True)  # whoever opens the model looks at its settings and code
-    listed = module_list(folder)
-    if listed and not str(listed[0].get("type", "")).endswith("Transformer"):
+def checked_encoder(folder: Path) -> Path:
+    """Return the folder of the transformer. Refuse paths that lead out of ``folder``."""
+    check_paths(folder, trust_remote_code=True)  # nothing is opened
+    if (listed := module_list(folder)) and not str(listed[0].get("type", "")).endswith("Transformer"):
         raise ValueError(f"{folder / 'modules.json'} must begin with a Transformer; use another model.")
-    return listed
-
-
-def encoder_folder(folder: Path) -> Path:
-    """Return the folder with the transformer's files: ``folder`` or one of its subfolders."""
-    listed = modules(folder)
-    return folder / listed[0]["path"] if listed else folder
+    return encoder_folder(folder)
 
 
 def copy_modules(source: Path, target: Path) -> None:
@@ -56,8 +52,8 @@ def copy_modules(source: Path, target: Path) -> None:
 
     The written names and keys can be read by sentence-transformers 5.1 to 6.
     """
-    listed = modules(source)
-    if not listed:
+    check_paths(source, trust_remote_code=True)
+    if not (listed := module_list(source)):
         return
     for module in listed[1:]:
         if (source / module["path"]).is_dir():
@@ -72,7 +68,7 @@ def copy_modules(source: Path, target: Path) -> None:
     for file in (*first.glob("sentence_*_config.json"), source / "config_sentence_transformers.json"):
         if file.exists():
             shutil.copy(file, target / file.name)
-    # Without this file, sentence-transformers 5.1 reads up to 512 tokens, whatever the tokenizer says.
+    # Without this file, sentence-transformers 5.1 reads up to 512 tokens.
     if not any(target.glob("sentence_*_config.json")) or max_length(target) is None:
         length = read_settings(target / "tokenizer_config.json").get("model_max_length")
         write_json(target / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
@@ -101,13 +97,13 @@ def paths_in(folder: Path) -> list[str]:
 
 
 def set_fields(file: Path, **fields: Any) -> None:
-    """Set fields of a JSON file, and drop those that describe the machine of an author."""
+    """Set fields of a JSON file, and drop those of the machine of an author."""
     settings = {**read_settings(file), **fields}
     write_json(file, {name: value for name, value in settings.items() if name not in OF_A_MACHINE})
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer so that transformers 4, and libraries that read ``vocab.txt``, open it."""
+    """Save a tokenizer for transformers 4, and for libraries that read ``vocab.txt``."""
     tokenizer.save_pretrained(folder)
     known = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
     renamed = {"tokenizer_class": "PreTrainedTokenizerFast"} if known == "TokenizersBackend" else {}
@@ -116,12 +112,12 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Return the tensors of the model in ``folder``, or of its file ``name``. Refuse NaN and infinity."""
-    if name == WEIGHTS:
+def read_tensors(folder: Path, name: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a model, or of its file ``name``. Refuse NaN and infinity."""
+    if name is None:
         check_weights(folder)
     tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder) if name == WEIGHTS else [folder / name]:
+    for file in weight_files(folder) if name is None else [folder / name]:
         read_header(file)
         tensors |= load_file(file)
     for name, tensor in tensors.items():
@@ -131,7 +127,7 @@ def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write ``tensors`` to a safetensors file, and return the number of parameters."""
+    """Write ``tensors`` to a file, and return the number of parameters."""
     state = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with readable_os_errors(file, "nothing was written"):
         save_file(state, file, metadata={"format": "pt"})

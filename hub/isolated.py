@@ -37,23 +37,17 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 class Request:
     """Describe which model to open and how.
 
-    Attributes:
-        model: folder of the model, or id of a model in the Hub's cache.
-        heads: names of the ``Auto*`` classes that open the model.
-        embeds: whether sentence-transformers opens the model too.
-        arguments: arguments of ``from_pretrained``, see ``inference.load.weight_arguments``.
-        max_length: maximum length of the texts in tokens.
-        revision: commit of a model in the Hub's cache.
-        transformer: folder with the transformer's files. The default is ``model``.
+    ``model`` is a folder, or the id of a model in the Hub's cache at the commit ``revision``. The
+    ``Auto*`` classes ``heads`` open it and, if ``embeds`` is True, sentence-transformers.
     """
 
     model: str
     heads: list[str]
     embeds: bool
-    arguments: dict[str, Any]
-    max_length: int
+    arguments: dict[str, Any]  # of from_pretrained
+    max_length: int  # of a text, in tokens
     revision: str | None = None
-    transformer: str | None = None
+    transformer: str | None = None  # folder of the transformer, if it is not ``model``
 
 
 def compute(request: Request) -> tuple[dict[str, Any], list[str]]:
@@ -124,12 +118,8 @@ class NotOpened(Exception):
 def run(request: Request, *, cache: Path | None = None) -> tuple[dict[str, Any], list[str]]:
     """Run :func:`compute` in a fresh process without minibert, network or Hub token.
 
-    Args:
-        request: the model to open and how to open it.
-        cache: cache folder of the Hub that contains the model, if the model is not a folder.
-
-    Raises:
-        NotOpened: if the fresh process cannot open the model.
+    ``cache`` is the cache folder of the Hub that contains the model, if the model is not a
+    folder. Raise :class:`NotOpened` if the fresh process cannot open the model.
     """
     import torch
     from safetensors import safe_open

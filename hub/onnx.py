@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minibert import MiniBertConfig, modeling_minibert
 from minibert.files.disk import write_json
 from minibert.files.installation import missing
+from minibert.files.model_folder import encoder_folder, module_list
 from minibert.hub import folders, parity
 from minibert.hub.convert import Report, fitting_tokenizer, full
 from minibert.hub.export import open_minibert
@@ -49,12 +50,14 @@ def export_onnx(
     if lacking := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise ValueError(missing(f"Export to ONNX needs {', '.join(lacking)}", "export"))
     folder, config, kind, checkpoint = open_minibert(model, revision)
-    encoder = folders.encoder_folder(folder)
-    tokenizer = fitting_tokenizer(encoder, config, folders.max_length(folder))
+    tokenizer = fitting_tokenizer(folder, config)
     has_pooler = "minibert.pooler.dense.weight" in {full(name, kind) for name in checkpoint}
     with parity.quiet():
-        network = open_weights(getattr(modeling_minibert, f"MiniBert{kind}"), encoder, dtype=torch.float32).eval()
-        heads = _heads(folder)
+        network = open_weights(
+            getattr(modeling_minibert, f"MiniBert{kind}"), encoder_folder(folder), dtype=torch.float32
+        ).eval()
+        # The sentence-transformers modules that follow the transformer.
+        heads = list(load(folder, device="cpu").float().eval())[1:] if module_list(folder) else []
     segments = config.type_vocab_size > 0 and "token_type_ids" in tokenizer.model_input_names
     inputs = ["input_ids", "attention_mask", *["token_type_ids"] * segments]
     wrapped = _Graph(network, inputs, heads, pooled=kind != "Model" or has_pooler)
@@ -64,9 +67,10 @@ def export_onnx(
         folders.write_tokenizer(tokenizer, temporary)
         folders.copy_modules(folder, temporary)
         batches = _batches(wrapped, tokenizer, config.max_position_embeddings)
-        expected = _by_torch(wrapped, batches)
-        differences = parity.compare(expected, _by_runtime(wrapped, batches, temporary / GRAPH))
-        parity.check(differences, f"The graph made of {model}")
+        with torch.inference_mode():
+            expected = _named(wrapped, batches, lambda batch: [value.clone() for value in wrapped(*batch.values())])
+        found = _by_runtime(wrapped, batches, temporary / GRAPH)
+        differences = parity.compare(expected, found, f"The graph made of {model}")
         cosine = None
         if quantize:
             from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -88,7 +92,7 @@ def export_onnx(
 
 
 def _write_config(config: MiniBertConfig, file: Path) -> None:
-    """Write a configuration without code, of a model type that optimum knows by the same fields."""
+    """Write a configuration without code, of a model type that optimum knows."""
     dropped = ("auto_map", *folders.OF_A_MACHINE)
     settings = {key: value for key, value in json.loads(config.to_json_string()).items() if key not in dropped}
     architectures = [name.replace("MiniBert", "Bert") for name in settings.get("architectures") or ["BertModel"]]
@@ -98,11 +102,8 @@ def _write_config(config: MiniBertConfig, file: Path) -> None:
 class _Graph(nn.Module):
     """Wrap a model so that it takes inputs by position and returns outputs as a tuple.
 
-    Args:
-        model: the MiniBERT to wrap.
-        inputs: names of the inputs, in order.
-        heads: sentence-transformers modules that follow the transformer.
-        pooled: whether ``pooler_output`` is an output.
+    ``heads`` are the sentence-transformers modules that follow the transformer. If ``pooled`` is
+    False, ``pooler_output`` is not an output.
     """
 
     def __init__(self, model: Any, inputs: list[str], heads: list[nn.Module], pooled: bool):
@@ -124,13 +125,6 @@ class _Graph(nn.Module):
                 features = module(features)
             found["sentence_embedding"] = features["sentence_embedding"]
         return tuple(found[name] for name in self.outputs)
-
-
-def _heads(folder: Path) -> list[nn.Module]:
-    """Return the sentence-transformers modules that follow the transformer."""
-    if not folders.modules(folder):
-        return []
-    return list(load(folder, device="cpu").float().eval())[1:]
 
 
 def _write(graph: _Graph, file: Path) -> int:
@@ -158,7 +152,7 @@ def _write(graph: _Graph, file: Path) -> int:
 
 
 def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Tensor]]:
-    """Return test batches: the built-in texts, and random token ids in several shapes."""
+    """Return the built-in texts, and random token ids in several shapes."""
     longest = min(tokenizer.model_max_length, positions)
     found = [{name: batch[name] for name in graph.inputs} for batch in parity.batches(tokenizer, longest)]
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +171,7 @@ def _batches(graph: _Graph, tokenizer: Any, positions: int) -> list[dict[str, Te
 
 
 def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dict[str, Tensor]:
-    """Return the outputs of ``compute`` for all batches by name, without padding tokens."""
+    """Return the outputs for all batches by name, without padding tokens."""
     found = {}
     for number, batch in enumerate(batches):
         mask = batch["attention_mask"].bool()
@@ -185,11 +179,6 @@ def _named(graph: _Graph, batches: list[dict[str, Tensor]], compute: Any) -> dic
             per_token = not graph.choices and value.shape[:2] == mask.shape and name != "sentence_embedding"
             found[f"{name} {number}"] = value[mask] if per_token else value
     return found
-
-
-def _by_torch(graph: _Graph, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    with torch.inference_mode():
-        return _named(graph, batches, lambda batch: [value.clone() for value in graph(*batch.values())])
 
 
 def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> dict[str, Tensor]:
@@ -205,8 +194,9 @@ def _by_runtime(graph: _Graph, batches: list[dict[str, Tensor]], file: Path) -> 
 
 
 def _cosines(exact: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Return the lowest and the mean cosine similarity between exact and quantized vectors."""
-    name = "sentence_embedding" if any(key.startswith("sentence_embedding") for key in exact) else next(iter(exact)).split()[0]
+    """Return the lowest and the mean cosine of exact and quantized vectors."""
+    names = [key.split()[0] for key in exact]
+    name = "sentence_embedding" if "sentence_embedding" in names else names[0]
     pairs = [(exact[f"{name} {number}"], found[f"{name} {number}"]) for number in range(3)]
     cosines = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])
     return {"lowest": float(cosines.min()), "mean": float(cosines.mean())}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minibert.files.disk import read_settings
-from minibert.hub import folders
+from minibert.files.model_folder import module_list
 from minibert.hub.isolated import TEXTS
 from minibert.inference.load import load, open_weights
 
@@ -94,7 +94,7 @@ def outputs(
 def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the text vectors of a sentence-transformers model, or {} for any other model."""
     kind = read_settings(folder / "config_sentence_transformers.json").get("model_type")
-    pools = any(module["type"].endswith(".Pooling") for module in folders.modules(folder))
+    pools = any(module["type"].endswith(".Pooling") for module in module_list(folder))
     if not pools or kind not in (None, "SentenceTransformer"):
         return {}
     model = load(folder, device="cpu", dtype=dtype or torch.float32).float()
@@ -105,6 +105,7 @@ def embeddings(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
 def differences(
     source: tuple[Path, type[PreTrainedModel]],
     result: tuple[Path, type[PreTrainedModel]],
+    what: str,
     tokenizer: Any,
     *,
     max_length: int,
@@ -115,8 +116,8 @@ def differences(
     """Return the largest absolute difference of each output between two models, in float32.
 
     ``source`` and ``result`` are pairs of a model folder and a model class. The weights of both
-    models are rounded to ``dtype`` first. ``max_length`` is the number of positions.
-    ``segments`` and ``pooled`` are as in :func:`outputs`.
+    models are rounded to ``dtype`` first. ``max_length`` is the number of positions. ``what`` is
+    as in :func:`compare`, and ``segments`` and ``pooled`` are as in :func:`outputs`.
     """
     inputs = batches(tokenizer, min(tokenizer.model_max_length, max_length))
     found = []
@@ -127,23 +128,23 @@ def differences(
             del model
             computed |= embeddings(folder, dtype)
         found.append(computed)
-    return compare(*found)
+    return compare(found[0], found[1], what)
 
 
-def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Return the largest difference of each output over all batches."""
+def compare(expected: dict[str, Tensor], found: dict[str, Tensor], what: str) -> dict[str, float]:
+    """Return the largest difference of each output over all batches.
+
+    Raise :class:`Mismatch`, which names the model ``what``, if a difference is NaN or above the
+    tolerance.
+    """
     worsts: dict[str, float] = {}
     for key, value in expected.items():
         name = key.split()[0]
         worst = float((value - found[key]).abs().max())
         worsts[name] = max(worsts.get(name, 0.0), worst) if worst == worst else float("nan")
-    return worsts
-
-
-def check(worsts: dict[str, float], what: str) -> None:
-    """Raise :class:`Mismatch` if a difference is NaN or above the tolerance."""
     if wrong := [f"{name} differs by {worst:.1e}" for name, worst in worsts.items() if not worst <= TOLERANCE]:
         raise Mismatch(
             f"{what} gives different outputs: {', '.join(wrong)} (allowed: {TOLERANCE:.0e}). "
             "Nothing was written; please report this model."
         )
+    return worsts

@@ -129,7 +129,7 @@ def _weights(folder: Path) -> dict[str, str]:
 
 
 def _published(folder: Path) -> Record | None:
-    """Return the record in a published model's files, or None if the weights have changed."""
+    """Return the record of a published model, or None if its weights have changed."""
     found = read_settings(folder / RECORD)
     if not found or found.pop("weights", None) != _weights(folder):
         return None
@@ -153,7 +153,7 @@ def _of_training(stage: dict[str, Any], metrics: dict[str, Any]) -> Iterator[Eva
 
 
 def _of_stage(private: dict[str, Any], stage: dict[str, Any], metrics: dict[str, Any]) -> Iterator[Evaluation]:
-    """Yield the results of an ``evaluate`` stage. Its metrics have the ``private`` names of the data."""
+    """Yield the results of an ``evaluate`` stage, whose data had ``private`` names."""
     for source, public in zip(private["data"], stage["data"], strict=True):
         name = source["path"] if source.get("split") is None else f"{source['path']} {source['split']}"
         if found := metrics.get(name):
@@ -164,7 +164,7 @@ def _of_stage(private: dict[str, Any], stage: dict[str, Any], metrics: dict[str,
 
 
 def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Merge evaluations on the same data. Later values replace earlier values of a metric."""
+    """Merge evaluations on the same data. Later values win."""
     found: dict[tuple[str | None, ...], Evaluation] = {}
     for one in evaluations:
         key = (one.data.path, one.data.config, one.data.split)
@@ -174,7 +174,7 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def _public(stage: dict[str, Any], environment: dict[str, Any], names: set[str], local: _Local) -> dict[str, Any]:
-    """Return a stage of a recipe without unset fields and local paths. ``names`` are of stages."""
+    """Return a stage without unset fields and local paths. ``names`` are of stages."""
     kept = {field: value for field, value in stage.items() if field != "cache_dir" and value is not None}
     from_hub = {environment.get(field) for field in ("base_model", "teacher", "tokenizer")}
     for field in kept.keys() & {"model", "teacher", "tokenizer"}:
@@ -189,7 +189,7 @@ def _public(stage: dict[str, Any], environment: dict[str, Any], names: set[str],
 
 
 def _public_source(source: dict[str, Any], commits: dict[str, str], local: _Local, default: str | None) -> dict[str, Any]:
-    """Return the fields of a source that are published. Only data sets that came from the Hub keep their name."""
+    """Return the public fields of a source. Only data sets of the Hub keep their name."""
     path, split = source["path"], source.get("split")
     commit = commits.get(path)
     if commit or path == INSTALLED_DOCS:

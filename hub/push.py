@@ -20,7 +20,7 @@ from torch import Tensor
 from minibert import configuration_minibert
 from minibert.files import installation
 from minibert.files.disk import expand_home, read_json, readable_os_errors, write_text
-from minibert.files.model_folder import code_files, refuse_missing
+from minibert.files.model_folder import code_files, encoder_folder, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
 from minibert.hub.convert import UNUSED, checked_dtype, fitting_tokenizer, rounded
@@ -35,15 +35,11 @@ CODE_LICENCE = "LICENSE.minibert"
 
 @dataclass
 class Published:
-    """Store the result of :func:`push`.
+    """Store the result of :func:`push`. ``files`` maps paths to sizes in bytes.
 
-    Attributes:
-        files: path -> size in bytes.
-        opened: classes and libraries with which a fresh process opened the model.
-        difference: largest difference between outputs of the fresh process and this process.
-        changes: changes of files in the commit. Empty if the Hub already had all files.
-        commit: hash of the commit that contains the model, or None after a dry run.
-        pull_request: address of the pull request, if there is one.
+    ``opened`` are the classes and libraries with which a fresh process opened the model, and
+    ``difference`` is the largest difference between its outputs and those of this process.
+    ``changes`` is empty if the Hub already had all files.
     """
 
     source: str
@@ -53,7 +49,7 @@ class Published:
     opened: list[str] = field(default_factory=list)
     difference: float = 0.0
     changes: list[Change] = field(default_factory=list)
-    commit: str | None = None
+    commit: str | None = None  # after a dry run
     pull_request: str | None = None
 
 
@@ -117,7 +113,7 @@ def push(
         report(f"Built from {source}: {len(files)} files, {decimal(sum(files.values()))}.")
         request = verify.request_for(folder)
         here = folder if as_bert else source
-        transformer = str(folders.encoder_folder(here))
+        transformer = str(encoder_folder(here))
         own = replace(request, model=str(here), transformer=transformer, arguments=weight_arguments(False, dtype=dtype))
         with parity.quiet():
             expected, _ = isolated.compute(own)
@@ -215,7 +211,7 @@ def _prove_download(
 
 
 def model_folder(model: str | Path) -> Path:
-    """Return the folder to publish. For a run, this is the folder of the last trained model."""
+    """Return the folder to publish, which is that of the last model of a run."""
     folder = expand_home(model)
     if not folder.is_dir():
         refuse_missing(model, "give the folder of a run, of a stage or of a model")
@@ -244,10 +240,10 @@ def build(
     max_shard_size: str = SHARD_SIZE,
     **fields: Any,
 ) -> None:
-    """Write all files of a published model into the new folder ``target``. See :func:`push`."""
+    """Write all files of a published model into ``target``. See :func:`push`."""
     refuse_links(source)
     with folders.new_folder(target) as temporary, tempfile.TemporaryDirectory(prefix="minibert-") as place:
-        weights, plain = folders.encoder_folder(source), Path(place, "bert")
+        weights, plain = folders.checked_encoder(source), Path(place, "bert")
         if as_bert:
             export(source, plain)
             shutil.copytree(plain, temporary, dirs_exist_ok=True)
@@ -256,7 +252,7 @@ def build(
             _, config, _, _ = open_minibert(source, None)
             config.auto_map = dict(configuration_minibert.AUTO_MAP)
             config.save_pretrained(temporary)
-            folders.write_tokenizer(fitting_tokenizer(weights, config, folders.max_length(source)), temporary)
+            folders.write_tokenizer(fitting_tokenizer(source, config), temporary)
             folders.copy_modules(source, temporary)
             for file in code_files():
                 shutil.copy(file, temporary)
@@ -265,7 +261,8 @@ def build(
         with readable_os_errors(temporary, "nothing was sent"):
             save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
         if (weights / UNUSED).exists():
-            folders.write_tensors(temporary / UNUSED, rounded(folders.read_tensors(weights, UNUSED), checked_dtype(dtype)))
+            unused = folders.read_tensors(weights, UNUSED)
+            folders.write_tensors(temporary / UNUSED, rounded(unused, checked_dtype(dtype)))
         folders.set_fields(temporary / "config.json", **({"dtype": dtype} if dtype else {}))
         if (source / "LICENSE").exists():  # the licence of the weights
             shutil.copy(source / "LICENSE", temporary)
@@ -277,7 +274,7 @@ def build(
 
 
 def refuse_links(source: Path) -> None:
-    """Raise ValueError if a file that is published unread is a link out of the Hub's cache."""
+    """Refuse links out of the Hub's cache among files that are published unread."""
     templates, snapshots = source / "additional_chat_templates", source.resolve().parent
     blobs = snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
     for file in (source / "LICENSE", source / provenance.RECIPE, templates, *templates.glob("*")):

@@ -1,4 +1,4 @@
-"""Look up, download and commit models on the Hub, with a readable message for every failure."""
+"""Look up, download and commit models on the Hub, with readable errors."""
 
 import re
 import sys
@@ -48,7 +48,7 @@ _Result = TypeVar("_Result")
 
 
 class HubError(OSError):
-    """Signal that the Hub refused a request or was unreachable. The message says what to do."""
+    """Signal that the Hub refused a request or was unreachable."""
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -238,7 +238,7 @@ def commit(
 
 
 def fetch(repo_id: str, revision: str | None, token: str | None) -> tuple[str, Path, dict[str, RepoSibling]]:
-    """Download a model. Return its commit, its folder in the cache, and its files on the Hub.
+    """Download a model. Return its commit, folder in the cache, and files on the Hub.
 
     In offline mode, the list of files is empty.
     """

@@ -1,4 +1,4 @@
-"""Check the files, weights, code and card of a model, and open the model in a fresh process."""
+"""Check the files, weights, code and card of a model, and open it in a fresh process."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,15 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from minibert import MiniBertConfig, configuration_minibert, modeling_minibert
 from minibert.files.disk import expand_home, read_json, read_settings, sha256
 from minibert.files.installation import version
-from minibert.files.model_folder import check_paths, code_files, pickles, read_header, refuse_missing
+from minibert.files.model_folder import (
+    check_paths,
+    code_files,
+    encoder_folder,
+    module_list,
+    pickles,
+    read_header,
+    refuse_missing,
+)
 from minibert.hub import folders, isolated, parity
 from minibert.hub.card import check_card, longest_text, vector_dimension
 from minibert.hub.convert import TOKENIZERS, empty, full
@@ -43,7 +51,7 @@ class Check:
 
 @dataclass
 class Verification:
-    """Store the results of all checks of a model. ``commit`` is None for a local folder."""
+    """Store the results of all checks. ``commit`` is None for a local folder."""
 
     model: str
     commit: str | None
@@ -149,7 +157,7 @@ def _files(folder: Path, other_files: Sequence[str]) -> str:
 
 
 def _weights(folder: Path) -> str:
-    encoder = folders.encoder_folder(folder)
+    encoder = folders.checked_encoder(folder)
     for file in folder.rglob("*.safetensors"):
         read_header(file)
     checkpoint = folders.read_tensors(encoder)
@@ -195,7 +203,7 @@ def _misfits(encoder: Path, model_class: type[PreTrainedModel], checkpoint: dict
 
 def _judge(code: Code, folder: Path, trust: bool) -> str:
     if code.state == "none":
-        if "auto_map" in read_json(folders.encoder_folder(folder) / "config.json"):
+        if "auto_map" in read_json(encoder_folder(folder) / "config.json"):
             raise ValueError("config.json lists code (auto_map) that is not in the folder; minibert hub push adds the code.")
         return "The model has no code."
     if code.state == "installed":
@@ -238,7 +246,7 @@ def _opens(folder: Path, trust: bool) -> str:
 
 
 def _tokenizer_problems(folder: Path) -> Iterator[str]:
-    encoder = folders.encoder_folder(folder)
+    encoder = encoder_folder(folder)
     config = read_json(encoder / "config.json")
     if not any(file for name in TOKENIZERS for file in encoder.glob(name)):
         yield "There is no tokenizer (tokenizer.json)"
@@ -258,8 +266,8 @@ def _tokenizer_problems(folder: Path) -> Iterator[str]:
 
 
 def request_for(folder: Path) -> isolated.Request:
-    """Return a request to open ``folder`` with ``AutoModel`` and the class of the head."""
-    encoder = folders.encoder_folder(folder)
+    """Return a request to open ``folder`` with ``AutoModel`` and its head."""
+    encoder = encoder_folder(folder)
     config = read_json(encoder / "config.json")
     named = (config.get("architectures") or ["Model"])[0]
     head = "AutoModel" + (f"For{named.partition('For')[2]}" if "For" in named else "")
@@ -267,7 +275,7 @@ def request_for(folder: Path) -> isolated.Request:
         model=str(folder.resolve()),
         transformer=str(encoder.resolve()) if encoder != folder else None,
         heads=list(dict.fromkeys(["AutoModel", head])),
-        embeds=bool(folders.modules(folder)),
+        embeds=bool(module_list(folder)),
         arguments=weight_arguments("auto_map" in config),
         max_length=min(64, longest_text(folder) or 64),
     )
@@ -275,7 +283,7 @@ def request_for(folder: Path) -> isolated.Request:
 
 def code_of(folder: Path) -> Code:
     """Return the Python code of a model, and how it differs from the installed code."""
-    encoder = folders.encoder_folder(folder)
+    encoder = encoder_folder(folder)
     installed = {file.name: file for file in code_files()}
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.py"))}
     reasons, diff = _foreign_names(folder, encoder), ""
@@ -291,7 +299,7 @@ def code_of(folder: Path) -> Code:
 
 
 def _foreign_names(folder: Path, encoder: Path) -> list[str]:
-    """Return the settings that import code from outside of minibert and known libraries."""
+    """Return the settings that import unknown code."""
     config = read_json(encoder / "config.json")
     found = []
     known = configuration_minibert.AUTO_MAP
@@ -303,7 +311,7 @@ def _foreign_names(folder: Path, encoder: Path) -> list[str]:
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         if read_settings(encoder / name).get("auto_map"):
             found.append(f"{name} refers to code")
-    for module in folders.modules(folder):
+    for module in module_list(folder):
         names = [str(module.get("type", ""))]
         if module["path"]:
             settings = read_settings(folder / module["path"] / "config.json")

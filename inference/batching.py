@@ -1,4 +1,4 @@
-"""Cut texts into slices, tokenize the slices, and make batches of texts of similar length."""
+"""Cut texts into slices, tokenize them, and batch texts of similar length."""
 
 import os
 import re
@@ -81,7 +81,7 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 
 def check_texts(texts: Sequence[str], first: int) -> None:
-    """Raise a ValueError for an invalid text. Error messages number the texts from ``first``."""
+    """Raise a ValueError for an invalid text, numbered from ``first``."""
     for row, text in enumerate(texts, start=first):
         if not isinstance(text, str):
             shown = shorten(repr(text), 80)
@@ -94,12 +94,7 @@ def check_texts(texts: Sequence[str], first: int) -> None:
 
 
 class Tokenizer:
-    """Tokenize texts into batches with the fast tokenizer of a model.
-
-    Args:
-        tokenizer: a ``PreTrainedTokenizerFast``.
-        config: the configuration of the model, which may limit the length of a text.
-    """
+    """Tokenize texts into batches with a fast tokenizer. ``config`` may limit their length."""
 
     def __init__(self, tokenizer: Any, config: Any) -> None:
         self.tokenizer = tokenizer
@@ -143,7 +138,7 @@ class Tokenizer:
 
 
 def cut_text(text: str, limit: int) -> str:
-    """Cut ``text`` at the first white space after ``limit`` characters, to keep words complete.
+    """Cut ``text`` at the first white space after ``limit`` characters.
 
     >>> cut_text("one two three", 5)
     'one two'

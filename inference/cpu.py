@@ -20,7 +20,7 @@ from minibert.kernels_minibert import ONEDNN_DTYPES, add, at_least_float32, is_h
 from minibert.modeling_minibert import MiniBertLayer, MiniBertModel, rotate
 from minibert.packing_minibert import Packing
 
-# With fewer rows, reading a float32 matrix takes longer than multiplying by the matrix.
+# With fewer rows, reading a float32 matrix takes longer than the product.
 _FEW_ROWS = 32
 
 

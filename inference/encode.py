@@ -151,7 +151,9 @@ class Encoder:
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens} (--batch-tokens).")
         if deterministic and batch_tokens not in (None, 1):
-            raise ValueError(f"batch_tokens={batch_tokens} and deterministic=True are both given, but a text is computed alone.")
+            raise ValueError(
+                f"batch_tokens={batch_tokens} and deterministic=True are both given, but a text is computed alone."
+            )
         if prompt is not None and prompt_name is not None:
             raise ValueError("prompt and prompt_name are both given; give only one (--prompt, --prompt-name).")
         if prompt is not None and not is_unicode(prompt):
@@ -179,7 +181,9 @@ class Encoder:
             owned = self.model is not model  # do not change a model that the caller opened
             if owned:
                 encoder.pooler = None  # the vectors are pooled from the hidden states
-            half_copies = query_copies and not deterministic and dtype == "auto" and supports_half_copies(getattr(torch, self.dtype))
+            half_copies = (
+                query_copies and not deterministic and dtype == "auto" and supports_half_copies(getattr(torch, self.dtype))
+            )
             if owned and prepack(encoder, half_copies=half_copies):
                 self.decisions["matrices"] = "prepacked for oneDNN" + ("; for a query in float16" if half_copies else "")
             if self.model.device.type == "cpu" and self.dtype == "bfloat16" and PREFERS_EXP2:
@@ -205,12 +209,8 @@ class Encoder:
         """Return the precision of the computation, such as ``"float32"``."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
-    def explain(self) -> str:
-        """Return the choices of the encoder and the reasons, one line for each option."""
-        return "\n".join(f"{name}: {choice}" for name, choice in self.decisions.items())
-
     def encode(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
-        """Encode ``texts`` into a float32 array (texts, dimension), in the order of the texts.
+        """Encode ``texts`` into a float32 array (texts, dimension), in order.
 
         Raises:
             ValueError: if a text is not a string or contains a lone surrogate.
@@ -304,7 +304,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        """Compute the vectors (count, dimension) of texts. A text without tokens gets zeros."""
+        """Compute vectors (count, dimension). A text without tokens gets zeros."""
         device = self.model.device
         vectors = torch.zeros(count, self.dimension, dtype=torch.float32, device=device)
         for batch in batches:
@@ -367,7 +367,7 @@ def _encoder_of(model: SentenceTransformer) -> Any:
 
 
 def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
-    """Return the prompt that sentence-transformers would put before every text, or None."""
+    """Return the prompt before every text, or None."""
     if prompt is not None:
         return prompt
     if name is not None and name not in model.prompts:
@@ -378,7 +378,7 @@ def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | Non
 
 
 def _why_not_packed(model: SentenceTransformer, prompt: str | None) -> str | None:
-    """Return the reason why ``model`` cannot encode without padding, or None if it can."""
+    """Return why ``model`` cannot encode without padding, or None if it can."""
     transformer, *rest = list(model)
     if not isinstance(transformer, Transformer) or not isinstance(transformer.auto_model, MiniBertModel):
         return "the model is not a MiniBERT (minibert hub convert makes one of a BERT)"

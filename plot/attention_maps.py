@@ -1,4 +1,4 @@
-"""Draw the attention of each head as a heat map, and as lines between two columns of tokens."""
+"""Draw the attention of each head as a heat map, and as lines between tokens."""
 
 import sys
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from minibert.plot import page
 
 # Browsers are slow with more weights in a page, so heads are averaged.
 _PAGE_WEIGHTS = 4_000_000
-# The number of lines per head, and the number of line widths that show the strength.
+# The number of lines per head, and of line widths that show the strength.
 _LINES, _LEVELS = 400, 10
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minibert.data.columns import pick_columns
 from minibert.data.files import kind_of
-from minibert.data.load import as_dataset, text_columns
+from minibert.data.load import as_dataset, text_column
 from minibert.files.disk import atomic_write, expand_home
 from minibert.inference.predict import check_output
 
@@ -87,7 +87,7 @@ class Panel:
 
 
 def heat_map(cells: np.ndarray, columns: Sequence[str], rows: Sequence[str], hover_text: str) -> go.Heatmap:
-    """Return a heat map of a matrix. ``hover_text`` is a template in the syntax of plotly."""
+    """Return a heat map. ``hover_text`` is a template in the syntax of plotly."""
     x, y = ([f"{at} {hover(text)}" for at, text in enumerate(texts, start=1)] for texts in (columns, rows))
     return go.Heatmap(
         z=cells,
@@ -186,7 +186,7 @@ def _labels(texts: Sequence[tuple[str, str]], most: int) -> dict[str, Any]:
 
 
 def image_figure(panels: Sequence[Panel], cell: tuple[float, float], columns: int = 2) -> Figure:
-    """Draw diagrams in a matplotlib figure. ``cell`` is (width, height) of each in inches."""
+    """Draw diagrams in a figure. ``cell`` is the size of each in inches."""
     kind, columns = panels[0].traces[0].type, min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.0, cell[0] * columns), cell[1] * rows + 0.9), layout="constrained")
@@ -247,7 +247,7 @@ def _draw_cells(axes: Any, panel: Panel, inches: float) -> None:
 
 @contextmanager
 def _image_settings() -> Iterator[None]:
-    """Disable formulas in texts, and add installed fonts for non-Latin writing systems."""
+    """Disable formulas in texts, and add fonts for non-Latin writing systems."""
     more = sorted({*_MORE_FONTS} & {*font_manager.get_font_names()})
     settings: Any = {
         "text.parse_math": False,
@@ -345,7 +345,7 @@ def markup(text: str, width: int | None = None) -> str:
 
 
 def hover(text: str) -> str:
-    """Return up to eight lines of ``text`` for the box that plotly shows at the pointer."""
+    """Return up to eight lines of ``text`` for the box at the pointer."""
     return "<br>".join(map(markup, textwrap.wrap(plain(text), 60, max_lines=8, placeholder=" …")))
 
 
@@ -379,15 +379,12 @@ def read_texts(
             raise ValueError("Texts have no columns; give a file, or leave out --column and --label-column.")
         return list(given), None
     rows = as_dataset(name, split=split)
-    every = rows.column_names
     if label_column is not None:
-        pick_columns(every, [label_column], [], option="--label-column", where=name)
-    elif "label" in every:
+        pick_columns(rows.column_names, [label_column], [], option="--label-column", where=name)
+    elif "label" in rows.column_names:
         label_column = "label"
-    texts = [found for found in text_columns(rows) if found != label_column or found == column]
-    usual = [["text"], ["sentence"], ["passage"], ["query"], ["sentence1"]]
-    wanted = None if column is None else [column]
-    (column,) = pick_columns(texts, wanted, usual, option="--column", where=name, columns=every)
+    texts = rows if column or not label_column else rows.remove_columns(label_column)
+    column = text_column(texts, column, ("text", "sentence", "passage", "query", "sentence1"), option="--column", where=name)
     rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=column)
     if not len(rows):
         raise ValueError(f"Every text in column {column!r} of {name} is blank; choose a column with words.")

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from minibert.files.disk import expand_home
 from minibert.inference.load import find_model, open_tokenizer
 from minibert.plot.page import check_text, plain, token_labels
@@ -70,7 +68,10 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
         ValueError: if the text is empty.
     """
     check_text(text)
-    tokenizer = _open_tokenizer(model, trust_remote_code)
+    folder = expand_home(model)
+    if not (folder / "tokenizer_config.json").exists():  # the folder may hold only a tokenizer
+        folder = find_model(model, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
     encoded = tokenizer(text, verbose=False)
     ids, fast = encoded["input_ids"], encoded.encodings[0]
     found = []
@@ -78,10 +79,3 @@ def tokens(model: str | Path, text: str, *, trust_remote_code: bool = False) -> 
         unknown = number == tokenizer.unk_token_id
         found.append(Token(label, number, None if word is None else word + 1, text[start:end], unknown))
     return Tokens(found, tokenizer.model_max_length)
-
-
-def _open_tokenizer(model: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    folder = expand_home(model)
-    if not (folder / "tokenizer_config.json").exists():  # the folder may hold only a tokenizer
-        folder = find_model(model, trust_remote_code=trust_remote_code)
-    return open_tokenizer(folder, trust_remote_code=trust_remote_code)

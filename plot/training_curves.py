@@ -51,7 +51,7 @@ class Training(page.Picture):
         return panels
 
     def panels(self, axis: str = "step") -> list[page.Panel]:
-        """Return a diagram for each metric, with a curve for each run that logged the metric."""
+        """Return a diagram for each metric, with a curve for each run."""
         panels = []
         for title, keys in self.metrics.items():
             traces = []
@@ -70,7 +70,7 @@ class Training(page.Picture):
         return panels
 
     def interactive(self) -> go.Figure:
-        """Return a plotly figure with two columns, and a menu to choose the unit of the x axis."""
+        """Return a plotly figure with a menu to choose the unit of the x axis."""
         lines = [line for run in self.runs for line in run.lines]
         axes = [axis for axis, key in AXES.items() if all(key in line for line in lines)]
         choices = {axis: {"x": [trace.x for panel in self.panels(axis) for trace in panel.traces]} for axis in axes}

@@ -1,4 +1,4 @@
-"""Draw vectors as points in three dimensions, and similarities between texts as a heat map."""
+"""Draw vectors as points in three dimensions, and similarities as a heat map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from minibert.inference.answers import max_length_of
 from minibert.inference.load import finite, load
 from minibert.plot import page
 
-# The maximum number of points with names, and of labels with their own colour and marker.
+# The maximum number of points with names, and of labels with a colour.
 _NAMED, _KINDS = 60, 30
 _SYMBOLS = ("circle", "diamond", "square")
 

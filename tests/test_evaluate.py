@@ -273,8 +273,8 @@ def test_columns_of_no_known_kind_are_listed(encoder, classifier):
         evaluate(encoder, Dataset.from_dict({"text": ["a"], "label": [0]}))
     with pytest.raises(ValueError, match="columns query, answer, and no column 'label'"):
         evaluate(classifier, Dataset.from_dict(PAIRS))
-    with pytest.raises(ValueError, match="columns body, label, and no text to classify"):
-        evaluate(classifier, Dataset.from_dict({"body": ["a"], "label": [0]}))
+    with pytest.raises(ValueError, match="usual columns are premise .* found title, body, label"):
+        evaluate(classifier, Dataset.from_dict({"title": ["a"], "body": ["a"], "label": [0]}))
 
 
 def test_rows_without_text_are_refused(encoder):

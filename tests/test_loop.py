@@ -612,7 +612,7 @@ def test_loss_and_gradients_of_two_processes_are_those_of_one(tmp_path, start, h
     one_step(tmp_path / "one", 4)
     assert start.finish(start(2, lambda: one_step(tmp_path / "two", 2))) == [0, 0]
     rows = loop.rows_of_step(step, rows=ROWS, rows_per_step=8, seed=7)
-    counts = [loop.count_labels(make([Rows().ids[row] for row in part])) for part in np.array_split(rows, 4)]
+    counts = [int((make([Rows().ids[row] for row in part])["labels"] != -100).sum()) for part in np.array_split(rows, 4)]
     assert head is MiniBertForSequenceClassification or len(set(counts)) > 1, counts
     one, two = (
         load_file(tmp_path / name / f"checkpoints/step-{step + 1:08d}/optimizer.safetensors") for name in ("one", "two")

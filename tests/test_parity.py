@@ -29,9 +29,15 @@ HEADS = {
 }
 
 
-def renamed_state(model):
+def renamed(key, model):
     kind = type(model).__name__.removeprefix("Bert")
-    return {FAMILIES["bert"].minibert_name(key, kind): value for key, value in model.state_dict().items()}
+    if kind == "Model":  # without the prefix of the encoder
+        return FAMILIES["bert"].minibert_name(f"bert.{key}", kind).removeprefix("minibert.")
+    return FAMILIES["bert"].minibert_name(key, kind)
+
+
+def renamed_state(model):
+    return {renamed(key, model): value for key, value in model.state_dict().items()}
 
 
 def pair(name, **fields):
@@ -111,7 +117,7 @@ def test_loss_and_gradients(name, unpad, inputs):
     for key, parameter in theirs.named_parameters():
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(
-            found[FAMILIES["bert"].minibert_name(key, name.removeprefix("Bert"))].grad,
+            found[renamed(key, theirs)].grad,
             parameter.grad,
             atol=1e-4 * scale + 1e-7,  # the gradient of what shifts every choice alike is zero but for rounding
             rtol=0,

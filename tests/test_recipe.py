@@ -10,12 +10,13 @@ from transformers import AutoModel
 
 from helpers import edit_json, write_recipe
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert.inference.load import open_tokenizer
 from minibert.train import run as run_module
 from minibert.train.arguments import ClassifyStage, EmbedStage, TokenizerStage
 from minibert.train.checkpoint import exclusive_lock
 from minibert.train.recipe import load_recipe
 from minibert.train.run import read_metrics, run_recipe
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stage import StageContext, load_model, sequence_length
 
 TOKENIZER = {"kind": "tokenizer", "data": "texts.csv"}
 CLASSIFY = {"kind": "classify", "data": "pairs.csv", "model": {"preset": "nano-1x3"}}
@@ -296,10 +297,10 @@ def test_starts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path):
     MiniBertModel(config).save_pretrained(tmp_path)
     context = StageContext(tmp_path / "out", 0, str(tmp_path), str(tmp_path))
     stage = ClassifyStage(kind="classify", data="texts.csv")
-    load_model(AutoModel, stage, context, load_tokenizer(context))
+    load_model(AutoModel, stage, context, open_tokenizer(tmp_path))
     edit_json(tmp_path / "config.json", intermediate_size=7)
     with pytest.raises(ValueError, match="do not have the shapes in config.json"):
         load_model(AutoModel, stage, context, tokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not the file of a tokenizer"):
-        load_tokenizer(context)
+        open_tokenizer(tmp_path)

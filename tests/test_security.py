@@ -134,7 +134,7 @@ def all_doors(folder, tmp_path):
     return {
         "find_model": lambda: find_model(folder),
         "load": lambda: load(folder, device="cpu"),
-        "checkpoint": lambda: folders.read_tensors(folders.encoder_folder(folder)),
+        "checkpoint": lambda: folders.read_tensors(folders.checked_encoder(folder)),
         "train": lambda: run_recipe(load_recipe(recipe), output_dir=tmp_path / "run"),
     }
 
@@ -349,9 +349,17 @@ def test_modules_outside_of_the_folder_are_refused(model, path):
         changed = copy.deepcopy(listed)
         changed[place]["path"] = path
         (model / "modules.json").write_text(json.dumps(changed))
-        for check in (check_paths, find_model, folders.modules):
+        for check in (check_paths, find_model, folders.checked_encoder):
             with pytest.raises(ValueError, match="outside of the folder|a module without a path"):
                 check(model)
+
+
+def test_a_model_that_begins_with_another_module_is_not_published(model):
+    as_sentence_transformer(model, "1_Pooling")
+    listed = json.loads((model / "modules.json").read_text())
+    (model / "modules.json").write_text(json.dumps(listed[::-1]))
+    with pytest.raises(ValueError, match="must begin with a Transformer"):
+        folders.checked_encoder(model)
 
 
 @pytest.mark.parametrize(

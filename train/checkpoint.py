@@ -141,7 +141,7 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def latest_valid(root: Path, kind: str = "step") -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest valid folder ``<kind>-<step>``, and messages about damaged folders."""
+    """Return the newest valid folder ``<kind>-<step>``, and messages about others."""
     problems: dict[Path, str] = {}
     for folder in reversed(_steps(root, kind)):
         if (problem := find_corruption(folder)) is None:
@@ -151,7 +151,7 @@ def latest_valid(root: Path, kind: str = "step") -> tuple[Path | None, dict[Path
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files from ``source`` to ``target``, and replace existing files atomically."""
+    """Move all files from ``source`` to ``target``, each atomically."""
     with readable_os_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.iterdir()):

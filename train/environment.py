@@ -1,4 +1,4 @@
-"""Describe the processor, the library versions, the data and the start weights of a stage."""
+"""Describe the machine, the libraries, the data and the start weights of a stage."""
 
 import os
 import platform

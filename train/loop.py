@@ -39,6 +39,7 @@ from minibert.files.processes import processes
 from minibert.inference.cpu import bfloat16_is_faster
 from minibert.train import checkpoint
 from minibert.train.arguments import LoopArguments
+from minibert.train.rows import choose_metric
 from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
@@ -97,15 +98,6 @@ def split_rows(rows: np.ndarray, *, accumulation: int, processes: int) -> list[l
     parts = np.array_split(rows, accumulation * processes)
     groups = [parts[start : start + processes] for start in range(0, len(parts), processes)]
     return [group for group in groups if len(group[0])]
-
-
-def count_labels(batch: dict[str, Any]) -> int:
-    """Return the number of loss terms in a batch.
-
-    Each label except -100 is a term. In a batch without ``labels``, each row is a term.
-    """
-    labels = batch.get("labels")
-    return len(next(iter(batch.values()))) if labels is None else int((labels != -100).sum())
 
 
 def seed_everything(*numbers: int) -> None:
@@ -185,7 +177,7 @@ class Steps(Dataset[StepBatch]):
         self.ends = [round(share * total) for share in shares / shares[-1]]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Return the index of the phase of ``step``, and the index of ``step`` in the phase."""
+        """Return the number of the phase of ``step``, and its place in the phase."""
         number = next((at for at, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
         return number, step - (self.ends[number - 1] if number else 0)
 
@@ -206,7 +198,9 @@ class Steps(Dataset[StepBatch]):
             # A process without rows takes a row of weight 0, because others wait for gradients.
             batch = phase.rows.collate(mine if len(mine) else rows[:1])
             batches.append(batch)
-            terms.append(count_labels(batch) if len(mine) else 0)
+            # A term of the loss is a label except -100, or a row if there are no labels.
+            count = int((batch["labels"] != -100).sum()) if "labels" in batch else len(mine)
+            terms.append(count if len(mine) else 0)
             counts.append(len(mine))
             mask = batch.get("attention_mask", torch.ones_like(next(iter(batch.values()))))
             tokens += int(mask.sum()) if len(mine) else 0
@@ -309,14 +303,9 @@ def fit(
     Training continues from the latest valid checkpoint in the folder. Under torchrun, every
     process must call this function. The result is the content of ``metrics.json``.
 
-    Args:
-        model: a model that computes its own loss.
-        tokenizer: tokenizer that is saved with the model.
-        rows: training data as in :attr:`Phase.rows`, or a list of :class:`Phase`.
-        args: settings of the training loop.
-        context: folder and seed of the stage.
-        evaluate: function that returns the metrics of the model. Every process calls it.
-        metric: metric that selects the weights to keep. If None, keep the last weights.
+    ``rows`` are training data as in :attr:`Phase.rows`, or a list of :class:`Phase`. ``evaluate``
+    returns the metrics of the model, and every process calls it. ``metric`` selects the weights
+    to keep. If it is None, keep the last weights.
     """
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
@@ -474,7 +463,7 @@ class _Run:
         )
 
     def seconds(self) -> float:
-        """Return the seconds of training without evaluation. Interrupted runs count as well."""
+        """Return the seconds of training without evaluation, also of earlier runs."""
         return time.perf_counter() - self.start
 
     def write_line(self, rate: float, grad_norm: Tensor) -> float:
@@ -527,9 +516,7 @@ class _Run:
         self.log.write({"step": step, "epoch": epoch, **{f"eval_{key}": value for key, value in metrics.items()}})
         if name is None:
             return
-        if name not in metrics:
-            raise ValueError(f"metric_for_best={name!r} is not measured; use one of {', '.join(metrics)}.")
-        if metrics[name] is None:  # an undefined correlation is never the best
+        if metrics[choose_metric(name, list(metrics))] is None:  # an undefined correlation is never the best
             return
         if self.best is None or self.sign * metrics[name] > self.sign * self.best["metrics"][name]:
             self.best = {"identity": self.identity, "step": step, "metrics": metrics}
@@ -638,7 +625,7 @@ def check_precision(precision: str) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Enable gradient checkpointing, which recomputes activations in the backward pass."""
+    """Recompute activations in the backward pass."""
     # transformers renamed this method. Older versions have only the second name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

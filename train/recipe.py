@@ -63,7 +63,7 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 def _override(raw: dict[str, Any], override: str) -> str | None:
-    """Apply an override to the recipe ``raw``. Return a message about an invalid override."""
+    """Apply an override to the recipe ``raw``, or return what is wrong with it."""
     target, equals, text = override.partition("=")
     if not equals or not target:
         return f"override {override!r} does not have the form stage.field=value."
@@ -102,7 +102,8 @@ def _in_words(problem: Any, raw: dict[str, Any]) -> str:
         model = {**OBJECTIVES, **KINDS}[tags[-1]] if tags else None
         location = location[2 + len(tags) :]
     # The tags of the two forms of ``model`` are internal, so messages leave them out.
-    location = [key for at, key in enumerate(location) if not (at and location[at - 1] == "model" and key in ("text", "new"))]
+    keys = zip(location, [None, *location], strict=False)
+    location = [key for key, before in keys if before != "model" or key not in ("text", "new")]
     field = ".".join(str(key) for key in location)
     value = problem["input"]
     match problem["type"]:

@@ -1,4 +1,4 @@
-"""Run the stages of a recipe in order. Skip finished stages and resume an interrupted stage."""
+"""Run the stages of a recipe in order. Skip or resume those of an earlier run."""
 
 import contextlib
 import importlib
@@ -23,7 +23,7 @@ from minibert.train.stage import DataChecked, StageContext
 
 logger = logging.getLogger(__name__)
 
-# Functions of stages that only the main process runs. Other functions are named like the kind.
+# Functions that only the main process runs. Other functions are named like the kind.
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
 
@@ -31,7 +31,6 @@ def run_recipe(
     recipe: Recipe,
     *,
     output_dir: str | Path | None = None,
-    resume: bool = True,
     force: bool = False,
 ) -> Path:
     """Run the stages of ``recipe`` in order. Under torchrun, call this in every process.
@@ -40,8 +39,6 @@ def run_recipe(
         recipe: a recipe from :func:`load_recipe`.
         output_dir: folder of the run. The default is ``output_dir`` of the recipe, or
             ``runs/<name>`` if the recipe has none.
-        resume: continue an interrupted stage from its last checkpoint. If False, the stage starts
-            from the beginning.
         force: if arguments of a stage have changed, run this stage and all later stages again.
             Finished results stay in ``N-name.replaced`` until the run is finished.
 
@@ -69,7 +66,7 @@ def run_recipe(
             done = "already finished, skipped" if finished else str(context.output_dir)
             logger.info("Stage %d of %d, %s: %s", number, len(contexts), stage.name, done)
         if not finished:
-            _run_stage(stage, context, state, resume=resume)
+            _run_stage(stage, context, state)
     if state.is_main_process:
         for folder in run_dir.glob("[0-9]*-*.replaced"):
             checkpoint.delete(folder)
@@ -115,7 +112,7 @@ def _check_models(recipe: Recipe) -> None:
 
 
 def _check_data(recipe: Recipe, contexts: list[StageContext], run_dir: Path, force: bool) -> None:
-    """Read and check the data of all stages that will run, and print the columns that they use."""
+    """Check the data of all stages that will run, and print the columns that they use."""
     if not run_dir.exists():
         run_dir.mkdir(parents=True)  # an error of the disk shows before data are read
     try:
@@ -141,12 +138,10 @@ def _function(stage: Any) -> Callable[[Any, StageContext], dict[str, Any]]:
     return function
 
 
-def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -> None:
+def _run_stage(stage: Any, context: StageContext, state: Any) -> None:
     alone = stage.kind in _ALONE
     state.wait_for_everyone()  # every process has checked that the stage is not finished
     if state.is_main_process:
-        if not resume:
-            checkpoint.delete(context.output_dir)
         for path in (context.output_dir, *context.output_dir.rglob("*")):
             disk.refuse_link(path)
         context.output_dir.mkdir(parents=True, exist_ok=True)
@@ -188,7 +183,7 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
                 f"Choose another --output-dir, or use --force to run stage {changes[0][0]} and all later "
                 "stages again (this replaces the folders of these stages)."
             )
-    elif run_dir.exists() and (not run_dir.is_dir() or any(path not in disk.leftovers(run_dir) for path in run_dir.iterdir())):
+    elif run_dir.exists() and (not run_dir.is_dir() or {*run_dir.iterdir()} - {*disk.leftovers(run_dir)}):
         raise ValueError(f"{run_dir} exists and is not a run of a recipe; choose another --output-dir.")
     again = changes[0][0] if changes else len(recipe.stages) + 1  # first stage to run again
     for number, stage in enumerate(recipe.stages, start=1):
@@ -201,24 +196,18 @@ def _open_run(run_dir: Path, recipe: Recipe, force: bool) -> None:
             if folder.exists():
                 locks.enter_context(checkpoint.exclusive_lock(folder))  # fails while another run uses it
         for folder in replaced:
-            _set_aside(folder)
+            if (folder / "stage.json").exists():  # a finished stage is kept until the run is finished
+                checkpoint.delete(folder.with_name(f"{folder.name}.replaced"))
+                folder.rename(folder.with_name(f"{folder.name}.replaced"))
+            else:
+                checkpoint.delete(folder)
     run_dir.mkdir(parents=True, exist_ok=True)
     stages = [_dump(stage) for stage in recipe.stages]
     disk.write_text(record, disk.to_yaml({"name": recipe.name, "seed": recipe.seed, "stages": stages}))
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename the folder of a finished stage to ``*.replaced``. Delete an unfinished folder."""
-    if (folder / "stage.json").exists():
-        replaced = folder.with_name(f"{folder.name}.replaced")
-        checkpoint.delete(replaced)
-        folder.rename(replaced)
-    else:
-        checkpoint.delete(folder)
-
-
 def _changes(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> Iterator[tuple[int, str]]:
-    """Yield the stage number and a description of each change to a stage that has started."""
+    """Yield the stage number and the text of each change to a started stage."""
     for number, before in enumerate(old["stages"], start=1):
         if not _stage_folder(run_dir, number, before["name"]).exists():
             continue
@@ -261,7 +250,7 @@ def _read_record(record: Path) -> dict[str, Any]:
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, dict[str, Any]]:
-    """Return a dictionary from names of stages to metrics, for the finished stages of a run."""
+    """Return the metrics of the finished stages of a run, by name."""
     metrics = {}
     for number, stage in enumerate(_read_record(Path(run_dir) / "recipe.yaml")["stages"], start=1):
         folder = _stage_folder(Path(run_dir), number, stage["name"])

@@ -89,7 +89,7 @@ def train(
 
 
 def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransformerTrainingArguments:
-    """Convert the arguments of a stage to arguments of the sentence-transformers trainer."""
+    """Convert the arguments of a stage to those of the trainer."""
     return SentenceTransformerTrainingArguments(
         output_dir=str(context.output_dir / "checkpoints"),
         per_device_train_batch_size=args.batch_size,
@@ -156,7 +156,7 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """Save and load checkpoints as the training loop does, because the trainer's own have pickles."""
+    """Save and load checkpoints of the training loop, which have no pickles."""
 
     stage: "_StageCallback"
     optimizer: Any
@@ -225,7 +225,7 @@ class _StageCallback(ProgressCallback):
         self.restore(state)
 
     def restore(self, state: Any) -> None:
-        """Continue the log and the sums of losses and seconds where the checkpoint was saved."""
+        """Continue the log and the sums where the checkpoint was saved."""
         trainer = self.trainer
         loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = self.saved["losses"]
         trainer._tr_loss = torch.tensor(loss, device=trainer.accelerator.device)
@@ -249,7 +249,7 @@ class _StageCallback(ProgressCallback):
         self.log.write({**line, "grad_norm": grad_norm, "seconds": self.seconds()})
 
     def check_finite(self, loss: float, state: Any, rate: float) -> None:
-        """Raise FloatingPointError if the loss, with the norm of its gradient, is not finite."""
+        """Raise FloatingPointError if the loss or its gradient is not finite."""
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss or its gradient is not finite near step {state.global_step} of {state.max_steps}, learning rate "

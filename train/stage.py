@@ -52,14 +52,9 @@ class DataChecked(Exception):
     """End a stage that should only read and check its data."""
 
 
-def load_tokenizer(context: StageContext) -> Any:
-    """Load the tokenizer of a stage. Raise ValueError if it cannot be opened."""
-    return open_tokenizer(str(context.tokenizer))
-
-
 def load_start(auto_class: Any, args: Any, context: StageContext, **changes: Any) -> tuple[Any, Any, int]:
     """Return the tokenizer and model of a stage, and the maximum number of tokens per text."""
-    tokenizer = load_tokenizer(context)
+    tokenizer: Any = open_tokenizer(str(context.tokenizer))
     model = load_model(auto_class, args, context, tokenizer, **changes)
     tokenizer.model_max_length = sequence_length(args.max_length, model.config, tokenizer)
     return tokenizer, model, tokenizer.model_max_length

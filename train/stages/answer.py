@@ -177,12 +177,9 @@ def measure(model: Any, rows: Dataset, answers: Sequence[Answers], tokenizer: An
 def answer_metrics(given: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return exact match and F1 as in SQuAD (Rajpurkar et al. 2018, arXiv:1806.03822).
 
-    If some rows have no answer, rows with and without an answer are also measured separately.
-
-    Args:
-        given: predicted text of each row. An empty text means no answer.
-        expected: correct answers of each row. The best match counts. An empty list means no
-            answer.
+    ``given`` has the predicted text of each row, and ``expected`` its correct answers, of which the
+    best match counts. An empty text, or an empty list, means no answer. If some rows have no
+    answer, rows with and without an answer are also measured separately.
 
     >>> answer_metrics(["the cat", "a big dog"], [["cat", "the cats"], ["big dogs"]])
     {'exact_match': 0.5, 'f1': 0.75}

@@ -84,7 +84,8 @@ def read_label(label: Any, choices: int) -> int | None:
     """
     if isinstance(label, str):
         text = label.strip()
-        label = int(text) if text.isdecimal() else string.ascii_uppercase.find(text.upper()) if len(text) == 1 else None
+        letter = string.ascii_uppercase.find(text.upper()) if len(text) == 1 else None
+        label = int(text) if text.isdecimal() else letter
     known = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < choices
     return label if known else None
 
@@ -126,7 +127,8 @@ class ChoiceRows:
         """Return model inputs, each (rows, choices, longest pair), and labels (rows,)."""
         batch = self.pairs.collate((rows[:, None] * self.choices + np.arange(self.choices)).ravel())
         labels = batch.pop("labels").view(len(rows), self.choices)[:, 0]
-        return {**{name: tensor.unflatten(0, (len(rows), self.choices)) for name, tensor in batch.items()}, "labels": labels}
+        inputs = {name: tensor.unflatten(0, (len(rows), self.choices)) for name, tensor in batch.items()}
+        return {**inputs, "labels": labels}
 
 
 def measure(model: Any, rows: Dataset, labels: np.ndarray, tokenizer: Any, batch_size: int) -> dict[str, float]:

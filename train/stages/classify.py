@@ -45,7 +45,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
 def read_data(
     args: ClassifyStage | DistillTaskStage, context: StageContext, problem_type: str | None = None
 ) -> tuple[Dataset, list[str], Labels, tuple[Dataset, np.ndarray] | None]:
-    """Return the training data, its text columns and labels, and the evaluation data with labels."""
+    """Return the training data, text columns, labels, and evaluation data with labels."""
     train = load(args.data, split="train")
     columns = find_text_columns(train, args.text_columns, args.label_column, args.data)
     labels = read_labels(train, args.label_column, args.labels, problem_type)

@@ -43,7 +43,8 @@ def embed(args: EmbedStage, context: StageContext) -> dict[str, Any]:
     if args.eval_data:
         held_out = load(args.eval_data, split="validation")
         columns = pair_columns(args, held_out, args.eval_data)
-        held_out = held_out.select_columns(columns).rename_columns(dict(zip(columns, ("anchor", "positive"), strict=True)))
+        names = dict(zip(columns, ("anchor", "positive"), strict=True))
+        held_out = held_out.select_columns(columns).rename_columns(names)
     context.end_check()
     evaluate = partial(measure, pairs=held_out, batch_size=args.eval_batch_size) if held_out else None
     model = _starting_model(args, context)
@@ -123,7 +124,7 @@ def _with_negatives(
 
 
 def pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSource]) -> list[str]:
-    """Return the columns of queries and of passages: those the recipe names, else the only two, by their names."""
+    """Return the columns of queries and of passages, as named in the recipe or else by their names."""
     named = [args.anchor_column, args.positive_column]
     where = joined_paths(sources)
     advice = "Name them with anchor_column: and positive_column:."
@@ -158,7 +159,7 @@ def pair_columns(args: EmbedStage, dataset: Dataset, sources: Sequence[DataSourc
 
 def _starting_model(args: EmbedStage, context: StageContext) -> SentenceTransformer:
     tokenizer, encoder, _ = load_start(AutoModel, args, context)
-    # The configuration's pooling is that of the pooler. It stays, so that a classifier can still be exported as BERT.
+    # config.pooling belongs to the pooler, and stays for a classifier that is exported as BERT.
     start = pooling_mode(find_folder(context.model)) if context.model else None
     pooling = args.pooling or start or getattr(encoder.config, "pooling", "mean")
     model = embedder(encoder, tokenizer, context.output_dir / ".start", pooling, args.normalize)

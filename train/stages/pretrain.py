@@ -16,9 +16,10 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 from minibert.data.load import load, text_column
 from minibert.data.tokenized_corpus import MlmChunks, NspSpans, TokenizedCorpus, load_corpus
 from minibert.files.processes import processes
+from minibert.inference.load import open_tokenizer
 from minibert.train.arguments import DistillPretrainingStage, MaskedWordArguments, PhaseArguments, PretrainStage
 from minibert.train.loop import Phase, fit, seed_everything
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stage import StageContext, load_model, sequence_length
 
 _BEGINNINGS = ("Ġ", "▁")  # begin words in byte-level and SentencePiece tokenizers
 
@@ -26,7 +27,7 @@ _BEGINNINGS = ("Ġ", "▁")  # begin words in byte-level and SentencePiece token
 def pretrain(args: PretrainStage, context: StageContext) -> dict[str, Any]:
     """Pretrain a MiniBERT, and return training metrics and metrics of masked words."""
     check_documents(args, context)
-    tokenizer = load_tokenizer(context)
+    tokenizer: Any = open_tokenizer(str(context.tokenizer))
     masking = Masking(tokenizer, args)
     model = load_model(AutoModelForPreTraining if args.next_sentence else AutoModelForMaskedLM, args, context, tokenizer)
     refuse_unpacked(model.config, str(context.model))
@@ -256,7 +257,8 @@ class SentencePairs:
         ids[real], labels[real] = masking(ids[real], rng)
         batch = {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": segments, "labels": labels}
         follows = torch.tensor([follows for *_, follows in pairs])
-        return {**{name: torch.from_numpy(array) for name, array in batch.items()}, "next_sentence_label": follows}
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return {**tensors, "next_sentence_label": follows}
 
 
 def measure(model: Any, rows: PackedRows | SentencePairs, batch_size: int) -> dict[str, float]:

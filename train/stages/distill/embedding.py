@@ -22,13 +22,13 @@ from minibert.data.load import load, text_columns
 from minibert.data.source import DataSource
 from minibert.evaluation.evaluate import evaluate
 from minibert.files.processes import processes
-from minibert.inference.load import embedder
+from minibert.inference.load import embedder, open_tokenizer
 from minibert.inference.load import load as load_embedder
 from minibert.train.arguments import DistillEmbeddingStage
 from minibert.train.loop import in_precision
 from minibert.train.rows import TokenizedDataset
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.distill.student import Distillation, cosine_distance, fit_student, from_layers
+from minibert.train.stage import StageContext, sequence_length
+from minibert.train.stages.distill.student import Distillation, cosine_distance, fit_student, load_student
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
 
 # The score is the mean of these metrics over the data sets.
@@ -78,12 +78,9 @@ class EmbeddingDistillation(Distillation):
             self.state_map = _map_between(*(model[0].auto_model.config.hidden_size for model in (student, teacher)))
 
     def forward(self, teacher_vectors: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> ModelOutput:
-        """Return the loss of a batch of texts.
+        """Return the loss of a batch of texts. ``labels`` are not used.
 
-        Args:
-            teacher_vectors: vectors of the teacher (B, C). If None, the teacher computes them.
-            labels: not used.
-            **inputs: tokenized texts.
+        If ``teacher_vectors`` (B, C) are None, the teacher computes them.
         """
         args, hidden = self.args, self.args.hidden_weight > 0
         vectors, states = vectors_and_states(self.student, inputs, hidden)
@@ -186,18 +183,16 @@ def _student(
 ) -> tuple[SentenceTransformer, int]:
     """Return the student and the maximum number of tokens that the student reads."""
     own = context.tokenizer != context.teacher
-    tokenizer = load_tokenizer(context) if own else copy.deepcopy(teacher.tokenizer)
-    if args.student_layers:
-        encoder = from_layers(_encoder(teacher, "student_layers"), args, context.teacher)
-    else:
-        encoder = load_model(AutoModel, args, context, tokenizer)
+    tokenizer: Any = open_tokenizer(str(context.tokenizer)) if own else copy.deepcopy(teacher.tokenizer)
+    source = _encoder(teacher, "student_layers") if args.student_layers else None
+    encoder = load_student(AutoModel, source, args, context, tokenizer)
     length = sequence_length(args.max_length, encoder.config, tokenizer)
     if args.max_length is None and teacher.max_seq_length:
         length = min(length, teacher.max_seq_length)
     tokenizer.model_max_length = length
     pooling = args.pooling or next((module.pooling_mode for module in teacher if isinstance(module, Pooling)), None)
     student = embedder(
-        encoder.float(),
+        encoder,
         tokenizer,
         context.output_dir / ".start",
         pooling if pooling in ("cls", "mean") else "mean",

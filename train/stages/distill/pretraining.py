@@ -11,14 +11,8 @@ from transformers.utils import ModelOutput
 
 from minibert.inference.load import open_config, open_tokenizer
 from minibert.train.arguments import DistillPretrainingStage
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
-from minibert.train.stages.distill.student import (
-    Distillation,
-    cosine_distance,
-    fit_student,
-    from_layers,
-    soft_divergence,
-)
+from minibert.train.stage import StageContext, sequence_length
+from minibert.train.stages.distill.student import Distillation, cosine_distance, fit_student, load_student, soft_divergence
 from minibert.train.stages.distill.teacher import fingerprint, load_teacher, same_tokens
 from minibert.train.stages.pretrain import Masking, PackedRows, check_documents, corpora, measure, refuse_unpacked
 
@@ -55,7 +49,7 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
     source = str(context.teacher)
     refuse_unpacked(open_config(source), f"The teacher {source}")
     teacher = load_teacher(AutoModelForMaskedLM, source, "a model that predicts masked words")
-    tokenizer = load_tokenizer(context)
+    tokenizer: Any = open_tokenizer(str(context.tokenizer))
     if not same_tokens(tokenizer, open_tokenizer(source)):
         raise ValueError(
             f"objective: pretraining needs equal vocabularies, but the teacher {source} and "
@@ -63,12 +57,8 @@ def distill_pretraining(args: DistillPretrainingStage, context: StageContext) ->
             "objective: task or embedding."
         )
     masking = Masking(tokenizer, args)
-    if args.student_layers:
-        student = from_layers(teacher, args, source)
-    else:
-        student = load_model(AutoModelForMaskedLM, args, context, tokenizer)
-        refuse_unpacked(student.config, f"The student {context.model}")
-    student = student.float()
+    student = load_student(AutoModelForMaskedLM, teacher, args, context, tokenizer)
+    refuse_unpacked(student.config, f"The student {context.model}")
     widths = student.config.hidden_size, teacher.config.hidden_size
     if args.cosine_weight and widths[0] != widths[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Create a student from layers of a teacher, and train a student with a distillation loss."""
+"""Create a student from layers of a teacher, and train it."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minibert.train.arguments import DistillStage
 from minibert.train.loop import checkpoint_activations, fit
 from minibert.train.rows import choose_metric
-from minibert.train.stage import StageContext
+from minibert.train.stage import StageContext, load_model
 
 
 def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
@@ -40,8 +40,17 @@ def choose_layers(wanted: int | Sequence[int], available: int) -> list[int]:
     return numbers
 
 
+def load_student(
+    auto_class: Any, teacher: Any, args: DistillStage, context: StageContext, tokenizer: Any, **changes: Any
+) -> Any:
+    """Return a student with layers of ``teacher``, or the model of the stage, in float32."""
+    if args.student_layers:
+        return from_layers(teacher, args, context.teacher).float()
+    return load_model(auto_class, args, context, tokenizer, **changes).float()
+
+
 def from_layers(teacher: Any, args: DistillStage, source: str | None) -> Any:
-    """Return a MiniBERT student with copies of the teacher layers that ``args`` selects."""
+    """Return a MiniBERT with copies of the teacher layers that ``args`` selects."""
     assert args.student_layers is not None
     kind = teacher.config.model_type
     if kind != "minibert":
@@ -92,7 +101,7 @@ class Distillation(nn.Module):
     def __init__(self, args: Any, student: Any, teacher: Any = None):
         super().__init__()
         self.args, self.student = args, student
-        # The teacher is not a submodule, so it is not trained, saved or put into training mode.
+        # Outside of the submodules, the teacher is not trained or saved.
         object.__setattr__(self, "teacher", teacher)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -115,7 +124,7 @@ def fit_student(
     measure: Callable[[Any], dict[str, Any]] | None,
     measure_teacher: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train the student of ``distillation`` with :func:`fit`, and return the metrics of both models.
+    """Train the student with :func:`fit`, and return the metrics of both models.
 
     ``measure_teacher`` measures the teacher. The default is ``measure``, which is None without
     evaluation data. Names of teacher metrics begin with ``teacher_``.

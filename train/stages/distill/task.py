@@ -15,10 +15,10 @@ from minibert.inference.load import open_tokenizer
 from minibert.inference.predict import class_names
 from minibert.train.arguments import DistillTaskStage
 from minibert.train.rows import TokenizedDataset, head_changes
-from minibert.train.stage import StageContext, load_model, load_tokenizer, sequence_length
+from minibert.train.stage import StageContext, sequence_length
 from minibert.train.stages.classify import measure as measure_classifier
 from minibert.train.stages.classify import read_data
-from minibert.train.stages.distill.student import Distillation, fit_student, from_layers, soft_divergence
+from minibert.train.stages.distill.student import Distillation, fit_student, load_student, soft_divergence
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, load_teacher, same_tokens
 
 
@@ -41,12 +41,9 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
     _check_labels(args, labels, teacher, names, str(context.teacher))
     teachers_number = np.array([names.index(name) for name in labels.names])  # for each class of the data
 
-    tokenizer = load_tokenizer(context)
-    if args.student_layers:
-        student = from_layers(teacher, args, context.teacher)
-    else:
-        student = load_model(AutoModelForSequenceClassification, args, context, tokenizer, **head_changes(context, names))
-    student = student.float()
+    tokenizer: Any = open_tokenizer(str(context.tokenizer))
+    changes = head_changes(context, names)
+    student = load_student(AutoModelForSequenceClassification, teacher, args, context, tokenizer, **changes)
     student.config.problem_type, student.config.text_columns = SINGLE, columns
     tokenizer.model_max_length = length = sequence_length(args.max_length, student.config, tokenizer)
 
@@ -81,7 +78,7 @@ def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any
 
 
 def _check_labels(args: DistillTaskStage, labels: Any, teacher: Any, names: list[str], source: str) -> None:
-    """Raise ValueError if rows have several labels, or if the teacher has different classes."""
+    """Refuse rows with several labels, and a teacher with different classes."""
     if labels.problem_type != SINGLE or teacher.config.problem_type not in (None, SINGLE):
         raise ValueError(
             "objective: task needs one label per row and a teacher for such labels, but column "

@@ -35,7 +35,7 @@ def load_teacher(auto_class: Any, source: str, description: str) -> PreTrainedMo
 
 
 def freeze(teacher: Any) -> Any:
-    """Move ``teacher`` to the device of this process, in evaluation mode without gradients."""
+    """Move ``teacher`` to the device of this process, without gradients."""
     return teacher.eval().requires_grad_(False).to(processes().device)
 
 
@@ -84,7 +84,7 @@ def cached_teacher_outputs(
 
 
 class TaughtRows:
-    """Store rows of tokens with the teacher's outputs, which the student gets as argument ``name``.
+    """Store rows of tokens with the teacher's outputs, the student's argument ``name``.
 
     ``outputs`` is None if the teacher runs at every step. A run resumes only with the same hash
     ``teacher``.
