@@ -99,7 +99,9 @@ def plain_errors(interrupted: str, extra: str) -> Iterator[None]:
         # Typer ends quietly when the reader of standard output has closed the pipe.
         if isinstance(error, BrokenPipeError) or (sentence := _sentence(error, extra)) is None:
             raise
-        typer.echo(f"Error: {sentence}", err=True)
+        # Names in files of strangers could contain sequences that control the terminal.
+        shown = "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in sentence)
+        typer.echo(f"Error: {shown}", err=True)
         # An ArithmeticError is a loss that is not finite, or different outputs of two models
         # that should be equal.
         raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None

@@ -506,8 +506,9 @@ def hostile(
 
     Example: python -m benchmarks hostile --folders 200 --commands encode --commands predict
     """
-    from benchmarks.hostile import run
     from mutations import COMMANDS
+
+    from benchmarks.hostile import run
 
     if unknown := set(commands or []) - set(COMMANDS):
         raise typer.BadParameter(f"there is no command {', '.join(sorted(unknown))}; use some of {', '.join(COMMANDS)}.")

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import mutations  # noqa: E402
+
 from hub_server import HubServer  # noqa: E402
 
 
@@ -62,6 +63,8 @@ def run(out: Path, *, folders: int, commands: list[str], package: Path | None, p
                         results["findings"].append({"command": command, "folder": number, **case})
                     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                     bar.update()
+            if worker.wait():
+                raise RuntimeError(f"The process of {command} stopped; its error stands above.")
 
         try:
             list(pool.map(fill, commands))

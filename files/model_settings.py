@@ -65,6 +65,12 @@ _MODULE_CLASS = re.compile(r"sentence_transformers\.(models|(base|sentence_trans
 
 # Files of transformers whose settings can name code, and the kernels that replace attention.
 _TRANSFORMERS_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# Settings of config.json that this package reads -> their types.
+_CONFIG: dict[str, Any] = {
+    **dict.fromkeys(("model_type", "pooling", "problem_type", "position_embedding_type"), str),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"), int),
+    **{"architectures": [str], "id2label": dict, "label2id": dict, "dtype": str, "torch_dtype": str},
+}
 _KERNELS = ("_implementation", "_implementation_internal")
 _UNUSED_FILES = ("tokenizer_file", "special_tokens_map_file")  # old settings that no library opens
 # module.Class, optionally after a folder, and optionally after owner/name-- on the Hub.
@@ -107,12 +113,16 @@ def _check_known(file: Path, settings: dict[str, Any], known: dict[str, Any]) ->
         if isinstance(kind, dict) and isinstance(value, dict):
             _check_known(file, value, kind)
             continue
-        if isinstance(kind, re.Pattern):
-            fits = isinstance(value, str) and kind.fullmatch(value) is not None
-        else:
-            fits = isinstance(kind, type | tuple) and isinstance(value, kind) and (type(value) is not bool or kind is bool)
-        if not fits and not (value is None and key in known):
+        if not _fits(value, kind) and not (value is None and key in known):
             refuse(file, f"sets {short(key)} to {short(value)}, which is not an allowed setting")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, re.Pattern):
+        return isinstance(value, str) and kind.fullmatch(value) is not None
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(part, kind[0]) for part in value)
+    return isinstance(kind, type | tuple) and isinstance(value, kind) and (type(value) is not bool or kind is bool)
 
 
 def _check_product(file: Path, settings: dict[str, Any]) -> None:
@@ -146,6 +156,8 @@ def check_code(folder: Path, *, trust_remote_code: bool = False) -> None:
             else:
                 continue
             refuse(file, f"sets {short(key)} to {short(value)}, {why}", "delete this line if you trust the rest")
+        if name == "config.json":
+            _check_known(file, {key: value for key, value in settings.items() if key in _CONFIG}, _CONFIG)
         _check_auto_map(file, settings.get("auto_map") or {}, trust_remote_code)
 
 
