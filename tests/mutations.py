@@ -4,6 +4,7 @@ A mutation draws from a ``random.Random``: Hypothesis gives one in the tests, an
 the folder. Every case runs in a fork of this process, which has imported the package already.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -532,10 +533,8 @@ def _plant(folder, rng, marker):
                 "model_type": rng.choice(["evil", "bert", "minibert"]),
                 "auto_map": {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"},
             }
-            try:
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 config.write_text(json.dumps({**json.loads(config.read_text()), **types}))
-            except (ValueError, TypeError, RecursionError):
-                pass
     elif name.endswith((".txt", ".md")):
         file.write_text(rng.choice(["", _ESCAPE, "---\n- [\n---\n", "a\nb\n", "\0" * 1000]))
     else:
@@ -585,9 +584,10 @@ def _in_a_fork(arguments, place, server):
         status = 70
         try:
             os.setpgid(0, 0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number, file in enumerate(files, start=1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-            sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdin, sys.stdout, sys.stderr = (os.fdopen(at, "w" if at else "r", closefd=False) for at in range(3))
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
             os.chdir(place / "out")
