@@ -69,6 +69,7 @@ def run(out: Path, *, folders: int, commands: list[str], package: Path | None, p
         try:
             list(pool.map(fill, commands))
         finally:
+            pool.shutdown(wait=False, cancel_futures=True)
             for worker in started:
                 worker.terminate()
             bar.close()

@@ -27,6 +27,7 @@ _NUMBER = (int, float)
 _WIDTHS = {"embedding_dimension": int, "word_embedding_dimension": int}
 _NAMES = {"module_input_name": str, "module_output_name": str}
 _POOLINGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+_POOLING = re.compile("cls|mean|max|mean_sqrt_len_tokens|weightedmean|lasttoken")
 _ACTIVATION = re.compile(r"torch\.nn\.(modules\.(activation|linear)\.)?[A-Z]\w*")
 _TO_MODEL = {"output_hidden_states": bool, "add_pooling_layer": bool, "dtype": str, "torch_dtype": str}
 _TO_TOKENIZER = {"model_max_length": int, "padding_side": str, "do_lower_case": bool, "use_fast": bool}
@@ -44,7 +45,7 @@ _MODULES: dict[str, dict[str, Any]] = {
     },
     "Pooling": {
         **{f"pooling_mode_{name}": bool for name in _POOLINGS},
-        **{"pooling_mode": (str, list), "include_prompt": bool, **_WIDTHS},
+        **{"pooling_mode": (_POOLING, [_POOLING]), "include_prompt": bool, **_WIDTHS},
     },
     "Dense": {
         **{"in_features": int, "out_features": int, "bias": bool, "use_residual": bool},
@@ -122,7 +123,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and kind.fullmatch(value) is not None
     if isinstance(kind, list):
         return isinstance(value, list) and all(_fits(part, kind[0]) for part in value)
-    return isinstance(kind, type | tuple) and isinstance(value, kind) and (type(value) is not bool or kind is bool)
+    if isinstance(kind, tuple):
+        return any(_fits(value, one) for one in kind)
+    return isinstance(kind, type) and isinstance(value, kind) and (type(value) is not bool or kind is bool)
 
 
 def _check_product(file: Path, settings: dict[str, Any]) -> None:

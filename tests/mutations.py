@@ -571,7 +571,7 @@ def run_case(command, number, work, rng, server=None):
         "changes": changes,
         "seconds": round(seconds, 1),
         "status": status,
-        "error": err[-3000:],
+        "error": err if len(err) < 3000 else f"{err[:1000]} ... {err[-2000:]}",
     }
 
 
