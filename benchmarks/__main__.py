@@ -506,13 +506,13 @@ def hostile(
 
     Example: python -m benchmarks hostile --folders 200 --commands encode --commands predict
     """
-    from mutations import COMMANDS
+    from benchmarks.hostile import mutations, run
 
-    from benchmarks.hostile import run
-
-    if unknown := set(commands or []) - set(COMMANDS):
-        raise typer.BadParameter(f"there is no command {', '.join(sorted(unknown))}; use some of {', '.join(COMMANDS)}.")
-    run(out, folders=folders, commands=commands or list(COMMANDS), package=package, processes=processes)
+    if unknown := set(commands or []) - set(mutations.COMMANDS):
+        raise typer.BadParameter(
+            f"there is no command {', '.join(sorted(unknown))}; use some of {', '.join(mutations.COMMANDS)}."
+        )
+    run(out, folders=folders, commands=commands or list(mutations.COMMANDS), package=package, processes=processes)
 
 
 app(prog_name="python -m benchmarks")

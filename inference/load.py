@@ -97,6 +97,8 @@ def load(
     positions = getattr(opened[0].config, "max_position_embeddings", None)
     if positions and getattr(opened[0].config, "position_embedding_type", None) != "rotary":
         opened.max_seq_length = min(opened.max_seq_length or positions, positions)
+    for module in list(opened)[1:]:  # the libraries set only the dtype of the transformer
+        module.to(next(opened.parameters()).dtype)
     with opening(folder):  # settings that contradict each other show in the first vector
         if opened.encode([_TEXT], show_progress_bar=False).ndim != 2:
             raise ValueError(f"{folder} does not compute one vector for a text; use another model.")
