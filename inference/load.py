@@ -97,8 +97,9 @@ def load(
     positions = getattr(opened[0].config, "max_position_embeddings", None)
     if positions and getattr(opened[0].config, "position_embedding_type", None) != "rotary":
         opened.max_seq_length = min(opened.max_seq_length or positions, positions)
-    for module in list(opened)[1:]:  # the libraries set only the dtype of the transformer
-        module.to(next(opened.parameters()).dtype)
+    if isinstance(opened.transformers_model, modeling_minibert.MiniBertModel):
+        for module in list(opened)[1:]:
+            module.float()  # the hidden states of a MiniBERT are float32 in any dtype
     with opening(folder):  # settings that contradict each other show in the first vector
         if opened.encode([_TEXT], show_progress_bar=False).ndim != 2:
             raise ValueError(f"{folder} does not compute one vector for a text; use another model.")
