@@ -21,8 +21,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.before import _commit, _environment
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -33,6 +31,7 @@ from hub_server import HubServer  # noqa: E402
 
 def run(out: Path, *, folders: int, commands: list[str], package: Path | None, processes: int) -> None:
     """Run each command on ``folders`` folders, print the counts, and write them and the findings to ``out``."""
+    from benchmarks.before import _commit, _environment  # of this checkout, which a worker may not import
     from benchmarks.machine import describe
 
     checkout = package or ROOT
