@@ -44,6 +44,10 @@ def run(out: Path, *, folders: int, commands: list[str], package: Path | None, p
         work = Path(scratch)
         mutations.build(work)
         environment = {**_environment(work, checkout), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if package:  # an earlier checkout asks for the version of its distribution
+            metadata = work / "path" / "minibert-0.dist-info" / "METADATA"
+            metadata.parent.mkdir()
+            metadata.write_text("Metadata-Version: 2.1\nName: minibert\nVersion: 0\n")
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "home")}
         total = sum(max(0, folders - sum(results["commands"].get(name, {}).values())) for name in commands)
         bar = tqdm(total=total, unit=" folders")
