@@ -129,7 +129,8 @@ def open_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Pre
 def check_usable(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Raise ValueError if ``tokenizer`` cannot read a text with an unknown word."""
     with opening(folder):
-        tokenizer(_TEXT, truncation=True)
+        # A call of the tokenizer itself would change how it is saved.
+        getattr(tokenizer, "backend_tokenizer", tokenizer).encode(_TEXT)
         tokenizer.convert_tokens_to_ids("\0")
 
 

@@ -282,6 +282,8 @@ def build(work):
     model.save_pretrained(str(good / "embed"))
     save_trained(good / "classes", "ForSequenceClassification")
     save_family(good / "bert")
+    for folder in (good / "embed", good / "classes", good / "bert"):
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     for command in (
         ["encode", good / "embed", data / "texts.txt", good / "vectors", "--keep-text"],
         ["search", good / "vectors", "fox"],
