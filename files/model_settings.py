@@ -66,11 +66,14 @@ _MODULE_CLASS = re.compile(r"sentence_transformers\.(models|(base|sentence_trans
 
 # Files of transformers whose settings can name code, and the kernels that replace attention.
 _TRANSFORMERS_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-# Settings of config.json that this package reads -> their types.
-_CONFIG: dict[str, Any] = {
-    **dict.fromkeys(("model_type", "pooling", "problem_type", "position_embedding_type"), str),
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"), int),
-    **{"architectures": [str], "id2label": dict, "label2id": dict, "dtype": str, "torch_dtype": str},
+# File -> settings that this package or the libraries read unchecked -> their types.
+_USED: dict[str, dict[str, Any]] = {
+    "config.json": {
+        **dict.fromkeys(("model_type", "pooling", "problem_type", "position_embedding_type"), str),
+        **dict.fromkeys(("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"), int),
+        **{"architectures": [str], "id2label": dict, "label2id": dict, "dtype": str, "torch_dtype": str},
+    },
+    "tokenizer_config.json": {"model_max_length": _NUMBER, "model_input_names": [str]},
 }
 _KERNELS = ("_implementation", "_implementation_internal")
 _UNUSED_FILES = ("tokenizer_file", "special_tokens_map_file")  # old settings that no library opens
@@ -159,8 +162,8 @@ def check_code(folder: Path, *, trust_remote_code: bool = False) -> None:
             else:
                 continue
             refuse(file, f"sets {short(key)} to {short(value)}, {why}", "delete this line if you trust the rest")
-        if name == "config.json":
-            _check_known(file, {key: value for key, value in settings.items() if key in _CONFIG}, _CONFIG)
+        used = _USED.get(name, {})
+        _check_known(file, {key: value for key, value in settings.items() if key in used}, used)
         _check_auto_map(file, settings.get("auto_map") or {}, trust_remote_code)
 
 

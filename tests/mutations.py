@@ -566,6 +566,7 @@ def run_case(command, number, work, rng, server=None):
         server.add_repo("ann/model", {path: content for path, content in files.items() if len(content) < 10**7})
     status, seconds, out, err = _in_a_fork(arguments, place, server if command == "hub-pull" else None)
     outcome = judge(command, status, out, err, marker)
+    err = err.replace(str(work), "WORK")
     shutil.rmtree(place, ignore_errors=True)
     return {
         "outcome": outcome,

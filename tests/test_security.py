@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as kinds_of
 
-from helpers import edit_json, edit_weights, run_command, save_model, save_trained, write_vectors
+from helpers import edit_json, edit_weights, run_command, save_family, save_model, save_trained, write_vectors
 from minibert import train_wordpiece
 from minibert.files.model_folder import check_model, check_paths, read_header
 from minibert.hub import folders
@@ -246,6 +246,8 @@ def test_kernels_from_the_hub_are_not_asked_for(model, key):
         ("config.json", {"parts": [{"_attn_implementation": {"": "evil/kernels"}}]}, "code from the Hub"),
         ("config.json", {"quantization_config": {"quant_method": "no-such"}}, "weights of a package that is not installed"),
         ("config.json", {"auto_map": {"AutoModel": "evil/code--modeling.Evil"}}, "code of another repository"),
+        ("tokenizer_config.json", {"model_max_length": "1000"}, "'model_max_length' to '1000'"),
+        ("tokenizer_config.json", {"model_input_names": "a"}, "'model_input_names' to 'a'"),
         ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, "a file that may be outside of the folder"),
         ("processor_config.json", {"auto_map": {"AutoProcessor": "evil/code--a.B"}}, "code of another repository"),
         ("adapter_config.json", {"base_model_name_or_path": "evil/base"}, "an adapter"),
@@ -355,6 +357,12 @@ def with_dense(folder):
     modules = [kinds_of.Transformer(str(encoder)), kinds_of.Pooling(32, "mean"), kinds_of.Dense(32, 16)]
     SentenceTransformer(modules=modules).save_pretrained(str(folder))
     return folder
+
+
+def test_a_tokenizer_that_leaves_out_the_mask_is_converted(tmp_path):
+    save_family(tmp_path / "model")
+    edit_json(tmp_path / "model" / "tokenizer_config.json", model_input_names=["input_ids"])
+    assert run_command("hub", "convert", tmp_path / "model", tmp_path / "out").exit_code == 0
 
 
 def test_a_dense_module_computes_in_half_precision_too(tmp_path):
