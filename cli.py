@@ -84,9 +84,9 @@ def _sentence(error: BaseException, extra: str) -> str | None:
         number = int(found[1]) if found else None
     if number in _ADVICE:
         return f"{' '.join(text.split()).rstrip('.')}. {_ADVICE[number]}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | StrictDataclassError):
         return " ".join(text.split())  # libraries write paragraphs
-    return text if isinstance(error, ValueError | ArithmeticError | StrictDataclassError) else None
+    return text if isinstance(error, ValueError | ArithmeticError) else None
 
 
 @contextmanager

@@ -507,4 +507,29 @@ def finetune(
     )
 
 
+@app.command()
+def hostile(
+    out: Annotated[Path, typer.Option(help="JSON file to write; folders that it already counts are not repeated.")] = Path(
+        "hostile.json"
+    ),
+    folders: Annotated[int, typer.Option(min=1, help="Mutated folders for each command.")] = 2000,
+    commands: Annotated[list[str] | None, typer.Option(help="Command, such as hub-verify; repeat it. Default: all.")] = None,
+    package: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Checkout to test; the default is this one.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Commands that run at once.")] = 2,
+) -> None:
+    """Open mutated folders of models and vectors with every command, and count refusals, tracebacks, hangs and runs of code.
+
+    Example: python -m benchmarks hostile --folders 200 --commands encode --commands predict
+    """
+    from benchmarks.hostile import mutations, run
+
+    if unknown := set(commands or []) - set(mutations.COMMANDS):
+        raise typer.BadParameter(
+            f"there is no command {', '.join(sorted(unknown))}; use some of {', '.join(mutations.COMMANDS)}."
+        )
+    run(out, folders=folders, commands=commands or list(mutations.COMMANDS), package=package, processes=processes)
+
+
 app(prog_name="python -m benchmarks")

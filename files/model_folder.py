@@ -228,8 +228,10 @@ def opening(model: str | Path) -> Iterator[None]:
     try:
         with _LOCKS.setdefault(os.getpid(), threading.RLock()):
             yield
-    except (ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error  # libraries write paragraphs
     except BaseException as error:  # the tokenizers library panics with an exception that is no Exception
         if "ignore_mismatched_sizes" in str(error):
             why = "its weights do not have the shapes in config.json"

@@ -27,6 +27,7 @@ _NUMBER = (int, float)
 _WIDTHS = {"embedding_dimension": int, "word_embedding_dimension": int}
 _NAMES = {"module_input_name": str, "module_output_name": str}
 _POOLINGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+_POOLING = re.compile("cls|mean|max|mean_sqrt_len_tokens|weightedmean|lasttoken")
 _ACTIVATION = re.compile(r"torch\.nn\.(modules\.(activation|linear)\.)?[A-Z]\w*")
 _TO_MODEL = {"output_hidden_states": bool, "add_pooling_layer": bool, "dtype": str, "torch_dtype": str}
 _TO_TOKENIZER = {"model_max_length": int, "padding_side": str, "do_lower_case": bool, "use_fast": bool}
@@ -44,7 +45,7 @@ _MODULES: dict[str, dict[str, Any]] = {
     },
     "Pooling": {
         **{f"pooling_mode_{name}": bool for name in _POOLINGS},
-        **{"pooling_mode": (str, list), "include_prompt": bool, **_WIDTHS},
+        **{"pooling_mode": (_POOLING, [_POOLING]), "include_prompt": bool, **_WIDTHS},
     },
     "Dense": {
         **{"in_features": int, "out_features": int, "bias": bool, "use_residual": bool},
@@ -65,6 +66,15 @@ _MODULE_CLASS = re.compile(r"sentence_transformers\.(models|(base|sentence_trans
 
 # Files of transformers whose settings can name code, and the kernels that replace attention.
 _TRANSFORMERS_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# File -> settings that this package or the libraries read unchecked -> their types.
+_USED: dict[str, dict[str, Any]] = {
+    "config.json": {
+        **dict.fromkeys(("model_type", "pooling", "problem_type", "position_embedding_type"), str),
+        **dict.fromkeys(("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"), int),
+        **{"architectures": [str], "id2label": dict, "label2id": dict, "dtype": str, "torch_dtype": str},
+    },
+    "tokenizer_config.json": {"model_max_length": _NUMBER, "model_input_names": [str]},
+}
 _KERNELS = ("_implementation", "_implementation_internal")
 _UNUSED_FILES = ("tokenizer_file", "special_tokens_map_file")  # old settings that no library opens
 # module.Class, optionally after a folder, and optionally after owner/name-- on the Hub.
@@ -107,12 +117,18 @@ def _check_known(file: Path, settings: dict[str, Any], known: dict[str, Any]) ->
         if isinstance(kind, dict) and isinstance(value, dict):
             _check_known(file, value, kind)
             continue
-        if isinstance(kind, re.Pattern):
-            fits = isinstance(value, str) and kind.fullmatch(value) is not None
-        else:
-            fits = isinstance(kind, type | tuple) and isinstance(value, kind) and (type(value) is not bool or kind is bool)
-        if not fits and not (value is None and key in known):
+        if not _fits(value, kind) and not (value is None and key in known):
             refuse(file, f"sets {short(key)} to {short(value)}, which is not an allowed setting")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, re.Pattern):
+        return isinstance(value, str) and kind.fullmatch(value) is not None
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(part, kind[0]) for part in value)
+    if isinstance(kind, tuple):
+        return any(_fits(value, one) for one in kind)
+    return isinstance(kind, type) and isinstance(value, kind) and (type(value) is not bool or kind is bool)
 
 
 def _check_product(file: Path, settings: dict[str, Any]) -> None:
@@ -146,6 +162,8 @@ def check_code(folder: Path, *, trust_remote_code: bool = False) -> None:
             else:
                 continue
             refuse(file, f"sets {short(key)} to {short(value)}, {why}", "delete this line if you trust the rest")
+        used = _USED.get(name, {})
+        _check_known(file, {key: value for key, value in settings.items() if key in used}, used)
         _check_auto_map(file, settings.get("auto_map") or {}, trust_remote_code)
 
 

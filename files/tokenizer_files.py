@@ -67,7 +67,9 @@ def check_tokenizer(folder: Path) -> None:
 
 def _check_lengths(file: Path, settings: dict[str, Any], limit: int) -> None:
     truncation, padding, model = (settings.get(name) or {} for name in ("truncation", "padding", "model"))
-    if not model or not all(isinstance(part, dict) for part in (truncation, padding, model)):
+    tokens = settings.get("added_tokens") or []
+    parts = (truncation, padding, model)
+    if not model or not all(isinstance(part, dict) for part in parts) or not isinstance(tokens, list):
         refuse(file, "is not the file of a tokenizer", "save or download it again")
     strategy = padding.get("strategy")
     lengths = {

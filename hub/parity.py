@@ -54,10 +54,9 @@ def batches(tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
         ([first for first, _ in PAIRS], [second for _, second in PAIRS]),
         ([LONG], None),
     ]
-    return [
-        dict(tokenizer(first, second, padding=len(first) > 1, truncation=True, max_length=max_length, return_tensors="pt"))
-        for first, second in kinds
-    ]
+    # A tokenizer's settings could leave out the mask.
+    options = {"truncation": True, "max_length": max_length, "return_attention_mask": True, "return_tensors": "pt"}
+    return [dict(tokenizer(first, second, padding=len(first) > 1, **options)) for first, second in kinds]
 
 
 @torch.inference_mode()

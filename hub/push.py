@@ -20,7 +20,7 @@ from torch import Tensor
 from minibert import configuration_minibert
 from minibert.files import installation
 from minibert.files.disk import expand_home, read_json, readable_os_errors, write_text
-from minibert.files.model_folder import code_files, encoder_folder, refuse_missing
+from minibert.files.model_folder import code_files, encoder_folder, opening, refuse_missing
 from minibert.hub import folders, isolated, parity, provenance, verify
 from minibert.hub.card import build_card
 from minibert.hub.convert import UNUSED, checked_dtype, fitting_tokenizer, rounded
@@ -115,7 +115,7 @@ def push(
         here = folder if as_bert else source
         transformer = str(encoder_folder(here))
         own = replace(request, model=str(here), transformer=transformer, arguments=weight_arguments(False, dtype=dtype))
-        with parity.quiet():
+        with parity.quiet(), opening(source):
             expected, _ = isolated.compute(own)
         prove_here = partial(prove, request, expected, f"The folder built from {source}")
         if dry_run:

@@ -44,6 +44,7 @@ _DECIDING = (
     *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
 )
+_TEXT = "A short text, 42!"  # to try a model and a tokenizer
 _warned: set[Path] = set()  # folders for which a warning was logged
 
 
@@ -91,9 +92,16 @@ def load(
             modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode=mode), Normalize()]
             opened = SentenceTransformer(modules=modules, device=device, similarity_fn_name="cosine")
     check_complete(opened.transformers_model, folder)
+    check_usable(opened.tokenizer, folder)
     positions = getattr(opened[0].config, "max_position_embeddings", None)
     if positions and getattr(opened[0].config, "position_embedding_type", None) != "rotary":
         opened.max_seq_length = min(opened.max_seq_length or positions, positions)
+    if isinstance(opened.transformers_model, modeling_minibert.MiniBertModel):
+        for module in list(opened)[1:]:
+            module.float()  # the hidden states of a MiniBERT are float32 in any dtype
+    with opening(folder):  # settings that contradict each other show in the first vector
+        if opened.encode([_TEXT], show_progress_bar=False).ndim != 2:
+            raise ValueError(f"{folder} does not compute one vector for a text; use another model.")
     # A reference cycle with the card would keep the weights until a full collection.
     opened.model_card_data.model = cast(SentenceTransformer, weakref.proxy(opened))
     return opened
@@ -112,7 +120,17 @@ def open_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Pre
     folder = checked_folder(model, trust_remote_code)
     with opening(folder):
         # Without trust_remote_code=False, transformers would ask a question on the terminal.
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_usable(tokenizer, folder)
+    return tokenizer
+
+
+def check_usable(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise ValueError if ``tokenizer`` cannot read a text with an unknown word."""
+    with opening(folder):
+        # A call of the tokenizer itself would change how it is saved.
+        getattr(tokenizer, "backend_tokenizer", tokenizer).encode(_TEXT)
+        tokenizer.convert_tokens_to_ids("\0")
 
 
 def open_weights(

@@ -24,7 +24,16 @@ from pydantic import TypeAdapter
 from sklearn.preprocessing import normalize
 from tqdm.auto import tqdm
 
-from minibert.files.disk import atomic_write, exclusive_lock, readable_os_errors, refuse_link, sha256, sync, write_json
+from minibert.files.disk import (
+    atomic_write,
+    check_regular,
+    exclusive_lock,
+    readable_os_errors,
+    refuse_link,
+    sha256,
+    sync,
+    write_json,
+)
 from minibert.search.vectors import Shard, VectorFolder, to_float
 
 logger = logging.getLogger(__name__)
@@ -241,6 +250,8 @@ def _open_existing(folder: VectorFolder, exact: bool) -> VectorIndex | None:
     if not any((home / name).exists() for name in (_STATE, _VECTORS)):
         return None
     try:
+        for file in home.iterdir():
+            check_regular(file)
         state = _READER.validate_json((home / _STATE).read_bytes())
         index = VectorIndex(folder, state, exact=exact)
     except (OSError, ValueError) as error:

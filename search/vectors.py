@@ -19,7 +19,7 @@ from pyarrow import parquet
 from pydantic import Field, TypeAdapter, ValidationError
 from sentence_transformers.util import quantize_embeddings
 
-from minibert.files.disk import atomic_write, delete, leftovers, readable_os_errors, write_json
+from minibert.files.disk import atomic_write, check_regular, delete, leftovers, readable_os_errors, write_json
 
 MANIFEST = "manifest.json"
 _SHARD = r"part-(\d{5}|[1-9]\d{5,})\.parquet"  # names that shard_name returns
@@ -107,6 +107,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"There is no folder of vectors {folder} (looked from {Path.cwd()}, for its {MANIFEST}); "
             "create it with minibert encode, or search a file with --passages FILE."
         )
+    check_regular(file)
     try:
         return _READER.validate_json(file.read_bytes())
     except ValidationError as error:
@@ -185,6 +186,7 @@ class VectorFolder:
         for shard in self.shards:
             if not (self.folder / shard.file).exists():
                 raise FileNotFoundError(f"{folder} lacks {shard.file}; encode again to restore it.")
+            check_regular(self.folder / shard.file)
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -244,12 +246,18 @@ class VectorFolder:
         file, width = self.folder / shard.file, self.manifest.width
         try:
             with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
-                schema, vector = opened.schema_arrow, opened.schema_arrow.field("vector").type
+                types = {column.name: column.type for column in opened.schema_arrow}
+                vector = types.get("vector")
                 for fact, found, expected in (
                     ("rows", opened.metadata.num_rows, shard.rows),
-                    ("numbers per vector (dimension)", vector.list_size, width),
-                    ("numbers of this type (precision)", vector.value_type, PRECISIONS[self.manifest.precision]),
-                    ("a column of texts (columns.kept)", "text" in schema.names, self.has_texts),
+                    ("a column of ids", "id" in types and not pa.types.is_nested(types["id"]), True),
+                    ("a column of texts (columns.kept)", types.get("text") == pa.string(), self.has_texts),
+                    ("numbers per vector (dimension)", getattr(vector, "list_size", None), width),
+                    (
+                        "numbers of this type (precision)",
+                        getattr(vector, "value_type", None),
+                        PRECISIONS[self.manifest.precision],
+                    ),
                 ):
                     if found != expected:
                         raise ValueError(

@@ -11,21 +11,33 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as kinds_of
 
-from helpers import edit_json, run_command, save_model, write_recipe, write_vectors
+from helpers import (
+    edit_json,
+    edit_weights,
+    run_command,
+    save_family,
+    save_model,
+    save_trained,
+    write_recipe,
+    write_vectors,
+)
 from minibert import cli, train_wordpiece
 from minibert.data.load import as_dataset
 from minibert.files import disk, terminal
 from minibert.files.model_folder import check_model, check_paths, read_header
 from minibert.hub import folders
-from minibert.inference.load import find_model, load
+from minibert.inference.encode import Encoder
+from minibert.inference.load import find_model, load, open_tokenizer
 from minibert.search.index import open_index
-from minibert.search.vectors import remove_vectors, shard_name
+from minibert.search.vectors import VectorFolder, remove_vectors, shard_name
 from minibert.train import checkpoint
 from minibert.train.recipe import load_recipe
 from minibert.train.run import run_recipe
@@ -244,9 +256,14 @@ def test_kernels_from_the_hub_are_not_asked_for(model, key):
         ("1_Dense/config.json", {"\x1b[31m": 1}, "'.x1b.31m' to 1"),
         ("1_Dense/config.json", {"in_features": 10**6, "out_features": 10**6}, "a module of more than 67,108,864 numbers"),
         ("config.json", {"transformers_weights": "pytorch_model.bin"}, "other weights than model.safetensors"),
+        ("config.json", {"model_type": [[]]}, "'model_type' to"),
+        ("config.json", {"model_type": True}, "'model_type' to True"),
+        ("config.json", {"architectures": [10**30]}, "'architectures' to"),
         ("config.json", {"parts": [{"_attn_implementation": {"": "evil/kernels"}}]}, "code from the Hub"),
         ("config.json", {"quantization_config": {"quant_method": "no-such"}}, "weights of a package that is not installed"),
         ("config.json", {"auto_map": {"AutoModel": "evil/code--modeling.Evil"}}, "code of another repository"),
+        ("tokenizer_config.json", {"model_max_length": "1000"}, "'model_max_length' to '1000'"),
+        ("tokenizer_config.json", {"model_input_names": "a"}, "'model_input_names' to 'a'"),
         ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, "a file that may be outside of the folder"),
         ("processor_config.json", {"auto_map": {"AutoProcessor": "evil/code--a.B"}}, "code of another repository"),
         ("adapter_config.json", {"base_model_name_or_path": "evil/base"}, "an adapter"),
@@ -289,6 +306,7 @@ def test_known_settings_of_known_modules_pass(tmp_path):
         ({"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9}}, "max_input_chars_per_word"),
         ({"model": {"type": "WordPiece", "vocab": {"a": 34}}}, "the token id 34, but the model has 34 tokens"),
         ({"model": 3}, "is not the file of a tokenizer"),
+        ({"added_tokens": 10**9}, "is not the file of a tokenizer"),
         ({"added_tokens": [{"id": -1, "content": "x"}]}, "the token id -1"),
         ({"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 99], "cls": ["[CLS]", 2]}}, "the token id 99"),
         # These are tried in a process of their own: damaged, an exponential search, a text that grows tenfold five times.
@@ -314,6 +332,60 @@ def test_tokenizers_that_would_end_the_process_are_refused(model, settings, why)
         find_model(model)
 
 
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}}),  # without [UNK]
+        ("tokenizer_config.json", {"unk_token": ""}),  # looked up without end
+    ],
+)
+def test_tokenizers_that_fail_at_an_unknown_word_are_refused(model, file, settings):
+    edit_json(model / file, **settings)
+    for door in (load, open_tokenizer):
+        with pytest.raises(ValueError, match="cannot be opened"):
+            door(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"module_input_name": "token_embeddings"}, "does not compute one vector"),
+        ({"in_features": 4}, "cannot be opened"),
+        ({"module_input_name": "evil"}, "cannot be opened .*KeyError"),
+    ],
+)
+def test_modules_that_do_not_fit_together_are_refused(tmp_path, settings, why):
+    model = with_dense(tmp_path / "model")
+    edit_json(model / "2_Dense" / "config.json", **settings)
+    with pytest.raises(ValueError, match=why):
+        load(model, device="cpu")
+
+
+def test_a_module_with_unknown_weights_is_refused(tmp_path):
+    edit_weights(with_dense(tmp_path / "model") / "2_Dense", extra=torch.ones(1))
+    done = run_command("hub", "push", tmp_path / "model", "ann/model", "--dry-run")
+    assert done.exit_code == 2 and "cannot be opened ('RuntimeError: Error(s) in loading state_dict for Dense" in done.stderr
+
+
+def with_dense(folder):
+    """Save a model with the modules Transformer, Pooling and Dense."""
+    encoder = save_trained(folder.with_name("encoder"))
+    modules = [kinds_of.Transformer(str(encoder)), kinds_of.Pooling(32, "mean"), kinds_of.Dense(32, 16)]
+    SentenceTransformer(modules=modules).save_pretrained(str(folder))
+    return folder
+
+
+def test_a_tokenizer_that_leaves_out_the_mask_is_converted(tmp_path):
+    save_family(tmp_path / "model")
+    edit_json(tmp_path / "model" / "tokenizer_config.json", model_input_names=["input_ids"])
+    assert run_command("hub", "convert", tmp_path / "model", tmp_path / "out").exit_code == 0
+
+
+def test_a_dense_module_computes_in_half_precision_too(tmp_path):
+    vectors = [Encoder(with_dense(tmp_path / dtype), dtype=dtype).encode(["a text"])[0] for dtype in ("float32", "bfloat16")]
+    assert np.dot(*vectors) / np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1]) > 0.999
+
+
 def test_an_unusual_tokenizer_that_works_passes(model):
     edit_json(model / "tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": " +"}, "content": " "})
     load(model, device="cpu").encode(["a  text"])
@@ -334,6 +406,54 @@ def test_any_error_of_a_library_is_a_sentence(model):
     with pytest.raises(ValueError, match=r"cannot be opened|hidden_act") as caught:
         load(model, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"output_attentions": True, "attn_implementation": "sdpa"}, {"initializer_range": 10**9}, {"id2label": {"a": "b"}}],
+)
+def test_an_error_about_settings_is_one_line(model, tmp_path, settings):
+    edit_json(model / "config.json", **settings)
+    (tmp_path / "texts.txt").write_text("a text")
+    done = run_command("hub", "export", model, tmp_path / "out")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("Error: ")
+
+
+def test_names_from_files_cannot_control_the_terminal(tmp_path):
+    folder = write_vectors(tmp_path / "vectors", np.eye(3, dtype=np.float32), model="\x1b[31mred\x07").folder
+    done = run_command("search", folder, "a text", color=True)
+    assert done.exit_code == 2 and "\\x1b[31mred\\x07" in done.stderr and "\x1b" not in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------- folders of vectors
+
+
+@pytest.mark.parametrize("change", ["id", "text", "vector", "numbers as texts", "nested ids"])
+def test_a_shard_without_its_columns_is_refused(tmp_path, change):
+    folder = write_vectors(tmp_path / "vectors", np.eye(3, dtype=np.float32), ["a", "b", "c"]).folder
+    table = parquet.read_table(folder / "part-00000.parquet")
+    if change in table.column_names:
+        table = table.drop_columns([change])
+    else:
+        name, value = ("text", 7) if change == "numbers as texts" else ("id", [7])
+        table = table.set_column(table.column_names.index(name), name, pa.array([value] * 3))
+    parquet.write_table(table, folder / "part-00000.parquet")
+    with pytest.raises(ValueError, match="disagrees with its manifest about"):
+        VectorFolder(folder).ids([0])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "part-00000.parquet", "index/index.json", "index/vectors.bin"])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_pipes_and_devices_among_vectors_are_not_read(tmp_path, name, kind):
+    folder = write_vectors(tmp_path / "vectors", np.eye(3, dtype=np.float32)).folder
+    open_index(VectorFolder(folder))
+    (folder / name).unlink()
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to(kind)
+    if name.startswith("index"):
+        assert len(open_index(VectorFolder(folder))) == 3  # built again
+    else:
+        with pytest.raises(ValueError, match="is not a regular file"):
+            VectorFolder(folder)
 
 
 # -------------------------------------------------------------------------------------------------------------- names
