@@ -274,7 +274,8 @@ def test_the_teacher_is_asked_once(run, folder, tmp_path, monkeypatch):
     encode = SentenceTransformer.encode
 
     def counting(self, texts, *args, **kwargs):
-        asked.append(len(texts))
+        if len(texts) > 1:  # a model that is opened is tried with one text
+            asked.append(len(texts))
         if len(asked) == 3:
             raise KeyboardInterrupt
         return encode(self, texts, *args, **kwargs)

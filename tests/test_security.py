@@ -422,7 +422,7 @@ def test_an_error_about_settings_is_one_line(model, tmp_path, settings):
 def test_names_from_files_cannot_control_the_terminal(tmp_path):
     folder = write_vectors(tmp_path / "vectors", np.eye(3, dtype=np.float32), model="\x1b[31mred\x07").folder
     done = run_command("search", folder, "a text", color=True)
-    assert done.exit_code == 2 and "\\x1b[31mred\\x07" in done.stderr and "\x1b" not in done.stderr
+    assert done.exit_code == 2 and "\\u001b[31mred\\u0007" in done.stderr and "\x1b" not in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------- folders of vectors
@@ -449,11 +449,11 @@ def test_pipes_and_devices_among_vectors_are_not_read(tmp_path, name, kind):
     open_index(VectorFolder(folder))
     (folder / name).unlink()
     os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to(kind)
-    if name.startswith("index"):
+    if name.startswith("index") and kind == "pipe":
         assert len(open_index(VectorFolder(folder))) == 3  # built again
     else:
-        with pytest.raises(ValueError, match="is not a regular file"):
-            VectorFolder(folder)
+        with pytest.raises(ValueError, match="is not a regular file|is a link"):
+            open_index(VectorFolder(folder))
 
 
 # -------------------------------------------------------------------------------------------------------------- names

@@ -157,7 +157,7 @@ def test_tied_weights(words, tmp_path):
     [
         ("config.json", {"pad_token_id": 3}, "opens", "the tokenizer pads with 0, but the model has pad_token_id=3"),
         ("tokenizer_config.json", {"model_max_length": 99}, "opens", "tokenizer allows 99 tokens, but the model has"),
-        ("config.json", {"hidden_size": "x"}, "weights", "hidden_size"),
+        ("config.json", {"hidden_size": "x"}, "files", "sets 'hidden_size' to 'x'"),
         (
             "config.json",
             {"architectures": ["MiniBertForNo"]},
