@@ -276,8 +276,8 @@ def test_the_teacher_is_asked_once(run, folder, tmp_path, monkeypatch):
     def counting(self, texts, *args, **kwargs):
         if len(texts) > 1:  # a model that is opened is tried with one text
             asked.append(len(texts))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
+            if len(asked) == 3:
+                raise KeyboardInterrupt
         return encode(self, texts, *args, **kwargs)
 
     monkeypatch.setattr(SentenceTransformer, "encode", counting)
