@@ -78,6 +78,10 @@ def atomic_write(path: Path, folder: bool = False) -> Iterator[Path]:
         yield part
         sync(part)
         os.replace(part, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # libraries, and writes to an open file, name no file
+            error.filename = str(path)
+        raise
     finally:
         delete(part)
 
