@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -49,6 +50,9 @@ def main() -> None:
 
     The exit status is 0 for success, 1 for a failed check, 2 for wrong input, 130 for Ctrl-C.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed; the next file would take its number, and what is printed
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - it stays open
     app(prog_name="minibert")
 
 
