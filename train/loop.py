@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from minibert.evaluation.metrics import SMALLER_IS_BETTER
 from minibert.files.disk import read_json, write_json, write_text
-from minibert.files.processes import processes
+from minibert.files.processes import check_workers, processes
 from minibert.inference.cpu import bfloat16_is_faster
 from minibert.train import checkpoint
 from minibert.train.arguments import LoopArguments
@@ -321,6 +321,7 @@ def fit(
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
         raise ValueError("The training data has no rows; check data and limit in the recipe.")
+    check_workers(args.num_workers)
     keep_memory()
     run = _Run(model, tokenizer, phases, args, context, metric if evaluate else None)
     run.resume()

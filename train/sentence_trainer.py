@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerState
 
 from minibert.files.disk import read_json
-from minibert.files.processes import processes
+from minibert.files.processes import check_workers, processes
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
 from minibert.train.loop import Log, StopRequest, keep_memory, learning_rate, seed_everything
@@ -50,6 +50,7 @@ def train(
         FloatingPointError: if the loss or its gradient is not finite.
         KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
+    check_workers(args.num_workers)
     keep_memory()
     read = check_batches(pairs, args, context.seed)
     trainer = _Trainer(model=model, args=trainer_arguments(args, context), train_dataset=pairs, loss=loss)
