@@ -88,6 +88,8 @@ def _sentence(error: BaseException, extra: str) -> str | None:
     # system error.
     if isinstance(error, MemoryError) or re.search("can't allocate|Cannot allocate memory|out of memory", text):
         return "There is not enough memory; use a smaller model, batch or file, or a machine with more memory."
+    if isinstance(error, TypeError) and "TextEncodeInput" in text:  # tokenizers takes no lone surrogate for a text
+        return "A text is not UTF-8; convert it, as with iconv -f latin1 -t utf8."
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
         found = re.search(r"\(os error (\d+)\)", text)

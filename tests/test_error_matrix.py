@@ -576,6 +576,11 @@ def test_closed_streams(run_in, line):
     assert run_in(line, closed_streams).status == 0
 
 
+@pytest.mark.parametrize("line", ["plot tokens model caf\udce9", "plot attention model caf\udce9 --out out.html"])
+def test_a_text_that_is_not_utf8(run_in, line):
+    check_refused(run_in(line), "plot tokens", "A text is not UTF-8; convert it")
+
+
 def test_a_full_disk_that_a_library_hides_is_named():
     """A library that could not write fails again while it closes the file."""
     with pytest.raises(ValueError) as hidden:

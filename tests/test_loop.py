@@ -534,6 +534,15 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     fit(tmp_path, log_steps=1, save_total_limit=5)  # these do not change the weights
 
 
+def test_workers_without_shared_memory_are_refused(tmp_path, monkeypatch):
+    def refuse():
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("multiprocessing.Lock", refuse)
+    with pytest.raises(OSError, match=r"^num_workers: 1 needs shared memory, .*\(Read-only file system\); set it to 0"):
+        fit(tmp_path, num_workers=1)
+
+
 @pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path, undisturbed, start):
     """Until the first is gone, even if it left no time to clean up and has workers of its own."""
