@@ -81,8 +81,9 @@ def _sentence(error: BaseException, extra: str) -> str | None:
             return None
         return missing(f"This command needs {module}", extra or EXTRAS[module])
     # A library that could not write may fail once more while it closes the file.
-    if _ADVICE.get(getattr(error.__context__, "errno", None)) == _FULL and not error.__suppress_context__:
-        error = error.__context__
+    first = error.__context__
+    if isinstance(first, OSError) and _ADVICE.get(first.errno or 0) == _FULL and not error.__suppress_context__:
+        error = first
     text = str(error)
     # torch and tokenizers raise exceptions of their own, which contain only the text of a
     # system error.

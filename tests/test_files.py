@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -204,18 +205,19 @@ def test_a_filled_cache_may_be_read_only(tmp_path, monkeypatch):
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     """Otherwise the cache would keep the new rows as those of the old content."""
     file, write_table = tmp_path / "a.csv", files._write_table
+    before = f"text of {time.time_ns()}"  # no earlier test has cached it
 
     def changing(*arguments):
         file.write_text("text\ntwo\n")
         write_table(*arguments)
 
-    file.write_text("text\none before\n")
+    file.write_text(f"text\n{before}\n")
     with monkeypatch.context() as patch:
         patch.setattr(files, "_write_table", changing)
         with pytest.raises(ValueError, match="a.csv has changed while it was read; run the same command again"):
             as_dataset(str(file), split="train")
-    file.write_text("text\none before\n")
-    assert texts(file) == ["one before"]
+    file.write_text(f"text\n{before}\n")
+    assert texts(file) == [before]
 
 
 def test_an_error_of_the_disk_names_the_file(tmp_path):
