@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -49,13 +50,19 @@ def main() -> None:
 
     The exit status is 0 for success, 1 for a failed check, 2 for wrong input, 130 for Ctrl-C.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed; the next file would take its number, and what is printed
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - it stays open
     app(prog_name="minibert")
 
 
+_FULL = "Free some space, or put the result, HF_HOME (caches) or TMPDIR on another disk, then try again."
+_LOCKED = "Change its permissions, or choose another path (HF_HOME sets that of caches)."
 _ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space or use another disk, then try again."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
     errno.EFBIG: "Use a disk that allows larger files, or raise the limit (ulimit -f), then try again.",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or choose another path."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _LOCKED),
+    errno.ENOENT: "Restore what was moved or deleted, or correct the path, then try again.",
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "Correct the path."),
     errno.ENOTEMPTY: "Move its files to another folder, then try again.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), then try again.",
@@ -73,11 +80,17 @@ def _sentence(error: BaseException, extra: str) -> str | None:
         if module not in EXTRAS:
             return None
         return missing(f"This command needs {module}", extra or EXTRAS[module])
+    # A library that could not write may fail once more while it closes the file.
+    first = error.__context__
+    if isinstance(first, OSError) and _ADVICE.get(first.errno or 0) == _FULL and not error.__suppress_context__:
+        error = first
     text = str(error)
     # torch and tokenizers raise exceptions of their own, which contain only the text of a
     # system error.
     if isinstance(error, MemoryError) or re.search("can't allocate|Cannot allocate memory|out of memory", text):
         return "There is not enough memory; use a smaller model, batch or file, or a machine with more memory."
+    if isinstance(error, TypeError) and "TextEncodeInput" in text:  # tokenizers takes no lone surrogate for a text
+        return "A text is not UTF-8; convert it, as with iconv -f latin1 -t utf8."
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
         found = re.search(r"\(os error (\d+)\)", text)

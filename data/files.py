@@ -69,10 +69,13 @@ def read_table(files: Sequence[Path], sample_by: str = "line") -> Dataset:
     target.parent.mkdir(parents=True, exist_ok=True)
     for place in (target.parent, target, lock := target.with_suffix(".arrow.lock")):
         refuse_link(place)
-    with FileLock(lock):
+    with contextlib.nullcontext() if target.exists() else FileLock(lock):  # a filled cache may be read-only
         if not target.exists():
             with atomic_write(target) as part:
                 _write_table(part, files, sample_by)
+                for file, (_, before) in zip(files, contents):
+                    if sha256(file) != before:
+                        raise ValueError(f"{file} has changed while it was read; run the same command again.")
     table = MemoryMappedTable.from_file(str(target))
     for name, reason in json.loads(table.schema.metadata[_LEFT_OUT]).items():
         logger.warning("%s: column %r is left out, since %s.", files[0], name, reason)

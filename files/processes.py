@@ -1,5 +1,6 @@
-"""Connect the processes that torchrun started."""
+"""Connect the processes that torchrun started, and check that workers can be started."""
 
+import multiprocessing
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -22,3 +23,12 @@ def processes() -> "PartialState":
     # Without ``cpu``, Accelerate would not connect the processes on a machine without an
     # accelerator.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+
+
+def check_workers(count: int, field: str = "num_workers") -> None:
+    """Raise OSError if worker processes are wanted that cannot share memory."""
+    try:
+        if count:
+            multiprocessing.Lock()
+    except OSError as error:
+        raise OSError(f"{field}: {count} needs shared memory, but /dev/shm fails ({error.strerror}); set it to 0.") from error

@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from minibert.data.files import Bad
 from minibert.data.stream import Rows, Stream, open_stream
-from minibert.files.disk import exclusive_lock, read_json, read_settings
+from minibert.files.disk import exclusive_lock, read_json, read_settings, sha256
 from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
 from minibert.inference.encode import Encoder, EncoderOptions
@@ -439,6 +439,9 @@ class _Job:
             if missing := sorted(set(range(max(numbers) + 1)) - numbers):
                 lost = self.out / shard_name(missing[0])
                 raise OSError(f"{lost} is missing; run again, with the same folder for all processes.")
+            for part, line in zip(self.stream.parts, self.stream.listing):
+                if isinstance(part.content, Path) and sha256(part.content) not in line:
+                    raise ValueError(f"{part.name} has changed while it was encoded; encode again with --force.")
             self._list_shards(complete=True)
         self.state.wait_for_everyone()
         self.manifest = read_manifest(self.out)

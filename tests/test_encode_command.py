@@ -456,6 +456,13 @@ def test_the_same_files_elsewhere_are_the_same_input(run, data, tmp_path):
     assert "Nothing was left to do" in run(moved, "--column", "text").stdout
 
 
+def test_an_input_that_changes_meanwhile_is_no_complete_folder(run, data, monkeypatch):
+    finish = module._Job.finish
+    monkeypatch.setattr(module._Job, "finish", lambda job: (data.write_bytes(data.read_bytes() + b"\n"), finish(job)))
+    done = run(data, "--column", "text")
+    assert done.exit_code == 2 and "has changed while it was encoded; encode again with --force." in done.stderr
+
+
 def test_two_runs_in_one_folder_are_refused(model, data, tmp_path, start):
     out = tmp_path / "out"
     out.mkdir()

@@ -161,6 +161,13 @@ def full_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
 
 
+def closed_streams() -> None:
+    """Close standard input, output and error, as ``<&- >&- 2>&-`` does."""
+    for number in range(3):
+        os.close(number)
+    sys.stdin = sys.stdout = sys.stderr = None
+
+
 def little_memory() -> None:
     """Limit the process to 100 MB more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -562,6 +569,54 @@ def test_nowhere_to_print_to(run_in, line):
     done = run_in(line, stdout="/dev/full")
     assert done.status == 2 and "Traceback" not in done.err
     assert done.err.splitlines()[-1].startswith(f"Error: [Errno {errno.ENOSPC}] No space left on device. Free some space")
+
+
+@pytest.mark.parametrize("line", ["search vectors", "predict model -", "predict model texts.txt", "encode model texts.txt out"])
+def test_closed_streams(run_in, line):
+    assert run_in(line, closed_streams).status == 0
+
+
+@pytest.mark.parametrize("line", ["plot tokens model caf\udce9", "plot attention model caf\udce9 --out out.html"])
+def test_a_text_that_is_not_utf8(run_in, line):
+    check_refused(run_in(line), "plot tokens", "A text is not UTF-8; convert it")
+
+
+def test_a_full_disk_that_a_library_hides_is_named():
+    """A library that could not write fails again while it closes the file."""
+    with pytest.raises(ValueError) as hidden:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise ValueError("I/O operation on closed file")
+    assert re.fullmatch(".*No space left on device. Free some space, or .* TMPDIR .*", cli._sentence(hidden.value, ""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1000, 8000, 60_000])
+@pytest.mark.parametrize("line", [line for line in MOMENTS if re.match("train|encode|search v|predict|hub convert", line)])
+def test_after_a_full_disk_the_same_command_finishes(run_in, place, line, limit):
+    """Wherever the disk was full, nothing is lost, nothing is left, and the result is that of an undisturbed command."""
+    before = snapshot(place)
+
+    def result():
+        found = {name: digest for name, digest in snapshot(place).items() if name not in before}
+        for path in (place / "out", place / "out.jsonl", place / "vectors/index"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        return {
+            name: digest
+            for name, digest in found.items()
+            if not re.search("(log|metrics|state|environment|step-[0-9]+.manifest)[.]json", name)
+        }
+
+    done = run_in(line, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    if done.status:
+        check_refused(done, line, "raise the limit|Free some disk space")
+        check_kept(before, place, "out", "vectors/index")
+        done = run_in(line)
+    assert done.status == 0 and not list(place.rglob(".*.part"))
+    resumed = result()
+    assert run_in(line).status == 0
+    assert result() == resumed
 
 
 @pytest.mark.parametrize("line", ["search nothing cat", "plot tokens a/b/c text", "hub verify a/b/c"])

@@ -1,8 +1,10 @@
 """Every command reads a file in the same way: its name is no pattern, and all of its rows have the same columns."""
 
+import errno
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,10 +12,11 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
+from minibert.data import files
 from minibert.data.load import as_dataset, load, text_columns
 from minibert.data.source import DataSource
 from minibert.data.stream import open_stream
-from minibert.files.disk import expand_home
+from minibert.files.disk import atomic_write, expand_home
 from minibert.inference.load import find_folder
 
 
@@ -186,3 +189,38 @@ def test_bytes_that_are_not_utf8_are_refused_alike(suffix, tmp_path):
     for read in (lambda path: as_dataset(str(path), split="train"), lambda path: list(open_stream(str(path), "text").read())):
         with pytest.raises(ValueError, match=rf"rows.{suffix} is not UTF-8: line . cannot be decoded"):
             read(tmp_path / f"rows.{suffix}")
+
+
+def test_a_filled_cache_may_be_read_only(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text\none\n")
+    assert texts(tmp_path / "a.csv") == ["one"]
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files, "FileLock", refuse)
+    assert texts(tmp_path / "a.csv") == ["one"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """Otherwise the cache would keep the new rows as those of the old content."""
+    file, write_table = tmp_path / "a.csv", files._write_table
+    before = f"text of {time.time_ns()}"  # no earlier test has cached it
+
+    def changing(*arguments):
+        file.write_text("text\ntwo\n")
+        write_table(*arguments)
+
+    file.write_text(f"text\n{before}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_write_table", changing)
+        with pytest.raises(ValueError, match="a.csv has changed while it was read; run the same command again"):
+            as_dataset(str(file), split="train")
+    file.write_text(f"text\n{before}\n")
+    assert texts(file) == [before]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left on device: .*out.txt") as caught, atomic_write(tmp_path / "out.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

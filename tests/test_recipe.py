@@ -234,6 +234,18 @@ def test_force_does_not_take_the_folder_of_a_run_that_is_at_work(write, calls, t
     assert (run_dir / "2-classify" / "stage.json").exists()
 
 
+def test_a_stage_of_any_kind_locks_its_folder(write, calls, tmp_path, monkeypatch):
+    def stage(args, context):
+        with pytest.raises(ValueError, match="is training in"), exclusive_lock(context.output_dir):
+            pass
+        calls.append(args.name)
+        return {}
+
+    monkeypatch.setattr(run_module, "_function", lambda args: stage)
+    run_recipe(load_recipe(write(TOKENIZER, CLASSIFY, EMBED)), output_dir=tmp_path / "run")
+    assert len(calls) == 3 and not list(tmp_path.rglob(".lock"))
+
+
 def test_a_home_folder_is_understood_everywhere(write, calls, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "vocabulary").mkdir()

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from minibert.evaluation.metrics import SMALLER_IS_BETTER
 from minibert.files.disk import read_json, write_json, write_text
-from minibert.files.processes import processes
+from minibert.files.processes import check_workers, processes
 from minibert.inference.cpu import bfloat16_is_faster
 from minibert.train import checkpoint
 from minibert.train.arguments import LoopArguments
@@ -310,18 +310,18 @@ def fit(
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
         raise ValueError("The training data has no rows; check data and limit in the recipe.")
+    check_workers(args.num_workers)
     keep_memory()
     run = _Run(model, tokenizer, phases, args, context, metric if evaluate else None)
-    main = run.accelerator.is_main_process
-    with checkpoint.exclusive_lock(run.output_dir) if main else contextlib.nullcontext():
-        run.resume()
-        try:
-            run.train(evaluate)
-        except KeyboardInterrupt:
-            # The caller knows the command, so it adds how to resume.
-            saved = "without a checkpoint" if run.saved_step is None else f"saved up to step {run.saved_step}"
-            raise KeyboardInterrupt(f"Stopped at step {run.progress.step} of {run.total}, {saved}.") from None
-        return run.finish()
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    run.resume()
+    try:
+        run.train(evaluate)
+    except KeyboardInterrupt:
+        # The caller knows the command, so it adds how to resume.
+        saved = "without a checkpoint" if run.saved_step is None else f"saved up to step {run.saved_step}"
+        raise KeyboardInterrupt(f"Stopped at step {run.progress.step} of {run.total}, {saved}.") from None
+    return run.finish()
 
 
 class _Run:

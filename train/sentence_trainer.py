@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerState
 
 from minibert.files.disk import read_json
-from minibert.files.processes import processes
+from minibert.files.processes import check_workers, processes
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
 from minibert.train.loop import Log, StopRequest, keep_memory, learning_rate, seed_everything
@@ -50,6 +50,7 @@ def train(
         FloatingPointError: if the loss or its gradient is not finite.
         KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
+    check_workers(args.num_workers)
     keep_memory()
     read = check_batches(pairs, args, context.seed)
     trainer = _Trainer(model=model, args=trainer_arguments(args, context), train_dataset=pairs, loss=loss)
@@ -66,8 +67,12 @@ def train(
         trainer._load_from_checkpoint(found)
         callback.restore(state)
     else:
-        with callback.stop.listening():
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
+        try:
+            with callback.stop.listening():
+                trainer.train(resume_from_checkpoint=str(found) if found else None)
+        finally:
+            if callback.training_bar is not None:  # an error would be printed behind an open bar
+                callback.training_bar.close()
         state = trainer.state
     if callback.interrupted:
         message = f"Stopped at step {state.global_step} of {state.max_steps}, after saving a checkpoint."
