@@ -141,12 +141,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``target``, or deleted after an error."""
-    check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = partial(exclusive_lock, doing="writing", kept="nothing was written")
     for killed in disk.leftovers(target.parent, re.escape(target.name)):
         with lock(killed):  # fails while another process writes
             disk.delete(killed)
+    check_output(target)  # a killed process may have completed it
     place = disk.temporary_path(target)
     temporary = place / target.name
     temporary.mkdir(parents=True)
