@@ -52,10 +52,13 @@ def main() -> None:
     app(prog_name="minibert")
 
 
+_FULL = "Free some space, or put the result, HF_HOME (caches) or TMPDIR on another disk, then try again."
+_LOCKED = "Change its permissions, or choose another path (HF_HOME sets that of caches)."
 _ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space or use another disk, then try again."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
     errno.EFBIG: "Use a disk that allows larger files, or raise the limit (ulimit -f), then try again.",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or choose another path."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _LOCKED),
+    errno.ENOENT: "Restore what was moved or deleted, or correct the path, then try again.",
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "Correct the path."),
     errno.ENOTEMPTY: "Move its files to another folder, then try again.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), then try again.",
@@ -73,6 +76,9 @@ def _sentence(error: BaseException, extra: str) -> str | None:
         if module not in EXTRAS:
             return None
         return missing(f"This command needs {module}", extra or EXTRAS[module])
+    # A library that could not write may fail once more while it closes the file.
+    if _ADVICE.get(getattr(error.__context__, "errno", None)) == _FULL and not error.__suppress_context__:
+        error = error.__context__
     text = str(error)
     # torch and tokenizers raise exceptions of their own, which contain only the text of a
     # system error.

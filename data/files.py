@@ -69,7 +69,7 @@ def read_table(files: Sequence[Path], sample_by: str = "line") -> Dataset:
     target.parent.mkdir(parents=True, exist_ok=True)
     for place in (target.parent, target, lock := target.with_suffix(".arrow.lock")):
         refuse_link(place)
-    with FileLock(lock):
+    with contextlib.nullcontext() if target.exists() else FileLock(lock):  # a filled cache may be read-only
         if not target.exists():
             with atomic_write(target) as part:
                 _write_table(part, files, sample_by)

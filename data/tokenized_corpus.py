@@ -148,7 +148,7 @@ def _tokenize(
                 ]
         except Exception as error:
             # ``datasets`` waits for its processes. A timeout would hide the interruption.
-            if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
+            if isinstance(error.__context__, KeyboardInterrupt | SystemExit | OSError):
                 raise error.__context__ from error
             raise
         finally:

@@ -63,7 +63,8 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
             f"{target} could not be written ({reason}); {kept}. "
-            "Free some disk space or use another disk, then run the same command again to resume."
+            "Free some disk space, restore its folder and permissions, or use another disk; "
+            "then run the same command again to resume."
         ) from error
 
 
@@ -78,6 +79,10 @@ def atomic_write(path: Path, folder: bool = False) -> Iterator[Path]:
         yield part
         sync(part)
         os.replace(part, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # libraries, and writes to an open file, name no file
+            error.filename = str(path)
+        raise
     finally:
         delete(part)
 

@@ -537,16 +537,22 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
 @pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path, undisturbed, start):
     """Until the first is gone, even if it left no time to clean up and has workers of its own."""
-    (first,) = start(1, lambda: fit(tmp_path / "parts", make=slow_collate, epochs=300, num_workers=1))
+
+    def locked(**fields):
+        with checkpoint.exclusive_lock(tmp_path / "parts"):  # as a run locks the folder of each stage
+            fit(tmp_path / "parts", **fields)
+
+    (tmp_path / "parts").mkdir()
+    (first,) = start(1, lambda: locked(make=slow_collate, epochs=300, num_workers=1))
     while not list((tmp_path / "parts").glob("checkpoints/step-????????")):
         time.sleep(0.02)
     with pytest.raises(ValueError, match=r"^Another process is training in .*parts; wait for it, stop it, or"):
-        fit(tmp_path / "parts")
+        locked()
     assert first.is_alive()
     first.kill()
     first.join()
     shutil.rmtree(tmp_path / "parts/checkpoints", ignore_errors=True)  # of another number of epochs
-    fit(tmp_path / "parts")
+    locked()
     assert_same(read_weights(tmp_path / "parts"), read_weights(undisturbed))
     assert not (tmp_path / "parts/.lock").exists()
 

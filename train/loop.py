@@ -323,16 +323,14 @@ def fit(
         raise ValueError("The training data has no rows; check data and limit in the recipe.")
     keep_memory()
     run = _Run(model, tokenizer, phases, args, context, metric if evaluate else None)
-    main = run.accelerator.is_main_process
-    with checkpoint.exclusive_lock(run.output_dir) if main else contextlib.nullcontext():
-        run.resume()
-        try:
-            run.train(evaluate)
-        except KeyboardInterrupt:
-            # The caller knows the command, so it adds how to resume.
-            saved = "without a checkpoint" if run.saved_step is None else f"saved up to step {run.saved_step}"
-            raise KeyboardInterrupt(f"Stopped at step {run.progress.step} of {run.total}, {saved}.") from None
-        return run.finish()
+    run.resume()
+    try:
+        run.train(evaluate)
+    except KeyboardInterrupt:
+        # The caller knows the command, so it adds how to resume.
+        saved = "without a checkpoint" if run.saved_step is None else f"saved up to step {run.saved_step}"
+        raise KeyboardInterrupt(f"Stopped at step {run.progress.step} of {run.total}, {saved}.") from None
+    return run.finish()
 
 
 class _Run:

@@ -117,7 +117,7 @@ def _check_models(recipe: Recipe) -> None:
 def _check_data(recipe: Recipe, contexts: list[StageContext], run_dir: Path, force: bool) -> None:
     """Read and check the data of all stages that will run, and print the columns that they use."""
     if not run_dir.exists():
-        run_dir.mkdir(parents=True)  # an error of the disk shows before data are read
+        run_dir.mkdir(parents=True, exist_ok=True)  # an error of the disk shows before data are read
     try:
         for stage, context in zip(recipe.stages, contexts, strict=True):
             if (context.output_dir / "stage.json").exists() and not force:
@@ -151,21 +151,22 @@ def _run_stage(stage: Any, context: StageContext, state: Any, *, resume: bool) -
             disk.refuse_link(path)
         context.output_dir.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
-    if state.is_main_process or not alone:
-        try:
-            metrics = _function(stage)(stage, context)
-        except BaseException:
-            with contextlib.suppress(OSError):  # without files, it can change without --force
-                context.output_dir.rmdir()
-            raise
-    state.wait_for_everyone()
-    if state.is_main_process:
-        data = {"data": context.data} if context.data else {}
-        disk.write_json(context.output_dir / "metrics.json", {**metrics, **data})
-        found = describe(stage, context, processes=1 if alone else state.num_processes)
-        disk.write_json(context.output_dir / "environment.json", found)
-        # stage.json is written last, because it marks a finished stage.
-        disk.write_json(context.output_dir / "stage.json", _dump(stage))
+    lock = checkpoint.exclusive_lock(context.output_dir) if state.is_main_process else contextlib.nullcontext()
+    try:
+        with lock:
+            metrics = _function(stage)(stage, context) if state.is_main_process or not alone else {}
+            state.wait_for_everyone()
+            if state.is_main_process:
+                data = {"data": context.data} if context.data else {}
+                disk.write_json(context.output_dir / "metrics.json", {**metrics, **data})
+                found = describe(stage, context, processes=1 if alone else state.num_processes)
+                disk.write_json(context.output_dir / "environment.json", found)
+                # stage.json is written last, because it marks a finished stage.
+                disk.write_json(context.output_dir / "stage.json", _dump(stage))
+    except BaseException:
+        with contextlib.suppress(OSError):  # without files, it can change without --force
+            context.output_dir.rmdir()
+        raise
     state.wait_for_everyone()
 
 

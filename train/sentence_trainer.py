@@ -66,8 +66,12 @@ def train(
         trainer._load_from_checkpoint(found)
         callback.restore(state)
     else:
-        with callback.stop.listening():
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
+        try:
+            with callback.stop.listening():
+                trainer.train(resume_from_checkpoint=str(found) if found else None)
+        finally:
+            if callback.training_bar is not None:  # an error would be printed behind an open bar
+                callback.training_bar.close()
         state = trainer.state
     if callback.interrupted:
         message = f"Stopped at step {state.global_step} of {state.max_steps}, after saving a checkpoint."
