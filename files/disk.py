@@ -17,6 +17,11 @@ from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 _JSON_LIMIT = 64_000_000  # bytes
@@ -52,6 +57,13 @@ def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -
         lock.release()
 
 
+def delete_unused_lock(folder: Path) -> None:
+    """Delete the lock that a killed process has left in ``folder``."""
+    if (folder / ".lock").exists():
+        with contextlib.suppress(ValueError, OSError), exclusive_lock(folder, "using", kept=""):
+            pass  # the end of the block deletes it
+
+
 @contextlib.contextmanager
 def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
     """Convert disk errors to an OSError with advice. ``kept`` states which data is not lost."""
@@ -72,17 +84,41 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
 def atomic_write(path: Path, folder: bool = False) -> Iterator[Path]:
     """Yield a new file or folder, and rename it to ``path`` unless the ``with`` block fails."""
     for killed in () if folder else leftovers(path.parent, re.escape(path.name)):
-        delete(killed)
+        with contextlib.suppress(OSError), _marked(killed):  # fails while another process writes the file
+            delete(killed)
     part = temporary_path(path)
     part.mkdir(parents=True) if folder else part.touch(exist_ok=False)
     try:
-        yield part
-        sync(part)
-        os.replace(part, path)
+        with contextlib.nullcontext() if folder else _marked(part):
+            yield part
+            sync(part)
+            os.replace(part, path)
     except OSError as error:
         if error.errno and not error.filename:  # libraries, and writes to an open file, name no file
             error.filename = str(path)
         raise
+    finally:
+        delete(part)
+
+
+@contextlib.contextmanager
+def _marked(part: Path) -> Iterator[None]:
+    """Lock a temporary file, so that other processes see that its process lives. Windows needs no lock."""
+    if fcntl is None:  # no process can delete a file that another one has opened
+        yield
+        return
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, and delete it at the end."""
+    part = temporary_path(path)
+    part.mkdir(parents=True)
+    try:
+        yield part
     finally:
         delete(part)
 

@@ -147,17 +147,13 @@ def new_folder(target: Path) -> Iterator[Path]:
         with lock(killed):  # fails while another process writes
             disk.delete(killed)
     check_output(target)  # a killed process may have completed it
-    place = disk.temporary_path(target)
-    temporary = place / target.name
-    temporary.mkdir(parents=True)
-    try:
-        with lock(place):
-            yield temporary
-            if target.exists():
-                target.rmdir()
-            os.replace(temporary, target)
-    finally:
-        disk.delete(place)
+    with disk.temporary_folder(target) as place, lock(place):
+        temporary = place / target.name
+        temporary.mkdir()
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
 
 
 def check_output(target: Path) -> None:

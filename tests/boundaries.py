@@ -6,10 +6,12 @@ everything, so that each takes a fraction of a second. A fork that is stopped ge
 
 import builtins
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -39,6 +41,10 @@ from minibert.search import index
 from minibert.search.encode_corpus import encode_corpus
 from minibert.train.stages.distill import teacher
 
+for area in ("data", "evaluation", "files", "hub", "inference", "search", "train"):  # once, and not in each fork
+    for module in pkgutil.walk_packages([str(helpers.ROOT / area)], f"minibert.{area}."):
+        importlib.import_module(module.name)
+
 CALLS = (
     (os, ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir")),
     (safetensors.torch, ("serialize_file",)),
@@ -64,7 +70,8 @@ class Workflow:
 class Boundaries:
     """Count the boundaries of this process, and kill it at boundary ``stop``.
 
-    If ``folder`` is given, a boundary with the same files in this folder as at the one before is not counted again.
+    If ``folder`` is given, a boundary with the same files in this folder as at the one before is not counted again. What is
+    written in a temporary folder does not count: the next start deletes it, whatever it holds.
     """
 
     def __init__(self, stop=0, folder=None):
@@ -154,10 +161,13 @@ def run(workflow, folder, stop=0, server=None):
 
 
 def list_files(folder):
-    """Return the paths, sizes and times of change of all files in ``folder``."""
+    """Return the paths, sizes and times of change of all files in ``folder``, but not in temporary folders."""
     found = []
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder):
         found.append(place)
+        if place.endswith(".part"):
+            folders.clear()
+            continue
         for name in names:
             about = os.stat(os.path.join(place, name))
             found.append((place, name, about.st_ino, about.st_size, about.st_mtime_ns))
@@ -246,17 +256,25 @@ def make_inputs(folder, scale=1):
         first, last = text.split()[0], text.rstrip(".").split()[-1]
         row["label"] = "much" if first < "f" else "little"
         row |= {"tokens": text.split(), "ner_tags": ["B-PER" if word < "d" else "O" for word in text.split()]}
-        row |= {"question": f"{first} {last}", "context": text, "answers": {"text": [last], "answer_start": [text.rindex(last)]}}
+        row |= {
+            "question": f"{first} {last}",
+            "context": text,
+            "answers": {"text": [last], "answer_start": [text.rindex(last)]},
+        }
         row |= {"query": f"{last} {first}", "answer": text}
         row |= {"choices": [text, other] if number % 2 else [other, text], "right": int(not number % 2)}
     for name, columns in COLUMNS.items():
         helpers.write_rows(folder / f"{name}.jsonl", ({column: row[column] for column in columns} for row in rows))
-    helpers.write_rows(folder / "corpus.jsonl", ({"text": " ".join(row["text"] for row in rows[at : at + 4])} for at in range(0, len(rows), 4)))
+    helpers.write_rows(
+        folder / "corpus.jsonl", ({"text": " ".join(row["text"] for row in rows[at : at + 4])} for at in range(0, len(rows), 4))
+    )
     tokenizer = minibert.train_wordpiece([row["text"] for row in rows], vocab_size=100, model_max_length=32)
     tokenizer.save_pretrained(folder / "tokenizer")
     labels = {"id2label": {0: "little", 1: "much"}}
     helpers.save_model(folder / "classifier", tokenizer, "ForSequenceClassification", "bert-base", **labels)
-    start = minibert.MiniBertModel(minibert.MiniBertConfig.preset("search-8x768", **{**helpers.TINY, "vocab_size": len(tokenizer)}))
+    start = minibert.MiniBertModel(
+        minibert.MiniBertConfig.preset("search-8x768", **{**helpers.TINY, "vocab_size": len(tokenizer)})
+    )
     helpers.add_noise(start, 1.0)  # so that its vectors differ
     embedder(start, tokenizer, folder / ".start", "mean", True).save_pretrained(str(folder / "model"), create_model_card=False)
     helpers.save_family(folder / "bert")

@@ -61,7 +61,8 @@ def save(root: Path, step: int, model: nn.Module, states: dict[str, Any], optimi
         write_folder(written := root / f"{kind}-{step:08d}", fill)
         position = (folders := _steps(root, kind)).index(written) + 1
         for folder in (*folders[: max(0, position - keep)], *folders[position:]):  # later ones are damaged
-            delete(folder)
+            os.replace(folder, retired := disk.temporary_path(folder))  # a kill leaves no part of a checkpoint
+            delete(retired)
     processes().wait_for_everyone()  # a process that ends earlier would make torchrun stop the others
 
 
@@ -81,8 +82,7 @@ def newest(root: Path) -> tuple[Path | None, Path | None]:
     """
     found: list[Any] = [None]
     if processes().is_main_process:
-        for folder in disk.leftovers(root):  # of killed processes
-            delete(folder)
+        delete_leftovers(root)
         found = [(latest_valid(root), latest_valid(root, kind="best"))]
     # All processes use this result, because some might not see every file yet.
     (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
@@ -124,6 +124,13 @@ def delete(folder: Path) -> None:
     except (OSError, ValueError, TypeError):
         listed = []
     disk.delete(folder, [*_OURS, *(Path(name).name for name in listed)])
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what killed processes have left at temporary paths in ``folder`` and its subfolders."""
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        for killed in disk.leftovers(place):
+            delete(killed)
 
 
 def find_corruption(folder: Path) -> str | None:
