@@ -19,6 +19,7 @@ from benchmarks.machine import describe
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from boundaries import Survival, Workflow, add_hub_files, compare, make_inputs, read_tree, workflows
+
 from hub_server import HubServer
 
 

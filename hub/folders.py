@@ -138,16 +138,15 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in state.values())
 
 
+_lock = partial(exclusive_lock, doing="writing", kept="nothing was written")
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``target``, or deleted after an error."""
+    check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = partial(exclusive_lock, doing="writing", kept="nothing was written")
-    for killed in disk.leftovers(target.parent, re.escape(target.name)):
-        with lock(killed):  # fails while another process writes
-            disk.delete(killed)
-    check_output(target)  # a killed process may have completed it
-    with disk.temporary_folder(target) as place, lock(place):
+    with disk.temporary_folder(target) as place, _lock(place):
         temporary = place / target.name
         temporary.mkdir()
         yield temporary
@@ -157,6 +156,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def check_output(target: Path) -> None:
-    """Raise ValueError if ``target`` is a file or a folder that is not empty."""
+    """Raise ValueError if ``target`` is not new or empty. Delete what killed processes left beside it."""
+    for killed in disk.leftovers(target.parent, re.escape(target.name)):
+        with _lock(killed):  # fails while another process writes
+            disk.delete(killed)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"The output folder {target} is not empty; choose another folder, or delete this one.")

@@ -294,8 +294,8 @@ COLUMNS = {
 }
 
 
-def workflows(inputs, scale=1):
-    """Return every workflow on the inputs in a folder. Recipes train for ``scale`` times a few steps."""
+def workflows(inputs, scale=1, **changes):
+    """Return every workflow on the inputs in a folder. Recipes train for ``scale`` times a few steps, with ``changes``."""
 
     def recipe(name, *stages):
         text = yaml.safe_dump({"name": name, "stages": list(stages)}, sort_keys=False)
@@ -306,7 +306,7 @@ def workflows(inputs, scale=1):
         steps = {"max_steps": 3 * scale, "save_steps": 2, "log_steps": 1, "batch_size": 4, "learning_rate": 1e-2}
         model = {} if "student_layers" in fields else {"model": NEW, "tokenizer": str(inputs / "tokenizer")}
         data = {"data": str(inputs / f"{data}.jsonl"), "eval_data": str(inputs / f"{data}.jsonl"), "eval_steps": 1}
-        return {"kind": kind, **data, **model, **steps, "dropout": 0.1, "save_total_limit": 1, **fields}
+        return {"kind": kind, **data, **model, **steps, "dropout": 0.1, "save_total_limit": 1, **changes, **fields}
 
     tokenized = {"cache_dir": "corpus", "preprocessing_num_workers": 1, "next_sentence": True}
     halves = [{"share": 1, "max_length": 16}, {"share": 1, "max_length": 32, "batch_size": 2}]

@@ -1,6 +1,7 @@
 """Kill and resume the pretrain stage, with phases, masking and dropout, or resume it with another recipe."""
 
 import json
+import multiprocessing
 import random
 import time
 
@@ -89,6 +90,21 @@ def test_killed_at_random_moments_the_result_is_bit_identical(folder, tmp_path, 
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     losses = [[line["loss"] for line in read_rows(tmp_path / name / "1-pretrain/log.jsonl")] for name in ("parts", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["encode", "classify", "embed"])
+def test_killed_at_any_write_the_next_start_leaves_what_an_undisturbed_run_leaves(name, tmp_path):
+    """Every file is the same but for times, and no other file is there."""
+    from boundaries import Survival, make_inputs, workflows  # imports everything
+
+    (inputs := tmp_path / "inputs").mkdir()
+    (child := multiprocessing.get_context("fork").Process(target=make_inputs, args=(inputs,))).start()
+    child.join()
+    survival = Survival(workflows(inputs, max_steps=2)[name], tmp_path / "runs")
+    assert len(survival.boundaries) > 20
+    for number, boundary in enumerate(survival.boundaries, start=1):
+        assert survival.stopped_at(number) == ([], []), boundary
 
 
 def interrupted(folder, out, monkeypatch, **changes):

@@ -545,7 +545,7 @@ class _Run:
 
     def resume(self) -> None:
         """Load the latest valid checkpoint, if any."""
-        folder, best = checkpoint.newest(self.root)
+        folder, best = checkpoint.newest(self.root, self.arguments.save_total_limit)
         if best:
             self.best = self._state(best)
         if not folder:
