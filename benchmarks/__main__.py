@@ -191,7 +191,7 @@ def survival(
         bool, typer.Option("--every-boundary", help="Kill tiny workflows before and after every write, not at random moments.")
     ] = False,
     kills: Annotated[int, typer.Option(min=1, help="SIGKILLs at random moments per workflow.")] = 5,
-    scale: Annotated[int, typer.Option(min=1, help="Size of the inputs for them, in times of the tiny ones.")] = 50,
+    scale: Annotated[int, typer.Option(min=1, help="Size of the inputs for them, in times of the tiny ones.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the moments.")] = 0,
 ) -> None:
     """Kill every command that writes files, start it again, and compare its results with those of a command left alone.

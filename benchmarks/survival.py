@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def run(out: Path, work: Path, *, names: list[str], every_boundary: bool, kills:
         (work / "inputs" / "complete").touch()
 
     for name, workflow in workflows(work / "inputs", scale).items():
-        if names and name not in names:
+        if (names and name not in names) or (workflow.victim and not every_boundary):  # random kills hit all processes
             continue
         with HubServer() if workflow.hub else nullcontext() as server:
             begin = _boundaries if every_boundary else _random
@@ -79,9 +79,9 @@ def _random(workflow: Workflow, folder: Path, result: dict[str, Any], server: Hu
         return
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "tmp").mkdir(parents=True)
-    begun = time.perf_counter()
+    begun, now = time.perf_counter(), time.time()
     child = _start(workflow, folder, server)
-    while not _written(folder / "run") and child.poll() is None:
+    while not _written(folder / "run", now) and child.poll() is None:
         time.sleep(0.05)
     start_up = time.perf_counter() - begun
     whole = _finished(child, folder, server)
@@ -111,16 +111,19 @@ def _start(workflow: Workflow, folder: Path, server: HubServer | None) -> subpro
             shutil.copytree(path, run / path.name)
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(workflow.processes), "-m"]
     environment = server.environment(folder / "home") if server else {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_DATASETS_CACHE": str(run / "cache"), "TMPDIR": str(folder / "tmp"), "PYTHONHASHSEED": "0"}
+    environment |= {"HF_DATASETS_CACHE": str(run / "cache"), "TMPDIR": str(folder / "tmp")}
     (command,) = workflow.commands
     command = [sys.executable, "-m", *(launcher if workflow.processes > 1 else []), "minibert", *command]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=run, env=environment)
 
 
-def _written(run: Path) -> bool:
-    """Return True if the command has written a file of its result."""
-    return any(path.is_file() for place in run.glob("*") if place.name != "cache" for path in place.rglob("*"))
+def _written(run: Path, since: float) -> bool:
+    """Return True if the command has written a file of its result since the time ``since``."""
+    places = (place for place in run.glob("*") if place.name != "cache")
+    with suppress(FileNotFoundError):  # a temporary file may be gone already
+        return any(path.stat().st_mtime > since for place in places for path in place.rglob("*") if path.is_file())
+    return True
 
 
 def _kill(child: subprocess.Popen) -> None:

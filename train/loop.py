@@ -238,6 +238,7 @@ class Log:
         if accelerator.is_main_process:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
             with checkpoint.readable_os_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, line: dict[str, Any]) -> None:
