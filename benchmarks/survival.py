@@ -52,8 +52,28 @@ def run(out: Path, work: Path, *, names: list[str], every_boundary: bool, kills:
                 out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         shown = {key: value for key, value in found[name].items() if key != "findings"}
         print(f"{name}: {shown}", *found[name]["findings"], sep="\n  ", flush=True)
+    print(table(results))
     if any(result["findings"] for result in found.values()):
         raise SystemExit(1)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a table in Markdown."""
+    lines = [
+        "| workflow | boundaries | identical | without leftovers | random kills | identical, without leftovers |",
+        "|" + " --- |" * 6,
+    ]
+    every, moments = results.get("every_boundary", {}), results.get("random", {})
+    for name in {**every, **moments}:
+        cells = ["–"] * 5
+        if name in every:
+            killed, findings = every[name]["killed"], every[name]["findings"]
+            bad = [sum(bool(finding[kind]) for finding in findings) for kind in ("different", "left_over")]
+            cells[:3] = [f"{killed} of {every[name]['boundaries']}", *(str(killed - number) for number in bad)]
+        if name in moments:
+            cells[3:] = [str(moments[name]["kills"]), "no" if moments[name]["findings"] else "yes"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _boundaries(workflow: Workflow, folder: Path, result: dict[str, Any], server: HubServer | None) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from helpers import read_rows, read_weights, write_rows
 from minibert import train_wordpiece
+from minibert.files import disk
 from minibert.train import checkpoint, loop
 from minibert.train.arguments import Recipe
 from minibert.train.run import read_metrics, run_recipe
@@ -105,6 +106,21 @@ def test_killed_at_any_write_the_next_start_leaves_what_an_undisturbed_run_leave
     assert len(survival.boundaries) > 20
     for number, boundary in enumerate(survival.boundaries, start=1):
         assert survival.stopped_at(number) == ([], []), boundary
+
+
+def test_the_file_that_a_living_process_writes_is_no_leftover(tmp_path):
+    with disk.atomic_write(tmp_path / "file") as part:
+        part.write_text("slow")
+        disk.write_text(tmp_path / "file", "fast")
+        assert part.read_text() == "slow"
+    assert (tmp_path / "file").read_text() == "slow" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_processes_that_tokenize_the_same_texts_wait_for_each_other(folder, tmp_path, start):
+    changes = {"max_steps": 1, "cache_dir": str(tmp_path / "cache"), "next_sentence": True}
+    runs = [start(1, lambda name=name: run_recipe(recipe(folder, **changes), output_dir=tmp_path / name)) for name in "ab"]
+    assert [start.finish(run) for run in runs] == [[0], [0]]
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def interrupted(folder, out, monkeypatch, **changes):
