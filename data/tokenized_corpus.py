@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -126,7 +127,7 @@ def _tokenize(
     workers: int,
 ) -> _Blocks:
     """Yield blocks of tokens, ends of documents and, with ``delimiters``, ends of sentences."""
-    with disk.temporary_folder(folder / "texts") as scratch:
+    with tempfile.TemporaryDirectory(prefix=".texts.", suffix=".part", dir=folder) as scratch:
         gc.freeze()  # otherwise, garbage collection would copy the memory that processes share
         try:
             with _sigterm_as_exit():
@@ -140,7 +141,7 @@ def _tokenize(
                         fn_kwargs={"tokenizer": tokenizer, "delimiters": delimiters},
                         features=datasets.Features(dict.fromkeys(("ids", "lengths"), datasets.List(datasets.Value("int32")))),
                         new_fingerprint=f"{folder.name}-{number}",
-                        cache_file_name=str(scratch / f"{number}.arrow"),
+                        cache_file_name=str(Path(scratch) / f"{number}.arrow"),
                         desc="tokenize",
                     )
                     for number, part in enumerate(parts)

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,10 +18,8 @@ from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +83,12 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
 def atomic_write(path: Path, folder: bool = False) -> Iterator[Path]:
     """Yield a new file or folder, and rename it to ``path`` unless the ``with`` block fails."""
     for killed in () if folder else leftovers(path.parent, re.escape(path.name)):
-        with contextlib.suppress(OSError), _marked(killed):  # fails while another process writes the file
+        with contextlib.suppress(OSError), _in_use(killed, wait=False):  # fails while a process writes it
             delete(killed)
     part = temporary_path(path)
     part.mkdir(parents=True) if folder else part.touch(exist_ok=False)
     try:
-        with contextlib.nullcontext() if folder else _marked(part):
+        with contextlib.nullcontext() if folder else _in_use(part, wait=True):
             yield part
             sync(part)
             os.replace(part, path)
@@ -102,25 +101,18 @@ def atomic_write(path: Path, folder: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _marked(part: Path) -> Iterator[None]:
-    """Lock a temporary file, so that other processes see that its process lives. Windows needs no lock."""
-    if fcntl is None:  # no process can delete a file that another one has opened
+def _in_use(part: Path, *, wait: bool) -> Iterator[None]:
+    """Lock a temporary file until its process ends. Raise OSError if it is locked and ``wait`` is False."""
+    if sys.platform == "win32":  # no process can delete a file that another one has opened
         yield
         return
     with part.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:  # otherwise, this file system has no locks
+                raise
         yield
-
-
-@contextlib.contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``path``, and delete it at the end."""
-    part = temporary_path(path)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    finally:
-        delete(part)
 
 
 def temporary_path(path: Path) -> Path:
@@ -130,7 +122,7 @@ def temporary_path(path: Path) -> Path:
 
 def leftovers(folder: Path, names: str = ".+") -> list[Path]:
     """Return what killed processes left at temporary paths. ``names`` is a regular expression."""
-    return [path for path in folder.glob(".*.part") if re.fullmatch(rf"\.{names}\.[0-9a-f]{{8}}\.part", path.name)]
+    return [path for path in folder.glob(".*.part") if re.fullmatch(rf"\.{names}\.\w{{8}}\.part", path.name)]
 
 
 def delete(path: Path, ours: Sequence[str] = ("*",)) -> None:

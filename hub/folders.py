@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -146,8 +147,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``target``, or deleted after an error."""
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with disk.temporary_folder(target) as place, _lock(place):
-        temporary = place / target.name
+    temporary_folder = TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    with temporary_folder as place, _lock(Path(place)):
+        temporary = Path(place, target.name)
         temporary.mkdir()
         yield temporary
         if target.exists():
