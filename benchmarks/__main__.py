@@ -182,24 +182,25 @@ def pieces(
 
 @app.command()
 def survival(
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("survival.json"),
-    work: Annotated[Path, typer.Option(help="Folder of the runs; earlier ones are replaced.")] = Path(
-        "runs/benchmark-survival"
+    out: Annotated[Path, typer.Option(help="JSON file to write; results that it already holds are continued.")] = Path(
+        "survival.json"
     ),
-    kills: Annotated[int, typer.Option(min=1, help="Times that a run is killed.")] = 20,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run.")] = 600,
-    processes: Annotated[
-        list[int] | None, typer.Option(help="Numbers of processes, by torchrun; the default is 1 and 2.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the moments at which it is killed.")] = 0,
+    work: Annotated[Path, typer.Option(help="Folder for inputs and results.")] = Path("runs/benchmark-survival"),
+    workflow: Annotated[list[str] | None, typer.Option(help="Such as encode; repeat it. Default: all.")] = None,
+    every_boundary: Annotated[
+        bool, typer.Option("--every-boundary", help="Kill tiny workflows before and after every write, not at random moments.")
+    ] = False,
+    kills: Annotated[int, typer.Option(min=1, help="SIGKILLs at random moments per workflow.")] = 5,
+    scale: Annotated[int, typer.Option(min=1, help="Size of the inputs for them, in times of the tiny ones.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the moments.")] = 0,
 ) -> None:
-    """Kill a pretraining run at random moments, and compare it with a run left alone.
+    """Kill every command that writes files, start it again, and compare its results with those of a command left alone.
 
-    Example: python -m benchmarks survival
+    Example: python -m benchmarks survival --every-boundary
     """
     from benchmarks.survival import run
 
-    run(out, work, kills=kills, steps=steps, processes=processes or [1, 2], seed=seed)
+    run(out, work, names=workflow or [], every_boundary=every_boundary, kills=kills, scale=scale, seed=seed)
 
 
 @app.command()

@@ -1,131 +1,149 @@
-"""A pretraining run killed again and again and the same run left alone: are the weights the same, bit for bit?"""
+"""Kill every command that writes files, start it again, and compare what it leaves with what an undisturbed command leaves."""
 
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import torch
-import yaml
-from safetensors.torch import load_file
 
 from benchmarks.machine import describe
-from minibert.train import checkpoint
 
-STAGE = "2-pretrain"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from boundaries import Survival, Workflow, add_hub_files, compare, make_inputs, read_tree, workflows
+
+from hub_server import HubServer
 
 
-def run(out: Path, work: Path, *, kills: int, steps: int, processes: list[int], seed: int) -> None:
-    """Kill a run of ``minibert train`` ``kills`` times by SIGKILL for each number of processes; print and write ``out``."""
-    work.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(work, steps)
-    results = {"benchmark": "survival", "machine": describe(), "recipe": recipe["stages"][1], "runs": []}
-    for count in processes:
-        results["runs"].append(_survive(work, count, kills, seed))
-        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if not all(one["identical"] for one in results["runs"]):
+def run(out: Path, work: Path, *, names: list[str], every_boundary: bool, kills: int, scale: int, seed: int) -> None:
+    """Kill the workflows ``names``, or all of them; continue the results in ``out``, and print them."""
+    work = work.absolute() / ("boundaries" if every_boundary else f"random-{scale}")
+    part = "every_boundary" if every_boundary else "random"
+    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"benchmark": "survival"}
+    results["machine"] = describe()
+    found = results.setdefault(part, {})
+    scale = 1 if every_boundary else scale
+    if not (work / "inputs" / "complete").exists():
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "inputs").mkdir(parents=True)
+        # A process that has computed nothing forks without the threads of its libraries.
+        child = multiprocessing.get_context("fork").Process(target=make_inputs, args=(work / "inputs", scale))
+        child.start()
+        child.join()
+        (work / "inputs" / "complete").touch()
+
+    for name, workflow in workflows(work / "inputs", scale).items():
+        if (names and name not in names) or (workflow.victim and not every_boundary):  # random kills hit all processes
+            continue
+        with HubServer() if workflow.hub else nullcontext() as server:
+            begin = _boundaries if every_boundary else _random
+            options = {} if every_boundary else {"kills": kills, "seed": seed}
+            folder = work / name.replace(", ", "-").replace(" ", "-")
+            for result in begin(workflow, folder, found.get(name, {}), server, **options):
+                found[name] = result
+                out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        shown = {key: value for key, value in found[name].items() if key != "findings"}
+        print(f"{name}: {shown}", *found[name]["findings"], sep="\n  ", flush=True)
+    print(table(results))
+    if any(result["findings"] for result in found.values()):
         raise SystemExit(1)
 
 
-def _recipe(work: Path, steps: int) -> dict[str, Any]:
-    """Write text of made-up words, in documents of sentences, and a recipe that has everything a resume must get right."""
-    generator = np.random.default_rng(0)
-    syllables = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
-    words = ["".join(generator.choice(syllables, generator.integers(1, 4))) for _ in range(2000)]
-    odds = 1 / np.arange(1, len(words) + 1)
-    with (work / "text.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(3000):
-            lengths = generator.integers(4, 20, generator.integers(2, 12))
-            text = " ".join(" ".join(generator.choice(words, length, p=odds / odds.sum())) + "." for length in lengths)
-            file.write(json.dumps({"text": text}) + "\n")
-    pretrain = {
-        "kind": "pretrain",
-        "data": str(work / "text.jsonl"),
-        "cache_dir": str(work / "cache"),
-        "model": {"preset": "simple-4x256", "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512},
-        "next_sentence": True,
-        "dropout": 0.1,
-        "phases": [{"share": 7, "max_length": 32, "batch_size": 8}, {"share": 3, "max_length": 64, "batch_size": 4}],
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3,
-        "warmup_ratio": 0.1,
-        "schedule": "wsd",
-        "max_steps": steps,
-        "log_steps": 1,
-        "save_steps": 2,
-        "preprocessing_num_workers": 1,
-    }
-    tokenizer = {"kind": "tokenizer", "data": str(work / "text.jsonl"), "vocab_size": 2000, "max_length": 64}
-    recipe = {"name": "survival", "stages": [tokenizer, pretrain]}
-    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return recipe
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a table in Markdown."""
+    lines = [
+        "| workflow | boundaries | identical | without leftovers | random kills | identical, without leftovers |",
+        "|" + " --- |" * 6,
+    ]
+    every, moments = results.get("every_boundary", {}), results.get("random", {})
+    for name in {**every, **moments}:
+        cells = ["–"] * 5
+        if name in every:
+            killed, findings = every[name]["killed"], every[name]["findings"]
+            bad = [sum(bool(finding[kind]) for finding in findings) for kind in ("different", "left_over")]
+            cells[:3] = [f"{killed} of {every[name]['boundaries']}", *(str(killed - number) for number in bad)]
+        if name in moments:
+            cells[3:] = [str(moments[name]["kills"]), "no" if moments[name]["findings"] else "yes"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _survive(work: Path, processes: int, kills: int, seed: int) -> dict[str, Any]:
-    whole, parts = work / f"whole-{processes}", work / f"killed-{processes}"
-    for earlier in (whole, parts):
-        shutil.rmtree(earlier, ignore_errors=True)
-    begun = time.perf_counter()
-    child = _start(work, whole, processes)
-    while not _step(whole) and child.poll() is None:
+def _boundaries(workflow: Workflow, folder: Path, result: dict[str, Any], server: HubServer | None) -> Any:
+    """Yield the result after each boundary."""
+    if result.get("killed") and result["killed"] == result["boundaries"]:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    survival = Survival(workflow, folder, server)
+    result = {"killed": 0, "findings": [], **result, "boundaries": len(survival.boundaries)}
+    for number in range(result["killed"] + 1, result["boundaries"] + 1):
+        different, left = survival.stopped_at(number)
+        if different or left:
+            at = survival.boundaries[number - 1]
+            result["findings"].append({"boundary": number, "at": at, "different": different, "left_over": left})
+            print(result["findings"][-1], flush=True)
+        result["killed"] = number
+        yield result
+
+
+def _random(workflow: Workflow, folder: Path, result: dict[str, Any], server: HubServer | None, kills: int, seed: int) -> Any:
+    """Yield the result of all kills: a workflow is begun again from nothing if it was not finished."""
+    if result.get("kills") == kills:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "tmp").mkdir(parents=True)
+    begun, now = time.perf_counter(), time.time()
+    child = _start(workflow, folder, server)
+    while not _written(folder / "run", now) and child.poll() is None:
         time.sleep(0.05)
     start_up = time.perf_counter() - begun
-    _must_succeed(child)
-    uninterrupted = time.perf_counter() - begun
+    whole = _finished(child, folder, server)
+    seconds = time.perf_counter() - begun
 
-    generator, killed, leftovers, results = random.Random(seed), [], set(), []
-    # Some kills hit the start-up, most the training, and all together should leave some of it to be done.
-    latest = start_up + 1.5 * (uninterrupted - start_up) / kills
-    begun = time.perf_counter()
-    while len(killed) < kills:
-        child, seconds = _start(work, parts, processes), generator.uniform(0.9 * start_up, latest)
+    generator, moments, findings = random.Random(seed), [], []
+    # The kills come after the first write, and all together should leave some of the work to be done.
+    latest = max(start_up + 1.5 * (seconds - start_up) / kills, 1.2 * start_up)
+    while len(moments) < kills:
+        child, moment = _start(workflow, folder, server), generator.uniform(0.9 * start_up, latest)
         try:
-            child.wait(seconds)  # it was faster than thought, and is done: the other kills hit a run from the beginning
-            results.append(_compared(child, whole, parts))
-            shutil.rmtree(parts)
-            continue
+            child.wait(moment)  # it is done: the other kills hit a run from the beginning
+            findings += _compared(child, folder, server, whole)
         except subprocess.TimeoutExpired:
             _kill(child)
-        newest, problems = checkpoint.latest_valid(parts / STAGE / "checkpoints")
-        earlier, leftovers = leftovers, set((parts / STAGE / "checkpoints").glob(".*.part"))
-        killed.append(
-            {
-                "seconds": round(seconds, 2),
-                "step": _step(parts),
-                "checkpoint": int(newest.name.removeprefix("step-")) if newest else None,
-                "while_writing": bool(leftovers - earlier),
-                "damaged": problems,
-            }
-        )
-        print(f"{processes} processes, kill {len(killed)}: {killed[-1]}", flush=True)
-    results.append(_compared(_start(work, parts, processes), whole, parts))
-    result = {
-        "processes": processes,
-        "kills": len(killed),
-        "steps": _step(whole),
-        "steps_at_kills": [kill["step"] for kill in killed],
-        "finished_runs": len(results),
-        "identical": all(weights for weights, _ in results),
-        "logs_identical": all(logs for _, logs in results),
-        "seconds_uninterrupted": round(uninterrupted, 1),
-        "seconds_killed": round(time.perf_counter() - begun, 1),
-        "details": killed,
-    }
-    print({key: value for key, value in result.items() if key != "details"}, flush=True)
-    return result
+            moments.append(round(moment, 2))
+    findings += _compared(_start(workflow, folder, server), folder, server, whole)
+    times = {"seconds_uninterrupted": round(seconds, 1), "seconds_of_kills": moments}
+    yield {"kills": kills, "findings": findings, **times}
 
 
-def _start(work: Path, out: Path, processes: int) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "minibert", "train", str(work / "recipe.yaml"), "--output-dir", str(out)]
-    with (work / f"{out.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
+def _start(workflow: Workflow, folder: Path, server: HubServer | None) -> subprocess.Popen:
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    for path in workflow.copied:
+        if not (run / path.name).exists():
+            shutil.copytree(path, run / path.name)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(workflow.processes), "-m"]
+    environment = server.environment(folder / "home") if server else {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_DATASETS_CACHE": str(run / "cache"), "TMPDIR": str(folder / "tmp")}
+    (command,) = workflow.commands
+    command = [sys.executable, "-m", *(launcher if workflow.processes > 1 else []), "minibert", *command]
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=run, env=environment)
+
+
+def _written(run: Path, since: float) -> bool:
+    """Return True if the command has written a file of its result since the time ``since``."""
+    places = (place for place in run.glob("*") if place.name != "cache")
+    with suppress(FileNotFoundError):  # a temporary file may be gone already
+        return any(path.stat().st_mtime > since for place in places for path in place.rglob("*") if path.is_file())
+    return True
 
 
 def _kill(child: subprocess.Popen) -> None:
@@ -139,33 +157,18 @@ def _kill(child: subprocess.Popen) -> None:
     psutil.wait_procs(everyone)
 
 
-def _must_succeed(child: subprocess.Popen) -> None:
+def _finished(child: subprocess.Popen, folder: Path, server: HubServer | None) -> dict[str, Any]:
+    """Wait for the end of a command; return the files that it has left, and delete them."""
     if child.wait():
-        raise SystemExit(f"{' '.join(map(str, child.args))} ended with status {child.returncode}; see its log.")  # type: ignore[union-attr]
+        raise SystemExit(f"{child.args} ended with status {child.returncode}; see {folder / 'log'}.")
+    if server:
+        add_hub_files(server, folder / "run")
+        server.repos.clear()
+    found = read_tree(folder / "run")
+    shutil.rmtree(folder / "run")
+    return found
 
 
-def _compared(child: subprocess.Popen, whole: Path, parts: Path) -> tuple[bool, bool]:
-    """Wait for the end of a run; whether its weights, and the losses in its log, are those of ``whole``."""
-    _must_succeed(child)
-    return _same(whole, parts), _losses(whole) == _losses(parts)
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    log = folder / STAGE / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def _step(folder: Path) -> int:
-    """The last step in the log, 0 before the first."""
-    lines = _lines(folder)
-    return lines[-1]["step"] if lines else 0
-
-
-def _losses(folder: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in _lines(folder)]
-
-
-def _same(left: Path, right: Path) -> bool:
-    ours, theirs = (load_file(folder / STAGE / "model.safetensors") for folder in (left, right))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def _compared(child: subprocess.Popen, folder: Path, server: HubServer | None, whole: dict[str, Any]) -> list[Any]:
+    different, left = compare(whole, _finished(child, folder, server))
+    return [{"different": different, "left_over": left}] if different or left else []

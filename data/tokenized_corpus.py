@@ -127,7 +127,7 @@ def _tokenize(
     workers: int,
 ) -> _Blocks:
     """Yield blocks of tokens, ends of documents and, with ``delimiters``, ends of sentences."""
-    with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".texts.", suffix=".part", dir=folder) as scratch:
         gc.freeze()  # otherwise, garbage collection would copy the memory that processes share
         try:
             with _sigterm_as_exit():
@@ -294,26 +294,30 @@ def _kept(folder: Path, blocks: _Blocks) -> list[np.ndarray]:
     dtypes.
     """
     disk.refuse_link(folder)
+    disk.delete_unused_lock(folder.parent)
     with closing(blocks):
         if not folder.exists():
             kept = "the text is tokenized and cut again"
-            with disk.readable_os_errors(folder, kept), tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
-                complete = Path(temporary) / "complete"
-                complete.mkdir()
-                dtypes: list[str] = []
-                for block in blocks:
-                    dtypes = dtypes or [part.dtype.str for part in block]
-                    for number, (part, dtype) in enumerate(zip(block, dtypes, strict=True)):
-                        with (complete / str(number)).open("ab") as file:
-                            file.write(part.astype(dtype, copy=False).tobytes())
-                (complete / "dtypes.json").write_text(json.dumps(dtypes))
-                try:
-                    complete.rename(folder)
-                except OSError:
-                    if not folder.exists():  # another process has written the same files
-                        raise
+            with disk.exclusive_lock(folder.parent, "tokenizing into", kept=kept, wait=True):
+                for killed in disk.leftovers(folder.parent):
+                    disk.delete(killed)
+                if not folder.exists():  # another process may have written it
+                    with disk.readable_os_errors(folder, kept), disk.atomic_write(folder, folder=True) as part:
+                        _write(part, blocks)
     return [
         # An empty file cannot be mapped.
         np.memmap(path, dtype=dtype, mode="r") if (path := folder / str(number)).stat().st_size else np.zeros(0, dtype)
         for number, dtype in enumerate(json.loads((folder / "dtypes.json").read_text()))
     ]
+
+
+def _write(folder: Path, blocks: _Blocks) -> None:
+    dtypes: list[str] = []
+    for block in blocks:
+        dtypes = dtypes or [part.dtype.str for part in block]
+        for number, (part, dtype) in enumerate(zip(block, dtypes, strict=True)):
+            with (folder / str(number)).open("ab") as file:
+                file.write(part.astype(dtype, copy=False).tobytes())
+    (folder / "dtypes.json").write_text(json.dumps(dtypes))
+    for path in folder.iterdir():
+        disk.sync(path)

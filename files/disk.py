@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,9 @@ import yaml
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,13 @@ def exclusive_lock(folder: Path, doing: str, *, kept: str, wait: bool = False) -
         lock.release()
 
 
+def delete_unused_lock(folder: Path) -> None:
+    """Delete the lock that a killed process has left in ``folder``."""
+    if (folder / ".lock").exists():
+        with contextlib.suppress(ValueError, OSError), exclusive_lock(folder, "using", kept=""):
+            pass  # the end of the block deletes it
+
+
 @contextlib.contextmanager
 def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
     """Convert disk errors to an OSError with advice. ``kept`` states which data is not lost."""
@@ -72,19 +83,36 @@ def readable_os_errors(target: Path, kept: str) -> Iterator[None]:
 def atomic_write(path: Path, folder: bool = False) -> Iterator[Path]:
     """Yield a new file or folder, and rename it to ``path`` unless the ``with`` block fails."""
     for killed in () if folder else leftovers(path.parent, re.escape(path.name)):
-        delete(killed)
+        with contextlib.suppress(OSError), _in_use(killed, wait=False):  # fails while a process writes it
+            delete(killed)
     part = temporary_path(path)
     part.mkdir(parents=True) if folder else part.touch(exist_ok=False)
     try:
-        yield part
-        sync(part)
-        os.replace(part, path)
+        with contextlib.nullcontext() if folder else _in_use(part, wait=True):
+            yield part
+            sync(part)
+            os.replace(part, path)
     except OSError as error:
         if error.errno and not error.filename:  # libraries, and writes to an open file, name no file
             error.filename = str(path)
         raise
     finally:
         delete(part)
+
+
+@contextlib.contextmanager
+def _in_use(part: Path, *, wait: bool) -> Iterator[None]:
+    """Lock a temporary file until its process ends. Raise OSError if it is locked and ``wait`` is False."""
+    if sys.platform == "win32":  # no process can delete a file that another one has opened
+        yield
+        return
+    with part.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:  # otherwise, this file system has no locks
+                raise
+        yield
 
 
 def temporary_path(path: Path) -> Path:
@@ -94,7 +122,7 @@ def temporary_path(path: Path) -> Path:
 
 def leftovers(folder: Path, names: str = ".+") -> list[Path]:
     """Return what killed processes left at temporary paths. ``names`` is a regular expression."""
-    return [path for path in folder.glob(".*.part") if re.fullmatch(rf"\.{names}\.[0-9a-f]{{8}}\.part", path.name)]
+    return [path for path in folder.glob(".*.part") if re.fullmatch(rf"\.{names}\.\w{{8}}\.part", path.name)]
 
 
 def delete(path: Path, ours: Sequence[str] = ("*",)) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -134,29 +135,28 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in state.values())
 
 
+_lock = partial(exclusive_lock, doing="writing", kept="nothing was written")
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``target``, or deleted after an error."""
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = partial(exclusive_lock, doing="writing", kept="nothing was written")
-    for killed in disk.leftovers(target.parent, re.escape(target.name)):
-        with lock(killed):  # fails while another process writes
-            disk.delete(killed)
-    place = disk.temporary_path(target)
-    temporary = place / target.name
-    temporary.mkdir(parents=True)
-    try:
-        with lock(place):
-            yield temporary
-            if target.exists():
-                target.rmdir()
-            os.replace(temporary, target)
-    finally:
-        disk.delete(place)
+    temporary_folder = TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    with temporary_folder as place, _lock(Path(place)):
+        temporary = Path(place, target.name)
+        temporary.mkdir()
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
 
 
 def check_output(target: Path) -> None:
-    """Raise ValueError if ``target`` is a file or a folder that is not empty."""
+    """Raise ValueError if ``target`` is not new or empty. Delete what killed processes left beside it."""
+    for killed in disk.leftovers(target.parent, re.escape(target.name)):
+        with _lock(killed):  # fails while another process writes
+            disk.delete(killed)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"The output folder {target} is not empty; choose another folder, or delete this one.")

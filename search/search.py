@@ -18,7 +18,7 @@ from sentence_transformers.util import semantic_search
 
 from minibert.data.load import as_dataset, is_unicode, text_column
 from minibert.data.stream import USUAL_COLUMNS
-from minibert.files.disk import atomic_write, delete, leftovers, readable_os_errors
+from minibert.files.disk import atomic_write, delete, delete_unused_lock, leftovers, readable_os_errors
 from minibert.inference.encode import Encoder
 from minibert.inference.load import find_model, fingerprint
 from minibert.search.index import KEPT, index_folder, index_lock, open_index
@@ -180,6 +180,7 @@ class FolderSearcher(Searcher):
             logger.warning("%s is not finished: minibert encode has written %s vectors so far.", folder, count)
         path = _find_model(self.folder, model, trust_remote_code)
         self.encoder = Encoder(path, trust_remote_code=trust_remote_code)
+        delete_unused_lock(index_folder(self.folder))
         self.index = open_index(self.folder, exact=exact, rebuild=rebuild, show_progress=show_progress)
         shards = [shard.sha256 for shard in self.index.state.shards]
         self.words = _open_words(self.folder, shards, show_progress) if hybrid else None

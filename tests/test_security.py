@@ -699,7 +699,7 @@ def test_checkpoints_go_by_the_names_of_their_files(tmp_path, secret, caplog):
     (tmp_path / "step-00000000").symlink_to(tmp_path / "notes.tmp-1")
     (tmp_path / ".step-00000003.0123abcd.part").mkdir()
     checkpoint.save(tmp_path, 2, torch.nn.Linear(1, 1), {"state.json": {}}, torch.optim.SGD([torch.zeros(1)]))
-    checkpoint.newest(tmp_path)
+    checkpoint.newest(tmp_path, keep=1)
     assert not (tmp_path / ".step-00000003.0123abcd.part").exists()
     assert (tmp_path / "notes.tmp-1").exists() and (tmp_path / "step-00000000").is_symlink()
     assert {path.name for path in (tmp_path / "step-00000001").iterdir()} == {"notes.md", "secret"}

@@ -1,6 +1,7 @@
 """Kill and resume the pretrain stage, with phases, masking and dropout, or resume it with another recipe."""
 
 import json
+import multiprocessing
 import random
 import time
 
@@ -10,6 +11,7 @@ import torch
 
 from helpers import read_rows, read_weights, write_rows
 from minibert import train_wordpiece
+from minibert.files import disk
 from minibert.train import checkpoint, loop
 from minibert.train.arguments import Recipe
 from minibert.train.run import read_metrics, run_recipe
@@ -89,6 +91,36 @@ def test_killed_at_random_moments_the_result_is_bit_identical(folder, tmp_path, 
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     losses = [[line["loss"] for line in read_rows(tmp_path / name / "1-pretrain/log.jsonl")] for name in ("parts", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["encode", "classify", "embed"])
+def test_killed_at_any_write_the_next_start_leaves_what_an_undisturbed_run_leaves(name, tmp_path):
+    """Every file is the same but for times, and no other file is there."""
+    from boundaries import Survival, make_inputs, workflows  # imports everything
+
+    (inputs := tmp_path / "inputs").mkdir()
+    (child := multiprocessing.get_context("fork").Process(target=make_inputs, args=(inputs,))).start()
+    child.join()
+    survival = Survival(workflows(inputs, max_steps=2)[name], tmp_path / "runs")
+    assert len(survival.boundaries) > 20
+    for number, boundary in enumerate(survival.boundaries, start=1):
+        assert survival.stopped_at(number) == ([], []), boundary
+
+
+def test_the_file_that_a_living_process_writes_is_no_leftover(tmp_path):
+    with disk.atomic_write(tmp_path / "file") as part:
+        part.write_text("slow")
+        disk.write_text(tmp_path / "file", "fast")
+        assert part.read_text() == "slow"
+    assert (tmp_path / "file").read_text() == "slow" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_processes_that_tokenize_the_same_texts_wait_for_each_other(folder, tmp_path, start):
+    changes = {"max_steps": 1, "cache_dir": str(tmp_path / "cache"), "next_sentence": True}
+    runs = [start(1, lambda name=name: run_recipe(recipe(folder, **changes), output_dir=tmp_path / name)) for name in "ab"]
+    assert [start.finish(run) for run in runs] == [[0], [0]]
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def interrupted(folder, out, monkeypatch, **changes):

@@ -59,10 +59,15 @@ def save(root: Path, step: int, model: nn.Module, states: dict[str, Any], optimi
 
     if processes().is_main_process:
         write_folder(written := root / f"{kind}-{step:08d}", fill)
-        position = (folders := _steps(root, kind)).index(written) + 1
-        for folder in (*folders[: max(0, position - keep)], *folders[position:]):  # later ones are damaged
-            delete(folder)
+        _delete_others(written, keep)
     processes().wait_for_everyone()  # a process that ends earlier would make torchrun stop the others
+
+
+def _delete_others(newest: Path, keep: int) -> None:
+    """Keep the checkpoint ``newest`` and others before it, together ``keep``. Later ones are damaged."""
+    position = (folders := _steps(newest.parent, newest.name.partition("-")[0])).index(newest) + 1
+    for folder in (*folders[: max(0, position - keep)], *folders[position:]):
+        delete(folder)
 
 
 def load_optimizer(folder: Path, optimizer: Any) -> None:
@@ -74,21 +79,23 @@ def load_optimizer(folder: Path, optimizer: Any) -> None:
     optimizer.load_state_dict(state)
 
 
-def newest(root: Path) -> tuple[Path | None, Path | None]:
+def newest(root: Path, keep: int) -> tuple[Path | None, Path | None]:
     """Return the newest valid checkpoint and the best weights. Log warnings about damaged ones.
 
-    Every process must call this function.
+    A killed process may have left more than ``keep`` checkpoints. They are deleted. Every process must call this function.
     """
     found: list[Any] = [None]
     if processes().is_main_process:
-        for folder in disk.leftovers(root):  # of killed processes
-            delete(folder)
+        delete_leftovers(root)
         found = [(latest_valid(root), latest_valid(root, kind="best"))]
     # All processes use this result, because some might not see every file yet.
     (folder, problems), (best, best_problems) = broadcast_object_list(found)[0]
     if processes().is_main_process:
         for problem in (*problems.values(), *best_problems.values()):
             logger.warning("%s This checkpoint is skipped.", problem)
+        for valid, number in ((folder, keep), (best, 1)):
+            if valid:
+                _delete_others(valid, number)
         if folder:
             logger.warning("Resuming from %s.", folder)
         elif problems:
@@ -124,6 +131,13 @@ def delete(folder: Path) -> None:
     except (OSError, ValueError, TypeError):
         listed = []
     disk.delete(folder, [*_OURS, *(Path(name).name for name in listed)])
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what killed processes have left at temporary paths in ``folder`` and its subfolders."""
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        for killed in disk.leftovers(place):
+            delete(killed)
 
 
 def find_corruption(folder: Path) -> str | None:

@@ -232,6 +232,7 @@ class Log:
         if accelerator.is_main_process:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
             with checkpoint.readable_os_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, line: dict[str, Any]) -> None:
@@ -534,7 +535,7 @@ class _Run:
 
     def resume(self) -> None:
         """Load the latest valid checkpoint, if any."""
-        folder, best = checkpoint.newest(self.root)
+        folder, best = checkpoint.newest(self.root, self.arguments.save_total_limit)
         if best:
             self.best = self._state(best)
         if not folder:

@@ -65,6 +65,7 @@ def run_recipe(
         if state.is_main_process:
             done = "already finished, skipped" if finished else str(context.output_dir)
             logger.info("Stage %d of %d, %s: %s", number, len(contexts), stage.name, done)
+            disk.delete_unused_lock(context.output_dir)
         if not finished:
             _run_stage(stage, context, state)
     if state.is_main_process:
@@ -149,6 +150,8 @@ def _run_stage(stage: Any, context: StageContext, state: Any) -> None:
     lock = checkpoint.exclusive_lock(context.output_dir) if state.is_main_process else contextlib.nullcontext()
     try:
         with lock:
+            if state.is_main_process:
+                checkpoint.delete_leftovers(context.output_dir)
             metrics = _function(stage)(stage, context) if state.is_main_process or not alone else {}
             state.wait_for_everyone()
             if state.is_main_process:

@@ -57,7 +57,7 @@ def train(
     trainer.remove_callback(ProgressCallback)
     callback = trainer.stage = _StageCallback(trainer, args, context.output_dir, evaluate)
     trainer.add_callback(callback)
-    found, best = checkpoint.newest(callback.root)
+    found, best = checkpoint.newest(callback.root, args.save_total_limit)
     state = trainer.state
     if found:
         state = TrainerState.load_from_json(f"{found}/trainer_state.json")
@@ -87,6 +87,9 @@ def train(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     if processes().is_main_process:
+        fast = model.tokenizer.backend_tokenizer  # a run that resumes after the last step has not used it
+        fast.no_truncation()
+        fast.no_padding()
         final = context.output_dir / "checkpoints" / "final"
         checkpoint.write_folder(final, lambda folder: model.save_pretrained(str(folder), create_model_card=False))
         checkpoint.move_files(final, context.output_dir)
