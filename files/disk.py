@@ -107,11 +107,8 @@ def _in_use(part: Path, *, wait: bool) -> Iterator[None]:
         yield
         return
     with part.open("ab") as file:
-        try:
+        with contextlib.suppress(OSError) if wait else contextlib.nullcontext():  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            if not wait:  # otherwise, this file system has no locks
-                raise
         yield
 
 

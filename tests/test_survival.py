@@ -94,15 +94,18 @@ def test_killed_at_random_moments_the_result_is_bit_identical(folder, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["encode", "classify", "embed"])
-def test_killed_at_any_write_the_next_start_leaves_what_an_undisturbed_run_leaves(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("encode", {}), ("classify", {"max_steps": 2, "save_steps": 1}), ("embed", {"max_steps": 1, "eval_data": None})],
+)
+def test_killed_at_any_write_the_next_start_leaves_what_an_undisturbed_run_leaves(name, changes, tmp_path):
     """Every file is the same but for times, and no other file is there."""
     from boundaries import Survival, make_inputs, workflows  # imports everything
 
     (inputs := tmp_path / "inputs").mkdir()
     (child := multiprocessing.get_context("fork").Process(target=make_inputs, args=(inputs,))).start()
     child.join()
-    survival = Survival(workflows(inputs, max_steps=2)[name], tmp_path / "runs")
+    survival = Survival(workflows(inputs, **changes)[name], tmp_path / "runs")
     assert len(survival.boundaries) > 20
     for number, boundary in enumerate(survival.boundaries, start=1):
         assert survival.stopped_at(number) == ([], []), boundary
