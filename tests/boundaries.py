@@ -237,7 +237,12 @@ def read(path):
         text = path.read_text(encoding="utf-8")
         with contextlib.suppress(ValueError):  # a file that was left over may end anywhere
             return [without_times(json.loads(part)) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
-    return path.read_bytes()
+    content = path.read_bytes()
+    if path.suffix == ".safetensors":  # names of tied weights stand in the header in any order
+        with contextlib.suppress(ValueError):
+            length = int.from_bytes(content[:8], "little")
+            return [json.loads(content[8 : 8 + length]), content[8 + length :]]
+    return content
 
 
 def without_times(value):
