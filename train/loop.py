@@ -314,7 +314,6 @@ def fit(
     check_workers(args.num_workers)
     keep_memory()
     run = _Run(model, tokenizer, phases, args, context, metric if evaluate else None)
-    run.output_dir.mkdir(parents=True, exist_ok=True)
     run.resume()
     try:
         run.train(evaluate)
