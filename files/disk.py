@@ -113,7 +113,7 @@ def _in_use(part: Path, *, wait: bool) -> Iterator[None]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return an unpredictable path beside ``path``, for a file or folder to rename to ``path``."""
+    """Return an unpredictable path next to ``path``, for a file or folder to rename to ``path``."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 

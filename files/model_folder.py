@@ -232,7 +232,7 @@ def opening(model: str | Path) -> Iterator[None]:
         raise
     except ValueError as error:
         raise ValueError(" ".join(str(error).split())) from error  # libraries write paragraphs
-    except BaseException as error:  # the tokenizers library panics with an exception that is no Exception
+    except BaseException as error:  # the tokenizers library panics with a BaseException
         if "ignore_mismatched_sizes" in str(error):
             why = "its weights do not have the shapes in config.json"
         else:

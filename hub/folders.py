@@ -154,7 +154,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def check_output(target: Path) -> None:
-    """Raise ValueError if ``target`` is not new or empty. Delete what killed processes left beside it."""
+    """Raise ValueError if ``target`` is not new or empty. Delete what killed processes left next to it."""
     for killed in disk.leftovers(target.parent, re.escape(target.name)):
         with _lock(killed):  # fails while another process writes
             disk.delete(killed)

@@ -1,4 +1,4 @@
-"""Stop a command at every write, start it again, and compare what it leaves with what a command that nobody stopped leaves.
+"""Stop a command at every write, start it again, and compare what it leaves with a command that ran to its end.
 
 A boundary is the moment before or after a call that changes files. Commands run in forks of a process that has imported
 everything, so that each takes a fraction of a second. A fork that is stopped gets SIGKILL from itself.

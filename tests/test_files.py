@@ -1,4 +1,4 @@
-"""Every command reads a file in the same way: its name is no pattern, and all of its rows have the same columns."""
+"""Every command reads a file in the same way: its name is never a pattern, and all of its rows have the same columns."""
 
 import errno
 import json

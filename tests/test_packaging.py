@@ -134,7 +134,7 @@ def test_the_rule_of_imports_can_fail(tmp_path, monkeypatch, where, line):
 
 
 def opens_models(path: Path) -> bool:
-    """Whether a file calls a library that opens a model, a tokenizer or a configuration."""
+    """Return True if a file calls a library that opens a model, a tokenizer or a configuration."""
     calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
     loads = any(isinstance(call, ast.Attribute) and ast.unparse(call) in ("torch.load", "Transformer.load") for call in calls)

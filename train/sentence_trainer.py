@@ -71,7 +71,7 @@ def train(
             with callback.stop.listening():
                 trainer.train(resume_from_checkpoint=str(found) if found else None)
         finally:
-            if callback.training_bar is not None:  # an error would be printed behind an open bar
+            if callback.training_bar is not None:  # an error would be printed next to an open bar
                 callback.training_bar.close()
         state = trainer.state
     if callback.interrupted:
