@@ -316,19 +316,19 @@ def growth(
     draw(out, out.with_suffix(".png"))
 
 
-@app.command(name="same-text")
-def same_text(
+@app.command()
+def bits(
     model: Annotated[Path, typer.Option(help="Folder of a MiniBERT embedding model.")],
-    data: Annotated[Path, typer.Option(help="Folder with the data sets named in benchmarks/same_text.py.")],
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("same-text.json"),
+    data: Annotated[Path, typer.Option(help="Folder with the data sets named in benchmarks/bits.py.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("bits.json"),
     per_set: Annotated[int, typer.Option(min=1, help="Texts of each data set.")] = 500,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, in turns, after one that is not counted.")] = 3,
 ) -> None:
     """Measure how far a text's vector depends on its batch, the threads, the dtype and the processor.
 
-    Example: python -m benchmarks same-text --model minilm --data data
+    Example: python -m benchmarks bits --model minilm --data data
     """
-    from benchmarks.same_text import run
+    from benchmarks.bits import run
 
     run(model, data, out, per_set=per_set, rounds=rounds)
 

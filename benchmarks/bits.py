@@ -44,7 +44,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
 def run(model: Path, data: Path, out: Path, *, per_set: int, rounds: int) -> None:
     """Compare the vectors of each pair of settings, and time ``deterministic``; print and write ``out``."""
     texts = [text for name, column in TEXTS.items() for text in _sample(data / name / "validation.parquet", column, per_set)]
-    results: dict[str, Any] = {"benchmark": "same text", "machine": describe(), "model": model.name, "texts": len(texts)}
+    results: dict[str, Any] = {"benchmark": "bits", "machine": describe(), "model": model.name, "texts": len(texts)}
     known: dict[str, np.ndarray] = {}
 
     def vectors(options: dict[str, Any], environment: dict[str, str]) -> np.ndarray:
@@ -82,7 +82,7 @@ def _difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
 
 def _in_a_process(model: Path, texts: list[str], options: dict[str, Any], environment: dict[str, str]) -> np.ndarray:
     request = json.dumps({"model": str(model), "texts": texts, **options})
-    code = "from benchmarks.same_text import answer; answer()"
+    code = "from benchmarks.bits import answer; answer()"
     done = subprocess.run(
         [sys.executable, "-c", code], input=request.encode(), stdout=-1, env=os.environ | environment, check=True
     )
