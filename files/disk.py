@@ -29,7 +29,7 @@ _JSON_LIMIT = 64_000_000  # bytes
 def refuse_link(path: Path) -> None:
     """Raise ValueError if ``path``, a place for files of this package, is a link."""
     if path.is_symlink():
-        raise ValueError(f"{path} is a link, and minibert writes its own files through no link; delete the link.")
+        raise ValueError(f"{path} is a link, and minibert does not write its own files through links; delete the link.")
 
 
 @contextlib.contextmanager

@@ -82,7 +82,8 @@ def load_optimizer(folder: Path, optimizer: Any) -> None:
 def newest(root: Path, keep: int) -> tuple[Path | None, Path | None]:
     """Return the newest valid checkpoint and the best weights. Log warnings about damaged ones.
 
-    A killed process may have left more than ``keep`` checkpoints. They are deleted. Every process must call this function.
+    Checkpoints beyond ``keep``, which a killed process may have left, are deleted. Every process
+    must call this function.
     """
     found: list[Any] = [None]
     if processes().is_main_process:
