@@ -63,7 +63,8 @@ _ADVICE = {
     errno.EFBIG: "Use a disk that allows larger files, or raise the limit (ulimit -f), then try again.",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _LOCKED),
     errno.ENOENT: "Restore what was moved or deleted, or correct the path, then try again.",
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "Correct the path."),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A file, or a link to nothing, stands in the way; choose another path."),
+    **dict.fromkeys((errno.EISDIR, errno.ENAMETOOLONG), "Correct the path."),
     errno.ENOTEMPTY: "Move its files to another folder, then try again.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), then try again.",
 }

@@ -158,5 +158,7 @@ def check_output(target: Path) -> None:
     for killed in disk.leftovers(target.parent, re.escape(target.name)):
         with _lock(killed):  # fails while another process writes
             disk.delete(killed)
+    if target.is_symlink() and not target.exists():
+        raise ValueError(f"The output folder {target} is a link to nothing; choose another folder, or delete the link.")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"The output folder {target} is not empty; choose another folder, or delete this one.")

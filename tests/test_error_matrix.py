@@ -219,7 +219,7 @@ def snapshot(place: Path) -> dict[str, object]:
 
     def content(path: Path) -> object:
         if not path.is_file() or path.stat().st_size > 10**7 or not os.access(path, os.R_OK):
-            return path.stat().st_mode, path.is_file() and path.stat().st_size
+            return path.lstat().st_mode, path.is_file() and path.stat().st_size
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     return {str(path.relative_to(place)): content(path) for path in sorted(place.rglob("*"))}
@@ -411,15 +411,19 @@ DATA = [  # a command that reads data, the problem, and words of the sentence
 OVERRIDES = "tokenizer.data=texts.txt tokenizer.text_columns=[text] tokenizer.vocab_size=60 --query cat"
 PLACES = {  # a command that writes to a place that takes nothing, and words of the sentence
     "train recipe.yaml --output-dir full": "File too large.*Use a disk that allows larger files",
-    f"quickstart {OVERRIDES} --output-dir texts.txt/out": "texts.txt.*(Correct the path|Choose another|create it first)",
+    f"quickstart {OVERRIDES} --output-dir texts.txt/out": "texts.txt.*([Cc]hoose another|create it first)",
     "encode model texts.txt thesis": "thesis.* use an empty or new folder",
     "hub convert bert locked/out": "Permission denied.*([Cc]hoose another)",
     "hub export model full": "File too large.*Use a disk that allows larger files",
+    "hub convert bert nowhere": "nowhere is a link to nothing.*choose another",
+    "encode model texts.txt nowhere": "nowhere.*a link to nothing.*choose another",
+    "hub pull ann/model full": "File too large.*Use a disk that allows larger files",
+    "hub pull ann/model locked/out": "Permission denied.*([Cc]hoose another)",
     "hub pull ann/model thesis": "thesis.* (choose another|choose an empty or a new folder|name another)",
     "predict model texts.txt --out full.jsonl": "File too large.*Use a disk that allows larger files",
     "plot attention model 'the cat sleeps' --out thesis.html": "thesis.* (choose another|name another)",
     "plot embeddings model texts.txt --out locked/out.html": "Permission denied.*([Cc]hoose another)",
-    "plot similarity model texts.txt --out texts.txt/out.html": "texts.txt.*(Correct the path|Choose another|create it first)",
+    "plot similarity model texts.txt --out texts.txt/out.html": "texts.txt.*([Cc]hoose another|create it first)",
     "plot training run --out thesis.png": "thesis.* (choose another|name another)",
 }
 
@@ -532,6 +536,7 @@ def test_data_that_cannot_be_read(run_in, place, line, problem, words):
 @pytest.mark.parametrize("line", PLACES)
 def test_a_place_that_takes_nothing(run_in, place, line):
     (place / "locked").mkdir(mode=0o555)
+    (place / "nowhere").symlink_to("deleted")
     before = snapshot(place)
     check_refused(run_in(line, *([full_disk] if "full" in line else [])), line, PLACES[line])
     check_kept(before, place, "full")
