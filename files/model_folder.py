@@ -148,9 +148,11 @@ def check_paths(folder: Path, *, trust_remote_code: bool = False) -> None:
     check_modules(folder, listed, trust_remote_code=trust_remote_code)
     weight_files(places[0])
     for place in places[1:]:
-        if place in (folder, places[0]) or weight_files(place):
+        if place in (folder, places[0]):
             continue
-        if found := pickles(file.relative_to(folder).as_posix() for file in place.glob("*")):
+        for file in (files := weight_files(place)):
+            read_header(file)
+        if not files and (found := pickles(file.relative_to(folder).as_posix() for file in place.glob("*"))):
             refuse_pickles(folder, found, "SentenceTransformer")
 
 

@@ -367,6 +367,14 @@ def test_a_module_with_unknown_weights_is_refused(tmp_path):
     assert done.exit_code == 2 and "cannot be opened ('RuntimeError: Error(s) in loading state_dict for Dense" in done.stderr
 
 
+def test_a_header_that_claims_to_be_huge_is_refused_before_it_is_read(tmp_path):
+    """Not only the encoder's: every module's."""
+    weights = with_dense(tmp_path / "model") / "2_Dense" / "model.safetensors"
+    weights.write_bytes((1 << 62).to_bytes(8, "little") + weights.read_bytes()[8:])
+    done = run_command("hub", "push", tmp_path / "model", "ann/model", "--dry-run")
+    assert done.exit_code == 2 and "2_Dense/model.safetensors is damaged (its header has 4,611,686" in done.stderr
+
+
 def with_dense(folder):
     """Save a model with the modules Transformer, Pooling and Dense."""
     encoder = save_trained(folder.with_name("encoder"))
