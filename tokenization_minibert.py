@@ -6,6 +6,8 @@ and the format ``[CLS] first [SEP] second [SEP]`` are as in BERT. The result is 
 in the same order always give the same vocabulary.
 """
 
+import logging
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,7 +16,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+logger = logging.getLogger(__name__)
+
+_SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+SPECIAL_TOKENS = tuple(_SPECIAL.values())
 CONTINUING = "##"
 
 # BERT's WordPiece replaces longer words by [UNK], so training ignores them.
@@ -26,6 +31,8 @@ _MOST_CHUNKS = 200_000
 # as in SentencePiece (Kudo and Richardson 2018, arXiv:1808.06226). Otherwise a single page in
 # another writing system could fill the vocabulary.
 _IGNORED_CHARACTERS = 1e-4
+# Accents stay if more than this share of the words would lose letters: about 10 % in Russian, at most 0.1 % in English.
+_LOST_WORDS = 0.01
 # The tokenizers library counts pairs in 32 bits. Counts of larger corpora are scaled down.
 _MOST_TRAINED_WORDS = 100_000_000
 
@@ -35,6 +42,7 @@ def train_wordpiece(
     *,
     vocab_size: int = 30000,
     lowercase: bool = True,
+    strip_accents: bool | None = None,
     min_frequency: int = 2,
     model_max_length: int = 512,
     truncation_side: str = "right",
@@ -46,7 +54,9 @@ def train_wordpiece(
         texts: Corpus. A generator is possible, since the corpus is read only once.
         vocab_size: Number of entries, including special tokens. If there is too little text,
             the vocabulary is smaller and a warning is shown.
-        lowercase: Whether to convert texts to lower case and to strip accents.
+        lowercase: Whether to convert texts to lower case.
+        strip_accents: Whether to strip accents. By default, they are stripped with ``lowercase``,
+            unless more than 1 % of the words would lose letters, as in Russian, Hindi or Korean.
         min_frequency: How often two tokens must be neighbours to be merged into one token.
         model_max_length: Length in tokens to which texts are truncated.
         truncation_side: Where longer texts are cut. ``"right"`` keeps the beginning of a text.
@@ -57,7 +67,7 @@ def train_wordpiece(
         ValueError: if ``texts`` contains no word or an item that is not a string, or if
             ``vocab_size`` is too small for the characters in ``texts``.
     """
-    words = _count_words(texts, lowercase=lowercase, show_progress=show_progress)
+    words, normalizer = _count_words(texts, lowercase, strip_accents, show_progress)
     alphabet = _alphabet(words)
     words = {word: count for word, count in words.items() if alphabet.issuperset(word)}
     # The library numbers "##c" pieces randomly, so vocabularies would differ between runs.
@@ -86,7 +96,7 @@ def train_wordpiece(
         continuing_subword_prefix=CONTINUING,
         max_input_chars_per_word=_LONGEST_WORD,
     )
-    return _finished(model, vocab_size, lowercase, model_max_length, truncation_side)
+    return _finished(model, normalizer, vocab_size, model_max_length, truncation_side)
 
 
 def train_word_level(
@@ -94,6 +104,7 @@ def train_word_level(
     *,
     vocab_size: int = 30000,
     lowercase: bool = True,
+    strip_accents: bool | None = None,
     min_frequency: int = 1,
     model_max_length: int = 512,
     truncation_side: str = "right",
@@ -113,17 +124,23 @@ def train_word_level(
             f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} entries are special tokens; "
             f"use at least {len(SPECIAL_TOKENS) + 1}."
         )
-    words = _count_words(texts, lowercase=lowercase, show_progress=show_progress)
+    words, normalizer = _count_words(texts, lowercase, strip_accents, show_progress)
     frequent = sorted((word for word, count in words.items() if count >= min_frequency), key=lambda word: (-words[word], word))
     tokens = [*SPECIAL_TOKENS, *frequent][:vocab_size]
     model = models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]")
-    return _finished(model, vocab_size, lowercase, model_max_length, truncation_side)
+    return _finished(model, normalizer, vocab_size, model_max_length, truncation_side)
 
 
-def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) -> dict[str, int]:
+def _count_words(
+    texts: Iterable[str], lowercase: bool, strip_accents: bool | None, show_progress: bool
+) -> tuple[dict[str, int], normalizers.Normalizer]:
+    """Return how often each normalized word occurs, and the normalizer."""
     if isinstance(texts, str):
         raise ValueError("A tokenizer is trained on several texts, but one string was given; put it into a list.")
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+    keep = lowercase and not strip_accents  # if strip_accents is None, until all words are known
+    bert = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False if keep else strip_accents)
+    normalizer = normalizers.Sequence([normalizers.NFC(), bert]) if keep else bert  # NFC: one spelling of letters with marks
+    splitter = pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
     chunks: Counter[str] = Counter()  # split at spaces only, so the exact split runs once per different chunk
 
@@ -147,9 +164,27 @@ def _count_words(texts: Iterable[str], *, lowercase: bool, show_progress: bool) 
         if len(chunks) > _MOST_CHUNKS:
             settle()
     settle()
+    if keep and strip_accents is None and words:
+        losing = {character for character in set().union(*words) if _loses_letters(character)}
+        lost = sum(count for word, count in words.items() if not losing.isdisjoint(word)) / words.total()
+        choice = "kept" if lost > _LOST_WORDS else "stripped"
+        logger.info("Accents are %s: stripping takes letters from %.1f %% of the words.", choice, 100 * lost)
+        if lost <= _LOST_WORDS:
+            normalizer = normalizers.BertNormalizer(lowercase=True)
+            for word, count in words.items():
+                chunks[normalizer.normalize_str(word)] += count
+            words.clear()
+            settle()
     if not words:
         raise ValueError(f"A tokenizer cannot be trained on {number} texts without a word; give texts that contain words.")
-    return words
+    return words, normalizer
+
+
+def _loses_letters(character: str) -> bool:
+    """Return True if stripping accents would take or change a letter, as in й, が, 한 and the vowels of Hindi."""
+    parts = unicodedata.normalize("NFD", character)
+    marked = parts != character or unicodedata.category(character) == "Mn"
+    return marked and not unicodedata.name(parts[0], "").startswith(("LATIN", "GREEK", "COMBINING", "VARIATION"))
 
 
 def _alphabet(words: dict[str, int]) -> set[str]:
@@ -175,14 +210,13 @@ def _repeated(words: dict[str, int]) -> Iterator[str]:
     """Yield texts with ``words[word]`` copies of each word, or fewer in a very large corpus."""
     scale = -(-sum(words.values()) // _MOST_TRAINED_WORDS)
     for word, count in words.items():
-        left = -(-count // scale)
-        while left > 0:
-            yield " ".join([word] * min(left, 1000))
-            left -= 1000
+        copies = -(-count // scale)
+        for done in range(0, copies, 1000):
+            yield " ".join([word] * min(copies - done, 1000))
 
 
 def _finished(
-    model: models.Model, vocab_size: int, lowercase: bool, model_max_length: int, truncation_side: str
+    model: models.Model, normalizer: normalizers.Normalizer, vocab_size: int, model_max_length: int, truncation_side: str
 ) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(model)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
@@ -190,7 +224,7 @@ def _finished(
             f"The texts are enough for {size} entries, fewer than vocab_size={vocab_size}; the tokenizer has {size} entries.",
             stacklevel=3,
         )
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=CONTINUING)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -203,9 +237,5 @@ def _finished(
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=model_max_length,
         truncation_side=truncation_side,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
+        **_SPECIAL,
     )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, LargeList, List, Value
+from sklearn.utils.class_weight import compute_class_weight
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -31,6 +32,22 @@ class Labels(NamedTuple):
         if self.problem_type == MULTI:
             return [name for name, flag in zip(self.names, value, strict=True) if flag]
         return self.names[value] if self.problem_type == SINGLE else float(value)
+
+    def class_weights(self, wanted: Any) -> list[float] | None:
+        """Return a weight per class. ``wanted`` is ``"balanced"``, a mapping from names (others weigh 1), or None."""
+        if wanted is None:
+            return None
+        if self.problem_type != SINGLE:
+            raise ValueError(f"class_weights need one class per row, but the labels are {self.problem_type}; remove them.")
+        if wanted == "balanced":
+            used = np.unique(self.values)  # other classes never enter the loss
+            weights = compute_class_weight(wanted, classes=used, y=self.values)
+            wanted = dict(zip(np.take(self.names, used), weights, strict=True))
+        given = {str(name): weight for name, weight in wanted.items()} if isinstance(wanted, dict) else {}
+        positive = all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in given.values())
+        if not (given and positive and given.keys() <= set(self.names)):
+            raise ValueError(f"class_weights={wanted!r} should be balanced, or positive numbers for {', '.join(self.names)}.")
+        return [float(given.get(name, 1)) for name in self.names]
 
 
 def read_labels(

@@ -28,6 +28,21 @@ and the first row as it understands it; `metrics.json` records both as `data`. D
 pattern. A column has one type in all rows, and a column without one is left out with a warning. Columns of CSV may
 also be separated by semicolons or tabs, which is said; a quotation mark in TSV is a character.
 
+With `patience: 3`, training ends after the third evaluation in a row in which `metric_for_best` was not better than before. The
+result has the best weights, `metrics.json` has the step (`stopped_early_at`), and a resumed run ends at the same step. The
+learning rate still follows the planned number of steps. An undefined metric is not better.
+
+`class_weights` multiply the training loss of each label: with `balanced` a class of n of N labels weighs N / (classes × n),
+with `{spam: 5}` the other classes weigh 1. The loss is divided by the number of labels, not by the sum of their weights, so
+it does not depend on how batches are cut. Metrics and the evaluation loss are not weighted, and the model keeps no trace of
+the weights. Several labels per row and regression have no class weights.
+
+A tokenizer strips accents from lower-case text as BERT does (`é` becomes `e`), unless more than 1 % of the words would lose
+letters, as in Russian (`й`), Arabic (`أ`), Hindi, Thai, Japanese (`が`) and Korean. It says which; `strip_accents` decides
+otherwise. Where accents stay in lower case, texts are composed (NFC), so both spellings of a letter have the same tokens. As
+in BERT, control characters and joiners are removed. Every character of the texts needs an entry or two: 20 sentences of one
+language fit in 400 entries, those of six languages need 700.
+
 This page is made by `python docs/fields.py` from the models that check a recipe.
 """
 SHARED = (arguments.Stage, arguments.ModelStage, arguments.TrainStage)

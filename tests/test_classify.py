@@ -1,16 +1,17 @@
 """The classify stage: from a file to a classifier that transformers loads, and the input that it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
 
 from helpers import read_rows
 from minibert import train_word_level
-from minibert.data.labels import MULTI, REGRESSION, SINGLE, read_labels
+from minibert.data.labels import MULTI, REGRESSION, SINGLE, Labels, read_labels
 from minibert.evaluation.metrics import classification_metrics
 from minibert.train.arguments import ClassifyStage
 from minibert.train.rows import TokenizedDataset
@@ -182,6 +183,25 @@ def test_labels_in_every_form(values, feature, given, labels, names):
         ([0, 1, 1], {"text_columns": ["body"]}, r"Column 'body' is not there"),
         ([0, 1, 1], {"text_columns": ["label"]}, r"Column 'label' does not hold texts"),
         ([0, 1, 1], {"max_length": 4000}, r"max_length=4000 exceeds the model's max_position_embeddings=128"),
+        (
+            [0, 1, 1],
+            {"class_weights": {"0": 1.0, "two": 3.0}},
+            r"class_weights={'0': 1.0, 'two': 3.0} should be balanced, or positive numbers for 0, 1",
+        ),
+        (
+            [0, 1, 1],
+            {"class_weights": {"0": 0.0}},
+            r"class_weights={'0': 0.0} should be balanced, or positive numbers for 0, 1",
+        ),
+        ([0, 1, 1], {"class_weights": {0: -1}}, r"or positive numbers for 0, 1"),
+        ([0, 1, 1], {"class_weights": {0: float("nan")}}, r"or positive numbers for 0, 1"),
+        ([0, 1, 1], {"class_weights": {0: float("inf")}}, r"or positive numbers for 0, 1"),
+        ([0, 1, 1], {"class_weights": {0: "2"}}, r"or positive numbers for 0, 1"),
+        ([0, 1, 1], {"class_weights": {}}, r"class_weights={} should be balanced"),
+        ([0, 1, 1], {"class_weights": "equal"}, r"class_weights='equal' should be balanced, or positive numbers for 0, 1"),
+        ([0.5, 2.5, 1], {"class_weights": "balanced"}, r"class_weights need one class per row, but the labels are regression"),
+        ([[0], [1], []], {"class_weights": "balanced"}, r"the labels are multi_label_classification; remove them"),
+        ([0, 1, 1], {"patience": 2}, r"patience needs eval_data and metric_for_best; set both, or remove patience"),
         ([0, 1, 1], {"metric_for_best": "f2"}, r"metric_for_best='f2' is not measured; use one of accuracy, macro_f1, loss"),
     ],
 )
@@ -255,6 +275,31 @@ def test_numbers_beside_names_found_as_strings_are_names():
     assert read_labels(Dataset.from_dict({"label": [[2], [1, 2]]}), "label", found).values.tolist() == [[0, 1, 0], [1, 1, 0]]
     with pytest.raises(ValueError, match=r"Row 1 has the label 0 in 'label'; the classes are 1, 2, x"):
         read_labels(Dataset.from_dict({"label": [[0], [1]]}), "label", found)
+
+
+@pytest.mark.parametrize("family", ["minibert", "bert"])
+def test_balanced_weights_find_a_rare_class(classify, tokenizer, tmp_path, family):
+    """Nothing in a text tells its class, so the class that the loss prefers is predicted; the model keeps no trace of that."""
+    start = None
+    if family == "bert":  # a model that computes its loss by itself
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(start := tmp_path / "bert")
+    rows = [{"text": "the cat", "label": int(number % 6 == 0)} for number in range(60)]
+    results = {}
+    for name, weights in (("plain", None), ("balanced", "balanced"), ("named", {1: 50.0})):
+        metrics = classify(rows, rows, model=start and str(start), epochs=3, batch_size=12, class_weights=weights)
+        results[name] = metrics["eval_accuracy"], metrics["eval_loss"]
+        assert "weights" not in (tmp_path / "out/config.json").read_text()
+        shutil.rmtree(tmp_path / "out")
+    assert (results["plain"][0], results["named"][0]) == (pytest.approx(5 / 6), pytest.approx(1 / 6))
+    assert results["plain"][1] < 0.5 and results["balanced"][1] == pytest.approx(0.693, abs=0.05)  # not weighted
+
+
+def test_weights_of_classes():
+    labels = Labels(SINGLE, np.array([0, 0, 0, 2]), ["a", "b", "c"])  # b is never seen
+    assert labels.class_weights(None) is None
+    assert labels.class_weights("balanced") == pytest.approx([4 / 2 / 3, 1, 4 / 2 / 1])
+    assert labels.class_weights({"c": 3, "a": 0.5}) == [0.5, 1, 3]
 
 
 def test_lists_of_wide_offsets_are_lists():

@@ -269,6 +269,43 @@ def test_the_best_weights_are_kept(run, folder, tmp_path, monkeypatch):
     torch.testing.assert_close(final, kept, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("eval_steps", [None, 5])
+def test_an_early_stop_is_resumed_as_one(run, folder, tmp_path, monkeypatch, eval_steps):
+    """Also by a run that was killed after its best evaluation, or while it saved its result."""
+    measured = {}
+
+    def retrieval(model, *args, **kwargs):  # equal weights have equal metrics
+        key = model[0].auto_model.embeddings.word_embeddings.weight.sum().item()
+        return {"systems": {"model": {"mrr@10": measured.setdefault(key, [0.2, 0.9, 0.3, 0.1][len(measured) % 4])}}}
+
+    monkeypatch.setattr(embed_module, "retrieval", retrieval)
+    fields = {"epochs": 6, "eval_data": str(folder / "pairs.csv"), "patience": 2, "eval_steps": eval_steps, "save_steps": 4}
+    whole = run("whole", **fields)
+    assert (whole["steps"], whole["best_step"], whole["stopped_early_at"], whole["eval_mrr@10"]) == (20, 10, 20, 0.9)
+    original = sentence_trainer._StageCallback.on_log
+
+    def crash(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 10:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(sentence_trainer._StageCallback, "on_log", crash)
+    with pytest.raises(ZeroDivisionError):
+        run("broken", **fields)
+    monkeypatch.setattr(sentence_trainer._StageCallback, "on_log", original)
+    assert sorted(path.name for path in (tmp_path / "broken/checkpoints").iterdir())[0] == "best-00000010"
+    move = sentence_trainer.checkpoint.move_files
+    monkeypatch.setattr(sentence_trainer.checkpoint, "move_files", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("broken", **fields)
+    monkeypatch.setattr(sentence_trainer.checkpoint, "move_files", move)
+    resumed = run("broken", **fields)
+    assert {**resumed, "train_seconds": 0} == {**whole, "train_seconds": 0}
+    torch.testing.assert_close(read_weights(tmp_path / "broken"), read_weights(tmp_path / "whole"), atol=0, rtol=0)
+    steps = [[line["step"] for line in read_rows(tmp_path / name / "log.jsonl")] for name in ("broken", "whole")]
+    assert steps[0] == steps[1] and max(steps[1]) == 20
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -96,10 +96,10 @@ def arguments(**changes):
     return LoopArguments(**{**base, **changes})
 
 
-def fit(folder, model=None, rows=None, make=collate, evaluate=None, metric=None, **changes):
+def fit(folder, model=None, rows=None, make=collate, evaluate=None, metric=None, class_weights=None, **changes):
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    rows = Rows(make=make) if rows is None else rows
-    return loop.fit(model or tiny_model(), tokenizer, rows, arguments(**changes), StageContext(folder, 7), evaluate, metric)
+    rows, context = Rows(make=make) if rows is None else rows, StageContext(folder, 7)
+    return loop.fit(model or tiny_model(), tokenizer, rows, arguments(**changes), context, evaluate, metric, class_weights)
 
 
 def assert_same(left, right):
@@ -280,6 +280,69 @@ def test_a_lower_loss_is_better(tmp_path):
     scores = iter([3.0, 1.0, 2.0])
     metrics = fit(tmp_path, evaluate=lambda _: {"loss": next(scores)}, metric="loss")
     assert metrics["eval_loss"] == 1.0
+
+
+class Scores:
+    """Accuracies of a run without interruptions; afterwards, the same weights have the same accuracy."""
+
+    def __init__(self, *scores):
+        self.scores, self.known = iter(scores), {}
+
+    def __call__(self, model):
+        key = model.classifier.weight.numpy().tobytes()
+        if key not in self.known:
+            self.known[key] = next(self.scores)
+        return {"accuracy": self.known[key]}
+
+
+@pytest.mark.parametrize("batches", [9, 16, 17, 21, None])  # 16: after the best evaluation, before a checkpoint of it
+def test_an_early_stop_keeps_the_best_and_a_resumed_run_stops_there_too(tmp_path, monkeypatch, batches):
+    scores = Scores(0.1, 0.5, 0.4, 0.6, 0.3, 0.6)  # an equal score is not better
+    options = {"evaluate": scores, "metric": "accuracy", "eval_steps": 2, "save_steps": 3, "epochs": 5, "patience": 2}
+    whole = fit(tmp_path / "whole", **options)
+    assert (whole["steps"], whole["best_step"], whole["stopped_early_at"], whole["eval_accuracy"]) == (12, 8, 12, 0.6)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        if batches is None:  # killed while it saves its result
+            patch.setattr(checkpoint, "move_files", lambda *_: crashing_after(0)(()))
+        fit(tmp_path / "parts", make=crashing_after(24 if batches is None else batches), **options)
+    parts = fit(tmp_path / "parts", make=collate if batches else crashing_after(0), **options)
+    assert_same(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"))
+    timed = {"train_seconds", "tokens_per_second"}
+    assert {key: parts[key] for key in parts.keys() - timed} == {key: whole[key] for key in whole.keys() - timed}
+
+
+def test_no_early_stop_before_the_patience_is_over_or_at_the_end(tmp_path):
+    options = {"metric": "accuracy", "eval_steps": 2, "patience": 2}
+    rising = fit(tmp_path / "rising", evaluate=Scores(0.1, 0.0, 0.2, 0.1, 0.3, 0.2), **options)
+    assert (rising["steps"], rising["stopped_early_at"]) == (12, None)
+    late = fit(tmp_path / "late", evaluate=Scores(0.1, 0.2, 0.3, 0.4, 0.3, 0.2), **options)
+    assert (late["steps"], late["best_step"], late["stopped_early_at"]) == (12, 8, None)
+    epochs = fit(tmp_path / "epochs", evaluate=Scores(0.2, 0.1), metric="accuracy", patience=1)
+    assert (epochs["steps"], epochs["stopped_early_at"]) == (8, 8)
+
+
+def test_undefined_metrics_are_not_waited_for(tmp_path):
+    """An undefined correlation is never the best, and without a best there is nothing to go back to."""
+    options = {"metric": "accuracy", "eval_steps": 2, "patience": 1}
+    assert fit(tmp_path / "none", evaluate=lambda _: {"accuracy": None}, **options)["steps"] == 12
+    metrics = fit(tmp_path / "later", evaluate=Scores(None, 0.5, None), **options)
+    assert (metrics["best_step"], metrics["stopped_early_at"]) == (4, 6)
+
+
+def test_class_weights_multiply_the_loss_of_a_label(tmp_path):
+    model, options = tiny_model(0.0), {"max_steps": 1, "log_steps": 1, "gradient_accumulation_steps": 1}
+    rows = Rows(6)
+    batch = collate(rows.ids)
+    losses = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="none")
+    expected = (losses * torch.tensor([1.0, 5.0])[batch["labels"]]).mean().item()
+    for name, sizes in (("whole", (6, 1)), ("parts", (1, 6))):  # one row per batch has a weight as well
+        options |= {"batch_size": sizes[0], "gradient_accumulation_steps": sizes[1]}
+        fit(tmp_path / name, tiny_model(0.0), rows=rows, class_weights=[1.0, 5.0], **options)
+        assert read_rows(tmp_path / name / "log.jsonl")[0]["loss"] == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(read_weights(tmp_path / "parts"), read_weights(tmp_path / "whole"), rtol=0, atol=1e-5)
+    fit(tmp_path / "ones", tiny_model(), class_weights=[1.0, 1.0])
+    fit(tmp_path / "plain", tiny_model())
+    torch.testing.assert_close(read_weights(tmp_path / "ones"), read_weights(tmp_path / "plain"), rtol=0, atol=1e-5)
 
 
 def test_bfloat16_checkpointing_and_float32_in_a_row(tmp_path):
@@ -590,6 +653,14 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, start):
     assert one == pytest.approx(two, abs=1e-6)
 
 
+def test_two_processes_stop_early_together(tmp_path, start):
+    options = {"metric": "accuracy", "eval_steps": 2, "patience": 1, "batch_size": 2}
+    job = start(2, lambda: fit(tmp_path, evaluate=Scores(0.2, 0.4, 0.3), **options))
+    assert start.finish(job) == [0, 0]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["best_step"], metrics["stopped_early_at"]) == (4, 6)
+
+
 def masked_words(rows):
     """The longer a row, the more of its words are to be predicted: processes and micro-batches differ in number."""
     batch = collate(rows)
@@ -608,21 +679,31 @@ def masked_pairs(rows):
 
 
 @pytest.mark.parametrize(
-    ("head", "make"),
+    ("head", "make", "weights"),
     [
-        (MiniBertForSequenceClassification, collate),
-        (MiniBertForMaskedLM, masked_words),
-        (MiniBertForPreTraining, masked_pairs),
+        (MiniBertForSequenceClassification, collate, None),
+        (MiniBertForSequenceClassification, collate, [0.5, 3.0]),
+        (MiniBertForMaskedLM, masked_words, None),
+        (MiniBertForPreTraining, masked_pairs, None),
     ],
 )
-def test_loss_and_gradients_of_two_processes_are_those_of_one(tmp_path, start, head, make, step=3):
+def test_loss_and_gradients_of_two_processes_are_those_of_one(tmp_path, start, head, make, weights, step=3):
     """The last step of an epoch is uneven; without averaging over steps, AdamW's first average is the gradient itself."""
 
     def one_step(folder, batch_size):
         torch.manual_seed(0)
         config = tiny_model(0.0).config
         options = {"adam_betas": (0.0, 0.9), "max_grad_norm": 0.0, "learning_rate": 1e-12, "weight_decay": 0.0, "log_steps": 1}
-        return fit(folder, head(config), make=make, batch_size=batch_size, max_steps=step + 1, save_steps=1, **options)
+        return fit(
+            folder,
+            head(config),
+            make=make,
+            class_weights=weights,
+            batch_size=batch_size,
+            max_steps=step + 1,
+            save_steps=1,
+            **options,
+        )
 
     one_step(tmp_path / "one", 4)
     assert start.finish(start(2, lambda: one_step(tmp_path / "two", 2))) == [0, 0]

@@ -120,6 +120,12 @@ def test_only_sources_of_pairs_say_what_they_hold(write, override, message):
         ([TOKENIZER, TOKENIZER], "stage 2 .tokenizer. has the same name as an earlier stage"),
         ([TOKENIZER, {**CLASSIFY, "warmup_steps": 5, "warmup_ratio": 0.1}], "warmup_steps and warmup_ratio are both set"),
         ([TOKENIZER, {**CLASSIFY, "model": {"preset": "nano-1x3", "hiden_size": 4}}], "no field 'hiden_size'"),
+        ([TOKENIZER, {**CLASSIFY, "patience": 2}], "patience needs eval_data and metric_for_best"),
+        (
+            [TOKENIZER, {**CLASSIFY, "kind": "pretrain", "eval_data": "a.txt", "patience": 2}],
+            "patience needs eval_data and metric_for",
+        ),
+        ([{**EMBED, "model": "a", "patience": 2, "eval_data": "a.csv", "metric_for_best": None}], "patience needs eval_data"),
         ([TOKENIZER, {**CLASSIFY, "model": {"preset": "nano-1x3", "hidden_size": "4"}}], "hidden_size.*expected int"),
     ],
 )

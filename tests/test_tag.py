@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ def test_part_of_speech_tags_have_no_entities(tag):
     rows = [{"words": ["ann", "saw", "oslo"], "pos_tags": ["NOUN", "VERB", "NOUN"]}] * 8
     metrics = tag(rows, rows, epochs=6)
     assert metrics["eval_accuracy"] == metrics["eval_macro_f1"] == 1.0 and "eval_f1" not in metrics
+
+
+def test_weights_of_tags(tag, tmp_path):
+    """Nothing in a word tells its tag, so the tag that the loss prefers is predicted."""
+    rows = [{"words": ["ann"] * 8, "pos_tags": ["NOUN" if place == row else "VERB" for place in range(8)]} for row in range(8)]
+    assert tag(rows, rows, epochs=20)["eval_accuracy"] == 7 / 8
+    shutil.rmtree(tmp_path / "out")
+    assert tag(rows, rows, epochs=20, class_weights={"NOUN": 50.0})["eval_accuracy"] == 1 / 8
+    with pytest.raises(ValueError, match="class_weights={'ADJ': 2.0} should be balanced, or positive numbers for NOUN, VERB"):
+        tag(rows, class_weights={"ADJ": 2.0})
 
 
 def test_numbered_tags_and_other_columns(tag, tmp_path):

@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import json
+import logging
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from helpers import run_python
 from minibert import tokenization_minibert
+from minibert.files import tokenizer_files
 from minibert.tokenization_minibert import SPECIAL_TOKENS, train_word_level, train_wordpiece
 
 CORPUS = [
@@ -23,6 +26,134 @@ CORPUS = [
     "A trained encoder encodes unseen words from pieces: reading, writing, trained, training.",
     "Ünïcode is fine, and so are 中文 and ελληνικά.",
 ] * 3
+LANGUAGES = {
+    "Hindi": """
+        आज सुबह बहुत ठंड थी।
+        मेरी बहन हर शाम किताब पढ़ती है।
+        बच्चे मैदान में क्रिकेट खेल रहे हैं।
+        हमने बाज़ार से ताज़े फल ख़रीदे।
+        क्या आप मुझे रास्ता दिखा सकते हैं?
+        ट्रेन बीस मिनट देर से आई।
+        दादी ने कहानी सुनाई और सब हँसने लगे।
+        इस शहर में तीन पुराने पुल हैं।
+        मुझे चाय में थोड़ी अदरक पसंद है।
+        वह अंग्रेज़ी और हिंदी दोनों बोलता है।
+        खिड़की खोल दो, हवा अच्छी चल रही है।
+        कल रात ज़ोर की बारिश हुई।
+        विद्यार्थियों ने प्रश्न पूछे।
+        यह नक़्शा १९५० में छपा था।
+        किसान ने खेत में गेहूँ बोया।
+        दूध ठंडा हो गया, फिर से गरम करो।
+        नदी के किनारे एक छोटा मंदिर है।
+        डॉक्टर ने मुझे आराम करने को कहा।
+        हम अगले महीने पहाड़ों पर जाएँगे।
+        लड़के ने गेंद ऊपर फेंकी।""",
+    "Thai": """
+        วันนี้อากาศดีมาก
+        แม่ไปซื้อผักที่ตลาดเช้า
+        น้องชายของฉันชอบเล่นฟุตบอล
+        ร้านนี้ทำก๋วยเตี๋ยวอร่อยที่สุด
+        คุณจะไปเชียงใหม่เมื่อไร
+        ฝนตกหนักทั้งคืน ถนนจึงมีน้ำท่วม
+        ครูเขียนคำตอบบนกระดาน
+        หนังสือเล่มนี้หนากว่าเล่มนั้น
+        เราขึ้นรถไฟตอนหกโมงเช้า
+        แมวสองตัวนอนอยู่ใต้โต๊ะ
+        ช่วยปิดประตูด้วยนะครับ
+        ปู่ปลูกต้นมะม่วงไว้หลังบ้าน
+        พรุ่งนี้มีสอบวิชาคณิตศาสตร์
+        เด็กๆ วิ่งเล่นริมทะเล
+        กาแฟแก้วนี้ร้อนเกินไป
+        หมอบอกให้ดื่มน้ำเยอะๆ
+        ตั๋วราคาห้าสิบบาทต่อคน
+        เธอร้องเพลงเก่าให้ทุกคนฟัง
+        ไฟฟ้าดับไปสองชั่วโมง
+        ฉันลืมกุญแจไว้ที่ทำงาน""",
+    "Japanese": """
+        今日はとても寒いです。
+        妹は毎晩本を読みます。
+        子どもたちが公園で遊んでいる。
+        駅までどのくらいかかりますか。
+        電車が二十分おくれました。
+        このパンはまだ温かい。
+        祖母の話を聞いて、みんなが笑った。
+        窓をあけてください。
+        きのうの夜、つよい雨がふった。
+        彼は英語とドイツ語を話せる。
+        コーヒーにミルクを入れますか。
+        川のそばに小さな寺がある。
+        先生に質問をしてもいいですか。
+        がんばれば、きっとできるよ。
+        ギターをひくのが好きだ。
+        来月、山へ行くつもりです。
+        テレビのプログラムを見た。
+        財布をどこかに忘れてしまった。
+        ペンと紙を持ってきてね。
+        ねこがテーブルの下で眠っている。""",
+    "Korean": """
+        오늘은 날씨가 아주 춥다.
+        동생은 매일 책을 읽는다.
+        아이들이 공원에서 놀고 있다.
+        역까지 얼마나 걸려요?
+        기차가 이십 분 늦게 왔다.
+        이 빵은 아직 따뜻하다.
+        할머니 이야기에 모두 웃었다.
+        창문을 열어 주세요.
+        어제 밤에 비가 많이 왔다.
+        그는 영어와 한국어를 한다.
+        커피에 우유를 넣을까요?
+        강가에 작은 절이 있다.
+        선생님께 질문을 해도 돼요?
+        나는 기타 치는 것을 좋아한다.
+        다음 달에 산에 갈 것이다.
+        지갑을 집에 두고 왔다.
+        고양이가 책상 아래에서 잔다.
+        농부가 밭에 씨를 뿌렸다.
+        물을 많이 마시는 것이 좋다.
+        그 길은 너무 좁고 어둡다.""",
+    "Arabic": """
+        الطقس بارد جدا هذا الصباح.
+        أختي تقرأ كتابا كل مساء.
+        يلعب الأطفال في الحديقة.
+        كم يستغرق الطريق إلى المحطة؟
+        تأخر القطار عشرين دقيقة.
+        هذا الخبز ما زال ساخنا.
+        حكت جدتي قصة فضحك الجميع.
+        افتح النافذة من فضلك، الهواء لطيف.
+        هطل المطر بغزارة ليلة أمس.
+        هو يتكلم العربية والإنجليزية.
+        هل تريد سكرا في القهوة؟
+        يوجد مسجد صغير قرب النهر.
+        سأل الطلاب أسئلة كثيرة.
+        سنسافر إلى الجبال في الشهر القادم.
+        نسيت المفتاح في المكتب.
+        القطة نائمة تحت الطاولة.
+        زرع الفلاح القمح في حقله.
+        قال الطبيب إن الراحة ضرورية.
+        آخر رسالة وصلت قبل ثلاثة أيام.
+        هؤلاء أصدقائي منذ الطفولة، شُكرًا لهم.""",
+    "Russian": """
+        Сегодня утром очень холодно.
+        Моя сестра каждый вечер читает книгу.
+        Дети играют в парке у реки.
+        Сколько ехать до вокзала?
+        Поезд опоздал на двадцать минут.
+        Этот хлеб ещё тёплый.
+        Бабушка рассказала историю, и все засмеялись.
+        Открой, пожалуйста, окно.
+        Вчера ночью шёл сильный дождь.
+        Он говорит по-русски и по-немецки.
+        Положить сахар в чай?
+        На том берегу стоит маленький храм.
+        Ученики задали много вопросов.
+        В следующем месяце мы поедем в горы.
+        Я забыл ключ в офисе.
+        Кошка спит под столом.
+        Крестьянин посеял пшеницу.
+        Врач сказал, что нужен отдых.
+        Йогурт стоит в холодильнике.
+        Её объявление видел каждый третий прохожий.""",
+}
 KINDS = {"wordpiece": train_wordpiece, "word_level": train_word_level}
 
 
@@ -150,6 +281,54 @@ def test_unicode_scripts_have_pieces_of_their_own(wordpiece):
     assert wordpiece.tokenize("Ünïcode") == wordpiece.tokenize("unicode")
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_letter_of_a_language_is_lost(tmp_path, caplog, monkeypatch, language):
+    texts = [line.strip() for line in LANGUAGES[language].strip().splitlines()]
+    assert len(texts) == 20
+    with caplog.at_level(logging.INFO, "minibert"):
+        made = quietly(train_wordpiece, texts, vocab_size=400)
+    assert "Accents are kept: stripping takes letters from" in caplog.text
+    made.save_pretrained(tmp_path)
+    monkeypatch.setattr(tokenizer_files, "_try", None)  # it is of the usual kind, which no other process has to open first
+    tokenizer_files.check_tokenizer(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    assert reloaded.is_fast
+    for text in texts:
+        expected = unicodedata.normalize("NFC", text)
+        for form in ("NFC", "NFD"):  # both spellings of a letter with marks
+            ids = made(unicodedata.normalize(form, text))["input_ids"]
+            assert made.unk_token_id not in ids and ids == reloaded(unicodedata.normalize(form, text))["input_ids"]
+            decoded = made.decode(ids, skip_special_tokens=True)
+            assert decoded == reloaded.decode(ids, skip_special_tokens=True)
+            assert "".join(decoded.split()) == "".join(expected.lower().split())
+
+
+def test_accents_are_stripped_where_few_words_lose_letters(caplog):
+    """The normalizer and the vocabulary are then those of the plain choice."""
+    texts = ["Étude naïve, ελληνικά ❤\ufe0f " * 60 + "й"]
+    with caplog.at_level(logging.INFO, "minibert"):
+        chosen = quietly(train_wordpiece, texts)
+    assert "Accents are stripped" in caplog.text
+    told = quietly(train_wordpiece, texts, strip_accents=True)
+    assert chosen.get_vocab() == told.get_vocab() and {"etude", "naive", "ελληνικα", "и"} <= chosen.get_vocab().keys()
+    saved = json.loads(chosen.backend_tokenizer.to_str())["normalizer"]
+    assert (saved["type"], saved["lowercase"], saved["strip_accents"]) == ("BertNormalizer", True, None)
+
+
+@pytest.mark.parametrize("train", KINDS.values(), ids=KINDS)
+def test_case_and_accents_are_separate_choices(train):
+    for lowercase, strip, expected in (
+        (True, False, "étude"),
+        (False, True, "Etude"),
+        (False, None, "Étude"),
+        (False, False, "Étude"),
+    ):
+        made = quietly(train, ["Étude"], lowercase=lowercase, strip_accents=strip, min_frequency=1)
+        assert made.tokenize("Étude") == [expected]
+    stripped = quietly(train, ["йод чай"], strip_accents=True, min_frequency=1)
+    assert stripped.tokenize("йод чай") == ["иод", "чаи"]
+
+
 @pytest.mark.parametrize("empty", ["", "  \n\t ", "\u200b"])
 def test_empty_text_is_two_special_tokens(tokenizer, empty):
     assert tokenizer(empty)["input_ids"] == [2, 3]
@@ -187,13 +366,13 @@ def test_training_reads_a_stream_once_and_in_bounded_memory(monkeypatch):
     monkeypatch.setattr(tokenization_minibert, "Counter", Counted)
     monkeypatch.setattr(tokenization_minibert, "_MOST_WORDS", 50)
     stream = (f"it is always there {number}" for number in range(2000))
-    words = tokenization_minibert._count_words(stream, lowercase=True, show_progress=False)
+    words = tokenization_minibert._count_words(stream, True, None, False)[0]
     assert len(words) <= 50 and words["always"] == words["there"] == 2000
     assert Counted.longest <= 3 + 5  # the chunks of one more text
 
 
 def test_words_too_long_to_be_tokens_are_not_learnt():
-    words = tokenization_minibert._count_words(["a" * 100, "b" * 101], lowercase=True, show_progress=False)
+    words, _ = tokenization_minibert._count_words(["a" * 100, "b" * 101], True, None, False)
     assert words == {"a" * 100: 1}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from minibert.data.source import DataSource
 
@@ -24,6 +24,9 @@ def _named_once(names: Any) -> Any:
     if isinstance(names, list) and (repeated := sorted({name for name in names if names.count(name) > 1})):
         raise ValueError(f"{', '.join(repeated)} is given more than once; give each name once.")
     return names
+
+
+_Once = AfterValidator(_named_once)
 
 
 class Arguments(BaseModel):
@@ -124,6 +127,7 @@ class LoopArguments(Arguments):
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     log_steps: Annotated[Positive, FREE] = Field(50, description="Steps between two lines of log.jsonl.")
     eval_steps: Positive | None = Field(None, description="Steps between evaluations. Unset: once per epoch.")
+    patience: Positive | None = Field(None, description="Stop after this number of evaluations without improvement.")
     save_steps: Annotated[Positive | None, FREE] = Field(None, description="Save interval. Unset: one epoch.")
     save_total_limit: Annotated[Positive, FREE] = Field(2, description="Checkpoints to keep, plus the best.")
     seed: int | None = Field(None, ge=0, description="Seed of this stage. Unset: the seed of the recipe.")
@@ -131,9 +135,12 @@ class LoopArguments(Arguments):
     trackers: Annotated[list[str], FREE] = Field([], description="Accelerate trackers, such as tensorboard.")
 
     @model_validator(mode="after")
-    def _one_warmup(self) -> "LoopArguments":
+    def _fields_agree(self) -> "LoopArguments":
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both set; remove one of the two fields.")
+        lasts = isinstance(self, PretrainStage | EmbedStage) and self.metric_for_best is None  # others choose a metric
+        if self.patience and (lasts or not getattr(self, "eval_data", True)):
+            raise ValueError("patience needs eval_data and metric_for_best; set both, or remove patience.")
         return self
 
 
@@ -153,7 +160,8 @@ class TokenizerStage(Stage):
     text_columns: list[str] | None = Field(None, description="Columns to read. Unset: all string columns.")
     method: Literal["wordpiece", "word_level"] = Field("wordpiece", description="Tokens: subwords or words.")
     vocab_size: Annotated[int, Field(ge=6)] = Field(30000, description="Maximum size, with special tokens.")
-    lowercase: bool = Field(True, description="Lower-case texts and strip accents.")
+    lowercase: bool = Field(True, description="Convert texts to lower case.")
+    strip_accents: bool | None = Field(None, description="Strip accents. Unset: with lowercase, unless words lose letters.")
     min_frequency: Positive | None = Field(None, description="Drop rarer tokens. Unset: 2 (word_level: 1).")
     max_length: Positive = Field(512, description="Maximum length in tokens, saved with the tokenizer.")
     truncation_side: Literal["right", "left"] = Field("right", description="Side where long texts are cut.")
@@ -205,10 +213,7 @@ class PretrainStage(TrainStage, MaskedWordArguments):
     @model_validator(mode="after")
     def _measures_what_it_learns(self) -> "PretrainStage":
         if self.metric_for_best == "next_sentence_accuracy" and not self.next_sentence:
-            raise ValueError(
-                "metric_for_best: next_sentence_accuracy needs next_sentence: true. Set next_sentence, or "
-                "choose loss, perplexity or masked_accuracy."
-            )
+            raise ValueError("metric_for_best: next_sentence_accuracy needs next_sentence: true, or choose another metric.")
         return self
 
 
@@ -217,24 +222,23 @@ class ClassifyStage(TrainStage):
 
     kind: Literal["classify"]
     text_columns: Names | None = Field(None, max_length=2, description="One or two columns. Unset: detected.")
-    label_column: str | Annotated[list[str], Field(min_length=1)] = Field(
+    label_column: Annotated[str | Names, _Once] = Field(
         "label",
         description="Column of the class (number, string or ClassLabel), of lists of classes, or of numbers "
         "to predict. Several columns must contain only 0 and 1.",
     )
-    labels: list[str] | None = Field(None, min_length=1, description="Class names in order. Unset: detected.")
+    labels: Annotated[list[str] | None, _Once] = Field(None, min_length=1, description="Class names in order. Unset: detected.")
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
         None,
         description="Unset: multi-label for lists or many columns, regression for fractions, else one label.",
     )
+    class_weights: str | dict[Any, Any] | None = Field(None, description="Weights in the loss: balanced, or {class: weight}.")
     metric_for_best: str | None = Field(
         None,
         description="Metric that selects the checkpoint to keep. One label: accuracy, macro_f1 or loss. "
         "Multi-label: micro_f1, macro_f1, subset_accuracy or loss. Regression: spearman, pearson or mse. "
         "Unset: the first.",
     )
-
-    _names = field_validator("labels", "label_column")(_named_once)
 
 
 class TagStage(TrainStage):
@@ -243,15 +247,14 @@ class TagStage(TrainStage):
     kind: Literal["tag"]
     token_column: str | None = Field(None, description="Column of lists of words. Unset: tokens or words.")
     tag_column: str | None = Field(None, description="Tag column. Unset: ner_tags, tags, pos_tags or labels.")
-    labels: list[str] | None = Field(None, min_length=2, description="Tag names in order. Unset: detected.")
+    labels: Annotated[list[str] | None, _Once] = Field(None, min_length=2, description="Tag names in order. Unset: detected.")
+    class_weights: str | dict[Any, Any] | None = Field(None, description="Weights in the loss: balanced, or {class: weight}.")
     max_length: Positive | None = Field(None, description="Tokens per window. Unset: the model's limit.")
     metric_for_best: str | None = Field(
         None,
         description="Metric that selects the checkpoint to keep. Entity tags: f1, precision, recall, "
         "accuracy or loss. Other tags: accuracy, macro_f1 or loss. Unset: the first.",
     )
-
-    _names = field_validator("labels")(_named_once)
 
 
 class AnswerStage(TrainStage):
@@ -405,12 +408,10 @@ class DistillTaskStage(DistillStage):
     objective: Literal["task"]
     text_columns: Names | None = Field(None, max_length=2, description="One or two columns. Unset: detected.")
     label_column: str = Field("label", description="Column of the class (number, string or ClassLabel).")
-    labels: list[str] | None = Field(None, min_length=2, description="Class names in order. Unset: detected.")
+    labels: Annotated[list[str] | None, _Once] = Field(None, min_length=2, description="Class names in order. Unset: detected.")
     metric_for_best: Literal["accuracy", "macro_f1", "loss"] = Field("accuracy", description=_BEST)
     temperature: float = Field(2.0, gt=0, description="Divisor of the logits of student and teacher.")
     alpha: Share = Field(0.5, description="Weight of the teacher's loss. The label loss weighs 1 - alpha.")
-
-    _names = field_validator("labels")(_named_once)
 
 
 class DistillPretrainingStage(DistillStage, MaskedWordArguments):

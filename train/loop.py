@@ -1,4 +1,4 @@
-"""Run the training loop of all stages except ``embed``. The model computes its own loss.
+"""Run the training loop of all stages except ``embed``. Without class weights, the model computes the loss.
 
 The rows and the random numbers of a step depend only on the seed, the step and the process.
 A run that resumes from a checkpoint has exactly the result of an uninterrupted run.
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,12 @@ def learning_rate(
         return peak * (1.0 - math.sqrt(min(1.0, max(0, step - stable) / (total - stable))))
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     return peak * {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "constant": 1.0}[schedule]
+
+
+def schedule_of(args: LoopArguments, total: int) -> Callable[..., float]:
+    """Return :func:`learning_rate` with the schedule of ``args``. The caller gives the step and the peak."""
+    warmup = args.warmup_steps or int(args.warmup_ratio * total)
+    return partial(learning_rate, warmup=warmup, total=total, schedule=args.schedule, decay_ratio=args.decay_ratio)
 
 
 def rows_of_step(step: int, *, rows: int, rows_per_step: int, seed: int) -> np.ndarray:
@@ -298,6 +304,7 @@ def fit(
     context: StageContext,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
     metric: str | None = None,
+    class_weights: list[float] | None = None,
 ) -> dict[str, Any]:
     """Train ``model``. Save the model, metrics and a log in the output folder of ``context``.
 
@@ -306,14 +313,14 @@ def fit(
 
     ``rows`` are training data as in :attr:`Phase.rows`, or a list of :class:`Phase`. ``evaluate``
     returns the metrics of the model, and every process calls it. ``metric`` selects the weights
-    to keep. If it is None, keep the last weights.
+    to keep. If it is None, keep the last weights. ``class_weights`` multiply the losses of labels.
     """
     phases = rows if isinstance(rows, list) else [Phase(rows, args.batch_size, args.learning_rate)]
     if not all(len(phase.rows) for phase in phases):
         raise ValueError("The training data has no rows; check data and limit in the recipe.")
     check_workers(args.num_workers)
     keep_memory()
-    run = _Run(model, tokenizer, phases, args, context, metric if evaluate else None)
+    run = _Run(model, tokenizer, phases, args, context, metric if evaluate else None, class_weights)
     run.resume()
     try:
         run.train(evaluate)
@@ -335,6 +342,7 @@ class _Run:
         arguments: LoopArguments,
         context: StageContext,
         metric: str | None,
+        class_weights: list[float] | None,
     ):
         self.arguments, self.tokenizer = arguments, tokenizer
         self.seed, self.output_dir = context.seed, context.output_dir
@@ -350,7 +358,7 @@ class _Run:
         )
         self.total = arguments.max_steps or max(1, round(arguments.epochs * self.steps.per_epoch))
         self.steps.plan(self.total)
-        self.warmup = arguments.warmup_steps or int(arguments.warmup_ratio * self.total)
+        self.schedule = schedule_of(arguments, self.total)
         self.identity = {
             **arguments.model_dump(mode="json", exclude=arguments.free_fields()),
             "seed": self.seed,
@@ -359,6 +367,7 @@ class _Run:
             "rows_per_step": [self.steps.rows_per_step(phase) for phase in phases],
             "shares": [phase.share for phase in phases],
         }
+        self.class_weights = torch.tensor(class_weights, device=accelerator.device) if class_weights else None
         model.to(accelerator.device)
         if arguments.gradient_checkpointing:
             checkpoint_activations(model)
@@ -386,7 +395,7 @@ class _Run:
         loader = DataLoader(
             self.steps,
             batch_size=None,
-            sampler=range(progress.step, self.total),
+            sampler=range(progress.step, progress.step if self.stopped_early() else self.total),
             num_workers=arguments.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
@@ -418,10 +427,12 @@ class _Run:
                 bar.update()
                 if logging_now := self._due(arguments.log_steps):
                     bar.set_postfix(loss=f"{self.write_line(rate, grad_norm):.4f}", refresh=False)
-                if evaluate and self._due(arguments.eval_steps or self.steps.per_epoch):
+                if evaluate and self._due(arguments.eval_steps):
                     self.evaluate(evaluate)
-                if (stopping := stop.agreed(logging_now)) or self._due(arguments.save_steps or self.steps.per_epoch):
+                if (stopping := stop.agreed(logging_now)) or self.stopped_early() or self._due(arguments.save_steps):
                     self.save()
+                if self.stopped_early():
+                    return
                 if stopping and progress.step < self.total:
                     raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
 
@@ -440,6 +451,9 @@ class _Run:
                 # The loss is the mean over all terms; processes average their gradients.
                 weight = terms * processes / all_terms
                 loss = output.loss * weight
+                if self.class_weights is not None:
+                    logits, labels = output.logits.flatten(0, -2).float(), inputs["labels"].flatten()
+                    loss = F.cross_entropy(logits, labels, self.class_weights, reduction="sum") * (weight / max(1, terms))
                 if "next_sentence_label" in inputs:  # the sentence loss is a mean over rows
                     follows = F.cross_entropy(output.seq_relationship_logits, inputs["next_sentence_label"])
                     loss = loss + follows * (rows * processes / all_rows - weight)
@@ -453,14 +467,7 @@ class _Run:
         return total, grad_norm.detach()
 
     def rate(self, step: int) -> float:
-        return learning_rate(
-            step,
-            peak=self.steps.phases[self.steps.locate(step)[0]].learning_rate,
-            warmup=self.warmup,
-            total=self.total,
-            schedule=self.arguments.schedule,
-            decay_ratio=self.arguments.decay_ratio,
-        )
+        return self.schedule(step, peak=self.steps.phases[self.steps.locate(step)[0]].learning_rate)
 
     def seconds(self) -> float:
         """Return the seconds of training without evaluation, also of earlier runs."""
@@ -514,13 +521,16 @@ class _Run:
         self.progress.evaluation = metrics
         epoch = round(step / self.steps.per_epoch, 4)
         self.log.write({"step": step, "epoch": epoch, **{f"eval_{key}": value for key, value in metrics.items()}})
-        if name is None:
-            return
-        if metrics[choose_metric(name, list(metrics))] is None:  # an undefined correlation is never the best
-            return
-        if self.best is None or self.sign * metrics[name] > self.sign * self.best["metrics"][name]:
+        value = metrics[choose_metric(name, list(metrics))] if name else None  # an undefined correlation is None
+        if value is not None and (self.best is None or self.sign * value > self.sign * self.best["metrics"][name]):
             self.best = {"identity": self.identity, "step": step, "metrics": metrics}
             checkpoint.save(self.root, step, self.accelerator.unwrap_model(self.model), {"state.json": self.best})
+
+    def stopped_early(self) -> bool:
+        """Return True if ``patience`` evaluations have followed the best one."""
+        patience, every = self.arguments.patience, self.arguments.eval_steps or self.steps.per_epoch
+        step = self.progress.step
+        return bool(patience and self.best and self.best["step"] + patience * every <= step < self.total)
 
     def save(self) -> None:
         """Save a checkpoint of the current step, and delete old checkpoints."""
@@ -576,6 +586,7 @@ class _Run:
             "steps": progress.step,
             "epochs": round(progress.step / self.steps.per_epoch, 4),
             "best_step": self.best["step"] if self.best else None,
+            "stopped_early_at": progress.step if self.stopped_early() else None,
             **{f"eval_{key}": value for key, value in evaluation.items()},
             "train_seconds": round(progress.seconds, 3),
             "train_tokens": progress.all_tokens,
@@ -596,8 +607,8 @@ class _Run:
         accelerator.wait_for_everyone()
         return metrics
 
-    def _due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.total
+    def _due(self, every: int | None) -> bool:
+        return self.progress.step % (every or self.steps.per_epoch) == 0 or self.progress.step == self.total
 
 
 def keep_memory() -> None:

@@ -155,6 +155,8 @@ def _run_stage(stage: Any, context: StageContext, state: Any) -> None:
             metrics = _function(stage)(stage, context) if state.is_main_process or not alone else {}
             state.wait_for_everyone()
             if state.is_main_process:
+                if metrics.get("stopped_early_at"):
+                    logger.info("Stopped early at step %(stopped_early_at)d; the best was step %(best_step)d.", metrics)
                 data = {"data": context.data} if context.data else {}
                 disk.write_json(context.output_dir / "metrics.json", {**metrics, **data})
                 found = describe(stage, context, processes=1 if alone else state.num_processes)

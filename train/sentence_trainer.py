@@ -27,7 +27,7 @@ from minibert.files.disk import read_json
 from minibert.files.processes import check_workers, processes
 from minibert.train import checkpoint
 from minibert.train.arguments import EmbedStage
-from minibert.train.loop import Log, StopRequest, keep_memory, learning_rate, seed_everything
+from minibert.train.loop import Log, StopRequest, keep_memory, schedule_of, seed_everything
 from minibert.train.stage import StageContext
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def train(
         state = TrainerState.load_from_json(f"{found}/trainer_state.json")
         callback.saved = read_json(found / "state.json")
         callback.best = read_json(best / "state.json") if best else None
-    if found and state.global_step >= state.max_steps:  # killed while it saved the result
+    if found and (state.global_step >= state.max_steps or callback.stopped_early(state)):  # killed while it saved the result
         trainer._load_from_checkpoint(found)
         callback.restore(state)
     else:
@@ -80,6 +80,7 @@ def train(
     metrics = {
         "steps": state.global_step,
         "epochs": round(state.epoch or 0.0, 4),
+        "stopped_early_at": state.global_step if callback.stopped_early(state) else None,
         **callback.load_best(),
         **read,
         "train_loss": trainer._total_loss_scalar / max(1, state.global_step),
@@ -203,12 +204,8 @@ class _Trainer(SentenceTransformerTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule of the training loop."""
-        args, total = self.stage.arguments, num_training_steps
-        warmup = args.warmup_steps or int(args.warmup_ratio * total)
-        share = partial(
-            learning_rate, peak=1.0, warmup=warmup, total=total, schedule=args.schedule, decay_ratio=args.decay_ratio
-        )
-        self.lr_scheduler = LambdaLR(self.optimizer, share)
+        schedule = schedule_of(self.stage.arguments, num_training_steps)
+        self.lr_scheduler = LambdaLR(self.optimizer, partial(schedule, peak=1.0))
         return self.lr_scheduler
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -272,6 +269,8 @@ class _StageCallback(ProgressCallback):
         due = state.global_step % every == 0 if every else float(state.epoch).is_integer()
         if self.evaluate and (due or last):
             self.measure(state)
+        if self.stopped_early(state):
+            control.should_log = control.should_save = control.should_training_stop = True
         number = self.stop.agreed(state.global_step % args.logging_steps == 0)
         if number and not last:
             self.interrupted = number
@@ -286,6 +285,12 @@ class _StageCallback(ProgressCallback):
         if metric and (not self.best or metrics[metric] > self.best["metrics"][f"eval_{metric}"]):
             self.best = {"step": state.global_step, "metrics": self.evaluation}
             checkpoint.save(self.root, state.global_step, self.trainer.model, {"state.json": self.best})
+
+    def stopped_early(self, state: Any) -> bool:
+        """Return True if ``patience`` evaluations have followed the best one."""
+        patience, step = self.arguments.patience, state.global_step
+        every = self.arguments.eval_steps or round(step / (state.epoch or 1))
+        return bool(patience and self.best and self.best["step"] + patience * every <= step < state.max_steps)
 
     def seconds(self) -> float:
         """Return the seconds of training. Interrupted runs count as well."""

@@ -23,6 +23,8 @@ from minibert.train.stage import StageContext, load_start
 def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
     """Fine-tune a classifier, and return training and classification metrics."""
     train, columns, labels, held_out = read_data(args, context, args.problem_type)
+    weights = labels.class_weights(args.class_weights)
+    context.end_check()
     metric = choose_metric(args.metric_for_best, METRICS[labels.problem_type])
 
     tokenizer, model, max_length = load_start(
@@ -39,7 +41,7 @@ def classify(args: ClassifyStage, context: StageContext) -> dict[str, Any]:
         evaluated = TokenizedDataset.from_texts(held_out[0], columns, held_out[1], tokenizer, max_length)
         evaluate = partial(measure, rows=evaluated, problem_type=labels.problem_type, batch_size=args.eval_batch_size)
     rows = TokenizedDataset.from_texts(train, columns, labels.values, tokenizer, max_length)
-    return fit(model, tokenizer, rows, args, context, evaluate, metric)
+    return fit(model, tokenizer, rows, args, context, evaluate, metric, weights)
 
 
 def read_data(
@@ -57,7 +59,6 @@ def read_data(
         find_text_columns(rows, columns, args.label_column, args.eval_data)
         with in_eval_data():
             held_out = rows, read_labels(rows, args.label_column, labels.names, labels.problem_type).values
-    context.end_check()
     return train, columns, labels, held_out
 
 

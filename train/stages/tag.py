@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
+from minibert.data.labels import SINGLE, Labels
 from minibert.data.load import load
 from minibert.data.tags import find_tag_columns, holds_entities, read_tags, read_words, tokenize_windows
 from minibert.evaluation.metrics import tag_metrics
@@ -37,6 +38,8 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
         with in_eval_data():
             held_out_sentences = read_words(held_out, columns[0])
             expected, _ = read_tags(held_out, columns[1], held_out_sentences, names)
+    numbers = np.array([names.index(name) for name in chain.from_iterable(tags)])
+    weights = Labels(SINGLE, numbers, names).class_weights(args.class_weights)
     context.end_check()
     metric = choose_metric(args.metric_for_best, _ENTITY_METRICS if holds_entities(names) else _TAG_METRICS)
     changes = head_changes(context, names)
@@ -47,7 +50,7 @@ def tag(args: TagStage, context: StageContext) -> dict[str, Any]:
         evaluated = TagRows.from_words(held_out_sentences, expected, names, tokenizer, max_length)
         evaluate = partial(measure, rows=evaluated, expected=expected, names=names, batch_size=args.eval_batch_size)
     rows = TagRows.from_words(sentences, tags, names, tokenizer, max_length)
-    return fit(model, tokenizer, rows, args, context, evaluate, metric)
+    return fit(model, tokenizer, rows, args, context, evaluate, metric, weights)
 
 
 class TagRows(TokenizedDataset):

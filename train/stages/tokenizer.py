@@ -28,6 +28,7 @@ def train_tokenizer(args: TokenizerStage, context: StageContext) -> dict[str, An
         texts,
         vocab_size=args.vocab_size,
         lowercase=args.lowercase,
+        strip_accents=args.strip_accents,
         model_max_length=args.max_length,
         truncation_side=args.truncation_side,
         show_progress=True,

@@ -36,6 +36,7 @@ class TaskDistillation(Distillation):
 def distill_task(args: DistillTaskStage, context: StageContext) -> dict[str, Any]:
     """Train a classifier on labels and a teacher's logits. Return metrics of both models."""
     train, columns, labels, held_out = read_data(args, context)
+    context.end_check()
     teacher = load_teacher(AutoModelForSequenceClassification, str(context.teacher), "a classifier")
     names = class_names(teacher.config)
     _check_labels(args, labels, teacher, names, str(context.teacher))
