@@ -186,7 +186,8 @@ class Encoder:
         self.dimension = min(self.model.truncate_dim or width, width) if truncate_dim is None else truncate_dim
         if not 1 <= self.dimension <= width:
             raise ValueError(f"truncate_dim must be between 1 and {width}, got {self.dimension} (--truncate-dim).")
-        scaled = self.dimension == width and isinstance(self.model[-1], Normalize)
+        self._cut = self.dimension if self.dimension < width else None
+        scaled = self._cut is None and isinstance(self.model[-1], Normalize)
         self.normalized = normalize or scaled
         self._normalize = normalize and not scaled
         usual = _CPU_TOKENS if self.model.device.type == "cpu" else _GPU_TOKENS
@@ -335,7 +336,7 @@ class Encoder:
             return np.empty((0, self.dimension), dtype=np.float32)
         options: dict[str, Any] = {} if task is None else {"task": task}
         options |= {"prompt": prompt or "", "normalize_embeddings": self._normalize, "show_progress_bar": False}
-        options["truncate_dim"] = self.dimension
+        options["truncate_dim"] = self._cut
         options |= {"batch_size": 1} if self.batch_tokens == 1 else {}
         vectors: np.ndarray = finite(np.asarray(self.model.encode(list(texts), **options), dtype=np.float32))
         return vectors
@@ -359,7 +360,7 @@ class Encoder:
         features = {"sentence_embedding": pooled}
         for module in list(self.model)[2:]:
             features = module(features)
-        vectors = features["sentence_embedding"][:, : self.dimension]
+        vectors = features["sentence_embedding"][:, : self._cut]
         return F.normalize(vectors, dim=-1) if self._normalize else vectors
 
     def _vectors(self, batch: Batch) -> Tensor:
