@@ -343,6 +343,7 @@ def encode(
     dtype: Annotated[str, Option(help="Compute in auto, float32, bfloat16 or float16.")] = "auto",
     batch_tokens: Annotated[int | None, Option(help="Tokens in a batch; the default suits the device.")] = None,
     normalize: Annotated[bool, Option("--normalize", help="Scale the vectors to length 1.")] = False,
+    truncate_dim: Annotated[int | None, Option(help="Dimensions to keep; the default is the model's setting.")] = None,
     prompt: Annotated[str | None, Option(help="Text to put before every text.")] = None,
     prompt_name: Annotated[str | None, Option(help="Prompt of the model; the default is for passages.")] = None,
     device: Annotated[str | None, Option(help="Such as cpu or cuda:1; the default is the best.")] = None,
@@ -363,7 +364,7 @@ def encode(
         **{"column": column, "id_column": id_column, "split": split, "on_bad_row": on_bad_row},
         **{"keep_text": keep_text, "precision": precision, "rows_per_shard": rows_per_shard},
         **{"dtype": dtype, "batch_tokens": batch_tokens, "device": device, "normalize": normalize},
-        **{"prompt": prompt, "prompt_name": prompt_name, "append": append, "force": force},
+        **{"prompt": prompt, "prompt_name": prompt_name, "append": append, "force": force, "truncate_dim": truncate_dim},
         **{"trust_remote_code": trust_remote_code, "show_progress": sys.stderr.isatty()},
     }
     done = encode_corpus(model, data, out, **options)

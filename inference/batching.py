@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     ids: np.ndarray  # (T,)
     lengths: np.ndarray  # (texts,), each above 0
     rows: np.ndarray  # (texts,), the positions of the texts in the window
+    prompt_length: int  # the number of first tokens of each text to leave out of the pooling
 
 
 @cache
@@ -102,22 +103,31 @@ class Tokenizer:
         if config.position_embedding_type != "rotary":
             self.max_length = min(self.max_length, config.max_position_embeddings)
 
-    def batches(self, texts: Sequence[str], batch_tokens: int, first: int, prompt: str) -> list[Batch]:
+    def batches(
+        self, texts: Sequence[str], batch_tokens: int, first: int, prompt: str, include_prompt: bool = True
+    ) -> list[Batch]:
         """Tokenize ``prompt + text`` for each text into batches of at most ``batch_tokens``.
 
-        Error messages number the texts from ``first``.
+        Error messages number the texts from ``first``. ``include_prompt`` is the setting of the
+        pooling.
         """
         check_texts(texts, first)
         with turn("tokenizer"):
             encodings = self._tokenize(texts, prompt)
+            prompt_length = 0 if include_prompt or not prompt else self._length(prompt)
         lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
         ends = lengths.cumsum()
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, count=int(lengths.sum()))
         pieces = np.split(ids, ends[:-1])
         return [
-            Batch(np.concatenate([pieces[row] for row in rows]), lengths[rows], rows.copy())
+            Batch(np.concatenate([pieces[row] for row in rows]), lengths[rows], rows.copy(), prompt_length)
             for rows in cut_batches(lengths, batch_tokens)
         ]
+
+    def _length(self, prompt: str) -> int:
+        """Return the number of tokens of ``prompt``, without a special token at its end."""
+        ids = self.tokenizer.backend_tokenizer.encode(prompt).ids
+        return len(ids) - sum(last in self.tokenizer.all_special_ids for last in ids[-1:])
 
     def _tokenize(self, texts: Sequence[str], prompt: str) -> list[Any]:
         fast = self.tokenizer.backend_tokenizer

@@ -2,8 +2,9 @@
 
 The texts are cut into slices, which are called windows. Within a window, texts are sorted by
 length. The next window is tokenized while the model computes. The tokens of a batch are joined
-in one row. Models other than MiniBERT, and models with modules other than pooling and
-normalization, use ``SentenceTransformer.encode``. Up to rounding, the vectors are the same.
+in one row, which is pooled; sentence-transformers' own modules compute what follows. Models
+other than MiniBERT, and models with modules that need padded tokens, use
+``SentenceTransformer.encode``. Up to rounding, the vectors are the same.
 """
 
 import copy
@@ -15,14 +16,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from sentence_transformers.util import get_device_name
+from sentence_transformers.sentence_transformer.modules import Dense, Dropout, LayerNorm, Normalize, Pooling, Transformer
+from sentence_transformers.util import get_device_name, quantize_embeddings
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
@@ -35,6 +36,9 @@ from minibert.modeling_minibert import MiniBertModel
 from minibert.packing_minibert import PREFERS_EXP2, Packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+# The names of a model's prompts for a task. The first one that is not empty is used.
+PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 _FEW_TEXTS = 8  # with so few texts, another thread costs more time than it saves
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # per batch
 # Seconds between two calls of malloc_trim, which takes milliseconds and causes page faults.
@@ -49,6 +53,7 @@ class EncoderOptions(TypedDict, total=False):
     batch_tokens: int | None
     dtype: str
     normalize: bool
+    truncate_dim: int | None
     prompt: str | None
     prompt_name: str | None
     device: str | None
@@ -60,9 +65,11 @@ def encode(
     model: str | Path | SentenceTransformer,
     texts: str | Sequence[str],
     *,
+    precision: Precision = "float32",
+    convert_to_tensor: bool = False,
     show_progress: bool = False,
     **options: Unpack[EncoderOptions],
-) -> np.ndarray:
+) -> Any:
     """Encode texts into a float32 array (texts, dimension), or one text into (dimension,).
 
     Memory use does not grow with the number of texts, apart from the result.
@@ -71,6 +78,11 @@ def encode(
         model: a model folder, the id of a model on the Hub, or an opened sentence-transformers
             model.
         texts: a sequence of texts, or a single text.
+        precision: the type of the returned numbers: ``float32``, ``int8``, ``uint8``,
+            ``binary`` or ``ubinary`` (one bit per dimension, packed). As in
+            sentence-transformers, ``int8`` and ``uint8`` divide the range of each dimension
+            among these texts, so that such vectors of two calls cannot be compared.
+        convert_to_tensor: return a tensor on the device of the model, not an array.
         show_progress: show a progress bar on standard error.
         batch_tokens: the number of tokens to compute at once. The default depends on the
             device.
@@ -79,6 +91,8 @@ def encode(
             multiplies at least a quarter faster in bfloat16. Otherwise, ``auto`` chooses
             float32. For an opened model, ``auto`` keeps the dtype of the model.
         normalize: scale vectors to length 1, even if the model does not normalize.
+        truncate_dim: the number of dimensions to keep. The default is the setting of the
+            model. Vectors are normalized after this only if ``normalize`` is True.
         prompt: a text to put before every text.
         prompt_name: the name of one of the model's prompts, as an alternative to ``prompt``.
         device: a device such as ``"cpu"`` or ``"cuda:1"``. The default is the best one
@@ -95,14 +109,11 @@ def encode(
 
     Raises:
         FileNotFoundError: if the model does not exist or lacks a file.
-        ValueError: if the model cannot be opened, the ``dtype``, ``prompt_name`` or device is
-            not available, or a text is not a string or contains a lone surrogate.
+        ValueError: if the model cannot be opened, an argument is not available, or a text is
+            not a string or contains a lone surrogate.
     """
     encoder = Encoder(model, query_copies=False, **options)  # copies are only useful if the encoder is reused
-    if isinstance(texts, str):
-        vector: np.ndarray = encoder.encode([texts])[0]
-        return vector
-    return encoder.encode(texts, show_progress=show_progress)
+    return encoder.encode(texts, precision=precision, convert_to_tensor=convert_to_tensor, show_progress=show_progress)
 
 
 class Encoder:
@@ -126,7 +137,7 @@ class Encoder:
 
         encoder = Encoder("runs/quickstart/2-embed")
         passages = encoder.encode_document(["order items", "read a file"])
-        encoder.encode_query(["how do I sort a list"]) @ passages.T
+        encoder.similarity(encoder.encode_query("how do I sort a list"), passages)  # (1, 2)
 
     Raises:
         FileNotFoundError, ValueError: for the same reasons as :func:`encode`.
@@ -139,6 +150,7 @@ class Encoder:
         batch_tokens: int | None = None,
         dtype: str = "auto",
         normalize: bool = False,
+        truncate_dim: int | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
         device: str | None = None,
@@ -164,20 +176,26 @@ class Encoder:
         self.model = self._open(model, dtype, device, trust_remote_code).eval()
         self.prompt = _find_prompt(self.model, prompt, prompt_name)
         self._prompt_given = prompt is not None or prompt_name is not None
-        reason = _why_not_packed(self.model, self.prompt)
+        reason = _why_not_packed(self.model)
         self.packed = not reason
         self.decisions["path"] = f"sentence-transformers, since {reason}" if reason else "packed: no padding"
-        cut = self.model.truncate_dim is not None
-        self.normalized = normalize or (not cut and any(isinstance(module, Normalize) for module in self.model))
-        self._normalize = normalize
-        dimension = self.model.get_embedding_dimension()
-        assert dimension is not None  # sentence-embedding models have a dimension
-        self.dimension = dimension
+        uncut = copy.copy(self.model)
+        uncut.truncate_dim = None
+        width = uncut.get_embedding_dimension()
+        assert width is not None  # sentence-embedding models have a dimension
+        self.dimension = min(self.model.truncate_dim or width, width) if truncate_dim is None else truncate_dim
+        if not 1 <= self.dimension <= width:
+            raise ValueError(f"truncate_dim must be between 1 and {width}, got {self.dimension} (--truncate-dim).")
+        self._cut = self.dimension if self.dimension < width else None
+        scaled = self._cut is None and isinstance(self.model[-1], Normalize)
+        self.normalized = normalize or scaled
+        self._normalize = normalize and not scaled
         usual = _CPU_TOKENS if self.model.device.type == "cpu" else _GPU_TOKENS
         self.batch_tokens = 1 if deterministic else batch_tokens or usual  # a longer text is a batch of its own
         if self.packed:
             encoder = _encoder_of(self.model)
             self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config)
+            self._pooling: Any = self.model[1]
             owned = self.model is not model  # do not change a model that the caller opened
             if owned:
                 encoder.pooler = None  # the vectors are pooled from the hidden states
@@ -194,11 +212,13 @@ class Encoder:
     ) -> SentenceTransformer:
         if isinstance(model, SentenceTransformer):
             self.decisions["dtype"] = "the dtype of the opened model" if dtype == "auto" else f"{dtype}, as asked"
-            model = model if dtype == "auto" else copy.deepcopy(model).to(getattr(torch, dtype))
+            if dtype != "auto":
+                model = copy.deepcopy(model)  # of a MiniBERT, the modules after it stay in float32
+                (model if _why_not_packed(model) else model[0]).to(getattr(torch, dtype))
             return model if device is None else model.to(device)
         wanted, reason = choose_dtype(dtype, device or get_device_name())
         opened = load(model, device=device, trust_remote_code=trust_remote_code, dtype=wanted)
-        if dtype == "auto" and wanted != "float32" and _why_not_packed(opened, None):  # avoid pooling in half precision
+        if dtype == "auto" and wanted != "float32" and _why_not_packed(opened):  # avoid pooling in half precision
             wanted, reason = "float32", "only a packed MiniBERT stays exact in half precision"
             opened = load(model, device=device, trust_remote_code=trust_remote_code, dtype=wanted)
         self.decisions["dtype"] = f"{wanted}, {reason}"
@@ -209,48 +229,66 @@ class Encoder:
         """Return the precision of the computation, such as ``"float32"``."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
-    def encode(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
-        """Encode ``texts`` into a float32 array (texts, dimension), in order.
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        precision: Precision = "float32",
+        convert_to_tensor: bool = False,
+        show_progress: bool = False,
+    ) -> Any:
+        """Encode texts into an array (texts, dimension), in order, or one text into (dimension,).
+
+        ``task`` may be ``query`` or ``document``, as for :meth:`encode_query` and
+        :meth:`encode_document`. ``prompt_name`` replaces the prompt of the encoder. The other
+        arguments are those of :func:`encode`.
 
         Raises:
-            ValueError: if a text is not a string or contains a lone surrogate.
+            ValueError: if a text is not a string or contains a lone surrogate, or the
+                ``prompt_name`` or ``precision`` is unknown.
         """
-        return self._encode(texts, self.prompt, None, show_progress)
-
-    def encode_query(self, queries: Sequence[str]) -> np.ndarray:
-        """Encode queries with the prompt for queries, as sentence-transformers does."""
-        return self._encode(queries, self._task_prompt("query"), "query", False)
-
-    def encode_document(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
-        """Encode passages with the prompt for passages, as sentence-transformers does."""
-        return self._encode(texts, self._task_prompt("document", "passage", "corpus"), "document", show_progress)
-
-    def _task_prompt(self, *names: str) -> str | None:
-        found = next((name for name in names if name in self.model.prompts), None)
-        return self.model.prompts[found] if found is not None and not self._prompt_given else self.prompt
-
-    def _encode(
-        self,
-        texts: Sequence[str],
-        prompt: str | None,
-        task: str | None,
-        show_progress: bool,
-    ) -> np.ndarray:
-        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(get_args(Precision))}.")
+        prompt = _find_prompt(self.model, None, prompt_name) if prompt_name is not None else self._prompt_for(task)
+        rows = [texts] if isinstance(texts, str) else texts
+        vectors: Any = np.empty((len(rows), self.dimension), dtype=np.float32)
         done = 0
-        with tqdm(desc="encode", total=len(texts), unit="text", disable=not show_progress) as bar:
-            for window in self._windows(cut_windows(texts), prompt, task):
+        with tqdm(desc="encode", total=len(rows), unit="text", disable=not show_progress) as bar:
+            for window in self._windows(cut_windows(rows), prompt, task):
                 vectors[done : done + len(window)] = window
                 done += len(window)
                 bar.update(len(window))
-        return vectors
+        if precision != "float32":
+            vectors = quantize_embeddings(vectors, precision)
+        if convert_to_tensor:
+            vectors = torch.from_numpy(vectors).to(self.model.device)
+        return vectors[0] if rows is not texts else vectors
 
-    def windows(self, windows: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
+    def encode_query(self, queries: str | Sequence[str], **options: Any) -> Any:
+        """Encode queries with the model's prompt ``query``, unless another is given. See :meth:`encode`."""
+        return self.encode(queries, task="query", **options)
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """Encode passages with the model's prompt ``document``, ``passage`` or ``corpus``, unless another is given."""
+        return self.encode(texts, task="document", **options)
+
+    def similarity(self, first: Any, second: Any) -> Tensor:
+        """Compare vectors (n, dimension) with vectors (m, dimension) by the model's function: (n, m)."""
+        return self.model.similarity(first, second)
+
+    def _prompt_for(self, task: str | None) -> str | None:
+        found = [self.model.prompts[name] for name in PROMPTS.get(task or "", ()) if name in self.model.prompts]
+        return self.prompt if self._prompt_given or not found else next(filter(None, found), "")
+
+    def windows(self, windows: Iterable[Sequence[str]], *, task: str | None = None) -> Iterator[np.ndarray]:
         """Encode lists of texts. Yield the float32 vectors (n, dimension) of each list.
 
-        The next list is tokenized while the current list is computed.
+        The next list is tokenized while the current list is computed. ``task`` may be ``query``
+        or ``document``, which chooses the prompt.
         """
-        return self._windows(windows, self.prompt, None)
+        return self._windows(windows, self._prompt_for(task), task)
 
     def _windows(
         self,
@@ -259,7 +297,7 @@ class Encoder:
         task: str | None,
     ) -> Iterator[np.ndarray]:
         first = 0  # number of the first text of the window
-        if not self.packed or (prompt and not self.model[1].include_prompt):
+        if not self.packed:
             for texts in windows:
                 yield self._encode_padded(texts, first, prompt, task)
                 first += len(texts)
@@ -268,7 +306,7 @@ class Encoder:
         worker = tokenizing_thread(os.getpid())
         try:
             for texts in windows:
-                arguments = (texts, self.batch_tokens, first, prompt or "")
+                arguments = (texts, self.batch_tokens, first, prompt or "", self._pooling.include_prompt)
                 first += len(texts)
                 if len(texts) <= _FEW_TEXTS and not waiting:
                     yield self._compute(self._tokenizer.batches(*arguments), len(texts))
@@ -298,23 +336,32 @@ class Encoder:
             return np.empty((0, self.dimension), dtype=np.float32)
         options: dict[str, Any] = {} if task is None else {"task": task}
         options |= {"prompt": prompt or "", "normalize_embeddings": self._normalize, "show_progress_bar": False}
+        options["truncate_dim"] = self._cut
         options |= {"batch_size": 1} if self.batch_tokens == 1 else {}
         vectors: np.ndarray = finite(np.asarray(self.model.encode(list(texts), **options), dtype=np.float32))
         return vectors
 
     @torch.inference_mode()
     def _compute(self, batches: Sequence[Batch], count: int) -> np.ndarray:
-        """Compute vectors (count, dimension). A text without tokens gets zeros."""
+        """Compute vectors (count, dimension). A text without tokens is pooled to zeros."""
         device = self.model.device
-        vectors = torch.zeros(count, self.dimension, dtype=torch.float32, device=device)
+        pooled = torch.zeros(count, self._pooling.get_embedding_dimension(), dtype=torch.float32, device=device)
         for batch in batches:
             with turn(str(device)):
-                vectors.index_copy_(0, torch.from_numpy(batch.rows).to(device), self._vectors(batch))
-        if self.normalized:
-            vectors = F.normalize(vectors, dim=-1)
+                pooled.index_copy_(0, torch.from_numpy(batch.rows).to(device), self._vectors(batch))
+        with turn(str(device)):  # a product of one row may round otherwise than one of many
+            vectors = torch.cat([self._finish(rows) for rows in pooled.split(1 if self.batch_tokens == 1 else count)])
         trim_memory()
         found: np.ndarray = finite(vectors.cpu().numpy())
         return found
+
+    def _finish(self, pooled: Tensor) -> Tensor:
+        """Apply the modules after the pooling, and the options: (n, pooled width) -> (n, dimension)."""
+        features = {"sentence_embedding": pooled}
+        for module in list(self.model)[2:]:
+            features = module(features)
+        vectors = features["sentence_embedding"][:, : self._cut]
+        return F.normalize(vectors, dim=-1) if self._normalize else vectors
 
     def _vectors(self, batch: Batch) -> Tensor:
         """Compute the pooled vectors (texts, C) of one batch."""
@@ -328,8 +375,15 @@ class Encoder:
             bounds = torch.from_numpy(np.append(starts, len(batch.ids))).to(device, torch.int32)
             packing = Packing.of_cu_seqlens(bounds, int(lengths[-1]))
         hidden: Tensor = _encoder_of(self.model).forward_packed(ids, positions, packing)  # (T, C)
+        mode = self._pooling.pooling_mode
+        if mode not in ("mean", "cls") or batch.prompt_length:
+            features: dict[str, Any] = {"token_embeddings": hidden[None], "prompt_length": batch.prompt_length}
+            if len(lengths) > 1:  # of a single text, sums are not added in a random order on a GPU
+                features["cu_seq_lens_q"] = torch.from_numpy(np.append(starts, len(batch.ids))).to(device)
+            pooled: Tensor = self._pooling(features)["sentence_embedding"]
+            return pooled
         first = torch.from_numpy(starts).to(device)
-        if self.model[1].pooling_mode == "cls":
+        if mode == "cls":
             return hidden[first]
         if len(lengths) == 1:
             return hidden.mean(dim=0, keepdim=True)
@@ -377,7 +431,7 @@ def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | Non
     return model.prompts.get(name) if name is not None else None
 
 
-def _why_not_packed(model: SentenceTransformer, prompt: str | None) -> str | None:
+def _why_not_packed(model: SentenceTransformer) -> str | None:
     """Return why ``model`` cannot encode without padding, or None if it can."""
     transformer, *rest = list(model)
     if not isinstance(transformer, Transformer) or not isinstance(transformer.auto_model, MiniBertModel):
@@ -385,12 +439,13 @@ def _why_not_packed(model: SentenceTransformer, prompt: str | None) -> str | Non
     config = transformer.auto_model.config
     if not config.unpad_inputs or config._attn_implementation != "sdpa":
         return "its configuration asks for padded inputs or another attention"
-    if not transformer.tokenizer.is_fast or transformer.processing_kwargs:
+    own = (transformer.processing_kwargs, transformer.query_length, transformer.document_length, transformer.query_expansion)
+    if not transformer.tokenizer.is_fast or any(own):
         return "its tokenizer is slow or has options of its own"
-    if not rest or not isinstance(rest[0], Pooling) or rest[0].pooling_mode not in ("mean", "cls"):
-        return "its pooling is neither mean nor cls"
-    if prompt and not rest[0].include_prompt:
-        return "its pooling leaves the prompt out"
-    if not all(isinstance(module, Normalize) for module in rest[1:]) or model.truncate_dim is not None:
-        return "its vectors are changed after the pooling"
+    if not rest or type(rest[0]) is not Pooling:
+        return "its vectors are not pooled from the last layer"
+    for module in rest[1:]:
+        of_tokens = getattr(module, "module_input_name", "") == "token_embeddings"
+        if type(module) not in (Dense, Dropout, LayerNorm, Normalize) or of_tokens:
+            return f"its module {type(module).__name__} may need padded tokens"
     return None

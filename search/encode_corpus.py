@@ -26,7 +26,7 @@ from minibert.data.stream import Rows, Stream, open_stream
 from minibert.files.disk import exclusive_lock, read_json, read_settings, sha256
 from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
-from minibert.inference.encode import Encoder, EncoderOptions
+from minibert.inference.encode import PROMPTS, Encoder, EncoderOptions
 from minibert.inference.load import find_model, fingerprint
 from minibert.search.vectors import (
     KEPT,
@@ -129,7 +129,7 @@ def encode_corpus(
     _check_apart(data, out)
     stream = open_stream(data, column, id_column=id_column, split=split)
     folder = find_model(model, trust_remote_code=options.get("trust_remote_code", False))
-    _check_similarity(folder, options.get("normalize", False))
+    _check_similarity(folder, options)
     if options.get("prompt") is None and options.get("prompt_name") is None:
         options["prompt_name"] = _document_prompt(folder)
     asked = Manifest(
@@ -141,7 +141,7 @@ def encode_corpus(
         source=stream.source,
         columns={"text": stream.column, "id": stream.id_column, "kept": keep_text},
         encoding={
-            **{name: options.get(name) for name in ("prompt", "prompt_name")},
+            **{name: options.get(name) for name in ("prompt", "prompt_name", "truncate_dim")},
             "normalize": options.get("normalize", False),
             "dtype": options.get("dtype", "auto"),
         },
@@ -175,11 +175,14 @@ def _check_apart(data: str | Path | Dataset, out: Path) -> None:
         raise ValueError(f"The output {out} overlaps with the input {data}; choose another folder.")
 
 
-def _check_similarity(folder: Path, normalize: bool) -> None:
+def _check_similarity(folder: Path, options: EncoderOptions) -> None:
     """Refuse a model whose similarity is not that of a folder of vectors, which is searched by cosine."""
-    name = read_settings(folder / "config_sentence_transformers.json").get("similarity_fn_name") or "cosine"
+    settings = read_settings(folder / "config_sentence_transformers.json")
+    name = settings.get("similarity_fn_name") or "cosine"
     modules = read_json(folder / "modules.json") if (folder / "modules.json").exists() else [{"type": "Normalize"}]
-    if name != "cosine" and not normalize and not any("Normalize" in module["type"] for module in modules):
+    cut = options.get("truncate_dim") or settings.get("truncate_dim")
+    normalized = options.get("normalize") or (not cut and "Normalize" in modules[-1]["type"])
+    if name != "cosine" and not normalized:
         raise ValueError(
             f"{folder} compares vectors by {name}, and a folder of vectors is searched by cosine. Encode with --normalize, "
             "where both give the same order, or search the file itself with minibert search --passages."
@@ -189,8 +192,7 @@ def _check_similarity(folder: Path, normalize: bool) -> None:
 def _document_prompt(folder: Path) -> str | None:
     """Return the name of the model's prompt for passages, or None."""
     prompts = read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
-    name = next((name for name in ("document", "passage", "corpus") if name in prompts), None)
-    return name if prompts.get(name) else None
+    return next((name for name in PROMPTS["document"] if prompts.get(name)), None)
 
 
 def _differences(found: Manifest, asked: Manifest) -> list[str]:
@@ -358,7 +360,7 @@ class _Job:
         """Return the lowest and the highest value to store as int8, for each dimension."""
         rows = chain.from_iterable(block.texts for block in self.stream.read())
         texts = islice((text for text in rows if isinstance(text, str)), _CALIBRATION)
-        vectors = self.encoder.encode(list(texts))
+        vectors = self.encoder.encode_document(list(texts))
         if not len(vectors):
             path, column = self.stream.source["path"], self.stream.column
             raise ValueError(f"{path} has no text in column {column!r}; choose another column (--column).")
@@ -369,7 +371,7 @@ class _Job:
     def write(self) -> None:
         """Encode and write the shards of this process."""
         windows, copies = tee(self._windows())
-        pairs = zip(windows, self.encoder.windows(window.texts for window in copies), strict=False)
+        pairs = zip(windows, self.encoder.windows((window.texts for window in copies), task="document"), strict=False)
         count = self.state.num_processes
         done = sum(notes["input_rows"] for notes in self.notes.values()) // count
         total = None if self.stream.rows is None else self.stream.rows // count

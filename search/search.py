@@ -129,8 +129,7 @@ class Searcher:
         return self._find(queries, self.encoder.encode_query(queries), top_k) if queries else []
 
     def _find(self, queries: Sequence[str], vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
-        similarity = self.encoder.model.similarity
-        found = semantic_search(torch.from_numpy(vectors), self.vectors, top_k=top_k, score_function=similarity)
+        found = semantic_search(torch.from_numpy(vectors), self.vectors, top_k=top_k, score_function=self.encoder.similarity)
         return [[Hit(number := int(hit["corpus_id"]), hit["score"], self.passages[number]) for hit in hits] for hits in found]
 
 
@@ -179,7 +178,8 @@ class FolderSearcher(Searcher):
             count = f"{len(self.folder):,}"
             logger.warning("%s is not finished: minibert encode has written %s vectors so far.", folder, count)
         path = _find_model(self.folder, model, trust_remote_code)
-        self.encoder = Encoder(path, trust_remote_code=trust_remote_code)
+        dimension = self.folder.manifest.dimension
+        self.encoder = Encoder(path, truncate_dim=dimension, trust_remote_code=trust_remote_code)
         delete_unused_lock(index_folder(self.folder))
         self.index = open_index(self.folder, exact=exact, rebuild=rebuild, show_progress=show_progress)
         shards = [shard.sha256 for shard in self.index.state.shards]

@@ -14,7 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Dropout,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+)
+from sentence_transformers.util import quantize_embeddings
 from transformers import BertConfig, BertModel
 
 import minibert
@@ -72,10 +80,68 @@ def folders(tmp_path_factory, tokenizer):
     return root
 
 
-def assemble(folder, *, pooling="mean", after=(Normalize,), **pool_options):
+class OwnPooling(Pooling):
+    def forward(self, features, **kwargs):
+        features["sentence_embedding"] = features["token_embeddings"].sum(dim=1)
+        return features
+
+
+class Offset(Normalize):
+    def forward(self, features):
+        return {**features, "sentence_embedding": features["sentence_embedding"] + 1}
+
+
+def dense_of_tokens():
+    return Dense(32, 32, module_input_name="token_embeddings")
+
+
+def with_lengths(model):
+    model[0].query_length = 5
+    return model
+
+
+def assemble(folder, *, pooling="mean", before=(), after=(Normalize,), pool=Pooling, **pool_options):
     transformer = Transformer(str(folder))
-    pool = Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling, **pool_options)
-    return SentenceTransformer(modules=[transformer, pool, *(kind() for kind in after)], device="cpu")
+    pool = pool(transformer.get_embedding_dimension(), pooling_mode=pooling, **pool_options)
+    modules = [transformer, *(kind() for kind in before), pool, *(kind() for kind in after)]
+    return SentenceTransformer(modules=modules, device="cpu")
+
+
+# The pooling, the modules after it, and other settings of a model.
+HEADS = {
+    "dense": ("mean", (lambda: Dense(32, 8),), {}),
+    "two": (
+        "cls",
+        (Normalize, lambda: Dense(32, 48, activation_function=torch.nn.GELU()), lambda: Dense(48, 8, bias=False)),
+        {},
+    ),
+    "names": (
+        "mean",
+        (
+            lambda: Dense(32, 8, module_output_name="small"),
+            lambda: Dense(8, 5, module_input_name="small", module_output_name="sentence_embedding"),
+        ),
+        {},
+    ),
+    "residual": ("mean", (Normalize, lambda: Dense(32, 32, use_residual=True), Dropout, lambda: LayerNorm(32), Normalize), {}),
+    "max": ("max", (), {}),
+    "sqrt": ("mean_sqrt_len_tokens", (Normalize,), {}),
+    "weighted": ("weightedmean", (Normalize,), {}),
+    "last": ("lasttoken", (), {}),
+    "several": (("max", "cls", "mean", "weightedmean", "lasttoken"), (lambda: Dense(160, 12), Normalize, Normalize), {}),
+    **{f"{mode} without prompt": (mode, (Normalize,), {"include_prompt": False}) for mode in Pooling.POOLING_MODES},
+    "truncated": ("mean", (Normalize,), {"truncate_dim": 8}),
+    "truncated dense": ("max", (Normalize, lambda: Dense(32, 16)), {"truncate_dim": 8}),
+}
+
+
+def with_head(folder, name, **options):
+    pooling, after, settings = HEADS[name]
+    torch.manual_seed(0)
+    cut = settings.get("truncate_dim")
+    model = assemble(folder, pooling=pooling, after=after, **{key: settings[key] for key in settings.keys() - {"truncate_dim"}})
+    model.truncate_dim, model.prompts = cut, {"query": "two dogs ", "document": "rain fell "}
+    return model
 
 
 @pytest.fixture
@@ -162,10 +228,11 @@ def test_vectors_of_length_one_on_request(folders):
     ("make", "reason"),
     [
         (lambda root: assemble(root / "bert"), "not a MiniBERT"),
-        (lambda root: assemble(root / "search-8x768", pooling="max"), "neither mean nor cls"),
-        (lambda root: assemble(root / "search-8x768", include_prompt=False), "leaves the prompt out"),
-        (lambda root: assemble(root / "search-8x768", after=(lambda: Dense(32, 8),)), "changed after the pooling"),
-        (lambda root: assemble(root / "search-8x768").__class__(str(root / "search-8x768"), truncate_dim=8), "changed after"),
+        (lambda root: with_lengths(assemble(root / "search-8x768")), "options of its own"),
+        (lambda root: assemble(root / "search-8x768", before=(dense_of_tokens,)), "not pooled from the last layer"),
+        (lambda root: assemble(root / "search-8x768", pool=OwnPooling), "not pooled from the last layer"),
+        (lambda root: assemble(root / "search-8x768", after=(Offset,)), "its module Offset may need padded tokens"),
+        (lambda root: assemble(root / "search-8x768", after=(dense_of_tokens,)), "its module Dense may need padded tokens"),
     ],
 )
 def test_other_models_are_left_to_sentence_transformers(folders, small_windows, make, reason):
@@ -175,6 +242,119 @@ def test_other_models_are_left_to_sentence_transformers(folders, small_windows, 
     assert encoder.encode(TEXTS).shape == (len(TEXTS), encoder.dimension)
     np.testing.assert_allclose(encoder.encode(TEXTS), model.encode(TEXTS, prompt="rain "), atol=1e-5)
     assert [part.shape for part in encoder.windows([[], ["cat"]])] == [(0, encoder.dimension), (1, encoder.dimension)]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_is_computed_without_padding(folders, small_windows, monkeypatch, name):
+    model = with_head(folders / "modern-6x384", name)
+    expected = {
+        "encode": model.encode(TEXTS, prompt=None),
+        "encode_query": model.encode_query(TEXTS),
+        "encode_document": model.encode_document(TEXTS, normalize_embeddings=True),
+    }
+    tokens, forward = [], MiniBertModel.forward_packed
+
+    def counted(self, ids, *rest):
+        tokens.append(len(ids))
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(MiniBertModel, "forward_packed", counted)
+    monkeypatch.setattr(SentenceTransformer, "encode", None)
+    for normalize in (False, True):
+        encoder = Encoder(model, batch_tokens=64, normalize=normalize)
+        assert encoder.packed and encoder.dimension == expected["encode"].shape[1]
+        for method, vectors in expected.items():
+            if normalize == (method == "encode_document"):
+                tokens.clear()
+                np.testing.assert_allclose(getattr(encoder, method)(TEXTS), vectors, atol=1e-5)
+                prompt = model.prompts.get(method.removeprefix("encode_"), "")
+                real = model.tokenizer([prompt + text for text in TEXTS], truncation=True, padding=False)["input_ids"]
+                assert sum(tokens) == sum(map(len, real))
+        if encoder.normalized:
+            np.testing.assert_allclose(np.linalg.norm(encoder.encode(TEXTS), axis=1), 1, atol=1e-5)
+        else:
+            assert np.abs(np.linalg.norm(encoder.encode(TEXTS), axis=1) - 1).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_is_deterministic_if_that_is_asked(folders, name):
+    encoder = Encoder(with_head(folders / "modern-6x384", name), deterministic=True)
+    together = encoder.encode_query(TEXTS)
+    for row in (0, 7, 30, 31):
+        assert np.array_equal(encoder.encode_query(TEXTS[row]), together[row])
+        assert np.array_equal(encoder.encode_query([*TEXTS[3:20], TEXTS[row]])[-1], together[row])
+
+
+def test_a_head_stays_in_float32(folders, tmp_path):
+    model = with_head(folders / "search-8x768", "two")
+    expected = model.encode(TEXTS)
+    model.save(str(tmp_path), create_model_card=False)
+    for opened in (model, tmp_path):
+        encoder = Encoder(opened, dtype="bfloat16")
+        assert encoder.packed and encoder.dtype == "bfloat16"
+        assert all(parameter.dtype == torch.float32 for module in list(encoder.model)[1:] for parameter in module.parameters())
+        found = encoder.encode(TEXTS)
+        assert 0 < np.abs(found - expected).max() < 0.05
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_truncated_vectors_are_those_of_sentence_transformers(folders, tmp_path):
+    for name in ("search-8x768", "bert"):
+        model = assemble(folders / name)
+        for normalize in (False, True):
+            encoder = Encoder(model, truncate_dim=8, normalize=normalize)
+            expected = model.encode(TEXTS, truncate_dim=8, normalize_embeddings=normalize)
+            np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
+            assert encoder.dimension == 8 and encoder.normalized == normalize and model.truncate_dim is None
+        model.truncate_dim = 8  # as trained; more dimensions are there all the same
+        assert encode(model, TEXTS[:2], truncate_dim=16).shape == (2, 16)
+        assert Encoder(model, truncate_dim=32).normalized
+        model.truncate_dim = 99
+        assert Encoder(model).dimension == 32 and Encoder(model).normalized
+
+
+@pytest.mark.parametrize("name", ["search-8x768", "bert"])
+def test_vectors_come_in_the_form_asked_for(folders, name):
+    model = assemble(folders / name)
+    encoder = Encoder(model, truncate_dim=16)
+    vectors = encoder.encode(TEXTS)
+    for precision in ("int8", "uint8", "binary", "ubinary"):
+        found = encoder.encode(TEXTS, precision=precision)
+        expected = quantize_embeddings(vectors, precision)
+        assert found.dtype == expected.dtype and np.array_equal(found, expected)
+        assert np.array_equal(encode(model, TEXTS, truncate_dim=16, precision=precision), expected)
+    one = encoder.encode_query(TEXTS[0], convert_to_tensor=True, precision="ubinary")
+    assert one.dtype == torch.uint8 and one.shape == (2,)
+    tensor = encoder.encode_document(TEXTS, convert_to_tensor=True)
+    assert torch.equal(tensor, torch.from_numpy(vectors))
+    assert torch.equal(encoder.similarity(vectors[0], tensor), model.similarity(vectors[0], vectors))
+    assert encoder.encode([], convert_to_tensor=True).shape == (0, 16)
+    with pytest.raises(ValueError, match="from a single embedding"):
+        encoder.encode(TEXTS[0], precision="int8")
+
+
+def test_a_prompt_is_chosen_by_call_encoder_task_and_model_in_this_order(folders):
+    model = assemble(folders / "search-8x768")
+    model.prompts = {"query": "two dogs ", "document": "", "passage": "rain fell ", "other": "old town "}
+    model.default_prompt_name = "other"
+
+    def prompt_of(encoder, method, **options):
+        found = getattr(encoder, method)(["the cat"], **options)
+        prompts = ["", "green hills ", *filter(None, model.prompts.values())]
+        return prompts[np.argmin([np.abs(found - model.encode(["the cat"], prompt=prompt)).max() for prompt in prompts])]
+
+    encoder = Encoder(model)
+    assert prompt_of(encoder, "encode") == "old town "
+    assert prompt_of(encoder, "encode_query") == "two dogs " == prompt_of(encoder, "encode", prompt_name="query")
+    assert prompt_of(encoder, "encode_document") == "rain fell "  # the library takes its own default, which is empty
+    assert np.array_equal(*[next(encoder.windows([["a cat"]], task="document")), encoder.encode_document(["a cat"])])
+    given = Encoder(model, prompt="green hills ")
+    assert prompt_of(given, "encode_query") == prompt_of(given, "encode") == "green hills "
+    assert prompt_of(given, "encode_query", prompt_name="passage") == "rain fell "
+    del model.prompts["passage"]
+    assert prompt_of(encoder, "encode_document") == ""
+    with pytest.raises(ValueError, match="no prompt named 'nope'"):
+        encoder.encode_query("a", prompt_name="nope")
 
 
 def test_a_bert_stays_in_float32_unless_asked(folders, monkeypatch):
@@ -191,6 +371,8 @@ def test_texts_without_a_token_get_the_vector_they_get_elsewhere(folders, tmp_pa
     texts = ["", "the cat", "   ", "the"]
     np.testing.assert_allclose(encode(model, texts), model.encode(texts), atol=1e-5)
     assert encode(model, ["", " "]).shape == (2, 3)
+    model = assemble(tmp_path, after=(lambda: Dense(3, 2), Normalize))
+    np.testing.assert_allclose(encode(model, texts), model.encode(texts), atol=1e-5)
 
 
 # --- long texts -----------------------------------------------------------------------------------------------------------
@@ -489,7 +671,7 @@ def test_windows_that_nobody_asks_for_any_more_are_not_tokenized(folders, monkey
     encoder = Encoder(assemble(folders / "search-8x768"))
     seen, started, go = [], threading.Event(), threading.Event()
 
-    def batches(self, texts, batch_tokens, first, prompt):
+    def batches(self, texts, *rest):
         seen.append(texts[0])
         started.set()
         assert go.wait(60)
@@ -538,6 +720,9 @@ def test_the_faster_numbers_are_chosen_and_said(monkeypatch, half, expected):
         (["a", "\ud800"], {}, r"Text 1 holds a lone surrogate, which is not a character: '.*ud800'; decode the text"),
         (["a"], {"prompt": "caf\udce9 "}, r"The prompt 'caf.*udce9 ' is not valid UTF-8"),
         (["a"], {"prompt": "a", "prompt_name": "zzz"}, "prompt and prompt_name are both given"),
+        (["a"], {"truncate_dim": 0}, "truncate_dim must be between 1 and 32, got 0 .--truncate-dim"),
+        (["a"], {"truncate_dim": 33}, "truncate_dim must be between 1 and 32, got 33"),
+        (["a"], {"precision": "int4"}, "precision='int4' is unknown; use one of float32, int8, uint8, binary, ubinary"),
     ],
 )
 def test_wrong_arguments_are_refused(folders, texts, options, message):

@@ -24,8 +24,10 @@ from minibert.data.stream import open_stream
 from minibert.files.disk import exclusive_lock
 from minibert.inference import cpu
 from minibert.inference.encode import encode
+from minibert.inference.load import load
 from minibert.search import encode_corpus as module
 from minibert.search.encode_corpus import encode_corpus, missing_shards
+from minibert.search.search import FolderSearcher, Searcher
 from minibert.search.vectors import KEPT, Manifest, VectorFolder, read_manifest, shard_name, to_float
 
 TEXTS = [f"the {color} {animal} sleeps" for color in ("red", "green", "blue") for animal in ("cat", "dog", "fish", "bird")]
@@ -436,6 +438,7 @@ def test_a_folder_of_something_else_is_refused_with_both_names(run, models, data
         ({"id-column": "key"}, "with columns=.*'id': None.*, not .*'id': 'key'"),
         ({"rows-per-shard": 3}, "with rows_per_shard=50000, not 3"),
         ({"prompt": "query: "}, "with prompt=None, not 'query: '"),
+        ({"truncate-dim": 8}, "with truncate_dim=None, not 8"),
     ]:
         options = {"data": data, **change}
         arguments = [word for name, value in options.items() if name not in ("data", "model") for word in (f"--{name}", value)]
@@ -608,6 +611,35 @@ def test_passages_get_the_prompt_that_the_model_has_for_them(run, data, model, t
     assert read_manifest(tmp_path / "out").encoding["prompt_name"] == "document"
 
 
+@pytest.mark.parametrize(
+    ("names", "recorded"), [({"document": "", "passage": "blue cat "}, "passage"), ({"other": "blue cat "}, None)]
+)
+def test_a_folder_has_the_vectors_that_encode_document_gives(model, data, tmp_path, names, recorded):
+    opened = SentenceTransformer(str(model), prompts={"query": "red "} | names, default_prompt_name="query")
+    opened.save(str(tmp_path / "prompted"), create_model_card=False)
+    expected = opened.encode(TEXTS, prompt=names.get("passage", ""))
+    for precision in ("float32", "int8"):
+        encode_corpus(tmp_path / "prompted", data, tmp_path / precision, column="text", precision=precision, dtype="float32")
+        np.testing.assert_allclose(vectors_in(tmp_path / precision), expected, atol=0.01 if precision == "int8" else 1e-6)
+        assert read_manifest(tmp_path / precision).encoding["prompt_name"] == recorded
+    searcher = Searcher(tmp_path / "prompted", TEXTS)
+    (found,), (other,) = (search.search(["dog"], top_k=12) for search in (FolderSearcher(tmp_path / "float32"), searcher))
+    np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in other], atol=1e-3)
+
+
+def test_truncated_vectors_are_searched_by_truncated_queries(run, model, data, tmp_path):
+    assert run(data, "--column", "text", "--truncate-dim", 6).exit_code == 0
+    opened = load(model)
+    opened.truncate_dim = 6
+    np.testing.assert_allclose(vectors_in(tmp_path / "out"), opened.encode(TEXTS), atol=1e-6)
+    assert not read_manifest(tmp_path / "out").normalized
+    expected = opened.similarity(opened.encode([TEXTS[3]]), opened.encode(TEXTS)).sort(descending=True).values[0]
+    (hits,) = FolderSearcher(tmp_path / "out").search([TEXTS[3]], top_k=12)
+    np.testing.assert_allclose([hit.score for hit in hits], expected, atol=1e-3)
+    refused = run(data, "--column", "text", "--truncate-dim", 17, out=tmp_path / "wide")
+    assert refused.exit_code == 2 and "truncate_dim must be between 1 and 16, got 17 (--truncate-dim)" in refused.stderr
+
+
 def test_explain_says_what_was_chosen(run, data):
     shown = run(data, "--column", "text", "--explain").stdout
     assert "dtype: float32, as asked" in shown and "path: packed: no padding" in shown and "processes: 1, shards 1" in shown
@@ -671,10 +703,12 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_chose(data, tmp_path, model, mo
 
 @pytest.mark.parametrize("similarity", ["dot", "euclidean", "manhattan"])
 def test_another_similarity_needs_normalized_vectors(data, tmp_path, model, similarity):
-    from sentence_transformers import SentenceTransformer
-
     opened = SentenceTransformer(str(model), device="cpu", similarity_fn_name=similarity)
     SentenceTransformer(modules=list(opened)[:2], similarity_fn_name=similarity).save(str(tmp_path / "model"))
     with pytest.raises(ValueError, match=f"compares vectors by {similarity}, and a folder of vectors is searched by cosine"):
         encode_corpus(tmp_path / "model", data, tmp_path / "out")
     assert encode_corpus(tmp_path / "model", data, tmp_path / "out", normalize=True).written == 12
+    SentenceTransformer(modules=list(load(model)), similarity_fn_name=similarity).save(str(tmp_path / "normalizing"))
+    with pytest.raises(ValueError, match=f"compares vectors by {similarity}"):
+        encode_corpus(tmp_path / "normalizing", data, tmp_path / "other", truncate_dim=6)
+    assert encode_corpus(tmp_path / "normalizing", data, tmp_path / "other").written == 12
