@@ -398,33 +398,31 @@ def encode(
 def evaluate(
     model: Model,
     data: Annotated[str, Argument(help=f"{_DATA}, or folder with a file per split.")],
-    split: Annotated[str, Option(help="Split to measure on; a single file is read completely.")] = "validation",
+    split: Annotated[str | None, Option(help="Split to measure on; the default is validation.")] = None,
     limit: Annotated[int | None, Option(min=1, help="Number of queries or rows to measure on.")] = None,
+    task: Annotated[str | None, Option(help="retrieval, triplets, similarity, classification or clustering.")] = None,
+    columns: Annotated[list[str] | None, Option("--column", metavar="USE=NAME", help="Name a column; repeatable.")] = None,
     baselines: Annotated[bool, Option(help="Compare with BM25 and the untrained model.")] = True,
     batch_size: Annotated[int, Option(min=1, help="Texts in a batch.")] = 64,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on labelled data. The columns of the data decide what is measured.
+    """Measure a model on labelled data. The columns of the data, or --task, decide what is measured.
 
-    With columns query and answer, retrieval is measured. With columns sentence1, sentence2 and
-    score, similarity is measured. A classifier needs texts and a column label. A tagger needs
-    columns tokens and ner_tags, and is measured by entity-level F1.
+    Columns: query and answer (or a folder in BEIR's layout) for retrieval; anchor, positive and
+    negative for triplets; sentence1, sentence2 and score for similarity; text and label for
+    classes, with a head or a linear probe, and for clustering; tokens and ner_tags for a tagger.
     """
     from minibert.evaluation.evaluate import evaluate as measure
     from minibert.evaluation.evaluate import metrics_table
 
     _silence_libraries()
-    result = measure(
-        model,
-        data,
-        split=split,
-        limit=limit,
-        baselines=baselines,
-        batch_size=batch_size,
-        trust_remote_code=trust_remote_code,
-        show_progress=sys.stderr.isatty(),
-    )
+    named = {use: name for use, _, name in (pair.partition("=") for pair in columns or [])}
+    options: dict[str, Any] = {
+        **{"split": split, "limit": limit, "task": task, "columns": named},
+        **{"baselines": baselines, "batch_size": batch_size, "trust_remote_code": trust_remote_code},
+    }
+    result = measure(model, data, **options, show_progress=sys.stderr.isatty())
     if as_json:
         print_json({"model": model, "data": data, **result})
     else:

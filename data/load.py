@@ -5,7 +5,9 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from datasets import ClassLabel, Dataset, IterableDataset, ReadInstruction, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
@@ -216,6 +218,36 @@ def _by_split(root: Path, files: Sequence[Path], *, in_words: bool) -> dict[str,
         words = [word.lower() for name in names for word in (re.split(r"[\W_]+", name) if in_words else [name])]
         groups.setdefault(next((SPLITS[word] for word in words if word in SPLITS), names[0]), []).append(file)
     return groups
+
+
+def read_collection(folder: Path, split: str | None) -> tuple[dict[str, str], dict[str, str], dict[str, set[str]]]:
+    """Return queries by id, passages by id, and ids of relevant passages from a folder in the layout of BEIR.
+
+    Without ``split``, read the only file of scores, or else validation. A score above 0 means relevant.
+    """
+    names, texts = ("queries", "corpus"), []
+    for name in names:
+        source = source_named(folder / f"{name}.jsonl")
+        rows = load([source])
+        check_columns(rows, ["_id", "text"], [source])
+        texts.append({str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in rows})
+    files = list((folder / "qrels").glob("*.tsv"))
+    if split or len(files) != 1:
+        part = SPLITS.get(split or "validation") or str(split)
+        files = find_files(folder / "qrels", [part], "--split", None)[part]
+    types = {"query-id": str, "corpus-id": str, "score": float}
+    how: Any = {"sep": "\t", "usecols": list(types), "dtype": types, "na_filter": False}
+    try:
+        scores = pd.concat([pd.read_csv(file, **how) for file in files])
+    except ValueError as error:
+        raise ValueError(f"{files[0]} is not a table of {', '.join(types)}, separated by tabs: {error}. Correct it.") from error
+    relevant = scores[scores["score"] > 0].groupby("query-id")["corpus-id"].agg(set).to_dict()
+    if not relevant:
+        raise ValueError(f"{files[0]} has no score above 0, so no passage is relevant; give one for each query.")
+    for name, known, used in zip(names, texts, (relevant.keys(), set().union(*relevant.values())), strict=True):
+        if unknown := sorted(used - known.keys()):
+            raise ValueError(f"{files[0]} has {len(unknown):,} ids that {name}.jsonl lacks, such as {unknown[0]!r}; add them.")
+    return texts[0], texts[1], relevant
 
 
 def local_path(source: DataSource) -> Path | None:

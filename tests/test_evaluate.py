@@ -1,14 +1,18 @@
-"""Test the metrics of a model: retrieval with its baselines, similarity, classification, and the command."""
+"""Test the metrics of a model: retrieval with its baselines, similarity, triplets, classes, clusters, and the command."""
 
 import json
+import random
 import shutil
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from scipy.stats import spearmanr
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import v_measure_score
 
-from helpers import edit_weights, read_weights, run_command, save_model
+from helpers import edit_weights, read_weights, run_command, save_model, write_recipe, write_rows
 from minibert import MiniBertForSequenceClassification, train_word_level
 from minibert.evaluation import evaluate as module
 from minibert.evaluation.evaluate import evaluate, metrics_table, retrieval, untrained
@@ -214,6 +218,213 @@ def test_scores_without_an_order_are_refused(encoder, scores, message):
         evaluate(encoder, Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["a", "b"], "score": scores}))
 
 
+# --- triplets -------------------------------------------------------------------------------------------------------------
+
+
+def test_triplets_are_won_by_the_more_similar_text(encoder):
+    negatives = [ANSWERS[1], ANSWERS[2], QUERIES[2], ANSWERS[0]]  # the third negative is the anchor itself
+    data = Dataset.from_dict({"anchor": QUERIES, "positive": ANSWERS, "negative": negatives})
+    result = evaluate(encoder, data)
+    assert (result["kind"], result["triplets"]) == ("triplets", 4)
+    for system, model in (("model", load(encoder)), ("untrained", untrained(load(encoder)))):
+        anchors, *others = (torch.tensor(model.encode(data[name][:])) for name in data.column_names)
+        near, far = (torch.cosine_similarity(anchors, other) for other in others)
+        assert result["systems"][system]["accuracy"] == (near > far).double().mean()
+    assert result["systems"]["model"]["accuracy"] == 0.75
+    assert evaluate(encoder, data, task="retrieval", baselines=False)["kind"] == "retrieval"
+
+
+def test_triplets_with_equal_texts_are_counted_and_refused(encoder):
+    data = Dataset.from_dict({"anchor": QUERIES, "positive": ANSWERS, "negative": [ANSWERS[1], *ANSWERS[1:]]})
+    with pytest.raises(ValueError, match="Row 2 has negative='a list.*the positive is the same text, as in 3 of 4 rows"):
+        evaluate(encoder, data)
+
+
+# --- test collections -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """A folder in the layout of BEIR, with ids of digits."""
+    write_rows(tmp_path / "queries.jsonl", [{"_id": f"00{n}", "text": text} for n, text in enumerate(QUERIES)])
+    parts = [text.partition(" ") for text in ANSWERS]
+    passages = [{"_id": f"0{n}", "title": title, "text": rest, "metadata": {}} for n, (title, _, rest) in enumerate(parts)]
+    write_rows(tmp_path / "corpus.jsonl", passages)
+    (tmp_path / "qrels").mkdir()
+    write_scores(tmp_path, "test", "000\t00\t2", "000\t02\t1", "000\t01\t0", "001\t01\t1", "002\t02\t1", "003\t03\t1")
+    return tmp_path
+
+
+def write_scores(folder, split, *rows):
+    (folder / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows, ""]))
+
+
+def test_a_collection_is_measured_as_its_pairs(encoder, collection):
+    expected = evaluate(encoder, Dataset.from_dict(PAIRS))
+    assert evaluate(encoder, collection) == expected
+    assert evaluate(encoder, collection, limit=2) == evaluate(encoder, Dataset.from_dict(PAIRS), limit=2)
+    assert evaluate(encoder, collection, task="retrieval", split="test") == expected
+
+
+def test_the_split_names_the_scores(encoder, collection):
+    write_scores(collection, "dev", "000\t00\t1")
+    assert evaluate(encoder, collection, baselines=False)["queries"] == 1
+    assert evaluate(encoder, collection, baselines=False, split="test")["queries"] == 4
+    with pytest.raises(ValueError, match=r"no split 'train'; it has test, validation \(--split\)"):
+        evaluate(encoder, collection, split="train")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("000\t00\t0", "test.tsv has no score above 0"),
+        ("000\t00\thigh", "test.tsv is not a table of query-id, corpus-id, score.*high"),
+        ("7\t00\t1", "test.tsv has 1 ids that queries.jsonl lacks, such as '7'"),
+        ("000\t9\t1", "test.tsv has 1 ids that corpus.jsonl lacks, such as '9'"),
+    ],
+)
+def test_scores_that_fit_no_text_are_refused(encoder, collection, row, message):
+    write_scores(collection, "test", row)
+    with pytest.raises(ValueError, match=message):
+        evaluate(encoder, collection)
+
+
+def test_a_collection_without_ids_is_refused(encoder, collection):
+    write_rows(collection / "corpus.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match="corpus.jsonl has no column '_id'"):
+        evaluate(encoder, collection)
+
+
+def test_retrieval_uses_the_prompts_of_the_model(encoder):
+    data = {"query": QUERIES, "answer": ["a list", "paris france", "the sofa", "gradient descent"]}
+    prompts = {"query": "paris paris paris ", "document": "the the the "}
+    model = load(encoder)
+    plain = evaluate(model, Dataset.from_dict(data), baselines=False)
+    model.prompts = dict(prompts)
+    prompted = evaluate(model, Dataset.from_dict(data), baselines=False)
+    model.prompts = {}
+    texts = {"query": [prompts["query"] + text for text in data["query"]]}
+    texts |= {"answer": [prompts["document"] + text for text in data["answer"]]}
+    assert prompted == evaluate(model, Dataset.from_dict(texts), baselines=False)
+    assert prompted != plain
+
+
+# --- linear probes and clusters -------------------------------------------------------------------------------------------
+
+
+def labelled(rows, seed):
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(ANSWERS[row % 2].split(), k=3)) for row in range(rows)]
+    return Dataset.from_dict({"text": texts, "label": [("cat", "list")[row % 2] for row in range(rows)]})
+
+
+def test_a_probe_learns_from_the_split_train(encoder, tmp_path):
+    train, held_out = labelled(40, seed=0), labelled(21, seed=1)
+    train.to_parquet(tmp_path / "train.parquet")
+    held_out.to_parquet(tmp_path / "validation.parquet")
+    result = evaluate(encoder, tmp_path, limit=20)
+    assert {key: result[key] for key in ("kind", "rows", "training_rows")} == {
+        "kind": "classification",
+        "rows": 20,
+        "training_rows": 40,
+    }
+    model = load(encoder)
+    probe = LogisticRegression(max_iter=1000).fit(model.encode(train["text"][:]), train["label"][:])
+    accuracy = probe.score(model.encode(held_out["text"][:20]), held_out["label"][:20])
+    assert result["systems"]["model"]["accuracy"] == pytest.approx(accuracy)
+    assert list(result["systems"]) == ["model", "untrained"]
+    (tmp_path / "train.parquet").unlink()
+    with pytest.raises(ValueError, match="no split 'train'"):
+        evaluate(encoder, tmp_path)
+
+
+def test_a_probe_without_training_data_holds_out_a_fifth_of_each_class(encoder, tmp_path, monkeypatch):
+    measured = []
+    report = module.classification_report
+    monkeypatch.setattr(
+        module, "classification_report", lambda *given, **how: measured.append(given[0]) or report(*given, **how)
+    )
+    data = labelled(80, seed=0).select([*range(0, 80, 2), *range(1, 21, 2)])
+    data.to_parquet(tmp_path / "rows.parquet")
+    result = evaluate(encoder, tmp_path / "rows.parquet", baselines=False)
+    assert (result["rows"], result["training_rows"]) == (10, 40)
+    assert sorted(measured[0]) == [0] * 8 + [1] * 2
+    assert evaluate(encoder, data, baselines=False) == result
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        ("classification", ["a", "a", "a", "a"], "only the class 'a'"),
+        ("classification", ["a", "b", "c", "c"], "least populated classes? in y ha"),
+        ("classification", [0.5, 1, 1, 0], "Row 1 has the label 0.5"),
+        ("clustering", ["a", "a", "a", "a"], "only the class 'a'"),
+        ("clustering", ["a", "b", "c", "d"], "4 rows have 4 labels; clustering needs"),
+    ],
+)
+def test_labels_that_allow_no_measure_are_refused(encoder, task, labels, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(encoder, Dataset.from_dict({"text": ANSWERS, "label": labels}), task=task)
+
+
+def test_clusters_are_compared_with_the_labels(encoder):
+    data = labelled(60, seed=0)
+    result = evaluate(encoder, data, task="clustering")
+    assert (result["kind"], result["rows"], result["clusters"]) == ("clustering", 60, 2)
+    means = MiniBatchKMeans(2, batch_size=500, n_init="auto", random_state=0)
+    chosen = means.fit_predict(load(encoder).encode(data["text"][:]))
+    assert result["systems"]["model"]["v_measure"] == pytest.approx(v_measure_score(data["label"][:], chosen))
+    assert result["systems"]["model"] != result["systems"]["untrained"]
+
+
+# --- columns and tasks ----------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_named_by_their_use(encoder, classifier):
+    data = Dataset.from_dict({"title": QUERIES, "query": ANSWERS, "answer": ANSWERS, "gold": [0, 1, 2, 0]})
+    renamed = evaluate(encoder, data, columns={"query": "title"}, baselines=False)
+    assert renamed == evaluate(encoder, Dataset.from_dict({"query": QUERIES, "answer": ANSWERS}), baselines=False)
+    assert evaluate(encoder, data, baselines=False)["systems"]["model"]["recall@1"] == 1.0
+    expected = evaluate(classifier, Dataset.from_dict({"text": QUERIES, "label": [0, 1, 2, 0]}))
+    assert evaluate(classifier, data, columns={"text": "title", "label": "gold"}) == expected
+    for wrong in ({"qeury": "title"}, {"query": "absent"}):
+        with pytest.raises(ValueError, match="columns title, query, answer, gold, which is none of"):
+            evaluate(encoder, data, columns=wrong)
+
+
+def test_the_task_with_most_columns_is_measured(encoder):
+    data = {"query": QUERIES, "answer": ANSWERS, "sentence1": QUERIES, "sentence2": ANSWERS, "score": [0, 1, 2, 3]}
+    assert evaluate(encoder, Dataset.from_dict(data), baselines=False)["kind"] == "similarity"
+    assert evaluate(encoder, Dataset.from_dict(data), task="retrieval", baselines=False)["kind"] == "retrieval"
+    with pytest.raises(ValueError, match=r"which is none of: triplets: anchor, positive, negative\."):
+        evaluate(encoder, Dataset.from_dict(data), task="triplets")
+    with pytest.raises(ValueError, match="task='search' is unknown; use retrieval, triplets,"):
+        evaluate(encoder, Dataset.from_dict(data), task="search")
+
+
+def test_a_model_knows_the_columns_that_trained_it(encoder, classifier, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "encoder")
+    uses = [{"anchor": "body", "positive": "absent"}, {"anchor": "title", "positive": "body"}]
+    (folder / "metrics.json").write_text(json.dumps({"data": [{"columns": columns} for columns in uses]}))
+    data = Dataset.from_dict({"title": QUERIES, "body": ANSWERS})
+    expected = evaluate(encoder, Dataset.from_dict({"query": QUERIES, "answer": ANSWERS}), baselines=False)
+    assert evaluate(folder, data, baselines=False) == expected
+    for damaged in ({"data": [1]}, {"data": 1}, {"data": [{"columns": [1]}]}):
+        (folder / "metrics.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match="columns title, body, which is none of"):
+            evaluate(folder, data)
+    folder = shutil.copytree(classifier, tmp_path / "classifier")
+    (folder / "metrics.json").write_text(json.dumps({"data": [{"columns": {"title": "title", "label": "gold"}}]}))
+    labels = [0, 1, 2, 0]
+    two = Dataset.from_dict({"title": QUERIES, "text": ANSWERS, "gold": labels, "label": [1, 1, 1, 1]})
+    assert evaluate(folder, two) == evaluate(classifier, Dataset.from_dict({"text": QUERIES, "label": labels}))
+
+
+def test_a_classifier_is_also_an_encoder(classifier):
+    data = Dataset.from_dict({"text": ANSWERS * 2, "label": ["a", "b"] * 4})
+    assert evaluate(classifier, data, task="clustering", baselines=False)["kind"] == "clustering"
+
+
 # --- classification -------------------------------------------------------------------------------------------------------
 
 
@@ -269,8 +480,8 @@ def test_label_that_is_no_class_of_the_model_is_refused(classifier, label):
 
 
 def test_columns_of_no_known_kind_are_listed(encoder, classifier):
-    with pytest.raises(ValueError, match="columns text, label, which is none of"):
-        evaluate(encoder, Dataset.from_dict({"text": ["a"], "label": [0]}))
+    with pytest.raises(ValueError, match="columns title, label, which is none of: retrieval: query, answer; triplets"):
+        evaluate(encoder, Dataset.from_dict({"title": ["a"], "label": [0]}))
     with pytest.raises(ValueError, match="columns query, answer, and no column 'label'"):
         evaluate(classifier, Dataset.from_dict(PAIRS))
     with pytest.raises(ValueError, match="usual columns are premise .* found title, body, label"):
@@ -302,6 +513,25 @@ def test_command_prints_a_table_or_json(encoder, tmp_path):
     other = run_command("evaluate", encoder, tmp_path, "--split", "train", "--no-baselines", "--json")
     answer = json.loads(other.stdout)
     assert (answer["passages"], list(answer["systems"])) == (1, ["model"])
+
+
+def test_command_names_task_and_columns(encoder, tmp_path):
+    labelled(20, seed=0).rename_columns({"text": "title", "label": "gold"}).to_parquet(tmp_path / "rows.parquet")
+    named = ("--column", "text=title", "--column", "label=gold")
+    done = run_command("evaluate", encoder, tmp_path / "rows.parquet", "--task", "clustering", *named)
+    assert done.stdout.startswith("clustering: 20 rows, 2 clusters\n"), done.output
+    for wrong in (("--task", "search"), ("--column", "title")):
+        refused = run_command("evaluate", encoder, tmp_path / "rows.parquet", *wrong)
+        assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
+
+
+def test_stage_measures_the_named_task(encoder, tmp_path):
+    labelled(20, seed=0).to_parquet(rows := tmp_path / "rows.parquet")
+    stage = {"kind": "evaluate", "model": str(encoder), "data": str(rows), "task": "clustering", "baselines": False}
+    done = run_command("train", write_recipe(tmp_path, stage), "--output-dir", tmp_path / "run", "--json")
+    assert done.exit_code == 0, done.output
+    (measured,) = (value for value in json.loads(done.stdout)["stages"]["evaluate"].values())
+    assert (measured["kind"], measured["rows"]) == ("clustering", 20)
 
 
 def test_wrong_columns_are_one_sentence_and_status_2(encoder, tmp_path):

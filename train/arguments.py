@@ -464,6 +464,9 @@ class EvaluateStage(ModelStage):
 
     kind: Literal["evaluate"]
     data: DataSources = Field(description="Data sets for the evaluation.")
+    task: Literal["retrieval", "triplets", "similarity", "classification", "clustering"] | None = Field(
+        None, description="Unset: the head of the model and the columns decide."
+    )
     baselines: bool = Field(True, description="For retrieval, also measure BM25 and an untrained model.")
     limit: Positive | None = Field(None, description="Use at most this many rows of each data set.")
     batch_size: Positive = Field(64, description="Texts per batch.")
