@@ -92,9 +92,9 @@ def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
         if isinstance(stage, TokenizerStage):
             tokenizer = str(context.output_dir)
         else:
-            for field in ("teacher", "guide"):
-                if name := getattr(stage, field, None):
-                    setattr(context, field, named(name))
+            context.teacher, context.guide = (
+                named(name) if (name := getattr(stage, field, None)) else None for field in ("teacher", "guide")
+            )
             if getattr(stage, "student_layers", None):
                 context.model = context.teacher
             elif not isinstance(stage.model, NewModel):
@@ -122,11 +122,13 @@ def _check_data(recipe: Recipe, contexts: list[StageContext], run_dir: Path, for
     """Check the data of all stages that will run, and print the columns that they use."""
     if not run_dir.exists():
         run_dir.mkdir(parents=True, exist_ok=True)  # an error of the disk shows before data are read
+    unfinished = {str(context.output_dir) for context in contexts if not (context.output_dir / "stage.json").exists()}
     try:
         for stage, context in zip(recipe.stages, contexts, strict=True):
             if (context.output_dir / "stage.json").exists() and not force:
                 continue
-            checked = replace(context, only_check=True, data=[])
+            missing = {field: None for field in ("model", "teacher", "guide") if getattr(context, field) in unfinished}
+            checked = replace(context, only_check=True, data=[], **missing)
             with contextlib.suppress(DataChecked):
                 _function(stage)(stage, checked)
             for used in checked.data:
