@@ -47,6 +47,7 @@ class Arguments(BaseModel):
         return {name for name, field in cls.model_fields.items() if FREE in field.metadata}
 
 
+_LargestFirst = AfterValidator(lambda sizes: sorted(set(sizes), reverse=True))
 _OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 DataSources = Annotated[list[DataSource], Field(min_length=1), _OneOrMore]
 
@@ -336,7 +337,7 @@ class EmbedStage(TrainStage):
     data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(  # type: ignore[assignment]  # a list is invariant
         description="Data with the columns of the loss, or plain texts with make_pairs."
     )
-    eval_data: DataSources | None = Field(None, description="Pairs (retrieval), scored pairs or triplets. Unset: none.")
+    eval_data: DataSources | None = Field(None, description="Data for metric_for_best. Unset: no evaluation.")
     make_pairs: bool = Field(
         False,
         description="Make pairs from plain text (languages with spaces). A query has words of a sentence. "
@@ -350,9 +351,7 @@ class EmbedStage(TrainStage):
     negative_column: str | None = Field(None, description="Hard negatives. Unset: negative, if the loss needs them.")
     score_column: str | None = Field(None, description="Scores. Unset: score, label, similarity or relevance.")
     hard_negatives: NotNegative = Field(
-        0,
-        description="Hard negatives per pair. They are mined once, with the model before training. With "
-        "one_source_per_batch, a source can override this number.",
+        0, description="Hard negatives per pair, mined once with the model before training. A source can set its own number."
     )
     loss: LossName = Field(
         "mnrl",
@@ -362,8 +361,8 @@ class EmbedStage(TrainStage):
     )
     guide: str | None = Field(None, min_length=1, description="Embedding model of gist: earlier stage, folder or Hub id.")
     teacher: str | None = Field(None, min_length=1, description="Embedding model that scores margin_mse. Unset: score_column.")
-    matryoshka_dims: list[Positive] | None = Field(
-        None, min_length=1, description="Prefixes of vectors to train, as [384, 64]. Vectors are cut to the largest."
+    matryoshka_dims: Annotated[list[Positive], Field(min_length=1), _LargestFirst] | None = Field(
+        None, description="Lengths of prefixes of the vectors to train, as [384, 64]. The model cuts vectors to the largest."
     )
     query_prompt: str | None = Field(None, description="Text before queries, saved as prompt query. Unset: the model's.")
     passage_prompt: str | None = Field(None, description="Text before passages, saved as prompt document. Unset: the model's.")
@@ -374,68 +373,44 @@ class EmbedStage(TrainStage):
     gather_across_devices: bool = Field(False, description="Use passages of all processes as negatives.")
     batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
         "no_duplicates",
-        description="no_duplicates avoids equal texts in a batch, because they would be false negatives. It is the default "
-        "only for losses with such negatives.",
+        description="no_duplicates avoids equal texts in a batch, because they would be false negatives.",
     )
-    one_source_per_batch: bool = Field(False, description="Take all rows of a batch from one source. Losses of sources set it.")
+    one_source_per_batch: bool = Field(False, description="Take all rows of a batch from one source, as different losses do.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Pooling method. Unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")
     metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100", "spearman", "accuracy"] | None = Field(
-        "mrr@10", description=_BEST + " For scores, the default is spearman, and for triplet accuracy." + _OR_LAST
+        "mrr@10", description=_BEST + " Data with scores have spearman, triplets accuracy, other pairs the rest." + _OR_LAST
     )
 
-    @field_validator("matryoshka_dims")
-    @classmethod
-    def _largest_first(cls, dims: list[int] | None) -> list[int] | None:
-        return dims and sorted(set(dims), reverse=True)
-
     @model_validator(mode="after")
-    def _suits_its_losses(self) -> "EmbedStage":
+    def _fits_together(self) -> "EmbedStage":
         losses = {self.loss_of(source) for source in self.data}
-        self.one_source_per_batch |= len(losses) > 1
+        mined = {self.hard_negatives_of(source) for source in self.data}
+        self.one_source_per_batch |= len(losses) > 1 or len(mined) > 1
         if "batch_sampler" not in self.model_fields_set and all(NEEDS[loss] for loss in losses):
             self.batch_sampler = "batch_sampler"
         if "metric_for_best" not in self.model_fields_set and NEEDS[self.loss] in (("score",), ("negative",)):
             self.metric_for_best = "accuracy" if self.loss == "triplet" else "spearman"
-        for field, users in {"guide": ("gist", "cached_gist"), "teacher": ("margin_mse",)}.items():
-            if getattr(self, field) and not losses & {*users}:
-                raise ValueError(f"{field} is for loss: {' or '.join(users)}; remove {field}, or choose such a loss.")
         if losses & {"gist", "cached_gist"} and not self.guide:
             raise ValueError("loss: gist needs a model that finds false negatives; set guide: to an embedding model.")
         if (self.query_prompt or self.passage_prompt) and all(NEEDS[loss] == ("score",) for loss in losses):
             raise ValueError("Pairs with scores have no queries and passages; remove query_prompt and passage_prompt.")
-        return self
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "EmbedStage":
-        mined = {self.hard_negatives_of(source) for source in self.data}
         if any(mined) and self.negative_column:
             raise ValueError("negative_column and hard_negatives are both set; remove one of the two fields.")
-        if len(mined) > 1 and not self.one_source_per_batch:
-            raise ValueError(
-                f"The sources have {' and '.join(map(str, sorted(mined)))} hard_negatives per pair, "
-                "but all rows of a batch need the same number. Set one_source_per_batch: true, or give all "
-                "sources the same hard_negatives."
-            )
         made = [self.makes_pairs_of(source) for source in self.data]
         used = not all(made) or self.eval_data is not None  # eval_data has pairs in any case
         useless = ("negative_column",) if used else ("anchor_column", "positive_column", "negative_column")
         if any(made) and (named := [name for name in useless if getattr(self, name)]):
             raise ValueError(f"make_pairs makes queries and passages itself; remove {' and '.join(named)}.")
         if not any(made) and (self.text_column or self.sample_by != "paragraph"):
-            raise ValueError(
-                "text_column and sample_by need make_pairs: true. For data with pairs, use anchor_column and "
-                "positive_column instead."
-            )
+            raise ValueError("text_column and sample_by need make_pairs: true; pairs have anchor_column and positive_column.")
         for source in self.data:
-            loss, mined, needs = self.loss_of(source), self.hard_negatives_of(source), self.needs_of(source)
-            if mined and ("score" in needs or (mined > 1 and loss in ("gist", "triplet"))):
-                most = 0 if "score" in needs else 1
-                raise ValueError(
-                    f"loss: {loss} takes at most {most} hard_negatives per pair, got {mined}; lower hard_negatives."
-                )
+            loss, needs, number = self.loss_of(source), self.needs_of(source), self.hard_negatives_of(source)
+            most = 0 if "score" in needs else 1 if loss in ("gist", "triplet") else number
+            if number > most:
+                raise ValueError(f"loss: {loss} takes at most {most} hard_negatives per pair, got {number}; lower the number.")
             if self.makes_pairs_of(source) and needs:
-                raise ValueError(f"make_pairs makes no column {' and '.join(sorted(needs))} for loss: {loss}; choose mnrl.")
+                raise ValueError(f"make_pairs makes no {' and no '.join(sorted(needs))} for loss: {loss}; choose mnrl.")
         return self
 
     def loss_of(self, source: PairSource) -> str:

@@ -29,7 +29,6 @@ class StageContext:
     tokenizer: str | None = None
     teacher: str | None = None
     guide: str | None = None
-    start: Any = None  # where the weights of this stage and of those before it came from: a NewModel, folder or Hub id
     only_check: bool = False  # read and check the data, but train nothing
     data: list[dict[str, Any]] = field(default_factory=list)  # the columns that are used, for metrics.json
 

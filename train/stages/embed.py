@@ -19,7 +19,8 @@ from minibert.data.load import check_columns, join, load, text_columns
 from minibert.data.source import DataSource, joined_paths
 from minibert.data.text_pairs import make_pairs
 from minibert.data.tokenized_corpus import load_documents
-from minibert.evaluation.evaluate import SIMILARITY_COLUMNS, retrieval, similarity
+from minibert.evaluation.evaluate import SIMILARITY_COLUMNS
+from minibert.evaluation.evaluate import evaluate as measure_model
 from minibert.files.disk import read_settings
 from minibert.files.processes import processes
 from minibert.inference.load import embedder, find_folder, open_config, pooling_mode
@@ -84,44 +85,31 @@ def training_data(args: EmbedStage, context: StageContext) -> dict[str, Dataset]
 
 
 def evaluation_data(args: EmbedStage) -> Dataset:
-    """Return pairs with scores, triplets or pairs, named like training data."""
-    sources = args.eval_data or []
-    held_out, loss = load(sources, split="validation"), args.loss
-    if NEEDS[loss] == ("score",) or {*SIMILARITY_COLUMNS} <= {*held_out.column_names}:
-        loss = "cosent"
-    measured = {"cosent": "spearman", "triplet": "accuracy"}.get(loss, "mrr@10")
-    metric = args.metric_for_best or measured
-    if metric != measured and {metric, measured} & {"spearman", "accuracy"}:
-        raise ValueError(f"{joined_paths(sources)} measures {measured}, not {metric}; set metric_for_best to it, or to null.")
-    needs = {*NEEDS[loss]} if loss in ("cosent", "triplet") else set()
+    """Return the data that ``metric_for_best`` needs: pairs with scores, triplets or pairs."""
+    sources, default = args.eval_data or [], "mnrl" if args.loss != "margin_mse" else args.loss
+    loss = {"spearman": "cosent", "accuracy": "triplet"}.get(args.metric_for_best or "", default)
+    held_out, needs = load(sources, split="validation"), set() if loss == default else {*NEEDS[loss]}
     return _selected(held_out, loss_columns(args, loss, held_out, sources, needs), args, loss)
 
 
 def check_models(args: EmbedStage, context: StageContext) -> dict[str, str]:
     """Refuse models that do not fit the stage. Return the prompts of the trained model."""
-    for field, name in (("guide", context.guide), ("teacher", context.teacher)):
-        folder = find_folder(name) if name else None
-        if folder and (not (folder / "modules.json").exists() or _settings(folder).get("model_type") == "CrossEncoder"):
-            raise ValueError(f"{field}={name} is not an embedding model; give one of sentence-transformers or an embed stage.")
-    if args.matryoshka_dims and (start := context.start):
-        config = start.config() if isinstance(start, NewModel) else open_config(start)
-        if args.matryoshka_dims[0] > config.hidden_size:
-            raise ValueError(
-                f"matryoshka_dims={args.matryoshka_dims} exceeds the model's width of {config.hidden_size}; lower it."
-            )
-    own = {"query": args.query_prompt, "document": args.passage_prompt}
-    given = {name: text for name, text in own.items() if text}
-    saved = _settings(find_folder(context.model)).get("prompts") or {} if context.model else {}
-    saved = {name: text for name, text in saved.items() if text}
+    models = {"model": context.model, "guide": context.guide, "teacher": context.teacher}
+    folders = {field: find_folder(name) for field, name in models.items() if name}
+    settings = {field: read_settings(folder / "config_sentence_transformers.json") for field, folder in folders.items()}
+    for field in sorted(folders.keys() - {"model"}):
+        if not (folders[field] / "modules.json").exists() or settings[field].get("model_type") == "CrossEncoder":
+            raise ValueError(f"{field}={models[field]} is not an embedding model; give one, such as an embed stage makes.")
+    start, dims = args.model if isinstance(args.model, NewModel) else context.model, args.matryoshka_dims
+    if dims and start:
+        width = (start.config() if isinstance(start, NewModel) else open_config(start)).hidden_size
+        if dims[0] > width:
+            raise ValueError(f"matryoshka_dims={dims} go beyond the model's width of {width}; lower them.")
+    saved = {name: text for name, text in (settings.get("model", {}).get("prompts") or {}).items() if text}
+    given = {name: text for name, text in (("query", args.query_prompt), ("document", args.passage_prompt)) if text}
     if given and saved and not given.items() <= saved.items():
-        raise ValueError(
-            f"{context.model} already has the prompts {saved}; remove query_prompt and passage_prompt to keep them."
-        )
+        raise ValueError(f"{context.model} already has prompts ({saved}); remove query_prompt and passage_prompt.")
     return saved | given
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    return read_settings(folder / "config_sentence_transformers.json")
 
 
 def _completed(
@@ -141,11 +129,10 @@ def _completed(
             continue
         kept = context.output_dir / "negatives" / str(args.data.index(source) if args.one_source_per_batch else number)
         if processes().is_main_process and not kept.exists():
-            with in_precision(args):
-                found = (
-                    pairs
-                    if not wanted
-                    else mine_hard_negatives(
+            found = pairs
+            if wanted:
+                with in_precision(args):
+                    found = mine_hard_negatives(
                         pairs,
                         model,
                         num_negatives=wanted,
@@ -157,7 +144,6 @@ def _completed(
                         batch_size=args.eval_batch_size,
                         verbose=False,
                     )
-                )
             if len(found) < 2:
                 raise ValueError(
                     f"Only {len(found)} of {len(pairs)} pairs of {name.partition(' ')[2]} have {wanted} hard "
@@ -173,7 +159,8 @@ def _completed(
 
 def _with_scores(rows: Dataset, teacher: SentenceTransformer, batch_size: int) -> Dataset:
     """Add the column ``score``: by how much the teacher finds the positive closer than each negative."""
-    texts, options = [rows[name][:] for name in rows.column_names], {"batch_size": batch_size, "show_progress_bar": False}
+    texts = [rows[name][:] for name in rows.column_names]
+    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
     queries = teacher.encode_query(texts[0], **options)
     near, *far = (teacher.similarity_pairwise(queries, teacher.encode_document(part, **options)) for part in texts[1:])
     return rows.add_column("score", torch.stack([near - other for other in far], dim=1).tolist())
@@ -184,57 +171,44 @@ def loss_columns(
 ) -> dict[str, str]:
     """Return the columns of two texts and of ``needs``, as named in the recipe or else by their names."""
     texts, names, where = text_columns(dataset), dataset.column_names, joined_paths(sources)
-    scored = NEEDS[loss] == ("score",)
-    # Two texts may be in a column label, for example, but scores may have been written as strings by mistake.
-    scores = [name for name in SCORE_COLUMNS if name in names and (NEEDS[loss] or name not in texts)]
-    usual = {"negative": "negative" if NEEDS[loss] and "negative" in names else None, "score": next(iter(scores), None)}
+    in_batch, scored = not NEEDS[loss], NEEDS[loss] == ("score",)
+    # A column of strings such as label may hold texts. Where scores are needed, it is a mistake.
+    scores = [name for name in SCORE_COLUMNS if name in names and not (in_batch and name in texts)]
+    usual = {"negative": None if in_batch or "negative" not in names else "negative", "score": next(iter(scores), None)}
     known = {use: getattr(args, f"{use}_column") or column for use, column in usual.items()}
     present = {use for use, column in known.items() if column in names}
     others = f"choose loss: {' or '.join(name for name, uses in NEEDS.items() if present == {*uses})}"
-    if scores and not NEEDS[loss]:
+    if in_batch and scores:
         raise ValueError(
             f"{where} has a column {scores[0]!r}, so not all of its pairs are positives. Give the pairs that belong together, "
             f"without that column, or {others}."
         )
-    if missing := [f"{use}_column:" for use in sorted(needs) if not known[use]]:
+    if missing := [use for use in sorted(needs) if not known[use]]:
         raise ValueError(
-            f"{where} has no column of {' and '.join(sorted(needs - present))}s for loss: {loss}; it has {', '.join(names)}. Name "
-            f"it with {' and '.join(missing)}, or {others}."
+            f"loss: {loss} also needs a {' and a '.join(missing)} per pair; the columns of {where} are {', '.join(names)}. "
+            f"Set {' and '.join(f'{use}_column:' for use in missing)}, or {others}."
         )
-    extra = {use: str(known[use]) for use in sorted(needs)}
-    check_columns(dataset, list(extra.values()), sources)
-    pair = pair_columns(args, dataset, sources, [name for name in texts if name not in known.values()], ordered=not scored)
-    return {**dict(zip(SIMILARITY_COLUMNS if scored else ("anchor", "positive"), pair, strict=False)), **extra}
-
-
-def pair_columns(
-    args: EmbedStage, dataset: Dataset, sources: Sequence[DataSource], found: list[str], *, ordered: bool
-) -> list[str]:
-    """Return the columns of queries and of passages, as named in the recipe or else by their names in ``found``."""
     named = [args.anchor_column, args.positive_column]
-    where = joined_paths(sources)
+    given, extra = [name for name in named if name], {use: str(known[use]) for use in sorted(needs)}
+    check_columns(dataset, [*given, *extra.values()], sources)
+    found = [name for name in texts if name not in known.values()]
+    free = sorted((name for name in found if name not in given), key=lambda name: name not in QUERY_COLUMNS)  # the query first
     advice = "Name them with anchor_column: and positive_column:."
-    given = [name for name in named if name]
-    check_columns(dataset, given, sources)
-    free = [name for name in found if name not in given]
-    if len(given) == 2:
-        return given
-    if len(free) + len(given) != 2:
+    if len(given) < 2 and len(given) + len(free) != 2:
         raise ValueError(
             f"{where} needs two columns of strings, queries and passages; its columns of strings are "
             f"{', '.join(found) or 'none'}. {advice}"
         )
-    if given:
-        columns = [args.anchor_column or free[0], args.positive_column or free[0]]
-    else:
-        columns = sorted(free, key=lambda name: name not in QUERY_COLUMNS)  # the query first
-        if ordered and [name in QUERY_COLUMNS for name in columns] != [True, False]:
-            raise ValueError(
-                f"The columns {' and '.join(free)} of {where} do not say which of them holds the queries (usual are "
-                f"{', '.join(QUERY_COLUMNS)}). {advice}"
-            )
-    check_columns(dataset, columns, sources)
-    return columns
+    if not given and not scored and [name in QUERY_COLUMNS for name in free] != [True, False]:
+        raise ValueError(
+            f"The columns {' and '.join(free)} of {where} do not say which of them holds the queries (usual are "
+            f"{', '.join(QUERY_COLUMNS)}). {advice}"
+        )
+    rest = iter(free)
+    uses = SIMILARITY_COLUMNS[:2] if scored else ("anchor", "positive")
+    pair = {use: name or next(rest) for use, name in zip(uses, named, strict=True)}
+    check_columns(dataset, list(pair.values()), sources)
+    return {**pair, **extra}
 
 
 def _selected(dataset: Dataset, columns: dict[str, str], args: EmbedStage, loss: str) -> Dataset:
@@ -246,8 +220,6 @@ def _selected(dataset: Dataset, columns: dict[str, str], args: EmbedStage, loss:
     if "score" not in columns:
         return rows
     numbers = read_labels(dataset, columns["score"], problem_type=REGRESSION).values
-    if NEEDS[loss] == ("score",) and np.ptp(numbers) == 0:
-        raise ValueError(f"Every row has {columns['score']}={numbers[0]:g}; give rows with different scores.")
     # Cosines, and differences of cosines, are not larger.
     largest = {"cosine_mse": 1.0, "margin_mse": 2.0 if args.normalize else np.inf}.get(loss, np.inf)
     advice = f"loss: {loss} reaches at most {largest:g}; divide the scores, or choose another loss"
@@ -260,9 +232,9 @@ def _starting_model(args: EmbedStage, context: StageContext, prompts: dict[str, 
     # config.pooling belongs to the pooler, and stays for a classifier that is exported as BERT.
     start = pooling_mode(find_folder(context.model)) if context.model else None
     pooling = args.pooling or start or getattr(encoder.config, "pooling", "mean")
-    compared = "dot" if args.loss == "margin_mse" and not args.normalize else "cosine"  # margin_mse trains dot products
-    start_dir, how = context.output_dir / ".start", {"prompts": prompts, "similarity_fn_name": compared}
-    model = embedder(encoder, tokenizer, start_dir, pooling, args.normalize, **how)
+    model = embedder(encoder, tokenizer, context.output_dir / ".start", pooling, args.normalize, prompts=prompts)
+    if args.loss == "margin_mse" and not args.normalize:
+        model.similarity_fn_name = "dot"  # as the loss compares vectors
     if args.gradient_checkpointing:
         checkpoint_activations(model[0].auto_model)
     return model
@@ -297,15 +269,14 @@ def _losses(args: EmbedStage, context: StageContext, model: SentenceTransformer)
 
 def measure(model: SentenceTransformer, data: Dataset, dims: Sequence[int] | None, batch_size: int) -> dict[str, float | None]:
     """Return the metrics of the evaluation data, also with vectors that are cut to the smaller ``dims``."""
-    columns, metrics = {name: data[name][:] for name in data.column_names}, {}
+    metrics: dict[str, float | None] = {}
     for size in dims or [0]:
         with model.truncate_embeddings(size or None):
-            if "score" in columns:
-                found = similarity(model, data, baselines=False, batch_size=batch_size)["systems"]["model"]
-            elif "negative" in columns:
-                evaluator = TripletEvaluator(*columns.values(), "cosine", batch_size=batch_size, write_csv=False)
+            if "negative" in data.column_names:
+                columns = [data[name][:] for name in ("anchor", "positive", "negative")]
+                evaluator = TripletEvaluator(*columns, batch_size=batch_size, write_csv=False)  # type: ignore[misc]
                 found = {"accuracy": evaluator(model)["cosine_accuracy"]}
             else:
-                found = retrieval(model, *columns.values(), baselines=False, batch_size=batch_size)["systems"]["model"]
+                found = measure_model(model, data, baselines=False, batch_size=batch_size)["systems"]["model"]
         metrics |= {f"{name}_{size}d" if metrics else name: value for name, value in found.items()}
     return metrics
