@@ -35,6 +35,7 @@ from minibert.train.stages.distill.teacher import freeze
 # Minimal gap in similarity, relative to the positive. Closer passages may also be answers.
 _MARGIN = 0.05
 QUERY_COLUMNS = ("query", "question", "anchor", "sentence1", "premise")
+EMBEDDER = "SentenceTransformer"
 SCORE_COLUMNS = ("score", "label", "similarity", "relevance")
 
 
@@ -98,7 +99,7 @@ def check_models(args: EmbedStage, context: StageContext) -> dict[str, str]:
     folders = {field: find_folder(name) for field, name in models.items() if name}
     settings = {field: read_settings(folder / "config_sentence_transformers.json") for field, folder in folders.items()}
     for field in sorted(folders.keys() - {"model"}):
-        if not (folders[field] / "modules.json").exists() or settings[field].get("model_type") == "CrossEncoder":
+        if not (folders[field] / "modules.json").exists() or settings[field].get("model_type", EMBEDDER) != EMBEDDER:
             raise ValueError(f"{field}={models[field]} is not an embedding model; give one, such as an embed stage makes.")
     start, dims = args.model if isinstance(args.model, NewModel) else context.model, args.matryoshka_dims
     if dims and start:
