@@ -249,7 +249,7 @@ COLUMNS = {
     "question,answer": ({"anchor_column": "nope"}, "has no column 'nope'; it has question, answer"),
     "passage,anchor": ({"positive_column": "passage"}, ["anchor", "passage"]),
     "query,answer,score": ({"anchor_column": "query", "positive_column": "answer"}, "has a column 'score', so not all of"),
-    "premise,hypothesis,label": ({}, "has a column 'label', so not all of.* or choose loss: cosent or angle or cosine_mse."),
+    "premise,hypothesis,label": ({}, "has a column 'label', so not all of.* choose loss: cosent or angle or cosine_mse."),
 }
 LOSS_COLUMNS = [
     ("cosent", "sentence1,sentence2,score", {}, ["sentence1", "sentence2", "score"]),
@@ -264,7 +264,7 @@ LOSS_COLUMNS = [
         "cosent",
         "query,answer",
         {},
-        "loss: cosent also needs a score per pair; the columns .* query, answer.*loss: mnrl or",
+        "has no score for each pair .*which loss: cosent needs. .* query, answer; .*loss: mnrl or cached",
     ),
     ("cosent", "query,answer,rank", {"score_column": "nope"}, "has no column 'nope'; it has query, answer, rank"),
     ("triplet", "query,positive,negative", {}, ["query", "positive", "negative"]),
@@ -274,14 +274,14 @@ LOSS_COLUMNS = [
         {"negative_column": "wrong"},
         ["anchor", "text", "wrong"],
     ),
-    ("triplet", "query,answer,score", {}, "also needs a negative per pair; .* Set negative_column:, or choose loss: cosent or"),
+    ("triplet", "query,answer,score", {}, "has no negative for each pair .set negative_column:.*choose loss: cosent or angle"),
     (
         "margin_mse",
         "query,positive,negative",
         {},
-        "needs a score per pair; .* Set score_column:, or choose loss: triplet.",
+        "has no score for each pair .set score_column:.* choose loss: triplet.",
     ),
-    ("margin_mse", "query,answer", {}, "also needs a negative and a score per pair; .* Set negative_column: and score_column:"),
+    ("margin_mse", "query,answer", {}, "has no negative for each pair .* and has no score for each"),
     ("margin_mse", "anchor,text", {"teacher": "x", "hard_negatives": 1}, ["anchor", "text"]),
 ]
 
