@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import pickle
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,14 +15,20 @@ import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from transformers import AutoTokenizer
 
-from helpers import read_rows, read_weights, run_python
-from minibert import train_word_level
+from helpers import edit_json, read_rows, read_weights, run_python, write_recipe
+from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert.evaluation.evaluate import SIMILARITY_COLUMNS
+from minibert.inference.load import embedder
+from minibert.modeling_minibert import MiniBertLayer
 from minibert.train import sentence_trainer
 from minibert.train.arguments import EmbedStage
+from minibert.train.recipe import load_recipe
+from minibert.train.run import run_recipe
 from minibert.train.stage import StageContext
 from minibert.train.stages import embed as embed_module
-from minibert.train.stages.embed import embed, training_pairs
+from minibert.train.stages.embed import embed, training_data
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 FRUITS = ("apple", "pear", "plum", "fig", "lime", "kiwi")
@@ -33,6 +40,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embed")
     rows = [f"{query},{answer},{query} stone" for query, answer in PAIRS]
     (folder / "pairs.csv").write_text("\n".join(["query,answer,stone", *rows]), encoding="utf-8")
+    others = PAIRS[7:] + PAIRS[:7]  # of another colour and fruit
+    scored = [f"{query},{answer},1.0" for query, answer in PAIRS]
+    scored += [f"{query},{other},0.{len(other) % 4}" for (query, _), (_, other) in zip(PAIRS, others, strict=True)]
+    (folder / "scored.csv").write_text("\n".join(["sentence1,sentence2,score", *scored]), encoding="utf-8")
+    (folder / "two.csv").write_text("\n".join(["query,answer", *(f"{query},{answer}" for query, answer in PAIRS)]))
+    triplets = [f"{query},{answer},{other},0.5" for (query, answer), (_, other) in zip(PAIRS, others, strict=True)]
+    (folder / "triplets.csv").write_text("\n".join(["query,positive,negative,score", *triplets]), encoding="utf-8")
     train_word_level([text for pair in PAIRS for text in pair] + ["plain stone"], vocab_size=21).save_pretrained(
         folder / "tokenizer"
     )
@@ -58,7 +72,8 @@ def run(folder, tmp_path):
             "save_steps": 2,
             **fields,
         }
-        context = StageContext(tmp_path / name, seed=3, tokenizer=str(folder / "tokenizer"))
+        models = {field: stage[field] for field in ("model", "guide", "teacher") if isinstance(stage.get(field), str)}
+        context = StageContext(tmp_path / name, seed=3, tokenizer=str(folder / "tokenizer"), **models)
         context.output_dir.mkdir(exist_ok=True)
         return embed(EmbedStage.model_validate(stage), context)
 
@@ -110,14 +125,24 @@ def test_the_model_opens_in_a_process_without_the_package(run, tmp_path):
         (4, {}),  # inside an epoch
         (6, {}),  # at the end of one
         (4, {"one_source_per_batch": True, "hard_negatives": 1, "max_steps": 12, "batch_size": 2}),
+        (4, {"loss": "cosent", "matryoshka_dims": [16, 4], "max_steps": 12}),
+        (4, {"loss": "cached_gist", "mini_batch_size": 3, "max_steps": 12}),
+        (4, {"data": [{"path": "scored", "loss": "cosent"}, {"path": "two", "loss": "gist"}], "max_steps": 12}),
         (8, {"batch_sampler": "batch_sampler", "schedule": "wsd", "precision": "bf16", "log_steps": 5}),
     ],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, step, more):
+def test_an_interrupted_run_resumes_bit_for_bit(run, folder, fields_of, guide, tmp_path, monkeypatch, step, more):
     fields = {"eval_data": str(folder / "pairs.csv"), "gradient_accumulation_steps": 2, "epochs": 4, **more}
     monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
     if "one_source_per_batch" in more:
         fields["data"] = [str(folder / "pairs.csv")] * 2
+    if more.get("loss") == "cosent":
+        fields |= fields_of("cosent")
+    if "data" in more:
+        fields["data"] = [{**source, "path": str(folder / f"{source['path']}.csv")} for source in more["data"]]
+        fields |= {"anchor_column": None, "positive_column": None, "eval_data": str(folder / "two.csv")}
+    if "gist" in str(more):
+        fields["guide"] = guide
     whole = run("whole", **fields)
     original = sentence_trainer._StageCallback.on_step_end
 
@@ -226,8 +251,56 @@ COLUMNS = {
     "question,answer": ({"anchor_column": "nope"}, "has no column 'nope'; it has question, answer"),
     "passage,anchor": ({"positive_column": "passage"}, ["anchor", "passage"]),
     "query,answer,score": ({"anchor_column": "query", "positive_column": "answer"}, "has a column 'score', so not all of"),
-    "premise,hypothesis,label": ({}, "has a column 'label', so not all of"),
+    "premise,hypothesis,label": ({}, "has a column 'label', so not all of.* choose loss: cosent or angle or cosine_mse."),
 }
+LOSS_COLUMNS = [
+    ("cosent", "sentence1,sentence2,score", {}, ["sentence1", "sentence2", "score"]),
+    ("angle", "body,title,label", {}, ["body", "title", "label"]),
+    (
+        "cosine_mse",
+        "answer,query,rank",
+        {"score_column": "rank"},
+        ["query", "answer", "rank"],
+    ),
+    (
+        "cosent",
+        "query,answer",
+        {},
+        "has no score for each pair .*which loss: cosent needs. .* query, answer; .*loss: mnrl or cached",
+    ),
+    ("cosent", "query,answer,rank", {"score_column": "nope"}, "has no column 'nope'; it has query, answer, rank"),
+    ("triplet", "query,positive,negative", {}, ["query", "positive", "negative"]),
+    (
+        "triplet",
+        "anchor,text,wrong",
+        {"negative_column": "wrong"},
+        ["anchor", "text", "wrong"],
+    ),
+    ("triplet", "query,answer,score", {}, "has no negative for each pair .set negative_column:.*choose loss: cosent or angle"),
+    (
+        "margin_mse",
+        "query,positive,negative",
+        {},
+        "has no score for each pair .set score_column:.* choose loss: triplet.",
+    ),
+    ("margin_mse", "query,answer", {}, "has no negative for each pair .* and has no score for each"),
+    ("margin_mse", "anchor,text", {"teacher": "x", "hard_negatives": 1}, ["anchor", "text"]),
+]
+
+
+@pytest.mark.parametrize(("loss", "header", "fields", "expected"), LOSS_COLUMNS)
+def test_the_loss_chooses_the_columns(loss, header, fields, expected):
+    numbers = ("score", "label", "rank")
+    data = Dataset.from_dict({name: [1, 0] if name in numbers else [f"{name} a", f"{name} b"] for name in header.split(",")})
+    stage = EmbedStage(kind="embed", data="pairs.csv", loss=loss, **fields)
+    needs = stage.needs_of(stage.data[0])
+    if isinstance(expected, list):
+        found = embed_module.loss_columns(stage, loss, data, stage.data, needs)
+        uses = SIMILARITY_COLUMNS if loss in ("cosent", "angle", "cosine_mse") else ("anchor", "positive", "negative")
+        assert found == dict(zip(uses, expected, strict=False))
+    else:
+        with pytest.raises(ValueError, match=expected):
+            embed_module.loss_columns(stage, loss, data, stage.data, needs)
 
 
 @pytest.mark.parametrize(("header", "fields", "expected"), [(header, *rest) for header, rest in COLUMNS.items()])
@@ -236,10 +309,10 @@ def test_columns_are_not_guessed(header, fields, expected):
     values = {name: [1, 0] if name in ("score", "label") else [f"{name} a", f"{name} b"] for name in names}
     data, stage = Dataset.from_dict(values), EmbedStage(kind="embed", data="pairs.csv", **fields)
     if isinstance(expected, list):
-        assert embed_module.pair_columns(stage, data, stage.data) == expected
+        assert list(embed_module.loss_columns(stage, "mnrl", data, stage.data, set()).values()) == expected
     else:
         with pytest.raises(ValueError, match=expected):
-            embed_module.pair_columns(stage, data, stage.data)
+            list(embed_module.loss_columns(stage, "mnrl", data, stage.data, set()).values())
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, tmp_path, caplog):
@@ -261,7 +334,7 @@ def test_the_best_weights_are_kept(run, folder, tmp_path, monkeypatch):
     def retrieval(*args, **kwargs):
         return {"systems": {"model": {"recall@1": 0.0, "mrr@10": next(measured)}}}
 
-    monkeypatch.setattr(embed_module, "retrieval", retrieval)
+    monkeypatch.setattr(embed_module, "measure_model", retrieval)
     metrics = run(epochs=4, eval_data=str(folder / "pairs.csv"), save_steps=5, save_total_limit=4)
     assert (metrics["eval_mrr@10"], metrics["best_step"]) == (0.9, 10)
     kept = read_weights(tmp_path / "run" / "checkpoints" / "step-00000010")
@@ -365,7 +438,7 @@ def test_plain_text_comes_from_files_of_any_kind(tmp_path):
     pq.write_table(table, tmp_path / "texts.parquet")
     sources = [str(tmp_path / name) for name in ("texts.txt", "texts.parquet")]
     stage = EmbedStage(kind="embed", data=sources, make_pairs=True)
-    (pairs,) = training_pairs(stage, StageContext(tmp_path, 0)).values()
+    (pairs,) = training_data(stage, StageContext(tmp_path, 0)).values()
     assert pairs["positive"][:] == ["one two three four five", "six seven eight nine ten"]
 
 
@@ -374,7 +447,7 @@ def test_questions_and_plain_text_in_one_stage(run, folder, tmp_path, apart):
     (tmp_path / "texts.txt").write_text("\n\n".join(f"{number} two three four five" for number in range(7)), encoding="utf-8")
     data = [str(folder / "pairs.csv"), {"path": str(tmp_path / "texts.txt"), "make_pairs": True}]
     stage = EmbedStage(kind="embed", data=data, one_source_per_batch=apart, anchor_column="query", positive_column="answer")
-    pairs, made = training_pairs(stage, StageContext(tmp_path, 0)).values()
+    pairs, made = training_data(stage, StageContext(tmp_path, 0)).values()
     assert pairs["anchor"][:] == [query for query, _ in PAIRS] and len(made) == 7
     assert made["positive"][:] == [f"{number} two three four five" for number in range(7)]
     metrics = run(data=data, one_source_per_batch=apart, epochs=1)
@@ -386,7 +459,7 @@ def test_a_source_may_be_of_pairs_where_the_stage_makes_them(folder, tmp_path):
     data = [str(tmp_path / "texts.txt"), {"path": str(folder / "pairs.csv"), "make_pairs": False}]
     columns = {"anchor_column": "query", "positive_column": "answer"}
     stage = EmbedStage(kind="embed", data=data, make_pairs=True, **columns)
-    first, second = training_pairs(stage, StageContext(tmp_path, 0)).values()
+    first, second = training_data(stage, StageContext(tmp_path, 0)).values()
     assert {len(first), len(second)} == {2, len(PAIRS)}
 
 
@@ -411,10 +484,139 @@ def test_a_source_may_ask_for_hard_negatives_itself(run, folder, tmp_path, monke
     (tmp_path / "texts.txt").write_text("\n\n".join(f"{number} two three four five" for number in range(9)), encoding="utf-8")
     pairs = {"path": str(folder / "pairs.csv"), "hard_negatives": 2}
     texts = {"path": str(tmp_path / "texts.txt"), "make_pairs": True}
-    metrics = run(data=[texts, pairs, pairs], one_source_per_batch=True, epochs=1, batch_size=2)
+    metrics = run(data=[texts, pairs, pairs], epochs=1, batch_size=2)
     assert [call["num_negatives"] for call in mined] == [2]
     assert [folder.name for folder in (tmp_path / "run" / "negatives").iterdir()] == ["1"]
     assert metrics["train_rows"] == 9 + 2 * len(PAIRS)
+
+
+@pytest.fixture(scope="module")
+def guide(folder):
+    """Return the folder of an embedding model."""
+    config = MiniBertConfig.preset("search-8x768", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=21)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    model = embedder(MiniBertModel(config), tokenizer, folder / ".start", "mean", True)
+    model.save_pretrained(str(folder / "guide"), create_model_card=False)
+    return str(folder / "guide")
+
+
+LOSSES = {
+    "mnrl": ("pairs", "mrr@10"),
+    "cached_mnrl": ("pairs", "mrr@10"),
+    "gist": ("pairs", "mrr@10"),
+    "cached_gist": ("pairs", "mrr@10"),
+    "cosent": ("scored", "spearman"),
+    "angle": ("scored", "spearman"),
+    "cosine_mse": ("scored", "spearman"),
+    "triplet": ("triplets", "accuracy"),
+    "margin_mse": ("triplets", "mrr@10"),
+}
+
+
+@pytest.fixture
+def fields_of(folder, guide):
+    """Return the fields with which a stage trains and evaluates with a loss."""
+
+    def fields_of(loss):
+        name, _ = LOSSES[loss]
+        data = str(folder / f"{name}.csv")
+        columns = {} if name == "pairs" else {"anchor_column": None, "positive_column": None}
+        return {"loss": loss, "data": data, "eval_data": data, **columns, **({"guide": guide} if "gist" in loss else {})}
+
+    return fields_of
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_learns_without_computing_padding(run, fields_of, tmp_path, monkeypatch, loss):
+    shapes, forward = set(), MiniBertLayer.forward
+    monkeypatch.setattr(MiniBertLayer, "forward", lambda self, x, *a, **k: shapes.add(x.dim()) or forward(self, x, *a, **k))
+    metric = f"eval_{LOSSES[loss][1]}"
+    metrics = run(**fields_of(loss), epochs=6, eval_steps=15, matryoshka_dims=[4, 16, 4])
+    lines = read_rows(tmp_path / "run" / "log.jsonl")
+    trained = [line["loss"] for line in lines if "loss" in line]
+    assert sum(trained[-9:]) < sum(trained[:9])
+    assert metrics[metric] == max(line[metric] for line in lines if metric in line)
+    assert metrics[metric] != metrics[f"{metric}_4d"]
+    assert shapes == {2}  # (tokens, width)
+
+
+def test_cached_losses_take_a_number_of_tokens(run, fields_of, monkeypatch):
+    sizes, forward = [], embed_module.losses.CachedMultipleNegativesRankingLoss.embed_minibatch
+    monkeypatch.setattr(
+        embed_module.losses.CachedMultipleNegativesRankingLoss,
+        "embed_minibatch",
+        lambda self, begin, end, **k: sizes.append(end - begin) or forward(self, begin=begin, end=end, **k),
+    )
+    run(**fields_of("cached_mnrl"), mini_batch_tokens=13, max_steps=1)
+    assert set(sizes) == {3, 2}  # queries of 4 tokens, answers of 6
+
+
+@pytest.mark.parametrize(("dims", "kept"), [([8, 4], 8), ([16, 4], None)])
+def test_the_model_cuts_vectors_to_the_largest_prefix(run, fields_of, tmp_path, dims, kept):
+    metrics = run(**fields_of("mnrl"), matryoshka_dims=dims, max_steps=2)
+    model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    assert model.truncate_dim == kept and model.encode(["red apple"]).shape == (1, dims[0])
+    held_out = Dataset.from_dict({"query": [query for query, _ in PAIRS], "answer": [answer for _, answer in PAIRS]})
+    with model.truncate_embeddings(4):
+        cut = embed_module.measure_model(model, held_out, baselines=False)["systems"]["model"]
+    assert metrics["eval_mrr@10_4d"] == cut["mrr@10"]
+
+
+def test_sources_of_different_losses(run, folder, guide, tmp_path, monkeypatch):
+    seen = []
+    for name in ("CoSENTLoss", "GISTEmbedLoss"):
+        cls = getattr(embed_module.losses, name)
+        spied = lambda self, features, labels, name=name, forward=cls.forward: (  # noqa: E731
+            seen.append((name, len(list(features)), labels is None)) or forward(self, features, labels)
+        )
+        monkeypatch.setattr(cls, "forward", spied)
+    data = [{"path": str(folder / "scored.csv"), "loss": "cosent"}, str(folder / "two.csv")]
+    metrics = run(data=data, loss="gist", guide=guide, anchor_column=None, positive_column=None, epochs=1)
+    assert {name for name, *_ in seen} == {"CoSENTLoss", "GISTEmbedLoss"}
+    assert {(name, labelled) for name, _, labelled in seen} == {("CoSENTLoss", False), ("GISTEmbedLoss", True)}
+    assert metrics["train_rows"] == 3 * len(PAIRS)
+
+
+PROMPTS = {"query_prompt": "plain ", "passage_prompt": "stone "}
+
+
+def test_prompts_are_trained_mined_evaluated_and_saved(run, folder, tmp_path, monkeypatch):
+    texts, original = [], SentenceTransformer.preprocess
+    monkeypatch.setattr(embed_module, "_MARGIN", None)
+
+    def preprocess(self, inputs, prompt=None, **kwargs):
+        texts.extend((prompt or "") + text for text in inputs)
+        return original(self, inputs, prompt=prompt, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "preprocess", preprocess)
+    fields = {"hard_negatives": 1, "batch_size": 2, "eval_data": str(folder / "pairs.csv"), "max_steps": 1}
+    run(**fields, **PROMPTS)
+    assert texts and all(text.startswith("stone " if " that is " in text else "plain ") for text in texts)
+    model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    assert model.prompts == {"query": "plain ", "document": "stone "}
+    assert (model.encode_query(["red apple"]) == model.encode(["plain red apple"])).all()
+    texts.clear()
+    run("again", **fields, model=str(tmp_path / "run"))  # a model keeps its prompts
+    assert all(text.startswith("stone " if " that is " in text else "plain ") for text in texts)
+    assert SentenceTransformer(str(tmp_path / "again"), device="cpu").prompts == model.prompts
+    run("same", **fields, **PROMPTS, model=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="already has prompts .*'plain '.*; remove query_prompt and passage_prompt"):
+        run("other", **fields, query_prompt="red ", model=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_a_teacher_scores_triplets_once(run, folder, guide, tmp_path, monkeypatch, negatives):
+    monkeypatch.setattr(embed_module, "_MARGIN", None)
+    data = {"hard_negatives": 2} if negatives else {"data": str(folder / "triplets.csv"), "positive_column": "positive"}
+    run(loss="margin_mse", teacher=guide, max_steps=1, **data)
+    teacher = SentenceTransformer(guide, device="cpu")
+    rows = Dataset.load_from_disk(tmp_path / "run" / "negatives" / "0")
+    vectors = {name: teacher.encode(rows[name][:], convert_to_tensor=True) for name in rows.column_names if name != "score"}
+    near, *far = (teacher.similarity_pairwise(vectors["anchor"], vectors[name]) for name in list(vectors)[1:])
+    assert len(far) == (negatives or 1)
+    torch.testing.assert_close(torch.tensor(rows["score"][:]), torch.stack([near - other for other in far], 1))
+    monkeypatch.setattr(embed_module, "_with_scores", None)  # not needed again
+    run(loss="margin_mse", teacher=guide, max_steps=2, **data)
 
 
 def test_cached_and_plain_losses_agree(run, tmp_path):
@@ -422,6 +624,9 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
     plain = run("plain", **still)
     cached = run("cached", **still, loss="cached_mnrl", mini_batch_size=3)
     assert plain["train_loss"] == pytest.approx(cached["train_loss"], rel=1e-5)
+
+
+SCORED = {"loss": "cosent", "anchor_column": None, "positive_column": None}
 
 
 @pytest.mark.parametrize(
@@ -434,11 +639,6 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ("query,answer\na,b\nc,\n", {}, "no value in column 'answer' of row 2"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 5}, "Only 0 of 2 pairs of wrong.csv have 5 hard negatives; lower"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 1, "negative_column": "b"}, "remove one of the two fields"),
-        (
-            "query,answer\na,b\nc,d\n",
-            {"data": ["a.csv", {"path": "b.csv", "hard_negatives": 2}]},
-            "The sources have 0 and 2 hard_negatives per pair, but all rows of a batch need the same number.",
-        ),
         ("query,answer\na,b\nc,d\n", {"make_pairs": True}, "columns are text, found query, answer; name it .text_column."),
         ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, but the data has none"),
         ("text\na b c d e\n", {"make_pairs": True}, "at least two rows; .*wrong.csv has one"),
@@ -459,6 +659,49 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ),
         ("query,answer\na,b\nc,d\n", {"text_column": "query"}, "text_column and sample_by need make_pairs"),
         ("query,answer\na,b\nc,d\n", {"sample_by": "line"}, "text_column and sample_by need make_pairs"),
+        ("sentence1,sentence2,score\na,b,high\nc,d,low\n", SCORED, "Row 1 has score='high'; a finite number belongs there"),
+        ("sentence1,sentence2,score\na,b,1\nc,d,NaN\n", SCORED, "no value in column 'score' of row 2|a finite number belongs"),
+        ("sentence1,sentence2,score\na,b,inf\nc,d,1\n", SCORED, "Row 1 has score=inf; a finite number belongs there"),
+        (
+            "sentence1,sentence2,score\na,b,0.5\nc,d,5.0\n",
+            {**SCORED, "loss": "cosine_mse"},
+            "Row 2 has score=5.0; loss: cosine_mse reaches at most 1; divide the scores",
+        ),
+        (
+            "query,positive,negative,score\na,b,c,9.5\nc,d,e,1.0\n",
+            {**SCORED, "loss": "margin_mse"},
+            "Row 1 has score=9.5; loss: margin_mse reaches at most 2",
+        ),
+        (
+            "query,positive,negative\na,b,c\nc,same,same\n",
+            {**SCORED, "loss": "triplet"},
+            "Row 2 has negative='same'; this is also its positive",
+        ),
+        (
+            "query,answer\na,b\nc,d\n",
+            {"loss": "tsdae"},
+            "tsdae needs a decoder class, which .*; choose one of mnrl,",
+        ),
+        ("query,answer\na,b\nc,d\n", {"loss": "gists"}, "'gists' is unknown; choose one of mnrl, cached_mnrl,"),
+        ("query,answer\na,b\nc,d\n", {"loss": "gist"}, "set guide: to an embedding model"),
+        (
+            "query,answer\na,b\nc,d\n",
+            {"loss": "cosent", "hard_negatives": 1},
+            "takes at most 0 hard_negatives per pair, got 1",
+        ),
+        (
+            "query,answer\na,b\nc,d\n",
+            {"loss": "triplet", "hard_negatives": 2},
+            "takes at most 1 hard_negatives per pair, got 2",
+        ),
+        (
+            "text\na b\nc d\n",
+            {"loss": "margin_mse", "make_pairs": True},
+            "makes no negative and no score for loss: margin",
+        ),
+        ("query,answer\na,b\nc,d\n", {**SCORED, "query_prompt": "x"}, "remove query_prompt and passage_prompt"),
+        ("query,answer\na,b\nc,d\n", {"matryoshka_dims": [8, 17]}, "matryoshka_dims=.17, 8. go beyond the model's width of 16"),
+        ("query,answer\na,b\nc,d\n", {"matryoshka_dims": [8, 0]}, "greater than 0"),
         ("query,answer\na,b\nc,d\n", {"max_length": 13}, "max_length=13 exceeds the model's max_position_embeddings=12"),
     ],
 )
@@ -466,6 +709,36 @@ def test_refusals(run, tmp_path, text, fields, message):
     (tmp_path / "wrong.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         run(**{"data": str(tmp_path / "wrong.csv")} | fields)
+
+
+@pytest.mark.parametrize(("field", "loss"), [("guide", "gist"), ("teacher", "margin_mse")])
+@pytest.mark.parametrize("kind", ["encoder", "cross-encoder"])
+def test_a_guide_or_teacher_that_is_no_embedder_is_refused(run, folder, guide, tmp_path, field, loss, kind):
+    shutil.copytree(guide, tmp_path / "other")
+    if kind == "encoder":
+        (tmp_path / "other" / "modules.json").unlink()
+    else:
+        edit_json(tmp_path / "other" / "config_sentence_transformers.json", model_type="CrossEncoder")
+    data = {"data": str(folder / "triplets.csv"), "positive_column": "positive"} if field == "teacher" else {}
+    with pytest.raises(ValueError, match=f"{field}=.*other is not an embedding model"):
+        run(**data, loss=loss, **{field: str(tmp_path / "other")})
+
+
+def test_models_are_checked_before_the_first_stage(folder, guide, tmp_path):
+    first = {"kind": "tokenizer", "data": str(folder / "pairs.csv")}
+    made = {"kind": "embed", "name": "made", "data": str(folder / "two.csv"), "model": guide, "max_steps": 1}
+    recipe = write_recipe(tmp_path, first, made, {**made, "name": "last", "model": "made", "loss": "gist", "guide": "made"})
+    shutil.copytree(guide, tmp_path / "plain", ignore=shutil.ignore_patterns("modules.json"))
+    too_wide, no_model = ["last.matryoshka_dims=[17]", f"last.model={guide}"], [f"last.guide={tmp_path / 'plain'}"]
+    for changes, message in (
+        (too_wide, "beyond the model's width of 16"),
+        (no_model, "guide=.*plain is not an embedding model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_recipe(load_recipe(recipe, changes), output_dir=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    run_recipe(load_recipe(recipe), output_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "3-last" / "stage.json").exists()
 
 
 @pytest.mark.parametrize("log_steps", [1, 100])

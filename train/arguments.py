@@ -40,6 +40,7 @@ class Arguments(BaseModel):
         return {name for name, field in cls.model_fields.items() if FREE in field.metadata}
 
 
+_LargestFirst = AfterValidator(lambda sizes: sorted(set(sizes), reverse=True))
 _OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 DataSources = Annotated[list[DataSource], Field(min_length=1), _OneOrMore]
 
@@ -290,9 +291,29 @@ class ChooseStage(TrainStage):
     metric_for_best: Literal["accuracy", "loss"] = Field("accuracy", description=_BEST)
 
 
+# What each loss of ``embed`` needs besides two texts. The first ones take negatives from the batch.
+NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mnrl", "cached_mnrl", "gist", "cached_gist"), ()),
+    **dict.fromkeys(("cosent", "angle", "cosine_mse"), ("score",)),
+    "triplet": ("negative",),
+    "margin_mse": ("negative", "score"),
+}
+
+
+def _known_loss(loss: str) -> str:
+    if loss not in NEEDS:
+        reason = "tsdae needs a decoder class, which this package lacks" if loss == "tsdae" else f"{loss!r} is unknown"
+        raise ValueError(f"{reason}; choose one of {', '.join(NEEDS)}.")
+    return loss
+
+
+LossName = Annotated[str, AfterValidator(_known_loss)]
+
+
 class PairSource(DataSource):
     """Describe a data set of pairs, or of texts from which pairs are made."""
 
+    loss: LossName | None = Field(None, description="Loss of this source. Unset: the stage's value.")
     make_pairs: bool | None = Field(None, description="Make pairs from texts. Unset: the stage's value.")
     hard_negatives: NotNegative | None = Field(None, description="Number per pair. Unset: the stage's value.")
 
@@ -303,68 +324,99 @@ class PairSource(DataSource):
 
 
 class EmbedStage(TrainStage):
-    """Configure sentence-transformers training on pairs or triplets with in-batch negatives."""
+    """Configure sentence-transformers training on pairs, pairs with scores, or triplets."""
 
     kind: Literal["embed"]
     data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(  # type: ignore[assignment]  # a list is invariant
-        description="Pairs, or plain texts with make_pairs."
+        description="Data with the columns of the loss, or plain texts with make_pairs."
     )
-    eval_data: DataSources | None = Field(None, description="Pairs for retrieval metrics. Unset: none.")
+    eval_data: DataSources | None = Field(None, description="Data for metric_for_best. Unset: no evaluation.")
     make_pairs: bool = Field(
         False,
-        description="Make pairs from plain text (languages with spaces). A query has words of a sentence. "
-        "The passage is the sentence, sometimes with its neighbours. A source can set make_pairs itself: "
-        "data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
+        description="Make pairs from plain text (languages with spaces): some words of a sentence have to find it, sometimes "
+        "with its neighbours. A source can set make_pairs itself: data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
     )
     text_column: str | None = Field(None, description="Text column. Unset: text, or the only string column.")
     sample_by: SampleBy = "paragraph"
     anchor_column: str | None = Field(None, description="Column of queries. Unset: of two string columns, query or question.")
     positive_column: str | None = Field(None, description="Passages. Unset: the other string column.")
-    negative_column: str | None = Field(None, description="Column of hard negatives. Unset: none.")
+    negative_column: str | None = Field(None, description="Hard negatives. Unset: negative, if the loss needs them.")
+    score_column: str | None = Field(None, description="Scores. Unset: score, label, similarity or relevance.")
     hard_negatives: NotNegative = Field(
-        0,
-        description="Hard negatives per pair. They are mined once, with the model before training. With "
-        "one_source_per_batch, a source can override this number.",
+        0, description="Hard negatives per pair, mined once with the model before training. A source can set its own number."
     )
-    loss: Literal["mnrl", "cached_mnrl"] = Field(
-        "mnrl", description="Multiple negatives ranking loss. cached_mnrl saves memory with large batches."
+    loss: LossName = Field(
+        "mnrl",
+        description="Pairs: mnrl (multiple negatives ranking), or gist, which leaves out negatives that the guide finds "
+        "closer than the positive; cached_mnrl and cached_gist save memory with large batches. Pairs with scores: cosent, "
+        "angle or cosine_mse. Triplets: triplet, or margin_mse, whose score is by how much a positive beats its negative.",
     )
-    mini_batch_size: Positive = Field(32, description="Rows that cached_mnrl computes at once.")
+    guide: str | None = Field(None, min_length=1, description="Embedding model of gist: earlier stage, folder or Hub id.")
+    teacher: str | None = Field(None, min_length=1, description="Embedding model that scores margin_mse. Unset: score_column.")
+    matryoshka_dims: Annotated[list[Positive], Field(min_length=1), _LargestFirst] | None = Field(
+        None, description="Lengths of prefixes of the vectors to train, as [384, 64]. The model cuts vectors to the largest."
+    )
+    query_prompt: str | None = Field(None, description="Text before queries, saved as prompt query. Unset: the model's.")
+    passage_prompt: str | None = Field(None, description="Text before passages, saved as prompt document. Unset: the model's.")
+    mini_batch_size: Positive = Field(32, description="Rows that cached losses compute at once.")
+    mini_batch_tokens: Positive | None = Field(None, description="Tokens per mini-batch, instead of mini_batch_size.")
     scale: float = Field(20.0, gt=0, description="Factor of the cosine similarities (inverse temperature).")
+    triplet_margin: float = Field(5.0, gt=0, description="Margin of Euclidean distances, at most 2 for vectors of length 1.")
     gather_across_devices: bool = Field(False, description="Use passages of all processes as negatives.")
     batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
         "no_duplicates",
         description="no_duplicates avoids equal texts in a batch, because they would be false negatives.",
     )
-    one_source_per_batch: bool = Field(False, description="Take all rows of a batch from one source.")
+    one_source_per_batch: bool = Field(False, description="Take all rows of a batch from one source, as different losses do.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Pooling method. Unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")
-    metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100"] | None = Field(
-        "mrr@10", description=_BEST + _OR_LAST
+    metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100", "spearman", "accuracy"] | None = Field(
+        "mrr@10", description=_BEST + " Data with scores have spearman, triplets accuracy, other pairs the rest." + _OR_LAST
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EmbedStage":
+        losses = {self.loss_of(source) for source in self.data}
         mined = {self.hard_negatives_of(source) for source in self.data}
+        self.one_source_per_batch |= len(losses) > 1 or len(mined) > 1
+        if "batch_sampler" not in self.model_fields_set and all(NEEDS[loss] for loss in losses):
+            self.batch_sampler = "batch_sampler"
+        if "metric_for_best" not in self.model_fields_set and NEEDS[self.loss] in (("score",), ("negative",)):
+            self.metric_for_best = "accuracy" if self.loss == "triplet" else "spearman"
+        if losses & {"gist", "cached_gist"} and not self.guide:
+            raise ValueError("loss: gist needs a model that finds false negatives; set guide: to an embedding model.")
+        if (self.query_prompt or self.passage_prompt) and all(NEEDS[loss] == ("score",) for loss in losses):
+            raise ValueError("Pairs with scores have no queries and passages; remove query_prompt and passage_prompt.")
         if any(mined) and self.negative_column:
             raise ValueError("negative_column and hard_negatives are both set; remove one of the two fields.")
-        if len(mined) > 1 and not self.one_source_per_batch:
-            raise ValueError(
-                f"The sources have {' and '.join(map(str, sorted(mined)))} hard_negatives per pair, "
-                "but all rows of a batch need the same number. Set one_source_per_batch: true, or give all "
-                "sources the same hard_negatives."
-            )
         made = [self.makes_pairs_of(source) for source in self.data]
         used = not all(made) or self.eval_data is not None  # eval_data has pairs in any case
         useless = ("negative_column",) if used else ("anchor_column", "positive_column", "negative_column")
         if any(made) and (named := [name for name in useless if getattr(self, name)]):
             raise ValueError(f"make_pairs makes queries and passages itself; remove {' and '.join(named)}.")
         if not any(made) and (self.text_column or self.sample_by != "paragraph"):
-            raise ValueError(
-                "text_column and sample_by need make_pairs: true. For data with pairs, use anchor_column and "
-                "positive_column instead."
-            )
+            raise ValueError("text_column and sample_by need make_pairs: true; pairs have anchor_column and positive_column.")
+        for source in self.data:
+            loss, needs, number = self.loss_of(source), self.needs_of(source), self.hard_negatives_of(source)
+            most = 0 if "score" in needs else 1 if loss in ("gist", "triplet") else number
+            if number > most:
+                raise ValueError(f"loss: {loss} takes at most {most} hard_negatives per pair, got {number}; lower the number.")
+            if self.makes_pairs_of(source) and needs:
+                raise ValueError(f"make_pairs makes no {' and no '.join(sorted(needs))} for loss: {loss}; choose mnrl.")
         return self
+
+    def loss_of(self, source: PairSource) -> str:
+        """Return the name of the loss that learns from ``source``."""
+        return source.loss or self.loss
+
+    def needs_of(self, source: PairSource) -> set[str]:
+        """Return what ``source`` must contain besides two texts: a negative, a score, or both."""
+        needs = {*NEEDS[self.loss_of(source)]}
+        if self.hard_negatives_of(source):
+            needs.discard("negative")
+        elif self.negative_column and not needs:
+            needs.add("negative")
+        return needs - {"score"} if self.teacher and self.loss_of(source) == "margin_mse" else needs
 
     def makes_pairs_of(self, source: PairSource) -> bool:
         """Return True if pairs must be made from the texts of ``source``."""

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from minibert.files.model_folder import check_weights
 from minibert.files.processes import processes
 from minibert.inference.load import checked_folder
 from minibert.train import checkpoint
-from minibert.train.arguments import DistillStage, EvaluateStage, LoopArguments, NewModel, Recipe, TokenizerStage
+from minibert.train.arguments import EvaluateStage, LoopArguments, NewModel, Recipe, TokenizerStage
 from minibert.train.environment import describe
 from minibert.train.loop import check_precision
 from minibert.train.stage import DataChecked, StageContext
 
 logger = logging.getLogger(__name__)
 
+_MODELS = ("model", "teacher", "guide")
 # Functions that only the main process runs. Other functions are named like the kind.
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
@@ -90,8 +92,10 @@ def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
         if isinstance(stage, TokenizerStage):
             tokenizer = str(context.output_dir)
         else:
-            context.teacher = named(stage.teacher) if isinstance(stage, DistillStage) else None
-            if context.teacher and stage.student_layers:
+            context.teacher, context.guide = (
+                named(name) if (name := getattr(stage, field, None)) else None for field in _MODELS[1:]
+            )
+            if getattr(stage, "student_layers", None):
                 context.model = context.teacher
             elif not isinstance(stage.model, NewModel):
                 context.model = named(stage.model) if stage.model else model
@@ -104,7 +108,7 @@ def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
 def _check_models(recipe: Recipe) -> None:
     """Raise an error for models and tokenizers that cannot be used."""
     names = {stage.name for stage in recipe.stages}
-    for field in ("model", "teacher", "tokenizer"):
+    for field in (*_MODELS, "tokenizer"):
         asked = {name for stage in recipe.stages if isinstance(name := getattr(stage, field, None), str)}
         for name in sorted(asked - names):
             folder = checked_folder(name)
@@ -116,11 +120,13 @@ def _check_data(recipe: Recipe, contexts: list[StageContext], run_dir: Path, for
     """Check the data of all stages that will run, and print the columns that they use."""
     if not run_dir.exists():
         run_dir.mkdir(parents=True, exist_ok=True)  # an error of the disk shows before data are read
+    unfinished = {str(context.output_dir) for context in contexts if not (context.output_dir / "stage.json").exists()}
     try:
         for stage, context in zip(recipe.stages, contexts, strict=True):
             if (context.output_dir / "stage.json").exists() and not force:
                 continue
-            checked = StageContext(context.output_dir, context.seed, only_check=True)
+            missing: dict[str, Any] = {field: None for field in _MODELS if getattr(context, field) in unfinished}
+            checked = replace(context, only_check=True, data=[], **missing)
             with contextlib.suppress(DataChecked):
                 _function(stage)(stage, checked)
             for used in checked.data:

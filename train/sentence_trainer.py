@@ -23,6 +23,7 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerState
 
+from minibert.evaluation.evaluate import SIMILARITY_COLUMNS
 from minibert.files.disk import read_json
 from minibert.files.processes import check_workers, processes
 from minibert.train import checkpoint
@@ -52,8 +53,13 @@ def train(
     """
     check_workers(args.num_workers)
     keep_memory()
-    read = check_batches(pairs, args, context.seed)
-    trainer = _Trainer(model=model, args=trainer_arguments(args, context), train_dataset=pairs, loss=loss)
+    parts = list(pairs.values()) if isinstance(pairs, dict) else [pairs]
+    read = check_batches(parts, args, context.seed)
+    arguments = trainer_arguments(args, context)
+    columns = {name for part in parts for name in part.column_names} - {*SIMILARITY_COLUMNS}
+    if any(model.prompts.values()):
+        arguments.prompts = {name: model.prompts["query" if name == "anchor" else "document"] or "" for name in columns}
+    trainer = _Trainer(model=model, args=arguments, train_dataset=pairs, loss=loss)
     trainer.remove_callback(ProgressCallback)
     callback = trainer.stage = _StageCallback(trainer, args, context.output_dir, evaluate)
     trainer.add_callback(callback)
@@ -130,7 +136,7 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
     )
 
 
-def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
+def check_batches(parts: list[Any], args: EmbedStage, seed: int) -> dict[str, float]:
     """Return how many rows the batches of an epoch read, and their mean size.
 
     A batch never has two equal texts, so rows of the same query or passage may find no
@@ -142,8 +148,9 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
     """
     rows = batches = total = 0
     mined = False
-    for part in pairs.values() if isinstance(pairs, dict) else [pairs]:
-        sampler = NoDuplicatesBatchSampler(part, args.batch_size, drop_last=False, generator=torch.Generator(), seed=seed)
+    options: Any = {"drop_last": False, "generator": torch.Generator(), "seed": seed, "valid_label_columns": ["score"]}
+    for part in parts:
+        sampler = NoDuplicatesBatchSampler(part, args.batch_size, **options)
         every = args.batch_sampler != "no_duplicates"
         # The trainer takes as many batches as all rows would fill.
         rows += len(part) if every else sum(len(batch) for batch in islice(sampler, len(sampler)))
@@ -282,7 +289,8 @@ class _StageCallback(ProgressCallback):
         self.evaluation = {f"eval_{name}": value for name, value in metrics.items()}
         self.log.write({"step": state.global_step, "epoch": round(state.epoch, 4), **self.evaluation})
         metric = self.arguments.metric_for_best
-        if metric and (not self.best or metrics[metric] > self.best["metrics"][f"eval_{metric}"]):
+        value = metrics[metric] if metric else None
+        if value is not None and (not self.best or value > self.best["metrics"][f"eval_{metric}"]):
             self.best = {"step": state.global_step, "metrics": self.evaluation}
             checkpoint.save(self.root, state.global_step, self.trainer.model, {"state.json": self.best})
 

@@ -28,6 +28,7 @@ class StageContext:
     model: str | None = None
     tokenizer: str | None = None
     teacher: str | None = None
+    guide: str | None = None
     only_check: bool = False  # read and check the data, but train nothing
     data: list[dict[str, Any]] = field(default_factory=list)  # the columns that are used, for metrics.json
 
