@@ -95,10 +95,13 @@ def _train_theirs(stage: EmbedStage, folder: Path, seed: int, model: Path) -> fl
     started = time.perf_counter()
     encoder = SentenceTransformer(str(model), device="cpu")
     encoder.max_seq_length = stage.max_length
-    pairs = training_pairs(stage, seed)
+    context = StageContext(folder, seed)
+    pairs = training_pairs(stage, context)
+    arguments = trainer_arguments(stage, context)
+    arguments.warmup_steps = stage.warmup_ratio  # the stage has a schedule of its own
     SentenceTransformerTrainer(
         model=encoder,
-        args=trainer_arguments(stage, StageContext(folder, seed)),
+        args=arguments,
         train_dataset=datasets.DatasetDict(pairs) if stage.one_source_per_batch else next(iter(pairs.values())),
         loss=_loss(stage, encoder),
     ).train()
