@@ -176,8 +176,8 @@ def _merged(evaluations: list[Evaluation]) -> list[Evaluation]:
 def _public(stage: dict[str, Any], environment: dict[str, Any], names: set[str], local: _Local) -> dict[str, Any]:
     """Return a stage without unset fields and local paths. ``names`` are of stages."""
     kept = {field: value for field, value in stage.items() if field != "cache_dir" and value is not None}
-    from_hub = {environment.get(field) for field in ("base_model", "teacher", "tokenizer")}
-    for field in kept.keys() & {"model", "teacher", "tokenizer"}:
+    from_hub = {environment.get(field) for field in ("base_model", "teacher", "guide", "tokenizer")}
+    for field in kept.keys() & {"model", "teacher", "guide", "tokenizer"}:
         if isinstance(kept[field], str) and kept[field] not in names | from_hub:
             kept[field] = "local tokenizer" if field == "tokenizer" else "local model"
     commits = environment.get("datasets", {})

@@ -14,14 +14,16 @@ import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from transformers import AutoTokenizer
 
 from helpers import read_rows, read_weights, run_python
-from minibert import train_word_level
+from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert.inference.load import embedder
 from minibert.train import sentence_trainer
 from minibert.train.arguments import EmbedStage
 from minibert.train.stage import StageContext
 from minibert.train.stages import embed as embed_module
-from minibert.train.stages.embed import embed, training_pairs
+from minibert.train.stages.embed import embed, training_data
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 FRUITS = ("apple", "pear", "plum", "fig", "lime", "kiwi")
@@ -33,6 +35,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embed")
     rows = [f"{query},{answer},{query} stone" for query, answer in PAIRS]
     (folder / "pairs.csv").write_text("\n".join(["query,answer,stone", *rows]), encoding="utf-8")
+    others = PAIRS[7:] + PAIRS[:7]  # of another colour and fruit
+    scored = [f"{query},{answer},1.0" for query, answer in PAIRS]
+    scored += [f"{query},{other},0.{len(other) % 4}" for (query, _), (_, other) in zip(PAIRS, others, strict=True)]
+    (folder / "scored.csv").write_text("\n".join(["sentence1,sentence2,score", *scored]), encoding="utf-8")
+    triplets = [f"{query},{answer},{other},0.5" for (query, answer), (_, other) in zip(PAIRS, others, strict=True)]
+    (folder / "triplets.csv").write_text("\n".join(["query,positive,negative,score", *triplets]), encoding="utf-8")
     train_word_level([text for pair in PAIRS for text in pair] + ["plain stone"], vocab_size=21).save_pretrained(
         folder / "tokenizer"
     )
@@ -58,7 +66,8 @@ def run(folder, tmp_path):
             "save_steps": 2,
             **fields,
         }
-        context = StageContext(tmp_path / name, seed=3, tokenizer=str(folder / "tokenizer"))
+        models = {field: fields.get(field) for field in ("guide", "teacher")}
+        context = StageContext(tmp_path / name, seed=3, tokenizer=str(folder / "tokenizer"), **models)
         context.output_dir.mkdir(exist_ok=True)
         return embed(EmbedStage.model_validate(stage), context)
 
@@ -236,10 +245,10 @@ def test_columns_are_not_guessed(header, fields, expected):
     values = {name: [1, 0] if name in ("score", "label") else [f"{name} a", f"{name} b"] for name in names}
     data, stage = Dataset.from_dict(values), EmbedStage(kind="embed", data="pairs.csv", **fields)
     if isinstance(expected, list):
-        assert embed_module.pair_columns(stage, data, stage.data) == expected
+        assert list(embed_module.loss_columns(stage, "mnrl", data, stage.data, set()).values()) == expected
     else:
         with pytest.raises(ValueError, match=expected):
-            embed_module.pair_columns(stage, data, stage.data)
+            list(embed_module.loss_columns(stage, "mnrl", data, stage.data, set()).values())
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, tmp_path, caplog):
@@ -328,7 +337,7 @@ def test_plain_text_comes_from_files_of_any_kind(tmp_path):
     pq.write_table(table, tmp_path / "texts.parquet")
     sources = [str(tmp_path / name) for name in ("texts.txt", "texts.parquet")]
     stage = EmbedStage(kind="embed", data=sources, make_pairs=True)
-    (pairs,) = training_pairs(stage, StageContext(tmp_path, 0)).values()
+    (pairs,) = training_data(stage, StageContext(tmp_path, 0)).values()
     assert pairs["positive"][:] == ["one two three four five", "six seven eight nine ten"]
 
 
@@ -337,7 +346,7 @@ def test_questions_and_plain_text_in_one_stage(run, folder, tmp_path, apart):
     (tmp_path / "texts.txt").write_text("\n\n".join(f"{number} two three four five" for number in range(7)), encoding="utf-8")
     data = [str(folder / "pairs.csv"), {"path": str(tmp_path / "texts.txt"), "make_pairs": True}]
     stage = EmbedStage(kind="embed", data=data, one_source_per_batch=apart, anchor_column="query", positive_column="answer")
-    pairs, made = training_pairs(stage, StageContext(tmp_path, 0)).values()
+    pairs, made = training_data(stage, StageContext(tmp_path, 0)).values()
     assert pairs["anchor"][:] == [query for query, _ in PAIRS] and len(made) == 7
     assert made["positive"][:] == [f"{number} two three four five" for number in range(7)]
     metrics = run(data=data, one_source_per_batch=apart, epochs=1)
@@ -349,7 +358,7 @@ def test_a_source_may_be_of_pairs_where_the_stage_makes_them(folder, tmp_path):
     data = [str(tmp_path / "texts.txt"), {"path": str(folder / "pairs.csv"), "make_pairs": False}]
     columns = {"anchor_column": "query", "positive_column": "answer"}
     stage = EmbedStage(kind="embed", data=data, make_pairs=True, **columns)
-    first, second = training_pairs(stage, StageContext(tmp_path, 0)).values()
+    first, second = training_data(stage, StageContext(tmp_path, 0)).values()
     assert {len(first), len(second)} == {2, len(PAIRS)}
 
 
@@ -378,6 +387,45 @@ def test_a_source_may_ask_for_hard_negatives_itself(run, folder, tmp_path, monke
     assert [call["num_negatives"] for call in mined] == [2]
     assert [folder.name for folder in (tmp_path / "run" / "negatives").iterdir()] == ["1"]
     assert metrics["train_rows"] == 9 + 2 * len(PAIRS)
+
+
+@pytest.fixture(scope="module")
+def guide(folder):
+    """Return the folder of an embedding model."""
+    config = MiniBertConfig.preset("search-8x768", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=21)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    model = embedder(MiniBertModel(config), tokenizer, folder / ".start", "mean", True)
+    model.save_pretrained(str(folder / "guide"), create_model_card=False)
+    return str(folder / "guide")
+
+
+LOSSES = {
+    "mnrl": ("pairs", "mrr@10"),
+    "cached_mnrl": ("pairs", "mrr@10"),
+    "gist": ("pairs", "mrr@10"),
+    "cached_gist": ("pairs", "mrr@10"),
+    "cosent": ("scored", "spearman"),
+    "angle": ("scored", "spearman"),
+    "cosine_mse": ("scored", "spearman"),
+    "triplet": ("triplets", "accuracy"),
+    "margin_mse": ("triplets", "mrr@10"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_learns(run, folder, guide, tmp_path, loss):
+    name, metric = LOSSES[loss]
+    data = str(folder / f"{name}.csv")
+    columns = {} if name == "pairs" else {"anchor_column": None, "positive_column": None}
+    guided = {"guide": guide} if "gist" in loss else {}
+    fields = {"loss": loss, "data": data, "eval_data": data, "epochs": 6, "eval_steps": 15, "matryoshka_dims": [4, 16]}
+    metrics = run(**fields, **columns, **guided)
+    lines = read_rows(tmp_path / "run" / "log.jsonl")
+    first, last = ([line for line in lines if "loss" in line][place]["loss"] for place in (0, -1))
+    assert last < first
+    measured = [line[f"eval_{metric}"] for line in lines if f"eval_{metric}" in line]
+    assert metrics[f"eval_{metric}"] == max(measured) and f"eval_{metric}_4d" in metrics
+    print(loss, first, last, measured, metrics)
 
 
 def test_cached_and_plain_losses_agree(run, tmp_path):

@@ -38,7 +38,7 @@ def describe(stage: Any, context: StageContext, *, processes: int) -> dict[str, 
     if start and Path(start).parent == context.output_dir.parent:
         found["started_from"] = Path(start).name
     # Only names on the Hub are recorded, so that publishing can tell them from local paths.
-    for name, key in (("model", "base_model"), ("teacher", "teacher"), ("tokenizer", "tokenizer")):
+    for name, key in (("model", "base_model"), ("teacher", "teacher"), ("guide", "guide"), ("tokenizer", "tokenizer")):
         origin = getattr(context, name)
         if origin and not expand_home(origin).exists():
             found[key] = origin

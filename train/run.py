@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from minibert.files.model_folder import check_weights
 from minibert.files.processes import processes
 from minibert.inference.load import checked_folder
 from minibert.train import checkpoint
-from minibert.train.arguments import DistillStage, EvaluateStage, LoopArguments, NewModel, Recipe, TokenizerStage
+from minibert.train.arguments import EvaluateStage, LoopArguments, NewModel, Recipe, TokenizerStage
 from minibert.train.environment import describe
 from minibert.train.loop import check_precision
 from minibert.train.stage import DataChecked, StageContext
@@ -77,6 +78,7 @@ def run_recipe(
 def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
     """Return the folder, seed, model and tokenizer of each stage."""
     folders: dict[str, str] = {}
+    starts: dict[str | None, Any] = {}  # by folder of a stage
 
     def named(name: str) -> str:  # the name of an earlier stage, or a folder or Hub id
         return folders.get(name) or str(disk.expand_home(name))
@@ -90,12 +92,16 @@ def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
         if isinstance(stage, TokenizerStage):
             tokenizer = str(context.output_dir)
         else:
-            context.teacher = named(stage.teacher) if isinstance(stage, DistillStage) else None
-            if context.teacher and stage.student_layers:
+            for field in ("teacher", "guide"):
+                if name := getattr(stage, field, None):
+                    setattr(context, field, named(name))
+            if getattr(stage, "student_layers", None):
                 context.model = context.teacher
             elif not isinstance(stage.model, NewModel):
                 context.model = named(stage.model) if stage.model else model
             context.tokenizer = named(stage.tokenizer) if stage.tokenizer else context.model or tokenizer or context.teacher
+            context.start = stage.model if isinstance(stage.model, NewModel) else starts.get(context.model, context.model)
+            starts[str(context.output_dir)] = context.start
             model = model if isinstance(stage, EvaluateStage) else str(context.output_dir)
         folders[stage.name] = str(context.output_dir)
     return contexts
@@ -104,7 +110,7 @@ def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
 def _check_models(recipe: Recipe) -> None:
     """Raise an error for models and tokenizers that cannot be used."""
     names = {stage.name for stage in recipe.stages}
-    for field in ("model", "teacher", "tokenizer"):
+    for field in ("model", "teacher", "guide", "tokenizer"):
         asked = {name for stage in recipe.stages if isinstance(name := getattr(stage, field, None), str)}
         for name in sorted(asked - names):
             folder = checked_folder(name)
@@ -120,7 +126,7 @@ def _check_data(recipe: Recipe, contexts: list[StageContext], run_dir: Path, for
         for stage, context in zip(recipe.stages, contexts, strict=True):
             if (context.output_dir / "stage.json").exists() and not force:
                 continue
-            checked = StageContext(context.output_dir, context.seed, only_check=True)
+            checked = replace(context, only_check=True, data=[])
             with contextlib.suppress(DataChecked):
                 _function(stage)(stage, checked)
             for used in checked.data:

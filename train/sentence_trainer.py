@@ -23,6 +23,7 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerState
 
+from minibert.evaluation.evaluate import SIMILARITY_COLUMNS
 from minibert.files.disk import read_json
 from minibert.files.processes import check_workers, processes
 from minibert.train import checkpoint
@@ -53,7 +54,7 @@ def train(
     check_workers(args.num_workers)
     keep_memory()
     read = check_batches(pairs, args, context.seed)
-    trainer = _Trainer(model=model, args=trainer_arguments(args, context), train_dataset=pairs, loss=loss)
+    trainer = _Trainer(model=model, args=trainer_arguments(args, context, model, pairs), train_dataset=pairs, loss=loss)
     trainer.remove_callback(ProgressCallback)
     callback = trainer.stage = _StageCallback(trainer, args, context.output_dir, evaluate)
     trainer.add_callback(callback)
@@ -96,8 +97,12 @@ def train(
     return metrics
 
 
-def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransformerTrainingArguments:
+def trainer_arguments(
+    args: EmbedStage, context: StageContext, model: SentenceTransformer, pairs: Any
+) -> SentenceTransformerTrainingArguments:
     """Convert the arguments of a stage to those of the trainer."""
+    columns = {name for part in _parts(pairs) for name in part.column_names} - {*SIMILARITY_COLUMNS}
+    prompts = {name: model.prompts["query" if name == "anchor" else "document"] for name in sorted(columns)}
     return SentenceTransformerTrainingArguments(
         output_dir=str(context.output_dir / "checkpoints"),
         per_device_train_batch_size=args.batch_size,
@@ -124,7 +129,8 @@ def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransf
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=args.trackers or "none",
         disable_tqdm=False,
-        batch_sampler=args.batch_sampler,
+        prompts=prompts if any(prompts.values()) else None,
+        batch_sampler=args.sampler,
         multi_dataset_batch_sampler="proportional",
     )
 
@@ -141,9 +147,10 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
     """
     rows = batches = total = 0
     mined = False
-    for part in pairs.values() if isinstance(pairs, dict) else [pairs]:
-        sampler = NoDuplicatesBatchSampler(part, args.batch_size, drop_last=False, generator=torch.Generator(), seed=seed)
-        every = args.batch_sampler != "no_duplicates"
+    options: Any = {"drop_last": False, "generator": torch.Generator(), "seed": seed, "valid_label_columns": ["score"]}
+    for part in _parts(pairs):
+        sampler = NoDuplicatesBatchSampler(part, args.batch_size, **options)
+        every = args.sampler != "no_duplicates"
         # The trainer takes as many batches as all rows would fill.
         rows += len(part) if every else sum(len(batch) for batch in islice(sampler, len(sampler)))
         batches, total = batches + len(sampler), total + len(part)
@@ -161,6 +168,10 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
             f"choose another batch_size (now {args.batch_size})."
         )
     return found
+
+
+def _parts(pairs: Any) -> list[Any]:
+    return [*pairs.values()] if isinstance(pairs, dict) else [pairs]
 
 
 class _Trainer(SentenceTransformerTrainer):
@@ -283,7 +294,11 @@ class _StageCallback(ProgressCallback):
         self.evaluation = {f"eval_{name}": value for name, value in metrics.items()}
         self.log.write({"step": state.global_step, "epoch": round(state.epoch, 4), **self.evaluation})
         metric = self.arguments.metric_for_best
-        if metric and (not self.best or metrics[metric] > self.best["metrics"][f"eval_{metric}"]):
+        if (
+            metric
+            and metrics[metric] is not None
+            and (not self.best or metrics[metric] > self.best["metrics"][f"eval_{metric}"])
+        ):
             self.best = {"step": state.global_step, "metrics": self.evaluation}
             checkpoint.save(self.root, state.global_step, self.trainer.model, {"state.json": self.best})
 
