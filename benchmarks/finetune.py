@@ -24,7 +24,7 @@ from minibert.train.arguments import EmbedStage
 from minibert.train.recipe import load_recipe
 from minibert.train.sentence_trainer import trainer_arguments
 from minibert.train.stage import StageContext
-from minibert.train.stages.embed import _loss, embed, training_pairs
+from minibert.train.stages.embed import _losses, embed, training_data
 
 
 def run(
@@ -96,14 +96,15 @@ def _train_theirs(stage: EmbedStage, folder: Path, seed: int, model: Path) -> fl
     encoder = SentenceTransformer(str(model), device="cpu")
     encoder.max_seq_length = stage.max_length
     context = StageContext(folder, seed)
-    pairs = training_pairs(stage, context)
-    arguments = trainer_arguments(stage, context)
+    parts = training_data(stage, context)
+    pairs = datasets.DatasetDict(parts) if stage.separate else next(iter(parts.values()))
+    arguments = trainer_arguments(stage, context, encoder, pairs)
     arguments.warmup_steps = stage.warmup_ratio  # the stage has a schedule of its own
     SentenceTransformerTrainer(
         model=encoder,
         args=arguments,
-        train_dataset=datasets.DatasetDict(pairs) if stage.one_source_per_batch else next(iter(pairs.values())),
-        loss=_loss(stage, encoder),
+        train_dataset=pairs,
+        loss=_losses(stage, context, encoder),
     ).train()
     encoder.save_pretrained(str(folder), create_model_card=False)
     return time.perf_counter() - started

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 import typer
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import mine_hard_negatives
 
@@ -30,8 +31,6 @@ from minibert.data.load import load
 from minibert.files.disk import atomic_write, to_yaml
 from minibert.hub.convert import convert
 from minibert.train.recipe import load_recipe
-from minibert.train.sentence_trainer import trainer_arguments
-from minibert.train.stage import StageContext
 
 RETRIEVAL, SIMILARITY = "squad_sentences", "stsb"
 FIGURES = {RETRIEVAL: "ndcg@10", SIMILARITY: "spearman"}
@@ -41,7 +40,7 @@ PLAIN: dict[str, Callable[[SentenceTransformer, Any], Any]] = {
     "mnrl": lambda model, stage: losses.MultipleNegativesRankingLoss(model),
     "cosent": lambda model, stage: losses.CoSENTLoss(model),
     "cached_mnrl": lambda model, stage: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=stage.mini_batch_size),
-    "gist": lambda model, stage: losses.GISTEmbedLoss(model, SentenceTransformer(stage.guide)),
+    "gist": lambda model, stage: losses.GISTEmbedLoss(model, SentenceTransformer(stage.guide), temperature=1 / stage.scale),
     "angle": lambda model, stage: losses.AnglELoss(model),
     "cosine_mse": lambda model, stage: losses.CosineSimilarityLoss(model),
     "triplet": lambda model, stage: losses.TripletLoss(model),
@@ -164,11 +163,27 @@ def train_plainly(recipe: str, output_dir: str) -> None:
     model = SentenceTransformer(stage.model)
     model.max_seq_length = stage.max_length
     loss = PLAIN[stage.loss](model, stage)
-    if getattr(stage, "matryoshka_dims", None):
-        loss = losses.MatryoshkaLoss(model, loss, DIMS)
+    if stage.matryoshka_dims:
+        loss = losses.MatryoshkaLoss(model, loss, stage.matryoshka_dims)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=stage.batch_size,
+        max_steps=stage.max_steps,
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        batch_sampler=stage.sampler,
+        bf16=stage.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # otherwise the trainer refuses bf16 without a GPU
+        seed=found.seed,
+        data_seed=found.seed,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        logging_steps=stage.log_steps,
+        save_strategy="no",
+        report_to="none",
+    )
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=trainer_arguments(stage, StageContext(Path(output_dir), found.seed)),
+        args=arguments,
         train_dataset=Dataset.from_parquet(stage.data[0].path),
         loss=loss,
         callbacks=[_Clock(Path(output_dir) / "log.jsonl")],
