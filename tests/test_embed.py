@@ -270,7 +270,7 @@ def test_the_best_weights_are_kept(run, folder, tmp_path, monkeypatch):
     def retrieval(*args, **kwargs):
         return {"systems": {"model": {"recall@1": 0.0, "mrr@10": next(measured)}}}
 
-    monkeypatch.setattr(embed_module, "retrieval", retrieval)
+    monkeypatch.setattr(embed_module, "measure_model", retrieval)
     metrics = run(epochs=4, eval_data=str(folder / "pairs.csv"), save_steps=5, save_total_limit=4)
     assert (metrics["eval_mrr@10"], metrics["best_step"]) == (0.9, 10)
     kept = read_weights(tmp_path / "run" / "checkpoints" / "step-00000010")
@@ -383,7 +383,7 @@ def test_a_source_may_ask_for_hard_negatives_itself(run, folder, tmp_path, monke
     (tmp_path / "texts.txt").write_text("\n\n".join(f"{number} two three four five" for number in range(9)), encoding="utf-8")
     pairs = {"path": str(folder / "pairs.csv"), "hard_negatives": 2}
     texts = {"path": str(tmp_path / "texts.txt"), "make_pairs": True}
-    metrics = run(data=[texts, pairs, pairs], one_source_per_batch=True, epochs=1, batch_size=2)
+    metrics = run(data=[texts, pairs, pairs], epochs=1, batch_size=2)
     assert [call["num_negatives"] for call in mined] == [2]
     assert [folder.name for folder in (tmp_path / "run" / "negatives").iterdir()] == ["1"]
     assert metrics["train_rows"] == 9 + 2 * len(PAIRS)
@@ -445,11 +445,6 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ("query,answer\na,b\nc,\n", {}, "no value in column 'answer' of row 2"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 5}, "Only 0 of 2 pairs of wrong.csv have 5 hard negatives; lower"),
         ("query,answer\na,b\nc,d\n", {"hard_negatives": 1, "negative_column": "b"}, "remove one of the two fields"),
-        (
-            "query,answer\na,b\nc,d\n",
-            {"data": ["a.csv", {"path": "b.csv", "hard_negatives": 2}]},
-            "The sources have 0 and 2 hard_negatives per pair, but all rows of a batch need the same number.",
-        ),
         ("query,answer\na,b\nc,d\n", {"make_pairs": True}, "columns are text, found query, answer; name it .text_column."),
         ("text\na b\nc d\n", {"make_pairs": True}, "sentences of at least 5 words, but the data has none"),
         ("text\na b c d e\n", {"make_pairs": True}, "at least two rows; .*wrong.csv has one"),

@@ -2,7 +2,17 @@
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from minibert.data.source import DataSource
 
@@ -37,6 +47,7 @@ class Arguments(BaseModel):
         return {name for name, field in cls.model_fields.items() if FREE in field.metadata}
 
 
+_LargestFirst = AfterValidator(lambda sizes: sorted(set(sizes), reverse=True))
 _OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 DataSources = Annotated[list[DataSource], Field(min_length=1), _OneOrMore]
 
@@ -287,21 +298,23 @@ class ChooseStage(TrainStage):
     metric_for_best: Literal["accuracy", "loss"] = Field("accuracy", description=_BEST)
 
 
-# Kinds of losses. Negatives within a batch need pairs, scored losses need pairs with a number.
-IN_BATCH = ("mnrl", "cached_mnrl", "gist", "cached_gist")
-SCORED = ("cosent", "angle", "cosine_mse")
+# What each loss of ``embed`` needs besides two texts. The first ones take negatives from the batch.
+NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mnrl", "cached_mnrl", "gist", "cached_gist"), ()),
+    **dict.fromkeys(("cosent", "angle", "cosine_mse"), ("score",)),
+    "triplet": ("negative",),
+    "margin_mse": ("negative", "score"),
+}
 
 
-def _refuse_decoders(loss: Any) -> Any:
-    if loss == "tsdae":
-        raise ValueError("tsdae needs a decoder class, which this package has not; for plain texts, set make_pairs: true.")
+def _known_loss(loss: str) -> str:
+    if loss not in NEEDS:
+        reason = "tsdae needs a decoder class, which this package lacks" if loss == "tsdae" else f"{loss!r} is unknown"
+        raise ValueError(f"{reason}; choose one of {', '.join(NEEDS)}.")
     return loss
 
 
-LossName = Annotated[
-    Literal["mnrl", "cached_mnrl", "gist", "cached_gist", "cosent", "angle", "cosine_mse", "triplet", "margin_mse"],
-    BeforeValidator(_refuse_decoders),
-]
+LossName = Annotated[str, AfterValidator(_known_loss)]
 
 
 class PairSource(DataSource):
@@ -317,10 +330,6 @@ class PairSource(DataSource):
         return value.model_dump() if type(value) is DataSource else value
 
 
-# Fields that say nothing about pairs with scores.
-_OF_PASSAGES = ("negative_column", "query_prompt", "passage_prompt")
-
-
 class EmbedStage(TrainStage):
     """Configure sentence-transformers training on pairs, pairs with scores, or triplets."""
 
@@ -328,11 +337,7 @@ class EmbedStage(TrainStage):
     data: Annotated[list[PairSource], Field(min_length=1), _OneOrMore] = Field(  # type: ignore[assignment]  # a list is invariant
         description="Data with the columns of the loss, or plain texts with make_pairs."
     )
-    eval_data: DataSources | None = Field(
-        None,
-        description="Pairs with scores (spearman) for the losses that train on scores and for data with sentence1, "
-        "sentence2 and score; triplets (accuracy) for triplet; else pairs for retrieval metrics. Unset: none.",
-    )
+    eval_data: DataSources | None = Field(None, description="Data for metric_for_best. Unset: no evaluation.")
     make_pairs: bool = Field(
         False,
         description="Make pairs from plain text (languages with spaces). A query has words of a sentence. "
@@ -343,129 +348,83 @@ class EmbedStage(TrainStage):
     sample_by: SampleBy = "paragraph"
     anchor_column: str | None = Field(None, description="Column of queries. Unset: of two string columns, query or question.")
     positive_column: str | None = Field(None, description="Passages. Unset: the other string column.")
-    negative_column: str | None = Field(
-        None, description="Hard negatives. Unset: negative for triplet and margin_mse, else none."
-    )
+    negative_column: str | None = Field(None, description="Hard negatives. Unset: negative, if the loss needs them.")
     score_column: str | None = Field(None, description="Scores. Unset: score, label, similarity or relevance.")
     hard_negatives: NotNegative = Field(
-        0,
-        description="Hard negatives per pair. They are mined once, with the model before training. With "
-        "one_source_per_batch, a source can override this number.",
+        0, description="Hard negatives per pair, mined once with the model before training. A source can set its own number."
     )
     loss: LossName = Field(
         "mnrl",
-        description="Pairs: mnrl (multiple negatives ranking), or gist, which leaves out negatives that a guide "
-        "finds closer than the positive; their cached forms save memory with large batches. Pairs with "
-        "scores: cosent, angle or cosine_mse. Triplets: triplet (Euclidean), or margin_mse, with a score per row: "
-        "a teacher's score of the positive minus that of the negative, or a list of both.",
+        description="Pairs: mnrl (multiple negatives ranking), or gist, which leaves out negatives that the guide finds "
+        "closer than the positive; cached_mnrl and cached_gist save memory with large batches. Pairs with scores: cosent, "
+        "angle or cosine_mse. Triplets: triplet, or margin_mse, whose score is by how much a positive beats its negative.",
     )
-    guide: str | None = Field(
-        None, min_length=1, description="Embedding model of gist. Name of an earlier stage, folder or Hub id."
+    guide: str | None = Field(None, min_length=1, description="Embedding model of gist: earlier stage, folder or Hub id.")
+    teacher: str | None = Field(None, min_length=1, description="Embedding model that scores margin_mse. Unset: score_column.")
+    matryoshka_dims: Annotated[list[Positive], Field(min_length=1), _LargestFirst] | None = Field(
+        None, description="Lengths of prefixes of the vectors to train, as [384, 64]. The model cuts vectors to the largest."
     )
-    teacher: str | None = Field(
-        None, min_length=1, description="Embedding model that computes the scores of margin_mse. Unset: from score_column."
-    )
-    matryoshka_dims: list[Positive] | None = Field(
-        None,
-        min_length=1,
-        description="Train these prefixes of the vectors as well, such as [384, 64]. If the largest is below the model's "
-        "width, the model is saved with it as truncate_dim.",
-    )
-    query_prompt: str | None = Field(
-        None, min_length=1, description="Text before each query, saved with the model as prompt query. Unset: the model's."
-    )
-    passage_prompt: str | None = Field(
-        None, min_length=1, description="Text before each passage, saved as prompt document. Unset: the model's."
-    )
+    query_prompt: str | None = Field(None, description="Text before queries, saved as prompt query. Unset: the model's.")
+    passage_prompt: str | None = Field(None, description="Text before passages, saved as prompt document. Unset: the model's.")
     mini_batch_size: Positive = Field(32, description="Rows that cached losses compute at once.")
     mini_batch_tokens: Positive | None = Field(None, description="Tokens per mini-batch, instead of mini_batch_size.")
-    scale: float = Field(
-        20.0,
-        gt=0,
-        description="Factor of the similarities (inverse temperature) of the losses for pairs, cosent and angle.",
-    )
-    triplet_margin: float = Field(5.0, gt=0, description="Margin of distances. Vectors of length 1 never reach 2.")
+    scale: float = Field(20.0, gt=0, description="Factor of the cosine similarities (inverse temperature).")
+    triplet_margin: float = Field(5.0, gt=0, description="Margin of Euclidean distances, at most 2 for vectors of length 1.")
     gather_across_devices: bool = Field(False, description="Use passages of all processes as negatives.")
     batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
         "no_duplicates",
-        description="no_duplicates avoids equal texts in a batch, because they would be false negatives. It is not "
-        "used if no loss has negatives within the batch.",
+        description="no_duplicates avoids equal texts in a batch, because they would be false negatives.",
     )
-    one_source_per_batch: bool = Field(
-        False, description="Take all rows of a batch from one source. Sources of different losses always do."
-    )
+    one_source_per_batch: bool = Field(False, description="Take all rows of a batch from one source, as different losses do.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Pooling method. Unset: the model's.")
     normalize: bool = Field(True, description="Scale vectors to length 1.")
     metric_for_best: Literal["mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100", "spearman", "accuracy"] | None = Field(
-        "mrr@10", description=_BEST + " Unset: spearman or accuracy if the loss measures it." + _OR_LAST
+        "mrr@10", description=_BEST + " Data with scores have spearman, triplets accuracy, other pairs the rest." + _OR_LAST
     )
-
-    @field_validator("matryoshka_dims")
-    @classmethod
-    def _largest_first(cls, dims: list[int] | None) -> list[int] | None:
-        return dims and sorted(set(dims), reverse=True)
-
-    @model_validator(mode="after")
-    def _fits_its_losses(self) -> "EmbedStage":
-        losses = {self.loss_of(source) for source in self.data}
-        for field, users in {"guide": {"gist", "cached_gist"}, "teacher": {"margin_mse"}}.items():
-            if getattr(self, field) and not losses & users:
-                raise ValueError(f"{field} is only used by loss: {' and '.join(sorted(users))}; remove it, or set loss.")
-        if losses & {"gist", "cached_gist"} and not self.guide:
-            raise ValueError("loss: gist needs an embedding model that finds false negatives; set guide: MODEL.")
-        if losses & {"cosent", "angle"} and self.batch_size == 1:
-            raise ValueError("loss: cosent and angle compare the rows of a batch; set batch_size to at least 2.")
-        if losses <= {*SCORED} and (useless := [name for name in _OF_PASSAGES if getattr(self, name)]):
-            raise ValueError(f"The sentences of pairs with scores are of one kind; remove {' and '.join(useless)}.")
-        for source in self.data:
-            loss, mined, made = self.loss_of(source), self.hard_negatives_of(source), self.makes_pairs_of(source)
-            scored = loss in SCORED or (loss == "margin_mse" and not self.teacher)
-            most = 0 if scored else 1 if loss in ("gist", "triplet") else mined
-            if mined > most:
-                raise ValueError(f"loss: {loss} takes at most {most} hard_negatives, got {mined}; lower it, or set loss.")
-            if made and (scored or (loss not in IN_BATCH and not mined)):
-                needed = "scores" if scored else "hard_negatives"
-                raise ValueError(f"make_pairs makes pairs, but loss: {loss} needs {needed}; use {', '.join(IN_BATCH)}.")
-        if "metric_for_best" not in self.model_fields_set:
-            self.metric_for_best = "spearman" if self.loss in SCORED else "accuracy" if self.loss == "triplet" else "mrr@10"
-        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EmbedStage":
+        losses = {self.loss_of(source) for source in self.data}
         mined = {self.hard_negatives_of(source) for source in self.data}
+        self.one_source_per_batch |= len(losses) > 1 or len(mined) > 1
+        if "batch_sampler" not in self.model_fields_set and all(NEEDS[loss] for loss in losses):
+            self.batch_sampler = "batch_sampler"
+        if "metric_for_best" not in self.model_fields_set and NEEDS[self.loss] in (("score",), ("negative",)):
+            self.metric_for_best = "accuracy" if self.loss == "triplet" else "spearman"
+        if losses & {"gist", "cached_gist"} and not self.guide:
+            raise ValueError("loss: gist needs a model that finds false negatives; set guide: to an embedding model.")
+        if (self.query_prompt or self.passage_prompt) and all(NEEDS[loss] == ("score",) for loss in losses):
+            raise ValueError("Pairs with scores have no queries and passages; remove query_prompt and passage_prompt.")
         if any(mined) and self.negative_column:
             raise ValueError("negative_column and hard_negatives are both set; remove one of the two fields.")
-        if len(mined) > 1 and not self.separate:
-            raise ValueError(
-                f"The sources have {' and '.join(map(str, sorted(mined)))} hard_negatives per pair, "
-                "but all rows of a batch need the same number. Set one_source_per_batch: true, or give all "
-                "sources the same hard_negatives."
-            )
         made = [self.makes_pairs_of(source) for source in self.data]
         used = not all(made) or self.eval_data is not None  # eval_data has pairs in any case
         useless = ("negative_column",) if used else ("anchor_column", "positive_column", "negative_column")
         if any(made) and (named := [name for name in useless if getattr(self, name)]):
             raise ValueError(f"make_pairs makes queries and passages itself; remove {' and '.join(named)}.")
         if not any(made) and (self.text_column or self.sample_by != "paragraph"):
-            raise ValueError(
-                "text_column and sample_by need make_pairs: true. For data with pairs, use anchor_column and "
-                "positive_column instead."
-            )
+            raise ValueError("text_column and sample_by need make_pairs: true; pairs have anchor_column and positive_column.")
+        for source in self.data:
+            loss, needs, number = self.loss_of(source), self.needs_of(source), self.hard_negatives_of(source)
+            most = 0 if "score" in needs else 1 if loss in ("gist", "triplet") else number
+            if number > most:
+                raise ValueError(f"loss: {loss} takes at most {most} hard_negatives per pair, got {number}; lower the number.")
+            if self.makes_pairs_of(source) and needs:
+                raise ValueError(f"make_pairs makes no {' and no '.join(sorted(needs))} for loss: {loss}; choose mnrl.")
         return self
-
-    @property
-    def separate(self) -> bool:
-        """Return True if all rows of a batch come from one source."""
-        return self.one_source_per_batch or len({self.loss_of(source) for source in self.data}) > 1
-
-    @property
-    def sampler(self) -> str:
-        """Return the sampler of batches. Only negatives within a batch need different texts."""
-        return self.batch_sampler if {*map(self.loss_of, self.data)} & {*IN_BATCH} else "batch_sampler"
 
     def loss_of(self, source: PairSource) -> str:
         """Return the name of the loss that learns from ``source``."""
         return source.loss or self.loss
+
+    def needs_of(self, source: PairSource) -> set[str]:
+        """Return what ``source`` must contain besides two texts: a negative, a score, or both."""
+        needs = {*NEEDS[self.loss_of(source)]}
+        if self.hard_negatives_of(source):
+            needs.discard("negative")
+        elif self.negative_column and not needs:
+            needs.add("negative")
+        return needs - {"score"} if self.teacher and self.loss_of(source) == "margin_mse" else needs
 
     def makes_pairs_of(self, source: PairSource) -> bool:
         """Return True if pairs must be made from the texts of ``source``."""

@@ -25,6 +25,7 @@ from minibert.train.stage import DataChecked, StageContext
 logger = logging.getLogger(__name__)
 
 # Functions that only the main process runs. Other functions are named like the kind.
+_MODELS = ("model", "teacher", "guide")
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
 
@@ -78,7 +79,6 @@ def run_recipe(
 def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
     """Return the folder, seed, model and tokenizer of each stage."""
     folders: dict[str, str] = {}
-    starts: dict[str | None, Any] = {}  # by folder of a stage
 
     def named(name: str) -> str:  # the name of an earlier stage, or a folder or Hub id
         return folders.get(name) or str(disk.expand_home(name))
@@ -92,16 +92,14 @@ def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
         if isinstance(stage, TokenizerStage):
             tokenizer = str(context.output_dir)
         else:
-            for field in ("teacher", "guide"):
-                if name := getattr(stage, field, None):
-                    setattr(context, field, named(name))
+            context.teacher, context.guide = (
+                named(name) if (name := getattr(stage, field, None)) else None for field in _MODELS[1:]
+            )
             if getattr(stage, "student_layers", None):
                 context.model = context.teacher
             elif not isinstance(stage.model, NewModel):
                 context.model = named(stage.model) if stage.model else model
             context.tokenizer = named(stage.tokenizer) if stage.tokenizer else context.model or tokenizer or context.teacher
-            context.start = stage.model if isinstance(stage.model, NewModel) else starts.get(context.model, context.model)
-            starts[str(context.output_dir)] = context.start
             model = model if isinstance(stage, EvaluateStage) else str(context.output_dir)
         folders[stage.name] = str(context.output_dir)
     return contexts
@@ -110,7 +108,7 @@ def _contexts(recipe: Recipe, run_dir: Path) -> list[StageContext]:
 def _check_models(recipe: Recipe) -> None:
     """Raise an error for models and tokenizers that cannot be used."""
     names = {stage.name for stage in recipe.stages}
-    for field in ("model", "teacher", "guide", "tokenizer"):
+    for field in (*_MODELS, "tokenizer"):
         asked = {name for stage in recipe.stages if isinstance(name := getattr(stage, field, None), str)}
         for name in sorted(asked - names):
             folder = checked_folder(name)
@@ -122,11 +120,13 @@ def _check_data(recipe: Recipe, contexts: list[StageContext], run_dir: Path, for
     """Check the data of all stages that will run, and print the columns that they use."""
     if not run_dir.exists():
         run_dir.mkdir(parents=True, exist_ok=True)  # an error of the disk shows before data are read
+    unfinished = {str(context.output_dir) for context in contexts if not (context.output_dir / "stage.json").exists()}
     try:
         for stage, context in zip(recipe.stages, contexts, strict=True):
             if (context.output_dir / "stage.json").exists() and not force:
                 continue
-            checked = replace(context, only_check=True, data=[])
+            missing: dict[str, Any] = {field: None for field in _MODELS if getattr(context, field) in unfinished}
+            checked = replace(context, only_check=True, data=[], **missing)
             with contextlib.suppress(DataChecked):
                 _function(stage)(stage, checked)
             for used in checked.data:

@@ -53,8 +53,13 @@ def train(
     """
     check_workers(args.num_workers)
     keep_memory()
-    read = check_batches(pairs, args, context.seed)
-    trainer = _Trainer(model=model, args=trainer_arguments(args, context, model, pairs), train_dataset=pairs, loss=loss)
+    parts = list(pairs.values()) if isinstance(pairs, dict) else [pairs]
+    read = check_batches(parts, args, context.seed)
+    arguments = trainer_arguments(args, context)
+    columns = {name for part in parts for name in part.column_names} - {*SIMILARITY_COLUMNS}
+    if any(model.prompts.values()):
+        arguments.prompts = {name: model.prompts["query" if name == "anchor" else "document"] or "" for name in columns}
+    trainer = _Trainer(model=model, args=arguments, train_dataset=pairs, loss=loss)
     trainer.remove_callback(ProgressCallback)
     callback = trainer.stage = _StageCallback(trainer, args, context.output_dir, evaluate)
     trainer.add_callback(callback)
@@ -97,12 +102,8 @@ def train(
     return metrics
 
 
-def trainer_arguments(
-    args: EmbedStage, context: StageContext, model: SentenceTransformer, pairs: Any
-) -> SentenceTransformerTrainingArguments:
+def trainer_arguments(args: EmbedStage, context: StageContext) -> SentenceTransformerTrainingArguments:
     """Convert the arguments of a stage to those of the trainer."""
-    columns = {name for part in _parts(pairs) for name in part.column_names} - {*SIMILARITY_COLUMNS}
-    prompts = {name: model.prompts["query" if name == "anchor" else "document"] for name in sorted(columns)}
     return SentenceTransformerTrainingArguments(
         output_dir=str(context.output_dir / "checkpoints"),
         per_device_train_batch_size=args.batch_size,
@@ -129,13 +130,12 @@ def trainer_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=args.trackers or "none",
         disable_tqdm=False,
-        prompts=prompts if any(prompts.values()) else None,
-        batch_sampler=args.sampler,
+        batch_sampler=args.batch_sampler,
         multi_dataset_batch_sampler="proportional",
     )
 
 
-def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
+def check_batches(parts: list[Any], args: EmbedStage, seed: int) -> dict[str, float]:
     """Return how many rows the batches of an epoch read, and their mean size.
 
     A batch never has two equal texts, so rows of the same query or passage may find no
@@ -148,9 +148,9 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
     rows = batches = total = 0
     mined = False
     options: Any = {"drop_last": False, "generator": torch.Generator(), "seed": seed, "valid_label_columns": ["score"]}
-    for part in _parts(pairs):
+    for part in parts:
         sampler = NoDuplicatesBatchSampler(part, args.batch_size, **options)
-        every = args.sampler != "no_duplicates"
+        every = args.batch_sampler != "no_duplicates"
         # The trainer takes as many batches as all rows would fill.
         rows += len(part) if every else sum(len(batch) for batch in islice(sampler, len(sampler)))
         batches, total = batches + len(sampler), total + len(part)
@@ -168,10 +168,6 @@ def check_batches(pairs: Any, args: EmbedStage, seed: int) -> dict[str, float]:
             f"choose another batch_size (now {args.batch_size})."
         )
     return found
-
-
-def _parts(pairs: Any) -> list[Any]:
-    return [*pairs.values()] if isinstance(pairs, dict) else [pairs]
 
 
 class _Trainer(SentenceTransformerTrainer):

@@ -29,7 +29,6 @@ class StageContext:
     tokenizer: str | None = None
     teacher: str | None = None
     guide: str | None = None
-    start: Any = None  # the NewModel, folder or Hub id from which this stage and those before it started
     only_check: bool = False  # read and check the data, but train nothing
     data: list[dict[str, Any]] = field(default_factory=list)  # the columns that are used, for metrics.json
 
@@ -43,10 +42,6 @@ class StageContext:
         shown = {role: shorten(str(value), 80, placeholder=" …") for role, value in values.items()}
         name = joined_paths(sources)
         self.data.append({"path": name, "rows": len(rows), "columns": dict(columns), "first_row": shown})
-
-    def is_unfinished(self, model: str) -> bool:
-        """Return True if ``model`` is the folder of an earlier stage that has not run yet."""
-        return self.only_check and Path(model).parent == self.output_dir.parent and not Path(model, "stage.json").exists()
 
     def end_check(self) -> None:
         """Raise :class:`DataChecked` if the stage should only read and check its data."""
