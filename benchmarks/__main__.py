@@ -522,6 +522,9 @@ def losses(
     steps: Annotated[int, typer.Option(min=1, help="Steps of a training.")] = 200,
     batch_size: Annotated[int, typer.Option(min=2, help="Rows in a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the first step, which falls linearly to 0.")] = 1e-4,
+    dropout: Annotated[
+        float, typer.Option(min=0, max=1, help="Of states and attention; 0 shows whether losses are equal.")
+    ] = 0.1,
     max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of both.")] = "fp32",
     queries: Annotated[int, typer.Option(min=1, help="Validation queries of the retrieval set.")] = 1000,
@@ -541,6 +544,7 @@ def losses(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        dropout=dropout,
         max_length=max_length,
         precision=precision,
         queries=queries,

@@ -97,7 +97,7 @@ def _train_theirs(stage: EmbedStage, folder: Path, seed: int, model: Path) -> fl
     encoder.max_seq_length = stage.max_length
     context = StageContext(folder, seed)
     parts = training_data(stage, context)
-    pairs = datasets.DatasetDict(parts) if stage.separate else next(iter(parts.values()))
+    pairs = datasets.DatasetDict(parts) if stage.one_source_per_batch else next(iter(parts.values()))
     arguments = trainer_arguments(stage, context, encoder, pairs)
     arguments.warmup_steps = stage.warmup_ratio  # the stage has a schedule of its own
     SentenceTransformerTrainer(

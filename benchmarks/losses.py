@@ -43,7 +43,7 @@ PLAIN: dict[str, Callable[[SentenceTransformer, Any], Any]] = {
     "gist": lambda model, stage: losses.GISTEmbedLoss(model, SentenceTransformer(stage.guide), temperature=1 / stage.scale),
     "angle": lambda model, stage: losses.AnglELoss(model),
     "cosine_mse": lambda model, stage: losses.CosineSimilarityLoss(model),
-    "triplet": lambda model, stage: losses.TripletLoss(model),
+    "triplet": lambda model, stage: losses.TripletLoss(model, triplet_margin=stage.triplet_margin),
     "margin_mse": lambda model, stage: losses.MarginMSELoss(model),
 }
 SCORED = ("cosent", "angle", "cosine_mse")
@@ -130,7 +130,7 @@ def _recipe(name: str, seed: int, file: Path, start: Path, guide: Path, options:
     stage = {
         **{"kind": "embed", "model": str(start.resolve()), "data": str(file.resolve()), "loss": name},
         **{"max_steps": steps, "save_steps": steps, "log_steps": 1, "metric_for_best": None},
-        **{key: options[key] for key in ("batch_size", "learning_rate", "max_length", "precision")},
+        **{key: options[key] for key in ("batch_size", "learning_rate", "dropout", "max_length", "precision")},
     }
     own = {
         "cached_mnrl": {"mini_batch_size": options["batch_size"] // 2},
@@ -160,7 +160,8 @@ def train_plainly(recipe: str, output_dir: str) -> None:
     """Train the model of the only stage of ``recipe``, a ``BertModel``, as the documentation of sentence-transformers does."""
     found = load_recipe(recipe)
     stage: Any = found.stages[0]
-    model = SentenceTransformer(stage.model)
+    dropout = {"hidden_dropout_prob": stage.dropout, "attention_probs_dropout_prob": stage.dropout}
+    model = SentenceTransformer(stage.model, config_kwargs=dropout)
     model.max_seq_length = stage.max_length
     loss = PLAIN[stage.loss](model, stage)
     if stage.matryoshka_dims:
@@ -171,7 +172,7 @@ def train_plainly(recipe: str, output_dir: str) -> None:
         max_steps=stage.max_steps,
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
-        batch_sampler=stage.sampler,
+        batch_sampler=stage.batch_sampler,
         bf16=stage.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),  # otherwise the trainer refuses bf16 without a GPU
         seed=found.seed,
