@@ -96,14 +96,13 @@ def _train_theirs(stage: EmbedStage, folder: Path, seed: int, model: Path) -> fl
     encoder = SentenceTransformer(str(model), device="cpu")
     encoder.max_seq_length = stage.max_length
     context = StageContext(folder, seed)
-    parts = training_data(stage, context)
-    pairs = datasets.DatasetDict(parts) if stage.one_source_per_batch else next(iter(parts.values()))
-    arguments = trainer_arguments(stage, context, encoder, pairs)
+    pairs = training_data(stage, context)
+    arguments = trainer_arguments(stage, context)
     arguments.warmup_steps = stage.warmup_ratio  # the stage has a schedule of its own
     SentenceTransformerTrainer(
         model=encoder,
         args=arguments,
-        train_dataset=pairs,
+        train_dataset=datasets.DatasetDict(pairs) if stage.one_source_per_batch else next(iter(pairs.values())),
         loss=_losses(stage, context, encoder),
     ).train()
     encoder.save_pretrained(str(folder), create_model_card=False)

@@ -91,7 +91,8 @@ def _models(model: Path, work: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Return the model to start from and the guide of each system. The guide is ``model`` with all of its layers."""
     starts = {system: work / f"start-{system}" for system in SYSTEMS}
     guides = {"minibert": work / "guide", "sentence-transformers": model}
-    if not guides["minibert"].exists():
+    if not guides["minibert"].exists():  # the last one that is made
+        shutil.rmtree(starts["minibert"], ignore_errors=True)
         encoder = SentenceTransformer(str(model), device="cpu")
         bert: Any = encoder.transformers_model
         bert.encoder.layer = bert.encoder.layer[1::2]
@@ -141,7 +142,7 @@ def _recipe(name: str, seed: int, file: Path, start: Path, guide: Path, options:
 
 
 def _train(system: str, recipe: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Run ``recipe`` in a process of its own; return the seconds of its steps, and the last loss."""
+    """Run ``recipe`` in a process of its own; return the seconds of its steps, the first and the last loss."""
     shutil.rmtree(folder, ignore_errors=True)
     file = folder.with_suffix(".yaml")
     file.write_text(to_yaml(recipe), encoding="utf-8")
@@ -216,20 +217,20 @@ def _measure(data: Path, folder: Path, names: list[str], dims: list[int], querie
         encoder = SentenceTransformer(str(folder), truncate_dim=dim)
         encoder.max_seq_length = max_length
         found = held_out_figures(data, encoder, {name: (FIGURES[name],) for name in names}, queries=queries)
-        figures |= {f"{FIGURES[name]} of {dim}": found[f"{name}_{FIGURES[name]}"] for name in names}
+        figures |= {f"{FIGURES[name]} ({dim})": found[f"{name}_{FIGURES[name]}"] for name in names}
     return figures
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as a table in Markdown: a mean and, of several seeds, the standard deviation."""
     lines = [
-        "| loss | figure (dimensions) | before | MiniBERT | sentence-transformers | seconds, MiniBERT | the other | ratio |",
+        "| loss | figure (dimensions) | before | MiniBERT | BertModel | seconds of MiniBERT | of BertModel | ratio |",
         "|" + " --- |" * 8,
     ]
     for name in dict.fromkeys(row["loss"] for row in results["rows"]):
         sides = [[row for row in results["rows"] if (row["loss"], row["system"]) == (name, system)] for system in SYSTEMS]
         ours, theirs = ([row["seconds"] for row in side] for side in sides)
-        ratio = statistics.median(one / other for one, other in zip(ours, theirs)) if theirs else float("nan")
+        ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
         times = f"{_spread(ours, 1)} | {_spread(theirs, 1)} | {ratio:.2f}"
         for figure in (figure for figure in results["before"] if figure in sides[0][0]):
             shown = [_spread([row[figure] for row in side], 3) for side in sides]
@@ -239,8 +240,6 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _spread(values: list[float], digits: int) -> str:
-    if not values:
-        return ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 

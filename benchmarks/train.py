@@ -210,13 +210,12 @@ def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **option
     encoder = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean"), Normalize()], device="cpu"
     )
-    rows = load(stage.data).select_columns(["query", "answer"])
-    arguments = trainer_arguments(stage, StageContext(folder / "bert", seed), encoder, rows)
+    arguments = trainer_arguments(stage, StageContext(folder / "bert", seed))
     arguments.warmup_steps = stage.warmup_ratio  # the stage has a schedule of its own
     SentenceTransformerTrainer(
         model=encoder,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=load(stage.data).select_columns(["query", "answer"]),
         loss=MultipleNegativesRankingLoss(encoder),
     ).train()
     encoder.save_pretrained(str(folder / "bert/pairs"), create_model_card=False)
