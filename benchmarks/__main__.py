@@ -537,7 +537,7 @@ def losses(
 
     known = [*PLAIN, MATRYOSHKA]
     if unknown := set(loss or []) - set(known):
-        raise typer.BadParameter(f"there is no loss {', '.join(sorted(unknown))}; use some of {', '.join(known)}.")
+        raise typer.BadParameter(f"--loss does not know {', '.join(sorted(unknown))}; use some of {', '.join(known)}.")
     run(
         *(data, model, out, work),
         names=loss or known,

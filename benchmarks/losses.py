@@ -211,7 +211,7 @@ class _Clock(transformers.TrainerCallback):
 
 
 def _measure(data: Path, folder: Path, names: list[str], dims: list[int], queries: int, max_length: int) -> dict[str, float]:
-    """Return the figures of validation splits, with vectors cut to ``dims``."""
+    """Return the metrics of validation splits, with vectors truncated to ``dims``."""
     figures = {}
     for dim in dims:
         encoder = SentenceTransformer(str(folder), truncate_dim=dim)
