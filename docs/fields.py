@@ -30,6 +30,39 @@ also be separated by semicolons or tabs, which is said; a quotation mark in TSV 
 
 This page is made by `python docs/fields.py` from the models that check a recipe.
 """
+LOSSES = """
+The loss chooses the columns. It is a class of sentence-transformers, and padding is not computed with any of them.
+
+| `loss` | columns | learns |
+| --- | --- | --- |
+| `mnrl`, `cached_mnrl` | query, passage; `negative_column` if given | passages of other rows of the batch are wrong |
+| `gist`, `cached_gist` | the same | the same, without passages that the `guide` finds closer than the right one |
+| `cosent`, `angle` | two sentences, score | the order of the scores, so their range does not matter |
+| `cosine_mse` | two sentences, score from -1 to 1 | the cosine is the score |
+| `triplet` | query, positive, negative | the positive is closer than the negative by `triplet_margin` |
+| `margin_mse` | query, positive, negative, score | the positive beats the negative by the score, that of a teacher |
+
+The temperature of `gist` is 1 / `scale`. A `teacher` computes the scores of `margin_mse`. `triplet`, and `margin_mse` with a
+`teacher`, also take negatives that `hard_negatives` mines. Any loss trains the prefixes in `matryoshka_dims`, and each is
+measured (`spearman_64d`). Pairs with scores need nothing but their file:
+
+```yaml
+  - {kind: embed, model: MODEL, loss: cosent, data: sts/train.csv, eval_data: sts/validation.csv}
+```
+
+Sources may have a loss each. A batch then comes from one source, and `columns` renames what its loss would not find.
+`metric_for_best` says what `eval_data` holds, so questions may be trained on and sentence pairs measured:
+
+```yaml
+  - kind: embed
+    model: MODEL
+    data: [questions.jsonl, {path: sts/train.csv, loss: cosent}]
+    eval_data: sts/validation.csv
+    metric_for_best: spearman
+    query_prompt: "query: "        # before queries, in training, mining, evaluation and encode_query
+    passage_prompt: "passage: "    # before passages; sentences of scored pairs have none
+```
+"""
 SHARED = (arguments.Stage, arguments.ModelStage, arguments.TrainStage)
 
 
@@ -50,6 +83,8 @@ def page() -> str:
         extra = " It also has the fields of a training loop, below." if issubclass(model, arguments.LoopArguments) else ""
         shared = [arguments.Stage, arguments.ModelStage, arguments.LoopArguments]
         parts.append(section(f"Stage `{model.__annotations__['kind'].__args__[0]}`", model, shared, note=extra))
+        if model is arguments.EmbedStage:
+            parts.append(LOSSES)
     parts.append(section("The training loop", arguments.LoopArguments))
     return "\n".join(parts)
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import pickle
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import AutoTokenizer
 
-from helpers import read_rows, read_weights, run_python
+from helpers import edit_json, read_rows, read_weights, run_python
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
+from minibert.evaluation.evaluate import SIMILARITY_COLUMNS
 from minibert.inference.load import embedder
+from minibert.modeling_minibert import MiniBertLayer
 from minibert.train import sentence_trainer
 from minibert.train.arguments import EmbedStage
 from minibert.train.stage import StageContext
@@ -39,6 +42,7 @@ def folder(tmp_path_factory):
     scored = [f"{query},{answer},1.0" for query, answer in PAIRS]
     scored += [f"{query},{other},0.{len(other) % 4}" for (query, _), (_, other) in zip(PAIRS, others, strict=True)]
     (folder / "scored.csv").write_text("\n".join(["sentence1,sentence2,score", *scored]), encoding="utf-8")
+    (folder / "two.csv").write_text("\n".join(["query,answer", *(f"{query},{answer}" for query, answer in PAIRS)]))
     triplets = [f"{query},{answer},{other},0.5" for (query, answer), (_, other) in zip(PAIRS, others, strict=True)]
     (folder / "triplets.csv").write_text("\n".join(["query,positive,negative,score", *triplets]), encoding="utf-8")
     train_word_level([text for pair in PAIRS for text in pair] + ["plain stone"], vocab_size=21).save_pretrained(
@@ -66,7 +70,7 @@ def run(folder, tmp_path):
             "save_steps": 2,
             **fields,
         }
-        models = {field: fields.get(field) for field in ("guide", "teacher")}
+        models = {field: stage[field] for field in ("model", "guide", "teacher") if isinstance(stage.get(field), str)}
         context = StageContext(tmp_path / name, seed=3, tokenizer=str(folder / "tokenizer"), **models)
         context.output_dir.mkdir(exist_ok=True)
         return embed(EmbedStage.model_validate(stage), context)
@@ -119,14 +123,24 @@ def test_the_model_opens_in_a_process_without_the_package(run, tmp_path):
         (4, {}),  # inside an epoch
         (6, {}),  # at the end of one
         (4, {"one_source_per_batch": True, "hard_negatives": 1, "max_steps": 12, "batch_size": 2}),
+        (4, {"loss": "cosent", "matryoshka_dims": [16, 4], "max_steps": 12}),
+        (4, {"loss": "cached_gist", "mini_batch_size": 3, "max_steps": 12}),
+        (4, {"data": [{"path": "scored", "loss": "cosent"}, {"path": "two", "loss": "gist"}], "max_steps": 12}),
         (8, {"batch_sampler": "batch_sampler", "schedule": "wsd", "precision": "bf16", "log_steps": 5}),
     ],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(run, folder, tmp_path, monkeypatch, step, more):
+def test_an_interrupted_run_resumes_bit_for_bit(run, folder, fields_of, guide, tmp_path, monkeypatch, step, more):
     fields = {"eval_data": str(folder / "pairs.csv"), "gradient_accumulation_steps": 2, "epochs": 4, **more}
     monkeypatch.setattr(embed_module, "_MARGIN", None)  # before training all texts are alike
     if "one_source_per_batch" in more:
         fields["data"] = [str(folder / "pairs.csv")] * 2
+    if more.get("loss") == "cosent":
+        fields |= fields_of("cosent")
+    if "data" in more:
+        fields["data"] = [{**source, "path": str(folder / f"{source['path']}.csv")} for source in more["data"]]
+        fields |= {"anchor_column": None, "positive_column": None, "eval_data": str(folder / "two.csv")}
+    if "gist" in str(more):
+        fields["guide"] = guide
     whole = run("whole", **fields)
     original = sentence_trainer._StageCallback.on_step_end
 
@@ -235,8 +249,56 @@ COLUMNS = {
     "question,answer": ({"anchor_column": "nope"}, "has no column 'nope'; it has question, answer"),
     "passage,anchor": ({"positive_column": "passage"}, ["anchor", "passage"]),
     "query,answer,score": ({"anchor_column": "query", "positive_column": "answer"}, "has a column 'score', so not all of"),
-    "premise,hypothesis,label": ({}, "has a column 'label', so not all of"),
+    "premise,hypothesis,label": ({}, "has a column 'label', so not all of.* choose loss: cosent or angle or cosine_mse."),
 }
+LOSS_COLUMNS = [
+    ("cosent", "sentence1,sentence2,score", {}, ["sentence1", "sentence2", "score"]),
+    ("angle", "body,title,label", {}, ["body", "title", "label"]),
+    (
+        "cosine_mse",
+        "answer,query,rank",
+        {"score_column": "rank"},
+        ["query", "answer", "rank"],
+    ),
+    (
+        "cosent",
+        "query,answer",
+        {},
+        "has no score for each pair .*which loss: cosent needs. .* query, answer; .*loss: mnrl or cached",
+    ),
+    ("cosent", "query,answer,rank", {"score_column": "nope"}, "has no column 'nope'; it has query, answer, rank"),
+    ("triplet", "query,positive,negative", {}, ["query", "positive", "negative"]),
+    (
+        "triplet",
+        "anchor,text,wrong",
+        {"negative_column": "wrong"},
+        ["anchor", "text", "wrong"],
+    ),
+    ("triplet", "query,answer,score", {}, "has no negative for each pair .set negative_column:.*choose loss: cosent or angle"),
+    (
+        "margin_mse",
+        "query,positive,negative",
+        {},
+        "has no score for each pair .set score_column:.* choose loss: triplet.",
+    ),
+    ("margin_mse", "query,answer", {}, "has no negative for each pair .* and has no score for each"),
+    ("margin_mse", "anchor,text", {"teacher": "x", "hard_negatives": 1}, ["anchor", "text"]),
+]
+
+
+@pytest.mark.parametrize(("loss", "header", "fields", "expected"), LOSS_COLUMNS)
+def test_the_loss_chooses_the_columns(loss, header, fields, expected):
+    numbers = ("score", "label", "rank")
+    data = Dataset.from_dict({name: [1, 0] if name in numbers else [f"{name} a", f"{name} b"] for name in header.split(",")})
+    stage = EmbedStage(kind="embed", data="pairs.csv", loss=loss, **fields)
+    needs = stage.needs_of(stage.data[0])
+    if isinstance(expected, list):
+        found = embed_module.loss_columns(stage, loss, data, stage.data, needs)
+        uses = SIMILARITY_COLUMNS if loss in ("cosent", "angle", "cosine_mse") else ("anchor", "positive", "negative")
+        assert found == dict(zip(uses, expected, strict=False))
+    else:
+        with pytest.raises(ValueError, match=expected):
+            embed_module.loss_columns(stage, loss, data, stage.data, needs)
 
 
 @pytest.mark.parametrize(("header", "fields", "expected"), [(header, *rest) for header, rest in COLUMNS.items()])
@@ -412,20 +474,110 @@ LOSSES = {
 }
 
 
+@pytest.fixture
+def fields_of(folder, guide):
+    """Return the fields with which a stage trains and evaluates with a loss."""
+
+    def fields_of(loss):
+        name, _ = LOSSES[loss]
+        data = str(folder / f"{name}.csv")
+        columns = {} if name == "pairs" else {"anchor_column": None, "positive_column": None}
+        return {"loss": loss, "data": data, "eval_data": data, **columns, **({"guide": guide} if "gist" in loss else {})}
+
+    return fields_of
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_learns(run, folder, guide, tmp_path, loss):
-    name, metric = LOSSES[loss]
-    data = str(folder / f"{name}.csv")
-    columns = {} if name == "pairs" else {"anchor_column": None, "positive_column": None}
-    guided = {"guide": guide} if "gist" in loss else {}
-    fields = {"loss": loss, "data": data, "eval_data": data, "epochs": 6, "eval_steps": 15, "matryoshka_dims": [4, 16]}
-    metrics = run(**fields, **columns, **guided)
+def test_every_loss_learns_without_computing_padding(run, fields_of, tmp_path, monkeypatch, loss):
+    shapes, forward = set(), MiniBertLayer.forward
+    monkeypatch.setattr(MiniBertLayer, "forward", lambda self, x, *a, **k: shapes.add(x.dim()) or forward(self, x, *a, **k))
+    metric = f"eval_{LOSSES[loss][1]}"
+    metrics = run(**fields_of(loss), epochs=6, eval_steps=15, matryoshka_dims=[4, 16, 4])
     lines = read_rows(tmp_path / "run" / "log.jsonl")
-    first, last = ([line for line in lines if "loss" in line][place]["loss"] for place in (0, -1))
-    assert last < first
-    measured = [line[f"eval_{metric}"] for line in lines if f"eval_{metric}" in line]
-    assert metrics[f"eval_{metric}"] == max(measured) and f"eval_{metric}_4d" in metrics
-    print(loss, first, last, measured, metrics)
+    trained = [line["loss"] for line in lines if "loss" in line]
+    assert sum(trained[-9:]) < sum(trained[:9])
+    assert metrics[metric] == max(line[metric] for line in lines if metric in line)
+    assert metrics[metric] != metrics[f"{metric}_4d"]
+    assert shapes == {2}  # (tokens, width)
+
+
+def test_cached_losses_take_a_number_of_tokens(run, fields_of, monkeypatch):
+    sizes, forward = [], embed_module.losses.CachedMultipleNegativesRankingLoss.embed_minibatch
+    monkeypatch.setattr(
+        embed_module.losses.CachedMultipleNegativesRankingLoss,
+        "embed_minibatch",
+        lambda self, begin, end, **k: sizes.append(end - begin) or forward(self, begin=begin, end=end, **k),
+    )
+    run(**fields_of("cached_mnrl"), mini_batch_tokens=13, max_steps=1)
+    assert set(sizes) == {3, 2}  # queries of 4 tokens, answers of 6
+
+
+@pytest.mark.parametrize(("dims", "kept"), [([8, 4], 8), ([16, 4], None)])
+def test_the_model_cuts_vectors_to_the_largest_prefix(run, fields_of, tmp_path, dims, kept):
+    metrics = run(**fields_of("mnrl"), matryoshka_dims=dims, max_steps=2)
+    model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    assert model.truncate_dim == kept and model.encode(["red apple"]).shape == (1, dims[0])
+    held_out = Dataset.from_dict({"query": [query for query, _ in PAIRS], "answer": [answer for _, answer in PAIRS]})
+    with model.truncate_embeddings(4):
+        cut = embed_module.measure_model(model, held_out, baselines=False)["systems"]["model"]
+    assert metrics["eval_mrr@10_4d"] == cut["mrr@10"]
+
+
+def test_sources_of_different_losses(run, folder, guide, tmp_path, monkeypatch):
+    seen = []
+    for name in ("CoSENTLoss", "GISTEmbedLoss"):
+        cls = getattr(embed_module.losses, name)
+        spied = lambda self, features, labels, name=name, forward=cls.forward: (  # noqa: E731
+            seen.append((name, len(list(features)), labels is None)) or forward(self, features, labels)
+        )
+        monkeypatch.setattr(cls, "forward", spied)
+    data = [{"path": str(folder / "scored.csv"), "loss": "cosent"}, str(folder / "two.csv")]
+    metrics = run(data=data, loss="gist", guide=guide, anchor_column=None, positive_column=None, epochs=1)
+    assert {name for name, *_ in seen} == {"CoSENTLoss", "GISTEmbedLoss"}
+    assert {(name, labelled) for name, _, labelled in seen} == {("CoSENTLoss", False), ("GISTEmbedLoss", True)}
+    assert metrics["train_rows"] == 3 * len(PAIRS)
+
+
+PROMPTS = {"query_prompt": "plain ", "passage_prompt": "stone "}
+
+
+def test_prompts_are_trained_mined_evaluated_and_saved(run, folder, tmp_path, monkeypatch):
+    texts, original = [], SentenceTransformer.preprocess
+    monkeypatch.setattr(embed_module, "_MARGIN", None)
+
+    def preprocess(self, inputs, prompt=None, **kwargs):
+        texts.extend((prompt or "") + text for text in inputs)
+        return original(self, inputs, prompt=prompt, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "preprocess", preprocess)
+    fields = {"hard_negatives": 1, "batch_size": 2, "eval_data": str(folder / "pairs.csv"), "max_steps": 1}
+    run(**fields, **PROMPTS)
+    assert texts and all(text.startswith("stone " if " that is " in text else "plain ") for text in texts)
+    model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    assert model.prompts == {"query": "plain ", "document": "stone "}
+    assert (model.encode_query(["red apple"]) == model.encode(["plain red apple"])).all()
+    texts.clear()
+    run("again", **fields, model=str(tmp_path / "run"))  # a model keeps its prompts
+    assert all(text.startswith("stone " if " that is " in text else "plain ") for text in texts)
+    assert SentenceTransformer(str(tmp_path / "again"), device="cpu").prompts == model.prompts
+    run("same", **fields, **PROMPTS, model=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="already has prompts .*'plain '.*; remove query_prompt and passage_prompt"):
+        run("other", **fields, query_prompt="red ", model=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_a_teacher_scores_triplets_once(run, folder, guide, tmp_path, monkeypatch, negatives):
+    monkeypatch.setattr(embed_module, "_MARGIN", None)
+    data = {"hard_negatives": 2} if negatives else {"data": str(folder / "triplets.csv"), "positive_column": "positive"}
+    run(loss="margin_mse", teacher=guide, max_steps=1, **data)
+    teacher = SentenceTransformer(guide, device="cpu")
+    rows = Dataset.load_from_disk(tmp_path / "run" / "negatives" / "0")
+    vectors = {name: teacher.encode(rows[name][:], convert_to_tensor=True) for name in rows.column_names if name != "score"}
+    near, *far = (teacher.similarity_pairwise(vectors["anchor"], vectors[name]) for name in list(vectors)[1:])
+    assert len(far) == (negatives or 1)
+    torch.testing.assert_close(torch.tensor(rows["score"][:]), torch.stack([near - other for other in far], 1))
+    monkeypatch.setattr(embed_module, "_with_scores", None)  # not needed again
+    run(loss="margin_mse", teacher=guide, max_steps=2, **data)
 
 
 def test_cached_and_plain_losses_agree(run, tmp_path):
@@ -433,6 +585,9 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
     plain = run("plain", **still)
     cached = run("cached", **still, loss="cached_mnrl", mini_batch_size=3)
     assert plain["train_loss"] == pytest.approx(cached["train_loss"], rel=1e-5)
+
+
+SCORED = {"loss": "cosent", "anchor_column": None, "positive_column": None}
 
 
 @pytest.mark.parametrize(
@@ -465,6 +620,49 @@ def test_cached_and_plain_losses_agree(run, tmp_path):
         ),
         ("query,answer\na,b\nc,d\n", {"text_column": "query"}, "text_column and sample_by need make_pairs"),
         ("query,answer\na,b\nc,d\n", {"sample_by": "line"}, "text_column and sample_by need make_pairs"),
+        ("sentence1,sentence2,score\na,b,high\nc,d,low\n", SCORED, "Row 1 has score='high'; a finite number belongs there"),
+        ("sentence1,sentence2,score\na,b,1\nc,d,NaN\n", SCORED, "no value in column 'score' of row 2|a finite number belongs"),
+        ("sentence1,sentence2,score\na,b,inf\nc,d,1\n", SCORED, "Row 1 has score=inf; a finite number belongs there"),
+        (
+            "sentence1,sentence2,score\na,b,0.5\nc,d,5.0\n",
+            {**SCORED, "loss": "cosine_mse"},
+            "Row 2 has score=5.0; loss: cosine_mse reaches at most 1; divide the scores",
+        ),
+        (
+            "query,positive,negative,score\na,b,c,9.5\nc,d,e,1.0\n",
+            {**SCORED, "loss": "margin_mse"},
+            "Row 1 has score=9.5; loss: margin_mse reaches at most 2",
+        ),
+        (
+            "query,positive,negative\na,b,c\nc,same,same\n",
+            {**SCORED, "loss": "triplet"},
+            "Row 2 has negative='same'; this is also its positive",
+        ),
+        (
+            "query,answer\na,b\nc,d\n",
+            {"loss": "tsdae"},
+            "tsdae needs a decoder class, which .*; choose one of mnrl,",
+        ),
+        ("query,answer\na,b\nc,d\n", {"loss": "gists"}, "'gists' is unknown; choose one of mnrl, cached_mnrl,"),
+        ("query,answer\na,b\nc,d\n", {"loss": "gist"}, "set guide: to an embedding model"),
+        (
+            "query,answer\na,b\nc,d\n",
+            {"loss": "cosent", "hard_negatives": 1},
+            "takes at most 0 hard_negatives per pair, got 1",
+        ),
+        (
+            "query,answer\na,b\nc,d\n",
+            {"loss": "triplet", "hard_negatives": 2},
+            "takes at most 1 hard_negatives per pair, got 2",
+        ),
+        (
+            "text\na b\nc d\n",
+            {"loss": "margin_mse", "make_pairs": True},
+            "makes no negative and no score for loss: margin",
+        ),
+        ("query,answer\na,b\nc,d\n", {**SCORED, "query_prompt": "x"}, "remove query_prompt and passage_prompt"),
+        ("query,answer\na,b\nc,d\n", {"matryoshka_dims": [8, 17]}, "matryoshka_dims=.17, 8. go beyond the model's width of 16"),
+        ("query,answer\na,b\nc,d\n", {"matryoshka_dims": [8, 0]}, "greater than 0"),
         ("query,answer\na,b\nc,d\n", {"max_length": 13}, "max_length=13 exceeds the model's max_position_embeddings=12"),
     ],
 )
@@ -472,6 +670,19 @@ def test_refusals(run, tmp_path, text, fields, message):
     (tmp_path / "wrong.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         run(**{"data": str(tmp_path / "wrong.csv")} | fields)
+
+
+@pytest.mark.parametrize(("field", "loss"), [("guide", "gist"), ("teacher", "margin_mse")])
+@pytest.mark.parametrize("kind", ["encoder", "cross-encoder"])
+def test_a_guide_or_teacher_that_is_no_embedder_is_refused(run, folder, guide, tmp_path, field, loss, kind):
+    shutil.copytree(guide, tmp_path / "other")
+    if kind == "encoder":
+        (tmp_path / "other" / "modules.json").unlink()
+    else:
+        edit_json(tmp_path / "other" / "config_sentence_transformers.json", model_type="CrossEncoder")
+    data = {"data": str(folder / "triplets.csv"), "positive_column": "positive"} if field == "teacher" else {}
+    with pytest.raises(ValueError, match=f"{field}=.*other is not an embedding model"):
+        run(**data, loss=loss, **{field: str(tmp_path / "other")})
 
 
 @pytest.mark.parametrize("log_steps", [1, 100])

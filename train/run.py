@@ -24,8 +24,8 @@ from minibert.train.stage import DataChecked, StageContext
 
 logger = logging.getLogger(__name__)
 
-# Functions that only the main process runs. Other functions are named like the kind.
 _MODELS = ("model", "teacher", "guide")
+# Functions that only the main process runs. Other functions are named like the kind.
 _ALONE = {"tokenizer": "train_tokenizer", "evaluate": "evaluate_model"}
 
 

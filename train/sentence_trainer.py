@@ -290,11 +290,8 @@ class _StageCallback(ProgressCallback):
         self.evaluation = {f"eval_{name}": value for name, value in metrics.items()}
         self.log.write({"step": state.global_step, "epoch": round(state.epoch, 4), **self.evaluation})
         metric = self.arguments.metric_for_best
-        if (
-            metric
-            and metrics[metric] is not None
-            and (not self.best or metrics[metric] > self.best["metrics"][f"eval_{metric}"])
-        ):
+        value = metrics[metric] if metric else None
+        if value is not None and (not self.best or value > self.best["metrics"][f"eval_{metric}"]):
             self.best = {"step": state.global_step, "metrics": self.evaluation}
             checkpoint.save(self.root, state.global_step, self.trainer.model, {"state.json": self.best})
 

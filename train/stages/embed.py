@@ -98,7 +98,8 @@ def check_models(args: EmbedStage, context: StageContext) -> dict[str, str]:
     folders = {field: find_folder(name) for field, name in models.items() if name}
     settings = {field: read_settings(folder / "config_sentence_transformers.json") for field, folder in folders.items()}
     for field in sorted(folders.keys() - {"model"}):
-        if not (folders[field] / "modules.json").exists() or settings[field].get("model_type") == "CrossEncoder":
+        kind = settings[field].get("model_type", "SentenceTransformer")
+        if kind != "SentenceTransformer" or not (folders[field] / "modules.json").exists():
             raise ValueError(f"{field}={models[field]} is not an embedding model; give one, such as an embed stage makes.")
     start, dims = args.model if isinstance(args.model, NewModel) else context.model, args.matryoshka_dims
     if dims and start:
@@ -176,17 +177,14 @@ def loss_columns(
     scores = [name for name in SCORE_COLUMNS if name in names and not (in_batch and name in texts)]
     usual = {"negative": None if in_batch or "negative" not in names else "negative", "score": next(iter(scores), None)}
     known = {use: getattr(args, f"{use}_column") or column for use, column in usual.items()}
-    present = {use for use, column in known.items() if column in names}
-    others = f"choose loss: {' or '.join(name for name, uses in NEEDS.items() if present == {*uses})}"
-    if in_batch and scores:
+    problems = [f"has a column {name!r}, so not all of its pairs are positives" for name in scores[:1] if in_batch]
+    problems += [f"has no {use} for each pair (set {use}_column:)" for use in sorted(needs) if not known[use]]
+    if problems:
+        present = {use for use, column in known.items() if column in names}
+        fitting = " or ".join(name for name, uses in NEEDS.items() if present == {*uses})
         raise ValueError(
-            f"{where} has a column {scores[0]!r}, so not all of its pairs are positives. Give the pairs that belong together, "
-            f"without that column, or {others}."
-        )
-    if missing := [use for use in sorted(needs) if not known[use]]:
-        raise ValueError(
-            f"loss: {loss} also needs a {' and a '.join(missing)} per pair; the columns of {where} are {', '.join(names)}. "
-            f"Set {' and '.join(f'{use}_column:' for use in missing)}, or {others}."
+            f"{where} {' and '.join(problems)}, which loss: {loss} needs. Its columns are {', '.join(names)}; change them, or "
+            f"choose loss: {fitting}. For eval_data, metric_for_best decides."
         )
     named = [args.anchor_column, args.positive_column]
     given, extra = [name for name in named if name], {use: str(known[use]) for use in sorted(needs)}
@@ -275,7 +273,7 @@ def measure(model: SentenceTransformer, data: Dataset, dims: Sequence[int] | Non
             if "negative" in data.column_names:
                 columns = [data[name][:] for name in ("anchor", "positive", "negative")]
                 evaluator = TripletEvaluator(*columns, batch_size=batch_size, write_csv=False)  # type: ignore[misc]
-                found = {"accuracy": evaluator(model)["cosine_accuracy"]}
+                found = {"accuracy": evaluator(model)[f"{model.similarity_fn_name}_accuracy"]}
             else:
                 found = measure_model(model, data, baselines=False, batch_size=batch_size)["systems"]["model"]
         metrics |= {f"{name}_{size}d" if metrics else name: value for name, value in found.items()}
