@@ -61,7 +61,8 @@ def run(data: Path, model: Path, out: Path, work: Path, *, names: list[str], que
     if results.get("options", options) != options:
         raise typer.BadParameter(f"{out} holds rows with other options ({results['options']}); give those, or another --out.")
     about = {"benchmark": "losses", "machine": describe(), "commit": commit(Path(__file__).parents[1]), "model": model.name}
-    results |= {**about, "options": options}
+    command = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    results |= {**about, "options": options, "command": f"python -m benchmarks losses {command}"}
     starts, guides = _models(model, work)
 
     def measure(folder: Path, name: str) -> dict[str, float]:
