@@ -17,13 +17,15 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import AutoTokenizer
 
-from helpers import edit_json, read_rows, read_weights, run_python
+from helpers import edit_json, read_rows, read_weights, run_python, write_recipe
 from minibert import MiniBertConfig, MiniBertModel, train_word_level
 from minibert.evaluation.evaluate import SIMILARITY_COLUMNS
 from minibert.inference.load import embedder
 from minibert.modeling_minibert import MiniBertLayer
 from minibert.train import sentence_trainer
 from minibert.train.arguments import EmbedStage
+from minibert.train.recipe import load_recipe
+from minibert.train.run import run_recipe
 from minibert.train.stage import StageContext
 from minibert.train.stages import embed as embed_module
 from minibert.train.stages.embed import embed, training_data
@@ -683,6 +685,23 @@ def test_a_guide_or_teacher_that_is_no_embedder_is_refused(run, folder, guide, t
     data = {"data": str(folder / "triplets.csv"), "positive_column": "positive"} if field == "teacher" else {}
     with pytest.raises(ValueError, match=f"{field}=.*other is not an embedding model"):
         run(**data, loss=loss, **{field: str(tmp_path / "other")})
+
+
+def test_models_are_checked_before_the_first_stage(folder, guide, tmp_path):
+    first = {"kind": "tokenizer", "data": str(folder / "pairs.csv")}
+    made = {"kind": "embed", "name": "made", "data": str(folder / "two.csv"), "model": guide, "max_steps": 1}
+    recipe = write_recipe(tmp_path, first, made, {**made, "name": "last", "model": "made", "loss": "gist", "guide": "made"})
+    shutil.copytree(guide, tmp_path / "plain", ignore=shutil.ignore_patterns("modules.json"))
+    too_wide, no_model = ["last.matryoshka_dims=[17]", f"last.model={guide}"], [f"last.guide={tmp_path / 'plain'}"]
+    for changes, message in (
+        (too_wide, "beyond the model's width of 16"),
+        (no_model, "guide=.*plain is not an embedding model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_recipe(load_recipe(recipe, changes), output_dir=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    run_recipe(load_recipe(recipe), output_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "3-last" / "stage.json").exists()
 
 
 @pytest.mark.parametrize("log_steps", [1, 100])

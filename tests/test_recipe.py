@@ -137,13 +137,15 @@ def test_not_a_recipe(tmp_path, text):
 
 
 def test_stages_run_in_order_and_hand_on_their_models(write, calls, tmp_path):
-    recipe = load_recipe(write(TOKENIZER, CLASSIFY, {**EMBED, "seed": 5}, {**EMBED, "name": "again", "model": "classify"}))
+    again = {**EMBED, "name": "again", "model": "classify", "loss": "gist", "guide": "embed"}
+    recipe = load_recipe(write(TOKENIZER, CLASSIFY, {**EMBED, "seed": 5}, again))
     run_dir = run_recipe(recipe, output_dir=tmp_path / "run")
     contexts = dict(calls)
     assert [name for name, _ in calls] == ["tokenizer", "classify", "embed", "again"]
     assert contexts["classify"].model is None
     assert contexts["classify"].tokenizer == str(run_dir / "1-tokenizer")
     assert contexts["embed"].model == contexts["embed"].tokenizer == contexts["again"].model == str(run_dir / "2-classify")
+    assert (contexts["embed"].guide, contexts["again"].guide) == (None, str(run_dir / "3-embed"))
     assert (contexts["classify"].seed, contexts["embed"].seed) == (42, 5)
     assert read_metrics(run_dir)["embed"] == {"loss": 3.0}
     assert json.loads((run_dir / "3-embed" / "stage.json").read_text())["seed"] == 5

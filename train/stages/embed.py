@@ -139,8 +139,6 @@ def _completed(
                         num_negatives=wanted,
                         relative_margin=_MARGIN,
                         range_max=50 + wanted,
-                        query_prompt_name="query",
-                        corpus_prompt_name="document",
                         output_format="n-tuple",
                         batch_size=args.eval_batch_size,
                         verbose=False,
