@@ -509,6 +509,49 @@ def finetune(
 
 
 @app.command()
+def losses(
+    data: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder with the folders squad_sentences and stsb.")],
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of a sentence-transformers model of the BERT family.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON file to write; rows it already holds are not repeated.")] = Path(
+        "losses.json"
+    ),
+    work: Annotated[Path, typer.Option(help="Folder for the models.")] = Path("runs/benchmark-losses"),
+    loss: Annotated[list[str] | None, typer.Option(help="Such as mnrl or matryoshka; repeat it. Default: all.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a training.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=2, help="Rows in a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the first step, which falls linearly to 0.")] = 1e-4,
+    dropout: Annotated[
+        float, typer.Option(min=0, max=1, help="Of states and attention; 0 shows whether losses are equal.")
+    ] = 0.1,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of both.")] = "fp32",
+    queries: Annotated[int, typer.Option(min=1, help="Validation queries of the retrieval set.")] = 1000,
+) -> None:
+    """Train with every loss of the embed stage, and with the same loss by sentence-transformers and BertModel.
+
+    Example: python -m benchmarks losses --data data --model all-MiniLM-L6-v2
+    """
+    from benchmarks.losses import MATRYOSHKA, PLAIN, run
+
+    known = [*PLAIN, MATRYOSHKA]
+    if unknown := set(loss or []) - set(known):
+        raise typer.BadParameter(f"--loss does not know {', '.join(sorted(unknown))}; use some of {', '.join(known)}.")
+    run(
+        *(data, model, out, work),
+        names=loss or known,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        dropout=dropout,
+        max_length=max_length,
+        precision=precision,
+        queries=queries,
+    )
+
+
+@app.command()
 def hostile(
     out: Annotated[Path, typer.Option(help="JSON file to write; folders that it already counts are not repeated.")] = Path(
         "hostile.json"
