@@ -457,7 +457,7 @@ def test_texts_are_distinct_lines_of_any_column(folder, tmp_path):
         ("embedding", {"data": "labelled", "text_columns": ["label"]}, "Column 'label' does not hold texts"),
         ("embedding", {"matryoshka_dims": [8, 16]}, "below the student's vector size 16"),
         ("embedding", {"eval_data": "pairs", "metric_for_best": "mrr"}, "metric_for_best='mrr' is not measured.*spearman"),
-        ("embedding", {"eval_data": "texts"}, "which is none of: query and answer"),
+        ("embedding", {"eval_data": "texts"}, "which is none of: retrieval: query, answer"),
     ],
 )
 def test_refusals(run, folder, objective, fields, message):
