@@ -456,6 +456,28 @@ class DistillEmbeddingStage(DistillStage):
     matryoshka_dims: list[Positive] | None = Field(None, min_length=1, description="Prefix lengths to train.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Pooling method. Unset: the teacher's.")
     normalize: bool | None = Field(None, description="Scale vectors to length 1. Unset: as the teacher.")
+    keep_projection: bool = Field(
+        False,
+        description="End the student in a linear map to the teacher's vectors, so that its queries find texts "
+        "that the teacher encoded. Equal vector sizes need no map.",
+    )
+    student_vocab_size: Positive | None = Field(
+        None,
+        description="Copy embeddings of this many tokens only: those of the teacher's WordPiece tokenizer that are "
+        "most frequent in data; and of positions up to max_length. Unset: all.",
+    )
+
+    @model_validator(mode="after")
+    def _student_fits_together(self) -> "DistillEmbeddingStage":
+        if self.keep_projection and not self.vector_weight:
+            raise ValueError(
+                "keep_projection keeps what vector_loss trains; set vector_weight above 0, or remove keep_projection."
+            )
+        if self.student_vocab_size and (self.tokenizer or not self.student_layers):
+            raise ValueError(
+                "student_vocab_size copies embeddings and tokens of the teacher; set student_layers, and remove tokenizer."
+            )
+        return self
 
 
 class EvaluateStage(ModelStage):
