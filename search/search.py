@@ -199,10 +199,7 @@ class FolderSearcher(Searcher):
 
 
 def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_code: bool) -> Path:
-    """Return the folder of the model, which made the vectors or learned to make them.
-
-    Raise a ValueError for any other model.
-    """
+    """Return the folder of the model that made the vectors, or of its student. Refuse other models."""
     manifest = folder.manifest
     try:
         path = find_model(model or manifest.model, trust_remote_code=trust_remote_code)

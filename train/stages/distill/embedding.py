@@ -32,7 +32,7 @@ from minibert.train.rows import TokenizedDataset
 from minibert.train.stage import StageContext, sequence_length
 from minibert.train.stages.distill.student import Distillation, cosine_distance, fit_student, load_student
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
-from minibert.train.stages.distill.vocabulary import frequent_tokens, keep_rows, keep_tokens
+from minibert.train.stages.distill.vocabulary import keep_frequent_tokens
 
 # The score is the mean of these metrics over the data sets.
 _MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10"}
@@ -149,17 +149,11 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
     distillation = EmbeddingDistillation(args, student, teacher)
     metrics = fit_student(distillation, student.tokenizer, args, context, taught, measured)
     if args.vector_weight and isinstance(distillation.vector_map, nn.Identity) and processes().is_main_process:
-        record_teacher(context.output_dir / "config_sentence_transformers.json", find_folder(str(context.teacher)))
+        # Queries of the student find texts that the teacher encoded, or the model that the teacher was converted from.
+        file, folder = context.output_dir / "config_sentence_transformers.json", find_folder(str(context.teacher))
+        found = [fingerprint_of_folder(folder), read_settings(folder / "conversion.json").get("fingerprint")]
+        write_json(file, {**read_settings(file), "teachers": [one for one in found if one]})
     return {**metrics, "train_texts": len(texts)}
-
-
-def record_teacher(file: Path, teacher: Path) -> None:
-    """Add the fingerprint of the teacher to a student's settings, and that of the model it was converted from.
-
-    The vectors of these models can be searched with queries of the student.
-    """
-    found = [fingerprint_of_folder(teacher), read_settings(teacher / "conversion.json").get("fingerprint")]
-    write_json(file, {**read_settings(file), "teachers": [one for one in found if one]})
 
 
 def read_texts(args: DistillEmbeddingStage, context: StageContext) -> list[str]:
@@ -207,9 +201,13 @@ def _student(
     tokenizer.model_max_length = length
     if args.student_vocab_size:
         ids = TokenizedDataset.from_texts(texts, ["text"], np.zeros(len(texts)), tokenizer, length).ids
-        kept = frequent_tokens(tokenizer, np.bincount(ids, minlength=len(tokenizer)), args.student_vocab_size)
-        tokenizer = keep_tokens(tokenizer, kept)
-        encoder = keep_rows(encoder, kept, tokenizer.pad_token_id, length)
+        counts, embeddings = np.bincount(ids, minlength=len(tokenizer)), encoder.embeddings
+        tokenizer, kept = keep_frequent_tokens(tokenizer, counts, args.student_vocab_size)
+        embeddings.word_embeddings.weight = nn.Parameter(embeddings.word_embeddings.weight[kept])
+        encoder.config.update({"vocab_size": len(kept), "pad_token_id": tokenizer.pad_token_id})
+        if encoder.config.position_embedding_type == "learned":
+            embeddings.position_embeddings.weight = nn.Parameter(embeddings.position_embeddings.weight[:length])
+            encoder.config.max_position_embeddings = length
     pooling = args.pooling or next((module.pooling_mode for module in teacher if isinstance(module, Pooling)), None)
     student = embedder(
         encoder,
