@@ -140,8 +140,8 @@ class FolderSearcher(Searcher):
     The constructor builds the index of the folder, or extends the index by new shards.
 
     Args:
-        model: the path or Hub id of the model that made the vectors. The default is the model
-            in the manifest.
+        model: the path or Hub id of the model that made the vectors, or of a student that was
+            distilled into its vector space. The default is the model in the manifest.
         exact: compare each query with all vectors, even if there are many.
         hybrid: search by meaning and by words (BM25), and combine the two rankings with
             :func:`fuse`.
@@ -180,6 +180,9 @@ class FolderSearcher(Searcher):
             logger.warning("%s is not finished: minibert encode has written %s vectors so far.", folder, count)
         path = _find_model(self.folder, model, trust_remote_code)
         self.encoder = Encoder(path, trust_remote_code=trust_remote_code)
+        found, made = self.encoder.dimension, self.folder.manifest.dimension
+        if found != made:  # a student may have been edited since
+            raise ValueError(f"{path} makes vectors of size {found}, but those in {folder} have {made}; give another --model.")
         delete_unused_lock(index_folder(self.folder))
         self.index = open_index(self.folder, exact=exact, rebuild=rebuild, show_progress=show_progress)
         shards = [shard.sha256 for shard in self.index.state.shards]

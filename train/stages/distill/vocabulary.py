@@ -36,9 +36,8 @@ def keep_frequent_tokens(tokenizer: Any, counts: np.ndarray, size: int) -> tuple
 
     numbers = {old: new for new, old in enumerate(kept)}
     state |= {"padding": None, "truncation": None}  # those of the last batch
+    # Added tokens get their new ids from the vocabulary, or the next free ones, when the tokenizer is read.
     state["model"]["vocab"] = {token: numbers[old] for token, old in vocab.items() if old in numbers}
-    for token in state["added_tokens"]:
-        token["id"] = numbers[token["id"]]
     step = state["post_processor"] or {}
     for part in (step, *step.get("processors", ())):
         for token in part.get("special_tokens", {}).values():
