@@ -425,7 +425,7 @@ def test_queries_of_a_student_find_what_its_teacher_encoded(saved, folder, vecto
     student = make_student(folder, ["0" * 64, fingerprint(saved)])
     done = run_command("search", vectors, "a list", "--model", student)
     assert done.exit_code == 0
-    assert PASSAGES[1] in done.stdout.splitlines()[0]
+    assert PASSAGES[1] in done.stdout.splitlines()[1]
     assert [line for line in done.stderr.splitlines() if "queries" in line] == [
         f"{student} encodes the queries: its teacher made the vectors in {vectors}."
     ]
