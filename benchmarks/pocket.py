@@ -157,7 +157,9 @@ def run(data: Path, teacher: Path, students: list[Path], out: Path, *, final: bo
         if final:
             row |= across(data, model, opened[0], rows[0])
     if final:
-        seconds = seconds_in_turns([teacher, *students], limit, repeats)
+        splits = [load_data([DataSource(path=str(data / name), split="validation")]) for name in RETRIEVAL]
+        texts = [text for split in splits for column in PAIR for text in split[column][: limit // (2 * len(splits))]]
+        seconds = seconds_in_turns([teacher, *students], texts, repeats)
         for row, taken in zip(rows, seconds, strict=True):
             row["seconds"] = taken
             row["speed_of_teacher"] = statistics.median(a / b for a, b in zip(seconds[0], taken, strict=True))
