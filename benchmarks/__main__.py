@@ -496,8 +496,8 @@ def pocket_texts(
         Path, typer.Option(exists=True, file_okay=False, help="Folder with the data sets named in benchmarks/pocket.py.")
     ],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")] = Path("pocket-texts.parquet"),
-    wiki_lines: Annotated[int, typer.Option(min=0, help="Paragraphs of wiki_text to draw.")] = 150_000,
-    novel_lines: Annotated[int, typer.Option(min=0, help="Paragraphs of english_novels to draw.")] = 30_000,
+    wiki_lines: Annotated[int, typer.Option(min=0, help="Paragraphs of wiki_text to draw.")] = 60_000,
+    novel_lines: Annotated[int, typer.Option(min=0, help="Paragraphs of english_novels to draw.")] = 15_000,
 ) -> None:
     """Collect the texts that recipes/pocket.yaml learns from, without those of validation and test splits.
 
