@@ -470,6 +470,45 @@ def distil(
 
 
 @app.command()
+def pocket(
+    data: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder with the data sets named in benchmarks/pocket.py.")
+    ],
+    teacher: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the teacher, an embedding MiniBERT.")],
+    student: Annotated[list[Path], typer.Option(exists=True, file_okay=False, help="Folder of a student; repeat it.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pocket.json"),
+    final: Annotated[bool, typer.Option("--final", help="Measure also what may not choose a student.")] = False,
+    limit: Annotated[int, typer.Option(help="Texts that are encoded for the speed.")] = 500,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, in turns, after one that is not counted.")] = 5,
+) -> None:
+    """Measure a student on sets that nothing was trained on; --final adds retrieval, STS-B, the teacher's passages and speed.
+
+    Example: python -m benchmarks pocket --data data --teacher minilm --student runs/pocket/1-distill
+    """
+    from benchmarks.pocket import run
+
+    run(data, teacher, student, out, final=final, limit=limit, repeats=repeats)
+
+
+@app.command()
+def pocket_texts(
+    data: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder with the data sets named in benchmarks/pocket.py.")
+    ],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")] = Path("pocket-texts.parquet"),
+    wiki_lines: Annotated[int, typer.Option(min=0, help="Paragraphs of wiki_text to draw.")] = 60_000,
+    novel_lines: Annotated[int, typer.Option(min=0, help="Paragraphs of english_novels to draw.")] = 15_000,
+) -> None:
+    """Collect the texts that recipes/pocket.yaml learns from, without those of validation and test splits.
+
+    Example: python -m benchmarks pocket-texts --data data
+    """
+    from benchmarks.pocket import prepare
+
+    prepare(data, out, lines=(wiki_lines, novel_lines))
+
+
+@app.command()
 def finetune(
     data: Annotated[
         Path,
