@@ -31,11 +31,11 @@ from hub_server import HubServer  # noqa: E402
 
 def run(out: Path, *, folders: int, commands: list[str], package: Path | None, processes: int) -> None:
     """Run each command on ``folders`` folders, print the counts, and write them and the findings to ``out``."""
-    from benchmarks.before import _commit, _environment  # of this checkout, which a worker may not import
-    from benchmarks.machine import describe
+    from benchmarks.before import _environment  # of this checkout, which a worker may not import
+    from benchmarks.machine import commit, describe
 
     checkout = package or ROOT
-    results: dict[str, Any] = {"benchmark": "hostile", "machine": describe(), "commit": _commit(checkout), "commands": {}}
+    results: dict[str, Any] = {"benchmark": "hostile", "machine": describe(), "commit": commit(checkout), "commands": {}}
     if out.exists():
         results |= {key: value for key, value in json.loads(out.read_text()).items() if key in ("commands", "findings")}
     results.setdefault("findings", [])
