@@ -251,12 +251,11 @@ class Encoder:
         """
         if precision not in get_args(Precision):
             raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(get_args(Precision))}.")
-        prompt = _find_prompt(self.model, None, prompt_name) if prompt_name is not None else self._prompt_for(task)
         rows = [texts] if isinstance(texts, str) else texts
         vectors: Any = np.empty((len(rows), self.dimension), dtype=np.float32)
         done = 0
         with tqdm(desc="encode", total=len(rows), unit="text", disable=not show_progress) as bar:
-            for window in self._windows(cut_windows(rows), prompt, task):
+            for window in self.windows(cut_windows(rows), task=task, prompt_name=prompt_name):
                 vectors[done : done + len(window)] = window
                 done += len(window)
                 bar.update(len(window))
@@ -282,20 +281,15 @@ class Encoder:
         found = [self.model.prompts[name] for name in PROMPTS.get(task or "", ()) if name in self.model.prompts]
         return self.prompt if self._prompt_given or not found else next(filter(None, found), "")
 
-    def windows(self, windows: Iterable[Sequence[str]], *, task: str | None = None) -> Iterator[np.ndarray]:
+    def windows(
+        self, windows: Iterable[Sequence[str]], *, task: str | None = None, prompt_name: str | None = None
+    ) -> Iterator[np.ndarray]:
         """Encode lists of texts. Yield the float32 vectors (n, dimension) of each list.
 
-        The next list is tokenized while the current list is computed. ``task`` may be ``query``
-        or ``document``, which chooses the prompt.
+        The next list is tokenized while the current list is computed. :meth:`encode` describes
+        ``task`` and ``prompt_name``.
         """
-        return self._windows(windows, self._prompt_for(task), task)
-
-    def _windows(
-        self,
-        windows: Iterable[Sequence[str]],
-        prompt: str | None,
-        task: str | None,
-    ) -> Iterator[np.ndarray]:
+        prompt = self._prompt_for(task) if prompt_name is None else _find_prompt(self.model, None, prompt_name)
         first = 0  # number of the first text of the window
         if not self.packed:
             for texts in windows:
@@ -324,19 +318,13 @@ class Encoder:
         count, batches = waiting.popleft()
         return self._compute(batches.result(), count)
 
-    def _encode_padded(
-        self,
-        texts: Sequence[str],
-        first: int,
-        prompt: str | None,
-        task: str | None,
-    ) -> np.ndarray:
+    def _encode_padded(self, texts: Sequence[str], first: int, prompt: str | None, task: str | None) -> np.ndarray:
         check_texts(texts, first)
         if not len(texts):
             return np.empty((0, self.dimension), dtype=np.float32)
-        options: dict[str, Any] = {} if task is None else {"task": task}
-        options |= {"prompt": prompt or "", "normalize_embeddings": self._normalize, "show_progress_bar": False}
-        options["truncate_dim"] = self._cut
+        options: dict[str, Any] = {"truncate_dim": self._cut, "normalize_embeddings": self._normalize}
+        options |= {"prompt": prompt or "", "show_progress_bar": False}
+        options |= {"task": task} if task else {}
         options |= {"batch_size": 1} if self.batch_tokens == 1 else {}
         vectors: np.ndarray = finite(np.asarray(self.model.encode(list(texts), **options), dtype=np.float32))
         return vectors
