@@ -114,20 +114,18 @@ class Tokenizer:
         check_texts(texts, first)
         with turn("tokenizer"):
             encodings = self._tokenize(texts, prompt)
-            prompt_length = 0 if include_prompt or not prompt else self._length(prompt)
+            prompt_length = 0
+            if prompt and not include_prompt:  # a special token at the end is not of the prompt
+                ids = self.tokenizer.backend_tokenizer.encode(prompt).ids
+                prompt_length = len(ids) - sum(last in self.tokenizer.all_special_ids for last in ids[-1:])
         lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
         ends = lengths.cumsum()
-        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, count=int(lengths.sum()))
-        pieces = np.split(ids, ends[:-1])
+        every = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, count=int(lengths.sum()))
+        pieces = np.split(every, ends[:-1])
         return [
             Batch(np.concatenate([pieces[row] for row in rows]), lengths[rows], rows.copy(), prompt_length)
             for rows in cut_batches(lengths, batch_tokens)
         ]
-
-    def _length(self, prompt: str) -> int:
-        """Return the number of tokens of ``prompt``, without a special token at its end."""
-        ids = self.tokenizer.backend_tokenizer.encode(prompt).ids
-        return len(ids) - sum(last in self.tokenizer.all_special_ids for last in ids[-1:])
 
     def _tokenize(self, texts: Sequence[str], prompt: str) -> list[Any]:
         fast = self.tokenizer.backend_tokenizer

@@ -179,9 +179,8 @@ class Encoder:
         reason = _why_not_packed(self.model)
         self.packed = not reason
         self.decisions["path"] = f"sentence-transformers, since {reason}" if reason else "packed: no padding"
-        uncut = copy.copy(self.model)
-        uncut.truncate_dim = None
-        width = uncut.get_embedding_dimension()
+        with self.model.truncate_embeddings(None):
+            width = self.model.get_embedding_dimension()
         assert width is not None  # sentence-embedding models have a dimension
         self.dimension = min(self.model.truncate_dim or width, width) if truncate_dim is None else truncate_dim
         if not 1 <= self.dimension <= width:

@@ -32,7 +32,7 @@ from minibert.train.stages.distill.student import Distillation, cosine_distance,
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
 
 # The score is the mean of these metrics over the data sets.
-_MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10"}
+_MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10", "triplets": "accuracy", "classification": "accuracy"}
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
