@@ -470,6 +470,45 @@ def distil(
 
 
 @app.command()
+def pocket(
+    data: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder with the data sets named in benchmarks/pocket.py.")
+    ],
+    teacher: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the teacher, an embedding MiniBERT.")],
+    student: Annotated[list[Path], typer.Option(exists=True, file_okay=False, help="Folder of a student; repeat it.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("pocket.json"),
+    final: Annotated[bool, typer.Option("--final", help="Measure also what may not choose a student.")] = False,
+    limit: Annotated[int, typer.Option(help="Texts that are encoded for the speed.")] = 500,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, in turns, after one that is not counted.")] = 5,
+) -> None:
+    """Measure a student on sets that nothing was trained on; --final adds retrieval, STS-B, the teacher's passages and speed.
+
+    Example: python -m benchmarks pocket --data data --teacher minilm --student runs/pocket/1-distill
+    """
+    from benchmarks.pocket import run
+
+    run(data, teacher, student, out, final=final, limit=limit, repeats=repeats)
+
+
+@app.command()
+def pocket_texts(
+    data: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder with the data sets named in benchmarks/pocket.py.")
+    ],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")] = Path("pocket-texts.parquet"),
+    wiki_lines: Annotated[int, typer.Option(min=0, help="Paragraphs of wiki_text to draw.")] = 60_000,
+    novel_lines: Annotated[int, typer.Option(min=0, help="Paragraphs of english_novels to draw.")] = 15_000,
+) -> None:
+    """Collect the texts that recipes/pocket.yaml learns from, without those of validation and test splits.
+
+    Example: python -m benchmarks pocket-texts --data data
+    """
+    from benchmarks.pocket import prepare
+
+    prepare(data, out, lines=(wiki_lines, novel_lines))
+
+
+@app.command()
 def finetune(
     data: Annotated[
         Path,
@@ -503,6 +542,49 @@ def finetune(
         paired_steps=paired_steps,
         steps=steps,
         batch=batch,
+        precision=precision,
+        queries=queries,
+    )
+
+
+@app.command()
+def losses(
+    data: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder with the folders squad_sentences and stsb.")],
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of a sentence-transformers model of the BERT family.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON file to write; rows it already holds are not repeated.")] = Path(
+        "losses.json"
+    ),
+    work: Annotated[Path, typer.Option(help="Folder for the models.")] = Path("runs/benchmark-losses"),
+    loss: Annotated[list[str] | None, typer.Option(help="Such as mnrl or matryoshka; repeat it. Default: all.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a training.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=2, help="Rows in a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the first step, which falls linearly to 0.")] = 1e-4,
+    dropout: Annotated[
+        float, typer.Option(min=0, max=1, help="Of states and attention; 0 shows whether losses are equal.")
+    ] = 0.1,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of both.")] = "fp32",
+    queries: Annotated[int, typer.Option(min=1, help="Validation queries of the retrieval set.")] = 1000,
+) -> None:
+    """Train with every loss of the embed stage, and with the same loss by sentence-transformers and BertModel.
+
+    Example: python -m benchmarks losses --data data --model all-MiniLM-L6-v2
+    """
+    from benchmarks.losses import MATRYOSHKA, PLAIN, run
+
+    known = [*PLAIN, MATRYOSHKA]
+    if unknown := set(loss or []) - set(known):
+        raise typer.BadParameter(f"--loss does not know {', '.join(sorted(unknown))}; use some of {', '.join(known)}.")
+    run(
+        *(data, model, out, work),
+        names=loss or known,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        dropout=dropout,
+        max_length=max_length,
         precision=precision,
         queries=queries,
     )

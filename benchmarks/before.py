@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.encode import read_texts
-from benchmarks.machine import describe
+from benchmarks.machine import commit, describe
 
 _WORKER = """
 import inspect, json, statistics, sys, time
@@ -104,8 +104,8 @@ def run(checkout: Path, model: Path, out: Path, *, texts: Path | None, limit: in
     results = {
         "benchmark": "before",
         "machine": describe(),
-        "before": _commit(checkout),
-        "after": _commit(Path(__file__).parents[1]),
+        "before": commit(checkout),
+        "after": commit(Path(__file__).parents[1]),
         "model": model.name,
         "texts": limit,
         "rounds": rounds,
@@ -155,8 +155,3 @@ def _in_turns(
         worker.stdin.close()
         worker.wait()
     return seconds
-
-
-def _commit(checkout: Path) -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True)
-    return done.stdout.strip()

@@ -32,7 +32,7 @@ def run(data: Path, teacher: Path, students: list[Path], out: Path, *, queries: 
         encoder = SentenceTransformer(str(folder), device="cpu")
         row |= _sizes(encoder) | held_out_figures(data, encoder, KEPT, queries=queries)
         row |= {f"{name}_kept": row[name] / rows[0][name] for name in _figure_names()}
-    for row, seconds in zip(rows, _seconds(folders, limit, repeats), strict=True):
+    for row, seconds in zip(rows, seconds_in_turns(folders, read_texts(None, limit), repeats), strict=True):
         row["texts_per_second"] = limit / statistics.median(seconds)
         row["seconds"] = seconds
         row["speed_of_teacher"] = statistics.median(a / b for a, b in zip(rows[0]["seconds"], seconds, strict=True))
@@ -57,9 +57,8 @@ def _sizes(encoder: SentenceTransformer) -> dict[str, int]:
     return {"layers": model.config.num_hidden_layers, "parameters": everything, "encoder_parameters": layers}
 
 
-def _seconds(folders: list[Path], limit: int, repeats: int) -> list[list[float]]:
+def seconds_in_turns(folders: list[Path], texts: list[str], repeats: int) -> list[list[float]]:
     """Seconds of every model for the same texts, in turns, after a round that is not counted."""
-    texts = read_texts(None, limit)
     encoders = [Encoder(folder, device="cpu") for folder in folders]
     seconds: list[list[float]] = [[] for _ in encoders]
     for turn in range(repeats + 1):

@@ -24,7 +24,7 @@ from minibert.train.arguments import EmbedStage
 from minibert.train.recipe import load_recipe
 from minibert.train.sentence_trainer import trainer_arguments
 from minibert.train.stage import StageContext
-from minibert.train.stages.embed import _loss, embed, training_pairs
+from minibert.train.stages.embed import _losses, embed, training_data
 
 
 def run(
@@ -95,12 +95,15 @@ def _train_theirs(stage: EmbedStage, folder: Path, seed: int, model: Path) -> fl
     started = time.perf_counter()
     encoder = SentenceTransformer(str(model), device="cpu")
     encoder.max_seq_length = stage.max_length
-    pairs = training_pairs(stage, seed)
+    context = StageContext(folder, seed)
+    pairs = training_data(stage, context)
+    arguments = trainer_arguments(stage, context)
+    arguments.warmup_steps = stage.warmup_ratio  # the stage has a schedule of its own
     SentenceTransformerTrainer(
         model=encoder,
-        args=trainer_arguments(stage, StageContext(folder, seed)),
+        args=arguments,
         train_dataset=datasets.DatasetDict(pairs) if stage.one_source_per_batch else next(iter(pairs.values())),
-        loss=_loss(stage, encoder),
+        loss=_losses(stage, context, encoder),
     ).train()
     encoder.save_pretrained(str(folder), create_model_card=False)
     return time.perf_counter() - started

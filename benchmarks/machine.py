@@ -1,6 +1,7 @@
 """Describe what a number was measured on: processor, threads and versions."""
 
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,3 +24,9 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def commit(checkout: Path) -> str:
+    """Return the short name of the commit of ``checkout``."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True)
+    return done.stdout.strip()

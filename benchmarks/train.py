@@ -210,10 +210,11 @@ def _train_theirs(data: Path, folder: Path, tokenizer: Path, seed: int, **option
     encoder = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean"), Normalize()], device="cpu"
     )
-    context = StageContext(folder / "bert", seed)
+    arguments = trainer_arguments(stage, StageContext(folder / "bert", seed))
+    arguments.warmup_steps = stage.warmup_ratio  # the stage has a schedule of its own
     SentenceTransformerTrainer(
         model=encoder,
-        args=trainer_arguments(stage, context),
+        args=arguments,
         train_dataset=load(stage.data).select_columns(["query", "answer"]),
         loss=MultipleNegativesRankingLoss(encoder),
     ).train()

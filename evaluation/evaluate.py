@@ -332,7 +332,9 @@ def _choose_task(
     if not found:
         usual = "; ".join(f"{kind}: {', '.join(groups[0])}" for kind, groups in TASKS.items() if task in (None, kind))
         every = ", ".join(data.column_names)
-        raise ValueError(f"The data has the columns {every}, which is none of: {usual}. Name yours: --column query=title.")
+        raise ValueError(
+            f"The data has the columns {every}, which is none of: {usual}. Name yours: --column query=title (recipes: columns)."
+        )
     return max(found, key=lambda one: len(one[1]))
 
 

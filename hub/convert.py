@@ -15,7 +15,7 @@ from minibert.files.disk import expand_home, read_json, write_json
 from minibert.files.model_folder import WEIGHTS, encoder_folder
 from minibert.hub import folders, parity
 from minibert.hub.families import FAMILIES, POOLED, Family
-from minibert.inference.load import find_folder, open_config, open_tokenizer
+from minibert.inference.load import find_folder, fingerprint, open_config, open_tokenizer
 
 # File with the tensors of the source that a MiniBERT does not use. They keep their names, so
 # that an export can write them back.
@@ -121,8 +121,9 @@ def convert(
             dtype=wanted,
             pooled=has_pooler and config.pooling == "cls" and kind not in POOLED,
         )
-        # The card states the origin of the weights, except a local folder.
+        # The card states the origin of the weights, except a local folder. Students record the fingerprint.
         origin = {"base_model": None if expand_home(source).exists() else str(source), "revision": revision}
+        origin["fingerprint"] = fingerprint(folder)
         write_json(temporary / "conversion.json", {**origin, "differences": differences})
     return Report(
         source=str(source),

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from minibert import MiniBertConfig, modeling_minibert
@@ -167,10 +167,13 @@ def weight_arguments(
     }
 
 
-def embedder(encoder: Any, tokenizer: Any, start: Path, pooling: Any, normalize: bool, **options: Any) -> SentenceTransformer:
+def embedder(
+    encoder: Any, tokenizer: Any, start: Path, pooling: Any, normalize: bool, projection: int | None = None, **options: Any
+) -> SentenceTransformer:
     """Return a sentence-transformers model of ``encoder``, pooling and optional normalization.
 
-    ``start`` is a temporary folder. ``options`` are passed to :class:`SentenceTransformer`.
+    ``start`` is a temporary folder. If the pooled vectors have another size than ``projection``, a
+    linear map to this size follows. ``options`` are passed to :class:`SentenceTransformer`.
     """
     state = processes()
     if state.is_main_process:
@@ -182,7 +185,10 @@ def embedder(encoder: Any, tokenizer: Any, start: Path, pooling: Any, normalize:
     state.wait_for_everyone()
     if state.is_main_process:
         delete(start, ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja"))
-    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
+    width = transformer.get_embedding_dimension()
+    modules = [transformer, Pooling(width, pooling_mode=pooling)]
+    if projection not in (None, width):
+        modules.append(Dense(width, projection, bias=False, activation_function=None))
     return SentenceTransformer(modules=modules + [Normalize()] * normalize, **{"similarity_fn_name": "cosine"} | options)
 
 

@@ -18,7 +18,7 @@ from sentence_transformers.util import semantic_search
 
 from minibert.data.load import as_dataset, is_unicode, text_column
 from minibert.data.stream import USUAL_COLUMNS
-from minibert.files.disk import atomic_write, delete, delete_unused_lock, leftovers, readable_os_errors
+from minibert.files.disk import atomic_write, delete, delete_unused_lock, leftovers, read_settings, readable_os_errors
 from minibert.inference.encode import Encoder
 from minibert.inference.load import find_model, fingerprint
 from minibert.search.index import KEPT, index_folder, index_lock, open_index
@@ -139,8 +139,8 @@ class FolderSearcher(Searcher):
     The constructor builds the index of the folder, or extends the index by new shards.
 
     Args:
-        model: the path or Hub id of the model that made the vectors. The default is the model
-            in the manifest.
+        model: the path or Hub id of the model that made the vectors, or of a student that was
+            distilled into its vector space. The default is the model in the manifest.
         exact: compare each query with all vectors, even if there are many.
         hybrid: search by meaning and by words (BM25), and combine the two rankings with
             :func:`fuse`.
@@ -199,7 +199,7 @@ class FolderSearcher(Searcher):
 
 
 def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_code: bool) -> Path:
-    """Return the folder of the model. Raise a ValueError if another model made the vectors."""
+    """Return the folder of the model that made the vectors, or of its student. Refuse other models."""
     manifest = folder.manifest
     try:
         path = find_model(model or manifest.model, trust_remote_code=trust_remote_code)
@@ -208,6 +208,10 @@ def _find_model(folder: VectorFolder, model: str | Path | None, trust_remote_cod
             raise
         raise FileNotFoundError(f"{error} This model made {folder.folder}; give its path with --model.") from error
     if fingerprint(path) != manifest.fingerprint:
+        teachers = read_settings(path / "config_sentence_transformers.json").get("teachers")
+        if isinstance(teachers, list) and manifest.fingerprint in teachers:
+            logger.info("%s encodes the queries: its teacher made the vectors in %s.", path, folder.folder)
+            return path
         raise ValueError(
             f"The vectors in {folder.folder} were made by {manifest.model}, but {path} is another model or "
             "has changed since: encode again, or give the original model with --model."

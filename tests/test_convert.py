@@ -16,9 +16,11 @@ from transformers import AutoTokenizer
 import minibert
 from helpers import TINY, edit_json, edit_weights, read_weights, run_command, run_python, save_family
 from minibert.data.docstrings import load_pairs
+from minibert.files.disk import read_settings
 from minibert.hub import folders, parity
 from minibert.hub.convert import convert
 from minibert.hub.families import FAMILIES
+from minibert.inference.load import fingerprint
 
 
 def assert_same_outputs(theirs, ours, *, pairs=False, pooled=True):
@@ -140,6 +142,7 @@ def test_sentence_transformers_settings_are_kept(tmp_path):
     theirs.save_pretrained(str(tmp_path / "source"))
     report = convert(tmp_path / "source", tmp_path / "out")
     assert report.differences["sentence_embedding"] <= 1e-5
+    assert read_settings(tmp_path / "out" / "conversion.json")["fingerprint"] == fingerprint(tmp_path / "source")
     ours = SentenceTransformer(str(tmp_path / "out"))
     assert ours.prompts["query"] == "what is " and ours.similarity_fn_name == "dot" and ours.max_seq_length == 12
     assert [type(module).__name__ for module in ours] == ["Transformer", "Pooling", "Dense", "Normalize"]

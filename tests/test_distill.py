@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -10,11 +11,28 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from sentence_transformers.sentence_transformer.modules import Dense
+from tokenizers import Tokenizer, models, processors
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from helpers import read_rows, read_weights, write_recipe
-from minibert import MiniBertConfig, MiniBertForMaskedLM, MiniBertForSequenceClassification, MiniBertModel, train_word_level
-from minibert.inference.load import embedder
+from minibert import (
+    MiniBertConfig,
+    MiniBertForMaskedLM,
+    MiniBertForSequenceClassification,
+    MiniBertModel,
+    train_word_level,
+    train_wordpiece,
+)
+from minibert.inference.load import embedder, fingerprint, open_tokenizer
 from minibert.train.arguments import OBJECTIVES, Recipe
 from minibert.train.loop import StopRequest
 from minibert.train.recipe import load_recipe
@@ -23,6 +41,7 @@ from minibert.train.stage import StageContext
 from minibert.train.stages.distill import embedding, pretraining, task
 from minibert.train.stages.distill import student as student_module
 from minibert.train.stages.distill import teacher as teacher_module
+from minibert.train.stages.distill.vocabulary import keep_frequent_tokens
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 FRUITS = ("apple", "pear", "plum", "fig", "lime", "kiwi")
@@ -412,6 +431,175 @@ def test_prompts_stay_with_the_student(run, folder, tmp_path):
     assert (student.prompts["fruit"], student.default_prompt_name) == ("red apple ", "fruit")
 
 
+# The teacher's space
+
+
+def settings_of(folder):
+    return json.loads((folder / "config_sentence_transformers.json").read_text())
+
+
+def kinds_of(model):
+    return [type(module).__name__ for module in model]
+
+
+def test_a_student_that_keeps_its_projection_gives_the_teachers_vectors(run, folder, tmp_path):
+    fields = {"model": {**STUDENT, "hidden_size": 8, "intermediate_size": 16}, "vector_loss": "mse", "dropout": 0.0}
+    run("embedding", epochs=12, keep_projection=True, **fields, **RARELY)
+    losses = [line["loss"] for line in log_of(tmp_path / "run")]
+    assert np.mean(losses[-4:]) < 0.7 * losses[0]
+    student = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    teacher = SentenceTransformer(str(folder / "embedding"), device="cpu")
+    assert kinds_of(student) == ["Transformer", "Pooling", "Dense", "Normalize"]
+    ours, theirs = (model.encode(TEXTS, convert_to_tensor=True) for model in (student, teacher))
+    # What was trained is what is saved: the loss at the end is that of the student's own vectors.
+    error = embedding.squared_distance(ours, theirs) + embedding.similarity_error(ours, theirs)
+    assert float(error) == pytest.approx(np.mean(losses[-4:]), rel=0.2)
+    assert settings_of(tmp_path / "run")["teachers"] == [fingerprint(folder / "embedding")]
+    run("embedding", "map", max_steps=1, **fields)  # a map that is thrown away leaves the student outside of this space
+    assert "teachers" not in settings_of(tmp_path / "map")
+    assert kinds_of(SentenceTransformer(str(tmp_path / "map"), device="cpu")) == ["Transformer", "Pooling", "Normalize"]
+
+
+@pytest.mark.parametrize("ends", [["Normalize"], ["Dense", "Normalize"], ["Normalize", "Dense"], []])
+def test_a_student_ends_as_its_teacher_does(run, folder, tmp_path, ends):
+    teacher = SentenceTransformer(str(folder / "embedding"), device="cpu")
+    modules = {"Normalize": teacher[2], "Dense": Dense(16, 12)}
+    teacher = SentenceTransformer(modules=[teacher[0], teacher[1], *(modules[name] for name in ends)], device="cpu")
+    teacher.save_pretrained(str(tmp_path / "teacher"))
+    run("embedding", teacher=str(tmp_path / "teacher"), max_steps=1, keep_projection=True)
+    student = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    # Vectors of 16 numbers need no map; those of 12 do, and have length 1 only if the teacher's have.
+    expected = ["Dense"] * ("Dense" in ends) + ["Normalize"] * (ends[-1:] == ["Normalize"])
+    assert kinds_of(student) == ["Transformer", "Pooling", *expected]
+    assert student.get_embedding_dimension() == teacher.get_embedding_dimension()
+
+
+def test_a_student_records_whose_vectors_it_has(run, folder, tmp_path):
+    shutil.copytree(folder / "embedding", tmp_path / "teacher")
+    (tmp_path / "teacher" / "conversion.json").write_text(json.dumps({"fingerprint": "a" * 64}))
+    run("embedding", teacher=str(tmp_path / "teacher"), max_steps=1)
+    assert settings_of(tmp_path / "run")["teachers"] == [fingerprint(tmp_path / "teacher"), "a" * 64]
+    run("embedding", "similar", max_steps=1, vector_weight=0.0)  # only the similarities among its vectors are the teacher's
+    assert "teachers" not in settings_of(tmp_path / "similar")
+    SentenceTransformer(str(tmp_path / "run"), device="cpu").save_pretrained(str(tmp_path / "again"))
+    assert "teachers" not in settings_of(tmp_path / "again")  # as after any further training
+
+
+# A smaller vocabulary
+
+WORDS = [*TEXTS, "greenish limes and greyish figs", "a kiwi, a fig: that is whiteness?", "blackish plums; 2 apples"]
+
+
+@pytest.fixture(scope="module")
+def spelling(folder, tmp_path_factory):
+    """A teacher of the shape of the others whose tokens are pieces of words."""
+    with warnings.catch_warnings(action="ignore"):
+        words = train_wordpiece([*WORDS, "unseen words with jolly queues"], vocab_size=140, min_frequency=1).get_vocab()
+    # As in BERT, the special tokens come after tokens that no text has.
+    vocab = {"[unused0]": 0, **{token: number + 1 for token, number in words.items()}}
+    tokenizer = BertTokenizer(vocab=vocab, model_max_length=24)
+    config = MiniBertConfig.preset("bert-base", **SHAPE, num_hidden_layers=2, vocab_size=len(tokenizer), pad_token_id=1)
+    place = tmp_path_factory.mktemp("spelling") / "teacher"
+    embedder(MiniBertModel(config), tokenizer, folder / "start", "mean", True).save_pretrained(str(place))
+    (place.parent / "words.txt").write_text("\n\n".join(WORDS))
+    return place
+
+
+def counts_of(tokenizer, texts):
+    ids = np.concatenate([tokenizer(text)["input_ids"] for text in texts])
+    return np.bincount(ids, minlength=len(tokenizer))
+
+
+def with_processor(tokenizer, kind):
+    """Give the tokenizer a post-processor that names its special tokens in another way."""
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[SEP]", "[CLS]")]
+    if kind != "template":
+        tokenizer.backend_tokenizer.post_processor = processors.BertProcessing(*ends)
+    if kind == "sequence":
+        parts = [tokenizer.backend_tokenizer.post_processor]
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence(parts)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["template", "bert", "sequence"])
+def test_the_most_frequent_tokens_stay_and_no_word_becomes_unknown(spelling, tmp_path, kind):
+    tokenizer = with_processor(open_tokenizer(spelling), kind)
+    tokenizer.add_tokens(["kiwi"])
+    counts = counts_of(tokenizer, WORDS)
+    tokenizer(WORDS, padding="max_length", truncation=True, max_length=9)  # leaves its settings behind
+    smaller, kept = keep_frequent_tokens(tokenizer, counts, 62)
+    assert len(smaller) == len(kept) == 62
+    tokens = tokenizer.convert_ids_to_tokens(kept)
+    assert smaller.convert_ids_to_tokens(range(62)) == tokens
+    assert {*tokenizer.all_special_tokens, "kiwi"} <= {*tokens}
+    dropped = [number for number in range(len(tokenizer)) if number not in kept]
+    plain = [
+        n for n, token in zip(kept, tokens) if len(token.removeprefix("##")) > 1 and token not in tokenizer.all_special_tokens
+    ]
+    assert max(counts[dropped]) <= min(counts[number] for number in plain if tokens[kept.index(number)] != "kiwi")
+    assert max(counts[dropped]) > 0  # words are spelled with other tokens than before
+    smaller.save_pretrained(tmp_path)
+    reopened = open_tokenizer(tmp_path)
+    for text in [*WORDS, "a greenapple"]:
+        assert "[UNK]" not in smaller.tokenize(text)
+        ids = smaller(text)["input_ids"]
+        assert (ids[0], ids[-1]) == (smaller.cls_token_id, smaller.sep_token_id)
+        assert smaller.decode(ids, skip_special_tokens=True) == tokenizer.decode(
+            tokenizer(text)["input_ids"], skip_special_tokens=True
+        )
+        assert reopened(text)["input_ids"] == ids
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"] is None
+
+
+def test_a_token_whose_characters_the_teacher_lacks_stays():
+    vocab = ["[UNK]", "a", "##a", "b", "##b", "aab", "##ab", "aßb", "baa"]  # nothing spells ß
+    model = models.WordPiece({token: number for number, token in enumerate(vocab)}, unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="[UNK]")
+    counts = np.array([0, 1, 1, 1, 1, 9, 8, 1, 1])
+    smaller, kept = keep_frequent_tokens(tokenizer, counts, 7)
+    assert [vocab[number] for number in kept] == ["[UNK]", "a", "##a", "b", "##b", "aab", "aßb"]
+    assert [smaller.tokenize(word) for word in ("baab", "aßb")] == [["b", "##a", "##a", "##b"], ["aßb"]]
+
+
+def test_a_student_with_fewer_tokens_has_the_teachers_embeddings(run, spelling, tmp_path):
+    fields = {"teacher": str(spelling), "data": str(spelling.parent / "words.txt"), "student_vocab_size": 62}
+    run("embedding", **fields, max_length=12, max_steps=1, learning_rate=1e-12, student_layers=[1])
+    tokenizer, theirs = open_tokenizer(tmp_path / "run"), open_tokenizer(spelling)
+    kept = theirs.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(range(62)))
+    ours, before = read_weights(tmp_path / "run"), read_weights(spelling)
+    word, position = (f"embeddings.{name}_embeddings.weight" for name in ("word", "position"))
+    torch.testing.assert_close(ours[word], before[word][kept], atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours[position], before[position][:12], atol=1e-6, rtol=0)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["vocab_size"], config["max_position_embeddings"], config["pad_token_id"]) == (62, 12, 0)
+    student = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    assert student.max_seq_length == 12
+    assert settings_of(tmp_path / "run")["teachers"] == [fingerprint(spelling)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"student_vocab_size": 20},
+            r"student_vocab_size=20 is not possible: the teacher has 1\d\d tokens, of which .* are \d\d\.",
+        ),
+        ({"student_vocab_size": 2000}, "student_vocab_size=2000 is not possible"),
+        ({"student_vocab_size": 62, "hidden_weight": 1.0}, "remove tokenizer and student_vocab_size to use the teacher's"),
+        ({"student_vocab_size": 12, "teacher": None}, "WordPiece tokenizer, but this is WordLevel; remove this field"),
+        ({"student_vocab_size": 62, "tokenizer": "x"}, "set student_layers, and remove tokenizer"),
+        ({"student_vocab_size": 62, "model": STUDENT}, "set student_layers, and remove tokenizer"),
+        ({"keep_projection": True, "vector_weight": 0.0}, "increase vector_weight, or remove one field"),
+    ],
+)
+def test_refused_students(run, folder, spelling, fields, message):
+    fields = {"teacher": str(spelling), "data": str(spelling.parent / "words.txt"), **fields}
+    if fields["teacher"] is None:
+        fields["teacher"] = str(folder / "embedding")
+    with pytest.raises(ValueError, match=message):
+        run("embedding", max_steps=1, **fields)
+
+
 def distinct_texts(args, folder):
     return embedding.read_texts(args, StageContext(folder, 0))
 
@@ -457,7 +645,7 @@ def test_texts_are_distinct_lines_of_any_column(folder, tmp_path):
         ("embedding", {"data": "labelled", "text_columns": ["label"]}, "Column 'label' does not hold texts"),
         ("embedding", {"matryoshka_dims": [8, 16]}, "below the student's vector size 16"),
         ("embedding", {"eval_data": "pairs", "metric_for_best": "mrr"}, "metric_for_best='mrr' is not measured.*spearman"),
-        ("embedding", {"eval_data": "texts"}, "which is none of: query and answer"),
+        ("embedding", {"eval_data": "texts"}, "which is none of: retrieval: query, answer"),
     ],
 )
 def test_refusals(run, folder, objective, fields, message):

@@ -351,7 +351,7 @@ def test_an_early_stop_is_resumed_as_one(run, folder, tmp_path, monkeypatch, eva
         key = model[0].auto_model.embeddings.word_embeddings.weight.sum().item()
         return {"systems": {"model": {"mrr@10": measured.setdefault(key, [0.2, 0.9, 0.3, 0.1][len(measured) % 4])}}}
 
-    monkeypatch.setattr(embed_module, "retrieval", retrieval)
+    monkeypatch.setattr(embed_module, "measure_model", retrieval)
     fields = {"epochs": 6, "eval_data": str(folder / "pairs.csv"), "patience": 2, "eval_steps": eval_steps, "save_steps": 4}
     whole = run("whole", **fields)
     assert (whole["steps"], whole["best_step"], whole["stopped_early_at"], whole["eval_mrr@10"]) == (20, 10, 20, 0.9)

@@ -368,6 +368,6 @@ def test_refuses_shares_above_one(folder):
 
 
 def test_refuses_to_pick_by_next_sentences_without_them(folder):
-    with pytest.raises(ValueError, match="next_sentence_accuracy needs next_sentence: true. Set next_sentence, or choose loss"):
+    with pytest.raises(ValueError, match="next_sentence_accuracy needs next_sentence: true, or choose another metric"):
         arguments(folder, metric_for_best="next_sentence_accuracy")
     assert arguments(folder, metric_for_best="next_sentence_accuracy", next_sentence=True).next_sentence

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT, edit_json, save_family, save_trained, write_recipe, write_rows
+from minibert.files.disk import read_settings
 from minibert.hub import provenance
 from minibert.hub.convert import convert
 from minibert.hub.export import export
@@ -114,6 +115,12 @@ def test_no_file_holds_a_planted_name(outputs):
         if names := [name for name in planted if name.encode() in data or name in text]:
             found[file.relative_to(out).as_posix()] = names
     assert not found
+
+
+def test_a_student_is_published_with_the_fingerprint_of_its_teacher(outputs):
+    settings = read_settings(outputs[0] / "5-distill" / "config_sentence_transformers.json")
+    (teacher,) = settings["teachers"]
+    assert re.fullmatch("[0-9a-f]{64}", teacher)
 
 
 def test_names_on_the_hub_stay():

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from helpers import edit_json, edit_weights, run_command, save_model, write_vectors
@@ -21,6 +22,7 @@ from minibert.inference.load import fingerprint, load
 from minibert.search.search import FolderSearcher, Searcher, read_passages, read_queries
 from minibert.search.vectors import VectorFolder, write_manifest
 
+WORD_TABLE = "embeddings.word_embeddings.weight"
 PASSAGES = [
     "the cat sleeps on the sofa",
     "a list is sorted in place",
@@ -410,6 +412,32 @@ def test_the_model_may_have_moved_but_not_changed(saved, folder, vectors, tmp_pa
     shutil.copytree(folder, tmp_path / "moved")
     with pytest.raises(ValueError, match="moved is another model or has changed since: encode again"):
         FolderSearcher(vectors)
+
+
+def make_student(folder, teachers, **fields):
+    """Change the weights of a model, and record ``teachers`` in its settings."""
+    edit_weights(folder, **{WORD_TABLE: load_file(folder / "model.safetensors")[WORD_TABLE] * 1.5})
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"teachers": teachers, **fields}))
+    return folder
+
+
+def test_queries_of_a_student_find_what_its_teacher_encoded(saved, folder, vectors):
+    student = make_student(folder, ["0" * 64, fingerprint(saved)])
+    done = run_command("search", vectors, "a list", "--model", student)
+    assert done.exit_code == 0
+    assert PASSAGES[1] in done.stdout.splitlines()[1]
+    assert [line for line in done.stderr.splitlines() if "queries" in line] == [
+        f"{student} encodes the queries: its teacher made the vectors in {vectors}."
+    ]
+    # The folder stays the teacher's, whose queries need no such word.
+    assert VectorFolder(vectors).manifest.model == str(saved)
+    assert "encodes the queries" not in run_command("search", vectors, "a list").stderr
+
+
+@pytest.mark.parametrize("teachers", [["0" * 64], [], None, 7, {"a": 1}, [["x"]]])
+def test_students_of_other_teachers_are_refused(folder, vectors, teachers):
+    with pytest.raises(ValueError, match="is another model or has changed since"):
+        FolderSearcher(vectors, make_student(folder, teachers))
 
 
 def test_a_folder_that_is_still_being_encoded_is_searched_with_a_word_of_it(saved, tmp_path, caplog):

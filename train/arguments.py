@@ -503,6 +503,22 @@ class DistillEmbeddingStage(DistillStage):
     matryoshka_dims: list[Positive] | None = Field(None, min_length=1, description="Prefix lengths to train.")
     pooling: Literal["cls", "mean"] | None = Field(None, description="Pooling method. Unset: the teacher's.")
     normalize: bool | None = Field(None, description="Scale vectors to length 1. Unset: as the teacher.")
+    keep_projection: bool = Field(
+        False, description="End the student in the map to the teacher's vector size, so that its vectors are the teacher's."
+    )
+    student_vocab_size: Positive | None = Field(
+        None,
+        description="Keep this many tokens of the teacher's WordPiece tokenizer, the most frequent in data, and "
+        "positions up to max_length. Unset: all.",
+    )
+
+    @model_validator(mode="after")
+    def _student_fits_together(self) -> "DistillEmbeddingStage":
+        if self.keep_projection and not self.vector_weight:
+            raise ValueError("keep_projection keeps what vector_weight trains; increase vector_weight, or remove one field.")
+        if self.student_vocab_size and (self.tokenizer or not self.student_layers):
+            raise ValueError("student_vocab_size keeps tokens of the teacher; set student_layers, and remove tokenizer.")
+        return self
 
 
 class EvaluateStage(ModelStage):

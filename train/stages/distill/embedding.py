@@ -21,8 +21,10 @@ from minibert.data.columns import pick_columns
 from minibert.data.load import load, text_columns
 from minibert.data.source import DataSource
 from minibert.evaluation.evaluate import evaluate
+from minibert.files.disk import read_settings, write_json
 from minibert.files.processes import processes
-from minibert.inference.load import embedder, open_tokenizer
+from minibert.inference.load import embedder, find_folder, open_tokenizer
+from minibert.inference.load import fingerprint as fingerprint_of_folder
 from minibert.inference.load import load as load_embedder
 from minibert.train.arguments import DistillEmbeddingStage
 from minibert.train.loop import in_precision
@@ -30,6 +32,7 @@ from minibert.train.rows import TokenizedDataset
 from minibert.train.stage import StageContext, sequence_length
 from minibert.train.stages.distill.student import Distillation, cosine_distance, fit_student, load_student
 from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_outputs, fingerprint, freeze, same_tokens
+from minibert.train.stages.distill.vocabulary import keep_frequent_tokens
 
 # The score is the mean of these metrics over the data sets.
 _MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10", "triplets": "accuracy", "classification": "accuracy"}
@@ -65,7 +68,8 @@ class EmbeddingDistillation(Distillation):
     """Compute the weighted losses of vectors, similarities and hidden states.
 
     If vectors of student and teacher have different sizes, a linear layer converts the vectors
-    of the student. The layer is trained but not saved. Hidden states are converted likewise.
+    of the student. The layer is trained but not saved: with ``keep_projection``, the student itself
+    ends in such a layer. Hidden states are converted likewise.
     """
 
     def __init__(self, args: DistillEmbeddingStage, student: Any, teacher: Any):
@@ -122,7 +126,9 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
     held_out = [(name, load([source], split="validation")) for name, source in _named(args.eval_data or [])]
     context.end_check()
     teacher: SentenceTransformer = freeze(load_embedder(str(context.teacher)))
-    student, length = _student(args, context, teacher)
+    prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""  # encode() adds it
+    prompted = Dataset.from_dict({"text": [prompt + text for text in texts]})
+    student, length = _student(args, context, teacher, prompted)
     # The teacher reads at most as many tokens as the student.
     teacher.max_seq_length = min(length, teacher.max_seq_length or length)
 
@@ -138,12 +144,15 @@ def distill_embedding(args: DistillEmbeddingStage, context: StageContext) -> dic
     )
     dims = args.matryoshka_dims or ()
     measured = partial(measure, held_out=held_out, dims=dims, batch_size=args.eval_batch_size) if held_out else None
-    prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""  # encode() adds it
-    prompted = Dataset.from_dict({"text": [prompt + text for text in texts]})
     rows = TokenizedDataset.from_texts(prompted, ["text"], np.zeros(len(texts)), student.tokenizer, length)
     taught = TaughtRows(rows, "teacher_vectors", vectors, key)
     distillation = EmbeddingDistillation(args, student, teacher)
     metrics = fit_student(distillation, student.tokenizer, args, context, taught, measured)
+    if args.vector_weight and isinstance(distillation.vector_map, nn.Identity) and processes().is_main_process:
+        # Queries of the student find texts that the teacher encoded, or the model that the teacher was converted from.
+        file, folder = context.output_dir / "config_sentence_transformers.json", find_folder(str(context.teacher))
+        found = [fingerprint_of_folder(folder), read_settings(folder / "conversion.json").get("fingerprint")]
+        write_json(file, {**read_settings(file), "teachers": [one for one in found if one]})
     return {**metrics, "train_texts": len(texts)}
 
 
@@ -179,7 +188,7 @@ def _named(sources: Sequence[DataSource]) -> list[tuple[str, DataSource]]:
 
 
 def _student(
-    args: DistillEmbeddingStage, context: StageContext, teacher: SentenceTransformer
+    args: DistillEmbeddingStage, context: StageContext, teacher: SentenceTransformer, texts: Dataset
 ) -> tuple[SentenceTransformer, int]:
     """Return the student and the maximum number of tokens that the student reads."""
     own = context.tokenizer != context.teacher
@@ -190,13 +199,23 @@ def _student(
     if args.max_length is None and teacher.max_seq_length:
         length = min(length, teacher.max_seq_length)
     tokenizer.model_max_length = length
+    if args.student_vocab_size:
+        ids = TokenizedDataset.from_texts(texts, ["text"], np.zeros(len(texts)), tokenizer, length).ids
+        counts, embeddings = np.bincount(ids, minlength=len(tokenizer)), encoder.embeddings
+        tokenizer, kept = keep_frequent_tokens(tokenizer, counts, args.student_vocab_size)
+        embeddings.word_embeddings.weight = nn.Parameter(embeddings.word_embeddings.weight[kept])
+        encoder.config.update({"vocab_size": len(kept), "pad_token_id": tokenizer.pad_token_id})
+        if encoder.config.position_embedding_type == "learned":
+            embeddings.position_embeddings.weight = nn.Parameter(embeddings.position_embeddings.weight[:length])
+            encoder.config.max_position_embeddings = length
     pooling = args.pooling or next((module.pooling_mode for module in teacher if isinstance(module, Pooling)), None)
     student = embedder(
         encoder,
         tokenizer,
         context.output_dir / ".start",
         pooling if pooling in ("cls", "mean") else "mean",
-        any(isinstance(module, Normalize) for module in teacher) if args.normalize is None else args.normalize,
+        isinstance(teacher[-1], Normalize) if args.normalize is None else args.normalize,
+        teacher.get_embedding_dimension() if args.keep_projection else None,
         prompts=teacher.prompts,
         default_prompt_name=teacher.default_prompt_name,
         similarity_fn_name=teacher.similarity_fn_name,
@@ -210,7 +229,8 @@ def _student(
         if not same_tokens(tokenizer, teacher.tokenizer):
             raise ValueError(
                 "hidden_weight compares hidden states of equal tokens, but teacher and student have "
-                "different tokenizers. Set hidden_weight: 0, or remove tokenizer to use the teacher's."
+                "different tokenizers. Set hidden_weight: 0, or remove tokenizer and "
+                "student_vocab_size to use the teacher's."
             )
     width = student.get_embedding_dimension()
     if args.matryoshka_dims and (max(args.matryoshka_dims) >= (width or 0) or not args.similarity_weight):
