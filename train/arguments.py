@@ -347,9 +347,8 @@ class EmbedStage(TrainStage):
     )
     loss: LossName = Field(
         "mnrl",
-        description="Pairs: mnrl (multiple negatives ranking), or gist, which leaves out negatives that the guide finds "
-        "closer than the positive; cached_mnrl and cached_gist save memory with large batches. Pairs with scores: cosent, "
-        "angle or cosine_mse. Triplets: triplet, or margin_mse, whose score is by how much a positive beats its negative.",
+        description="Pairs: mnrl or gist; cached_ saves memory. Pairs with scores: cosent, angle or cosine_mse. Triplets: "
+        "triplet or margin_mse. The table below tells them apart.",
     )
     guide: str | None = Field(None, min_length=1, description="Embedding model of gist: earlier stage, folder or Hub id.")
     teacher: str | None = Field(None, min_length=1, description="Embedding model that scores margin_mse. Unset: score_column.")
