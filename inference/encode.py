@@ -362,19 +362,15 @@ class Encoder:
             bounds = torch.from_numpy(np.append(starts, len(batch.ids))).to(device, torch.int32)
             packing = Packing.of_cu_seqlens(bounds, int(lengths[-1]))
         hidden: Tensor = _encoder_of(self.model).forward_packed(ids, positions, packing)  # (T, C)
-        mode = self._pooling.pooling_mode
-        if mode not in ("mean", "cls") or batch.prompt_length:
+        if self._pooling.pooling_mode != "mean" or batch.prompt_length:
             features: dict[str, Any] = {"token_embeddings": hidden[None], "prompt_length": batch.prompt_length}
             if len(lengths) > 1:  # of a single text, sums are not added in a random order on a GPU
                 features["cu_seq_lens_q"] = torch.from_numpy(np.append(starts, len(batch.ids))).to(device)
             pooled: Tensor = self._pooling(features)["sentence_embedding"]
             return pooled
-        first = torch.from_numpy(starts).to(device)
-        if mode == "cls":
-            return hidden[first]
         if len(lengths) == 1:
             return hidden.mean(dim=0, keepdim=True)
-        rows = torch.arange(len(hidden), device=device)
+        rows, first = torch.arange(len(hidden), device=device), torch.from_numpy(starts).to(device)
         return F.embedding_bag(rows, hidden, first, mode="mean")  # the fastest mean of segments in torch
 
 

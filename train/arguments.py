@@ -317,11 +317,6 @@ class PairSource(DataSource):
     make_pairs: bool | None = Field(None, description="Make pairs from texts. Unset: the stage's value.")
     hard_negatives: NotNegative | None = Field(None, description="Number per pair. Unset: the stage's value.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_any_source(cls, value: Any) -> Any:
-        return value.model_dump() if type(value) is DataSource else value
-
 
 class EmbedStage(TrainStage):
     """Configure sentence-transformers training on pairs, pairs with scores, or triplets."""
