@@ -31,14 +31,12 @@ from typing_extensions import Unpack
 from minibert.data.load import is_unicode
 from minibert.inference.batching import Batch, Tokenizer, check_texts, cut_windows, tokenizing_thread, turn
 from minibert.inference.cpu import choose_dtype, prepack, supports_half_copies
-from minibert.inference.load import finite, load
+from minibert.inference.load import PASSAGES, finite, load
 from minibert.modeling_minibert import MiniBertModel
 from minibert.packing_minibert import PREFERS_EXP2, Packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-# The names of a model's prompts for a task. The first one that is not empty is used.
-PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 _FEW_TEXTS = 8  # with so few texts, another thread costs more time than it saves
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # per batch
 # Seconds between two calls of malloc_trim, which takes milliseconds and causes page faults.
@@ -174,7 +172,7 @@ class Encoder:
             _check_device(device)
         self.decisions: dict[str, str] = {}
         self.model = self._open(model, dtype, device, trust_remote_code).eval()
-        self.prompt = _find_prompt(self.model, prompt, prompt_name)
+        self.prompt = _find_prompt(self.model, prompt_name) if prompt is None else prompt
         self._prompt_given = prompt is not None or prompt_name is not None
         reason = _why_not_packed(self.model)
         self.packed = not reason
@@ -269,7 +267,7 @@ class Encoder:
         return self.encode(queries, task="query", **options)
 
     def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Encode passages with the model's prompt ``document``, ``passage`` or ``corpus``, unless another is given."""
+        """Encode passages with the model's prompt ``document``, unless another is given. See :meth:`encode`."""
         return self.encode(texts, task="document", **options)
 
     def similarity(self, first: Any, second: Any) -> Tensor:
@@ -277,8 +275,9 @@ class Encoder:
         return self.model.similarity(first, second)
 
     def _prompt_for(self, task: str | None) -> str | None:
-        found = [self.model.prompts[name] for name in PROMPTS.get(task or "", ()) if name in self.model.prompts]
-        return self.prompt if self._prompt_given or not found else next(filter(None, found), "")
+        names = {"query": ["query"], "document": PASSAGES}.get(task or "", [])
+        found = (self.model.prompts[name] for name in names if name in self.model.prompts)
+        return self.prompt if self._prompt_given else next(found, self.prompt)
 
     def windows(
         self, windows: Iterable[Sequence[str]], *, task: str | None = None, prompt_name: str | None = None
@@ -288,7 +287,7 @@ class Encoder:
         The next list is tokenized while the current list is computed. :meth:`encode` describes
         ``task`` and ``prompt_name``.
         """
-        prompt = self._prompt_for(task) if prompt_name is None else _find_prompt(self.model, None, prompt_name)
+        prompt = self._prompt_for(task) if prompt_name is None else _find_prompt(self.model, prompt_name)
         first = 0  # number of the first text of the window
         if not self.packed:
             for texts in windows:
@@ -403,10 +402,8 @@ def _encoder_of(model: SentenceTransformer) -> Any:
     return model[0].auto_model
 
 
-def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
-    """Return the prompt before every text, or None."""
-    if prompt is not None:
-        return prompt
+def _find_prompt(model: SentenceTransformer, name: str | None) -> str | None:
+    """Return the prompt ``name``, or else the model's default prompt, or None."""
     if name is not None and name not in model.prompts:
         known = ", ".join(model.prompts) or "none"
         raise ValueError(f"The model has no prompt named {name!r}; it has {known} (--prompt-name).")

@@ -26,8 +26,8 @@ from minibert.data.stream import Rows, Stream, open_stream
 from minibert.files.disk import exclusive_lock, read_json, read_settings, sha256
 from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
-from minibert.inference.encode import PROMPTS, Encoder, EncoderOptions
-from minibert.inference.load import find_model, fingerprint
+from minibert.inference.encode import Encoder, EncoderOptions
+from minibert.inference.load import PASSAGES, find_model, fingerprint
 from minibert.search.vectors import (
     KEPT,
     MANIFEST,
@@ -132,7 +132,7 @@ def encode_corpus(
     _check_similarity(folder, options)
     if options.get("prompt") is None and options.get("prompt_name") is None:
         prompts = read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
-        options["prompt_name"] = next((name for name in PROMPTS["document"] if prompts.get(name)), None)
+        options["prompt_name"] = next((name for name in PASSAGES if prompts.get(name)), None)
     asked = Manifest(
         model=str(model),
         fingerprint=fingerprint(folder),

@@ -22,7 +22,7 @@ from minibert.evaluation.evaluate import SIMILARITY_COLUMNS
 from minibert.evaluation.evaluate import evaluate as measure_model
 from minibert.files.disk import read_settings
 from minibert.files.processes import processes
-from minibert.inference.load import embedder, find_folder, open_config, pooling_mode
+from minibert.inference.load import PASSAGES, embedder, find_folder, open_config, pooling_mode
 from minibert.inference.load import load as load_embedder
 from minibert.train import checkpoint
 from minibert.train.arguments import NEEDS, EmbedStage, NewModel
@@ -110,7 +110,8 @@ def check_models(args: EmbedStage, context: StageContext) -> dict[str, str]:
     given = {name: text for name, text in (("query", args.query_prompt), ("document", args.passage_prompt)) if text}
     if given and saved and not given.items() <= saved.items():
         raise ValueError(f"{context.model} already has prompts ({saved}); remove query_prompt and passage_prompt.")
-    return saved | given
+    passage = next((saved[name] for name in PASSAGES if name in saved), "")
+    return {**saved, "document": passage, **given}
 
 
 def _completed(
