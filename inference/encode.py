@@ -191,8 +191,8 @@ class Encoder:
         self.batch_tokens = 1 if deterministic else batch_tokens or usual  # a longer text is a batch of its own
         if self.packed:
             encoder = _encoder_of(self.model)
-            self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config)
             self._pooling: Any = self.model[1]
+            self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config, self._pooling)
             owned = self.model is not model  # do not change a model that the caller opened
             if owned:
                 encoder.pooler = None  # the vectors are pooled from the hidden states
@@ -298,7 +298,7 @@ class Encoder:
         worker = tokenizing_thread(os.getpid())
         try:
             for texts in windows:
-                arguments = (texts, self.batch_tokens, first, prompt or "", self._pooling.include_prompt)
+                arguments = (texts, self.batch_tokens, first, prompt or "")
                 first += len(texts)
                 if len(texts) <= _FEW_TEXTS and not waiting:
                     yield self._compute(self._tokenizer.batches(*arguments), len(texts))
