@@ -110,9 +110,8 @@ def evaluate(
     if not len(rows):
         raise ValueError("The data has no rows; give a file or split that holds data.")
     first_rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    trained: list[dict[str, str]] = []
+    trained = [] if isinstance(model, SentenceTransformer) else _trained_columns(model)
     if not isinstance(model, SentenceTransformer):
-        trained = _trained_columns(model)
         heads = [predict.CLASSIFIER, predict.TAGGER] if task is None else [predict.CLASSIFIER]
         opened = predict.open_with_head(model, heads=heads, **opening) if task in (None, "classification") else None
         if opened:

@@ -407,8 +407,7 @@ def _find_prompt(model: SentenceTransformer, name: str | None) -> str | None:
     if name is not None and name not in model.prompts:
         known = ", ".join(model.prompts) or "none"
         raise ValueError(f"The model has no prompt named {name!r}; it has {known} (--prompt-name).")
-    name = name or model.default_prompt_name
-    return model.prompts.get(name) if name is not None else None
+    return model.prompts.get(name or model.default_prompt_name or "")
 
 
 def _why_not_packed(model: SentenceTransformer) -> str | None:

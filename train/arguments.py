@@ -327,9 +327,7 @@ class EmbedStage(TrainStage):
     )
     eval_data: DataSources | None = Field(None, description="Data for metric_for_best. Unset: no evaluation.")
     make_pairs: bool = Field(
-        False,
-        description="Make pairs from plain text (languages with spaces): some words of a sentence have to find it, sometimes "
-        "with its neighbours. A source can set make_pairs itself: data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
+        False, description="Make pairs from plain text (languages with spaces): some words of a sentence have to find it."
     )
     text_column: str | None = Field(None, description="Text column. Unset: text, or the only string column.")
     sample_by: SampleBy = "paragraph"
