@@ -32,17 +32,17 @@ from minibert.inference.answers import max_length_of
 from minibert.inference.load import find_folder, finite, load
 
 SIMILARITY_COLUMNS = ("sentence1", "sentence2", "score")
-TRIPLET = ("anchor", "positive", "negative")
 LABEL_COLUMN = "label"
 _LABELLED = (("text", LABEL_COLUMN), ("sentence", LABEL_COLUMN))
 # The usual columns of the tasks of embedding models. The data's task is the one with the most columns, or else the first.
 TASKS: dict[str, Sequence[Sequence[str]]] = {
     "retrieval": (("query", "answer"), ("question", "answer"), ("query", "passage"), ("anchor", "positive")),
-    "triplets": (TRIPLET, ("query", "positive", "negative")),
+    "triplets": (("anchor", "positive", "negative"), ("query", "positive", "negative")),
     "similarity": (SIMILARITY_COLUMNS,),
     "classification": _LABELLED,
     "clustering": _LABELLED,
 }
+Systems = Mapping[str, SentenceTransformer]  # the model and, as a baseline, an untrained copy
 SEED = 0  # of untrained models, clusters and the rows that are held out
 _BLOCK = 2**25  # scores (queries by passages) that are computed at once: 128 MB
 
@@ -101,18 +101,17 @@ def evaluate(
     if task not in (None, *TASKS):
         raise ValueError(f"task={task!r} is unknown; use {', '.join(TASKS)} (--task).")
     opening: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    how: dict[str, Any] = {"baselines": baselines, "batch_size": batch_size, "show_progress_bar": show_progress}
+    how: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress}
     path = None if isinstance(data, Dataset) else expand_home(data)
     if path and task in (None, "retrieval") and (path / "corpus.jsonl").exists():
-        return search(_open(model, **opening), read_collection(path, split), limit, **how)
+        return search(_open(model, **opening), read_collection(path, split), limit, baselines, **how)
     split = split or "validation"
     rows = as_dataset(data, split=split)
     if not len(rows):
         raise ValueError("The data has no rows; give a file or split that holds data.")
     first_rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    trained: list[dict[str, str]] = []
+    trained = [] if isinstance(model, SentenceTransformer) else _trained_columns(model)
     if not isinstance(model, SentenceTransformer):
-        trained = _trained_columns(model)
         heads = [predict.CLASSIFIER, predict.TAGGER] if task is None else [predict.CLASSIFIER]
         opened = predict.open_with_head(model, heads=heads, **opening) if task in (None, "classification") else None
         if opened:
@@ -126,10 +125,10 @@ def evaluate(
         how["train"] = None if whole else as_dataset(data, split="train")
     encoder = _open(model, **opening)
     if kind == "retrieval":
-        return retrieval(encoder, *_texts(rows, names), limit=limit, **how)
+        return retrieval(encoder, *_texts(rows, names), limit=limit, baselines=baselines, **how)
     measures: dict[str, Callable[..., dict[str, Any]]] = {"triplets": triplets, "similarity": similarity}
     measures |= {"classification": probe, "clustering": clustering}
-    return measures[kind](encoder, first_rows, names, **how)
+    return measures[kind](_systems(encoder, baselines), first_rows, names, **how)
 
 
 def retrieval(model: SentenceTransformer, queries: Sequence[str], answers: Sequence[str], **how: Any) -> dict[str, Any]:
@@ -165,39 +164,33 @@ def search(
     return {"kind": "retrieval", "queries": len(asked), "passages": len(passages), "systems": systems}
 
 
-def similarity(
-    model: SentenceTransformer, data: Dataset, columns: Sequence[str] = SIMILARITY_COLUMNS, baselines: bool = True, **how: Any
-) -> dict[str, Any]:
+def similarity(systems: Systems, data: Dataset, columns: Sequence[str], **how: Any) -> dict[str, Any]:
     """Return Spearman's correlation between a score and the cosine of two sentences. See :func:`search`."""
     first, second = _texts(data, columns[:2])
     scores = read_labels(data, columns[2], problem_type=REGRESSION).values.tolist()
     if len(set(scores)) < 2:
         raise ValueError("Every row has the same score; give rows with different scores.")
     evaluator = _checked(evaluation.EmbeddingSimilarityEvaluator(first, second, scores, similarity_fn_names=["cosine"], **how))
-    systems = {  # None where all cosines are equal: the correlation is undefined
+    found = {  # None where all cosines are equal: the correlation is undefined
         name: {"spearman": None if math.isnan(value := float(evaluator(system)["spearman_cosine"])) else value}
-        for name, system in _systems(model, baselines).items()
+        for name, system in systems.items()
     }
-    return {"kind": "similarity", "pairs": len(scores), "systems": systems}
+    return {"kind": "similarity", "pairs": len(scores), "systems": found}
 
 
-def triplets(
-    model: SentenceTransformer, data: Dataset, columns: Sequence[str] = TRIPLET, baselines: bool = True, **how: Any
-) -> dict[str, Any]:
+def triplets(systems: Systems, data: Dataset, columns: Sequence[str], **how: Any) -> dict[str, Any]:
     """Return how often an anchor is more similar to the positive than to the negative. See :func:`search`."""
     anchors, positives, negatives = _texts(data, columns)
     differ = [positive != negative for positive, negative in zip(positives, negatives, strict=True)]
     equal = f"the {columns[1]} is the same text, as in {differ.count(False):,} of {len(data):,} rows"
     refuse_first(negatives, differ, columns[2], f"{equal}; correct or remove them")
     evaluator = _checked(evaluation.TripletEvaluator(anchors, positives, negatives, **how))
-    accuracy = f"{model.similarity_fn_name}_accuracy"
-    systems = {name: {"accuracy": evaluator(system)[accuracy]} for name, system in _systems(model, baselines).items()}
-    return {"kind": "triplets", "triplets": len(anchors), "systems": systems}
+    accuracy = f"{systems['model'].similarity_fn_name}_accuracy"
+    found = {name: {"accuracy": evaluator(system)[accuracy]} for name, system in systems.items()}
+    return {"kind": "triplets", "triplets": len(anchors), "systems": found}
 
 
-def probe(
-    model: SentenceTransformer, data: Dataset, columns: Sequence[str], train: Dataset | None = None, **how: Any
-) -> dict[str, Any]:
+def probe(systems: Systems, data: Dataset, columns: Sequence[str], train: Dataset | None = None, **how: Any) -> dict[str, Any]:
     """Return accuracy and macro-F1 of a logistic regression on vectors of ``train``, or else of 80 % of ``data``."""
     parts = [train, data] if train else [data]
     classes = read_labels(parts[0], columns[1], problem_type=SINGLE).names
@@ -205,25 +198,25 @@ def probe(
     texts = [text for part in parts for text in _texts(part, columns[:1])[0]]
     parting: Any = {"train_size": len(train), "shuffle": False} if train else {"test_size": 0.2, "stratify": labels}
     learned, held_out = model_selection.train_test_split(np.arange(len(texts)), random_state=SEED, **parting)
-    systems = {}
-    for name, vectors in _vectors(model, texts, **how).items():
+    found = {}
+    for name, vectors in _vectors(systems, texts, **how).items():
         regression = linear_model.LogisticRegression(max_iter=1000).fit(vectors[learned], labels[learned])
         guesses = regression.predict(vectors[held_out])
         report = classification_report(labels[held_out], guesses, output_dict=True, zero_division=0)
-        systems[name] = {"accuracy": report["accuracy"], "macro_f1": report["macro avg"]["f1-score"]}
-    return {"kind": "classification", "rows": len(held_out), "training_rows": len(learned), "systems": systems}
+        found[name] = {"accuracy": report["accuracy"], "macro_f1": report["macro avg"]["f1-score"]}
+    return {"kind": "classification", "rows": len(held_out), "training_rows": len(learned), "systems": found}
 
 
-def clustering(model: SentenceTransformer, data: Dataset, columns: Sequence[str], **how: Any) -> dict[str, Any]:
+def clustering(systems: Systems, data: Dataset, columns: Sequence[str], **how: Any) -> dict[str, Any]:
     """Return the V-measure of k-means on the vectors of texts, with a cluster per label. See :func:`search`."""
     labels = read_labels(data, columns[1], problem_type=SINGLE).values
     clusters = len(np.unique(labels))
     if not 1 < clusters < len(data):
         raise ValueError(f"{len(data)} rows have {clusters} labels; clustering needs at least 2, and more rows than labels.")
     means = cluster.MiniBatchKMeans(clusters, batch_size=500, n_init="auto", random_state=SEED)
-    found = _vectors(model, _texts(data, columns[:1])[0], **how)
-    systems = {name: {"v_measure": v_measure_score(labels, means.fit_predict(vectors))} for name, vectors in found.items()}
-    return {"kind": "clustering", "rows": len(data), "clusters": clusters, "systems": systems}
+    vectors = _vectors(systems, _texts(data, columns[:1])[0], **how)
+    found = {name: {"v_measure": v_measure_score(labels, means.fit_predict(points))} for name, points in vectors.items()}
+    return {"kind": "clustering", "rows": len(data), "clusters": clusters, "systems": found}
 
 
 def classification(
@@ -234,9 +227,7 @@ def classification(
     problem_type = predict.problem_type_of(model.config)
     numbers = problem_type == REGRESSION and LABEL_COLUMN not in data.column_names
     column = columns.get(LABEL_COLUMN, SIMILARITY_COLUMNS[2] if numbers else LABEL_COLUMN)
-    if column not in data.column_names:
-        every = ", ".join(data.column_names)
-        raise ValueError(f"The data has the columns {every}, and no column {column!r}; name it: --column label=NAME.")
+    pick_columns(data.column_names, [column], [], option="--column label=NAME")
     texts = [name for name in text_columns(data) if name != column]
     wanted = [name for use, name in columns.items() if use != LABEL_COLUMN]
     names = pick_columns(texts, wanted, TEXT_COLUMNS, option="--column text=NAME", columns=data.column_names)
@@ -300,13 +291,13 @@ def _open(model: Any, **how: Any) -> SentenceTransformer:
     return model if isinstance(model, SentenceTransformer) else load(model, **how)
 
 
-def _systems(model: SentenceTransformer, baselines: bool = True) -> dict[str, SentenceTransformer]:
+def _systems(model: SentenceTransformer, baselines: bool) -> Systems:
     blank = untrained(model) if baselines else None
     return {"model": model, **({"untrained": blank} if blank else {})}
 
 
-def _vectors(model: SentenceTransformer, texts: list[str], baselines: bool = True, **how: Any) -> dict[str, np.ndarray]:
-    return {name: finite(system.encode(texts, **how)) for name, system in _systems(model, baselines).items()}
+def _vectors(systems: Systems, texts: list[str], **how: Any) -> dict[str, np.ndarray]:
+    return {name: finite(system.encode(texts, **how)) for name, system in systems.items()}
 
 
 def _trained_columns(model: str | Path) -> list[dict[str, str]]:

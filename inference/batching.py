@@ -95,39 +95,34 @@ def check_texts(texts: Sequence[str], first: int) -> None:
 
 
 class Tokenizer:
-    """Tokenize texts into batches with a fast tokenizer. ``config`` may limit their length."""
+    """Tokenize texts into batches with a fast tokenizer, as ``config`` and ``pooling`` of the model ask."""
 
-    def __init__(self, tokenizer: Any, config: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, config: Any, pooling: Any) -> None:
+        self.tokenizer, self.pooling = tokenizer, pooling
         self.max_length = tokenizer.model_max_length
         if config.position_embedding_type != "rotary":
             self.max_length = min(self.max_length, config.max_position_embeddings)
 
-    def batches(
-        self, texts: Sequence[str], batch_tokens: int, first: int, prompt: str, include_prompt: bool = True
-    ) -> list[Batch]:
+    def batches(self, texts: Sequence[str], batch_tokens: int, first: int, prompt: str) -> list[Batch]:
         """Tokenize ``prompt + text`` for each text into batches of at most ``batch_tokens``.
 
-        Error messages number the texts from ``first``. ``include_prompt`` is the setting of the
-        pooling.
+        Error messages number the texts from ``first``.
         """
         check_texts(texts, first)
         with turn("tokenizer"):
             encodings = self._tokenize(texts, prompt)
-            prompt_length = 0 if include_prompt or not prompt else self._length(prompt)
+            prompt_length = 0
+            if prompt and not self.pooling.include_prompt:  # a special token at the end is not of the prompt
+                ids = self.tokenizer.backend_tokenizer.encode(prompt).ids
+                prompt_length = len(ids) - sum(last in self.tokenizer.all_special_ids for last in ids[-1:])
         lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
         ends = lengths.cumsum()
-        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, count=int(lengths.sum()))
-        pieces = np.split(ids, ends[:-1])
+        every = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, count=int(lengths.sum()))
+        pieces = np.split(every, ends[:-1])
         return [
             Batch(np.concatenate([pieces[row] for row in rows]), lengths[rows], rows.copy(), prompt_length)
             for rows in cut_batches(lengths, batch_tokens)
         ]
-
-    def _length(self, prompt: str) -> int:
-        """Return the number of tokens of ``prompt``, without a special token at its end."""
-        ids = self.tokenizer.backend_tokenizer.encode(prompt).ids
-        return len(ids) - sum(last in self.tokenizer.all_special_ids for last in ids[-1:])
 
     def _tokenize(self, texts: Sequence[str], prompt: str) -> list[Any]:
         fast = self.tokenizer.backend_tokenizer

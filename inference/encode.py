@@ -31,14 +31,12 @@ from typing_extensions import Unpack
 from minibert.data.load import is_unicode
 from minibert.inference.batching import Batch, Tokenizer, check_texts, cut_windows, tokenizing_thread, turn
 from minibert.inference.cpu import choose_dtype, prepack, supports_half_copies
-from minibert.inference.load import finite, load
+from minibert.inference.load import PASSAGES, finite, load
 from minibert.modeling_minibert import MiniBertModel
 from minibert.packing_minibert import PREFERS_EXP2, Packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-# The names of a model's prompts for a task. The first one that is not empty is used.
-PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 _FEW_TEXTS = 8  # with so few texts, another thread costs more time than it saves
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # per batch
 # Seconds between two calls of malloc_trim, which takes milliseconds and causes page faults.
@@ -174,14 +172,13 @@ class Encoder:
             _check_device(device)
         self.decisions: dict[str, str] = {}
         self.model = self._open(model, dtype, device, trust_remote_code).eval()
-        self.prompt = _find_prompt(self.model, prompt, prompt_name)
+        self.prompt = _find_prompt(self.model, prompt_name) if prompt is None else prompt
         self._prompt_given = prompt is not None or prompt_name is not None
         reason = _why_not_packed(self.model)
         self.packed = not reason
         self.decisions["path"] = f"sentence-transformers, since {reason}" if reason else "packed: no padding"
-        uncut = copy.copy(self.model)
-        uncut.truncate_dim = None
-        width = uncut.get_embedding_dimension()
+        with self.model.truncate_embeddings(None):
+            width = self.model.get_embedding_dimension()
         assert width is not None  # sentence-embedding models have a dimension
         self.dimension = min(self.model.truncate_dim or width, width) if truncate_dim is None else truncate_dim
         if not 1 <= self.dimension <= width:
@@ -194,8 +191,8 @@ class Encoder:
         self.batch_tokens = 1 if deterministic else batch_tokens or usual  # a longer text is a batch of its own
         if self.packed:
             encoder = _encoder_of(self.model)
-            self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config)
             self._pooling: Any = self.model[1]
+            self._tokenizer = Tokenizer(self.model.tokenizer, encoder.config, self._pooling)
             owned = self.model is not model  # do not change a model that the caller opened
             if owned:
                 encoder.pooler = None  # the vectors are pooled from the hidden states
@@ -251,12 +248,11 @@ class Encoder:
         """
         if precision not in get_args(Precision):
             raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(get_args(Precision))}.")
-        prompt = _find_prompt(self.model, None, prompt_name) if prompt_name is not None else self._prompt_for(task)
         rows = [texts] if isinstance(texts, str) else texts
         vectors: Any = np.empty((len(rows), self.dimension), dtype=np.float32)
         done = 0
         with tqdm(desc="encode", total=len(rows), unit="text", disable=not show_progress) as bar:
-            for window in self._windows(cut_windows(rows), prompt, task):
+            for window in self.windows(cut_windows(rows), task=task, prompt_name=prompt_name):
                 vectors[done : done + len(window)] = window
                 done += len(window)
                 bar.update(len(window))
@@ -271,7 +267,7 @@ class Encoder:
         return self.encode(queries, task="query", **options)
 
     def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Encode passages with the model's prompt ``document``, ``passage`` or ``corpus``, unless another is given."""
+        """Encode passages with the model's prompt ``document``, unless another is given. See :meth:`encode`."""
         return self.encode(texts, task="document", **options)
 
     def similarity(self, first: Any, second: Any) -> Tensor:
@@ -279,23 +275,19 @@ class Encoder:
         return self.model.similarity(first, second)
 
     def _prompt_for(self, task: str | None) -> str | None:
-        found = [self.model.prompts[name] for name in PROMPTS.get(task or "", ()) if name in self.model.prompts]
-        return self.prompt if self._prompt_given or not found else next(filter(None, found), "")
+        names = {"query": ["query"], "document": PASSAGES}.get(task or "", [])
+        found = (self.model.prompts[name] for name in names if name in self.model.prompts)
+        return self.prompt if self._prompt_given else next(found, self.prompt)
 
-    def windows(self, windows: Iterable[Sequence[str]], *, task: str | None = None) -> Iterator[np.ndarray]:
+    def windows(
+        self, windows: Iterable[Sequence[str]], *, task: str | None = None, prompt_name: str | None = None
+    ) -> Iterator[np.ndarray]:
         """Encode lists of texts. Yield the float32 vectors (n, dimension) of each list.
 
-        The next list is tokenized while the current list is computed. ``task`` may be ``query``
-        or ``document``, which chooses the prompt.
+        The next list is tokenized while the current list is computed. :meth:`encode` describes
+        ``task`` and ``prompt_name``.
         """
-        return self._windows(windows, self._prompt_for(task), task)
-
-    def _windows(
-        self,
-        windows: Iterable[Sequence[str]],
-        prompt: str | None,
-        task: str | None,
-    ) -> Iterator[np.ndarray]:
+        prompt = self._prompt_for(task) if prompt_name is None else _find_prompt(self.model, prompt_name)
         first = 0  # number of the first text of the window
         if not self.packed:
             for texts in windows:
@@ -306,7 +298,7 @@ class Encoder:
         worker = tokenizing_thread(os.getpid())
         try:
             for texts in windows:
-                arguments = (texts, self.batch_tokens, first, prompt or "", self._pooling.include_prompt)
+                arguments = (texts, self.batch_tokens, first, prompt or "")
                 first += len(texts)
                 if len(texts) <= _FEW_TEXTS and not waiting:
                     yield self._compute(self._tokenizer.batches(*arguments), len(texts))
@@ -324,19 +316,13 @@ class Encoder:
         count, batches = waiting.popleft()
         return self._compute(batches.result(), count)
 
-    def _encode_padded(
-        self,
-        texts: Sequence[str],
-        first: int,
-        prompt: str | None,
-        task: str | None,
-    ) -> np.ndarray:
+    def _encode_padded(self, texts: Sequence[str], first: int, prompt: str | None, task: str | None) -> np.ndarray:
         check_texts(texts, first)
         if not len(texts):
             return np.empty((0, self.dimension), dtype=np.float32)
-        options: dict[str, Any] = {} if task is None else {"task": task}
-        options |= {"prompt": prompt or "", "normalize_embeddings": self._normalize, "show_progress_bar": False}
-        options["truncate_dim"] = self._cut
+        options: dict[str, Any] = {"truncate_dim": self._cut, "normalize_embeddings": self._normalize}
+        options |= {"prompt": prompt or "", "show_progress_bar": False}
+        options |= {"task": task} if task else {}
         options |= {"batch_size": 1} if self.batch_tokens == 1 else {}
         vectors: np.ndarray = finite(np.asarray(self.model.encode(list(texts), **options), dtype=np.float32))
         return vectors
@@ -375,19 +361,15 @@ class Encoder:
             bounds = torch.from_numpy(np.append(starts, len(batch.ids))).to(device, torch.int32)
             packing = Packing.of_cu_seqlens(bounds, int(lengths[-1]))
         hidden: Tensor = _encoder_of(self.model).forward_packed(ids, positions, packing)  # (T, C)
-        mode = self._pooling.pooling_mode
-        if mode not in ("mean", "cls") or batch.prompt_length:
+        if self._pooling.pooling_mode != "mean" or batch.prompt_length:
             features: dict[str, Any] = {"token_embeddings": hidden[None], "prompt_length": batch.prompt_length}
             if len(lengths) > 1:  # of a single text, sums are not added in a random order on a GPU
                 features["cu_seq_lens_q"] = torch.from_numpy(np.append(starts, len(batch.ids))).to(device)
             pooled: Tensor = self._pooling(features)["sentence_embedding"]
             return pooled
-        first = torch.from_numpy(starts).to(device)
-        if mode == "cls":
-            return hidden[first]
         if len(lengths) == 1:
             return hidden.mean(dim=0, keepdim=True)
-        rows = torch.arange(len(hidden), device=device)
+        rows, first = torch.arange(len(hidden), device=device), torch.from_numpy(starts).to(device)
         return F.embedding_bag(rows, hidden, first, mode="mean")  # the fastest mean of segments in torch
 
 
@@ -420,15 +402,12 @@ def _encoder_of(model: SentenceTransformer) -> Any:
     return model[0].auto_model
 
 
-def _find_prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
-    """Return the prompt before every text, or None."""
-    if prompt is not None:
-        return prompt
+def _find_prompt(model: SentenceTransformer, name: str | None) -> str | None:
+    """Return the prompt ``name``, or else the model's default prompt, or None."""
     if name is not None and name not in model.prompts:
         known = ", ".join(model.prompts) or "none"
         raise ValueError(f"The model has no prompt named {name!r}; it has {known} (--prompt-name).")
-    name = name or model.default_prompt_name
-    return model.prompts.get(name) if name is not None else None
+    return model.prompts.get(name or model.default_prompt_name or "")
 
 
 def _why_not_packed(model: SentenceTransformer) -> str | None:

@@ -44,6 +44,7 @@ _DECIDING = (
     *("*.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *_TOKENIZERS),
 )
+PASSAGES = ("document", "passage", "corpus")  # names of a prompt for passages; the first one that is not empty is used
 _TEXT = "A short text, 42!"  # to try a model and a tokenizer
 _warned: set[Path] = set()  # folders for which a warning was logged
 
@@ -93,6 +94,7 @@ def load(
             opened = SentenceTransformer(modules=modules, device=device, similarity_fn_name="cosine")
     check_complete(opened.transformers_model, folder)
     check_usable(opened.tokenizer, folder)
+    opened.prompts["document"] = next(filter(None, map(opened.prompts.get, PASSAGES)), "")  # the library reads this name
     positions = getattr(opened[0].config, "max_position_embeddings", None)
     if positions and getattr(opened[0].config, "position_embedding_type", None) != "rotary":
         opened.max_seq_length = min(opened.max_seq_length or positions, positions)

@@ -26,8 +26,8 @@ from minibert.data.stream import Rows, Stream, open_stream
 from minibert.files.disk import exclusive_lock, read_json, read_settings, sha256
 from minibert.files.processes import processes
 from minibert.inference.batching import WINDOW_CHARACTERS, WINDOW_TEXTS
-from minibert.inference.encode import PROMPTS, Encoder, EncoderOptions
-from minibert.inference.load import find_model, fingerprint
+from minibert.inference.encode import Encoder, EncoderOptions
+from minibert.inference.load import PASSAGES, find_model, fingerprint
 from minibert.search.vectors import (
     KEPT,
     MANIFEST,
@@ -131,7 +131,8 @@ def encode_corpus(
     folder = find_model(model, trust_remote_code=options.get("trust_remote_code", False))
     _check_similarity(folder, options)
     if options.get("prompt") is None and options.get("prompt_name") is None:
-        options["prompt_name"] = _document_prompt(folder)
+        prompts = read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
+        options["prompt_name"] = next((name for name in PASSAGES if prompts.get(name)), None)
     asked = Manifest(
         model=str(model),
         fingerprint=fingerprint(folder),
@@ -187,12 +188,6 @@ def _check_similarity(folder: Path, options: EncoderOptions) -> None:
             f"{folder} compares vectors by {name}, and a folder of vectors is searched by cosine. Encode with --normalize, "
             "where both give the same order, or search the file itself with minibert search --passages."
         )
-
-
-def _document_prompt(folder: Path) -> str | None:
-    """Return the name of the model's prompt for passages, or None."""
-    prompts = read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
-    return next((name for name in PROMPTS["document"] if prompts.get(name)), None)
 
 
 def _differences(found: Manifest, asked: Manifest) -> list[str]:

@@ -410,6 +410,12 @@ def test_labels_are_compared_by_name_and_not_by_number(run, folder, tmp_path):
     torch.testing.assert_close(read_weights(tmp_path / "strings"), read_weights(tmp_path / "named"), atol=0, rtol=0)
 
 
+def test_triplets_have_a_score_too(run, tmp_path):
+    (tmp_path / "triplets.csv").write_text("anchor,positive,negative\na cat,the cat,a dog\nthe dog,a dog,a cat\n")
+    metrics = run("embedding", max_steps=1, eval_data=str(tmp_path / "triplets.csv"))
+    assert metrics["eval_score"] == metrics["eval_accuracy"]
+
+
 def test_options_of_vectors(run, folder, tmp_path):
     eval_data = [str(folder / "pairs.parquet"), str(folder / "questions.parquet")]
     fields = {"matryoshka_dims": [8, 4], "pooling": "cls", "normalize": False, "vector_loss": "mse", "max_length": 6}

@@ -242,8 +242,8 @@ def test_batches_that_teach_nothing_are_refused(run, tmp_path, rows):
 COLUMNS = {
     "answer,question": ({}, ["question", "answer"]),
     "query,answer": ({}, ["query", "answer"]),
-    "title,body": ({}, "The columns title and body of .* do not say which of them holds the queries"),
-    "query,question": ({}, "do not say which"),
+    "title,body": ({}, "one has a usual name of queries .query, .*; its columns of strings are title, body"),
+    "query,question": ({}, "its columns of strings are query, question"),
     "query,answer,notes": ({}, "its columns of strings are query, answer, notes"),
     "query": ({}, "its columns of strings are query"),
     "title,body,notes": ({"anchor_column": "notes", "positive_column": "title"}, ["notes", "title"]),

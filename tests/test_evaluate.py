@@ -482,7 +482,7 @@ def test_label_that_is_no_class_of_the_model_is_refused(classifier, label):
 def test_columns_of_no_known_kind_are_listed(encoder, classifier):
     with pytest.raises(ValueError, match="columns title, label, which is none of: retrieval: query, answer; triplets"):
         evaluate(encoder, Dataset.from_dict({"title": ["a"], "label": [0]}))
-    with pytest.raises(ValueError, match="columns query, answer, and no column 'label'"):
+    with pytest.raises(ValueError, match="Column 'label' is not there in the data; the columns are query, answer"):
         evaluate(classifier, Dataset.from_dict(PAIRS))
     with pytest.raises(ValueError, match="usual columns are premise .* found title, body, label"):
         evaluate(classifier, Dataset.from_dict({"title": ["a"], "body": ["a"], "label": [0]}))

@@ -317,11 +317,6 @@ class PairSource(DataSource):
     make_pairs: bool | None = Field(None, description="Make pairs from texts. Unset: the stage's value.")
     hard_negatives: NotNegative | None = Field(None, description="Number per pair. Unset: the stage's value.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_any_source(cls, value: Any) -> Any:
-        return value.model_dump() if type(value) is DataSource else value
-
 
 class EmbedStage(TrainStage):
     """Configure sentence-transformers training on pairs, pairs with scores, or triplets."""
@@ -332,9 +327,7 @@ class EmbedStage(TrainStage):
     )
     eval_data: DataSources | None = Field(None, description="Data for metric_for_best. Unset: no evaluation.")
     make_pairs: bool = Field(
-        False,
-        description="Make pairs from plain text (languages with spaces): some words of a sentence have to find it, sometimes "
-        "with its neighbours. A source can set make_pairs itself: data: [QUESTIONS, {path: TEXTS, make_pairs: true}].",
+        False, description="Make pairs from plain text (languages with spaces): some words of a sentence have to find it."
     )
     text_column: str | None = Field(None, description="Text column. Unset: text, or the only string column.")
     sample_by: SampleBy = "paragraph"
@@ -347,9 +340,8 @@ class EmbedStage(TrainStage):
     )
     loss: LossName = Field(
         "mnrl",
-        description="Pairs: mnrl (multiple negatives ranking), or gist, which leaves out negatives that the guide finds "
-        "closer than the positive; cached_mnrl and cached_gist save memory with large batches. Pairs with scores: cosent, "
-        "angle or cosine_mse. Triplets: triplet, or margin_mse, whose score is by how much a positive beats its negative.",
+        description="Pairs: mnrl or gist; cached_ saves memory. Pairs with scores: cosent, angle or cosine_mse. Triplets: "
+        "triplet or margin_mse. The table below tells them apart.",
     )
     guide: str | None = Field(None, min_length=1, description="Embedding model of gist: earlier stage, folder or Hub id.")
     teacher: str | None = Field(None, min_length=1, description="Embedding model that scores margin_mse. Unset: score_column.")
@@ -376,8 +368,8 @@ class EmbedStage(TrainStage):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EmbedStage":
-        losses = {self.loss_of(source) for source in self.data}
-        mined = {self.hard_negatives_of(source) for source in self.data}
+        losses = {self.value_of(source, "loss") for source in self.data}
+        mined = {self.value_of(source, "hard_negatives") for source in self.data}
         self.one_source_per_batch |= len(losses) > 1 or len(mined) > 1
         if "batch_sampler" not in self.model_fields_set and all(NEEDS[loss] for loss in losses):
             self.batch_sampler = "batch_sampler"
@@ -389,7 +381,7 @@ class EmbedStage(TrainStage):
             raise ValueError("Pairs with scores have no queries and passages; remove query_prompt and passage_prompt.")
         if any(mined) and self.negative_column:
             raise ValueError("negative_column and hard_negatives are both set; remove one of the two fields.")
-        made = [self.makes_pairs_of(source) for source in self.data]
+        made = [self.value_of(source, "make_pairs") for source in self.data]
         used = not all(made) or self.eval_data is not None  # eval_data has pairs in any case
         useless = ("negative_column",) if used else ("anchor_column", "positive_column", "negative_column")
         if any(made) and (named := [name for name in useless if getattr(self, name)]):
@@ -397,34 +389,28 @@ class EmbedStage(TrainStage):
         if not any(made) and (self.text_column or self.sample_by != "paragraph"):
             raise ValueError("text_column and sample_by need make_pairs: true; pairs have anchor_column and positive_column.")
         for source in self.data:
-            loss, needs, number = self.loss_of(source), self.needs_of(source), self.hard_negatives_of(source)
+            loss, needs = self.value_of(source, "loss"), self.needs_of(source)
+            number = self.value_of(source, "hard_negatives")
             most = 0 if "score" in needs else 1 if loss in ("gist", "triplet") else number
             if number > most:
                 raise ValueError(f"loss: {loss} takes at most {most} hard_negatives per pair, got {number}; lower the number.")
-            if self.makes_pairs_of(source) and needs:
+            if self.value_of(source, "make_pairs") and needs:
                 raise ValueError(f"make_pairs makes no {' and no '.join(sorted(needs))} for loss: {loss}; choose mnrl.")
         return self
 
-    def loss_of(self, source: PairSource) -> str:
-        """Return the name of the loss that learns from ``source``."""
-        return source.loss or self.loss
+    def value_of(self, source: PairSource, field: str) -> Any:
+        """Return ``field`` of ``source``, or the stage's value if the source does not set it."""
+        value = getattr(source, field)
+        return getattr(self, field) if value is None else value
 
     def needs_of(self, source: PairSource) -> set[str]:
         """Return what ``source`` must contain besides two texts: a negative, a score, or both."""
-        needs = {*NEEDS[self.loss_of(source)]}
-        if self.hard_negatives_of(source):
+        needs = {*NEEDS[self.value_of(source, "loss")]}
+        if self.value_of(source, "hard_negatives"):
             needs.discard("negative")
         elif self.negative_column and not needs:
             needs.add("negative")
-        return needs - {"score"} if self.teacher and self.loss_of(source) == "margin_mse" else needs
-
-    def makes_pairs_of(self, source: PairSource) -> bool:
-        """Return True if pairs must be made from the texts of ``source``."""
-        return self.make_pairs if source.make_pairs is None else source.make_pairs
-
-    def hard_negatives_of(self, source: PairSource) -> int:
-        """Return the number of hard negatives to mine for each pair of ``source``."""
-        return self.hard_negatives if source.hard_negatives is None else source.hard_negatives
+        return needs - {"score"} if self.teacher and self.value_of(source, "loss") == "margin_mse" else needs
 
 
 class DistillStage(TrainStage):

@@ -147,7 +147,6 @@ def check_batches(parts: list[Any], args: EmbedStage, seed: int) -> dict[str, fl
             has no negatives.
     """
     rows = batches = total = 0
-    mined = False
     options: Any = {"drop_last": False, "generator": torch.Generator(), "seed": seed, "valid_label_columns": ["score"]}
     for part in parts:
         sampler = NoDuplicatesBatchSampler(part, args.batch_size, **options)
@@ -155,13 +154,13 @@ def check_batches(parts: list[Any], args: EmbedStage, seed: int) -> dict[str, fl
         # The trainer takes as many batches as all rows would fill.
         rows += len(part) if every else sum(len(batch) for batch in islice(sampler, len(sampler)))
         batches, total = batches + len(sampler), total + len(part)
-        mined = mined or len(part.column_names) > 2
     found = {"rows_per_epoch": rows, "rows_left_out": total - rows, "mean_batch_size": round(rows / batches, 2)}
     if processes().is_main_process:
         logger.info(
             "An epoch reads %d of %d rows in batches of %.1f rows on average; %d rows are left out.",
             *(rows, total, rows / batches, total - rows),
         )
+    mined = any(len(part.column_names) > 2 for part in parts)
     if 2 * rows < total or (rows == batches and not mined):
         raise ValueError(
             f"An epoch would read only {rows} of {total} rows, in batches of {rows / batches:.1f} rows on average: equal "

@@ -22,7 +22,7 @@ from minibert.evaluation.evaluate import SIMILARITY_COLUMNS
 from minibert.evaluation.evaluate import evaluate as measure_model
 from minibert.files.disk import read_settings
 from minibert.files.processes import processes
-from minibert.inference.load import embedder, find_folder, open_config, pooling_mode
+from minibert.inference.load import PASSAGES, embedder, find_folder, open_config, pooling_mode
 from minibert.inference.load import load as load_embedder
 from minibert.train import checkpoint
 from minibert.train.arguments import NEEDS, EmbedStage, NewModel
@@ -66,20 +66,21 @@ def training_data(args: EmbedStage, context: StageContext) -> dict[str, Dataset]
     if args.one_source_per_batch:
         groups = [[source] for source in args.data]
     else:
-        groups = [[source for source in args.data if args.makes_pairs_of(source) == made] for made in (False, True)]
+        groups = [[source for source in args.data if args.value_of(source, "make_pairs") == made] for made in (False, True)]
     found: dict[str, Dataset] = {}
     for number, group in enumerate(filter(None, groups)):
-        if args.makes_pairs_of(group[0]):
+        loss = args.value_of(group[0], "loss")
+        if args.value_of(group[0], "make_pairs"):
             documents = [load_documents(source, "train", args.text_column, args.sample_by) for source in group]
             dataset = make_pairs(join(documents), context.seed)
             columns = {name: name for name in dataset.column_names}
         else:
             dataset = load(group)
-            columns = loss_columns(args, args.loss_of(group[0]), dataset, group, args.needs_of(group[0]))
+            columns = loss_columns(args, loss, dataset, group, args.needs_of(group[0]))
         if len(dataset) < 2:
             raise ValueError(f"Training needs at least two rows; {group[0].path} has one. Add rows.")
         context.note_columns(group, dataset, columns)
-        found[f"{number} {Path(group[0].path).name}"] = _selected(dataset, columns, args, args.loss_of(group[0]))
+        found[f"{number} {Path(group[0].path).name}"] = _selected(dataset, columns, args, loss)
     return found
 
 
@@ -109,7 +110,8 @@ def check_models(args: EmbedStage, context: StageContext) -> dict[str, str]:
     given = {name: text for name, text in (("query", args.query_prompt), ("document", args.passage_prompt)) if text}
     if given and saved and not given.items() <= saved.items():
         raise ValueError(f"{context.model} already has prompts ({saved}); remove query_prompt and passage_prompt.")
-    return saved | given
+    passage = next((saved[name] for name in PASSAGES if name in saved), "")
+    return {**saved, "document": passage, **given}
 
 
 def _completed(
@@ -124,7 +126,8 @@ def _completed(
     for number, (name, pairs) in enumerate(sources.items()):
         # All sources of a data set have the same number of hard negatives.
         source = args.data[number if args.one_source_per_batch else 0]
-        wanted, scorer = args.hard_negatives_of(source), teacher if args.loss_of(source) == "margin_mse" else None
+        wanted = args.value_of(source, "hard_negatives")
+        scorer = teacher if args.value_of(source, "loss") == "margin_mse" else None
         if not wanted and not scorer:
             continue
         kept = context.output_dir / "negatives" / str(args.data.index(source) if args.one_source_per_batch else number)
@@ -188,16 +191,11 @@ def loss_columns(
     check_columns(dataset, [*given, *extra.values()], sources)
     found = [name for name in texts if name not in known.values()]
     free = sorted((name for name in found if name not in given), key=lambda name: name not in QUERY_COLUMNS)  # the query first
-    advice = "Name them with anchor_column: and positive_column:."
-    if len(given) < 2 and len(given) + len(free) != 2:
+    unordered = not given and not scored and [name in QUERY_COLUMNS for name in free] != [True, False]
+    if unordered or (len(given) < 2 and len(given) + len(free) != 2):
         raise ValueError(
-            f"{where} needs two columns of strings, queries and passages; its columns of strings are "
-            f"{', '.join(found) or 'none'}. {advice}"
-        )
-    if not given and not scored and [name in QUERY_COLUMNS for name in free] != [True, False]:
-        raise ValueError(
-            f"The columns {' and '.join(free)} of {where} do not say which of them holds the queries (usual are "
-            f"{', '.join(QUERY_COLUMNS)}). {advice}"
+            f"{where} needs two columns of strings, of which one has a usual name of queries ({', '.join(QUERY_COLUMNS)}); "
+            f"its columns of strings are {', '.join(found) or 'none'}. Name them with anchor_column: and positive_column:."
         )
     rest = iter(free)
     uses = SIMILARITY_COLUMNS[:2] if scored else ("anchor", "positive")
@@ -252,7 +250,7 @@ def _losses(args: EmbedStage, context: StageContext, model: SentenceTransformer)
         "triplet": (losses.TripletLoss, {"triplet_margin": args.triplet_margin}),
         "margin_mse": (losses.MarginMSELoss, {}),
     }
-    names, made = [args.loss_of(source) for source in args.data], {}
+    names, made = [args.value_of(source, "loss") for source in args.data], {}
     if args.matryoshka_dims and args.matryoshka_dims[0] < (model.get_embedding_dimension() or 0):
         model.truncate_dim = args.matryoshka_dims[0]
     for name in names:

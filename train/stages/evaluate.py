@@ -20,6 +20,5 @@ def evaluate_model(args: EvaluateStage, context: StageContext) -> dict[str, Any]
     for source, data, columns in zip(args.data, parts, used, strict=True):
         name = source.path if source.split is None else f"{source.path} {source.split}"
         how: Any = {"limit": args.limit, "task": args.task, "baselines": args.baselines, "batch_size": args.batch_size}
-        found = evaluate(str(context.model), data, **how)
-        metrics[name] = {**found, "data": columns}
+        metrics[name] = {**evaluate(str(context.model), data, **how), "data": columns}
     return metrics

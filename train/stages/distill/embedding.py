@@ -35,7 +35,7 @@ from minibert.train.stages.distill.teacher import TaughtRows, cached_teacher_out
 from minibert.train.stages.distill.vocabulary import keep_frequent_tokens
 
 # The score is the mean of these metrics over the data sets.
-_MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10"}
+_MAIN_METRIC = {"similarity": "spearman", "retrieval": "ndcg@10", "triplets": "accuracy", "classification": "accuracy"}
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
