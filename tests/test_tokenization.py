@@ -461,7 +461,8 @@ def test_a_vocabulary_too_small_is_refused_with_the_size_needed():
     assert len(train_word_level(["abc"], vocab_size=6)) == 6
 
 
-def test_progress_is_silent_unless_asked_for(capfd):
+def test_progress_is_silent_unless_asked_for(capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("minibert"), "handlers", [])  # those of commands that earlier tests ran
     quietly(train_wordpiece, CORPUS, vocab_size=130)
     assert capfd.readouterr() == ("", "")
     quietly(train_wordpiece, CORPUS, vocab_size=130, show_progress=True)
