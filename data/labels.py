@@ -76,8 +76,9 @@ def read_labels(
     if problem_type == REGRESSION:
         if names and len(names) > 1:
             raise ValueError(f"Regression predicts one number, got the names {', '.join(names)}; remove labels:.")
-        good = [isinstance(value, int | float) and math.isfinite(value) for value in values]
-        refuse_first(values, good, column, "a finite number belongs there; correct the value or remove the row")
+        advice = "a finite number belongs there; correct the value or remove the row"
+        refuse_first(values, [_is_number(value) for value in values], column, advice)
+        refuse_first(values, [not isinstance(value, str) for value in values], column, "write it as a number, not as a text")
         numbers = np.array(values, dtype=np.float32)
         return Labels(REGRESSION, numbers, list(names or [column]))
     if problem_type == MULTI:
@@ -87,6 +88,14 @@ def read_labels(
     if len(known) < 2 or (not names and not isinstance(feature, ClassLabel) and np.ptp(labels) == 0):
         raise ValueError(f"Column {column!r} has only the class {str(values[0])!r}; a classifier needs at least two.")
     return Labels(SINGLE, labels, known)
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a finite number, and for a text of one: one wrong value makes texts of a whole CSV column."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def _detect_problem_type(rows: Dataset, column: str | Sequence[str], names: Sequence[str] | None) -> str:

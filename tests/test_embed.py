@@ -659,7 +659,7 @@ SCORED = {"loss": "cosent", "anchor_column": None, "positive_column": None}
         ),
         ("query,answer\na,b\nc,d\n", {"text_column": "query"}, "text_column and sample_by need make_pairs"),
         ("query,answer\na,b\nc,d\n", {"sample_by": "line"}, "text_column and sample_by need make_pairs"),
-        ("sentence1,sentence2,score\na,b,high\nc,d,low\n", SCORED, "Row 1 has score='high'; a finite number belongs there"),
+        ("sentence1,sentence2,score\na,b,0.5\nc,d,low\n", SCORED, "Row 2 has score='low'; a finite number belongs there"),
         ("sentence1,sentence2,score\na,b,1\nc,d,NaN\n", SCORED, "no value in column 'score' of row 2|a finite number belongs"),
         ("sentence1,sentence2,score\na,b,inf\nc,d,1\n", SCORED, "Row 1 has score=inf; a finite number belongs there"),
         (

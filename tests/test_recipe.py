@@ -55,6 +55,11 @@ def test_a_good_recipe_and_its_overrides(write):
     assert (tokenizer.name, search.name) == ("tokenizer", "search")
 
 
+def test_a_prompt_that_ends_in_a_colon_is_a_text(write):
+    (stage,) = load_recipe(write({**EMBED, "model": "a"}), ["embed.query_prompt=query: "]).stages
+    assert stage.query_prompt == "query: "
+
+
 def test_bundled_recipes_load():
     tinybert = load_recipe("tinybert")
     assert [stage.kind for stage in tinybert.stages] == ["tokenizer", "classify", "embed"]

@@ -81,6 +81,8 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
         value = yaml.load(text, Loader=disk.YamlLoader)
     except _YAML_ERRORS:
         return f"the value of override {override!r} is not valid YAML; put the value in quotes."
+    if isinstance(value, dict) and text.rstrip().endswith(":"):
+        value = text  # a prompt such as "query: "
     for key in path:
         place = place.setdefault(key, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
